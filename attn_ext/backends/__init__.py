@@ -1,0 +1,52 @@
+"""The backends, in the order in which `backend="auto"` tries them.
+
+A backend is a module with
+
+    available() -> str                     "" when it can run on this machine, else the reason and the remedy
+    unsupported(problem) -> list[str]      empty when it can serve `problem`, else every reason
+    forward(call) -> (out, lse, max_logit | None, entropy | None)
+    backward(call, dout, out, lse, dlse | None, needs) -> (dq, dk, dv, dbias | None, dsink | None)
+
+`needs` is five bools (q, k, v, bias, sink); a gradient not needed may be None.  `out` has the strides that
+`attn_ext.problem.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q] for varlen.  Backends never import each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+from attn_ext.problem import Problem
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+
+@functools.cache
+def get(name: str) -> ModuleType:
+    """The backend module called `name`; ValueError for an unknown one."""
+    if name not in ORDER:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}, got {name!r}")
+    return importlib.import_module(f"attn_ext.backends.{name}")
+
+
+def reasons(name: str, problem: Problem) -> list[str]:
+    """Why backend `name` cannot serve `problem`; empty when it can."""
+    module = get(name)
+    missing = module.available()
+    return [missing] if missing else module.unsupported(problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def select(name: str, problem: Problem) -> str:
+    """The backend that serves `problem`: the first able one for "auto", else `name` itself or NotImplementedError."""
+    if name != "auto":
+        why = reasons(name, problem)
+        if why:
+            raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
+        return name
+    for candidate in ORDER:
+        if not reasons(candidate, problem):
+            return candidate
+    why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
+    raise NotImplementedError(f"no backend can serve this call: {why}")

@@ -1,0 +1,63 @@
+"""The oracle as a backend: serves every problem on every device, in O(Sq * Sk) memory.
+
+Forward is `attn_ext.reference.attend`; backward runs it again under autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from attn_ext import reference
+from attn_ext.problem import Call, Problem, empty_like_layout
+
+
+def available() -> str:
+    """Always: it needs nothing but torch."""
+    return ""
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Never a reason."""
+    return []
+
+
+@torch.no_grad()
+def forward(call: Call):
+    """(out, lse, max_logit | None, entropy | None); out in the memory order of q."""
+    result, lse, max_logit, entropy = reference.attend(call)
+    out = empty_like_layout(call.q, call.v.shape[-1])
+    out.copy_(result)
+    return out, lse, max_logit, entropy
+
+
+def backward(call: Call, dout, out, lse, dlse, needs):
+    """(dq, dk, dv, dbias | None, dsink | None); None where `needs` (q, k, v, bias, sink) is
+    False.
+    """
+    names = ("q", "k", "v", "bias", "sink")
+    leaves = {}
+    for name, needed in zip(names, needs, strict=True):
+        tensor = getattr(call, name)
+        if needed and tensor is not None:
+            leaves[name] = tensor.detach().requires_grad_()
+    # `call` may hold tensors that are part of the caller's graph; autograd must stop at our leaves
+    held = {name: getattr(call, name).detach() for name in names if getattr(call, name) is not None}
+    with torch.enable_grad():
+        call = dataclasses.replace(call, **{**held, **leaves, "need_stats": False})
+        result, result_lse, _, _ = reference.attend(call)
+    outputs, grads = [result], [dout]
+    if dlse is not None:
+        outputs.append(result_lse)
+        grads.append(dlse.to(result_lse.dtype))
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    found = dict.fromkeys(leaves)
+    if pairs and leaves:
+        outs, seeds = zip(*pairs, strict=True)
+        values = torch.autograd.grad(outs, list(leaves.values()), seeds, allow_unused=True)
+        found = dict(zip(leaves, values, strict=True))
+    for name, leaf in leaves.items():
+        if found[name] is None:
+            found[name] = torch.zeros_like(leaf)
+    return tuple(found.get(name) for name in names)

@@ -1,0 +1,219 @@
+"""The C++ SIMD backend (csrc/cpu): every feature, forward and backward, on the best instruction set of the machine.
+
+This module checks what a pointer means before it leaves Python: dtype, device, strides.  `attn_ext.api` has validated the
+rest.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.problem import Call, Problem, empty_like_layout
+
+try:
+    from attn_ext import _C
+except ImportError as error:
+    _C = None
+    _WHY = f"attn_ext._C is not built ({error}); run `pip install .` in the source tree"
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_SCORES = (0, 0, 0, 0)
+
+
+def available() -> str:
+    """ "" when the extension is there, else why not."""
+    return _WHY if _C is None else ""
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Every reason why this backend cannot serve `problem`."""
+    why = []
+    if problem.device != "cpu":
+        why.append(f"tensors must be on the cpu, got {problem.device}")
+    if problem.dtype not in _DTYPES:
+        why.append(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {problem.dtype}")
+    if problem.grad and problem.kind == "decode":
+        why.append("decode has no backward; use attention_varlen to train")
+    return why
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself when its last dimension is contiguous (its stride is free when it has one element), else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor, varlen: bool) -> tuple[int, int, int]:
+    """(batch, head, position) strides of a dense [B, H, S, D] or varlen [total, H, D] tensor."""
+    s = x.stride()
+    return (0, s[1], s[0]) if varlen else (s[0], s[1], s[2])
+
+
+def _scores(x: torch.Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Strides of a mask or bias, 0 in each dimension that is broadcast to `sizes`."""
+    if x is None:
+        return _NO_SCORES
+    return tuple(
+        0 if n == 1 and full != 1 else s
+        for n, s, full in zip(x.shape, x.stride(), sizes, strict=True)
+    )
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _statistics_dtype(call: Call) -> torch.dtype:
+    return torch.float64 if call.q.dtype == torch.float64 else torch.float32
+
+
+def _canonical(call: Call) -> dict:
+    """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous in their fixed dtypes."""
+    statistics = _statistics_dtype(call)
+    fixed = {
+        "alibi_slopes": torch.float32,
+        "sink": statistics,
+        "rng_state": torch.int64,
+        "cu_seqlens_q": torch.int32,
+        "cu_seqlens_k": torch.int32,
+        "seqlens_k": torch.int32,
+        "block_table": torch.int32,
+    }
+    tensors = {"q": _rows(call.q), "k": _rows(call.k), "v": _rows(call.v)}
+    for name, dtype in fixed.items():
+        x = getattr(call, name)
+        tensors[name] = None if x is None else x.detach().to(dtype).contiguous()
+    tensors["mask"] = call.mask
+    bias = call.bias
+    tensors["bias"] = bias if bias is None or bias.dtype in _DTYPES else bias.to(statistics)
+    for name, x in tensors.items():
+        if x is not None and x.device.type != "cpu":
+            raise ValueError(f"{name} must be on the cpu, got {x.device}")
+    return tensors
+
+
+def _problem(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
+    """The native problem: sizes, strides and scalars."""
+    problem = Problem.of(call)
+    varlen = problem.kind == "varlen"
+    sizes = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+    paged = t["block_table"] is not None
+    return _C.Problem(
+        dtype=_DTYPES[call.q.dtype],
+        bias_dtype=0 if t["bias"] is None else _DTYPES[t["bias"].dtype],
+        sizes=(
+            problem.batch,
+            problem.heads_q,
+            problem.heads_k,
+            problem.seqlen_q,
+            problem.seqlen_k,
+            problem.head_dim,
+            problem.head_dim_v,
+        ),
+        q=_strides(t["q"], varlen),
+        k=_strides(t["k"], varlen),
+        v=_strides(t["v"], varlen),
+        o=_strides(out, varlen),
+        mask=_scores(t["mask"], sizes),
+        bias=_scores(t["bias"], sizes),
+        lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
+        pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
+        scale=call.scale,
+        softcap=call.softcap,
+        dropout_p=call.dropout_p,
+        window_left=call.window_left,
+        window_right=call.window_right,
+        bottom_right=call.align,
+    )
+
+
+def _side_inputs(t: dict) -> list[int]:
+    alibi = t["alibi_slopes"]
+    return [
+        _address(t["mask"]),
+        _address(t["bias"]),
+        _address(alibi),
+        alibi.stride(0) if alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1 else 0,
+        _address(t["sink"]),
+        _address(t["rng_state"]),
+        _address(t["cu_seqlens_q"]),
+        _address(t["cu_seqlens_k"]),
+    ]
+
+
+def _lse_shape(call: Call) -> tuple[int, ...]:
+    q = call.q
+    return (q.shape[1], q.shape[0]) if call.cu_seqlens_q is not None else tuple(q.shape[:3])
+
+
+def forward(call: Call):
+    """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
+    t = _canonical(call)
+    varlen = call.cu_seqlens_q is not None
+    out = empty_like_layout(call.q, call.v.shape[-1])
+    lse = torch.empty(_lse_shape(call), dtype=_statistics_dtype(call))
+    stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
+    if varlen:  # rows that belong to no sequence are empty rows
+        out.zero_()
+        for x, value in ((lse, float("-inf")), (stats[0], float("-inf")), (stats[1], 0.0)):
+            if x is not None:
+                x.fill_(value)
+    if out.numel() or lse.numel():
+        _C.cpu_forward(
+            _problem(call, t, out, lse),
+            torch.get_num_threads(),
+            _address(t["q"]),
+            _address(t["k"]),
+            _address(t["v"]),
+            _address(out),
+            _address(lse),
+            *_side_inputs(t),
+            _address(t["seqlens_k"]),
+            _address(t["block_table"]),
+            _address(stats[0]),
+            _address(stats[1]),
+        )
+    return out, lse, *stats
+
+
+def backward(call: Call, dout, out, lse, dlse, needs):
+    """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and dtype."""
+    t = _canonical(call)
+    varlen = call.cu_seqlens_q is not None
+    statistics = _statistics_dtype(call)
+    dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.to(statistics).contiguous()
+    grads = []
+    for x, need in zip((call.q, call.k, call.v), needs, strict=False):
+        g = empty_like_layout(x, x.shape[-1]) if need else None
+        # Rows without a task: beyond the sequences of a varlen call, or with no queries or no keys at all.
+        if need and (varlen or call.max_seqlen_q == 0 or call.max_seqlen_k == 0):
+            g.zero_()
+        grads.append(g)
+    dq, dk, dv = grads
+    dbias = torch.zeros(call.bias.shape, dtype=statistics) if needs[3] else None
+    dsink = torch.zeros(call.sink.shape, dtype=statistics) if needs[4] else None
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        problem = _problem(call, t, out, lse)
+        none = (0, 0, 0)
+        sizes = Problem.of(call)
+        sizes = (sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k)
+        problem.set_gradient_strides(
+            _strides(dout, varlen),
+            *(none if g is None else _strides(g, varlen) for g in grads),
+            _scores(dbias, sizes),
+        )
+        _C.cpu_backward(
+            problem,
+            torch.get_num_threads(),
+            _address(t["q"]),
+            _address(t["k"]),
+            _address(t["v"]),
+            _address(out),
+            _address(lse),
+            *_side_inputs(t),
+            _address(dout),
+            _address(dlse),
+            *map(_address, (dq, dk, dv, dbias, dsink)),
+        )
+    return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink

@@ -1,0 +1,99 @@
+// Chooses an ISA at run time; ATTN_EXT_ISA (read at the first call) forces one.
+#include "cpu/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/scratch.h"
+
+namespace attn::cpu {
+
+#define ATTN_DECLARE(ISA)                                              \
+  namespace ISA {                                                      \
+  void forward(const Problem& p, const Pointers& ptr, int threads);  \
+  void backward(const Problem& p, const Pointers& ptr, int threads); \
+  }
+ATTN_DECLARE(baseline)
+#if defined(__x86_64__)
+ATTN_DECLARE(avx2)
+ATTN_DECLARE(avx512)
+#endif
+#undef ATTN_DECLARE
+
+namespace {
+
+struct Isa {
+  const char* name;
+  void (*forward)(const Problem&, const Pointers&, int);
+  void (*backward)(const Problem&, const Pointers&, int);
+  bool supported;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> list{{"baseline", baseline::forward, baseline::backward, true}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    list.push_back({"avx2", avx2::forward, avx2::backward, has_avx2});
+    list.push_back({"avx512", avx512::forward, avx512::backward, has_avx512});
+#endif
+    return list;
+  }();
+  return all;
+}
+
+const Isa* find(const std::string& name) {
+  const Isa* best = nullptr;
+  std::string names;
+  for (const Isa& isa : isas()) {
+    if (!isa.supported) continue;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    if (name.empty() || name == isa.name) best = &isa;
+  }
+  if (!best)
+    throw std::invalid_argument("ATTN_EXT_ISA must be one that this machine supports (" + names +
+                                "), got '" + name + "'");
+  return best;
+}
+
+std::atomic<const Isa*> current{nullptr};
+
+const Isa& active() {
+  const Isa* isa = current.load(std::memory_order_acquire);
+  if (!isa) {
+    const char* asked = std::getenv("ATTN_EXT_ISA");
+    isa = find(asked ? asked : "");
+    current.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+}  // namespace
+
+void forward(const Problem& p, const Pointers& ptr, int threads) {
+  active().forward(p, ptr, threads);
+}
+void backward(const Problem& p, const Pointers& ptr, int threads) {
+  active().backward(p, ptr, threads);
+}
+std::string isa() { return active().name; }
+void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.supported) names.emplace_back(isa.name);
+  return names;
+}
+
+ScratchBuffer& thread_scratch() {
+  thread_local ScratchBuffer buffer;
+  return buffer;
+}
+
+}  // namespace attn::cpu

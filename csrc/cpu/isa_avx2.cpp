@@ -1,0 +1,13 @@
+// The kernels for AVX2 + FMA: 16 registers hold 6 x 2 accumulators, 2 operands, 1 broadcast.
+#include "cpu/prelude.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define ATTN_ISA avx2
+#define ATTN_VEC_BYTES 32
+#define ATTN_NV 2
+#define ATTN_MR 6
+#include "cpu/isa.h"
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,13 @@
+// The kernels for AVX-512: 32 registers hold 6 x 4 accumulators, 4 operands, 1 broadcast.
+#include "cpu/prelude.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2,f16c")
+#define ATTN_ISA avx512
+#define ATTN_VEC_BYTES 64
+#define ATTN_NV 4
+#define ATTN_MR 6
+#include "cpu/isa.h"
+#pragma GCC pop_options
+#endif

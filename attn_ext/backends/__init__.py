@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
 
 from attn_ext.problem import Problem
 
@@ -27,6 +29,9 @@ def get(name: str) -> ModuleType:
     """The backend module called `name`; ValueError for an unknown one."""
     if name not in ORDER:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}, got {name!r}")
+    if importlib.util.find_spec(f"attn_ext.backends.{name}") is None:
+        missing = f"the {name} backend is not part of this version of attn_ext"
+        return SimpleNamespace(available=lambda: missing, unsupported=lambda problem: [missing])
     return importlib.import_module(f"attn_ext.backends.{name}")
 
 
@@ -50,3 +55,14 @@ def select(name: str, problem: Problem) -> str:
             return candidate
     why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
     raise NotImplementedError(f"no backend can serve this call: {why}")
+
+
+class _Registry(ModuleType):
+    """Makes `attn_ext.backends()` a call while `attn_ext.backends` stays the package."""
+
+    def __call__(self) -> dict[str, str]:
+        """Each backend's name, with "" where it can run on this machine, else the reason and the remedy."""
+        return {name: get(name).available() for name in ORDER}
+
+
+sys.modules[__name__].__class__ = _Registry

@@ -1,0 +1,23 @@
+"""Exact attention in O(N) memory for CPUs and GPUs, forward and backward, beside any torch >= 2.6.
+
+import attn_ext
+out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, Hk, S, D]
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from attn_ext import backends
+from attn_ext.api import RowStats, attention, attention_varlen
+from attn_ext.decode import attention_decode
+from attn_ext.explanation import explain
+from attn_ext.torch_sdpa import scaled_dot_product_attention
+
+try:
+    __version__ = version("attn_ext")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+uninstalled"
+
+__all__ = [
+    "RowStats", "attention", "attention_decode", "attention_varlen", "backends", "explain",
+    "scaled_dot_product_attention",
+]  # fmt: skip

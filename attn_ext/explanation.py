@@ -1,0 +1,58 @@
+"""explain: which backend would serve a call, and why the others would not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attn_ext import backends as registry
+from attn_ext import ops
+from attn_ext.api import call_of, dense_args, varlen_args
+from attn_ext.decode import decode_args
+from attn_ext.problem import Problem
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; str() gives a table."""
+
+    problem: Problem
+    reasons: dict[str, list[str]]  # backend -> why it cannot serve the call; empty when it can
+    chosen: str | None  # None when no backend can
+
+    def __str__(self) -> str:
+        p = self.problem
+        dtype = str(p.dtype).removeprefix("torch.")
+        lines = [
+            f"{p.kind} attention on {p.device}, {dtype}: B={p.batch} Hq={p.heads_q} Hk={p.heads_k} "
+            f"Sq={p.seqlen_q} Sk={p.seqlen_k} D={p.head_dim} Dv={p.head_dim_v}"
+        ]
+        for name, why in self.reasons.items():
+            verdict = "chosen" if name == self.chosen else "; ".join(why) or "able"
+            lines.append(f"  {name:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def explain(q, k, v, *args, **kwargs) -> Explanation:
+    """Say which backend would serve the call, and each other backend's reasons; nothing is computed.
+
+    The arguments are those of `attention`; with cu_seqlens_q= those of `attention_varlen`, and with block_table=, k_new=
+    or cache_seqlens= those of `attention_decode`.  Raises what the call itself would raise for bad arguments.
+    """
+    backend = kwargs.pop("backend", "auto")
+    kwargs.pop("return_lse", None)
+    kwargs["need_stats"] = kwargs.pop("return_stats", False)
+    if "cu_seqlens_q" in kwargs or args:
+        flat = varlen_args(q, k, v, *args, backend=backend, **kwargs)
+    elif {"block_table", "cache_seqlens", "k_new"} & kwargs.keys():
+        flat = decode_args(q, k, v, backend=backend, append=False, **kwargs)
+    else:
+        flat = dense_args(q, k, v, backend=backend, **kwargs)
+    grad, bias_grad, name = flat[ops.CALL_FIELDS :]
+    problem = Problem.of(call_of(flat), grad, bias_grad)
+    reasons = {candidate: registry.reasons(candidate, problem) for candidate in registry.ORDER}
+    if name != "auto":
+        registry.get(name)  # an unknown name is an error here too
+        chosen = None if reasons[name] else name
+    else:
+        chosen = next((candidate for candidate, why in reasons.items() if not why), None)
+    return Explanation(problem, reasons, chosen)

@@ -1,0 +1,238 @@
+"""The torch.library operators `attn_ext::forward` and `attn_ext::backward`, and the choice of the way to them.
+
+Both take the fields of `attn_ext.problem.Call` flat and in order, then (grad, bias_grad, backend).  scale is None for
+1/sqrt(D).  An absent output is an empty tensor.  `run` takes the cheapest way that is right: straight to the backend in
+plain eager mode, an autograd.Function when a gradient or a functorch transform asks for one, else the dispatcher.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext import backends, validate
+from attn_ext.problem import Call, Problem, empty_like_layout
+
+CALL_FIELDS = 22  # of Call; `args` continues with grad, bias_grad, backend
+TENSORS = 12  # the leading tensor fields
+GRADS = (0, 1, 2, 4, 6)  # positions of q, k, v, bias, sink
+DOUBLE_BACKWARD = (
+    "attn_ext has no double backward: use attn_ext.reference or "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
+)
+FORWARD_AD = (
+    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), attn_ext.reference, or "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+)
+
+_FIELDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, "
+    "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
+    "Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale, float softcap, "
+    "float dropout_p, int align, SymInt window_left, SymInt window_right, bool need_stats, "
+    "bool deterministic, bool grad, bool bias_grad, str backend"
+)
+_TAGS = [torch.Tag.pt2_compliant_tag]
+# Inductor must not change strides: the fakes promise outputs in q's memory order.
+_TAGS.append(getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order))
+
+lib = torch.library.Library("attn_ext", "DEF")
+lib.define(
+    f"forward({_FIELDS}) -> (Tensor out, Tensor lse, Tensor max_logit, Tensor entropy)",
+    tags=tuple(_TAGS),
+)
+lib.define(
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_FIELDS}, bool[] needs) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    tags=tuple(_TAGS),
+)
+
+
+def _call(args: tuple) -> Call:
+    call = Call(*args[:CALL_FIELDS])
+    if call.scale is None:
+        call.scale = call.q.shape[-1] ** -0.5
+    # Kernels want a contiguous last dimension; other strides are free.
+    if call.q.stride(-1) != 1:
+        call.q = call.q.contiguous()
+    if call.k.stride(-1) != 1:
+        call.k = call.k.contiguous()
+    if call.v.stride(-1) != 1:
+        call.v = call.v.contiguous()
+    return call
+
+
+def backend_of(call: Call, grad: bool, bias_grad: bool, name: str):
+    """The backend module that serves `call`."""
+    return backends.get(backends.select(name, Problem.of(call, grad, bias_grad)))
+
+
+def forward_eager(args: tuple) -> tuple:
+    """(out, lse, max_logit | None, entropy | None) of real tensors, below autograd."""
+    call = _call(args)
+    if call.cu_seqlens_q is not None or call.seqlens_k is not None:
+        validate.values(call)
+    module = backend_of(call, *args[CALL_FIELDS:])
+    device = call.q.device.type
+    if torch.is_autocast_enabled(device):  # the backend's own operations keep their dtypes
+        with torch.autocast(device, enabled=False):
+            return module.forward(call)
+    return module.forward(call)
+
+
+def backward_eager(dout, dlse, out, lse, args: tuple, needs) -> tuple:
+    """(dq, dk, dv, dbias, dsink), None where `needs` is False, of real tensors."""
+    call = _call(args)
+    module = backend_of(call, *args[CALL_FIELDS:])
+    device = call.q.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            grads = module.backward(call, dout, out, lse, dlse, needs)
+    else:
+        grads = module.backward(call, dout, out, lse, dlse, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs))
+
+
+def _conform(tensor, promised):
+    """`tensor` with the strides and dtype that the fake promised; copies only where they differ."""
+    if tensor is None:
+        return promised
+    if tensor.stride() == promised.stride() and tensor.dtype == promised.dtype:
+        return tensor
+    return promised.copy_(tensor)
+
+
+def _lse_shape(q, cu_seqlens_q) -> tuple:
+    return (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else tuple(q.shape[:3])
+
+
+def _forward_outputs(args: tuple) -> tuple:
+    q, v, need_stats = args[0], args[2], args[20]
+    shape = _lse_shape(q, args[8])
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = empty_like_layout(q, v.shape[-1])
+    rows = [
+        q.new_empty(shape if wanted else (0,), dtype=dtype)
+        for wanted in (True, need_stats, need_stats)
+    ]
+    return (out, *rows)
+
+
+def _backward_outputs(args: tuple, needs) -> tuple:
+    q, k, v, bias, sink = (args[i] for i in GRADS)
+    dq, dk, dv = (
+        empty_like_layout(x, x.shape[-1]) if need else q.new_empty((0,))
+        for x, need in zip((q, k, v), needs)
+    )
+    dbias = bias.new_empty(bias.shape) if needs[3] else q.new_empty((0,))
+    dsink = sink.new_empty(sink.shape) if needs[4] else q.new_empty((0,))
+    return dq, dk, dv, dbias, dsink
+
+
+def _forward_kernel(*args):
+    return tuple(_conform(t, p) for t, p in zip(forward_eager(args), _forward_outputs(args)))
+
+
+def _backward_kernel(dout, dlse, out, lse, *rest):
+    args, needs = rest[:-1], rest[-1]
+    grads = backward_eager(dout, dlse, out, lse, args, needs)
+    return tuple(_conform(t, p) for t, p in zip(grads, _backward_outputs(args, needs)))
+
+
+for _device in ("CPU", "CUDA"):
+    lib.impl("forward", _forward_kernel, _device)
+    lib.impl("backward", _backward_kernel, _device)
+
+
+@torch.library.register_fake("attn_ext::forward", lib=lib)
+def _forward_fake(*args):
+    return _forward_outputs(args)
+
+
+@torch.library.register_fake("attn_ext::backward", lib=lib)
+def _backward_fake(dout, dlse, out, lse, *rest):
+    return _backward_outputs(rest[:-1], rest[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    out, lse, max_logit, entropy = output
+    ctx.save_for_backward(*inputs[:TENSORS], out, lse)
+    ctx.rest = inputs[TENSORS:]
+    ctx.mark_non_differentiable(max_logit, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, dmax_logit, dentropy):
+    *tensors, out, lse = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in GRADS]
+    grads: list = [None] * (TENSORS + len(ctx.rest))
+    if dout is None and dlse is None:
+        return tuple(grads)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    results = torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *ctx.rest, needs)
+    for index, need, grad in zip(GRADS, needs, results):
+        if need:
+            grads[index] = grad
+    return tuple(grads)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(DOUBLE_BACKWARD)
+
+
+torch.library.register_autograd(
+    "attn_ext::forward", _backward, setup_context=_setup_context, lib=lib
+)
+torch.library.register_autograd("attn_ext::backward", _no_double_backward, lib=lib)
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(q, k, v) -> bool:
+    """Whether nothing (compiler, dispatch mode, transform, subclass, meta) needs to see this call."""
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not q.is_meta
+    )
+
+
+def wants_grad(q, k, v, bias, sink) -> bool:
+    """Whether autograd will ask for a gradient of this call."""
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sink is not None and sink.requires_grad)
+    )
+
+
+def run(args: tuple) -> tuple:
+    """(out, lse, max_logit, entropy) of flat op arguments; statistics are None or empty where not asked for."""
+    if torch.compiler.is_compiling():
+        return torch.ops.attn_ext.forward(*args)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        from attn_ext.functions import TransformableAttention
+
+        args = (*args[:CALL_FIELDS], True, args[4] is not None, args[-1])
+        return TransformableAttention.apply(*args[:TENSORS], args[TENSORS:])
+    if torch.autograd.forward_ad._current_level >= 0:
+        _refuse_tangents(args)
+    if not is_plain(args[0], args[1], args[2]):
+        return torch.ops.attn_ext.forward(*args)
+    if args[CALL_FIELDS]:
+        from attn_ext.functions import EagerAttention
+
+        return EagerAttention.apply(*args[:TENSORS], args[TENSORS:])
+    return forward_eager(args)
+
+
+def _refuse_tangents(args: tuple) -> None:
+    for index in GRADS:
+        value = args[index]
+        if value is not None and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(FORWARD_AD)

@@ -1,0 +1,122 @@
+"""scaled_dot_product_attention with torch's signature and meaning, on attn_ext's kernels.
+
+query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] with any number of leading dimensions, which broadcast.
+They are folded to the four dimensions [B, H, S, D] of the kernels without copying where strides allow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext import validate
+from attn_ext.api import attention
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """torch.nn.functional.scaled_dot_product_attention: the same arguments, meaning and result.
+
+    query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; leading dimensions broadcast, and
+    there may be none.  attn_mask broadcasts to [..., Hq, L, S]: bool (True = attend) or floating (added, with gradient).
+    is_causal aligns top-left and excludes attn_mask.  scale: 1/sqrt(E) if None.  enable_gqa: Hq may be a multiple of H.
+    A row that sees no key is 0.  ValueError or TypeError where torch raises RuntimeError.
+    """
+    validate.tensor("query", query)
+    validate.tensor("key", key)
+    validate.tensor("value", value)
+    validate.boolean("is_causal", is_causal)
+    validate.boolean("enable_gqa", enable_gqa)
+    if attn_mask is not None:
+        validate.tensor("attn_mask", attn_mask)
+        if is_causal:
+            raise ValueError("attn_mask must be None when is_causal=True, got a mask")
+    batch = _batch_shape(query, key, value, enable_gqa)
+    heads = batch[-1] if batch else 1
+    query4, key4, value4 = (
+        _fold(query, batch, heads),
+        _fold(key, batch, _kv_heads(key, value, batch)),
+        _fold(value, batch, _kv_heads(key, value, batch)),
+    )
+    mask = bias = None
+    if attn_mask is not None:
+        folded = _fold_mask(attn_mask, batch, query.shape[-2], key.shape[-2])
+        mask, bias = (folded, None) if attn_mask.dtype == torch.bool else (None, folded)
+    out = attention(
+        query4, key4, value4, causal="top_left" if is_causal else False, mask=mask, bias=bias,
+        dropout_p=dropout_p, scale=scale,
+    )  # fmt: skip
+    return out if len(batch) == 2 else out.reshape(*batch, query.shape[-2], value.shape[-1])
+
+
+def _batch_shape(query, key, value, enable_gqa: bool) -> tuple:
+    """The broadcast leading dimensions of the result."""
+    shapes = []
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name} must have at least 2 dimensions [..., S, E], got shape {tuple(tensor.shape)}"
+            )
+        shapes.append(tuple(tensor.shape[:-2]))
+    if enable_gqa:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() < 3:
+                raise ValueError(
+                    f"{name} must have 3 dimensions with enable_gqa, got shape {tuple(tensor.shape)}"
+                )
+        heads, heads_k, heads_v = (shape[-1] for shape in shapes)
+        if heads_k != heads_v or heads_k == 0 or heads % heads_k != 0:
+            raise ValueError(
+                f"enable_gqa needs query's heads to be a multiple of key's and value's, got {heads}, "
+                f"{heads_k} and {heads_v}"
+            )
+        shapes = [shapes[0], (*shapes[1][:-1], heads), (*shapes[2][:-1], heads)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        raise ValueError(
+            "query, key and value must have leading dimensions that broadcast, got "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
+        ) from None
+
+
+def _kv_heads(key, value, batch: tuple) -> int:
+    """Heads that key and value keep: fewer than the result's where both have the same smaller number."""
+    if not batch:
+        return 1
+    heads_k = key.shape[-3] if key.dim() > 2 else 1
+    heads_v = value.shape[-3] if value.dim() > 2 else 1
+    return heads_k if heads_k == heads_v else batch[-1]
+
+
+def _fold(tensor, batch: tuple, heads: int):
+    """[..., S, E] -> [B, heads, S, E]."""
+    tail = tensor.shape[-2:]
+    if (
+        tensor.dim() == 4
+        and len(batch) == 2
+        and tensor.shape[0] == batch[0]
+        and tensor.shape[1] == heads
+    ):
+        return tensor
+    full = tensor.expand(*batch[:-1], heads, *tail) if batch else tensor.unsqueeze(0)
+    if full.dim() == 4:
+        return full
+    return full.unsqueeze(0) if full.dim() == 3 else full.flatten(0, full.dim() - 4)
+
+
+def _fold_mask(mask, batch: tuple, seqlen_q, seqlen_k):
+    """attn_mask as up to 4 dimensions, expanded over leading dimensions only where they are folded."""
+    full = (*batch, seqlen_q, seqlen_k)
+    if mask.dim() > len(full) or any(
+        size not in (1, want) for size, want in zip(reversed(mask.shape), reversed(full))
+    ):
+        raise ValueError(
+            f"attn_mask must be broadcastable to {full}, got shape {tuple(mask.shape)}"
+        )
+    if len(batch) <= 2 or mask.dim() <= 3:
+        return mask
+    mask = mask.expand(*batch[:-1], *mask.shape[-3:])
+    return mask.flatten(0, mask.dim() - 4)

@@ -113,14 +113,15 @@ class Backward {
         key_tiles(seq, m0, nq, &t0, &t1);
         if (t < t0 || t >= t1) continue;
         scratch.rewind(mark);
-        tile_pair(seq, h, m, nq, t, nk, K, V, finite, dK, dV, scratch);
+        tile_pair(seq, h, m, nq, t, nk, K, V, finite, t1 - t0 == 1, dK, dV, scratch);
       }
     store_rows(seq, ptr.dk, p.dk, hk, n0, nk, p.head_dim, d_pad, dK, T(p.scale));
     store_rows(seq, ptr.dv, p.dv, hk, n0, nk, p.head_dim_v, dv_pad, dV, T(1));
   }
 
   void tile_pair(const Sequence& seq, int64_t h, int64_t m, int64_t nq, int64_t t, int64_t nk,
-                 Rows<T> K, Rows<T> V, bool finite, T* dK, T* dV, Scratch<T>& scratch) {
+                 Rows<T> K, Rows<T> V, bool finite, bool whole_rows, T* dK, T* dV,
+                 Scratch<T>& scratch) {
     const int64_t m0 = m * block_m, n0 = t * kBackwardKeys;
     const int64_t unit = (seq.b * p.heads_q + h) * m_tiles + m;
     T* Qt = scratch.take(p.head_dim * kMaxQueries);
@@ -147,7 +148,9 @@ class Backward {
             false);
     tile.logits(n0, nk, P, dcap);
     const T* kept = p.dropout_p > 0 ? tile.keep(n0, nk) : nullptr;
-    softmax_gradient(nk, tile.bm, lse, delta.data() + unit * block_m, kept, P, dP);
+    T* row_delta = delta.data() + unit * block_m;
+    if (whole_rows) exact_delta(seq, h, m0, nq, tile.bm, nk, lse, kept, P, dP, row_delta);
+    softmax_gradient(nk, tile.bm, lse, row_delta, kept, P, dP);
     if (ptr.dbias) add_bias_gradient(seq, h, m0, nq, n0, nk, dP);
     if (dcap)
       for (int64_t i = 0; i < nk * kMaxQueries; ++i) dP[i] *= dcap[i];
@@ -164,6 +167,30 @@ class Backward {
     else
       add_visible(K, dP, nk, nq, dq);
     tickets[unit].store(int32_t(t + 1), std::memory_order_release);
+  }
+
+  // delta = rowsum(P * dP) - dLSE where one tile holds all keys of the rows.  rowsum(dO * O) is the same but for the
+  // rounding of O to 16 bits, which shows where a row has few keys and dS nearly cancels.
+  void exact_delta(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t bm, int64_t nk,
+                   const T* lse, const T* kept, const T* S, const T* dP, T* row_delta) const {
+    const T ninf = -std::numeric_limits<T>::infinity();
+    for (int64_t q = 0; q < bm; q += kLanes<T>) {
+      Vec<T> sum{};
+      const Vec<T> row_lse = load(lse + q);
+      for (int64_t j = 0; j < nk; ++j) {
+        const int64_t at = j * kMaxQueries + q;
+        Vec<T> w = vexp(load(S + at) - row_lse);
+        w = row_lse == ninf ? Vec<T>{} : w;
+        Vec<T> g = load(dP + at) * w;
+        if (kept) g *= load(kept + at);
+        sum += w == T(0) ? Vec<T>{} : g;
+      }
+      for (int i = 0; i < kLanes<T> && q + i < nq; ++i) {
+        const T dlse =
+            ptr.dlse ? static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + q + i)] : T(0);
+        row_delta[q + i] = sum[i] - dlse;
+      }
+    }
   }
 
   // P: logits in, dropped-out weights out.  dP in, dS out.

@@ -155,7 +155,9 @@ def random_call(
             v[b, :, length:] = torch.nan
         if page_size:
             pages = (seqlen_k + page_size - 1) // page_size
-            order = torch.randperm(batch * pages + 1, generator=generator)[: batch * pages]
+            # a generator of its own: paged and contiguous calls of one seed hold the same values
+            own = torch.Generator().manual_seed(seed)
+            order = torch.randperm(batch * pages + 1, generator=own)[: batch * pages]
             fields["block_table"] = order.view(batch, pages).to(torch.int32)
             k, v = (_to_pages(x, fields["block_table"], page_size) for x in (k, v))
 
@@ -258,8 +260,8 @@ def assert_close_to_reference(actual, ref64, naive, kind="out", name="result", d
     wrong = int((error > allowed).sum())
     raise AssertionError(
         f"{name}: max error {worst:.3g} at {at}, allowed {allowed:.3g}: "
-        f"got {actual[at].item():.6g}, reference {ref64[at].item():.6g}, naive {naive[at].item():.6g}; "
-        f"{wrong} of {error.numel()} elements are out of tolerance"
+        f"got {actual[at].item():.6g}, reference {ref64[at].item():.6g}, "
+        f"naive {naive[at].item():.6g}; {wrong} of {error.numel()} elements are out of tolerance"
     )
 
 

@@ -1,0 +1,55 @@
+# make test | demo [TEXT="..."] | fmt | lint | bench | test-asan | test-tsan
+# Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
+# the default is the version that the project is developed with (a CPU build where the index offers one).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
+TEXT ?= a gorgeous, witty film that never stops surprising
+
+.PHONY: test demo fmt lint bench test-asan test-tsan clean
+
+$(VENV)/torch.done:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/installed.done: $(VENV)/torch.done $(SOURCES)
+	$(PY) -m pip install -q setuptools pybind11 ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
+	touch $@
+
+test: $(VENV)/installed.done
+	$(PY) -m pytest -q -n 2 tests
+
+demo: $(VENV)/installed.done
+	$(PY) examples/text_classifier.py --text "$(TEXT)"
+
+fmt: $(VENV)/installed.done
+	$(BIN)/ruff format .
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+lint: $(VENV)/installed.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+bench: $(VENV)/installed.done
+	$(PY) bench/cpu.py
+	$(PY) bench/memory.py
+
+# The kernels under AddressSanitizer + UndefinedBehaviorSanitizer, in a build of their own.
+test-asan: $(VENV)/installed.done
+	bash tests/sanitize.sh address,undefined tests/test_kernels.py
+
+# The thread pool and both kernels under ThreadSanitizer, without Python in the process.
+test-tsan: $(VENV)/installed.done
+	bash tests/tsan.sh
+
+clean:
+	rm -rf build .venv attn_ext/_C*.so *.egg-info

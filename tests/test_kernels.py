@@ -1,0 +1,194 @@
+"""The CPU kernels on every ISA of this machine, against the float64 reference (attn_ext.testing.check_call).
+
+The suite that runs under AddressSanitizer: shapes that sit on the edges of tiles, vectors and pages.
+"""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from attn_ext import _C
+from attn_ext.backends import cpu
+from attn_ext.testing import check_call, random_call
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=_C.supported_isas(), autouse=True)
+def isa(request):
+    """Each test once per instruction set"""
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("")
+
+
+# (seqlen_q, seqlen_k, head_dim, head_dim_v): what each would catch
+SHAPES = {
+    "one of everything": (1, 1, 1, 1),
+    "no keys: empty rows": (5, 0, 8, 8),
+    "no queries: dK and dV are zero": (0, 5, 8, 8),
+    "odd sizes: every tail of the micro-kernels": (77, 131, 3, 7),
+    "one query, many keys: split-KV": (1, 1000, 64, 64),
+    "last key tile holds one key": (130, 193, 40, 40),
+    "exactly one tile": (128, 192, 64, 64),
+    "last query tile holds one query": (129, 128, 80, 48),
+    "Dv wider than D": (33, 65, 16, 111),
+    "widest heads": (20, 40, 512, 512),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_shapes(name, dtype):
+    """Wrong tails, reads or writes past a row, uninitialised outputs."""
+    seqlen_q, seqlen_k, head_dim, head_dim_v = SHAPES[name]
+    call = random_call(
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        stats=True,
+        layout="padded",
+    )
+    check_call(call, "cpu")
+
+
+FEATURES = {
+    "causal, top left": {"causal": True, "align": 0},
+    "causal, bottom right: first rows empty": {"causal": True, "align": 1, "seqlen_k": 90},
+    "window": {"window": (20, 5)},
+    "mask with empty rows": {"mask": "qk", "seqlen_k": 3},
+    "bias": {"bias": True},
+    "bias broadcast over batch and heads: shared dbias": {"bias": "qk"},
+    "bias broadcast over queries and keys": {"bias": "h"},
+    "softcap": {"softcap": 2.0},
+    "ALiBi": {"alibi": "b"},
+    "sink": {"sink": True},
+    "dropout": {"dropout_p": 0.3},
+    "drop all": {"dropout_p": 1.0},
+    "GQA 8:1": {"heads_q": 8, "heads_k": 1},
+    "all at once": {
+        "causal": True,
+        "window": (60, -1),
+        "mask": "bk",
+        "bias": "hqk",
+        "softcap": 5.0,
+        "alibi": True,
+        "sink": True,
+        "dropout_p": 0.2,
+        "heads_q": 4,
+        "heads_k": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features(name, dtype):
+    """A feature left out, or its gradient."""
+    options = {"seqlen_q": 140, "seqlen_k": 260, "head_dim": 24, "stats": True, "dtype": dtype}
+    check_call(random_call(**{**options, **FEATURES[name]}), "cpu")
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_varlen(name):
+    """Positions, masks or dropout bits counted from the buffer's start and not the sequence's."""
+    options = {k: v for k, v in FEATURES[name].items() if k != "seqlen_k"}
+    call = random_call(seqlens_q=[0, 5, 131, 1], seqlens_k=[4, 7, 140, 0], stats=True, **options)
+    check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 3, 64, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode(page_size, seqlen_q, dtype):
+    """A tile that crosses pages, keys beyond the used length (NaN there), a cache without keys."""
+    call = random_call(
+        seqlen_q=seqlen_q,
+        heads_q=4,
+        heads_k=2,
+        seqlen_k=520,
+        cache_seqlens=[0, 7, 520],
+        page_size=page_size,
+        causal=True,
+        dtype=dtype,
+    )
+    check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_excluded_values_reach_nothing(where, value):
+    """0 * NaN from a key that only some queries see."""
+    call = random_call(seqlen_q=150, causal=True, head_dim=8)
+    getattr(call, where)[:, :, 70] = value
+    check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"bias": "k"}, {"heads_q": 4, "heads_k": 1}])
+def test_bitwise_equal_for_any_number_of_threads(options):
+    """An order of additions that depends on scheduling."""
+    call = random_call(seqlen_q=300, dtype=torch.float32, batch=1, **options)
+    needs = (True, True, True, call.bias is not None, False)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            out, lse, *_ = cpu.forward(call)
+            grads = cpu.backward(call, torch.ones_like(out), out, lse, None, needs)
+            results.append([out, lse, *(g for g in grads if g is not None)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_isas_are_chosen_and_refused():
+    """An unknown name that falls back in silence."""
+    with pytest.raises(ValueError, match="ATTN_EXT_ISA must be one .* got 'sse9'"):
+        _C.set_isa("sse9")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_mixes(seed):
+    """Features that are right alone and wrong together."""
+    r = random.Random(seed)
+    heads_k = r.choice([1, 2])
+    call = random_call(
+        seed,
+        batch=r.choice([0, 1, 2]),
+        heads_q=heads_k * r.choice([1, 3]),
+        heads_k=heads_k,
+        seqlen_q=r.choice([1, 30, 129, 140]),
+        seqlen_k=r.choice([1, 128, 129, 200]),
+        head_dim=r.choice([1, 8, 40, 64]),
+        head_dim_v=r.choice([None, 5, 72]),
+        dtype=r.choice([torch.float32, torch.float64]),
+        causal=r.random() < 0.4,
+        align=r.choice([0, 1]),
+        window=r.choice([(-1, -1), (-1, -1), (0, 9), (50, -1)]),
+        mask=r.choice([False, "k", "bqk", "hq"]),
+        bias=r.choice([False, "qk", "bhqk", "bk", ""]),
+        softcap=r.choice([0.0, 0.0, 4.0]),
+        alibi=r.choice([False, True]),
+        sink=r.random() < 0.3,
+        dropout_p=r.choice([0.0, 0.0, 0.4]),
+        stats=r.random() < 0.5,
+        layout=r.choice(["bhsd", "bshd", "padded"]),
+    )
+    check_call(call, "cpu")
+
+
+def test_negative_sizes_are_refused():
+    """A corrupt struct that reaches a kernel."""
+    call = random_call(seqlen_q=4)
+    with pytest.raises(ValueError, match="at least"):
+        t = cpu._canonical(dataclasses.replace(call, max_seqlen_q=-1))
+        out = torch.empty_like(call.q)
+        lse = torch.empty(call.q.shape[:3])
+        problem = cpu._problem(dataclasses.replace(call, max_seqlen_q=-1), t, out, lse)
+        _C.cpu_forward(problem, 1, *([0] * 17))

@@ -107,6 +107,14 @@ def test_kept_fraction_is_one_minus_p(p):
     assert abs(mask.double().mean().item() - (1 - p)) <= leeway
 
 
+def test_a_word_equal_to_the_threshold_is_kept():
+    """Would catch > for >=, and a threshold scaled by 2^32 - 1: the edge is hit on purpose."""
+    z = splitmix64(1, 2)
+    word = philox4x32([0, 0, 0, 0], [z % 2**32, z >> 32], 7)[2]
+    assert dropout_keep_mask(1, 2, 1, 1, 1, 3, word / 2**32)[0, 0, 0, 2]
+    assert not dropout_keep_mask(1, 2, 1, 1, 1, 3, (word + 1) / 2**32)[0, 0, 0, 2]
+
+
 def test_rows_heads_batches_and_seeds_are_uncorrelated():
     """Would catch a counter word or a key word that is not used: two slices would then be equal."""
     base = dropout_keep_mask(3, 1, 2, 2, 64, 64, 0.5)

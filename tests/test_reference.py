@@ -385,7 +385,11 @@ def test_infinite_bias_excludes_like_a_mask():
     call = random_call(7, dtype=F64, mask="hqk")
     call.mask[:, :, 5] = False
     bias = torch.zeros_like(call.mask, dtype=F64).masked_fill(~call.mask, -torch.inf)
-    biased = dataclasses.replace(call, mask=None, bias=bias)
+    call.mask[..., 2] = False
+    bias[..., 2] = -torch.inf
+    k = call.k.clone()
+    k[:, :, 2] = torch.nan
+    biased = dataclasses.replace(call, mask=None, bias=bias, k=k)
     (out, lse), grads = gradients(call)
     (bias_out, bias_lse), bias_grads = gradients(biased)
     close(bias_out, out)
@@ -393,6 +397,27 @@ def test_infinite_bias_excludes_like_a_mask():
     for name in ("q", "k", "v"):
         close(bias_grads[name], grads[name])
     assert bias_grads["bias"].isfinite().all()
+
+
+def test_underflowed_weights_silence_their_values():
+    """Would catch 0 * NaN at a visible key whose P is 0: it must stay out of O, dQ and dbias."""
+    call = random_call(7, dtype=F64, bias="k")
+    call.bias[..., 3] = -1e6
+    (out, _), grads = gradients(call)
+    call.v[:, :, 3] = torch.nan
+    (bad_out, _), bad_grads = gradients(call)
+    close(bad_out, out)
+    for name in ("q", "k", "v", "bias"):
+        close(bad_grads[name], grads[name])
+
+
+def test_large_sink_does_not_overflow():
+    """Would catch a running maximum without the sink: exp(1000) is inf, the row must be about 0."""
+    call = random_call(7, dtype=F64, sink=True)
+    call.sink[:] = 1000.0
+    out, lse, _, _ = attend(call)
+    close(lse, torch.full_like(lse, 1000.0))
+    close(out, torch.zeros_like(out))
 
 
 def test_safe_matmul_adds_infinities_as_floating_point_does():

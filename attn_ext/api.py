@@ -1,7 +1,9 @@
-"""attention and attention_varlen: validation, meaning and documentation of the dense and the packed call.
+"""attention and attention_varlen: validation, meaning and documentation of the dense and the packed
+call.
 
-The user's arguments become the flat canonical arguments of `attn_ext.ops` (causal is window_right = 0, -1 is an unbounded
-side, mask and bias have 4 dimensions).  FlashAttention: arXiv 2205.14135, 2307.08691; online softmax: arXiv 1805.02867.
+The user's arguments become the flat canonical arguments of `attn_ext.ops` (causal is window_right =
+0, -1 is an unbounded side, mask and bias have 4 dimensions).  FlashAttention: arXiv 2205.14135,
+2307.08691; online softmax: arXiv 1805.02867.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ MAX_SEED = 2**63 - 1
 
 
 class RowStats(NamedTuple):
-    """Statistics of each query's row, [B, Hq, Sq] ([Hq, total_q] for varlen), from the same pass; not differentiable."""
+    """Statistics of each query's row, [B, Hq, Sq] ([Hq, total_q] for varlen), from the same pass;
+    not differentiable.
+    """
 
     lse: (
         torch.Tensor
@@ -26,10 +30,17 @@ class RowStats(NamedTuple):
     entropy: torch.Tensor  # -sum P ln P over keys, in nats; 0 for an empty row
 
 
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this kind of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta
+
+
 def autocast(*tensors):
-    """The tensors in autocast's dtype where autocast is on (as torch's SDPA does it; float64 stays)."""
+    """The tensors in autocast's dtype where autocast is on (as torch's SDPA does it; float64
+    stays).
+    """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -44,14 +55,15 @@ def draw_rng_state(q: torch.Tensor) -> torch.Tensor:
 
 
 def dense_args(
-    q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None,
-    sink=None, dropout_p=0.0, scale=None, need_stats=False, deterministic=False, backend="auto",
+    q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0,
+    alibi_slopes=None, sink=None, dropout_p=0.0, scale=None, need_stats=False, deterministic=False,
+    backend="auto",
 ) -> tuple:  # fmt: skip
     """The checked flat op arguments of a dense call."""
     validate.tensor("q", q)
     validate.tensor("k", k)
     validate.tensor("v", v)
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasting(q.device.type):
         if bias is not None:
             validate.tensor("bias", bias)
         q, k, v, bias = autocast(q, k, v, bias)
@@ -93,40 +105,51 @@ def result(args: tuple, return_lse: bool, return_stats: bool):
 
 
 def attention(
-    q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None,
-    sink=None, dropout_p=0.0, scale=None, return_lse=False, return_stats=False, deterministic=False,
+    q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0,
+    alibi_slopes=None, sink=None, dropout_p=0.0, scale=None, return_lse=False, return_stats=False,
+    deterministic=False,
     backend="auto",
 ):  # fmt: skip
-    """Exact attention softmax(scale * q k^T) v in O(N) memory, differentiable in q, k, v, bias, sink and through LSE.
+    """Exact attention softmax(scale * q k^T) v in O(N) memory, differentiable in q, k, v, bias,
+    sink and through LSE.
 
-    q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] of one floating dtype and device; Hq is a multiple of Hk (GQA).
-    Returns out [B, Hq, Sq, Dv] in q's memory order; with return_lse also lse [B, Hq, Sq] (natural log; float32, float64
-    for float64 inputs); with return_stats also a RowStats.  A row that sees no key: out 0, lse -inf, gradients 0.
+    q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] of one floating dtype and device; Hq is a
+    multiple of Hk (GQA).
+    Returns out [B, Hq, Sq, Dv] in q's memory order; with return_lse also lse [B, Hq, Sq] (natural
+    log; float32, float64 for float64 inputs); with return_stats also a RowStats.  A row that sees
+    no key: out 0, lse -inf, gradients 0.
 
     causal: False, True (needs Sq == Sk), "top_left" (torch) or "bottom_right" (flash-attn).
-    window: (left, right), inclusive distances from the aligned diagonal in positions, None = unbounded.
-    mask: bool, broadcastable to [B, Hq, Sq, Sk], True = attend.   bias: floating, broadcastable, added to the logits.
+    window: (left, right), inclusive distances from the aligned diagonal in positions, None =
+    unbounded.
+    mask: bool, broadcastable to [B, Hq, Sq, Sk], True = attend.   bias: floating, broadcastable,
+    added to the logits.
     softcap: logits become softcap * tanh(logits / softcap) before the bias where softcap > 0.
     alibi_slopes [Hq] or [B, Hq]: slope * |i + Sk - Sq - j| is subtracted (arXiv 2108.12409).
     sink [Hq]: a logit per head that joins the normaliser only (arXiv 2309.17453).
-    dropout_p: probability of dropping an attention weight; the mask is Philox (Salmon et al., SC11) keyed on
-    (b, h, i, j) with a seed from torch's generator, so torch.manual_seed repeats it.
-    scale: factor of the dot products, 1/sqrt(D) if None.   deterministic: bitwise equal from run to run.
+    dropout_p: probability of dropping an attention weight; the mask is Philox (Salmon et al., SC11)
+    keyed on (b, h, i, j) with a seed from torch's generator, so torch.manual_seed repeats it.
+    scale: factor of the dot products, 1/sqrt(D) if None.   deterministic: bitwise equal from run to
+    run.
     backend: "auto", or a name of `attn_ext.backends()`, which then never falls back.
 
-    ValueError or TypeError name the argument, the rule and the value; NotImplementedError when no backend can serve the
-    call (`attn_ext.explain` says why), and for double backward and forward-mode AD.
+    ValueError or TypeError name the argument, the rule and the value; NotImplementedError when no
+    backend can serve the call (`attn_ext.explain` says why), and for double backward and
+    forward-mode AD.
     """
     args = dense_args(
         q, k, v, causal=causal, window=window, mask=mask, bias=bias, softcap=softcap,
-        alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p, scale=scale, need_stats=return_stats,
+        alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p, scale=scale,
+        need_stats=return_stats,
         deterministic=deterministic, backend=backend,
     )  # fmt: skip
     return result(args, return_lse, return_stats)
 
 
 def _longest(name: str, value, cu_seqlens, total):
-    """max_seqlen_*: the given one, else the longest sequence (reads cu_seqlens), else the bound `total` when traced."""
+    """max_seqlen_*: the given one, else the longest sequence (reads cu_seqlens), else the bound
+    `total` when traced.
+    """
     if value is not None:
         validate.integer(name, value)
         return value
@@ -141,7 +164,9 @@ def _longest(name: str, value, cu_seqlens, total):
 
 
 def _equal_lengths(cu_seqlens_q, cu_seqlens_k) -> None:
-    """causal=True: ValueError unless both sides have the same lengths.  Traced calls must pass one tensor twice."""
+    """causal=True: ValueError unless both sides have the same lengths.  Traced calls must pass one
+    tensor twice.
+    """
     if cu_seqlens_q is cu_seqlens_k:
         return
     rule = "causal=True needs equal lengths of queries and keys in each sequence"
@@ -156,7 +181,8 @@ def _equal_lengths(cu_seqlens_q, cu_seqlens_k) -> None:
 
 def varlen_args(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, causal=False,
-    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None, dropout_p=0.0,
+    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
+    dropout_p=0.0,
     scale=None, need_stats=False, deterministic=False, backend="auto",
 ) -> tuple:  # fmt: skip
     """The checked flat op arguments of a varlen call."""
@@ -166,7 +192,8 @@ def varlen_args(
         validate.tensor("bias", bias)
     q, k, v, bias = autocast(q, k, v, bias)
     align, window_left, window_right = validate.varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *validate.window_pair(window), softcap, dropout_p,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *validate.window_pair(window), softcap,
+        dropout_p,
         scale, deterministic, backend,
     )  # fmt: skip
     longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
@@ -185,7 +212,8 @@ def varlen_args(
     return (
         q, k, v, mask, bias, alibi_slopes, sink,
         draw_rng_state(q) if dropout_p > 0 else None,
-        cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, longest_q, longest_k, scale,
+        cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, longest_q, longest_k,
+        scale,
         softcap, dropout_p, align, window_left, window_right, need_stats, deterministic,
         ops.wants_grad(q, k, v, bias, sink),
         bias is not None and bias.requires_grad and torch.is_grad_enabled(), backend,
@@ -194,23 +222,31 @@ def varlen_args(
 
 def attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, causal=False,
-    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None, dropout_p=0.0,
+    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
+    dropout_p=0.0,
     scale=None, return_lse=False, return_stats=False, deterministic=False, backend="auto",
 ):  # fmt: skip
-    """Attention over sequences of unequal lengths packed one after the other; each sees only its own keys.
+    """Attention over sequences of unequal lengths packed one after the other; each sees only its
+    own keys.
 
-    q [total_q, Hq, D], k [total_k, Hk, D], v [total_k, Hk, Dv].  cu_seqlens_q, cu_seqlens_k: int32 [B + 1], the rows at
-    which the sequences begin, from 0, never falling, at most the total; empty sequences are allowed.
-    max_seqlen_*: upper bounds of the lengths in positions; read from cu_seqlens if None (a device sync on GPU).
-    Returns out [total_q, Hq, Dv]; lse and statistics are [Hq, total_q].  Rows past the last sequence are 0.
+    q [total_q, Hq, D], k [total_k, Hk, D], v [total_k, Hk, Dv].  cu_seqlens_q, cu_seqlens_k: int32
+    [B + 1], the rows at which the sequences begin, from 0, never falling, at most the total; empty
+    sequences are allowed.
+    max_seqlen_*: upper bounds of the lengths in positions; read from cu_seqlens if None (a device
+    sync on GPU).
+    Returns out [total_q, Hq, Dv]; lse and statistics are [Hq, total_q].  Rows past the last
+    sequence are 0.
 
-    mask and bias broadcast to [B, Hq, max_seqlen_q, max_seqlen_k] and are indexed by positions within a sequence;
-    alibi_slopes [Hq] or [B, Hq].  causal=True needs equal lengths in each sequence; say "top_left" or "bottom_right"
-    otherwise.  All other arguments, gradients and errors: as `attention`.
+    mask and bias broadcast to [B, Hq, max_seqlen_q, max_seqlen_k] and are indexed by positions
+    within a sequence; alibi_slopes [Hq] or [B, Hq].  causal=True needs equal lengths in each
+    sequence; say "top_left" or "bottom_right" otherwise.  All other arguments, gradients and
+    errors: as `attention`.
     """
     args = varlen_args(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window,
-        mask=mask, bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        window=window,
+        mask=mask, bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink,
+        dropout_p=dropout_p,
         scale=scale, need_stats=return_stats, deterministic=deterministic, backend=backend,
     )  # fmt: skip
     return result(args, return_lse, return_stats)

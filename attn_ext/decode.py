@@ -1,7 +1,8 @@
-"""attention_decode: a few new queries against a contiguous or paged KV cache, optionally appending new keys and values.
+"""attention_decode: a few new queries against a contiguous or paged KV cache, optionally appending
+new keys and values.
 
-q [B, Hq, Sq, D] against k_cache [B, Hk, Smax, D], or [pages, Hk, page_size, D] with block_table [B, max_pages] (the paged
-layout of vLLM, arXiv 2309.06180).  Not differentiable.
+q [B, Hq, Sq, D] against k_cache [B, Hk, Smax, D], or [pages, Hk, page_size, D] with block_table [B,
+max_pages] (the paged layout of vLLM, arXiv 2309.06180).  Not differentiable.
 """
 
 from __future__ import annotations
@@ -56,11 +57,15 @@ def _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new) -> int:
 
 
 def decode_args(
-    q, k_cache, v_cache, cache_seqlens=None, *, k_new=None, v_new=None, block_table=None, causal=True,
-    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None,
+    q, k_cache, v_cache, cache_seqlens=None, *, k_new=None, v_new=None, block_table=None,
+    causal=True,
+    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
+    scale=None,
     num_splits=0, need_stats=False, backend="auto", append=True,
 ) -> tuple:  # fmt: skip
-    """The checked flat op arguments of a decode call; appends k_new and v_new to the caches on the way."""
+    """The checked flat op arguments of a decode call; appends k_new and v_new to the caches on the
+    way.
+    """
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         validate.tensor(name, value)
     if q.dtype != k_cache.dtype:
@@ -106,34 +111,42 @@ def decode_args(
         q, k_cache, v_cache, mask, bias, alibi_slopes, sink, None, None, None,
         None if cache_seqlens is None else cache_seqlens.contiguous(),
         None if block_table is None else block_table.contiguous(),
-        seqlen_q, capacity, scale, softcap, 0.0, BOTTOM_RIGHT, window_left, window_right, need_stats, False,
+        seqlen_q, capacity, scale, softcap, 0.0, BOTTOM_RIGHT, window_left, window_right,
+        need_stats, False,
         False, False, backend,
     )  # fmt: skip
 
 
 def attention_decode(
-    q, k_cache, v_cache, cache_seqlens=None, *, k_new=None, v_new=None, block_table=None, causal=True,
-    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None,
+    q, k_cache, v_cache, cache_seqlens=None, *, k_new=None, v_new=None, block_table=None,
+    causal=True,
+    window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
+    scale=None,
     return_lse=False, num_splits=0, backend="auto",
 ):  # fmt: skip
     """Attention of a few new queries to a KV cache, contiguous or paged.  Not differentiable.
 
-    q [B, Hq, Sq, D].  Contiguous: k_cache [B, Hk, Smax, D], v_cache [B, Hk, Smax, Dv].  Paged: k_cache
-    [pages, Hk, page_size, D], v_cache alike, block_table int32 [B, max_pages]; any page size.
+    q [B, Hq, Sq, D].  Contiguous: k_cache [B, Hk, Smax, D], v_cache [B, Hk, Smax, Dv].  Paged:
+    k_cache [pages, Hk, page_size, D], v_cache alike, block_table int32 [B, max_pages]; any page
+    size.
     cache_seqlens int32 [B]: valid positions of each sequence, all Smax if None.
-    k_new [B, Hk, Snew, D], v_new [B, Hk, Snew, Dv]: written into the caches in place at cache_seqlens[b] before
-    attending; the length attended to is then cache_seqlens[b] + Snew (cache_seqlens itself is not changed).
+    k_new [B, Hk, Snew, D], v_new [B, Hk, Snew, Dv]: written into the caches in place at
+    cache_seqlens[b] before attending; the length attended to is then cache_seqlens[b] + Snew
+    (cache_seqlens itself is not changed).
     Returns out [B, Hq, Sq, Dv]; with return_lse also lse [B, Hq, Sq].
 
     causal is aligned bottom-right: the last query is the last position.  mask and bias broadcast to
-    [B, Hq, Sq, Smax] (max_pages * page_size when paged).  num_splits: a hint, 0 lets the backend choose how many parts of
-    the keys are worked on at a time; it never changes the meaning.  Other arguments and errors: as `attention`.
+    [B, Hq, Sq, Smax] (max_pages * page_size when paged).  num_splits: a hint, 0 lets the backend
+    choose how many parts of the keys are worked on at a time; it never changes the meaning.  Other
+    arguments and errors: as `attention`.
 
-    NotImplementedError where a gradient is required: use `attention_varlen`.  On CPU a length or page out of range is a
-    ValueError; on GPU these values are not read back (it would cost a device sync), they are the caller's promise.
+    NotImplementedError where a gradient is required: use `attention_varlen`.  On CPU a length or
+    page out of range is a ValueError; on GPU these values are not read back (it would cost a device
+    sync), they are the caller's promise.
     """
     args = decode_args(
-        q, k_cache, v_cache, cache_seqlens, k_new=k_new, v_new=v_new, block_table=block_table, causal=causal,
+        q, k_cache, v_cache, cache_seqlens, k_new=k_new, v_new=v_new, block_table=block_table,
+        causal=causal,
         window=window, mask=mask, bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink,
         scale=scale, num_splits=num_splits, backend=backend,
     )  # fmt: skip

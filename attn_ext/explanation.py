@@ -33,10 +33,12 @@ class Explanation:
 
 
 def explain(q, k, v, *args, **kwargs) -> Explanation:
-    """Say which backend would serve the call, and each other backend's reasons; nothing is computed.
+    """Say which backend would serve the call, and each other backend's reasons; nothing is
+    computed.
 
-    The arguments are those of `attention`; with cu_seqlens_q= those of `attention_varlen`, and with block_table=, k_new=
-    or cache_seqlens= those of `attention_decode`.  Raises what the call itself would raise for bad arguments.
+    The arguments are those of `attention`; with cu_seqlens_q= those of `attention_varlen`, and with
+    block_table=, k_new= or cache_seqlens= those of `attention_decode`.  Raises what the call itself
+    would raise for bad arguments.
     """
     backend = kwargs.pop("backend", "auto")
     kwargs.pop("return_lse", None)

@@ -1,8 +1,10 @@
-"""The autograd.Functions around a call: a lean one for plain eager mode and a transformable one for torch.func.
+"""The autograd.Functions around a call: a lean one for plain eager mode and a transformable one for
+torch.func.
 
-Both take the twelve tensors of `attn_ext.problem.Call` and one tuple with the rest of the flat op arguments.  vmap folds
-the mapped dimension into the batch: [N, B, H, S, D] -> [N * B, H, S, D]; what does not fold (varlen, caches, a sink or
-slopes per example, dropout, whose mask is keyed on the batch index) runs example by example.
+Both take the twelve tensors of `attn_ext.problem.Call` and one tuple with the rest of the flat op
+arguments.  vmap folds the mapped dimension into the batch: [N, B, H, S, D] -> [N * B, H, S, D];
+what does not fold (varlen, caches, a sink or slopes per example, dropout, whose mask is keyed on
+the batch index) runs example by example.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ _UNFOLDABLE = (8, 9, 10, 11)  # cu_seqlens_q, cu_seqlens_k, seqlens_k, block_tab
 
 def _scatter(needs, results) -> tuple:
     grads: list = [None] * (TENSORS + 1)
-    for index, need, grad in zip(GRADS, needs, results):
+    for index, need, grad in zip(GRADS, needs, results, strict=True):
         if need:
             grads[index] = grad
     return tuple(grads)
 
 
 class EagerAttention(torch.autograd.Function):
-    """The plain eager way: forward(ctx, ...) without setup_context is the cheapest that torch offers in Python."""
+    """The plain eager way: forward(ctx, ...) without setup_context is the cheapest that torch
+    offers in Python.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -92,14 +96,15 @@ def _fold_scores(value, dim, n: int, batch: int, per_example: bool):
 def _foldable(dims, tensors, dropout_p, needs_sink: bool) -> bool:
     if dropout_p > 0 or needs_sink:
         return False
-    return all(tensors[i] is None for i in _UNFOLDABLE) and dims[5] is None and dims[_SINK] is None \
+    shared = dims[5] is None and dims[_SINK] is None
+    return all(tensors[i] is None for i in _UNFOLDABLE) and shared \
         and (tensors[5] is None or tensors[5].dim() == 1)  # fmt: skip
 
 
 def _folded(dims, tensors, n: int, batch: int, per_example_bias: bool) -> tuple:
     q, k, v, mask, bias = tensors[:5]
     return (
-        *(_fold(x, d, n) for x, d in zip((q, k, v), dims)),
+        *(_fold(x, d, n) for x, d in zip((q, k, v), dims[:3], strict=True)),
         _fold_scores(mask, dims[3], n, batch, False),
         _fold_scores(bias, dims[4], n, batch, per_example_bias),
         *tensors[5:],
@@ -111,7 +116,9 @@ def _batch_size(q, dim) -> int:
 
 
 class TransformableAttention(torch.autograd.Function):
-    """The way under torch.func: setup_context apart, a vmap rule, outputs all tensors (empty where absent)."""
+    """The way under torch.func: setup_context apart, a vmap rule, outputs all tensors (empty where
+    absent).
+    """
 
     @staticmethod
     def forward(*inputs):
@@ -151,14 +158,18 @@ class TransformableAttention(torch.autograd.Function):
             )
             return outs, (0,) * 4
         parts = [
-            TransformableAttention.apply(*(_slice(t, d, i) for t, d in zip(tensors, dims)), rest)
+            TransformableAttention.apply(
+                *(_slice(t, d, i) for t, d in zip(tensors, dims, strict=True)), rest
+            )
             for i in range(n)
         ]
-        return tuple(torch.stack(p) for p in zip(*parts)), (0,) * 4
+        return tuple(torch.stack(p) for p in zip(*parts, strict=True)), (0,) * 4
 
 
 class TransformableBackward(torch.autograd.Function):
-    """The gradients as a Function of their own, so that vmap(grad(f)) batches them; no second derivative."""
+    """The gradients as a Function of their own, so that vmap(grad(f)) batches them; no second
+    derivative.
+    """
 
     @staticmethod
     def forward(dout, dlse, out, lse, *inputs):
@@ -185,15 +196,20 @@ class TransformableBackward(torch.autograd.Function):
         if not _foldable(dims, tensors, rest[4], needs[4]):
             parts = [
                 TransformableBackward.apply(
-                    *(_slice(t, d, i) for t, d in zip((*rows, *tensors), (*row_dims, *dims))),
+                    *(
+                        _slice(t, d, i)
+                        for t, d in zip((*rows, *tensors), (*row_dims, *dims), strict=True)
+                    ),
                     rest,
                     needs,
                 )
                 for i in range(n)
             ]
-            return tuple(torch.stack(p) for p in zip(*parts)), (0,) * 5
+            return tuple(torch.stack(p) for p in zip(*parts, strict=True)), (0,) * 5
         batch = _batch_size(tensors[0], dims[0])
-        folded_rows = [None if r is None else _fold(r, d, n) for r, d in zip(rows, row_dims)]
+        folded_rows = [
+            None if r is None else _fold(r, d, n) for r, d in zip(rows, row_dims, strict=True)
+        ]
         folded = _folded(dims, tensors, n, batch, needs[3])
         dq, dk, dv, dbias, dsink = TransformableBackward.apply(*folded_rows, *folded, rest, needs)
         dq, dk, dv = (

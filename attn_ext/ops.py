@@ -1,8 +1,10 @@
-"""The torch.library operators `attn_ext::forward` and `attn_ext::backward`, and the choice of the way to them.
+"""The torch.library operators `attn_ext::forward` and `attn_ext::backward`, and the choice of the
+way to them.
 
-Both take the fields of `attn_ext.problem.Call` flat and in order, then (grad, bias_grad, backend).  scale is None for
-1/sqrt(D).  An absent output is an empty tensor.  `run` takes the cheapest way that is right: straight to the backend in
-plain eager mode, an autograd.Function when a gradient or a functorch transform asks for one, else the dispatcher.
+Both take the fields of `attn_ext.problem.Call` flat and in order, then (grad, bias_grad, backend).
+scale is None for 1/sqrt(D).  An absent output is an empty tensor.  `run` takes the cheapest way
+that is right: straight to the backend in plain eager mode, an autograd.Function when a gradient or
+a functorch transform asks for one, else the dispatcher.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ DOUBLE_BACKWARD = (
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
 )
 FORWARD_AD = (
-    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), attn_ext.reference, or "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), attn_ext.reference, "
+    "or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
 
 _FIELDS = (
@@ -89,7 +91,7 @@ def backward_eager(dout, dlse, out, lse, args: tuple, needs) -> tuple:
             grads = module.backward(call, dout, out, lse, dlse, needs)
     else:
         grads = module.backward(call, dout, out, lse, dlse, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs))
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def _conform(tensor, promised):
@@ -121,7 +123,7 @@ def _backward_outputs(args: tuple, needs) -> tuple:
     q, k, v, bias, sink = (args[i] for i in GRADS)
     dq, dk, dv = (
         empty_like_layout(x, x.shape[-1]) if need else q.new_empty((0,))
-        for x, need in zip((q, k, v), needs)
+        for x, need in zip((q, k, v), needs[:3], strict=True)
     )
     dbias = bias.new_empty(bias.shape) if needs[3] else q.new_empty((0,))
     dsink = sink.new_empty(sink.shape) if needs[4] else q.new_empty((0,))
@@ -129,13 +131,15 @@ def _backward_outputs(args: tuple, needs) -> tuple:
 
 
 def _forward_kernel(*args):
-    return tuple(_conform(t, p) for t, p in zip(forward_eager(args), _forward_outputs(args)))
+    return tuple(
+        _conform(t, p) for t, p in zip(forward_eager(args), _forward_outputs(args), strict=True)
+    )
 
 
 def _backward_kernel(dout, dlse, out, lse, *rest):
     args, needs = rest[:-1], rest[-1]
     grads = backward_eager(dout, dlse, out, lse, args, needs)
-    return tuple(_conform(t, p) for t, p in zip(grads, _backward_outputs(args, needs)))
+    return tuple(_conform(t, p) for t, p in zip(grads, _backward_outputs(args, needs), strict=True))
 
 
 for _device in ("CPU", "CUDA"):
@@ -170,7 +174,7 @@ def _backward(ctx, dout, dlse, dmax_logit, dentropy):
     if dout is None:
         dout = torch.zeros_like(out)
     results = torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *ctx.rest, needs)
-    for index, need, grad in zip(GRADS, needs, results):
+    for index, need, grad in zip(GRADS, needs, results, strict=True):
         if need:
             grads[index] = grad
     return tuple(grads)
@@ -189,7 +193,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_plain(q, k, v) -> bool:
-    """Whether nothing (compiler, dispatch mode, transform, subclass, meta) needs to see this call."""
+    """Whether nothing (compiler, dispatch mode, transform, subclass, meta) needs to see this
+    call.
+    """
     return (
         type(q) in _PLAIN
         and type(k) in _PLAIN
@@ -212,7 +218,9 @@ def wants_grad(q, k, v, bias, sink) -> bool:
 
 
 def run(args: tuple) -> tuple:
-    """(out, lse, max_logit, entropy) of flat op arguments; statistics are None or empty where not asked for."""
+    """(out, lse, max_logit, entropy) of flat op arguments; statistics are None or empty where not
+    asked for.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.attn_ext.forward(*args)
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -1,7 +1,9 @@
 """scaled_dot_product_attention with torch's signature and meaning, on attn_ext's kernels.
 
-query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] with any number of leading dimensions, which broadcast.
-They are folded to the four dimensions [B, H, S, D] of the kernels without copying where strides allow.
+query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] with any number of leading
+dimensions, which broadcast.
+They are folded to the four dimensions [B, H, S, D] of the kernels without copying where strides
+allow.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from attn_ext import validate
-from attn_ext.api import attention
+from attn_ext.api import attention, autocast
 
 
 def scaled_dot_product_attention(
@@ -17,9 +19,11 @@ def scaled_dot_product_attention(
 ):
     """torch.nn.functional.scaled_dot_product_attention: the same arguments, meaning and result.
 
-    query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; leading dimensions broadcast, and
-    there may be none.  attn_mask broadcasts to [..., Hq, L, S]: bool (True = attend) or floating (added, with gradient).
-    is_causal aligns top-left and excludes attn_mask.  scale: 1/sqrt(E) if None.  enable_gqa: Hq may be a multiple of H.
+    query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; leading
+    dimensions broadcast, and there may be none.  attn_mask broadcasts to [..., Hq, L, S]: bool
+    (True = attend) or floating (added, with gradient).
+    is_causal aligns top-left and excludes attn_mask.  scale: 1/sqrt(E) if None.  enable_gqa: Hq may
+    be a multiple of H.
     A row that sees no key is 0.  ValueError or TypeError where torch raises RuntimeError.
     """
     validate.tensor("query", query)
@@ -29,8 +33,15 @@ def scaled_dot_product_attention(
     validate.boolean("enable_gqa", enable_gqa)
     if attn_mask is not None:
         validate.tensor("attn_mask", attn_mask)
+        if attn_mask.dtype not in (torch.bool, *validate.FLOATING):
+            raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
         if is_causal:
             raise ValueError("attn_mask must be None when is_causal=True, got a mask")
+    query, key, value = autocast(query, key, value)
+    validate.same_kind(
+        query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+        ("query", "key", "value"),
+    )  # fmt: skip
     batch = _batch_shape(query, key, value, enable_gqa)
     heads = batch[-1] if batch else 1
     query4, key4, value4 = (
@@ -55,20 +66,24 @@ def _batch_shape(query, key, value, enable_gqa: bool) -> tuple:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(
-                f"{name} must have at least 2 dimensions [..., S, E], got shape {tuple(tensor.shape)}"
+                f"{name} must have at least 2 dimensions, got shape {tuple(tensor.shape)}"
             )
         shapes.append(tuple(tensor.shape[:-2]))
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have query's E {query.shape[-1]}, got {key.shape[-1]}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"value must have key's S {key.shape[-2]}, got {value.shape[-2]}")
     if enable_gqa:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dim() < 3:
                 raise ValueError(
-                    f"{name} must have 3 dimensions with enable_gqa, got shape {tuple(tensor.shape)}"
+                    f"{name} must have 3 dimensions (enable_gqa), got shape {tuple(tensor.shape)}"
                 )
         heads, heads_k, heads_v = (shape[-1] for shape in shapes)
         if heads_k != heads_v or heads_k == 0 or heads % heads_k != 0:
             raise ValueError(
-                f"enable_gqa needs query's heads to be a multiple of key's and value's, got {heads}, "
-                f"{heads_k} and {heads_v}"
+                "enable_gqa needs query's heads to be a multiple of key's and value's, "
+                f"got {heads}, {heads_k} and {heads_v}"
             )
         shapes = [shapes[0], (*shapes[1][:-1], heads), (*shapes[2][:-1], heads)]
     if shapes[0] == shapes[1] == shapes[2]:
@@ -83,7 +98,9 @@ def _batch_shape(query, key, value, enable_gqa: bool) -> tuple:
 
 
 def _kv_heads(key, value, batch: tuple) -> int:
-    """Heads that key and value keep: fewer than the result's where both have the same smaller number."""
+    """Heads that key and value keep: fewer than the result's where both have the same smaller
+    number.
+    """
     if not batch:
         return 1
     heads_k = key.shape[-3] if key.dim() > 2 else 1
@@ -108,10 +125,13 @@ def _fold(tensor, batch: tuple, heads: int):
 
 
 def _fold_mask(mask, batch: tuple, seqlen_q, seqlen_k):
-    """attn_mask as up to 4 dimensions, expanded over leading dimensions only where they are folded."""
+    """attn_mask as up to 4 dimensions, expanded over leading dimensions only where they are
+    folded.
+    """
     full = (*batch, seqlen_q, seqlen_k)
     if mask.dim() > len(full) or any(
-        size not in (1, want) for size, want in zip(reversed(mask.shape), reversed(full))
+        size not in (1, want)
+        for size, want in zip(reversed(mask.shape), reversed(full), strict=False)
     ):
         raise ValueError(
             f"attn_mask must be broadcastable to {full}, got shape {tuple(mask.shape)}"

@@ -1,12 +1,15 @@
-"""Checks of what a user passes, before any pointer is used.  Each message gives the argument, the rule and the value.
+"""Checks of what a user passes, before any pointer is used.  Each message gives the argument, the
+rule and the value.
 
-`dense`, `varlen` and `decode` check types, dtypes, devices and shapes only (they work on fake and symbolic tensors) and
-return the canonical (align, window_left, window_right); `values` reads cu_seqlens, lengths and page numbers on the CPU.
+`dense`, `varlen` and `decode` check types, dtypes, devices and shapes only (they work on fake and
+symbolic tensors) and return the canonical (align, window_left, window_right); `values` reads
+cu_seqlens, lengths and page numbers on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -37,7 +40,9 @@ def boolean(name: str, value) -> None:
 
 
 def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
-    """TypeError unless `value` is an int or float; ValueError unless it is finite and within [low, high]."""
+    """TypeError unless `value` is an int or float; ValueError unless it is finite and within [low,
+    high].
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     if not (low <= value <= high) or value in (math.inf, -math.inf):
@@ -139,7 +144,7 @@ def dense(
 ) -> tuple:  # fmt: skip
     """Check a dense call; return (align, window_left, window_right)."""
     canonical = options(causal, left, right, softcap, dropout_p, scale, deterministic, backend)
-    for name, shape in zip(names, (q_shape, k_shape, v_shape)):
+    for name, shape in zip(names, (q_shape, k_shape, v_shape), strict=True):
         if len(shape) != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [B, H, S, D], got shape {tuple(shape)}"
@@ -187,7 +192,7 @@ def scores(
     shape = value.shape
     if len(shape) > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got shape {tuple(shape)}")
-    for size, want in zip(reversed(shape), reversed(full)):
+    for size, want in zip(reversed(shape), reversed(full), strict=False):
         if size != want and size != 1:
             raise ValueError(f"{name} must be broadcastable to {full}, got shape {tuple(shape)}")
     return value if len(shape) == 4 else value[(None,) * (4 - len(shape))]
@@ -267,7 +272,7 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *scalars) -> tuple:
 def decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table) -> None:
     """Check q [B, Hq, Sq, D] against a contiguous or paged cache."""
     names = ("q", "k_cache", "v_cache")
-    for name, value in zip(names, (q, k_cache, v_cache)):
+    for name, value in zip(names, (q, k_cache, v_cache), strict=False):
         if value.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(value.shape)}")
     same_kind(
@@ -311,7 +316,8 @@ def new_rows(name: str, new, cache, q, cache_name: str) -> None:
     want = (q.shape[0], cache.shape[1], cache.shape[3])
     if new.dim() != 4 or (new.shape[0], new.shape[1], new.shape[3]) != want:
         raise ValueError(
-            f"{name} must have shape [{want[0]}, {want[1]}, Snew, {want[2]}], got {tuple(new.shape)}"
+            f"{name} must have shape [{want[0]}, {want[1]}, Snew, {want[2]}], "
+            f"got {tuple(new.shape)}"
         )
     if new.dtype != cache.dtype:
         raise TypeError(f"{name} must have {cache_name}'s dtype {cache.dtype}, got {new.dtype}")
@@ -322,11 +328,13 @@ def new_rows(name: str, new, cache, q, cache_name: str) -> None:
 
 
 def cumulative(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
-    """Check the values of cu_seqlens (CPU): from 0, never falling, at most `total`.  Returns the lengths."""
+    """Check the values of cu_seqlens (CPU): from 0, never falling, at most `total`.  Returns the
+    lengths.
+    """
     ends = cu_seqlens.tolist()
     if ends[0] != 0:
         raise ValueError(f"{name} must start at 0, got {ends[0]}")
-    lengths = [b - a for a, b in zip(ends, ends[1:])]
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
     for index, length in enumerate(lengths):
         if length < 0:
             raise ValueError(
@@ -351,8 +359,10 @@ def lengths(name: str, seqlens: torch.Tensor, capacity: int, extra: int = 0) -> 
 
 
 def pages(block_table: torch.Tensor, used: list[int], page_size: int, num_pages: int) -> None:
-    """Check the page numbers (CPU) that the used lengths reach; entries beyond them are never read."""
-    for row, length in zip(block_table.tolist(), used):
+    """Check the page numbers (CPU) that the used lengths reach; entries beyond them are never
+    read.
+    """
+    for row, length in zip(block_table.tolist(), used, strict=False):
         for page in row[: -(-length // page_size)]:
             if not 0 <= page < num_pages:
                 raise ValueError(
@@ -361,7 +371,9 @@ def pages(block_table: torch.Tensor, used: list[int], page_size: int, num_pages:
 
 
 def values(call) -> None:
-    """Check the values that a kernel takes for addresses, where reading them costs no device sync (CPU)."""
+    """Check the values that a kernel takes for addresses, where reading them costs no device sync
+    (CPU).
+    """
     if call.q.device.type != "cpu":
         return
     if call.cu_seqlens_q is not None:

@@ -7,8 +7,9 @@ A backend is a module with
     forward(call) -> (out, lse, max_logit | None, entropy | None)
     backward(call, dout, out, lse, dlse | None, needs) -> (dq, dk, dv, dbias | None, dsink | None)
 
-`needs` is five bools (q, k, v, bias, sink); a gradient not needed may be None.  `out` has the strides that
-`attn_ext.problem.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q] for varlen.  Backends never import each other.
+`needs` is five bools (q, k, v, bias, sink); a gradient not needed may be None.  `out` has the
+strides that `attn_ext.problem.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q] for
+varlen.  Backends never import each other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 def get(name: str) -> ModuleType:
     """The backend module called `name`; ValueError for an unknown one."""
     if name not in ORDER:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}, got {name!r}")
+        names = ", ".join(map(repr, ORDER))
+        raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
     if importlib.util.find_spec(f"attn_ext.backends.{name}") is None:
         missing = f"the {name} backend is not part of this version of attn_ext"
         return SimpleNamespace(available=lambda: missing, unsupported=lambda problem: [missing])
@@ -44,7 +46,10 @@ def reasons(name: str, problem: Problem) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def select(name: str, problem: Problem) -> str:
-    """The backend that serves `problem`: the first able one for "auto", else `name` itself or NotImplementedError."""
+    """The backend that serves `problem`: the first able one for "auto", else `name` itself.
+
+    NotImplementedError, with every reason, where there is none.
+    """
     if name != "auto":
         why = reasons(name, problem)
         if why:
@@ -61,7 +66,7 @@ class _Registry(ModuleType):
     """Makes `attn_ext.backends()` a call while `attn_ext.backends` stays the package."""
 
     def __call__(self) -> dict[str, str]:
-        """Each backend's name, with "" where it can run on this machine, else the reason and the remedy."""
+        """Each backend's name, with "" where it runs on this machine, else reason and remedy."""
         return {name: get(name).available() for name in ORDER}
 
 

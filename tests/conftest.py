@@ -1,0 +1,49 @@
+"""Fixtures: the backends of this machine (tests never name one), seeds, and the hypothesis
+profile.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+import attn_ext
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.register_profile("explore", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "ci"))
+
+# (backend, device) pairs that run here.  Triton without a GPU has interpreter processes of its own.
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu",)}
+AVAILABLE = [
+    (name, device)
+    for name, missing in attn_ext.backends().items()
+    if not missing
+    for device in DEVICES[name]
+    if device == "cpu" or torch.cuda.is_available()
+]
+
+
+@pytest.fixture(params=AVAILABLE, ids=lambda pair: pair[0])
+def backend_and_device(request):
+    """Each backend of this machine and the device it works on."""
+    return request.param
+
+
+@pytest.fixture
+def backend(backend_and_device):
+    """Name of a backend that is available on this machine."""
+    return backend_and_device[0]
+
+
+@pytest.fixture
+def device(backend_and_device):
+    """The device that `backend` works on."""
+    return backend_and_device[1]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random inputs in every run and order of tests."""
+    torch.manual_seed(20240607)

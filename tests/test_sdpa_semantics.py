@@ -1,0 +1,155 @@
+"""scaled_dot_product_attention means what torch.nn.functional.scaled_dot_product_attention means.
+
+Compared with torch's math path in float64, values and gradients, so that a difference is one of
+meaning.
+"""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attn_ext
+
+SHAPES = {  # query, key, value
+    "2d": ((5, 8), (7, 8), (7, 6)),
+    "3d": ((3, 5, 8), (3, 7, 8), (3, 7, 6)),
+    "4d": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)),
+    "5d": ((2, 2, 3, 5, 8), (2, 2, 3, 7, 8), (2, 2, 3, 7, 6)),
+    "batch_broadcast": ((2, 3, 5, 8), (1, 3, 7, 8), (1, 3, 7, 6)),
+    "query_broadcast": ((1, 1, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)),
+    "heads_broadcast": ((2, 3, 5, 8), (2, 1, 7, 8), (2, 1, 7, 6)),
+    "value_heads_broadcast": ((2, 3, 5, 8), (2, 1, 7, 8), (2, 3, 7, 6)),
+    "ranks_differ": ((2, 3, 5, 8), (7, 8), (3, 7, 6)),
+    "5d_broadcast": ((2, 1, 3, 5, 8), (1, 4, 1, 7, 8), (3, 7, 6)),
+    "batch_0": ((0, 3, 5, 8), (0, 3, 7, 8), (0, 3, 7, 6)),
+    "no_keys": ((2, 3, 5, 8), (2, 3, 0, 8), (2, 3, 0, 6)),
+    "square": ((2, 3, 7, 8), (2, 3, 7, 8), (2, 3, 7, 6)),
+}
+
+
+def both(shapes, grad=True, mask=None, **options):
+    """(ours, torch's): lists of the output and the gradients of query, key, value and a float
+    mask.
+    """
+    leaves = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    weight = None
+    results = []
+    for function in (attn_ext.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        tensors = [x.clone().requires_grad_(grad) for x in leaves]
+        held = None if mask is None else mask.clone()
+        if held is not None and held.is_floating_point():
+            held.requires_grad_(grad)
+            tensors.append(held)
+        with sdpa_kernel(SDPBackend.MATH):
+            out = function(*tensors[:3], attn_mask=held, **options)
+        weight = torch.randn_like(out) if weight is None else weight
+        results.append(
+            [out, *torch.autograd.grad((out * weight).sum(), tensors)] if grad else [out]
+        )
+    return results
+
+
+def same(results):
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv", "dmask"), *results, strict=False):
+        assert ours.shape == theirs.shape, name
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape):
+    """Leading dimensions folded in another order than torch broadcasts them."""
+    same(both(SHAPES[shape]))
+
+
+@pytest.mark.parametrize("shape", ["2d", "3d", "4d", "5d", "square", "5d_broadcast"])
+def test_causal_is_top_left(shape):
+    """Sq != Sk aligned to the wrong corner."""
+    same(both(SHAPES[shape], is_causal=True))
+
+
+MASKS = {  # of shape (2, 2, 3, 5, 7)
+    "2d": (5, 7),
+    "one_row": (1, 7),
+    "one_column": (5, 1),
+    "heads": (3, 1, 7),
+    "batch": (2, 1, 5, 7),
+    "outer_batch": (2, 1, 1, 5, 7),
+    "full": (2, 2, 3, 5, 7),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("floating", [False, True], ids=["bool", "float"])
+def test_masks(mask, floating):
+    """A mask broadcast along another dimension, or a float mask's gradient reduced wrongly."""
+    values = torch.randn(MASKS[mask], dtype=torch.float64)
+    same(both(SHAPES["5d"], mask=values if floating else values > -0.8))
+
+
+def test_mask_keeps_four_dimensions():
+    """A [B, 1, 1, S] padding mask, the commonest one."""
+    same(both(SHAPES["4d"], mask=torch.rand(2, 1, 1, 7) > 0.3))
+
+
+@pytest.mark.parametrize("floating", [False, True], ids=["bool", "float"])
+def test_fully_masked_row_is_zero(floating):
+    """NaN where torch gives 0."""
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    if floating:
+        mask = torch.zeros(5, 7, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    ours, theirs = both(SHAPES["4d"], mask=mask, grad=False)
+    assert (ours[0][:, :, 2] == 0).all()
+    same((ours, theirs))
+
+
+def test_enable_gqa():
+    """Query heads paired with the wrong key heads."""
+    shapes = ((2, 6, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    same(both(shapes, enable_gqa=True))
+    same(both(shapes, enable_gqa=True, is_causal=True, scale=0.3))
+    with pytest.raises(ValueError, match="key"):
+        both(shapes)
+
+
+def test_scale():
+    """scale=0 taken for absent."""
+    same(both(SHAPES["4d"], scale=0.0))
+    same(both(SHAPES["4d"], scale=-1.25))
+
+
+def test_dropout_keeps_the_mean():
+    """Dropped weights that are not made up for, or dropout_p ignored."""
+    q = torch.randn(1, 2, 64, 16)
+    plain = attn_ext.scaled_dot_product_attention(q, q, torch.ones_like(q))
+    dropped = attn_ext.scaled_dot_product_attention(q, q, torch.ones_like(q), dropout_p=0.4)
+    assert not torch.equal(plain, dropped)
+    torch.testing.assert_close(dropped.mean(), torch.tensor(1.0), atol=0.15, rtol=0)
+
+
+def test_signature_is_torchs():
+    """A renamed argument or another default: the function is no drop-in replacement."""
+    ours = inspect.signature(attn_ext.scaled_dot_product_attention).parameters
+    assert [(p.name, p.default) for p in ours.values()] == [
+        ("query", inspect.Parameter.empty), ("key", inspect.Parameter.empty), ("value",
+        inspect.Parameter.empty),
+        ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None),
+        ("enable_gqa", False),
+    ]  # fmt: skip
+
+
+def test_takes_its_place_in_a_torch_model():
+    """nn.MultiheadAttention's own call to SDPA served with another result."""
+    layer = torch.nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    want = layer(x, x, x, need_weights=False)[0]
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attn_ext.scaled_dot_product_attention
+    try:
+        got = layer(x, x, x, need_weights=False)[0]
+    finally:
+        F.scaled_dot_product_attention = original
+    torch.testing.assert_close(got, want)

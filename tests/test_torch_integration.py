@@ -1,0 +1,432 @@
+"""What torch does to a call: opcheck, compile, export, autocast, checkpoint, functorch, fake
+tensors, pickling.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import attn_ext
+from attn_ext.testing import random_call
+
+OPTIONS = {
+    "plain": {},
+    "causal_gqa": dict(causal=True, heads_q=4, heads_k=2),
+    "heads_inner": dict(layout="bshd"),
+    "everything": dict(mask=True, bias="hqk", softcap=2.0, alibi=True, sink=True, stats=True,
+        heads_q=4, heads_k=2),
+    "dropout": dict(dropout_p=0.3),
+    "varlen": dict(seqlens_q=(3, 6, 0), seqlens_k=(5, 4, 2)),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No graph of another test is reused."""
+    torch._dynamo.reset()
+
+
+def op_args(call, backend: str, grad: bool = True) -> tuple:
+    """The flat arguments of torch.ops.attn_ext.forward for `call`."""
+    fields = tuple(getattr(call, name) for name in call.__dataclass_fields__)
+    return (*fields, grad, grad and call.bias is not None, backend)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_opcheck(case, backend, device):
+    """A fake, schema or autograd registration that disagrees with the kernel."""
+    call = random_call(seqlen_q=5, seqlen_k=7, head_dim=8, device=device, **OPTIONS[case])
+    for name in ("q", "k", "v", "bias", "sink"):
+        if getattr(call, name) is not None:
+            getattr(call, name).requires_grad_()
+    torch.library.opcheck(torch.ops.attn_ext.forward.default, op_args(call, backend))
+    with torch.no_grad():
+        args = op_args(call, backend)
+        out, lse, _, _ = torch.ops.attn_ext.forward(*args)
+        needs = [True, True, True, call.bias is not None, call.sink is not None]
+        given = (torch.randn_like(out), torch.randn_like(lse), out, lse, *args, needs)
+        torch.library.opcheck(
+            torch.ops.attn_ext.backward.default,
+            given,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+
+
+def model(q, k, v, bias, sink):
+    """A call with work around it for the compiler, all outputs used."""
+    out, lse = attn_ext.attention(
+        q * 1.5, k, v, causal="bottom_right", bias=bias, sink=sink, softcap=5.0, return_lse=True
+    )
+    return (out.tanh() * 2).sum() + lse.sum()
+
+
+def leaves(seqlen_q=5, seqlen_k=9, device="cpu", dtype=torch.float32):
+    shapes = (
+        (2, 4, seqlen_q, 8),
+        (2, 2, seqlen_k, 8),
+        (2, 2, seqlen_k, 6),
+        (4, seqlen_q, seqlen_k),
+        (4,),
+    )
+    return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_forward_and_backward(compiler):
+    """A graph break, or other gradients compiled than eager."""
+    inputs = leaves()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    got, want = compiled(*inputs), model(*inputs)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_dynamic_shapes():
+    """A size burnt into the graph: each new sequence length compiles again."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for seqlen_q, seqlen_k in ((5, 9), (6, 11), (13, 17)):
+        inputs = leaves(seqlen_q, seqlen_k)
+        got, want = compiled(*inputs), model(*inputs)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs)
+        )
+    assert counter.frame_count == 1
+
+
+def test_compile_varlen_decode_and_sdpa():
+    """A public function that only eager mode can run."""
+    packed = torch.randn(9, 2, 8)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    f = lambda x, c: attn_ext.attention_varlen(x, x, x, c, c, 5, 5, causal=True)  # noqa: E731
+    torch.testing.assert_close(
+        torch.compile(f, fullgraph=True, backend="aot_eager")(packed, cu), f(packed, cu)
+    )
+    x = torch.randn(3, 2, 4, 8)
+    g = lambda x: attn_ext.scaled_dot_product_attention(x, x, x, is_causal=True)  # noqa: E731
+    torch.testing.assert_close(torch.compile(g, fullgraph=True, backend="aot_eager")(x), g(x))
+    lengths = torch.tensor([3, 1, 0], dtype=torch.int32)
+
+    def decode(q, cache, lengths, new):
+        return attn_ext.attention_decode(q, cache, cache, lengths, k_new=new, v_new=new)
+
+    caches = [torch.zeros(3, 2, 8, 8) for _ in range(2)]
+    new = torch.randn(3, 2, 1, 8)
+    want = decode(x[:, :, :1], caches[0], lengths, new)
+    got = torch.compile(decode, fullgraph=True, backend="aot_eager")(
+        x[:, :, :1], caches[1], lengths, new
+    )
+    torch.testing.assert_close(got, want)
+    assert torch.equal(*caches)  # the append happened inside the graph too
+
+
+def test_compile_dropout_draws_anew():
+    """The seed of the dropout mask frozen into the graph."""
+    q = torch.randn(1, 2, 32, 8)
+    f = torch.compile(
+        lambda q: attn_ext.attention(q, q, q, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
+    torch.manual_seed(3)
+    first, second = f(q), f(q)
+    torch.manual_seed(3)
+    assert torch.equal(f(q), first)
+    assert not torch.equal(first, second)
+
+
+class Block(torch.nn.Module):
+    """A module that calls attention, for export, pickling and functional_call."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return attn_ext.attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+
+
+def test_export_save_load():
+    """An exported program that cannot be saved, loaded or run at another batch size."""
+    block, x = Block().eval(), torch.randn(2, 5, 16)
+    dims = {
+        "x": {
+            0: torch.export.Dim("batch", min=1, max=64),
+            1: torch.export.Dim("seq", min=2, max=512),
+        }
+    }
+    program = torch.export.export(block, (x,), dynamic_shapes=dims)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    y = torch.randn(3, 7, 16)
+    torch.testing.assert_close(loaded(y), block(y))
+
+
+def test_modules_copy_and_pickle():
+    """State that cannot leave the process."""
+    block, x = Block(), torch.randn(2, 5, 16)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(twin(x), block(x))
+
+
+def test_autocast_follows_sdpa():
+    """Other dtypes under autocast than torch's own attention, or a kernel whose own arithmetic is
+    autocast.
+    """
+    q, k, v = (torch.randn(2, 2, 9, 16, requires_grad=True) for _ in range(3))
+    bias = torch.randn(9, 9, requires_grad=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            ours = attn_ext.attention(q, k, v, bias=bias)
+            theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        assert ours.dtype == theirs.dtype == dtype
+        grads = torch.autograd.grad(ours.float().sum(), (q, k, v, bias))
+        assert all(g.dtype == torch.float32 for g in grads)
+        plain = attn_ext.attention(*(x.to(dtype) for x in (q, k, v)), bias=bias.to(dtype))
+        assert torch.equal(ours, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = attn_ext.attention(q.bfloat16(), k, v)  # unequal dtypes meet in autocast's
+        wide = attn_ext.attention(q.double(), k.double(), v.double())
+    assert half.dtype == torch.bfloat16
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    """Recomputation draws another dropout mask, or loses a gradient."""
+    q = torch.randn(1, 2, 33, 8, requires_grad=True)
+
+    def block(q):
+        return attn_ext.attention(q.sin(), q, q, dropout_p=0.4, causal=True).square()
+
+    torch.manual_seed(2)
+    want = torch.autograd.grad(block(q).sum(), q)[0]
+    torch.manual_seed(2)
+    got = (
+        torch.autograd.grad(checkpoint(block, q, use_reentrant=reentrant).sum(), q)[0]
+        if not reentrant
+        else None
+    )
+    if reentrant:  # the reentrant way supports .backward() only
+        checkpoint(block, q, use_reentrant=True).sum().backward()
+        got = q.grad
+    torch.testing.assert_close(got, want)
+
+
+def test_selective_checkpoint():
+    """A policy cannot name the op, so that attention is always recomputed."""
+    seen = []
+
+    def policy(ctx, op, *args, **kwargs):
+        if op is torch.ops.attn_ext.forward.default:
+            seen.append(ctx.is_recompute)
+            return torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+        return torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    q = torch.randn(1, 2, 9, 8, requires_grad=True)
+    block = lambda q: attn_ext.attention(q.sin(), q, q, causal=True).square()  # noqa: E731
+    want = torch.autograd.grad(block(q).sum(), q)[0]
+    out = checkpoint(
+        block,
+        q,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), q)[0], want)
+    assert seen[0] is False
+
+
+def test_gradcheck(backend, device):
+    """A gradient, the one through LSE included, that finite differences do not confirm."""
+    inputs = leaves(3, 4, device, torch.float64)
+
+    def f(q, k, v, bias, sink):
+        return attn_ext.attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            sink=sink,
+            softcap=3.0,
+            causal="top_left",
+            return_lse=True,
+            backend=backend,
+        )
+
+    explained = attn_ext.explain(*inputs[:3], bias=inputs[3], sink=inputs[4])
+    if explained.reasons[backend]:
+        pytest.skip("; ".join(explained.reasons[backend]))
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+def loss(q, k, v, bias):
+    return attn_ext.attention(q, k, v, bias=bias, causal="bottom_right").square().sum()
+
+
+@pytest.mark.parametrize(
+    "mapped", [(0, 0, 0, 0), (0, None, None, None), (1, None, 2, None), (None, 0, 0, 1)]
+)
+@pytest.mark.parametrize("bias_shape", [(2, 3, 5, 7), (1, 3, 1, 7), (5, 7)], ids=str)
+def test_vmap_and_per_example_gradients(mapped, bias_shape):
+    """A mapped dimension folded into the wrong place, or a shared bias whose gradient is summed
+    over examples.
+    """
+    n, shapes = 4, ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), bias_shape)
+    inputs = [
+        torch.randn(s if d is None else (*s[:d], n, *s[d:]))
+        for s, d in zip(shapes, mapped, strict=True)
+    ]
+    examples = [
+        [x if d is None else x.select(d, i) for x, d in zip(inputs, mapped, strict=True)]
+        for i in range(n)
+    ]
+    per_example = grad(loss, argnums=(0, 1, 2, 3))
+    got, want = vmap(loss, in_dims=mapped)(*inputs), torch.stack([loss(*e) for e in examples])
+    torch.testing.assert_close(got, want)
+    got, want = vmap(per_example, in_dims=mapped)(*inputs), [per_example(*e) for e in examples]
+    for a, b in zip(got, zip(*want, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+    total = grad(lambda *xs: vmap(loss, in_dims=mapped)(*xs).sum(), argnums=(0, 1, 2, 3))(*inputs)
+    for a, b, dim in zip(total, zip(*want, strict=True), mapped, strict=True):
+        torch.testing.assert_close(a, torch.stack(b).sum(0) if dim is None else torch.stack(b, dim))
+
+
+def test_vmap_of_what_does_not_fold():
+    """A sink per example, varlen or nested maps, which run example by example."""
+    q, sinks = torch.randn(3, 1, 2, 4, 8), torch.randn(3, 2)
+    f = lambda q, s: attn_ext.attention(q, q, q, sink=s).square().sum()  # noqa: E731
+    want = [grad(f, argnums=(0, 1))(a, b) for a, b in zip(q, sinks, strict=True)]
+    got = vmap(grad(f, argnums=(0, 1)))(q, sinks)
+    for a, b in zip(got, zip(*want, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+    cu = torch.tensor([0, 1, 4], dtype=torch.int32)
+    packed = torch.randn(3, 4, 2, 8)
+    g = lambda x: attn_ext.attention_varlen(x, x, x, cu, cu, 3, 3, causal=True)  # noqa: E731
+    torch.testing.assert_close(vmap(g)(packed), torch.stack([g(x) for x in packed]))
+    nested = torch.randn(2, 3, 1, 2, 4, 8)
+    h = lambda x: attn_ext.attention(x, x, x)  # noqa: E731
+    torch.testing.assert_close(vmap(vmap(h))(nested), h(nested.flatten(0, 2)).view_as(nested))
+
+
+def test_vmap_randomness():
+    """randomness='different' giving one mask to every example, or 'same' giving several."""
+    q = torch.randn(1, 2, 32, 8).expand(3, 1, 2, 32, 8)
+    f = lambda q: attn_ext.attention(q, q, q, dropout_p=0.5)  # noqa: E731
+    different = vmap(f, randomness="different")(q)
+    assert not torch.equal(different[0], different[1])
+    same = vmap(f, randomness="same")(q)
+    assert torch.equal(same[0], same[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(f)(q)
+
+
+def test_func_over_a_module():
+    """torch.func.grad through functional_call, vjp and jacrev."""
+    block, x = Block(), torch.randn(2, 5, 16)
+    params = dict(block.named_parameters())
+    got = grad(lambda p: functional_call(block, p, (x,)).square().sum())(params)
+    want = torch.autograd.grad(block(x).square().sum(), list(params.values()))
+    torch.testing.assert_close(list(got.values()), list(want))
+    q = torch.randn(1, 1, 3, 4)
+    f = lambda q: attn_ext.attention(q, q, q)  # noqa: E731
+    out, pull = vjp(f, q)
+    torch.testing.assert_close(jacrev(f)(q).flatten(4).sum(-1).shape, q.shape)
+    torch.testing.assert_close(pull(torch.ones_like(out))[0], jacrev(f)(q).sum((0, 1, 2, 3)))
+
+
+def test_double_backward_refuses():
+    """A second derivative that is silently wrong."""
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    first = torch.autograd.grad(attn_ext.attention(q, q, q).square().sum(), q, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="double backward"):
+        first.sum().backward()
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad(lambda q: grad(lambda q: attn_ext.attention(q, q, q).square().sum())(q).sum())(
+            q.detach()
+        )
+
+
+def test_double_backward_of_the_op_refuses():
+    """The dispatcher's way to the second derivative is silently wrong."""
+    call = random_call(seqlen_q=4, head_dim=8)
+    call.q.requires_grad_()
+    out = torch.ops.attn_ext.forward(*op_args(call, "auto"))[0]
+    first = torch.autograd.grad(out.square().sum(), call.q, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="double backward"):
+        first.sum().backward()
+
+
+def test_forward_mode_refuses():
+    """Tangents silently dropped."""
+    q = torch.randn(1, 1, 4, 8)
+    f = lambda q: attn_ext.attention(q, q, q)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        jvp(f, (q,), (torch.ones_like(q),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            f(dual)
+
+
+def test_fake_and_meta_tensors():
+    """Shapes, strides or dtypes that differ without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call = random_call(
+        seqlen_q=5, seqlen_k=7, head_dim=8, head_dim_v=6, layout="bshd", dtype=torch.bfloat16
+    )
+    real = attn_ext.attention(call.q, call.k, call.v, return_lse=True, return_stats=True)
+    real = (real[0], real[1], *real[2][1:])
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (call.q, call.k, call.v)]
+        fake = attn_ext.attention(*fakes, return_lse=True, return_stats=True)
+    metas = [x.to("meta") for x in (call.q, call.k, call.v)]
+    meta = attn_ext.attention(*metas, return_lse=True, return_stats=True)
+    for other in (fake, meta):
+        for a, b in zip(real, (other[0], other[1], *other[2][1:]), strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_saved_tensors_are_guarded():
+    """A gradient computed from a q that was changed in place after the forward."""
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    x = q * 1.0
+    out = attn_ext.attention(x, x, x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_only_needed_gradients():
+    """A frozen input gets a gradient, or an unused LSE spoils the backward."""
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    k.requires_grad_()
+    out, lse = attn_ext.attention(q, k, v, return_lse=True)
+    lse.sum().backward(retain_graph=True)  # out is unused
+    from_lse = k.grad.clone()
+    k.grad = None
+    out.sum().backward()
+    assert q.grad is None and v.grad is None
+    assert not torch.equal(from_lse, k.grad)
+    scores = q @ k.detach().transpose(-1, -2).requires_grad_() * 8**-0.5
+    want = (
+        torch.autograd.grad(scores.logsumexp(-1).sum(), scores)[0].transpose(-1, -2) @ q * 8**-0.5
+    )
+    torch.testing.assert_close(from_lse, want)
+
+
+def test_inference_mode():
+    """Tensors made under inference_mode refused."""
+    with torch.inference_mode():
+        q = torch.randn(1, 2, 5, 8)
+        assert attn_ext.attention(q, q, q).is_inference()

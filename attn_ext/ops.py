@@ -22,7 +22,7 @@ DOUBLE_BACKWARD = (
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
 )
 FORWARD_AD = (
-    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), attn_ext.reference, "
+    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), attn_ext.reference "
     "or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
 

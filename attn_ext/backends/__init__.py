@@ -2,7 +2,7 @@
 
 A backend is a module with
 
-    available() -> str                     "" when it can run on this machine, else the reason and the remedy
+    available() -> str                     "" when it can run here, else the reason and the remedy
     unsupported(problem) -> list[str]      empty when it can serve `problem`, else every reason
     forward(call) -> (out, lse, max_logit | None, entropy | None)
     backward(call, dout, out, lse, dlse | None, needs) -> (dq, dk, dv, dbias | None, dsink | None)

@@ -24,7 +24,7 @@ $(VENV)/installed.done: $(VENV)/torch.done $(SOURCES)
 	touch $@
 
 test: $(VENV)/installed.done
-	$(PY) -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
 
 demo: $(VENV)/installed.done
 	$(PY) examples/text_classifier.py --text "$(TEXT)"

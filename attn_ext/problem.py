@@ -1,6 +1,8 @@
-"""What is asked of a backend: `Problem` says it without data (for dispatch and `explain`), `Call` carries the tensors.
+"""What is asked of a backend: `Problem` says it without data (for dispatch and `explain`), `Call`
+carries the tensors.
 
-Both hold the canonical form that `attn_ext.api` makes of the user's arguments: causal is `window_right = 0`, windows are
+Both hold the canonical form that `attn_ext.api` makes of the user's arguments: causal is
+`window_right = 0`, windows are
 inclusive and relative to the aligned diagonal, -1 is an unbounded side.
 """
 
@@ -18,8 +20,10 @@ UNBOUNDED = -1
 class Call:
     """One attention call in canonical form.
 
-    Dense: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv].  Varlen (cu_seqlens given): q [total_q, Hq, D],
-    k [total_k, Hk, D], v [total_k, Hk, Dv].  Paged (block_table given): k [pages, Hk, page_size, D], v alike.
+    Dense: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv].  Varlen (cu_seqlens given): q
+    [total_q, Hq, D],
+    k [total_k, Hk, D], v [total_k, Hk, Dv].  Paged (block_table given): k [pages, Hk, page_size,
+    D], v alike.
     """
 
     q: torch.Tensor
@@ -115,10 +119,14 @@ class Problem:
         )
 
 
-def empty_like_layout(q: torch.Tensor, last_dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor of q's shape but for the last dimension, its dimensions in q's memory order.
+def empty_like_layout(
+    q: torch.Tensor, last_dim: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor of q's shape but for the last dimension, its dimensions in q's
+    memory order.
 
-    So a q that is a transposed [B, S, H, D] gives an output whose transpose back is contiguous.  The last dimension is
+    So a q that is a transposed [B, S, H, D] gives an output whose transpose back is contiguous.
+    The last dimension is
     always the innermost.
     """
     dtype = dtype or q.dtype

@@ -1,5 +1,6 @@
-// attn_ext._C: integers and flat structs in, nothing else.  The Python side has validated what the pointers mean
-// (attn_ext/backends/cpu.py); here only what a wrong struct could break is checked.  The GIL is released in every kernel.
+// attn_ext._C: integers and flat structs in, nothing else.  The Python side has validated what the
+// pointers mean (attn_ext/backends/cpu.py); here only what a wrong struct could break is checked.
+// The GIL is released in every kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

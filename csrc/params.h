@@ -1,8 +1,9 @@
-// Plain structs that every native kernel takes.  No torch, no CUDA API: pointers, shapes, strides, flags.
-// Strides are in elements and int64; the last dimension (head_dim, or keys for mask and bias) is described below.
-// Dense:  element (b, h, s, d) of Q at  data + b*stride_b + h*stride_h + s*stride_s + d.
-// Varlen: stride_b = 0 and position s of sequence b is row cu_seqlens[b] + s.
-// Paged K/V: position s of sequence b is row s % page_size of page block_table[b][s / page_size]; stride_b is the page stride.
+// Plain structs that every native kernel takes.  No torch, no CUDA API: pointers, shapes, strides,
+// flags. Strides are in elements and int64; the last dimension (head_dim, or keys for mask and
+// bias) is described below. Dense:  element (b, h, s, d) of Q at  data + b*stride_b + h*stride_h +
+// s*stride_s + d. Varlen: stride_b = 0 and position s of sequence b is row cu_seqlens[b] + s. Paged
+// K/V: position s of sequence b is row s % page_size of page block_table[b][s / page_size];
+// stride_b is the page stride.
 #pragma once
 #include <cstdint>
 
@@ -14,7 +15,8 @@ struct Strides {
   int64_t b = 0, h = 0, s = 0;
 };
 
-// Broadcast dimensions have stride 0.  The key dimension may have any stride (0: broadcast over keys).
+// Broadcast dimensions have stride 0.  The key dimension may have any stride (0: broadcast over
+// keys).
 struct ScoreStrides {
   int64_t b = 0, h = 0, q = 0, k = 0;
 };
@@ -30,7 +32,9 @@ struct Problem {
   Strides q, k, v, o;              // o also describes dense dO after the Python side made it alike
   Strides dout, dq, dk, dv;        // backward only
   ScoreStrides mask, bias, dbias;  // dbias: stride 0 where bias was broadcast (the kernel reduces)
-  int64_t lse_stride_b = 0, lse_stride_h = 0;  // LSE and row statistics [B, Hq, Sq] or [Hq, total_q]; stride of s is 1
+  int64_t lse_stride_b = 0,
+          lse_stride_h =
+              0;  // LSE and row statistics [B, Hq, Sq] or [Hq, total_q]; stride of s is 1
   int64_t block_table_stride = 0, page_size = 0;
   double scale = 1.0, softcap = 0.0, dropout_p = 0.0;
   // Query i sees key j when  i + offset - window_left <= j <= i + offset + window_right,
@@ -39,19 +43,20 @@ struct Problem {
   int32_t bottom_right = 1;
 };
 
-// Null where absent.  LSE, statistics and sink gradients are float, or double when dtype is kFloat64.
+// Null where absent.  LSE, statistics and sink gradients are float, or double when dtype is
+// kFloat64.
 struct Pointers {
   const void *q = nullptr, *k = nullptr, *v = nullptr;
-  const void* mask = nullptr;            // uint8/bool, 1 = attend
-  const void* bias = nullptr;            // bias_dtype
-  const void* alibi_slopes = nullptr;    // float [B or 1, Hq], stride alibi_stride_b
-  const void* sink = nullptr;            // float [Hq]
-  const int64_t* rng_state = nullptr;    // {seed, offset}; needed when dropout_p > 0
+  const void* mask = nullptr;          // uint8/bool, 1 = attend
+  const void* bias = nullptr;          // bias_dtype
+  const void* alibi_slopes = nullptr;  // float [B or 1, Hq], stride alibi_stride_b
+  const void* sink = nullptr;          // float [Hq]
+  const int64_t* rng_state = nullptr;  // {seed, offset}; needed when dropout_p > 0
   const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;  // [B + 1]
   const int32_t* seqlens_k = nullptr;    // [B] used lengths of K/V (decode), else null
   const int32_t* block_table = nullptr;  // [B, max_pages]
   int64_t alibi_stride_b = 0;
-  void *o = nullptr, *lse = nullptr;     // outputs of forward, inputs of backward
+  void *o = nullptr, *lse = nullptr;  // outputs of forward, inputs of backward
   void *max_logit = nullptr, *entropy = nullptr;
   const void *dout = nullptr, *dlse = nullptr;  // dlse: as LSE, null = zero
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dbias = nullptr, *dsink = nullptr;

@@ -1,6 +1,7 @@
-// Dropout bits: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), the same on every
-// device, backend and tile size.  Element (b, h, i, j) takes word j % 4 of the block with counter (j / 4, i, h, b);
-// i and j are positions within the sequence.  It is kept when word >= dropout_threshold(p).
+// Dropout bits: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11),
+// the same on every device, backend and tile size.  Element (b, h, i, j) takes word j % 4 of the
+// block with counter (j / 4, i, h, b); i and j are positions within the sequence.  It is kept when
+// word >= dropout_threshold(p).
 #pragma once
 #include <cstdint>
 
@@ -29,7 +30,8 @@ ATTN_HOST_DEVICE inline PhiloxKey philox_key(int64_t seed, int64_t offset) {
   return {uint32_t(z), uint32_t(z >> 32)};
 }
 
-// Kept iff word >= threshold, so a word survives with probability 1 - floor(p * 2^32) / 2^32.  p = 1 gives 2^32.
+// Kept iff word >= threshold, so a word survives with probability 1 - floor(p * 2^32) / 2^32.  p =
+// 1 gives 2^32.
 ATTN_HOST_DEVICE inline uint64_t dropout_threshold(double p) { return uint64_t(p * 4294967296.0); }
 
 ATTN_HOST_DEVICE inline void philox4x32(PhiloxKey key, const uint32_t counter[4], uint32_t out[4]) {

@@ -1,4 +1,5 @@
-"""Train a small text classifier with attention on real movie-review sentences, then judge a sentence of yours.
+"""Train a small text classifier with attention on real movie-review sentences, then judge a
+sentence of yours.
 
     python examples/text_classifier.py --text "a gorgeous, witty film"
 

@@ -1,4 +1,5 @@
-"""Triton kernels.  They import as `attn_ext.triton_kernels` only: OpenAI's Triton ships a `triton_kernels` of its own."""
+"""Triton kernels.  They import as `attn_ext.triton_kernels` only: OpenAI's Triton ships a
+`triton_kernels` of its own."""
 
 if __name__ != "attn_ext.triton_kernels":
     raise ImportError(

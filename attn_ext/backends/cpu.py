@@ -1,6 +1,8 @@
-"""The C++ SIMD backend (csrc/cpu): every feature, forward and backward, on the best instruction set of the machine.
+"""The C++ SIMD backend (csrc/cpu): every feature, forward and backward, on the best instruction
+set of the machine.
 
-This module checks what a pointer means before it leaves Python: dtype, device, strides.  `attn_ext.api` has validated the
+This module checks what a pointer means before it leaves Python: dtype, device, strides.
+`attn_ext.api` has validated the
 rest.
 """
 
@@ -38,7 +40,8 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is contiguous (its stride is free when it has one element), else a copy."""
+    """x itself when its last dimension is contiguous (its stride is free when it has one element),
+    else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -67,7 +70,8 @@ def _statistics_dtype(call: Call) -> torch.dtype:
 
 
 def _canonical(call: Call) -> dict:
-    """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous in their fixed dtypes."""
+    """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous in
+    their fixed dtypes."""
     statistics = _statistics_dtype(call)
     fixed = {
         "alibi_slopes": torch.float32,
@@ -176,7 +180,8 @@ def forward(call: Call):
 
 
 def backward(call: Call, dout, out, lse, dlse, needs):
-    """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and dtype."""
+    """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
+    dtype."""
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = _statistics_dtype(call)
@@ -186,7 +191,8 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     grads = []
     for x, need in zip((call.q, call.k, call.v), needs, strict=False):
         g = empty_like_layout(x, x.shape[-1]) if need else None
-        # Rows without a task: beyond the sequences of a varlen call, or with no queries or no keys at all.
+        # Rows without a task: beyond the sequences of a varlen call, or with no queries or no keys
+        # at all.
         if need and (varlen or call.max_seqlen_q == 0 or call.max_seqlen_k == 0):
             g.zero_()
         grads.append(g)

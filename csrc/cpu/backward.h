@@ -1,10 +1,12 @@
-// dQ, dK, dV, dBias, dSink by recomputation (FlashAttention-2, Dao 2023), five products a tile pair in one pass:
-//   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),  delta = rowsum(dO * O) - dLSE
-//   dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
-// One task = BLOCK_N keys of one K/V head; it loops over the query heads of the group and their query tiles, and owns its
-// rows of dK and dV.  dQ tiles are shared: each has a ticket, and key blocks add to it in ascending order, so that the
-// result is the same whatever the number of threads.  Tasks are handed out by ascending key block, so a task waits only
-// for tasks that were handed out before it.
+// dQ, dK, dV, dBias, dSink by recomputation (FlashAttention-2, Dao 2023), five products a tile pair
+// in one pass:
+//   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),  delta = rowsum(dO * O)
+//   - dLSE dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
+// One task = BLOCK_N keys of one K/V head; it loops over the query heads of the group and their
+// query tiles, and owns its rows of dK and dV.  dQ tiles are shared: each has a ticket, and key
+// blocks add to it in ascending order, so that the result is the same whatever the number of
+// threads.  Tasks are handed out by ascending key block, so a task waits only for tasks that were
+// handed out before it.
 
 constexpr int64_t kBackwardKeys = 128;  // BLOCK_N; multiple of 4 (dropout words)
 
@@ -27,7 +29,8 @@ class Backward {
     tickets = std::vector<std::atomic<int32_t>>(ptr.dq ? tiles : 0);
     parallel_for(tiles, threads, [&](int64_t tile) { prepare(tile); });
 
-    // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed order.
+    // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed
+    // order.
     const bool by_key = !ptr.dbias || p.dbias.k != 0, by_batch = !ptr.dbias || p.dbias.b != 0,
                by_head = !ptr.dbias || p.dbias.h != 0;
     const int64_t keys = by_key ? n_tiles : 1, batches = by_batch ? p.batch : 1,
@@ -48,8 +51,8 @@ class Backward {
   const Pointers& ptr;
   int threads;
   int64_t group, block_m, m_tiles, n_tiles, d_pad, dv_pad;
-  std::vector<T> delta;  // [B, Hq, m_tiles, block_m]
-  std::vector<T> dQt;    // [B, Hq, m_tiles, D, block_m]
+  std::vector<T> delta;                       // [B, Hq, m_tiles, block_m]
+  std::vector<T> dQt;                         // [B, Hq, m_tiles, D, block_m]
   std::vector<std::atomic<int32_t>> tickets;  // [B, Hq, m_tiles]: the key block that may add next
 
   static int64_t round_up(int64_t n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
@@ -90,8 +93,8 @@ class Backward {
     const Sequence seq(p, ptr, b);
     const int64_t n0 = t * kBackwardKeys, nk = std::min(kBackwardKeys, seq.seqlen_k - n0);
     if (nk <= 0) return;
-    Scratch<T> scratch(kMaxQueries * (p.head_dim + p.head_dim_v + 5 * kBackwardKeys + d_pad +
-                                      dv_pad + 1) +
+    Scratch<T> scratch(kMaxQueries *
+                           (p.head_dim + p.head_dim_v + 5 * kBackwardKeys + d_pad + dv_pad + 1) +
                        kBackwardKeys * (p.head_dim + p.head_dim_v + d_pad + dv_pad) +
                        std::max(p.head_dim, p.head_dim_v) * 2);
     T* K_scratch = scratch.take(kBackwardKeys * p.head_dim);
@@ -169,8 +172,9 @@ class Backward {
     tickets[unit].store(int32_t(t + 1), std::memory_order_release);
   }
 
-  // delta = rowsum(P * dP) - dLSE where one tile holds all keys of the rows.  rowsum(dO * O) is the same but for the
-  // rounding of O to 16 bits, which shows where a row has few keys and dS nearly cancels.
+  // delta = rowsum(P * dP) - dLSE where one tile holds all keys of the rows.  rowsum(dO * O) is the
+  // same but for the rounding of O to 16 bits, which shows where a row has few keys and dS nearly
+  // cancels.
   void exact_delta(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t bm, int64_t nk,
                    const T* lse, const T* kept, const T* S, const T* dP, T* row_delta) const {
     const T ninf = -std::numeric_limits<T>::infinity();
@@ -223,7 +227,8 @@ class Backward {
       for (int64_t q = 0; q < nq; ++q) {
         const T g = dS[j * kMaxQueries + q];
         if (g == T(0)) continue;
-        for (int64_t d = 0; d < p.head_dim; ++d) dq[d * block_m + q] += g * K.data[j * K.stride + d];
+        for (int64_t d = 0; d < p.head_dim; ++d)
+          dq[d * block_m + q] += g * K.data[j * K.stride + d];
       }
   }
 

@@ -1,4 +1,5 @@
-// Storage types <-> compute type.  Rows of float16, bfloat16 and float32 are computed in float, float64 in double.
+// Storage types <-> compute type.  Rows of float16, bfloat16 and float32 are computed in float,
+// float64 in double.
 #pragma once
 #include <cstdint>
 #include <cstring>

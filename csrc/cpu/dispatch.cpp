@@ -9,8 +9,8 @@
 
 namespace attn::cpu {
 
-#define ATTN_DECLARE(ISA)                                              \
-  namespace ISA {                                                      \
+#define ATTN_DECLARE(ISA)                                            \
+  namespace ISA {                                                    \
   void forward(const Problem& p, const Pointers& ptr, int threads);  \
   void backward(const Problem& p, const Pointers& ptr, int threads); \
   }
@@ -36,9 +36,9 @@ const std::vector<Isa>& isas() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", avx2::forward, avx2::backward, has_avx2});
     list.push_back({"avx512", avx512::forward, avx512::backward, has_avx512});
 #endif

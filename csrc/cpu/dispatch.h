@@ -1,4 +1,5 @@
-// The CPU backend's entry points: the kernels of the best ISA of this machine, or of the one that was asked for.
+// The CPU backend's entry points: the kernels of the best ISA of this machine, or of the one that
+// was asked for.
 #pragma once
 #include <string>
 #include <vector>
@@ -12,7 +13,8 @@ void backward(const Problem& p, const Pointers& ptr, int threads);
 
 std::vector<std::string> supported_isas();  // of this machine, best last
 std::string isa();                          // the one in use
-// Throws std::invalid_argument for a name that is unknown or that this machine lacks; "" is the best one.
+// Throws std::invalid_argument for a name that is unknown or that this machine lacks; "" is the
+// best one.
 void set_isa(const std::string& name);
 
 }  // namespace attn::cpu

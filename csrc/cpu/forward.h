@@ -1,19 +1,23 @@
-// O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on vector registers.
-// One task = BLOCK_M queries of one head, or a share of its keys when tasks are few (split-KV, combined afterwards in
-// fixed order).  All tiles are transposed, queries in lanes: row maximum and sum are vertical operations.
+// O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on
+// vector registers. One task = BLOCK_M queries of one head, or a share of its keys when tasks are
+// few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
+// row maximum and sum are vertical operations.
 
 constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 4 (dropout words)
 
 // The running state of a tile's queries.
 template <class T>
 struct SoftmaxState {
-  T *O;         // [Dv][kMaxQueries], unnormalised
-  T *max;       // [kMaxQueries] largest logit
-  T *sum;       // [kMaxQueries] sum of exp(s - max)
-  T *weighted;  // [kMaxQueries] sum of exp(s - max) * (s - max)
+  T* O;         // [Dv][kMaxQueries], unnormalised
+  T* max;       // [kMaxQueries] largest logit
+  T* sum;       // [kMaxQueries] sum of exp(s - max)
+  T* weighted;  // [kMaxQueries] sum of exp(s - max) * (s - max)
   static int64_t size(int64_t dv) { return (dv + 3) * kMaxQueries; }
   SoftmaxState(T* base, int64_t dv)
-      : O(base), max(base + dv * kMaxQueries), sum(max + kMaxQueries), weighted(sum + kMaxQueries) {}
+      : O(base),
+        max(base + dv * kMaxQueries),
+        sum(max + kMaxQueries),
+        weighted(sum + kMaxQueries) {}
   void clear(int64_t dv) {
     std::fill(O, max, T(0));
     std::fill(max, sum, -std::numeric_limits<T>::infinity());
@@ -27,14 +31,14 @@ class Forward {
  public:
   Forward(const Problem& problem, const Pointers& pointers, int threads)
       : p(problem), ptr(pointers), threads(threads) {
-    block_m = p.seqlen_q < kMaxQueries
-                  ? (p.seqlen_q + kLanes<T> - 1) / kLanes<T> * kLanes<T>
-                  : int64_t(kMaxQueries);
+    block_m = p.seqlen_q < kMaxQueries ? (p.seqlen_q + kLanes<T> - 1) / kLanes<T> * kLanes<T>
+                                       : int64_t(kMaxQueries);
     m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
     const int64_t tasks = p.batch * p.heads_q * m_tiles;
     const int64_t n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
-    splits = tasks == 0 || tasks >= 16 ? 1 : std::min<int64_t>((16 + tasks - 1) / tasks, n_tiles / 2);
+    splits =
+        tasks == 0 || tasks >= 16 ? 1 : std::min<int64_t>((16 + tasks - 1) / tasks, n_tiles / 2);
     splits = std::max<int64_t>(splits, 1);
   }
 
@@ -45,9 +49,9 @@ class Forward {
     parallel_for(units * splits, threads, [&](int64_t task) {
       const int64_t unit = longest_first(task / splits, units), split = task % splits;
       Scratch<T> scratch(scratch_size() + state);
-      SoftmaxState<T> s(splits > 1 ? partial.data() + (unit * splits + split) * state
-                                   : scratch.take(state),
-                        p.head_dim_v);
+      SoftmaxState<T> s(
+          splits > 1 ? partial.data() + (unit * splits + split) * state : scratch.take(state),
+          p.head_dim_v);
       attend(unit, split, s, scratch);
       if (splits == 1) finish(unit, s);
     });
@@ -55,8 +59,7 @@ class Forward {
     parallel_for(units, threads, [&](int64_t unit) {
       SoftmaxState<T> first(partial.data() + unit * splits * state, p.head_dim_v);
       for (int64_t i = 1; i < splits; ++i)
-        merge(first,
-              SoftmaxState<T>(partial.data() + (unit * splits + i) * state, p.head_dim_v));
+        merge(first, SoftmaxState<T>(partial.data() + (unit * splits + i) * state, p.head_dim_v));
       finish(unit, first);
     });
   }
@@ -116,8 +119,8 @@ class Forward {
       if (tile.partial(n0, nk) && !all_finite(V, nk, p.head_dim_v))
         add_visible(V, S, nk, nq, state.O);
       else
-        gemm<T>(p.head_dim_v, tile.bm, nk, V.data, 1, V.stride, S, kMaxQueries, state.O, kMaxQueries,
-                true);
+        gemm<T>(p.head_dim_v, tile.bm, nk, V.data, 1, V.stride, S, kMaxQueries, state.O,
+                kMaxQueries, true);
     }
   }
 
@@ -177,8 +180,8 @@ class Forward {
       const T shift_a = a.max[q] == ninf ? T(0) : a.max[q] - base;
       const T shift_b = b.max[q] == ninf ? T(0) : b.max[q] - base;
       const T wa = std::exp(shift_a), wb = std::exp(shift_b);
-      a.weighted[q] = wa * (a.weighted[q] + shift_a * a.sum[q]) +
-                      wb * (b.weighted[q] + shift_b * b.sum[q]);
+      a.weighted[q] =
+          wa * (a.weighted[q] + shift_a * a.sum[q]) + wb * (b.weighted[q] + shift_b * b.sum[q]);
       a.sum[q] = wa * a.sum[q] + wb * b.sum[q];
       a.max[q] = top;
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
@@ -213,9 +216,9 @@ class Forward {
       }
       for (int64_t d = 0; d < p.head_dim_v; ++d)
         row[d] = empty ? T(0) : state.O[d * kMaxQueries + q] * inverse;
-      store_row<T>(p.dtype, row, p.head_dim_v,
-                   static_cast<char*>(ptr.o) +
-                       seq.q_offset(p.o, h, m0 + q) * int64_t(dtype_size(p.dtype)));
+      store_row<T>(
+          p.dtype, row, p.head_dim_v,
+          static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0 + q) * int64_t(dtype_size(p.dtype)));
       const int64_t at = seq.lse_offset(h, m0 + q);
       static_cast<T*>(ptr.lse)[at] = nan ? sum : lse;
       if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = nan ? sum : top;

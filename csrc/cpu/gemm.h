@@ -1,8 +1,11 @@
-// The one product of this backend:  C[r][q] (+)= sum_k A(r, k) * B[k][q],  scalars of A broadcast against rows of B.
+// The one product of this backend:  C[r][q] (+)= sum_k A(r, k) * B[k][q],  scalars of A broadcast
+// against rows of B.
 //   forward   S^T[key][query]   = K[key][d]    * Q^T[d][query]
 //             O^T[dv][query]   += V^T[dv][key] * P^T[key][query]
-//   backward  dP^T[key][query]  = V * dO^T,   dV[key][dv] += P^T * dO,   dK[key][d] += dS^T * Q,   dQ^T[d][query] += K^T * dS^T
-// A is read where it lies (any strides), exactly `rows` x `depth` of it; B and C are scratch, padded to whole vectors.
+//   backward  dP^T[key][query]  = V * dO^T,   dV[key][dv] += P^T * dO,   dK[key][d] += dS^T * Q,
+//   dQ^T[d][query] += K^T * dS^T
+// A is read where it lies (any strides), exactly `rows` x `depth` of it; B and C are scratch,
+// padded to whole vectors.
 
 // One block of ROWS x (NV vectors): the accumulators stay in registers over the whole depth.
 template <class T, int ROWS, int NV>

@@ -1,5 +1,6 @@
-// The text of the CPU kernels for one ISA.  No include guard: each isa_*.cpp includes it once, inside its target region,
-// after it defined ATTN_ISA (a namespace), ATTN_VEC_BYTES, ATTN_NV and ATTN_MR.
+// The text of the CPU kernels for one ISA.  No include guard: each isa_*.cpp includes it once,
+// inside its target region, after it defined ATTN_ISA (a namespace), ATTN_VEC_BYTES, ATTN_NV and
+// ATTN_MR.
 namespace attn::cpu::ATTN_ISA {
 
 #include "cpu/simd.h"

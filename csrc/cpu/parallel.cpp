@@ -1,5 +1,5 @@
-// The pool of parallel.h.  Workers sleep on a condition variable between calls.  After fork() the child owns none of the
-// threads, so it starts with an empty pool.
+// The pool of parallel.h.  Workers sleep on a condition variable between calls.  After fork() the
+// child owns none of the threads, so it starts with an empty pool.
 #include "cpu/parallel.h"
 
 #include <pthread.h>

@@ -1,5 +1,5 @@
-// All that the kernel text needs from outside, included before a target region opens: no library function may be
-// compiled for an ISA that the machine may lack.
+// All that the kernel text needs from outside, included before a target region opens: no library
+// function may be compiled for an ISA that the machine may lack.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -1,16 +1,18 @@
 // From products to logits, one tile S^T [keys][queries] at a time:
-//   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|;  -inf where (i, j) is excluded.
-// Queries lie in lanes: lane q of a tile is query m0 + q.  Also the dropout multipliers of the tile.
+//   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|;  -inf
+//   where (i, j) is excluded.
+// Queries lie in lanes: lane q of a tile is query m0 + q.  Also the dropout multipliers of the
+// tile.
 
 constexpr int kMaxQueries = 128;  // BLOCK_M, queries of a tile at most
 
 template <class T>
 struct ScoreTile {
   const Sequence& seq;
-  int64_t h;            // query head
-  int64_t m0, nq, bm;   // first query, queries, queries padded to whole vectors
-  T* add_scratch;       // [BLOCK_N][kMaxQueries]
-  T* keep_scratch;      // [BLOCK_N][kMaxQueries]
+  int64_t h;           // query head
+  int64_t m0, nq, bm;  // first query, queries, queries padded to whole vectors
+  T* add_scratch;      // [BLOCK_N][kMaxQueries]
+  T* keep_scratch;     // [BLOCK_N][kMaxQueries]
   PhiloxKey philox{};
 
   ScoreTile(const Sequence& s, int64_t head, int64_t first, int64_t queries, T* add, T* keep)
@@ -118,7 +120,8 @@ template <class T>
 inline bool all_finite(Rows<T> rows, int64_t n, int64_t dim) {
   T bad = 0;
   for (int64_t j = 0; j < n; ++j)
-    for (int64_t d = 0; d < dim; ++d) bad += rows.data[j * rows.stride + d] - rows.data[j * rows.stride + d];
+    for (int64_t d = 0; d < dim; ++d)
+      bad += rows.data[j * rows.stride + d] - rows.data[j * rows.stride + d];
   return bad == T(0);
 }
 
@@ -128,10 +131,10 @@ inline void pack_transposed(DType type, const void* base, int64_t offset, int64_
                             int64_t nq, int64_t bm, int64_t dim, T* row, T* out) {
   for (int64_t q = 0; q < bm; ++q) {
     if (q < nq)
-      load_row<T>(type,
-                  static_cast<const char*>(base) +
-                      (offset + q * row_stride) * int64_t(dtype_size(type)),
-                  dim, row);
+      load_row<T>(
+          type,
+          static_cast<const char*>(base) + (offset + q * row_stride) * int64_t(dtype_size(type)),
+          dim, row);
     for (int64_t d = 0; d < dim; ++d) out[d * kMaxQueries + q] = q < nq ? row[d] : T(0);
   }
 }

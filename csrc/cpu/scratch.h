@@ -1,4 +1,5 @@
-// A thread's scratch memory, kept between calls: take() hands out aligned pieces of it.  Not initialised.
+// A thread's scratch memory, kept between calls: take() hands out aligned pieces of it.  Not
+// initialised.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -17,8 +18,8 @@ struct ScratchBuffer {
 
 ScratchBuffer& thread_scratch();
 
-// Nested scopes of one thread stack up; the outermost fixes the buffer's size for a while, so inner ones that do not fit
-// own a block of their own.
+// Nested scopes of one thread stack up; the outermost fixes the buffer's size for a while, so inner
+// ones that do not fit own a block of their own.
 template <class T>
 class Scratch {
  public:

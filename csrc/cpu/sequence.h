@@ -1,4 +1,5 @@
-// Where sequence b of a problem lies: its lengths and the rows of Q, K, V, O, for dense, varlen, ragged and paged layouts.
+// Where sequence b of a problem lies: its lengths and the rows of Q, K, V, O, for dense, varlen,
+// ragged and paged layouts.
 #pragma once
 #include "cpu/convert.h"
 
@@ -61,7 +62,8 @@ struct Sequence {
   static int64_t clamp(int64_t x, int64_t hi) { return x < 0 ? 0 : x > hi ? hi : x; }
 };
 
-// Rows of K or V as the compute type: in place where the storage is that type and rows are evenly spaced, else a copy.
+// Rows of K or V as the compute type: in place where the storage is that type and rows are evenly
+// spaced, else a copy.
 template <class T>
 struct Rows {
   const T* data;
@@ -73,8 +75,8 @@ Rows<T> key_rows(const Sequence& seq, const void* base, const Strides& s, int64_
                  int64_t n, int64_t dim, T* scratch) {
   const DType type = seq.p->dtype;
   const bool same = (type == DType::kFloat32 && sizeof(T) == 4) || type == DType::kFloat64;
-  const bool even = !seq.ptr->block_table ||
-                    n0 / seq.p->page_size == (n0 + n - 1) / seq.p->page_size;
+  const bool even =
+      !seq.ptr->block_table || n0 / seq.p->page_size == (n0 + n - 1) / seq.p->page_size;
   if (same && even) return {static_cast<const T*>(base) + seq.k_offset(s, h, n0), s.s};
   const auto* bytes = static_cast<const char*>(base);
   for (int64_t j = 0; j < n; ++j)

@@ -1,6 +1,7 @@
-// Vec<T>: one register of float or double lanes, as a GNU vector.  Included once per ISA inside its target region and
-// namespace (see isa_*.cpp), which define
-//   ATTN_VEC_BYTES  register width;  ATTN_NV  registers per panel of queries;  ATTN_MR  rows of a micro-kernel block.
+// Vec<T>: one register of float or double lanes, as a GNU vector.  Included once per ISA inside its
+// target region and namespace (see isa_*.cpp), which define
+//   ATTN_VEC_BYTES  register width;  ATTN_NV  registers per panel of queries;  ATTN_MR  rows of a
+//   micro-kernel block.
 // ATTN_MR * ATTN_NV accumulators + ATTN_NV operands + 1 broadcast must fit the register file.
 
 #define ATTN_INLINE inline __attribute__((always_inline))
@@ -56,8 +57,9 @@ ATTN_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 }
 
-// e^x for x <= 88, to about 1 ulp; 0 below -87.3.  Cody-Waite: x = n ln2 + f, |f| <= ln2 / 2, e^f by its Taylor
-// polynomial of degree 7 (minimax is not needed at this size), 2^n added to the exponent.
+// e^x for x <= 88, to about 1 ulp; 0 below -87.3.  Cody-Waite: x = n ln2 + f, |f| <= ln2 / 2, e^f
+// by its Taylor polynomial of degree 7 (minimax is not needed at this size), 2^n added to the
+// exponent.
 ATTN_INLINE Vec<float> vexp(Vec<float> x) {
   const Vec<float> magic = set1(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are n
   const Vec<float> t = x * 1.44269504088896341f + magic;

@@ -1,5 +1,6 @@
-// Kernels and pool under ThreadSanitizer, without Python: concurrent callers, one shared head (the ticket pipeline of the
-// backward), fork.  Prints "ok" or says what differs; exit code 1 on a failure.
+// Kernels and pool under ThreadSanitizer, without Python: concurrent callers, one shared head (the
+// ticket pipeline of the backward), fork.  Prints "ok" or says what differs; exit code 1 on a
+// failure.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -27,7 +28,8 @@ Result run(int threads) {
   std::vector<float> q(n), k(n), v(n), dout(n);
   uint32_t state = 1;
   for (auto* x : {&q, &k, &v, &dout})
-    for (float& value : *x) value = float((state = state * 1664525u + 1013904223u) >> 8) / (1 << 24) - 0.5f;
+    for (float& value : *x)
+      value = float((state = state * 1664525u + 1013904223u) >> 8) / (1 << 24) - 0.5f;
   Result r{std::vector<float>(n), std::vector<float>(kHeads * kSeqlen), std::vector<float>(n),
            std::vector<float>(n), std::vector<float>(n)};
   Problem p;

@@ -22,32 +22,8 @@ DOUBLE_BACKWARD = (
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
 )
 FORWARD_AD = (
-    "attn_ext has no forward-mode AD: use
-    reverse
-   
-    mode
-    (torch.func.vjp,
-
- 
-  
-   
-    jacrev),
-   
-   
-    attn_ext.reference
-   
-   
-   
-   
-   
-    "
-    "or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-
-
-
-
-
-
+    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), "
+    "attn_ext.reference or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
 
 _FIELDS = (

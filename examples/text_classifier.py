@@ -193,7 +193,7 @@ def main() -> None:
     data = load()
     held_out, data = data[::5], [row for i, row in enumerate(data) if i % 5]
     if options.short:
-        data, options.epochs = data[:1280], 1
+        data, options.epochs = data[:: len(data) // 1280][:1280], 1  # rows are sorted by mood
     counts = Counter(w for sentence, _ in data for w in sentence)
     kept = sorted(w for w, n in counts.items() if n > 1)
     vocabulary = {w: i + FIRST_WORD for i, w in enumerate(kept)}

@@ -141,6 +141,8 @@ class Backward {
     pack(ptr.q, seq.q_offset(p.q, h, m0), p.q.s, nq, tile.bm, p.head_dim, d_pad, Q, Qt);
     pack(ptr.dout, seq.q_offset(p.dout, h, m0), p.dout.s, nq, tile.bm, p.head_dim_v, dv_pad, dO,
          dOt);
+    // A NaN query has dS = NaN at each key it sees; 0 * NaN must not reach dK of the others.
+    for (int64_t i = 0; i < tile.bm * d_pad; ++i) Q[i] = Q[i] - Q[i] == T(0) ? Q[i] : T(0);
     for (int64_t q = 0; q < tile.bm; ++q)  // padding lanes: P = 0
       lse[q] = q < nq ? static_cast<const T*>(ptr.lse)[seq.lse_offset(h, m0 + q)]
                       : -std::numeric_limits<T>::infinity();
@@ -156,7 +158,8 @@ class Backward {
     softmax_gradient(nk, tile.bm, lse, row_delta, kept, P, dP);
     if (ptr.dbias) add_bias_gradient(seq, h, m0, nq, n0, nk, dP);
     if (dcap)
-      for (int64_t i = 0; i < nk * kMaxQueries; ++i) dP[i] *= dcap[i];
+      for (int64_t i = 0; i < nk * kMaxQueries; ++i)  // dcap is NaN where an excluded K is
+        dP[i] = dP[i] == T(0) ? T(0) : dP[i] * dcap[i];
 
     // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
     if (ptr.dv) gemm<T>(nk, dv_pad, tile.bm, P, kMaxQueries, 1, dO, dv_pad, dV, dv_pad, true);
@@ -205,7 +208,9 @@ class Backward {
       const Vec<T> row_lse = load(lse + q), row_delta = load(delta_row + q);
       for (int64_t j = 0; j < nk; ++j) {
         const int64_t at = j * kMaxQueries + q;
-        Vec<T> w = vexp(load(P + at) - row_lse);
+        const Vec<T> s = load(P + at);
+        Vec<T> w = vexp(s - row_lse);
+        w = s == ninf ? Vec<T>{} : w;        // also where LSE is NaN
         w = row_lse == ninf ? Vec<T>{} : w;  // empty rows
         Vec<T> g = load(dP + at);
         Vec<T> dropped = w;

@@ -1,0 +1,71 @@
+"""NaN and inf in K, V and Q on the kernels: nothing leaks from an excluded pair, nothing visible is
+swallowed.
+
+check_call demands NaN exactly where the reference has it, in O, LSE and every gradient.
+"""
+
+import pytest
+import torch
+
+from attn_ext.testing import check_call, random_call
+
+NAN, INF = torch.nan, torch.inf
+
+
+def masked_key(call, value):
+    """Key 4 is masked everywhere: dQ needs 0 * K = 0, with softcap also through the derivative
+    of tanh.
+    """
+    call.mask[..., 4] = False
+    call.k[:, :, 4] = call.v[:, :, 4] = value
+
+
+def value_seen_causally(call, value):
+    """V of key 9 is bad: queries before 9 are clean, the others are not."""
+    call.v[:, :, 9] = value
+
+
+def key_seen_causally(call, value):
+    """K of key 9 is bad: the rows from 9 on are NaN in O and LSE."""
+    call.k[:, :, 9] = value
+
+
+def query(call, value):
+    """Query 9 is bad: dK and dV of the keys after it are clean."""
+    call.q[:, :, 9] = value
+
+
+def behind_infinite_bias(call, value):
+    """A bias of -inf excludes key 3 as a mask would."""
+    call.bias[..., 3] = -INF
+    call.k[:, :, 3] = call.v[:, :, 3] = value
+
+
+CASES = {
+    "masked key": (masked_key, {"mask": "bk", "bias": "hk", "sink": True, "causal": True}),
+    "masked key under softcap": (masked_key, {"mask": "bk", "softcap": 2.0}),
+    "value seen causally": (value_seen_causally, {"causal": True}),
+    "key seen causally": (key_seen_causally, {"causal": True}),
+    "query": (query, {"causal": True}),
+    "behind infinite bias": (behind_infinite_bias, {"bias": "k"}),
+}
+
+
+@pytest.mark.parametrize("seqlen", [17, 150])  # one tile of keys, and several
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("name", CASES)
+def test_bad_values_reach_exactly_who_sees_them(name, value, seqlen):
+    """Would catch 0 * NaN in one of the five products, and NaN lost in a max or a skipped tile."""
+    spoil, options = CASES[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        call = random_call(7, dtype=dtype, seqlen_q=seqlen, **options)
+        spoil(call, value)
+        check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("value", [1000.0, -INF])
+def test_extreme_sinks(value):
+    """Would catch exp(sink) that overflows, and -inf - -inf: a sink of -inf is no sink."""
+    call = random_call(7, sink=True, stats=True)
+    call.sink[:] = value
+    check_call(call, "cpu")

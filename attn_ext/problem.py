@@ -2,8 +2,8 @@
 carries the tensors.
 
 Both hold the canonical form that `attn_ext.api` makes of the user's arguments: causal is
-`window_right = 0`, windows are
-inclusive and relative to the aligned diagonal, -1 is an unbounded side.
+`window_right = 0`, windows are inclusive and relative to the aligned diagonal, -1 is an unbounded
+side.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ UNBOUNDED = -1
 class Call:
     """One attention call in canonical form.
 
-    Dense: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv].  Varlen (cu_seqlens given): q
-    [total_q, Hq, D],
-    k [total_k, Hk, D], v [total_k, Hk, Dv].  Paged (block_table given): k [pages, Hk, page_size,
-    D], v alike.
+    Dense: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv].
+    Varlen (cu_seqlens given): q [total_q, Hq, D], k [total_k, Hk, D], v [total_k, Hk, Dv].
+    Paged (block_table given): k [pages, Hk, page_size, D], v alike.
     """
 
     q: torch.Tensor
@@ -126,8 +125,7 @@ def empty_like_layout(
     memory order.
 
     So a q that is a transposed [B, S, H, D] gives an output whose transpose back is contiguous.
-    The last dimension is
-    always the innermost.
+    The last dimension is always the innermost.
     """
     dtype = dtype or q.dtype
     shape = (*q.shape[:-1], last_dim)

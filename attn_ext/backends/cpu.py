@@ -2,8 +2,7 @@
 set of the machine.
 
 This module checks what a pointer means before it leaves Python: dtype, device, strides.
-`attn_ext.api` has validated the
-rest.
+`attn_ext.api` has validated the rest.
 """
 
 from __future__ import annotations

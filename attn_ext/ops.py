@@ -9,6 +9,8 @@ a functorch transform asks for one, else the dispatcher.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from attn_ext import backends, validate
@@ -68,12 +70,32 @@ def backend_of(call: Call, grad: bool, bias_grad: bool, name: str):
     return backends.get(backends.select(name, Problem.of(call, grad, bias_grad)))
 
 
+_serving: dict = {}  # what a call looks like -> the backend module that serves it
+
+
+def _serving_backend(call: Call, args: tuple):
+    """`backend_of`, remembered by all that it depends on: a lookup is cheaper than a Problem."""
+    q, cu_seqlens_q = call.q, call.cu_seqlens_q
+    key = (
+        q.shape, call.k.shape, call.v.shape, q.dtype, q.device, call.mask is None,
+        call.alibi_slopes is None, call.sink is None, call.bias is None, call.seqlens_k is None,
+        call.block_table is None, None if cu_seqlens_q is None else cu_seqlens_q.shape,
+        args[TENSORS:],
+    )  # fmt: skip
+    module = _serving.get(key)
+    if module is None:
+        if len(_serving) >= 4096:
+            _serving.clear()
+        module = _serving[key] = backend_of(call, *args[CALL_FIELDS:])
+    return module
+
+
 def forward_eager(args: tuple) -> tuple:
     """(out, lse, max_logit | None, entropy | None) of real tensors, below autograd."""
     call = _call(args)
     if call.cu_seqlens_q is not None or call.seqlens_k is not None:
         validate.values(call)
-    module = backend_of(call, *args[CALL_FIELDS:])
+    module = _serving_backend(call, args)
     device = call.q.device.type
     if torch.is_autocast_enabled(device):  # the backend's own operations keep their dtypes
         with torch.autocast(device, enabled=False):
@@ -84,7 +106,7 @@ def forward_eager(args: tuple) -> tuple:
 def backward_eager(dout, dlse, out, lse, args: tuple, needs) -> tuple:
     """(dq, dk, dv, dbias, dsink), None where `needs` is False, of real tensors."""
     call = _call(args)
-    module = backend_of(call, *args[CALL_FIELDS:])
+    module = _serving_backend(call, args)
     device = call.q.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -231,6 +253,10 @@ def run(args: tuple) -> tuple:
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(args)
     if not is_plain(args[0], args[1], args[2]):
+        if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
+            from attn_ext import sharding
+
+            sharding.register()
         return torch.ops.attn_ext.forward(*args)
     if args[CALL_FIELDS]:
         from attn_ext.functions import EagerAttention

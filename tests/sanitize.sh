@@ -15,5 +15,5 @@ cd "$copy"
 libasan=$(${CXX:-c++} -print-file-name=libasan.so)
 # Leaks of the interpreter itself are not ours; torch's own libraries are not instrumented.
 # PYTHONPATH puts the copy before the editable install.
-ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$libasan PYTHONPATH=$PWD PYTHONSAFEPATH=1 \
-  "$python" -m pytest -q -p no:cacheprovider "$@"
+OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$libasan PYTHONPATH=$PWD PYTHONSAFEPATH=1 \
+  "$python" -m pytest -q -n 2 -p no:cacheprovider "$@"

@@ -23,7 +23,7 @@ def _broadcastable(tensor, dim: int, whole, shard):
 def _input_placements(tensors, dim: int, whole, make_shard) -> list:
     """Placements of the twelve tensors when batch (dim 0) or heads (dim 1) are sharded."""
     shard = make_shard(dim)
-    _, _, _, mask, bias, alibi, sink, rng_state, cu_q, cu_k, seqlens_k, block_table = tensors
+    _, _, _, mask, bias, alibi, sink, _rng_state, _cu_q, _cu_k, seqlens_k, block_table = tensors
     per_head = None if sink is None else (whole if dim == 0 else make_shard(0))
     slopes = None
     if alibi is not None:

@@ -1,4 +1,7 @@
-"""DTensor: sharding over batch and heads keeps shards apart and sums shared gradients (gloo, two processes)."""
+"""DTensor: sharding over batch and heads keeps shards apart and sums shared gradients.
+
+Two processes over gloo.
+"""
 
 import subprocess
 import sys

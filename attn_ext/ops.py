@@ -20,12 +20,12 @@ CALL_FIELDS = 22  # of Call; `args` continues with grad, bias_grad, backend
 TENSORS = 12  # the leading tensor fields
 GRADS = (0, 1, 2, 4, 6)  # positions of q, k, v, bias, sink
 DOUBLE_BACKWARD = (
-    "attn_ext has no double backward: use attn_ext.reference or "
+    "attn_ext has no double backward: use torch's attention under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
 )
 FORWARD_AD = (
-    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev), "
-    "attn_ext.reference or torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev) or "
+    "torch's attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
 
 _FIELDS = (

@@ -12,8 +12,10 @@ export ATTN_EXT_CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=$kinds -fno
 python=$PWD/.venv/bin/python
 cd "$copy"
 "$python" setup.py -q build_ext --inplace
-libasan=$(${CXX:-c++} -print-file-name=libasan.so)
+# libstdc++ goes along: ASan looks __cxa_throw up at start-up, when Python has not loaded libstdc++ yet, and would
+# abort at the first C++ exception.  -s: a report that pytest captures dies with the process.
+preload="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so.6)"
 # Leaks of the interpreter itself are not ours; torch's own libraries are not instrumented.
 # PYTHONPATH puts the copy before the editable install.
-OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$libasan PYTHONPATH=$PWD PYTHONSAFEPATH=1 \
-  "$python" -m pytest -q -n 2 -p no:cacheprovider "$@"
+OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" PYTHONPATH=$PWD PYTHONSAFEPATH=1 \
+  "$python" -m pytest -q -s -n 2 -p no:cacheprovider "$@"

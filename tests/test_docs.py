@@ -1,4 +1,4 @@
-"""Documents name only what exists."""
+"""Documents name only what exists, and the example of the README runs."""
 
 import re
 from pathlib import Path
@@ -21,3 +21,10 @@ def test_paths_and_targets_exist(document):
         assert (document.parent / link).exists(), link
     for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, re.MULTILINE):
         assert target in targets, target
+
+
+def test_readme_example_runs(capsys):
+    """An example that a change of the API left behind."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    exec(compile(example, "README.md", "exec"), {})
+    assert "chosen" in capsys.readouterr().out

@@ -129,5 +129,7 @@ def empty_like_layout(
     """
     dtype = dtype or q.dtype
     shape = (*q.shape[:-1], last_dim)
+    if q.is_contiguous():  # half the time of the general way
+        return torch.empty(shape, dtype=dtype, device=q.device)
     order = sorted(range(q.dim() - 1), key=lambda d: q.stride(d), reverse=True)
     return torch.empty_permuted(shape, (*order, q.dim() - 1), dtype=dtype, device=q.device)

@@ -433,3 +433,17 @@ def test_inference_mode():
     with torch.inference_mode():
         q = torch.randn(1, 2, 5, 8)
         assert attn_ext.attention(q, q, q).is_inference()
+
+
+def test_flop_counter():
+    """Attention counted as free in a model's FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = torch.randn(2, 4, 32, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        attn_ext.attention(q, q, q)
+    forward = counter.get_total_flops()
+    assert forward == 4 * 2 * 4 * 32 * 32 * 16
+    with FlopCounterMode(display=False) as counter:
+        attn_ext.attention(q, q, q).sum().backward()
+    assert counter.get_total_flops() == forward * 7 // 2  # forward 2 matmuls, backward 5

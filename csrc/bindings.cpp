@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/parallel.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -125,6 +126,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "Gradients of one call; addresses, 0 where absent or not wanted");
 
+  m.def("use_openmp", &attn::cpu::use_openmp,
+        "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");
   m.def("supported_isas", &attn::cpu::supported_isas);
   m.def("isa", &attn::cpu::isa);
   m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");

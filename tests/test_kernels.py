@@ -129,8 +129,10 @@ def test_excluded_values_reach_nothing(where, value):
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"bias": "k"}, {"heads_q": 4, "heads_k": 1}])
-def test_bitwise_equal_for_any_number_of_threads(options):
+@pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "own threads"])
+def test_bitwise_equal_for_any_number_of_threads(options, openmp):
     """An order of additions that depends on scheduling."""
+    _C.use_openmp(cpu._torch_openmp() if openmp else 0)
     call = random_call(seqlen_q=300, dtype=torch.float32, batch=1, **options)
     needs = (True, True, True, call.bias is not None, False)
     before, results = torch.get_num_threads(), []
@@ -142,6 +144,7 @@ def test_bitwise_equal_for_any_number_of_threads(options):
             results.append([out, lse, *(g for g in grads if g is not None)])
     finally:
         torch.set_num_threads(before)
+        _C.use_openmp(cpu._torch_openmp())
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)

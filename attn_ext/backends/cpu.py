@@ -7,6 +7,10 @@ This module checks what a pointer means before it leaves Python: dtype, device, 
 
 from __future__ import annotations
 
+import ctypes
+import os
+from pathlib import Path
+
 import torch
 
 from attn_ext.problem import Call, Problem, empty_like_layout
@@ -16,6 +20,27 @@ try:
 except ImportError as error:
     _C = None
     _WHY = f"attn_ext._C is not built ({error}); run `pip install .` in the source tree"
+
+
+def _torch_openmp() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; 0 without one."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "backend: OpenMP" not in torch.__config__.parallel_info():
+        return 0
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "omp" in line}
+    runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libiomp5"))]
+    runtimes.sort(key=lambda p: (str(Path(torch.__file__).parent) not in p, p))  # torch's own first
+    for path in runtimes:
+        try:
+            function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+if _C is not None:
+    _C.use_openmp(_torch_openmp())
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_SCORES = (0, 0, 0, 0)

@@ -103,7 +103,14 @@ void after_fork_parent() {
   pool->mutex_.unlock();
   pool->owner_.unlock();
 }
-void after_fork_child() { pool = new (storage) Pool; }
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> team{nullptr};
+
+void after_fork_child() {
+  pool = new (storage) Pool;
+  team = nullptr;  // libgomp hangs in the child of a process that has used it
+}
 
 Pool& the_pool() {
   static std::once_flag once;
@@ -116,12 +123,21 @@ Pool& the_pool() {
 
 }  // namespace
 
+void use_openmp(uintptr_t gomp_parallel) {
+  the_pool();  // registers the fork handlers
+  team = reinterpret_cast<GompParallel>(gomp_parallel);
+}
+
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& f) {
   Job job;
   job.f = &f;
   job.tasks = tasks;
   if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads <= 1 || !the_pool().run(job, threads)) job.work();
+  const GompParallel openmp = team.load(std::memory_order_relaxed);
+  if (threads > 1 && openmp)
+    openmp([](void* j) { static_cast<Job*>(j)->work(); }, &job, unsigned(threads), 0);
+  else if (threads <= 1 || !the_pool().run(job, threads))
+    job.work();
   if (job.failed) std::rethrow_exception(job.error);
 }
 

@@ -173,8 +173,54 @@ def _lse_shape(call: Call) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if call.cu_seqlens_q is not None else tuple(q.shape[:3])
 
 
+_plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes and strides
+_NO_SIDE_INPUTS = (0,) * 12
+
+
+def _plain_forward(call: Call):
+    """Forward of a dense call without side inputs: all but the pointers is remembered, which is
+    most of the time of a small call.
+    """
+    q, k, v = call.q, call.k, call.v
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
+        call.scale, call.softcap, call.align, call.window_left, call.window_right,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        out = empty_like_layout(q, v.shape[-1])
+        lse = torch.empty(_lse_shape(call), dtype=_statistics_dtype(call))
+        if not (out.numel() or lse.numel()):
+            return out, lse, None, None
+        order = sorted(range(4), key=lambda d: (-out.stride(d), d))
+        if len(_plans) > 4096:
+            _plans.clear()
+        plan = (_problem(call, _canonical(call), out, lse), out.shape, order, lse.shape, lse.dtype)
+        _plans[key] = plan
+    problem, shape, order, lse_shape, lse_dtype = plan
+    out = torch.empty_permuted(shape, order, dtype=q.dtype)
+    lse = torch.empty(lse_shape, dtype=lse_dtype)
+    _C.cpu_forward(
+        problem, torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        out.data_ptr(), lse.data_ptr(), *_NO_SIDE_INPUTS,
+    )  # fmt: skip
+    return out, lse, None, None
+
+
+def _is_plain(call: Call) -> bool:
+    """Dense, no side input, no statistics, rows in place."""
+    return (
+        call.mask is None and call.bias is None and call.cu_seqlens_q is None
+        and call.seqlens_k is None and call.block_table is None and call.alibi_slopes is None
+        and call.sink is None and call.dropout_p == 0 and not call.need_stats
+        and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
+    )  # fmt: skip
+
+
 def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
+    if _is_plain(call):
+        return _plain_forward(call)
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     out = empty_like_layout(call.q, call.v.shape[-1])

@@ -64,8 +64,9 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is contiguous (its stride is free when it has one element),
-    else a copy."""
+    """x itself when its last dimension is contiguous (its stride is free when it has one element)
+    and its memory holds its values (a view with torch's negative bit holds -x), else a copy."""
+    x = x.resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -109,9 +110,9 @@ def _canonical(call: Call) -> dict:
     tensors = {"q": _rows(call.q), "k": _rows(call.k), "v": _rows(call.v)}
     for name, dtype in fixed.items():
         x = getattr(call, name)
-        tensors[name] = None if x is None else x.detach().to(dtype).contiguous()
+        tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
     tensors["mask"] = call.mask
-    bias = call.bias
+    bias = None if call.bias is None else call.bias.resolve_neg()
     tensors["bias"] = bias if bias is None or bias.dtype in _DTYPES else bias.to(statistics)
     for name, x in tensors.items():
         if x is not None and x.device.type != "cpu":
@@ -189,7 +190,7 @@ def _plain_forward(call: Call):
     plan = _plans.get(key)
     if plan is None:
         out = empty_like_layout(q, v.shape[-1])
-        lse = torch.empty(_lse_shape(call), dtype=_statistics_dtype(call))
+        lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
         if not (out.numel() or lse.numel()):
             return out, lse, None, None
         order = sorted(range(4), key=lambda d: (-out.stride(d), d))
@@ -198,8 +199,8 @@ def _plain_forward(call: Call):
         plan = (_problem(call, _canonical(call), out, lse), out.shape, order, lse.shape, lse.dtype)
         _plans[key] = plan
     problem, shape, order, lse_shape, lse_dtype = plan
-    out = torch.empty_permuted(shape, order, dtype=q.dtype)
-    lse = torch.empty(lse_shape, dtype=lse_dtype)
+    out = torch.empty_permuted(shape, order, dtype=q.dtype, device="cpu")
+    lse = torch.empty(lse_shape, dtype=lse_dtype, device="cpu")
     _C.cpu_forward(
         problem, torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
         out.data_ptr(), lse.data_ptr(), *_NO_SIDE_INPUTS,
@@ -214,6 +215,7 @@ def _is_plain(call: Call) -> bool:
         and call.seqlens_k is None and call.block_table is None and call.alibi_slopes is None
         and call.sink is None and call.dropout_p == 0 and not call.need_stats
         and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
+        and not (call.q.is_neg() or call.k.is_neg() or call.v.is_neg())
     )  # fmt: skip
 
 
@@ -224,7 +226,7 @@ def forward(call: Call):
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     out = empty_like_layout(call.q, call.v.shape[-1])
-    lse = torch.empty(_lse_shape(call), dtype=_statistics_dtype(call))
+    lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
     stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
     if varlen:  # rows that belong to no sequence are empty rows
         out.zero_()
@@ -256,8 +258,8 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     varlen = call.cu_seqlens_q is not None
     statistics = _statistics_dtype(call)
     dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
-    lse = lse.contiguous()
-    dlse = None if dlse is None else dlse.to(statistics).contiguous()
+    lse = lse.resolve_neg().contiguous()
+    dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
     grads = []
     for x, need in zip((call.q, call.k, call.v), needs, strict=False):
         g = empty_like_layout(x, x.shape[-1]) if need else None
@@ -267,8 +269,8 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             g.zero_()
         grads.append(g)
     dq, dk, dv = grads
-    dbias = torch.zeros(call.bias.shape, dtype=statistics) if needs[3] else None
-    dsink = torch.zeros(call.sink.shape, dtype=statistics) if needs[4] else None
+    dbias = torch.zeros(call.bias.shape, dtype=statistics, device="cpu") if needs[3] else None
+    dsink = torch.zeros(call.sink.shape, dtype=statistics, device="cpu") if needs[4] else None
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
         none = (0, 0, 0)

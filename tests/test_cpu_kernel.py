@@ -1,0 +1,91 @@
+"""The CPU backend's Python half: what a pointer means before it leaves Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_ext import _C, attention
+
+FEATURES = ["plain", "bias", "sink"]
+
+
+def _inputs(feature: str):
+    """q, k, v [1, 2, 20, 8] and the named side input, all requiring a gradient."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 2, 20, 8, requires_grad=True) for _ in range(3)]
+    if feature == "bias":
+        leaves.append(torch.randn(1, 2, 20, 20, requires_grad=True))
+    if feature == "sink":
+        leaves.append(torch.randn(2, requires_grad=True))
+    return leaves, {feature: leaves[3]} if len(leaves) > 3 else {}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_default_device_does_not_move_outputs(feature):
+    """Outputs allocated on torch's default device: the kernel wrote through a null pointer."""
+    leaves, side = _inputs(feature)
+
+    def results():
+        with torch.no_grad():
+            plain, lse = attention(*leaves[:3], **side, return_lse=True)
+        out = attention(*leaves[:3], **side)
+        return [plain, lse, out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    with torch.device("meta"):  # also what nothing remembered yet must survive
+        first = results()
+    for a, b in zip(first, results(), strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "sink"])
+def test_negative_views_are_resolved(name):
+    """The memory of a view with the negative bit, which holds the values with the other sign."""
+    leaves, side = _inputs(name if name in FEATURES else "plain")
+    call = dict(zip("qkv", (x.detach() for x in leaves), strict=False))
+    call |= {n: x.detach() for n, x in side.items()}
+    attention(**call)  # remembered, had it the same key
+    negative = {**call, name: torch._neg_view(call[name])}
+    wanted = {**call, name: -call[name]}
+    assert negative[name].is_neg()
+    assert torch.equal(attention(**negative), attention(**wanted))
+
+
+def test_negative_view_of_the_gradient_is_resolved():
+    """The same for dO, which autograd hands on as it is."""
+    leaves, _ = _inputs("plain")
+    dout = torch.randn(1, 2, 20, 8)
+    grads = [
+        torch.autograd.grad(attention(*leaves), leaves, g) for g in (torch._neg_view(dout), -dout)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+@pytest.mark.parametrize("layout", ["expanded", "heads inside", "sliced", "one head", "one query"])
+def test_remembered_call_keeps_strides_apart(isa, layout):
+    """A plan of the plain path used for tensors of the same shape but other strides."""
+    torch.manual_seed(1)
+    heads, sq = (1 if layout == "one head" else 2), (1 if layout == "one query" else 20)
+    shape = (2, heads, sq, 8)
+    q = {
+        "expanded": lambda: torch.randn(1, 1, 1, 8).expand(shape),
+        "heads inside": lambda: torch.randn(2, sq, heads, 8).transpose(1, 2),
+        "sliced": lambda: torch.randn(2, heads, sq, 19)[..., 3:11],
+        "one head": lambda: torch.randn(2, sq, heads, 8).transpose(1, 2),
+        "one query": lambda: torch.randn(2, sq, heads, 8).transpose(1, 2),
+    }[layout]()
+    k, v = torch.randn(2, 2, 2, heads, 33, 8)[:, 0]
+    _C.set_isa(isa)
+    try:
+        contiguous = attention(q.contiguous(), k, v)
+        for _ in range(2):  # made, then remembered
+            assert torch.equal(attention(q, k, v), contiguous)
+            assert torch.equal(attention(q.contiguous(), k, v), contiguous)
+    finally:
+        _C.set_isa("")
+    assert contiguous.shape == shape
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(contiguous, expected)

@@ -1,0 +1,13 @@
+"""Attention that one can look into: statistics and maps of the weights in O(N) memory, from Q, K
+and LSE.
+
+    from attn_ext import inspect
+    stats = inspect.row_stats(q, k, causal=True)      # LSE, largest logit, entropy; differentiable
+    best = inspect.top_k(q, k, 5, causal=True)        # the 5 most attended keys of each query
+    image = inspect.pooled_map(q, k, 256, causal=True)
+"""
+
+from attn_ext.inspect.maps import TopK, column_mass, pooled_map, rollout, top_k, weights
+from attn_ext.inspect.statistics import row_stats
+
+__all__ = ["TopK", "column_mass", "pooled_map", "rollout", "row_stats", "top_k", "weights"]

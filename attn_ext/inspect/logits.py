@@ -1,0 +1,210 @@
+"""Logits of some rows of an attention call, tile by tile: S [b, h, rows, cols] in float32 (float64
+for float64 inputs), never the whole Sq x Sk.
+
+`Tile` names a block of batch elements, heads and queries; `scores` gives its logits over the keys
+that its window reaches.  A tile holds at most about BUDGET elements, or one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from attn_ext import api, ops, reference
+from attn_ext.problem import BOTTOM_RIGHT, Call
+
+BUDGET = 1 << 21  # elements of a tile: 8 MiB of float32
+
+
+@dataclass(slots=True)
+class Tile:
+    """Batch elements b, query heads h (whole groups) and queries of one tile, keys c0 to c1."""
+
+    b: slice
+    h: slice
+    rows: torch.Tensor  # int64 [r], positions of the queries
+    c0: int
+    c1: int
+
+
+def call_of(q, k, **options) -> Call:
+    """The canonical dense `Call` of q, k and the options of `attn_ext.attention`; v is a column
+    of k, for what needs no values.
+    """
+    ops_args = api.dense_args(q, k, k[..., :1] if isinstance(k, torch.Tensor) else k, **options)
+    call = api.call_of(ops_args)
+    if call.scale is None:
+        call.scale = q.shape[-1] ** -0.5
+    return call
+
+
+def detached(call: Call) -> Call:
+    """The call without autograd and in float32 at least, so that halves lose nothing more."""
+    dtype = statistics_dtype(call)
+    names = [n for n in ("q", "k", "v", "bias", "sink") if getattr(call, n) is not None]
+    values = {n: getattr(call, n).detach().to(dtype) for n in names}
+    return dataclasses.replace(call, **values)
+
+
+def statistics_dtype(call: Call) -> torch.dtype:
+    """float32, or float64 for float64 inputs."""
+    return torch.promote_types(call.q.dtype, torch.float32)
+
+
+def fields(call: Call) -> tuple:
+    """The call as flat arguments of `attn_ext.ops`, without gradients, on the best backend."""
+    values = tuple(getattr(call, f.name) for f in dataclasses.fields(Call))
+    return (*values[: ops.CALL_FIELDS], False, False, "auto")
+
+
+def forward(call: Call) -> tuple:
+    """(out, lse, max_logit, entropy) by the best backend."""
+    return ops.forward_eager(fields(call))
+
+
+def transposed_product(call: Call, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """P^T dout summed over the heads of a group, [B, Hk, Sk, n], by the best backend's backward.
+
+    dout [B, Hq, Sq, n]: the gradient of V is this very product, so it costs O(N) memory.
+    """
+    width = dout.shape[-1]
+    values = call.k.new_zeros(1).expand(*call.k.shape[:3], 1).expand(-1, -1, -1, width)
+    call = dataclasses.replace(call, v=values.contiguous(), dropout_p=0.0, need_stats=False)
+    needs = (False, False, True, False, False)
+    return ops.backward_eager(dout, None, torch.zeros_like(dout), lse, fields(call), needs)[2]
+
+
+def tiles(call: Call, rows: torch.Tensor | None = None) -> Iterator[Tile]:
+    """Tiles that cover the given queries (all if None)."""
+    batch, heads, seqlen_q, _ = call.q.shape
+    heads_k, seqlen_k = call.k.shape[1], call.k.shape[2]
+    group = heads // heads_k
+    rows = torch.arange(seqlen_q, device=call.q.device) if rows is None else rows
+    row_block = min(max(BUDGET // max(group * seqlen_k, 1), 1), max(len(rows), 1))
+    unit = group * row_block * max(seqlen_k, 1)
+    head_block = min(max(BUDGET // unit, 1), heads_k)
+    batch_block = min(max(BUDGET // (unit * heads_k), 1), max(batch, 1))
+    for b in range(0, batch, batch_block):
+        for hk in range(0, heads_k, head_block):
+            for first in range(0, len(rows), row_block):
+                part = rows[first : first + row_block]
+                h = slice(hk * group, min(hk + head_block, heads_k) * group)
+                yield Tile(slice(b, b + batch_block), h, part, *key_range(call, part))
+
+
+def key_range(call: Call, rows: torch.Tensor) -> tuple[int, int]:
+    """The keys from c0 to c1 that the window lets any of these queries see."""
+    seqlen_k = call.k.shape[2]
+    if len(rows) == 0:
+        return 0, 0
+    if call.window_left < 0 and call.window_right < 0:
+        return 0, seqlen_k
+    off = seqlen_k - call.q.shape[2] if call.align == BOTTOM_RIGHT else 0
+    low = int(rows.min()) + off - call.window_left if call.window_left >= 0 else 0
+    high = int(rows.max()) + off + call.window_right + 1 if call.window_right >= 0 else seqlen_k
+    low = min(max(low, 0), seqlen_k)
+    return low, min(max(high, low), seqlen_k)
+
+
+def part(scores: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """The tile of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1]; broadcast dimensions stay."""
+    scores = scores if scores.shape[0] == 1 else scores[tile.b]
+    scores = scores if scores.shape[1] == 1 else scores[:, tile.h]
+    scores = scores if scores.shape[2] == 1 else scores[:, :, tile.rows]
+    return scores if scores.shape[3] == 1 else scores[..., tile.c0 : tile.c1]
+
+
+def visible(call: Call, tile: Tile) -> torch.Tensor:
+    """bool [r, c1 - c0]: the window's pairs."""
+    seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
+    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
+    i = tile.rows[:, None] + off
+    j = torch.arange(tile.c0, tile.c1, device=call.q.device)[None, :]
+    seen = torch.ones(len(tile.rows), tile.c1 - tile.c0, dtype=torch.bool, device=call.q.device)
+    if call.window_left >= 0:
+        seen &= j >= i - call.window_left
+    if call.window_right >= 0:
+        seen &= j <= i + call.window_right
+    return seen
+
+
+def scores(call: Call, tile: Tile, slope: bool = False):
+    """S [b, h, r, c1 - c0] with -inf where a pair is excluded; with `slope` also d s / d (scale
+    q.k), the derivative of softcap (None where there is none).
+    """
+    dtype = statistics_dtype(call)
+    group = call.q.shape[1] // call.k.shape[1]
+    q = call.q[tile.b, tile.h][:, :, tile.rows].to(dtype)
+    hk = slice(tile.h.start // group, tile.h.stop // group)
+    k = call.k[tile.b, hk, tile.c0 : tile.c1].to(dtype)
+    s = q.unflatten(1, (-1, group)) @ k.unsqueeze(2).transpose(-1, -2)
+    s = s.flatten(1, 2).mul_(call.scale)
+    derivative = None
+    if call.softcap > 0:
+        t = torch.tanh(s / call.softcap)
+        s, derivative = t * call.softcap, 1 - t * t
+    if call.bias is not None:
+        bias = part(call.bias, tile).to(dtype)
+        s = torch.where(bias == -torch.inf, -torch.inf, s + bias)
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes.to(dtype)
+        slopes = slopes[tile.b] if slopes.dim() == 2 else slopes[None]
+        j = torch.arange(tile.c0, tile.c1, device=s.device)
+        distance = (tile.rows[:, None] + call.k.shape[2] - call.q.shape[2] - j[None, :]).abs()
+        s = s - slopes[:, tile.h, None, None] * distance.to(dtype)
+    seen = visible(call, tile)
+    if call.mask is not None:
+        seen = seen & part(call.mask, tile)
+    s = torch.where(seen, s, -torch.inf)
+    return (s, derivative) if slope else s
+
+
+def row_lse(call: Call, tile: Tile, s: torch.Tensor) -> torch.Tensor:
+    """LSE [b, h, r] of a tile's logits, the sink included; -inf for rows that see no key."""
+    lse = torch.logsumexp(s, dim=-1)
+    if call.sink is None:
+        return lse
+    sink = call.sink[tile.h].to(s.dtype)[None, :, None]
+    return torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
+
+
+def probabilities(s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """P = exp(S - LSE) [b, h, r, c]; 0 at excluded pairs, also of rows that are empty or NaN."""
+    p = torch.exp(s - lse.unsqueeze(-1))
+    return torch.where(s == -torch.inf, 0.0, p)
+
+
+def add_to_keys(total: torch.Tensor, ds: torch.Tensor, call: Call, tile: Tile) -> None:
+    """total [B, Hk, Sk, D] += scale * dS^T Q, summed over each group; pairs with dS = 0 add
+    nothing, even where Q is NaN.
+    """
+    group = call.q.shape[1] // call.k.shape[1]
+    q = call.q[tile.b, tile.h][:, :, tile.rows].to(ds.dtype).unflatten(1, (-1, group))
+    ds = ds.unflatten(1, (-1, group)).transpose(-1, -2)
+    hk = slice(tile.h.start // group, tile.h.stop // group)
+    total[tile.b, hk, tile.c0 : tile.c1] += reference.safe_matmul(ds, q).sum(2) * call.scale
+
+
+def times_keys(ds: torch.Tensor, call: Call, tile: Tile) -> torch.Tensor:
+    """scale * dS K [b, h, r, D]"""
+    group = call.q.shape[1] // call.k.shape[1]
+    hk = slice(tile.h.start // group, tile.h.stop // group)
+    k = call.k[tile.b, hk, tile.c0 : tile.c1].to(ds.dtype).unsqueeze(2)
+    k = k.expand(-1, -1, group, -1, -1)
+    product = reference.safe_matmul(ds.unflatten(1, (-1, group)), k)
+    return product.flatten(1, 2) * call.scale
+
+
+def add_to_bias(total: torch.Tensor, ds: torch.Tensor, tile: Tile) -> None:
+    """total (the bias' shape) += dS, summed over the bias' broadcast dimensions."""
+    broadcast = [d for d in range(4) if total.shape[d] == 1]
+    if broadcast:
+        ds = ds.sum(broadcast, keepdim=True)
+    b = tile.b if total.shape[0] != 1 else slice(None)
+    h = tile.h if total.shape[1] != 1 else slice(None)
+    c = slice(tile.c0, tile.c1) if total.shape[3] != 1 else slice(None)
+    view = total[b, h, :, c]
+    view.index_add_(2, tile.rows if total.shape[2] != 1 else tile.rows.new_zeros(1), ds)

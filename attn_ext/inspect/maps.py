@@ -1,0 +1,255 @@
+"""What attends to what, in O(N) memory: top_k, column_mass, weights, pooled_map, rollout.
+
+Two of them are products that the backends' kernels make anyway: pooled_map is attention whose V is
+a pooling matrix, column_mass and rollout are P^T x, the gradient of V.  top_k and weights go over
+tiles of rows.  Nothing here is differentiable (`row_stats` is).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from attn_ext import validate
+from attn_ext.inspect import logits
+from attn_ext.problem import Call
+
+_OPTIONS = ("causal", "window", "mask", "bias", "softcap", "alibi_slopes", "sink", "scale")
+
+
+class TopK(NamedTuple):
+    """The most attended keys of each query, largest first."""
+
+    weights: torch.Tensor  # [B, Hq, Sq, n]; 0 where a row sees fewer than n keys
+    keys: torch.Tensor  # int64 [B, Hq, Sq, n]; -1 there
+
+
+def _call(q, k, options: dict) -> Call:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"unknown option {name!r}, the options are {', '.join(_OPTIONS)}")
+    return logits.detached(logits.call_of(q, k, **options))
+
+
+def _lse(call: Call, lse) -> torch.Tensor:
+    """The given LSE, checked, or that of a forward pass."""
+    if lse is None:
+        return logits.forward(call)[1]
+    validate.tensor("lse", lse)
+    if lse.shape != call.q.shape[:3]:
+        want = tuple(call.q.shape[:3])
+        raise ValueError(f"lse must have shape {want} [B, Hq, Sq], got {tuple(lse.shape)}")
+    return lse.detach().to(logits.statistics_dtype(call)).contiguous()
+
+
+@torch.no_grad()
+def top_k(q, k, n: int, *, lse=None, **options) -> TopK:
+    """The n most attended keys of each query with their attention weights.
+
+    q [B, Hq, Sq, D], k [B, Hk, Sk, D]; lse [B, Hq, Sq] saves a pass where it is known.  Options:
+    causal, window, mask, bias, softcap, alibi_slopes, sink, scale as in `attn_ext.attention`.
+    """
+    validate.integer("n", n, 1)
+    call = _call(q, k, options)
+    return top_k_of(call, n, _lse(call, lse))
+
+
+def top_k_of(call: Call, n: int, lse: torch.Tensor) -> TopK:
+    """`top_k` of a canonical dense call."""
+    shape = (*call.q.shape[:3], n)
+    weights = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
+    keys = torch.full(shape, -1, dtype=torch.int64, device=call.q.device)
+    for tile in logits.tiles(call):
+        s = logits.scores(call, tile)
+        m = min(n, s.shape[-1])
+        best, index = s.topk(m, dim=-1)
+        rows = slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
+        p = logits.probabilities(best, lse[tile.b, tile.h, rows])
+        weights[tile.b, tile.h, rows, :m] = p
+        keys[tile.b, tile.h, rows, :m] = torch.where(best == -torch.inf, -1, index + tile.c0)
+    return TopK(weights, keys)
+
+
+@torch.no_grad()
+def column_mass(q, k, *, per_head: bool = True, lse=None, **options) -> torch.Tensor:
+    """How much attention each key receives: sum_i P_ij, [B, Hq, Sk], or summed over the heads
+    [B, Sk].
+
+    q [B, Hq, Sq, D], k [B, Hk, Sk, D].  All keys together receive 1 a query and head (less where a
+    sink takes some).  lse and options: as `top_k`.
+    """
+    validate.boolean("per_head", per_head)
+    call = _call(q, k, options)
+    return column_mass_of(call, per_head, _lse(call, lse))
+
+
+def column_mass_of(call: Call, per_head: bool, lse: torch.Tensor) -> torch.Tensor:
+    """`column_mass` of a canonical dense call."""
+    if per_head and call.k.shape[1] != call.q.shape[1]:
+        group = call.q.shape[1] // call.k.shape[1]
+        call = dataclasses.replace(call, k=call.k.repeat_interleave(group, dim=1))
+    ones = call.q.new_ones(*call.q.shape[:3], 1)
+    mass = logits.transposed_product(call, ones, lse)[..., 0]
+    return mass if per_head else mass.sum(1)
+
+
+def _positions(name: str, chosen, size: int, device) -> torch.Tensor:
+    """int64 positions of a slice, a sequence of ints or an int tensor; negative ones count from
+    the end.
+    """
+    if chosen is None:
+        return torch.arange(size, device=device)
+    if isinstance(chosen, slice):
+        return torch.arange(size, device=device)[chosen]
+    index = torch.as_tensor(chosen, device=device)
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise TypeError(f"{name} must be a slice or a list of positions, got {chosen!r}")
+    index = index.to(torch.int64)
+    wrong = (index < -size) | (index >= size)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must be between {-size} and {size - 1}, got {int(index[wrong][0])}"
+        )
+    return torch.where(index < 0, index + size, index)
+
+
+@torch.no_grad()
+def weights(q, k, *, rows=None, cols=None, **options) -> torch.Tensor:
+    """The exact attention weights P of chosen queries (and keys): [B, Hq, rows, cols].
+
+    rows, cols: a slice, or a list or tensor of positions (negative: from the end); None = all (the
+    whole matrix, for both).  The LSE of the chosen rows is computed over all keys.  Options:
+    as `top_k`.
+    """
+    call = _call(q, k, options)
+    seqlen_q, seqlen_k, device = call.q.shape[2], call.k.shape[2], call.q.device
+    rows = _positions("rows", rows, seqlen_q, device)
+    cols = _positions("cols", cols, seqlen_k, device)
+    shape = (*call.q.shape[:2], len(rows), len(cols))
+    out = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=device)
+    order = torch.arange(len(rows), device=device)
+    done = {}
+    for tile in logits.tiles(call, rows):
+        key = (tile.b.start, tile.h.start)
+        first = done.get(key, 0)
+        done[key] = first + len(tile.rows)
+        s = logits.scores(call, tile)
+        p = logits.probabilities(s, logits.row_lse(call, tile, s))
+        reached = (cols >= tile.c0) & (cols < tile.c1)
+        block = torch.zeros(*p.shape[:3], len(cols), dtype=p.dtype, device=device)
+        block[..., reached] = p[..., cols[reached] - tile.c0]
+        out[tile.b, tile.h, order[first : first + len(tile.rows)]] = block
+    return out
+
+
+def _pooling(size: int, length: int, like: torch.Tensor) -> torch.Tensor:
+    """[length, size]: column c averages the positions floor(c * length / size) to
+    ceil((c + 1) * length / size).
+    """
+    c = torch.arange(size, device=like.device)
+    low, high = c * length // size, ((c + 1) * length + size - 1) // size
+    j = torch.arange(length, device=like.device)[:, None]
+    inside = (j >= low) & (j < high)
+    return inside.to(like.dtype) / (high - low).to(like.dtype)
+
+
+@torch.no_grad()
+def pooled_map(q, k, size=256, **options) -> torch.Tensor:
+    """The N x N map of attention weights averaged down to `size` x `size`, [B, Hq, size, size].
+
+    size: an int or (rows, cols); at most Sq and Sk (larger ones are cut to them).  Cell (r, c) is
+    the mean of P over its block, as torch's adaptive_avg_pool2d cuts it.  Options: as `top_k`.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2:
+        raise ValueError(f"size must be an int or (rows, cols), got {size!r}")
+    for value in pair:
+        validate.integer("size", value, 1)
+    call = _call(q, k, options)
+    return pooled_map_of(call, pair)
+
+
+def pooled_map_of(call: Call, size: tuple[int, int]) -> torch.Tensor:
+    """`pooled_map` of a canonical dense call."""
+    batch, heads, seqlen_q, _ = call.q.shape
+    heads_k, seqlen_k = call.k.shape[1], call.k.shape[2]
+    rows, cols = min(size[0], max(seqlen_q, 1)), min(size[1], max(seqlen_k, 1))
+    out = call.q.new_zeros(batch, heads, rows, cols)
+    if seqlen_q == 0 or seqlen_k == 0:
+        return out
+    across, down = _pooling(cols, seqlen_k, call.q), _pooling(rows, seqlen_q, call.q)
+    for c in range(0, cols, 256):  # head_dim_v of the kernels ends at 512 on CPU, 256 on GPU
+        block = across[:, c : c + 256].contiguous()
+        for b in range(batch):  # O [Hq, Sq, 256] of one batch element at a time
+            one = _one_of_batch(call, b)
+            one.v = block.expand(1, heads_k, *block.shape)
+            out[b, :, :, c : c + 256] = down.T @ logits.forward(one)[0][0]
+    return out
+
+
+def _one_of_batch(call: Call, b: int) -> Call:
+    """Batch element b of a dense call, as a call."""
+
+    def pick(x):
+        return x if x is None or x.shape[0] == 1 else x[b : b + 1]
+
+    alibi = call.alibi_slopes
+    return dataclasses.replace(
+        call, q=call.q[b : b + 1], k=call.k[b : b + 1], v=call.v[b : b + 1], mask=pick(call.mask),
+        bias=pick(call.bias), alibi_slopes=alibi if alibi is None or alibi.dim() == 1 else alibi[b],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def rollout(layers: Sequence, rows=None, *, residual: float = 0.5, **options) -> torch.Tensor:
+    """Attention rollout (arXiv 2005.00928): how much of each input position reaches the chosen
+    outputs after all layers, as vector products, without any N x N matrix.
+
+    layers: from the first to the last, each (q, k) or (q, k, dict of options) with q
+    [B, Hq, S, D] and k [B, Hk, S, D]; `options` hold for all of them.  A layer mixes by
+    A = residual * I + (1 - residual) * mean over heads of P.
+    rows: output positions (a slice or a list): result [B, rows, S], each row summing to 1 where
+    every query sees a key.  None: the mean over all positions, [B, S].
+    """
+    validate.number("residual", residual, 0.0, 1.0)
+    if not layers:
+        raise ValueError("layers must hold at least one (q, k), got none")
+    calls = []
+    for layer in layers:
+        if not isinstance(layer, (tuple, list)) or len(layer) not in (2, 3):
+            raise TypeError(f"a layer must be (q, k) or (q, k, options), got {layer!r:.80}")
+        calls.append(_call(layer[0], layer[1], {**options, **(layer[2:] or [{}])[0]}))
+    return rollout_of(calls, rows, residual)
+
+
+def rollout_of(calls: Sequence[Call], rows, residual: float) -> torch.Tensor:
+    """`rollout` of canonical dense calls."""
+    last = calls[-1]
+    batch, length = last.q.shape[0], last.q.shape[2]
+    for index, call in enumerate(calls):
+        if call.q.shape[2] != length or call.k.shape[2] != length or call.q.shape[0] != batch:
+            raise ValueError(
+                f"layer {index}: q and k must have the last layer's batch {batch} and length "
+                f"{length}, got {tuple(call.q.shape)} and {tuple(call.k.shape)}"
+            )
+    if rows is None:
+        x = last.q.new_full((batch, length, 1), 1 / max(length, 1))
+    else:
+        index = _positions("rows", rows, length, last.q.device)
+        x = torch.nn.functional.one_hot(index, length).to(last.q.dtype).T
+        x = x.expand(batch, *x.shape)
+    for call in reversed(calls):
+        x = residual * x + (1 - residual) * _transposed_mean(call, x.to(call.q.dtype))
+    return x[..., 0] if rows is None else x.transpose(1, 2)
+
+
+def _transposed_mean(call: Call, x: torch.Tensor) -> torch.Tensor:
+    """(mean over heads of P)^T x, x [B, S, n]; columns 64 at a time."""
+    heads, lse, parts = call.q.shape[1], logits.forward(call)[1], []
+    for n in range(0, x.shape[-1], 64):
+        dout = x[..., n : n + 64].unsqueeze(1).expand(-1, heads, -1, -1).contiguous() / heads
+        parts.append(logits.transposed_product(call, dout, lse).sum(1))
+    return torch.cat(parts, dim=-1)

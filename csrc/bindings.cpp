@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/ceilings.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "params.h"
@@ -125,6 +126,10 @@ PYBIND11_MODULE(_C, m) {
         attn::cpu::backward(p, ptr, threads);
       },
       "Gradients of one call; addresses, 0 where absent or not wanted");
+
+  m.def("ceilings", &attn::cpu::ceiling, py::arg("name"), py::arg("isa") = "",
+        py::arg("threads") = 1, py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
+        "What this machine reaches: fma, bf16 (GFLOP/s), exp (10^9/s) or read (GB/s)");
 
   m.def("use_openmp", &attn::cpu::use_openmp,
         "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");

@@ -10,6 +10,7 @@ from attn_ext import backends, flops  # noqa: F401
 from attn_ext.api import RowStats, attention, attention_varlen
 from attn_ext.decode import attention_decode
 from attn_ext.explanation import explain
+from attn_ext.integrations.sdpa import replace_sdpa
 from attn_ext.torch_sdpa import scaled_dot_product_attention
 
 try:
@@ -19,5 +20,5 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 __all__ = [
     "RowStats", "attention", "attention_decode", "attention_varlen", "backends", "explain",
-    "scaled_dot_product_attention",
+    "replace_sdpa", "scaled_dot_product_attention",
 ]  # fmt: skip

@@ -26,6 +26,13 @@ def scaled_dot_product_attention(
     be a multiple of H.
     A row that sees no key is 0.  ValueError or TypeError where torch raises RuntimeError.
     """
+    return serve(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend="auto"
+    )
+
+
+def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
+    """`scaled_dot_product_attention` on the backend of that name."""
     validate.tensor("query", query)
     validate.tensor("key", key)
     validate.tensor("value", value)
@@ -55,7 +62,8 @@ def scaled_dot_product_attention(
         mask, bias = (folded, None) if attn_mask.dtype == torch.bool else (None, folded)
     out = attention(
         query4, key4, value4, causal="top_left" if is_causal else False, mask=mask, bias=bias,
-        dropout_p=dropout_p, scale=scale,
+        dropout_p=dropout_p, scale=scale, backend=backend,
+        deterministic=query.device.type != "cpu" and torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return out if len(batch) == 2 else out.reshape(*batch, query.shape[-2], value.shape[-1])
 

@@ -1,114 +1,154 @@
-"""attn_ext against torch SDPA on the CPU: medians of interleaved runs, each result checked first.
+"""attn_ext against every peer installed, on the CPU: each result checked, then medians of turns.
 
-    python bench/cpu.py [--repeats 7] [--quick]
+    python bench/cpu.py                               every row, about 15 minutes on 2 cores
+    python bench/cpu.py --quick                       one shape, fp32 and bf16, forward
+    python bench/cpu.py --rows forward,bf16,4096,64 --peers torch --budget 1
 
-Prints a table and writes bench/results/cpu.json.  GFLOP/s counts 4 B H S^2 D a forward (half when
-causal), 3.5 times that for forward + backward.
+Writes bench/results/cpu.json, cpu.md and cpu.png (cpu-part.* where rows or peers are restricted,
+unless --json says where).  docs/benchmarks.md tells how times, FLOPs and ceilings are counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import sys
 import time
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from machine import RESULTS, describe
 from rich.console import Console
 from rich.table import Table
 
-import attn_ext
+from attn_ext.profiling import ceilings, plots
+from attn_ext.profiling.cases import CPU_TABLE, Case, make
+from attn_ext.profiling.measure import measure_all
+from attn_ext.profiling.peers import OURS, chosen
+from attn_ext.profiling.results import Report, ceilings_line, machine
+from attn_ext.profiling.timing import CpuClock
 
-SHAPES = (
-    (1, 8, 1024, 64),
-    (1, 8, 4096, 64),
-    (1, 8, 4096, 128),
-    (2, 16, 512, 64),
-    (8, 12, 128, 64),
-)
-DTYPES = (torch.float32, torch.bfloat16)
-BUDGET = 4.0  # seconds that one pair of candidates may take
+RESULTS = Path(__file__).parent / "results"
 
 
-def ours(q, k, v, causal):
-    return attn_ext.attention(q, k, v, causal=causal)
+def all_cases() -> dict[str, list[Case]]:
+    """The rows by the name of their group"""
+    return {group: preset.cases() for group, preset in CPU_TABLE.items()}
 
 
-def theirs(q, k, v, causal):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def select(text: str) -> list[Case]:
+    """The cases of "WORD WORD;WORD ...": alternatives by ";", in each all words must match: a group
+    of CPU_TABLE, a dtype, causal or full, fwd, bwd or fwd+bwd, or the beginning of a shape.
+    """
+    found = []
+    for alternative in text.split(";"):
+        words = alternative.split()
+        for group, cases in all_cases().items():
+            for case in cases:
+                mask = "causal" if case.causal else "full"
+                names = {group, case.dtype, mask, case.direction}
+                if all(word in names or case.shape.startswith(word) for word in words):
+                    found.append(case)
+    if not found:
+        raise SystemExit(f"--rows: no row matches {text!r}; groups are {', '.join(CPU_TABLE)}")
+    return list(dict.fromkeys(found))
 
 
-def interleaved(candidates, repeats: int) -> list[float]:
-    """Median seconds of each candidate, taking turns"""
-    times = [[] for _ in candidates]
+def print_case(case: Case, rows, skipped, console: Console, show_skipped: set) -> None:
+    """One line: ours, share of the ceiling, then every peer with its ratio"""
+    for skip in skipped:
+        reason = (skip["peer"], skip["reason"])
+        if reason not in show_skipped:
+            show_skipped.add(reason)
+            console.print(f"  left out: {skip['peer']}: {skip['reason']}", style="dim")
+    ours = next((row for row in rows if row.peer == OURS), None)
+    share = f"{ours.share:4.0%}" if ours and ours.share is not None else "  - "
+    ms = f"{ours.median_ms:9.3f}" if ours and ours.median_ms else "   failed"
+    others = [r for r in rows if r.peer != OURS and r.median_ms]
+    parts = [f"{r.peer} {r.median_ms:.3f} ({r.ratio or 0:.2f}x)" for r in others]
+    bad = [f"{r.peer} {r.state}: {r.error:.1e} > {r.allowed:.1e}" for r in rows if r.state != "ok"]
+    console.print(f"{case.name:<38}{ms} ms {share}  {'  '.join(parts + bad)}", highlight=False)
+
+
+def summary(report: Report) -> Table:
+    """A row a case: ours, torch's, the best other peer's, with ratios"""
+    table = Table(title=report.title)
+    for name in ("case", "attn_ext ms", "of ceiling", "torch ms", "x", "best other", "ms", "x"):
+        table.add_column(name, justify="left" if name in ("case", "best other") else "right")
+    best = report.best_other()
+    by = {(row.case, row.peer): row for row in report.rows}
+    for name in dict.fromkeys(row.case for row in report.rows):
+        ours, torch_row, other = by.get((name, OURS)), by.get((name, "torch")), best.get(name)
+        cells = [name]
+        cells.append(f"{ours.median_ms:.3f}" if ours and ours.median_ms else "-")
+        cells.append(f"{ours.share:.0%}" if ours and ours.share is not None else "-")
+        for column, row in enumerate((torch_row, other)):
+            if column:
+                cells.append(row.peer if row else "-")
+            timed = row is not None and row.median_ms
+            cells.append(f"{row.median_ms:.3f}" if timed else "-")
+            cells.append(f"{row.ratio:.2f}" if timed and row.ratio else "-")
+        table.add_row(*cells)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 1 when attn_ext itself failed a check or a case"""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", help="e.g. 'forward bf16 causal' or 'decode;1,8,4096,64 fp32 fwd+bwd'")
+    add("--shape", action="append", help="a shape B,H,S,D of your own (with --dtype ...)")
+    add("--dtype", default="fp32", help="of --shape")
+    add("--direction", default="fwd", help="of --shape: fwd, bwd, fwd+bwd")
+    add("--causal", action="store_true", help="of --shape")
+    add("--quick", action="store_true", help="1,8,1024,64 forward only, short")
+    add("--peers", help="comma-separated; default: all that are installed, but flex")
+    add("--budget", type=float, default=4.0, help="seconds of timing a row (default 4)")
+    add("--turns", type=int, default=11, help="at most so many turns a peer")
+    add("--json", type=Path, help="result file; .md and .png are written beside it")
+    add("--list", action="store_true", help="print the rows and stop")
+    options = parser.parse_args(argv)
+    if options.quick and not options.rows:
+        options.rows, options.budget = "forward 1,8,1024,64", min(1.0, options.budget)
+    cases = [c for group in all_cases().values() for c in group]
+    try:
+        if options.rows:
+            cases = select(options.rows)
+        if options.shape:
+            kind = (options.dtype, options.causal, options.direction)
+            cases = [make(shape, *kind) for shape in options.shape]
+        peers = chosen(options.peers.split(",") if options.peers else None)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    console = Console(width=200, soft_wrap=True)
+    part = bool(options.rows or options.shape or options.peers)
+    json_path = options.json or RESULTS / ("cpu-part.json" if part else "cpu.json")
+    json_path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    for turn in range(repeats + 1):
-        for i, run in enumerate(candidates):
-            began = time.perf_counter()
-            run()
-            if turn:  # the first turn warms up
-                times[i].append(time.perf_counter() - began)
-        if turn > 2 and time.perf_counter() - start > BUDGET:
-            break
-    return [statistics.median(t) for t in times]
-
-
-def measure(shape, dtype, causal: bool, backward: bool, repeats: int) -> dict:
-    """One row: milliseconds of both, ratio, GFLOP/s of ours"""
-    batch, heads, seqlen, dim = shape
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, dout = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
-    torch.testing.assert_close(ours(q, k, v, causal), theirs(q, k, v, causal), rtol=0.02, atol=0.02)
-    for x in (q, k, v):
-        x.requires_grad_(backward)
-
-    def candidate(attend):
-        def run():
-            out = attend(q, k, v, causal)
-            if backward:
-                torch.autograd.grad(out, (q, k, v), dout)
-
-        return run
-
-    a, b = interleaved([candidate(ours), candidate(theirs)], repeats)
-    flops = 4 * batch * heads * seqlen**2 * dim * (0.5 if causal else 1) * (3.5 if backward else 1)
-    return {
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "causal": causal,
-        "direction": "fwd+bwd" if backward else "fwd",
-        "attn_ext_ms": round(a * 1e3, 3),
-        "torch_ms": round(b * 1e3, 3),
-        "ratio": round(b / a, 2),
-        "gflops": round(flops / a / 1e9),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="the first shape only")
-    options = parser.parse_args()
-    table = Table(title="CPU: attn_ext against torch SDPA (ratio > 1: attn_ext is faster)")
-    rows = [
-        measure(shape, dtype, causal, backward, options.repeats)
-        for backward in (False, True)
-        for dtype in DTYPES
-        for shape in (SHAPES[:1] if options.quick else SHAPES)
-        for causal in (False, True)
-    ]
-    for name in rows[0]:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=120).print(table)
-    if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({"machine": describe(), "rows": rows}, indent=1)
-        (RESULTS / "cpu.json").write_text(text + "\n")
+    report = Report("attn_ext on the CPU", machine(), ceilings.measure_cpu())
+    report.save_to = [json_path.with_suffix(".json"), json_path.with_suffix(".md")]
+    m = report.machine
+    console.print(
+        f"{m['cpu']}, {m['isa']}, {m['threads']} threads: {ceilings_line(report.ceilings)}"
+    )
+    shown: set = set()
+    try:
+        measure_all(
+            report, cases, peers, CpuClock(), turns=options.turns, budget=options.budget,
+            on_case=lambda case, rows, skips: print_case(case, rows, skips, console, shown),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {len(report.rows)} finished rows are in {json_path}")
+        return 130
+    console.print(summary(report))
+    plots.bars(report, json_path.with_suffix(".png"))
+    took = time.perf_counter() - start
+    console.print(f"{len(cases)} cases in {took:.0f} s; wrote {json_path} (.md, .png)")
+    ours = [row for row in report.rows if row.peer == OURS]
+    return int(len(ours) < len(cases) or any(row.state == "wrong" for row in ours))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,7 @@ $(VENV)/torch.done:
 
 $(VENV)/installed.done: $(VENV)/torch.done $(SOURCES)
 	$(PY) -m pip install -q setuptools pybind11 ninja
-	$(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
+	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
 	touch $@
 
 test: $(VENV)/installed.done
@@ -52,4 +52,4 @@ test-tsan: $(VENV)/installed.done
 	bash tests/tsan.sh
 
 clean:
-	rm -rf build .venv attn_ext/_C*.so *.egg-info
+	rm -rf build .venv attn_ext/_*.so *.egg-info

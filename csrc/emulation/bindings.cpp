@@ -1,0 +1,120 @@
+// The Python module attn_ext._emulated (tests only): the kernels of csrc/cuda on the emulated
+// device, its modes and counters, and the kernels that test the emulator.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "../cuda/ptx.cuh"
+#include "tests/example.cuh"
+#include "tests/faults.cuh"
+#include "tests/wrappers.cuh"
+
+namespace py = pybind11;
+
+namespace attn::cuda {
+// Registers the launch entry points of csrc/cuda; defined there, compiled with -DATTN_EMULATED.
+__attribute__((weak)) void bind(py::module_& module);
+}  // namespace attn::cuda
+
+namespace {
+
+using attn::emulation::machine;
+using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
+
+// "plain", "random", "poison", "race", or several joined by "+"; "all" is all of them.
+void set_mode(const std::string& text, uint64_t seed, bool banks, int smem_limit) {
+  attn::emulation::Mode mode;
+  mode.seed = seed;
+  mode.banks = banks;
+  mode.smem_limit = smem_limit;
+  size_t begin = 0;
+  while (begin <= text.size()) {
+    const size_t end = std::min(text.find('+', begin), text.size());
+    const std::string word = text.substr(begin, end - begin);
+    if (word == "random" || word == "all") mode.random = true;
+    if (word == "poison" || word == "all") mode.poison = true;
+    if (word == "race" || word == "all") mode.race = true;
+    if (word != "plain" && word != "random" && word != "poison" && word != "race" &&
+        word != "all") {
+      throw py::value_error(
+          "mode must be plain, random, poison, race, all, or several joined by "
+          "+, got '" +
+          text + "'");
+    }
+    begin = end + 1;
+  }
+  machine.mode = mode;
+}
+
+py::dict bank_conflicts() {
+  py::dict out;
+  for (const auto& [where, count] : machine.banks) {
+    out[py::str(attn::emulation::Where::unpack(where).text())] =
+        py::make_tuple(count.requests, count.ideal, count.wavefronts);
+  }
+  return out;
+}
+
+Words run_wrapper(int op, const Words& in, const Words& smem) {
+  using namespace attn::wrappers;
+  if (in.ndim() != 2 || in.shape(0) != 32 || in.shape(1) != WORDS || smem.size() != SMEM_WORDS) {
+    throw py::value_error("wrapper: in must be [32, 16] and smem [512] words");
+  }
+  Words out({32, WORDS});
+  std::memset(out.mutable_data(), 0, size_t(out.nbytes()));
+  launch(wrappers, {1, 1, 1}, 32, SMEM_WORDS * 4, nullptr,
+         Params{op, in.data(), smem.data(), out.mutable_data()});
+  return out;
+}
+
+// C = A B^T of 16-bit words A [M, K], B [N, K].
+py::array_t<float> run_gemm(
+    bool bf16, const py::array_t<uint16_t, py::array::c_style | py::array::forcecast>& A,
+    const py::array_t<uint16_t, py::array::c_style | py::array::forcecast>& B) {
+  using namespace attn::example;
+  if (A.ndim() != 2 || B.ndim() != 2 || A.shape(1) != B.shape(1) || A.shape(1) % BLOCK_K != 0) {
+    throw py::value_error("gemm: A [M, K] and B [N, K] with K a multiple of 32");
+  }
+  const int M = int(A.shape(0)), N = int(B.shape(0)), K = int(A.shape(1));
+  py::array_t<float> C({M, N});
+  std::memset(C.mutable_data(), 0xff, size_t(C.nbytes()));  // NaN: every element must be written
+  const Grid grid = {(M + BLOCK_M - 1) / BLOCK_M, (N + BLOCK_N - 1) / BLOCK_N, 1};
+  const Params params = {A.data(), B.data(), C.mutable_data(), M, N, K};
+  launch(bf16 ? gemm<attn::ptx::bf16> : gemm<attn::ptx::fp16>, grid, THREADS, SMEM_BYTES, nullptr,
+         params);
+  return C;
+}
+
+// out[t], t = 0..63, of the faults kernel; raises what the emulator reports.
+py::array_t<float> run_fault(int fault) {
+  py::array_t<float> out(64);
+  alignas(16) static float gmem[256];
+  for (int i = 0; i < 256; ++i) gmem[i] = float(i);
+  std::memset(out.mutable_data(), 0, 256);
+  attn::ptx::launch(attn::faults::faults, {2, 1, 1}, 64, 2048, nullptr,
+                    attn::faults::Params{fault, gmem, out.mutable_data()});
+  return out;
+}
+
+// A launch whose threads do nothing, to test the checks of its configuration.
+void run_empty(int x, int y, int z, int threads, int smem_bytes) {
+  struct Params {};
+  attn::ptx::launch<Params>([](Params) {}, {x, y, z}, threads, smem_bytes, nullptr, Params{});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_emulated, m) {
+  m.def("set_mode", set_mode, py::arg("mode"), py::arg("seed") = 0, py::arg("banks") = false,
+        py::arg("smem_limit") = 163 * 1024);
+  m.def("bank_conflicts", bank_conflicts, "{source line: (phases, ideal, wavefronts)}");
+  m.def("launches", [] { return machine.launches; });
+  m.def("reset_counters", [] {
+    machine.banks.clear();
+    machine.launches = 0;
+  });
+  m.def("wrapper", run_wrapper, py::arg("op"), py::arg("input"), py::arg("smem"));
+  m.def("gemm", run_gemm, py::arg("bf16"), py::arg("a"), py::arg("b"));
+  m.def("fault", run_fault, py::arg("fault"));
+  m.def("empty_launch", run_empty);
+  if (attn::cuda::bind) attn::cuda::bind(m);
+}

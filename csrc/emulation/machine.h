@@ -1,0 +1,175 @@
+// One emulated CUDA device: runs the blocks of a launch one after the other, the threads of a block
+// as fibers of one OS thread.
+//
+// A warp collective (mma, ldmatrix, shuffle, barrier) is a rendezvous: each lane leaves a pointer
+// to its arguments, the last lane to arrive computes for all 32 and goes on, the others become
+// ready. Kind and source line must agree over the lanes; else, and when nothing can run any more,
+// the launch ends with an Error that names the lines.
+//
+// Modes (Mode): plain = fixed order, copies land at once; random = warps run by random priorities,
+// blocks in random order, copies land at random; poison = shared memory starts as NaN and a copy's
+// target is NaN from issue to wait; race = the detector of shadow.h; banks = counts bank conflicts
+// of every shared access (ldmatrix is always counted).
+#pragma once
+#include <csetjmp>
+#include <cstdio>
+#include <csignal>
+#include <array>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cuda/ptx_types.h"
+#include "async_queue.h"
+#include "fiber.h"
+#include "shadow.h"
+
+namespace attn::emulation {
+
+constexpr int MAX_THREADS = 32 * MAX_WARPS, BARRIERS = 16;
+constexpr uint32_t SMEM_BASE = 0x400, FULL_WARP = 0xffffffffu;
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Mode {
+  bool random = false, poison = false, race = false, banks = false;
+  uint64_t seed = 0;
+  int smem_limit = 163 * 1024;  // bytes a block may have: sm_80; 227 KiB on sm_90, 99 on sm_120
+};
+
+enum class Kind : uint8_t {
+  NONE,
+  SYNC_WARP,
+  SYNC_THREADS,
+  BARRIER_SYNC,
+  BARRIER_ARRIVE,
+  SHUFFLE,
+  BALLOT,
+  LDMATRIX,
+  LDMATRIX_TRANS,
+  MMA,
+  MMA_TF32,
+};
+const char* name(Kind kind);
+
+enum class Access : uint8_t { READ, WRITE, ATOMIC };
+
+// 16 or 4 bytes on their way to shared memory; the source is read at issue.
+struct Copy {
+  uint32_t address;
+  int bytes;
+  bool landed;
+  Where where;
+  uint8_t data[16];
+};
+
+struct Thread {
+  Context context;
+  AsyncQueue<Copy> copies;
+  Where last;  // the last wrapper that this thread called
+};
+
+struct Warp {
+  uint32_t arrived, ready, exited;
+  Kind kind;
+  int barrier;  // the named barrier that all lanes wait at, or -1
+  Where where;
+  void* args[32];
+  WarpClock clock;
+  uint64_t priority;
+};
+
+struct Barrier {
+  int arrived = 0, expected = 0;
+  WarpClock clock;
+};
+
+// Accesses to shared memory from one source line: wavefronts == ideal means no bank conflict.
+struct BankCount {
+  int64_t requests = 0, wavefronts = 0, ideal = 0;
+};
+
+using ptx::Grid;
+
+class Machine {
+ public:
+  Mode mode;
+  Grid grid, block;
+  int threads = 0, smem_bytes = 0;
+  int64_t launches = 0;
+  std::map<uint64_t, BankCount> banks;  // by Where::packed()
+
+  // Runs `body` once per thread of the grid.  Throws Error, or what the body threw.
+  void launch(Grid grid, int threads, int smem_bytes, void (*body)(void*), void* argument);
+
+  int thread() const { return current_; }
+  // Checks one access of the current thread; the bytes, valid until the next wrapper call.
+  uint8_t* access(Access access, uint32_t address, int bytes, Where where);
+  // Rendezvous of the current warp; `execute` gets the 32 arguments.
+  void collective(Kind kind, void* argument, Where where, void (*execute)(void* const* arguments));
+  // ldmatrix reads for the whole warp: 8 rows of 16 bytes a phase.
+  const uint8_t* matrix_row(uint32_t address, Where where);
+  void count_phase(const uint32_t* addresses, int lanes, int bytes, Where where);
+  void sync_warp(Where where);
+  void barrier(int id, int threads, bool wait, Where where);
+
+  void copy_issue(uint32_t address, const void* source, int bytes, bool valid, Where where);
+  void copy_commit(Where where);
+  void copy_wait(int keep, Where where);
+
+  [[noreturn]] void fail(Where where, const std::string& what) const;
+  uint64_t random();  // splitmix64
+
+ private:
+  void check_launch(Grid grid, int threads, int smem_bytes) const;
+  void run_block(Grid id);
+  void fiber_body();
+  static void fiber_entry();
+  void on_exit();
+  bool arrive(Kind kind, void* argument, Where where);  // true for the last lane
+  void sleep();                                         // the current fiber waits to be made ready
+  void maybe_preempt();
+  int pick();
+  int pick_warp() const;
+  void resume(int thread);
+  void release(int id);
+  std::string deadlock_report() const;
+  void race(const std::string& report) const;
+  void land(Copy& copy);
+  void log_access(uint32_t address, int bytes, Where where);
+  void flush_access_log();
+  static void on_fault(int signal, siginfo_t* info, void* context);
+
+  std::mutex mutex_;
+  StackPool stacks_;
+  std::vector<Thread> fibers_;
+  std::array<Warp, MAX_WARPS> warps_;
+  std::array<Barrier, BARRIERS> barriers_;
+  std::vector<uint8_t> smem_;
+  Shadow shadow_;
+  Context main_;
+  int current_ = 0, warp_count_ = 0, alive_ = 0;
+  uint64_t rng_ = 0;
+  void (*body_)(void*) = nullptr;
+  void* argument_ = nullptr;
+  std::exception_ptr error_;
+  sigjmp_buf fault_jump_;
+  std::string fault_text_;
+  // Accesses of lds and sts by (warp, line): the i-th access of each lane forms request i.
+  struct SiteLog {
+    int bytes = 0;
+    std::array<std::vector<uint32_t>, 32> lanes;
+  };
+  std::map<std::pair<int, uint64_t>, SiteLog> access_log_;
+};
+
+extern Machine machine;
+
+}  // namespace attn::emulation

@@ -1,0 +1,124 @@
+#include "shadow.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace attn::emulation {
+
+std::string Where::text() const {
+  const char* tail = std::strstr(file, "csrc/");
+  return std::string(tail ? tail : file) + ":" + std::to_string(line);
+}
+
+void WarpClock::join(const WarpClock& other, int warps) {
+  for (int v = 0; v < warps; ++v) at[v] = std::max(at[v], other.at[v]);
+}
+
+void Shadow::reset(int bytes, int warps) {
+  warps_ = warps;
+  const size_t words = size_t(bytes + 3) / 4;
+  cells_.assign(words, Cell{});
+  reads_.assign(words * warps, Read{});
+}
+
+namespace {
+std::string lane_text(int warp, int lane) {
+  return "warp " + std::to_string(warp) + (lane < 0 ? "" : " lane " + std::to_string(lane));
+}
+std::string report(const Actor& who, const char* verb, const std::string& other) {
+  return "race in shared memory: " + who.where.text() + " (" + lane_text(who.warp, who.lane) +
+         ") " + verb + " what " + other;
+}
+}  // namespace
+
+std::string Shadow::conflict_with_write(const Cell& cell, const Actor& who, const WarpClock& clock,
+                                        const char* verb, bool partial) const {
+  if (cell.in_flight) {
+    return report(who, verb,
+                  Where::unpack(cell.where).text() + " (" + lane_text(cell.warp, cell.lane) +
+                      ") is still copying: no wait between them");
+  }
+  if (cell.clock == 0) return "";
+  if (cell.warp != who.warp) {
+    if (cell.clock <= clock.at[cell.warp]) return "";
+    return report(who, verb,
+                  Where::unpack(cell.where).text() + " (" + lane_text(cell.warp, cell.lane) +
+                      ") wrote: no barrier between them");
+  }
+  const bool same_lane = who.lane != ALL_LANES && who.lane == cell.lane;
+  // Bytes of one word written by several lanes: the shadow is too coarse to tell them apart.
+  const bool unknown = partial && cell.partial;
+  if (same_lane || unknown || cell.warp_syncs < clock.warp_syncs) return "";
+  return report(who, verb,
+                Where::unpack(cell.where).text() + " (" + lane_text(cell.warp, cell.lane) +
+                    ") wrote: no sync_warp between them");
+}
+
+std::string Shadow::conflict_with_reads(size_t word, const Actor& who,
+                                        const WarpClock& clock) const {
+  const Read* reads = &reads_[word * warps_];
+  for (int v = 0; v < warps_; ++v) {
+    if (v == who.warp || reads[v].clock <= clock.at[v]) continue;
+    return report(who, "overwrites",
+                  Where::unpack(reads[v].where).text() + " (" + lane_text(v, ALL_LANES) +
+                      ") reads: no barrier between them");
+  }
+  return "";
+}
+
+std::string Shadow::read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
+  const uint64_t where = who.where.packed();
+  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+    const Cell& cell = cells_[word];
+    if (cell.clock == 0 && !cell.in_flight) {
+      return report(who, "reads", "nothing has written since the block began");
+    }
+    std::string bad = conflict_with_write(cell, who, clock, "reads", bytes < 4);
+    if (!bad.empty()) return bad;
+    Read& read = reads_[word * warps_ + who.warp];
+    read.clock = clock.at[who.warp];
+    read.where = where;
+  }
+  return "";
+}
+
+std::string Shadow::write(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
+                          bool atomic) {
+  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+    Cell& cell = cells_[word];
+    if (!(atomic && cell.atomic && !cell.in_flight)) {
+      std::string bad = conflict_with_write(cell, who, clock, "overwrites", bytes < 4);
+      if (bad.empty()) bad = conflict_with_reads(word, who, clock);
+      if (!bad.empty()) return bad;
+    }
+    cell = Cell{clock.at[who.warp],
+                clock.warp_syncs,
+                who.where.packed(),
+                int8_t(who.warp),
+                int8_t(who.lane),
+                false,
+                atomic,
+                bytes < 4};
+  }
+  return "";
+}
+
+std::string Shadow::issue(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
+  std::string bad = write(who, clock, offset, bytes, false);
+  if (!bad.empty()) return bad;
+  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+    cells_[word].in_flight = true;
+  }
+  return "";
+}
+
+void Shadow::landed(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
+  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+    Cell& cell = cells_[word];
+    cell.in_flight = false;
+    cell.clock = clock.at[who.warp];
+    cell.warp_syncs = clock.warp_syncs;
+  }
+}
+
+}  // namespace attn::emulation

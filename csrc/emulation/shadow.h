@@ -1,0 +1,75 @@
+// The race detector of shared memory: happens-before by one vector clock a warp, and for each 4
+// bytes of shared memory who wrote it last and when each warp read it last.  Its verdict does not
+// depend on the order in which the emulator happened to run the warps, so one run is enough.
+//
+// Order between warps comes from barriers.  Within a warp, lanes are ordered only by sync_warp (or
+// a barrier): a shuffle or an mma makes lanes meet, but orders no memory.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace attn::emulation {
+
+constexpr int MAX_WARPS = 32;
+
+// A source position: that of the wrapper's call.
+struct Where {
+  const char* file = "?";
+  int line = 0;
+  bool operator==(const Where& o) const { return file == o.file && line == o.line; }
+  bool operator!=(const Where& o) const { return !(*this == o); }
+  uint64_t packed() const { return (reinterpret_cast<uint64_t>(file) << 16) | uint16_t(line); }
+  static Where unpack(uint64_t v) {
+    return {reinterpret_cast<const char*>(v >> 16), int(v & 0xffff)};
+  }
+  std::string text() const;  // "csrc/cuda/forward.cuh:120"
+};
+
+struct WarpClock {
+  uint32_t at[MAX_WARPS] = {};  // at[v]: how far into warp v's past this warp has synchronised
+  uint32_t warp_syncs = 0;      // counts sync_warp and barriers of this warp
+  void join(const WarpClock& other, int warps);
+};
+
+// One access of one lane.  lane == ALL_LANES: made for the whole warp (ldmatrix).
+struct Actor {
+  int warp, lane;
+  Where where;
+};
+constexpr int ALL_LANES = -1;
+
+class Shadow {
+ public:
+  void reset(int bytes, int warps);
+
+  // Each returns an empty string or the report of a race.  offset: bytes from the base.
+  std::string read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
+  std::string write(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
+                    bool atomic);
+  // An asynchronous write has been issued: the bytes belong to it until landed().
+  std::string issue(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
+  void landed(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
+
+ private:
+  struct Cell {
+    uint32_t clock = 0;  // of the last write; 0 = never written
+    uint32_t warp_syncs = 0;
+    uint64_t where = 0;
+    int8_t warp = 0, lane = 0;
+    bool in_flight = false, atomic = false, partial = false;
+  };
+  struct Read {
+    uint32_t clock = 0;
+    uint64_t where = 0;
+  };
+  std::string conflict_with_write(const Cell& cell, const Actor& who, const WarpClock& clock,
+                                  const char* verb, bool partial) const;
+  std::string conflict_with_reads(size_t word, const Actor& who, const WarpClock& clock) const;
+
+  int warps_ = 0;
+  std::vector<Cell> cells_;
+  std::vector<Read> reads_;  // [words][warps]
+};
+
+}  // namespace attn::emulation

@@ -1,0 +1,390 @@
+"""flash-attn 2's functions on attn_ext: the same signatures and meanings, on CPU and in float32
+too.
+
+q [B, S, H, D] (packed: [total, H, D]), causal and windows aligned bottom-right, a window side -1 is
+unbounded.  LSE is the natural log, float32 [B, H, Sq] ([H, total_q]), +inf for a row that sees no
+key (flash-attn's choice; `attn_ext.attention` gives -inf).  `install()` makes `import flash_attn`
+find this where the real package is absent.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext import api, decode, reference, validate
+from attn_ext.integrations import bert_padding, importing, rotary
+
+VERSION = "2.8.3"  # the version whose signatures these are
+
+
+def _window(window_size, causal: bool) -> tuple:
+    """flash-attn's (left, right) as attn_ext's: negative is unbounded; causal closes the right."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
+    for side in window_size:
+        validate.integer("window_size", side, low=-(1 << 31))
+    left, right = (None if side < 0 else side for side in window_size)
+    return left, None if causal else right
+
+
+def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
+    validate.boolean("causal", causal)
+    return dict(
+        dropout_p=dropout_p, scale=softmax_scale, causal="bottom_right" if causal else False,
+        window=_window(window_size, causal), softcap=softcap, alibi_slopes=alibi_slopes,
+        deterministic=bool(deterministic),
+    )  # fmt: skip
+
+
+def _rank(name: str, value, shape: str) -> None:
+    validate.tensor(name, value)
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def _packed(name: str, value, axis: int, count: int, shape: str):
+    """The `count` tensors packed along `axis`."""
+    _rank(name, value, shape)
+    if value.shape[axis] != count:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    return value.unbind(axis)
+
+
+def _flash_lse(lse):
+    """+inf where no key is seen, as flash-attn has it."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def _round_up(n: int) -> int:
+    return (n + 127) // 128 * 128
+
+
+def _signed_weights(args: tuple, max_logit, seqlens_q, seqlens_k):
+    """S_dmask [B, H, round128(Sq), round128(Sk)]: exp(logit - row maximum), negative where dropped.
+
+    For tests only, as in flash-attn: it holds the whole matrix.
+    """
+    call = api.call_of(args)
+    varlen = call.cu_seqlens_q is not None
+    batch, heads = len(seqlens_q), call.q.shape[1]
+    sizes = (batch, heads, _round_up(call.max_seqlen_q), _round_up(call.max_seqlen_k))
+    result = call.q.new_zeros(sizes)
+    seed, offset = call.rng_state.tolist()
+    start_q = start_k = 0
+    for b, (rows, cols) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
+        if varlen:
+            q = call.q[start_q : start_q + rows].transpose(0, 1)
+            k = call.k[start_k : start_k + cols].transpose(0, 1)
+            top = max_logit[:, start_q : start_q + rows]
+        else:
+            q, k, top = call.q[b], call.k[b], max_logit[b]
+        start_q, start_k = start_q + rows, start_k + cols
+        k = k.repeat_interleave(heads // k.shape[0], dim=0)
+        s = (q.float() @ k.float().transpose(1, 2)) * (call.scale or q.shape[-1] ** -0.5)
+        if call.softcap > 0:
+            s = call.softcap * torch.tanh(s / call.softcap)
+        if call.alibi_slopes is not None:
+            slopes = call.alibi_slopes
+            slopes = (slopes[b] if slopes.dim() == 2 else slopes)[:, None, None]
+            i = torch.arange(rows, device=s.device)[:, None] + cols - rows
+            s = s - slopes * (i - torch.arange(cols, device=s.device)).abs()
+        s = torch.exp(s - top.to(s.dtype)[..., None])
+        s = s * reference.visible_pairs(call, rows, cols)
+        keep = reference.dropout_keep_mask(
+            seed, offset, 1, heads, rows, cols, call.dropout_p, s.device, b
+        )[0]
+        s = torch.where(top[..., None] == -torch.inf, 0.0, torch.where(keep, s, -s))
+        result[b, :, :rows, :cols] = s
+    return result
+
+
+def _run(args: tuple, return_attn_probs: bool, layout):
+    """The outputs of a call; `layout` puts `out` into flash-attn's order."""
+    if not return_attn_probs:
+        return layout(api.result(args, False, False))
+    out, lse, stats = api.result(args, True, True)
+    weights = args[0].new_empty((0,))
+    if args[16] > 0:  # dropout_p
+        if args[8] is not None:
+            lengths = (args[8].diff().tolist(), args[9].diff().tolist())
+        else:
+            lengths = ([args[12]] * args[0].shape[0], [args[13]] * args[0].shape[0])
+        with torch.no_grad():
+            weights = _signed_weights(args, stats.max_logit, *lengths)
+    return layout(out), _flash_lse(lse), weights
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """Attention of q [B, Sq, H, D] to k, v [B, Sk, Hk, D]; H a multiple of Hk.
+
+    Returns out [B, Sq, H, D]; with return_attn_probs (out, softmax_lse float32 [B, H, Sq], S_dmask:
+    exp(logit - row maximum) padded to multiples of 128 and negative where dropped, empty without
+    dropout).  causal and window_size (left, right; -1 unbounded) are aligned bottom-right;
+    alibi_slopes [H] or [B, H] float32.  ValueError and TypeError name a bad argument.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _rank(name, value, "[B, S, H, D]")
+    options = _options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+    )
+    args = api.dense_args(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        need_stats=bool(return_attn_probs), **options,
+    )  # fmt: skip
+    return _run(args, return_attn_probs, lambda out: out.transpose(1, 2))
+
+
+def flash_attn_qkvpacked_func(
+    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` of qkv [B, S, 3, H, D]."""
+    return flash_attn_func(
+        *_packed("qkv", qkv, 2, 3, "[B, S, 3, H, D]"), dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` of q [B, Sq, H, D] and kv [B, Sk, 2, Hk, D]."""
+    return flash_attn_func(
+        q, *_packed("kv", kv, 2, 2, "[B, Sk, 2, Hk, D]"), dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _from_pages(pages, block_table, cu_seqlens_k):
+    """pages [num_blocks, page_size, Hk, D] -> packed [total_k, Hk, D] of the listed lengths."""
+    lengths = cu_seqlens_k.diff().long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=pages.device), lengths)
+    position = torch.arange(len(sequence), device=pages.device) - cu_seqlens_k.long()[sequence]
+    page_size = pages.shape[1]
+    if len(sequence) and int(position.max()) >= block_table.shape[1] * page_size:
+        raise ValueError(
+            f"block_table must have pages for {int(position.max()) + 1} keys, "
+            f"got {block_table.shape[1]} of {page_size}"
+        )
+    page = block_table.long()[sequence, position // page_size]
+    if len(page) and not 0 <= int(page.min()) <= int(page.max()) < pages.shape[0]:
+        raise ValueError(
+            f"block_table must hold pages between 0 and {pages.shape[0] - 1}, "
+            f"got {int(page.min())} to {int(page.max())}"
+        )
+    return pages[page, position % page_size]
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """Attention of packed sequences: q [total_q, H, D], k, v [total_k, Hk, D], cu_seqlens int32
+    [B + 1].
+
+    With block_table int32 [B, max_pages]: k, v [num_blocks, page_size, Hk, D], of any page size.
+    Returns out [total_q, H, D]; with return_attn_probs also softmax_lse [H, total_q] and S_dmask.
+    """
+    _rank("q", q, "[total_q, H, D]")
+    if block_table is not None:
+        for name, value in (("k", k), ("v", v)):
+            _rank(name, value, "[num_blocks, page_size, Hk, D]")
+        validate.index_tensor("block_table", block_table, q.device, 2)
+        validate.index_tensor("cu_seqlens_k", cu_seqlens_k, q.device, 1)
+        if block_table.shape[0] != cu_seqlens_k.shape[0] - 1:
+            raise ValueError(
+                f"block_table must have {cu_seqlens_k.shape[0] - 1} rows, "
+                f"got {block_table.shape[0]}"
+            )
+        k, v = (_from_pages(x, block_table, cu_seqlens_k) for x in (k, v))
+    options = _options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+    )
+    args = api.varlen_args(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        need_stats=bool(return_attn_probs), **options,
+    )  # fmt: skip
+    return _run(args, return_attn_probs, lambda out: out)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_varlen_func` of qkv [total, 3, H, D]."""
+    return flash_attn_varlen_func(
+        *_packed("qkv", qkv, 1, 3, "[total, 3, H, D]"), cu_seqlens, cu_seqlens, max_seqlen,
+        max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_varlen_func` of q [total_q, H, D] and kv [total_k, 2, Hk, D]."""
+    return flash_attn_varlen_func(
+        q, *_packed("kv", kv, 1, 2, "[total_k, 2, Hk, D]"), cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _per_batch(name: str, value, batch: int, device):
+    """An int or an integer tensor [B] as int32 [B]."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return torch.full((batch,), value, dtype=torch.int32, device=device)
+    validate.tensor(name, value)
+    if value.dtype not in (torch.int32, torch.int64) or tuple(value.shape) != (batch,):
+        raise ValueError(
+            f"{name} must be int32 of shape ({batch},), got {value.dtype} {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
+    return value.to(torch.int32)
+
+
+def _rotated(q, k, cos, sin, seqlens, interleaved: bool, moving: bool):
+    """q and k rotated at the positions that they take in the cache; all queries at the first new
+    position where neither causal nor a window tells them apart (`moving` False).
+    """
+    for name, value in (("rotary_cos", cos), ("rotary_sin", sin)):
+        validate.tensor(name, value)
+    device = q.device
+    last = int(seqlens.max()) if seqlens.numel() else 0
+    rows = max(k.shape[1], q.shape[1] if moving else 1)
+    rotary.check("rotary", cos, sin, q.shape[-1], last + rows - 1)
+    starts = seqlens.long()[:, None]
+    steps = torch.arange(q.shape[1], device=device)
+    q_at = starts + (steps if moving else torch.zeros_like(steps))
+    k_at = starts + torch.arange(k.shape[1], device=device)
+    return (
+        rotary.rotate(q, cos, sin, q_at, interleaved),
+        rotary.rotate(k, cos, sin, k_at, interleaved),
+    )
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False,
+):  # fmt: skip
+    """Attention of new queries q [B, Sq, H, D] to a KV cache, after appending k and v to it in
+    place.  Not differentiable.
+
+    k_cache, v_cache [B_cache, S_cache, Hk, D], or [num_blocks, page_size, Hk, D] with block_table
+    int32 [B, max_pages] (any page size).  k, v [B, Snew, Hk, D]: written at cache_seqlens[b].
+    cache_seqlens: an int or int32 [B], the lengths before appending.  cache_batch_idx int32 [B]:
+    rows of the cache.  cache_leftpad int32 [B]: the first valid position.  rotary_cos, rotary_sin
+    [S, rotary_dim / 2] rotate k at cache_seqlens + i, and q there too if causal or windowed, else
+    all of q at cache_seqlens.  num_splits is a hint.
+    Returns out [B, Sq, H, D]; with return_softmax_lse also softmax_lse float32 [B, H, Sq].
+    """
+    for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _rank(name, value, "[B, S, H, D]")
+    for name, value in (("k", k), ("v", v)):
+        if value is not None:
+            _rank(name, value, "[B, Snew, Hk, D]")
+    validate.boolean("causal", causal)
+    batch, device = q.shape[0], q.device
+    window = _window(window_size, causal)
+    if cache_seqlens is not None:
+        cache_seqlens = _per_batch("cache_seqlens", cache_seqlens, batch, device)
+    elif k is not None:
+        raise ValueError("cache_seqlens must be given with k and v, got None")
+    if rotary_cos is not None:
+        if k is None or rotary_sin is None:
+            raise ValueError("rotary_cos needs k, v and rotary_sin, got None for one of them")
+        moving = causal or window != (None, None)
+        q, k = _rotated(q, k, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, moving)
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError("cache_batch_idx must be None with a block_table")
+        # a row of the cache is a page as long as the cache: no copy
+        block_table = _per_batch("cache_batch_idx", cache_batch_idx, batch, device)[:, None]
+        if cache_seqlens is None:
+            cache_seqlens = _per_batch("cache_seqlens", k_cache.shape[1], batch, device)
+    capacity = keys.shape[2] if block_table is None else block_table.shape[-1] * keys.shape[2]
+    mask = None
+    if cache_leftpad is not None:
+        first = _per_batch("cache_leftpad", cache_leftpad, batch, device)
+        mask = torch.arange(capacity, device=device) >= first[:, None, None, None]
+    result = decode.attention_decode(
+        q.transpose(1, 2), keys, values, cache_seqlens,
+        k_new=None if k is None else k.transpose(1, 2),
+        v_new=None if v is None else v.transpose(1, 2),
+        block_table=block_table, causal=causal, window=window, mask=mask, softcap=softcap,
+        alibi_slopes=alibi_slopes, scale=softmax_scale, num_splits=num_splits,
+        return_lse=return_softmax_lse,
+    )  # fmt: skip
+    if return_softmax_lse:
+        return result[0].transpose(1, 2), _flash_lse(result[1])
+    return result.transpose(1, 2)
+
+
+def _get_block_size_n(device, head_dim, is_dropout, is_causal) -> int:
+    """Keys in a block of S_dmask: here the row maximum is the whole row's, so one block."""
+    return 1 << 30
+
+
+FUNCTIONS = (
+    flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func, flash_attn_with_kvcache,
+)  # fmt: skip
+
+
+def _top() -> dict:
+    return {"__version__": VERSION, "__path__": [], **_interface()}
+
+
+def _interface() -> dict:
+    return {f.__name__: f for f in (*FUNCTIONS, _get_block_size_n)}
+
+
+def _padding() -> dict:
+    return {n: f for n, f in vars(bert_padding).items() if callable(f) and not n.startswith("_")}
+
+
+def _rotary() -> dict:
+    return {
+        "apply_rotary_emb": rotary.apply_rotary_emb,
+        "apply_rotary_emb_func": rotary.apply_rotary_emb,
+    }
+
+
+_STAND_IN = importing.StandIn(
+    "flash_attn", "flash-attn", VERSION,
+    {
+        "flash_attn": _top,
+        "flash_attn.flash_attn_interface": _interface,
+        "flash_attn.bert_padding": _padding,
+        "flash_attn.layers": dict,
+        "flash_attn.layers.rotary": _rotary,
+    },
+)  # fmt: skip
+
+
+def install() -> bool:
+    """Make `import flash_attn` resolve to this module unless the real package is installed.
+
+    Covers flash_attn, flash_attn.flash_attn_interface, flash_attn.bert_padding and
+    flash_attn.layers.rotary.apply_rotary_emb, importlib.util.find_spec and importlib.metadata.
+    Returns True if the stand-in is in place, False if the real package is.
+    """
+    return _STAND_IN.install()
+
+
+def uninstall() -> None:
+    """Undo `install()`."""
+    _STAND_IN.uninstall()

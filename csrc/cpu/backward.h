@@ -1,31 +1,36 @@
-// dQ, dK, dV, dBias, dSink by recomputation (FlashAttention-2, Dao 2023), five products a tile pair
-// in one pass:
-//   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),  delta = rowsum(dO * O)
-//   - dLSE dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
+// dQ, dK, dV, dBias, dSink by recomputation (FlashAttention-2, Dao 2023), five products a pair of
+// key block and query panel in one pass:
+//   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),
+//   delta = rowsum(dO * O) - dLSE,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
 // One task = BLOCK_N keys of one K/V head; it loops over the query heads of the group and their
-// query tiles, and owns its rows of dK and dV.  dQ tiles are shared: each has a ticket, and key
-// blocks add to it in ascending order, so that the result is the same whatever the number of
-// threads.  Tasks are handed out by ascending key block, so a task waits only for tasks that were
-// handed out before it.
+// panels, and owns its rows of dK and dV.  dQ panels are shared: each has a ticket, and key blocks
+// add to it in ascending order, so that the result is the same whatever the number of threads.
+// Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
+// before it.
 
-constexpr int64_t kBackwardKeys = 128;  // BLOCK_N; multiple of 4 (dropout words)
+constexpr int64_t kBackwardKeys = 192;  // BLOCK_N; multiple of 16 (transposed masks, dropout words)
 
-template <class T>
+template <class Op>
 class Backward {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>;
+  static constexpr int kDegree = Op::kPack == 2 ? 4 : 6;  // of the exponential, as in Forward
+
  public:
   Backward(const Problem& problem, const Pointers& pointers, int threads)
       : p(problem), ptr(pointers), threads(threads) {
     group = p.heads_q / p.heads_k;
-    block_m = std::min<int64_t>(kMaxQueries, round_up(p.seqlen_q));
-    m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
+    m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
     n_tiles = (p.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
     d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
   }
 
   void run() {
     const int64_t tiles = p.batch * p.heads_q * m_tiles;
-    delta.assign(tiles * block_m, T(0));
-    dQt.assign(ptr.dq ? tiles * p.head_dim * block_m : 0, T(0));
+    delta.assign(tiles * kPanel, T(0));
+    finite_rows.assign(tiles, 1);
+    dQt.assign(ptr.dq ? tiles * p.head_dim * kPanel : 0, T(0));
     tickets = std::vector<std::atomic<int32_t>>(ptr.dq ? tiles : 0);
     parallel_for(tiles, threads, [&](int64_t tile) { prepare(tile); });
 
@@ -50,13 +55,36 @@ class Backward {
   const Problem& p;
   const Pointers& ptr;
   int threads;
-  int64_t group, block_m, m_tiles, n_tiles, d_pad, dv_pad;
-  std::vector<T> delta;                       // [B, Hq, m_tiles, block_m]
-  std::vector<T> dQt;                         // [B, Hq, m_tiles, D, block_m]
+  int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
+  std::vector<T> delta;                       // [B, Hq, m_tiles, kPanel]
+  std::vector<uint8_t> finite_rows;           // [B, Hq, m_tiles]: no inf or NaN in Q and dO
+  std::vector<T> dQt;                         // [B, Hq, m_tiles, D, kPanel]
   std::vector<std::atomic<int32_t>> tickets;  // [B, Hq, m_tiles]: the key block that may add next
 
-  static int64_t round_up(int64_t n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+  // What the loop over panels keeps of a key block, and its scratch.
+  struct Block {
+    const Sequence& seq;
+    int64_t t, n0, nk;
+    Operand K, V, K_by_key;
+    bool finite;
+    T *dK, *dV;              // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
+    Item *Qt, *dOt;          // [items of d][kPanel]
+    Item *Q, *dO;            // [items of kPanel][d_pad]
+    T *S, *dP, *add, *keep;  // [BLOCK_N][kPanel]
+    T *dcap, *lse, *row;     // [BLOCK_N][kPanel] or null, [kPanel], [max dim]
+    Item *P_rows, *dS_rows;  // A of dV and dK: [BLOCK_N][items of kPanel]
+    Item* dS_by_key;         // B of dQ: [items of BLOCK_N][kPanel]
+    Item* block;
+  };
+
+  static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
+  template <class U>
+  const U* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
+                  int64_t i) const {
+    return reinterpret_cast<const U*>(static_cast<const char*>(base) +
+                                      seq.q_offset(s, h, i) * bytes());
+  }
 
   void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
     int64_t lo, hi;
@@ -65,198 +93,371 @@ class Backward {
     *t1 = hi > lo ? (hi + kBackwardKeys - 1) / kBackwardKeys : *t0;
   }
 
-  // delta = rowsum(dO * O) - dLSE, and the tile's first ticket
+  // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.
   void prepare(int64_t tile) {
-    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * block_m;
+    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel;
     const Sequence seq(p, ptr, tile / m_tiles / p.heads_q);
-    const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
+    const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
     if (nq <= 0) return;
-    Scratch<T> scratch(2 * p.head_dim_v);
-    T *o = scratch.take(p.head_dim_v), *dout = scratch.take(p.head_dim_v);
-    for (int64_t q = 0; q < nq; ++q) {
-      load_row<T>(p.dtype, static_cast<const char*>(ptr.o) + seq.q_offset(p.o, h, m0 + q) * bytes(),
-                  p.head_dim_v, o);
-      load_row<T>(p.dtype,
-                  static_cast<const char*>(ptr.dout) + seq.q_offset(p.dout, h, m0 + q) * bytes(),
-                  p.head_dim_v, dout);
-      T sum = 0;
-      for (int64_t d = 0; d < p.head_dim_v; ++d) sum += o[d] * dout[d];
-      if (ptr.dlse) sum -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + q)];
-      delta[tile * block_m + q] = sum;
+    Scratch scratch((2 * dv_pad + d_pad) * int64_t(sizeof(T)));
+    T *o = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad), *q = scratch.take<T>(d_pad);
+    for (T* row : {o, dout, q}) std::fill(row, row + (row == q ? d_pad : dv_pad), T(0));
+    Vec<T> bad{};  // x - x is 0 for finite x only
+    for (int64_t i = 0; i < nq; ++i) {
+      convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, o);
+      convert_row(p.dtype, row_of<char>(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, dout);
+      convert_row(p.dtype, row_of<char>(ptr.q, seq, p.q, h, m0 + i), p.head_dim, q);
+      Vec<T> sum{};
+      for (int64_t d = 0; d < dv_pad; d += L) {
+        const Vec<T> g = load(dout + d);
+        sum += load(o + d) * g;
+        bad += g - g;
+      }
+      for (int64_t d = 0; d < d_pad; d += L) bad += load(q + d) - load(q + d);
+      T total = 0;
+      for (int lane = 0; lane < L; ++lane) total += sum[lane];
+      if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
+      delta[tile * kPanel + i] = total;
     }
+    finite_rows[tile] = all_equal<T>(bad, Vec<T>{});
     int64_t t0, t1;
     key_tiles(seq, m0, nq, &t0, &t1);
     if (ptr.dq) tickets[tile].store(int32_t(t0), std::memory_order_relaxed);
+  }
+
+  int64_t scratch_bytes() const {
+    const int64_t dims = d_pad + dv_pad;
+    return int64_t(sizeof(T)) * (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims +
+                                 kBackwardKeys * kPanel * 8 + kPanel + dims);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t) {
     const Sequence seq(p, ptr, b);
     const int64_t n0 = t * kBackwardKeys, nk = std::min(kBackwardKeys, seq.seqlen_k - n0);
     if (nk <= 0) return;
-    Scratch<T> scratch(kMaxQueries *
-                           (p.head_dim + p.head_dim_v + 5 * kBackwardKeys + d_pad + dv_pad + 1) +
-                       kBackwardKeys * (p.head_dim + p.head_dim_v + d_pad + dv_pad) +
-                       std::max(p.head_dim, p.head_dim_v) * 2);
-    T* K_scratch = scratch.take(kBackwardKeys * p.head_dim);
-    T* V_scratch = scratch.take(kBackwardKeys * p.head_dim_v);
-    T* dK = scratch.take(kBackwardKeys * d_pad);
-    T* dV = scratch.take(kBackwardKeys * dv_pad);
-    std::fill(dK, dK + kBackwardKeys * d_pad, T(0));
-    std::fill(dV, dV + kBackwardKeys * dv_pad, T(0));
-    const Rows<T> K = key_rows(seq, ptr.k, p.k, hk, n0, nk, p.head_dim, K_scratch);
-    const Rows<T> V = key_rows(seq, ptr.v, p.v, hk, n0, nk, p.head_dim_v, V_scratch);
-    const bool finite = all_finite(K, nk, p.head_dim) && all_finite(V, nk, p.head_dim_v);
+    const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
+    Scratch scratch(scratch_bytes());
+    auto tile_of = [&] { return scratch.take<T>(kBackwardKeys * kPanel); };
+    auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
+    Item *K_scratch = items_of(kBackwardKeys * d_pad),
+         *V_scratch = items_of(kBackwardKeys * dv_pad);
+    Block k{seq,
+            t,
+            n0,
+            nk,
+            {},
+            {},
+            {},
+            true,
+            scratch.take<T>(kBackwardKeys * d_pad),
+            scratch.take<T>(kBackwardKeys * dv_pad),
+            items_of(d_pad * kPanel),
+            items_of(dv_pad * kPanel),
+            items_of(pairs * d_pad),
+            items_of(pairs * dv_pad),
+            tile_of(),
+            tile_of(),
+            tile_of(),
+            tile_of(),
+            p.softcap > 0 ? tile_of() : nullptr,
+            scratch.take<T>(kPanel),
+            scratch.take<T>(std::max(d_pad, dv_pad)),
+            nullptr,
+            nullptr,
+            nullptr,
+            items_of(L * std::max(d_pad, dv_pad))};
+    if constexpr (Op::kPack == 1) {
+      k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
+    } else {
+      k.P_rows = items_of(kBackwardKeys * pairs), k.dS_rows = items_of(kBackwardKeys * pairs);
+      k.dS_by_key = items_of(kBackwardKeys * pairs);
+    }
+    std::fill(k.dK, k.dK + kBackwardKeys * d_pad, T(0));
+    std::fill(k.dV, k.dV + kBackwardKeys * dv_pad, T(0));
+    k.K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
+    k.V = rows_by_depth<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
+    if constexpr (Op::kPack == 1) {
+      k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
+      k.finite = all_finite<Op>(k.K_by_key, nk, d) &&
+                 all_finite<Op>({k.V.data, k.V.depth_step, k.V.row_step}, nk, dv);
+    } else {
+      Item* by_key = items_of(kBackwardKeys / 2 * std::max(d, dv));
+      k.finite = all_finite<Op>(rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, by_key), nk, dv);
+      k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, by_key);
+      k.finite &= all_finite<Op>(k.K_by_key, nk, d);
+    }
 
-    const size_t mark = scratch.used();
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
       for (int64_t m = 0; m < m_tiles; ++m) {
-        const int64_t m0 = m * block_m, nq = std::min(block_m, seq.seqlen_q - m0);
+        const int64_t m0 = m * kPanel, nq = std::min(kPanel, seq.seqlen_q - m0);
         if (nq <= 0) break;
         int64_t t0, t1;
         key_tiles(seq, m0, nq, &t0, &t1);
-        if (t < t0 || t >= t1) continue;
-        scratch.rewind(mark);
-        tile_pair(seq, h, m, nq, t, nk, K, V, finite, t1 - t0 == 1, dK, dV, scratch);
+        if (t >= t0 && t < t1) panel_pair(k, h, m, nq, t1 - t0 == 1);
       }
-    store_rows(seq, ptr.dk, p.dk, hk, n0, nk, p.head_dim, d_pad, dK, T(p.scale));
-    store_rows(seq, ptr.dv, p.dv, hk, n0, nk, p.head_dim_v, dv_pad, dV, T(1));
+    store_rows(seq, ptr.dk, p.dk, hk, n0, nk, d, d_pad, k.dK, T(p.scale));
+    store_rows(seq, ptr.dv, p.dv, hk, n0, nk, dv, dv_pad, k.dV, T(1));
   }
 
-  void tile_pair(const Sequence& seq, int64_t h, int64_t m, int64_t nq, int64_t t, int64_t nk,
-                 Rows<T> K, Rows<T> V, bool finite, bool whole_rows, T* dK, T* dV,
-                 Scratch<T>& scratch) {
-    const int64_t m0 = m * block_m, n0 = t * kBackwardKeys;
-    const int64_t unit = (seq.b * p.heads_q + h) * m_tiles + m;
-    T* Qt = scratch.take(p.head_dim * kMaxQueries);
-    T* dOt = scratch.take(p.head_dim_v * kMaxQueries);
-    T* Q = scratch.take(d_pad * kMaxQueries);
-    T* dO = scratch.take(dv_pad * kMaxQueries);
-    T* P = scratch.take(kBackwardKeys * kMaxQueries);
-    T* dP = scratch.take(kBackwardKeys * kMaxQueries);
-    T* add = scratch.take(kBackwardKeys * kMaxQueries);
-    T* keep = scratch.take(kBackwardKeys * kMaxQueries);
-    T* dcap = p.softcap > 0 ? scratch.take(kBackwardKeys * kMaxQueries) : nullptr;
-    T* lse = scratch.take(kMaxQueries);
-    const ScoreTile<T> tile(seq, h, m0, nq, add, keep);
-    pack(ptr.q, seq.q_offset(p.q, h, m0), p.q.s, nq, tile.bm, p.head_dim, d_pad, Q, Qt);
-    pack(ptr.dout, seq.q_offset(p.dout, h, m0), p.dout.s, nq, tile.bm, p.head_dim_v, dv_pad, dO,
-         dOt);
-    // A NaN query has dS = NaN at each key it sees; 0 * NaN must not reach dK of the others.
-    for (int64_t i = 0; i < tile.bm * d_pad; ++i) Q[i] = Q[i] - Q[i] == T(0) ? Q[i] : T(0);
-    for (int64_t q = 0; q < tile.bm; ++q)  // padding lanes: P = 0
-      lse[q] = q < nq ? static_cast<const T*>(ptr.lse)[seq.lse_offset(h, m0 + q)]
-                      : -std::numeric_limits<T>::infinity();
+  void panel_pair(Block& k, int64_t h, int64_t m, int64_t nq, bool whole_rows) {
+    const Sequence& seq = k.seq;
+    const int64_t m0 = m * kPanel, unit = (seq.b * p.heads_q + h) * m_tiles + m;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
+    const Panel<T> panel(seq, h, m0, nq, k.add, k.keep);
+    const Tile tile = panel.tile(k.n0, k.nk, Op::kPack);
+    Segment segments[2 * kGrains + 1];
+    const int count = panel.segments(tile, segments);
 
-    // S^T = K Q^T, dP^T = V dO^T   [nk, bm]
-    gemm<T>(nk, tile.bm, p.head_dim, K.data, K.stride, 1, Qt, kMaxQueries, P, kMaxQueries, false);
-    gemm<T>(nk, tile.bm, p.head_dim_v, V.data, V.stride, 1, dOt, kMaxQueries, dP, kMaxQueries,
-            false);
-    tile.logits(n0, nk, P, dcap);
-    const T* kept = p.dropout_p > 0 ? tile.keep(n0, nk) : nullptr;
-    T* row_delta = delta.data() + unit * block_m;
-    if (whole_rows) exact_delta(seq, h, m0, nq, tile.bm, nk, lse, kept, P, dP, row_delta);
-    softmax_gradient(nk, tile.bm, lse, row_delta, kept, P, dP);
-    if (ptr.dbias) add_bias_gradient(seq, h, m0, nq, n0, nk, dP);
-    if (dcap)
-      for (int64_t i = 0; i < nk * kMaxQueries; ++i)  // dcap is NaN where an excluded K is
-        dP[i] = dP[i] == T(0) ? T(0) : dP[i] * dcap[i];
+    // S^T = K Q^T, dP^T = V dO^T   [nk, columns]
+    const char* q_rows = row_of<char>(ptr.q, seq, p.q, h, m0);
+    const char* dout_rows = row_of<char>(ptr.dout, seq, p.dout, h, m0);
+    pack_transposed<Op>(p.dtype, q_rows, p.q.s * bytes(), nq, panel.columns, d, k.block, k.Qt);
+    pack_transposed<Op>(p.dtype, dout_rows, p.dout.s * bytes(), nq, panel.columns, dv, k.block,
+                        k.dOt);
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      gemm<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,
+               k.K.row_step, k.K.depth_step, k.Qt + s.begin, kPanel, k.S + s.lo * kPanel + s.begin,
+               kPanel, false);
+      gemm<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(dv), k.V.data + s.lo * k.V.row_step,
+               k.V.row_step, k.V.depth_step, k.dOt + s.begin, kPanel,
+               k.dP + s.lo * kPanel + s.begin, kPanel, false);
+    }
+    T scale = T(p.scale);
+    if (panel.plain()) {
+      panel.apply_band(tile, k.S);
+    } else {
+      panel.logits(tile, k.S, k.dcap);
+      scale = T(1);
+    }
+    const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
+    for (int64_t q = 0; q < panel.columns; ++q) {  // padding lanes and empty rows: P = 0
+      const T lse = q < nq ? static_cast<const T*>(ptr.lse)[seq.lse_offset(h, m0 + q)]
+                           : -std::numeric_limits<T>::infinity();
+      k.lse[q] = lse == -std::numeric_limits<T>::infinity() ? -lse : lse;
+    }
+    T* row_delta = delta.data() + unit * kPanel;
+    // 16-bit O is rounded: where a row has few keys and dS nearly cancels, its delta would show it.
+    if (whole_rows && bytes() == 2) exact_delta(k, panel, tile, scale, kept, row_delta);
+    const bool safe =
+        !panel.partial(tile) || (k.finite && finite_rows[unit]);  // no inf or NaN times 0
+    const bool late = ptr.dbias || k.dcap || !safe;               // dS is needed as numbers first
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+        gradient(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
+    if (late) {
+      if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
+      if (k.dcap) through_softcap(k, panel, tile);
+      if (!safe) return add_visible(k, panel, tile, h, unit);
+      if constexpr (Op::kPack == 2)
+        for (int64_t g = 0; g < panel.grains; ++g) emit(k, g * kGrain, tile.lo[g], tile.hi[g]);
+    }
 
     // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
-    if (ptr.dv) gemm<T>(nk, dv_pad, tile.bm, P, kMaxQueries, 1, dO, dv_pad, dV, dv_pad, true);
-    if (ptr.dk) gemm<T>(nk, d_pad, tile.bm, dP, kMaxQueries, 1, Q, d_pad, dK, d_pad, true);
+    if (ptr.dv)
+      add_keys(dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count);
+    if (ptr.dk) add_keys(q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count);
     if (!ptr.dq) return;
-    // dQ^T += K^T dS^T   [d, bm], after all earlier key blocks have added theirs
+    // dQ^T += K^T dS^T   [d, columns], after all earlier key blocks have added theirs
+    wait_turn(unit, k.t);
+    T* dq = dQt.data() + unit * d * kPanel;
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      const int64_t first = s.lo / Op::kPack;
+      gemm<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+               k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
+               k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, kPanel, dq + s.begin,
+               kPanel, true);
+    }
+    tickets[unit].store(int32_t(k.t + 1), std::memory_order_release);
+  }
+
+  void wait_turn(int64_t unit, int64_t t) {
     while (tickets[unit].load(std::memory_order_acquire) != t) std::this_thread::yield();
-    T* dq = dQt.data() + unit * p.head_dim * block_m;
-    if (finite || !tile.partial(n0, nk))
-      gemm<T>(p.head_dim, tile.bm, nk, K.data, 1, K.stride, dP, kMaxQueries, dq, block_m, true);
-    else
-      add_visible(K, dP, nk, nq, dq);
-    tickets[unit].store(int32_t(t + 1), std::memory_order_release);
   }
 
-  // delta = rowsum(P * dP) - dLSE where one tile holds all keys of the rows.  rowsum(dO * O) is the
-  // same but for the rounding of O to 16 bits, which shows where a row has few keys and dS nearly
-  // cancels.
-  void exact_delta(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t bm, int64_t nk,
-                   const T* lse, const T* kept, const T* S, const T* dP, T* row_delta) const {
-    const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t q = 0; q < bm; q += kLanes<T>) {
-      Vec<T> sum{};
-      const Vec<T> row_lse = load(lse + q);
-      for (int64_t j = 0; j < nk; ++j) {
-        const int64_t at = j * kMaxQueries + q;
-        Vec<T> w = vexp(load(S + at) - row_lse);
-        w = row_lse == ninf ? Vec<T>{} : w;
-        Vec<T> g = load(dP + at) * w;
-        if (kept) g *= load(kept + at);
-        sum += w == T(0) ? Vec<T>{} : g;
-      }
-      for (int i = 0; i < kLanes<T> && q + i < nq; ++i) {
-        const T dlse =
-            ptr.dlse ? static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + q + i)] : T(0);
-        row_delta[q + i] = sum[i] - dlse;
-      }
-    }
-  }
-
-  // P: logits in, dropped-out weights out.  dP in, dS out.
-  void softmax_gradient(int64_t nk, int64_t bm, const T* lse, const T* delta_row, const T* kept,
-                        T* P, T* dP) const {
-    const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t q = 0; q < bm; q += kLanes<T>) {
-      const Vec<T> row_lse = load(lse + q), row_delta = load(delta_row + q);
-      for (int64_t j = 0; j < nk; ++j) {
-        const int64_t at = j * kMaxQueries + q;
-        const Vec<T> s = load(P + at);
-        Vec<T> w = vexp(s - row_lse);
-        w = s == ninf ? Vec<T>{} : w;        // also where LSE is NaN
-        w = row_lse == ninf ? Vec<T>{} : w;  // empty rows
-        Vec<T> g = load(dP + at);
-        Vec<T> dropped = w;
-        if (kept) {
-          g *= load(kept + at);
-          dropped *= load(kept + at);
+  // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO.
+  void add_keys(const char* rows, int64_t row_stride, const Panel<T>& panel, int64_t dim,
+                int64_t pad, const Item* A, Item* packed, T* C, const Segment* segments,
+                int count) const {
+    constexpr int64_t pairs = kPanel / Op::kPack;
+    const Item* B = packed;
+    int64_t ldb = pad, depth = (panel.nq + Op::kPack - 1) / Op::kPack;
+    if (Op::kPack == 1 && bytes() == int64_t(sizeof(T)) && dim == pad &&
+        (row_stride == dim || row_stride * bytes() < 1024)) {
+      B = reinterpret_cast<const Item*>(rows), ldb = row_stride;
+    } else {
+      for (int64_t i = 0; i < depth; ++i) {
+        Item* row = packed + i * pad;
+        std::fill(row + dim, row + pad, Item(0));
+        const char* from = rows + i * Op::kPack * row_stride * bytes();
+        if constexpr (Op::kPack == 1) {
+          convert_row(p.dtype, from, dim, row);
+        } else {
+          const auto* even = reinterpret_cast<const uint16_t*>(from);
+          const bool last = 2 * i + 1 == panel.nq;
+          const uint16_t* odd = last ? even : even + row_stride;
+          const uint32_t mask = last ? 0 : 0xffffu;
+          for (int64_t d = 0; d < dim; ++d) row[d] = even[d] | (odd[d] & mask) << 16;
         }
-        g = w * (g - row_delta);
-        g = w == T(0) ? Vec<T>{} : g;  // an excluded V may hold NaN
-        store(P + at, dropped);
-        store(dP + at, g);
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      const int64_t begin = s.begin / Op::kPack, end = std::min(s.end / Op::kPack, depth);
+      gemm<Op>(s.hi - s.lo, pad, end - begin,
+               reinterpret_cast<const char*>(A + s.lo * pairs + begin),
+               pairs * int64_t(sizeof(Item)), int64_t(sizeof(Item)), B + begin * ldb, ldb,
+               C + s.lo * pad, pad, true);
+    }
+  }
+
+  ATTN_INLINE Vec<T> weight(const Block& k, int64_t at, T scale, Vec<T> lse) const {
+    const Vec<T> s = load(k.S + at);
+    const Vec<T> w = vexp<kDegree>(s * scale - lse);
+    return s == -std::numeric_limits<T>::infinity() ? Vec<T>{} : w;  // also where LSE is NaN
+  }
+
+  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows; rowsum(dO * O) is the
+  // same but for the rounding of O.
+  void exact_delta(const Block& k, const Panel<T>& panel, const Tile& tile, T scale, const T* kept,
+                   T* row_delta) const {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
+        Vec<T> sum{};
+        const Vec<T> lse = load(k.lse + v);
+        for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j) {
+          const int64_t at = j * kPanel + v;
+          const Vec<T> w = weight(k, at, scale, lse);
+          Vec<T> x = load(k.dP + at) * w;
+          if (kept) x *= load(kept + at);
+          sum += w == T(0) ? Vec<T>{} : x;
+        }
+        for (int i = 0; i < L && v + i < panel.nq; ++i) {
+          const int64_t at = k.seq.lse_offset(panel.h, panel.m0 + v + i);
+          row_delta[v + i] = sum[i] - (ptr.dlse ? static_cast<const T*>(ptr.dlse)[at] : T(0));
+        }
+      }
+  }
+
+  // One vector of queries (lane v), keys [lo, hi).  S: logits in, dropped-out weights out; dP in,
+  // dS out: as numbers in place (late), or as operands of the products that follow.
+  void gradient(const Block& k, int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta,
+                const T* kept, bool late) const {
+    const Vec<T> lse = load(k.lse + v), row = load(row_delta + v);
+    auto pair = [&](int64_t j, Vec<T>* w, Vec<T>* g) {
+      const int64_t at = j * kPanel + v;
+      *w = weight(k, at, scale, lse);
+      Vec<T> dp = load(k.dP + at);
+      const Mask<T> none = *w == T(0);  // an excluded V may hold NaN
+      if (kept) dp *= load(kept + at);
+      *g = none ? Vec<T>{} : *w * (dp - row);
+      if (kept) *w *= load(kept + at);
+    };
+    if (Op::kPack == 1 || late) {
+#pragma GCC unroll 2
+      for (int64_t j = lo; j < hi; ++j) {
+        Vec<T> w, g;
+        pair(j, &w, &g);
+        store(k.S + j * kPanel + v, w);
+        store(k.dP + j * kPanel + v, g);
+      }
+      return;
+    }
+    if constexpr (Op::kPack == 2) {
+      for (int64_t j = lo; j < hi; j += 2) {
+        Vec<T> w, g, w1, g1{};
+        pair(j, &w, &g);
+        emit_rows(k, j, v, w, g);
+        if (j + 1 < hi) {
+          pair(j + 1, &w1, &g1);
+          emit_rows(k, j + 1, v, w1, g1);
+        }
+        store(k.dS_by_key + j / 2 * kPanel + v, pair_rows(g, g1));
       }
     }
   }
 
-  // Over the pairs with dS != 0: what an excluded row of K holds never reaches dQ.
-  void add_visible(Rows<T> K, const T* dS, int64_t nk, int64_t nq, T* dq) const {
-    for (int64_t j = 0; j < nk; ++j)
-      for (int64_t q = 0; q < nq; ++q) {
-        const T g = dS[j * kMaxQueries + q];
+  // bf16 operands of what gradient() left as numbers.
+  void emit(const Block& k, int64_t v, int64_t lo, int64_t hi) const {
+    if constexpr (Op::kPack == 2)
+      for (int64_t j = lo; j < hi; j += 2) {
+        const int64_t at = j * kPanel + v;
+        const Vec<T> g = load(k.dP + at);
+        Vec<T> g1{};
+        emit_rows(k, j, v, load(k.S + at), g);
+        if (j + 1 < hi) {
+          g1 = load(k.dP + at + kPanel);
+          emit_rows(k, j + 1, v, load(k.S + at + kPanel), g1);
+        }
+        store(k.dS_by_key + j / 2 * kPanel + v, pair_rows(g, g1));
+      }
+  }
+
+  ATTN_INLINE void emit_rows(const Block& k, int64_t j, int64_t v, Vec<T> w, Vec<T> g) const {
+    if constexpr (Op::kPack == 2) {
+      store_bf16(reinterpret_cast<uint16_t*>(k.P_rows) + j * kPanel + v, w);
+      store_bf16(reinterpret_cast<uint16_t*>(k.dS_rows) + j * kPanel + v, g);
+    }
+  }
+
+  void through_softcap(const Block& k, const Panel<T>& panel, const Tile& tile) const {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j)
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+          T* at = k.dP + j * kPanel + v;
+          const Vec<T> x = load(at);  // dcap is NaN where an excluded K is
+          store(at, x == T(0) ? Vec<T>{} : x * load(k.dcap + j * kPanel + v));
+        }
+  }
+
+  // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.
+  void add_visible(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h,
+                   int64_t unit) {
+    const Sequence& seq = k.seq;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
+    T* dq = dQt.data() + unit * d * kPanel;
+    if (ptr.dq) wait_turn(unit, k.t);
+    for (int64_t q = 0; q < panel.nq; ++q) {
+      const char* q_row = row_of<char>(ptr.q, seq, p.q, h, panel.m0 + q);
+      const char* dout_row = row_of<char>(ptr.dout, seq, p.dout, h, panel.m0 + q);
+      for (int64_t j = tile.lo[q / kGrain]; j < tile.hi[q / kGrain]; ++j) {
+        const T w = k.S[j * kPanel + q], g = k.dP[j * kPanel + q];
+        if (w != T(0) && ptr.dv) {
+          convert_row(p.dtype, dout_row, dv, k.row);
+          for (int64_t c = 0; c < dv; ++c) k.dV[j * dv_pad + c] += w * k.row[c];
+        }
         if (g == T(0)) continue;
-        for (int64_t d = 0; d < p.head_dim; ++d)
-          dq[d * block_m + q] += g * K.data[j * K.stride + d];
+        convert_row(p.dtype, q_row, d, k.row);
+        for (int64_t c = 0; c < d; ++c) {
+          k.dK[j * d_pad + c] += g * k.row[c];
+          if (ptr.dq) dq[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
+        }
       }
-  }
-
-  void add_bias_gradient(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t n0,
-                         int64_t nk, const T* dS) const {
-    T* out = static_cast<T*>(ptr.dbias) + seq.b * p.dbias.b + h * p.dbias.h + m0 * p.dbias.q +
-             n0 * p.dbias.k;
-    for (int64_t q = 0; q < nq; ++q)
-      for (int64_t j = 0; j < nk; ++j)
-        out[q * p.dbias.q + j * p.dbias.k] += dS[j * kMaxQueries + q];
-  }
-
-  // Rows natural [bm][pad] and transposed [dim][kMaxQueries]; padding is 0.
-  void pack(const void* base, int64_t offset, int64_t stride, int64_t nq, int64_t bm, int64_t dim,
-            int64_t pad, T* rows, T* transposed) const {
-    for (int64_t q = 0; q < bm; ++q) {
-      T* row = rows + q * pad;
-      std::fill(row, row + pad, T(0));
-      if (q < nq)
-        load_row<T>(p.dtype, static_cast<const char*>(base) + (offset + q * stride) * bytes(), dim,
-                    row);
-      for (int64_t d = 0; d < dim; ++d) transposed[d * kMaxQueries + q] = row[d];
     }
+    if (ptr.dq) tickets[unit].store(int32_t(k.t + 1), std::memory_order_release);
+  }
+
+  void add_bias_gradient(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h) const {
+    T* out = static_cast<T*>(ptr.dbias) + k.seq.b * p.dbias.b + h * p.dbias.h +
+             panel.m0 * p.dbias.q + k.n0 * p.dbias.k;
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t j = tile.lo[g] / L * L; j < tile.hi[g]; j += L)
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
+          Vec<T> block[L];  // [L keys][L queries] -> [L queries][L keys]
+          for (int i = 0; i < L; ++i)
+            block[i] = j + i >= tile.lo[g] && j + i < tile.hi[g] ? load(k.dP + (j + i) * kPanel + v)
+                                                                 : Vec<T>{};
+          transpose_round<T, 1>(block);
+          const int64_t n = std::min<int64_t>(L, tile.hi[g] - j);
+          for (int i = 0; i < L && v + i < panel.nq; ++i) {
+            T* at = out + (v + i) * p.dbias.q + j * p.dbias.k;
+            if (p.dbias.k == 1 && n == L)
+              store(at, load(at) + block[i]);
+            else
+              for (int64_t c = 0; c < n; ++c) at[c * p.dbias.k] += block[i][c];
+          }
+        }
   }
 
   void store_rows(const Sequence& seq, void* base, const Strides& s, int64_t hk, int64_t n0,
@@ -264,22 +465,30 @@ class Backward {
     if (!base) return;
     for (int64_t j = 0; j < nk; ++j) {
       T* row = rows + j * pad;
-      for (int64_t d = 0; d < dim; ++d) row[d] *= scale;
-      store_row<T>(p.dtype, row, dim,
-                   static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * bytes());
+      for (int64_t d = 0; d < pad; d += L) store(row + d, load(row + d) * scale);
+      restore_row<T>(p.dtype, row, dim,
+                     static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * bytes());
     }
   }
 
   void store_dq(int64_t tile) const {
-    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * block_m;
+    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel, d = p.head_dim;
     const Sequence seq(p, ptr, tile / m_tiles / p.heads_q);
-    Scratch<T> scratch(p.head_dim);
-    T* row = scratch.take(p.head_dim);
-    const T* dq = dQt.data() + tile * p.head_dim * block_m;
-    for (int64_t q = 0; q < std::min(block_m, seq.seqlen_q - m0); ++q) {
-      for (int64_t d = 0; d < p.head_dim; ++d) row[d] = T(p.scale) * dq[d * block_m + q];
-      store_row<T>(p.dtype, row, p.head_dim,
-                   static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + q) * bytes());
+    const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
+    Scratch scratch(L * d_pad * int64_t(sizeof(T)));
+    T* rows = scratch.take<T>(L * d_pad);
+    const T* dq = dQt.data() + tile * d * kPanel;
+    for (int64_t v = 0; v < nq; v += L) {
+      for (int64_t c = 0; c < d; c += L) {
+        Vec<T> block[L];
+        for (int i = 0; i < L; ++i)
+          block[i] = c + i < d ? load(dq + (c + i) * kPanel + v) * T(p.scale) : Vec<T>{};
+        transpose_round<T, 1>(block);
+        for (int i = 0; i < L; ++i) store(rows + i * d_pad + c, block[i]);
+      }
+      for (int64_t i = 0; i < L && v + i < nq; ++i)
+        restore_row<T>(p.dtype, rows + i * d_pad, d,
+                       static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + v + i) * bytes());
     }
   }
 
@@ -291,9 +500,9 @@ class Backward {
       const Sequence seq(p, ptr, b);
       for (int64_t i = 0; i < seq.seqlen_q; ++i) {
         const double lse = static_cast<const T*>(ptr.lse)[seq.lse_offset(h, i)];
-        const int64_t unit = (b * p.heads_q + h) * m_tiles + i / block_m;
+        const int64_t unit = (b * p.heads_q + h) * m_tiles + i / kPanel;
         if (lse != -std::numeric_limits<double>::infinity())
-          sum -= std::exp(sink - lse) * double(delta[unit * block_m + i % block_m]);
+          sum -= std::exp(sink - lse) * double(delta[unit * kPanel + i % kPanel]);
       }
     }
     static_cast<T*>(ptr.dsink)[h] = T(sum);

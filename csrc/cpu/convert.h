@@ -95,7 +95,7 @@ inline void store_row(DType type, const T* src, int64_t n, void* dst) {
 
 template <class T>
 inline T load_one(DType type, const void* base, int64_t index) {
-  T x;
+  T x = 0;
   load_row<T>(type, static_cast<const char*>(base) + index * int64_t(dtype_size(type)), 1, &x);
   return x;
 }

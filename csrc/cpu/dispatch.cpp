@@ -18,10 +18,21 @@ ATTN_DECLARE(baseline)
 #if defined(__x86_64__)
 ATTN_DECLARE(avx2)
 ATTN_DECLARE(avx512)
+ATTN_DECLARE(avx512_bf16)
 #endif
 #undef ATTN_DECLARE
 
 namespace {
+
+// What vdpbf16ps does not serve runs on the other AVX-512 kernels.
+#if defined(__x86_64__)
+void forward_bf16(const Problem& p, const Pointers& ptr, int threads) {
+  (p.dtype == DType::kBFloat16 ? avx512_bf16::forward : avx512::forward)(p, ptr, threads);
+}
+void backward_bf16(const Problem& p, const Pointers& ptr, int threads) {
+  (p.dtype == DType::kBFloat16 ? avx512_bf16::backward : avx512::backward)(p, ptr, threads);
+}
+#endif
 
 struct Isa {
   const char* name;
@@ -41,6 +52,8 @@ const std::vector<Isa>& isas() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", avx2::forward, avx2::backward, has_avx2});
     list.push_back({"avx512", avx512::forward, avx512::backward, has_avx512});
+    list.push_back({"avx512_bf16", forward_bf16, backward_bf16,
+                    has_avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
     return list;
   }();

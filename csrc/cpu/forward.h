@@ -1,39 +1,43 @@
 // O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on
-// vector registers. One task = BLOCK_M queries of one head, or a share of its keys when tasks are
+// vector registers.  One task = kBlockM queries of one head, or a share of its keys when tasks are
 // few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
 // row maximum and sum are vertical operations.
 
-constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 4 (dropout words)
+constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 16 (transposed masks, dropout words)
+constexpr int64_t kPanels = 2;         // panels of queries that share the packing of K and V
+constexpr int64_t kBlockM = kPanels * kPanel;
 
-// The running state of a tile's queries.
+// The running state of a panel's queries.
 template <class T>
 struct SoftmaxState {
-  T* O;         // [Dv][kMaxQueries], unnormalised
-  T* max;       // [kMaxQueries] largest logit
-  T* sum;       // [kMaxQueries] sum of exp(s - max)
-  T* weighted;  // [kMaxQueries] sum of exp(s - max) * (s - max)
-  static int64_t size(int64_t dv) { return (dv + 3) * kMaxQueries; }
+  T* O;         // [Dv][kPanel], unnormalised
+  T* max;       // [kPanel] largest logit
+  T* sum;       // [kPanel] sum of exp(s - max)
+  T* weighted;  // [kPanel] sum of exp(s - max) * (s - max)
+  static int64_t size(int64_t dv) { return (dv + 3) * kPanel; }
   SoftmaxState(T* base, int64_t dv)
-      : O(base),
-        max(base + dv * kMaxQueries),
-        sum(max + kMaxQueries),
-        weighted(sum + kMaxQueries) {}
-  void clear(int64_t dv) {
+      : O(base), max(base + dv * kPanel), sum(max + kPanel), weighted(sum + kPanel) {}
+  void clear() {
     std::fill(O, max, T(0));
     std::fill(max, sum, -std::numeric_limits<T>::infinity());
-    std::fill(sum, weighted + kMaxQueries, T(0));
-    (void)dv;
+    std::fill(sum, weighted + kPanel, T(0));
   }
 };
 
-template <class T>
+template <class Op>
 class Forward {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>;
+  // Weights are rounded to bfloat16 before the product with V; a shorter polynomial is enough.
+  static constexpr int kDegree = Op::kPack == 2 ? 4 : 6;
+
  public:
   Forward(const Problem& problem, const Pointers& pointers, int threads)
       : p(problem), ptr(pointers), threads(threads) {
-    block_m = p.seqlen_q < kMaxQueries ? (p.seqlen_q + kLanes<T> - 1) / kLanes<T> * kLanes<T>
-                                       : int64_t(kMaxQueries);
+    block_m = std::min<int64_t>(kBlockM, (p.seqlen_q + kGrain - 1) / kGrain * kGrain);
     m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
+    panels = (block_m + kPanel - 1) / kPanel;
     const int64_t tasks = p.batch * p.heads_q * m_tiles;
     const int64_t n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
@@ -44,23 +48,25 @@ class Forward {
 
   void run() {
     const int64_t units = p.batch * p.heads_q * m_tiles;
-    const int64_t state = SoftmaxState<T>::size(p.head_dim_v);
+    const int64_t state = panels * SoftmaxState<T>::size(p.head_dim_v);
     std::vector<T> partial(splits > 1 ? units * splits * state : 0);
     parallel_for(units * splits, threads, [&](int64_t task) {
-      const int64_t unit = longest_first(task / splits, units), split = task % splits;
-      Scratch<T> scratch(scratch_size() + state);
-      SoftmaxState<T> s(
-          splits > 1 ? partial.data() + (unit * splits + split) * state : scratch.take(state),
-          p.head_dim_v);
+      // Causal tiles grow with the query: the last ones first leaves no long task for the end.
+      const int64_t unit = units - 1 - task / splits, split = task % splits;
+      Scratch scratch(scratch_bytes() + state * int64_t(sizeof(T)));
+      T* s = splits > 1 ? partial.data() + (unit * splits + split) * state : scratch.take<T>(state);
       attend(unit, split, s, scratch);
-      if (splits == 1) finish(unit, s);
+      if (splits == 1) finish(unit, s, scratch);
     });
     if (splits == 1) return;
     parallel_for(units, threads, [&](int64_t unit) {
-      SoftmaxState<T> first(partial.data() + unit * splits * state, p.head_dim_v);
+      T* first = partial.data() + unit * splits * state;
       for (int64_t i = 1; i < splits; ++i)
-        merge(first, SoftmaxState<T>(partial.data() + (unit * splits + i) * state, p.head_dim_v));
-      finish(unit, first);
+        for (int64_t panel = 0; panel < panels; ++panel)
+          merge(at_panel(first, panel),
+                at_panel(partial.data() + (unit * splits + i) * state, panel));
+      Scratch scratch(scratch_bytes());
+      finish(unit, first, scratch);
     });
   }
 
@@ -68,33 +74,37 @@ class Forward {
   const Problem& p;
   const Pointers& ptr;
   int threads;
-  int64_t block_m, m_tiles, splits;
+  int64_t block_m, m_tiles, panels, splits;
 
-  // Causal tiles grow with the query: the last ones first leaves no long task for the end.
-  int64_t longest_first(int64_t i, int64_t units) const { return units - 1 - i; }
+  static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
+  int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
 
-  int64_t scratch_size() const {
-    return kMaxQueries * (p.head_dim + 3 * kForwardKeys) +
-           kForwardKeys * (p.head_dim + p.head_dim_v) + std::max(p.head_dim, p.head_dim_v);
+  SoftmaxState<T> at_panel(T* state, int64_t panel) const {
+    return {state + panel * SoftmaxState<T>::size(p.head_dim_v), p.head_dim_v};
   }
 
-  void attend(int64_t unit, int64_t split, SoftmaxState<T>& state, Scratch<T>& scratch) const {
+  int64_t scratch_bytes() const {
+    const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v);
+    return int64_t(sizeof(T)) * ((panels * kPanel + L) * d + 3 * kForwardKeys * kPanel +
+                                 kForwardKeys * (d + dv) + (kPanel + 1) * dv);
+  }
+
+  void attend(int64_t unit, int64_t split, T* state, Scratch& scratch) const {
     const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
-    const int64_t hk = h / (p.heads_q / p.heads_k);
+    const int64_t hk = h / (p.heads_q / p.heads_k), d = p.head_dim, dv = p.head_dim_v;
     const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
-    state.clear(p.head_dim_v);
+    for (int64_t panel = 0; panel < panels; ++panel) at_panel(state, panel).clear();
     const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
     if (nq <= 0) return;
 
-    T* Qt = scratch.take(p.head_dim * kMaxQueries);
-    T* S = scratch.take(kForwardKeys * kMaxQueries);
-    T* add = scratch.take(kForwardKeys * kMaxQueries);
-    T* keep = scratch.take(kForwardKeys * kMaxQueries);
-    T* K_scratch = scratch.take(kForwardKeys * p.head_dim);
-    T* V_scratch = scratch.take(kForwardKeys * p.head_dim_v);
-    const ScoreTile<T> tile(seq, h, m0, nq, add, keep);
-    pack_transposed(p.dtype, ptr.q, seq.q_offset(p.q, h, m0), p.q.s, nq, tile.bm, p.head_dim,
-                    scratch.take(p.head_dim), Qt);
+    const int64_t depth_padded = round_up(items<Op>(d));
+    Item* Qt = scratch.take<Item>(panels * kPanel * depth_padded);
+    Item* block = scratch.take<Item>(L * depth_padded);
+    T* S = scratch.take<T>(kForwardKeys * kPanel);
+    T* add = scratch.take<T>(kForwardKeys * kPanel);
+    T* keep = scratch.take<T>(kForwardKeys * kPanel);
+    Item* K_scratch = scratch.take<Item>(kForwardKeys * items<Op>(d));
+    Item* V_scratch = scratch.take<Item>(kForwardKeys * dv);
 
     int64_t lo, hi;
     seq.key_range(m0, m0 + nq, &lo, &hi);
@@ -102,127 +112,228 @@ class Forward {
     const int64_t share = (t1 - t0 + splits - 1) / splits;
     t0 += split * share;
     t1 = std::min(t1, t0 + share);
+    if (t0 >= t1) return;
+    for (int64_t q = 0; q < nq; q += kPanel) {
+      const int64_t n = std::min(kPanel, nq - q);
+      pack_transposed<Op>(
+          p.dtype, static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0 + q) * bytes(),
+          p.q.s * bytes(), n, (n + kGrain - 1) / kGrain * kGrain, d, block, Qt + q * depth_padded);
+    }
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n0 = t * kForwardKeys, nk = std::min(kForwardKeys, hi - n0);
-      // S^T = K Q^T   [nk, bm]
-      const Rows<T> K = key_rows(seq, ptr.k, p.k, hk, n0, nk, p.head_dim, K_scratch);
-      gemm<T>(nk, tile.bm, p.head_dim, K.data, K.stride, 1, Qt, kMaxQueries, S, kMaxQueries, false);
-      tile.logits(n0, nk, S, nullptr);
-      softmax(S, nk, tile.bm, state);
-      if (p.dropout_p > 0) {
-        const T* kept = tile.keep(n0, nk);
-        for (int64_t j = 0; j < nk; ++j)
-          for (int64_t q = 0; q < tile.bm; ++q) S[j * kMaxQueries + q] *= kept[j * kMaxQueries + q];
+      const Operand K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
+      const Operand V = rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
+      int finite = -1;  // of V; asked for at most once a tile
+      for (int64_t q = 0; q < nq; q += kPanel) {
+        const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), add, keep);
+        const Tile tile = panel.tile(n0, nk, Op::kPack);
+        if (tile.empty) continue;
+        Segment segments[2 * kGrains + 1];
+        const int count = panel.segments(tile, segments);
+        // S^T = K Q^T   [nk, columns]
+        for (int i = 0; i < count; ++i) {
+          const Segment& s = segments[i];
+          gemm<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), K.data + s.lo * K.row_step,
+                   K.row_step, K.depth_step, Qt + q * depth_padded + s.begin, kPanel,
+                   S + s.lo * kPanel + s.begin, kPanel, false);
+        }
+        T scale = T(p.scale);
+        if (panel.plain()) {
+          panel.apply_band(tile, S);
+        } else {
+          panel.logits(tile, S, nullptr);
+          scale = T(1);
+        }
+        const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
+        SoftmaxState<T> running = at_panel(state, q / kPanel);
+        for (int64_t g = 0; g < panel.grains; ++g)
+          for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+            softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
+        // O^T += V^T P^T   [dv, columns]
+        if (panel.partial(tile)) {
+          if (finite < 0) finite = all_finite<Op>(V, nk, dv);
+          if (!finite) {
+            add_visible(V, S, panel, tile, running.O);
+            continue;
+          }
+        }
+        for (int i = 0; i < count; ++i) {
+          const Segment& s = segments[i];
+          const int64_t first = s.lo / Op::kPack;
+          gemm<Op>(dv, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                   V.data + first * V.depth_step, V.row_step, V.depth_step,
+                   reinterpret_cast<const Item*>(S) + first * kPanel + s.begin, kPanel,
+                   running.O + s.begin, kPanel, true);
+        }
       }
-      // O^T += V^T P^T   [dv, bm]
-      const Rows<T> V = key_rows(seq, ptr.v, p.v, hk, n0, nk, p.head_dim_v, V_scratch);
-      if (tile.partial(n0, nk) && !all_finite(V, nk, p.head_dim_v))
-        add_visible(V, S, nk, nq, state.O);
-      else
-        gemm<T>(p.head_dim_v, tile.bm, nk, V.data, 1, V.stride, S, kMaxQueries, state.O,
-                kMaxQueries, true);
     }
   }
 
-  // S: logits in, exp(s - max) out; moves the state on to the new maxima.
-  void softmax(T* S, int64_t nk, int64_t bm, SoftmaxState<T>& state) const {
+  // One vector of queries, keys [lo, hi).  S (at the vector's lane): logits in, weights
+  // exp(s - max) out as items of Op; moves the state on to the new maxima.
+  void softmax(T* S, int64_t lo, int64_t hi, T scale, const T* kept, SoftmaxState<T>& state,
+               int64_t lane) const {
     const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t q = 0; q < bm; q += kLanes<T>) {
-      const Vec<T> before = load(state.max + q);
-      Vec<T> top = before;
-      for (int64_t j = 0; j < nk; ++j) top = vmax(load(S + j * kMaxQueries + q), top);
-      store(state.max + q, top);
-      const Vec<T> base = top == ninf ? Vec<T>{} : top;  // -inf - -inf would be NaN
-      const Vec<T> alpha = vexp(before - base);
-      const Vec<T> sum_before = load(state.sum + q);
-      Vec<T> sum = sum_before * alpha;
-      if (ptr.entropy) {
-        const Vec<T> shift = before == ninf ? Vec<T>{} : before - base;
-        Vec<T> weighted = (load(state.weighted + q) + shift * sum_before) * alpha;
-        for (int64_t j = 0; j < nk; ++j) {
-          const Vec<T> x = load(S + j * kMaxQueries + q) - base;
-          const Vec<T> y = x == ninf ? Vec<T>{} : x;  // 0 * -inf
-          weighted += vexp(x) * y;
-        }
-        store(state.weighted + q, weighted);
+    Vec<T> top[4] = {set1(ninf), set1(ninf), set1(ninf), set1(ninf)};  // four chains
+    int64_t j = lo;
+    for (; j + 4 <= hi; j += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) top[i] = vmax(load(S + (j + i) * kPanel), top[i]);
+    for (; j < hi; ++j) top[0] = vmax(load(S + j * kPanel), top[0]);
+    const Vec<T> before = load(state.max + lane);
+    Vec<T> now = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+    now = vmax(now == ninf ? now : now * scale, before);
+    store(state.max + lane, now);
+    const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
+    const Vec<T> alpha = vexp(before - base);
+    const Vec<T> sum_before = load(state.sum + lane);
+    if (ptr.entropy)
+      weigh(S, lo, hi, scale, before, base, alpha, sum_before, state.weighted + lane);
+    Vec<T> sum;
+    if (kept)
+      sum = exponentials<true>(S, lo, hi, scale, base, kept);
+    else
+      sum = exponentials<false>(S, lo, hi, scale, base, kept);
+    store(state.sum + lane, sum_before * alpha + sum);
+    // Before the first visible key O is 0: nothing to rescale.
+    if (!all_equal<T>(alpha, set1(T(1))) && !all_equal<T>(before, set1(ninf)))
+      for (int64_t d = 0; d < p.head_dim_v; ++d) {
+        T* at = state.O + d * kPanel + lane;
+        store(at, load(at) * alpha);
       }
-      for (int64_t j = 0; j < nk; ++j) {
-        const Vec<T> e = vexp(load(S + j * kMaxQueries + q) - base);
-        sum += e;
-        store(S + j * kMaxQueries + q, e);
+  }
+
+  // S = exp(scale * S - base), times the dropout multipliers; returns the sum without them.
+  template <bool kDropout>
+  static Vec<T> exponentials(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base, const T* kept) {
+    Vec<T> sum[2] = {};
+    auto weight = [&](int64_t j, Vec<T>& total) {
+      Vec<T> e = vexp<kDegree>(load(S + j * kPanel) * scale - base);
+      total += e;
+      if constexpr (kDropout) e *= load(kept + j * kPanel);
+      return e;
+    };
+    int64_t j = lo;
+    if constexpr (Op::kPack == 1) {
+#pragma GCC unroll 2
+      for (; j + 2 <= hi; j += 2) {
+        const Vec<T> a = weight(j, sum[0]), b = weight(j + 1, sum[1]);
+        store(S + j * kPanel, a);
+        store(S + (j + 1) * kPanel, b);
       }
-      store(state.sum + q, sum);
-      bool moved = false;
-      for (int i = 0; i < kLanes<T>; ++i) moved |= !(alpha[i] == T(1));
-      if (moved)
-        for (int64_t d = 0; d < p.head_dim_v; ++d) {
-          T* at = state.O + d * kMaxQueries + q;
-          store(at, load(at) * alpha);
-        }
+      if (j < hi) store(S + j * kPanel, weight(j, sum[0]));
+    } else {
+      // Pairs of keys go to row j / 2, which lies before or at what was read.
+      Item* out = reinterpret_cast<Item*>(S);
+#pragma GCC unroll 2
+      for (; j + 2 <= hi; j += 2) {
+        const Vec<T> a = weight(j, sum[0]), b = weight(j + 1, sum[1]);
+        store(out + j / 2 * kPanel, pair_rows(a, b));
+      }
+      if (j < hi) store(out + j / 2 * kPanel, pair_rows(weight(j, sum[0]), Vec<T>{}));
     }
+    return sum[0] + sum[1];
+  }
+
+  // weighted = sum of exp(s - max) * (s - max), for the entropy.
+  void weigh(const T* S, int64_t lo, int64_t hi, T scale, Vec<T> before, Vec<T> base, Vec<T> alpha,
+             Vec<T> sum_before, T* weighted) const {
+    const T ninf = -std::numeric_limits<T>::infinity();
+    const Vec<T> shift = before == ninf ? Vec<T>{} : before - base;
+    Vec<T> total = (load(weighted) + shift * sum_before) * alpha;
+    for (int64_t j = lo; j < hi; ++j) {
+      const Vec<T> x = load(S + j * kPanel) * scale - base;
+      total += vexp(x) * (x == ninf ? Vec<T>{} : x);  // 0 * -inf
+    }
+    store(weighted, total);
   }
 
   // O^T += V^T P^T over the pairs with P != 0: what an excluded row of V holds never reaches O.
-  void add_visible(Rows<T> V, const T* P, int64_t nk, int64_t nq, T* O) const {
-    for (int64_t j = 0; j < nk; ++j)
-      for (int64_t q = 0; q < nq; ++q) {
-        const T w = P[j * kMaxQueries + q];
+  void add_visible(const Operand& V, const T* S, const Panel<T>& panel, const Tile& tile,
+                   T* O) const {
+    for (int64_t q = 0; q < panel.nq; ++q)
+      for (int64_t j = tile.lo[q / kGrain]; j < tile.hi[q / kGrain]; ++j) {
+        const Operand P{reinterpret_cast<const char*>(S), int64_t(sizeof(T)),
+                        kPanel * int64_t(sizeof(T))};
+        const T w = number_at<Op>(P, j, q);
         if (w == T(0)) continue;
-        for (int64_t d = 0; d < p.head_dim_v; ++d)
-          O[d * kMaxQueries + q] += w * V.data[j * V.stride + d];
+        for (int64_t d = 0; d < p.head_dim_v; ++d) O[d * kPanel + q] += w * number_at<Op>(V, j, d);
       }
   }
 
-  void merge(SoftmaxState<T>& a, const SoftmaxState<T>& b) const {
+  void merge(SoftmaxState<T> a, const SoftmaxState<T>& b) const {
     const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t q = 0; q < block_m; ++q) {
-      const T top = std::max(a.max[q], b.max[q]), base = top == ninf ? T(0) : top;
-      const T shift_a = a.max[q] == ninf ? T(0) : a.max[q] - base;
-      const T shift_b = b.max[q] == ninf ? T(0) : b.max[q] - base;
-      const T wa = std::exp(shift_a), wb = std::exp(shift_b);
-      a.weighted[q] =
-          wa * (a.weighted[q] + shift_a * a.sum[q]) + wb * (b.weighted[q] + shift_b * b.sum[q]);
-      a.sum[q] = wa * a.sum[q] + wb * b.sum[q];
-      a.max[q] = top;
+    for (int64_t q = 0; q < kPanel; q += L) {
+      const Vec<T> max_a = load(a.max + q), max_b = load(b.max + q), top = vmax(max_a, max_b);
+      const Vec<T> base = top == ninf ? Vec<T>{} : top;
+      const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : max_a - base;
+      const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : max_b - base;
+      const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
+      const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
+      store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
+                                wb * (load(b.weighted + q) + shift_b * sum_b));
+      store(a.sum + q, wa * sum_a + wb * sum_b);
+      store(a.max + q, top);
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
-        const int64_t at = d * kMaxQueries + q;
-        a.O[at] = wa * a.O[at] + wb * b.O[at];
+        T* at = a.O + d * kPanel + q;
+        store(at, wa * load(at) + wb * load(b.O + d * kPanel + q));
       }
     }
   }
 
   // Normalises, adds the sink's share, writes O, LSE and the statistics.
-  void finish(int64_t unit, const SoftmaxState<T>& state) const {
+  void finish(int64_t unit, T* state, Scratch& scratch) const {
     const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
     const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
+    const int64_t nq = std::min(block_m, seq.seqlen_q - m0), dv = p.head_dim_v,
+                  dv_padded = round_up(dv);
+    T* rows = scratch.take<T>(kPanel * dv_padded);
+    for (int64_t q = 0; q < nq; q += kPanel)
+      finish_panel(seq, h, m0 + q, std::min(kPanel, nq - q), at_panel(state, q / kPanel), rows,
+                   dv_padded);
+  }
+
+  void finish_panel(const Sequence& seq, int64_t h, int64_t m0, int64_t nq,
+                    const SoftmaxState<T>& state, T* rows, int64_t dv_padded) const {
     const T ninf = -std::numeric_limits<T>::infinity();
-    Scratch<T> scratch(p.head_dim_v);
-    T* row = scratch.take(p.head_dim_v);
-    for (int64_t q = 0; q < std::min(block_m, seq.seqlen_q - m0); ++q) {
-      const T sum = state.sum[q], top = state.max[q];
-      const bool nan = sum != sum, empty = top == ninf && !nan;
-      T inverse = T(0), lse = ninf, entropy = T(0);
-      if (!empty) {
-        const T base = top == ninf ? T(0) : top;
-        T total = sum, scale = T(1), shift = base;
-        if (ptr.sink) {  // joins the normaliser only
-          const T sink = static_cast<const T*>(ptr.sink)[h];
-          if (sink > base) shift = sink, scale = std::exp(base - sink);
-          total = sum * scale + std::exp(sink - shift);
-        }
-        inverse = scale / total;
-        lse = shift + std::log(total);
-        entropy = (lse - base) * sum * inverse - state.weighted[q] * inverse;
+    const int64_t dv = p.head_dim_v;
+    T lse_lanes[L], top_lanes[L], entropy_lanes[L];
+    for (int64_t v = 0; v < nq; v += L) {
+      const Vec<T> sum = load(state.sum + v), top = load(state.max + v);
+      const Vec<T> base = top == ninf ? Vec<T>{} : top;
+      Vec<T> total = sum, scale = set1(T(1)), shift = base;
+      if (ptr.sink) {  // joins the normaliser only
+        const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
+        shift = vmax(sink, base);
+        scale = vexp(base - shift);
+        total = sum * scale + vexp(sink - shift);
       }
-      for (int64_t d = 0; d < p.head_dim_v; ++d)
-        row[d] = empty ? T(0) : state.O[d * kMaxQueries + q] * inverse;
-      store_row<T>(
-          p.dtype, row, p.head_dim_v,
-          static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0 + q) * int64_t(dtype_size(p.dtype)));
-      const int64_t at = seq.lse_offset(h, m0 + q);
-      static_cast<T*>(ptr.lse)[at] = nan ? sum : lse;
-      if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = nan ? sum : top;
-      if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = entropy;
+      const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
+      const Vec<T> safe = empty ? set1(T(1)) : total;
+      Vec<T> inverse = scale / safe;
+      Vec<T> lse = shift + vlog(safe);
+      const Vec<T> entropy = (lse - base) * sum * inverse - load(state.weighted + v) * inverse;
+      lse = empty ? set1(ninf) : nan ? sum : lse;
+      inverse = empty ? Vec<T>{} : inverse;
+      store(lse_lanes, lse);
+      store(top_lanes, nan ? sum : top);
+      store(entropy_lanes, empty ? Vec<T>{} : entropy);
+      for (int64_t d = 0; d < dv; d += L) {
+        Vec<T> tile[L];
+        for (int64_t i = 0; i < L; ++i)
+          tile[i] = d + i < dv ? load(state.O + (d + i) * kPanel + v) * inverse : Vec<T>{};
+        transpose_round<T, 1>(tile);
+        for (int64_t i = 0; i < L; ++i) store(rows + (v + i) * dv_padded + d, tile[i]);
+      }
+      for (int64_t i = 0; i < L && v + i < nq; ++i) {
+        const int64_t q = m0 + v + i;
+        restore_row<T>(p.dtype, rows + (v + i) * dv_padded, dv,
+                       static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, q) * bytes());
+        const int64_t at = seq.lse_offset(h, q);
+        static_cast<T*>(ptr.lse)[at] = lse_lanes[i];
+        if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = top_lanes[i];
+        if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = entropy_lanes[i];
+      }
     }
   }
 };

@@ -1,71 +1,128 @@
-// The one product of this backend:  C[r][q] (+)= sum_k A(r, k) * B[k][q],  scalars of A broadcast
+// The one product of this backend:  C[r][q] (+)= sum_k A(r, k) * B[k][q],  items of A broadcast
 // against rows of B.
 //   forward   S^T[key][query]   = K[key][d]    * Q^T[d][query]
 //             O^T[dv][query]   += V^T[dv][key] * P^T[key][query]
 //   backward  dP^T[key][query]  = V * dO^T,   dV[key][dv] += P^T * dO,   dK[key][d] += dS^T * Q,
-//   dQ^T[d][query] += K^T * dS^T
-// A is read where it lies (any strides), exactly `rows` x `depth` of it; B and C are scratch,
+//             dQ^T[d][query]   += K^T * dS^T
+// A is read where it lies (any byte steps), exactly `rows` x `depth` of it; B and C are scratch,
 // padded to whole vectors.
 
+// How a product multiplies: numbers one by one ...
+template <class T>
+struct Plain {
+  using Acc = T;
+  using Item = T;
+  static constexpr int kPack = 1;  // numbers of the depth in an item
+  static ATTN_INLINE Vec<T> broadcast(Item a) { return set1(a); }
+  static ATTN_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) { return acc + a * b; }
+};
+
+// ... or pairs of bfloat16 along the depth, products and sum in float (vdpbf16ps).
+#ifdef ATTN_BF16_DOT
+struct Bf16Pairs {
+  using Acc = float;
+  using Item = uint32_t;
+  static constexpr int kPack = 2;
+  static ATTN_INLINE Vec<uint32_t> broadcast(Item a) { return (Vec<uint32_t>)_mm512_set1_epi32(a); }
+  static ATTN_INLINE Vec<float> fma(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+  }
+};
+#endif
+
+#ifdef ATTN_BF16_DOT
+// (even[i], odd[i]) as bfloat16 pairs.
+ATTN_INLINE Vec<uint32_t> pair_rows(Vec<float> even, Vec<float> odd) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec<uint32_t>)_mm512_permutexvar_epi16(order, halves);
+}
+ATTN_INLINE void store_bf16(uint16_t* p, Vec<float> x) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+#endif
+
+template <class Item>
+ATTN_INLINE Item item_at(const char* p) {
+  Item x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
 // One block of ROWS x (NV vectors): the accumulators stay in registers over the whole depth.
-template <class T, int ROWS, int NV>
-ATTN_INLINE void gemm_block(int64_t depth, const T* A, int64_t row_stride, int64_t depth_stride,
-                            const T* B, int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+template <class Op, int ROWS, int NV>
+ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int64_t depth_step,
+                            const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
+                            int64_t ldc, bool accumulate) {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
   constexpr int L = kLanes<T>;
   Vec<T> acc[ROWS][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = accumulate ? load(C + r * ldc + v * L) : Vec<T>{};
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> b[NV];
+    Vec<Item> b[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) b[v] = load(B + k * ldb + v * L);
-#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) b[v] = load(B + v * L);
+#pragma GCC unroll 24
     for (int r = 0; r < ROWS; ++r) {
-      const Vec<T> a = set1(A[r * row_stride + k * depth_stride]);
+      const Vec<Item> a = Op::broadcast(item_at<Item>(A + r * row_step));
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] += a * b[v];
+      for (int v = 0; v < NV; ++v) acc[r][v] = Op::fma(acc[r][v], a, b[v]);
     }
+    A += depth_step;
+    B += ldb;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store(C + r * ldc + v * L, acc[r][v]);
 }
 
-template <class T, int NV>
-inline void gemm_panel(int64_t rows, int64_t depth, const T* A, int64_t row_stride,
-                       int64_t depth_stride, const T* B, int64_t ldb, T* C, int64_t ldc,
-                       bool accumulate) {
+template <class Op, int NV>
+inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row_step,
+                         int64_t depth_step, const typename Op::Item* B, int64_t ldb,
+                         typename Op::Acc* C, int64_t ldc, bool accumulate) {
+  // Fewer vectors leave registers for more rows: the chains of additions must cover their latency.
+  constexpr int kRows = NV == ATTN_NV                 ? ATTN_MR
+                        : ATTN_MR * ATTN_NV / NV > 16 ? 16
+                                                      : ATTN_MR * ATTN_NV / NV;
   int64_t r = 0;
-  for (; r + ATTN_MR <= rows; r += ATTN_MR)
-    gemm_block<T, ATTN_MR, NV>(depth, A + r * row_stride, row_stride, depth_stride, B, ldb,
-                               C + r * ldc, ldc, accumulate);
-  if (rows - r >= 4) {
-    gemm_block<T, 4, NV>(depth, A + r * row_stride, row_stride, depth_stride, B, ldb, C + r * ldc,
-                         ldc, accumulate);
-    r += 4;
-  }
-  if (rows - r >= 2) {
-    gemm_block<T, 2, NV>(depth, A + r * row_stride, row_stride, depth_stride, B, ldb, C + r * ldc,
-                         ldc, accumulate);
-    r += 2;
-  }
-  if (rows - r >= 1)
-    gemm_block<T, 1, NV>(depth, A + r * row_stride, row_stride, depth_stride, B, ldb, C + r * ldc,
-                         ldc, accumulate);
+  auto block = [&](auto count) {
+    gemm_block<Op, count.value, NV>(depth, A + r * row_step, row_step, depth_step, B, ldb,
+                                    C + r * ldc, ldc, accumulate);
+    r += count.value;
+  };
+  // Not down to the last full block when 8 rows are left: 4 + 4 beat 6 + 2.
+  while (rows - r >= kRows && !(kRows == 6 && rows - r == 8))
+    block(std::integral_constant<int, kRows>{});
+  if constexpr (kRows > 8)
+    if (rows - r >= 8) block(std::integral_constant<int, 8>{});
+  while (rows - r >= 4) block(std::integral_constant<int, 4>{});
+  if (rows - r >= 2) block(std::integral_constant<int, 2>{});
+  if (rows - r >= 1) block(std::integral_constant<int, 1>{});
 }
 
-// columns is a multiple of kLanes<T>.
-template <class T>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, const T* A, int64_t row_stride,
-                 int64_t depth_stride, const T* B, int64_t ldb, T* C, int64_t ldc,
-                 bool accumulate) {
+// columns is a multiple of kLanes<Acc>.
+template <class Op>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const char* A, int64_t row_step,
+                 int64_t depth_step, const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
+                 int64_t ldc, bool accumulate) {
+  constexpr int L = kLanes<typename Op::Acc>;
   int64_t q = 0;
-  for (; q + kPanel<T> <= columns; q += kPanel<T>)
-    gemm_panel<T, ATTN_NV>(rows, depth, A, row_stride, depth_stride, B + q, ldb, C + q, ldc,
-                           accumulate);
-  for (; q < columns; q += kLanes<T>)
-    gemm_panel<T, 1>(rows, depth, A, row_stride, depth_stride, B + q, ldb, C + q, ldc, accumulate);
+  auto columns_of = [&](auto vectors) {
+    gemm_columns<Op, vectors.value>(rows, depth, A, row_step, depth_step, B + q, ldb, C + q, ldc,
+                                    accumulate);
+    q += vectors.value * L;
+  };
+  while (columns - q >= ATTN_NV * L) columns_of(std::integral_constant<int, ATTN_NV>{});
+#if ATTN_NV > 2
+  if (columns - q >= 3 * L) columns_of(std::integral_constant<int, 3>{});
+  if (columns - q >= 2 * L) columns_of(std::integral_constant<int, 2>{});
+#endif
+  if (columns - q >= L) columns_of(std::integral_constant<int, 1>{});
 }

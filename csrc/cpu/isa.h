@@ -4,25 +4,43 @@
 namespace attn::cpu::ATTN_ISA {
 
 #include "cpu/simd.h"
-// clang-format off: gemm needs simd, the kernels need gemm and score
+
+// Queries of one head go through the kernels in panels, and the bands of causal and window
+// attention are cut by grain.
+constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
+
+// clang-format off: the order of use
+#include "cpu/transpose.h"
 #include "cpu/gemm.h"
+#include "cpu/rows.h"
+#include "cpu/dropout.h"
 #include "cpu/score.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
 // clang-format on
 
+#ifdef ATTN_BF16_DOT
+void forward(const Problem& p, const Pointers& ptr, int threads) {
+  Forward<Bf16Pairs>(p, ptr, threads).run();
+}
+
+void backward(const Problem& p, const Pointers& ptr, int threads) {
+  Backward<Bf16Pairs>(p, ptr, threads).run();
+}
+#else
 void forward(const Problem& p, const Pointers& ptr, int threads) {
   if (p.dtype == DType::kFloat64)
-    Forward<double>(p, ptr, threads).run();
+    Forward<Plain<double> >(p, ptr, threads).run();
   else
-    Forward<float>(p, ptr, threads).run();
+    Forward<Plain<float> >(p, ptr, threads).run();
 }
 
 void backward(const Problem& p, const Pointers& ptr, int threads) {
   if (p.dtype == DType::kFloat64)
-    Backward<double>(p, ptr, threads).run();
+    Backward<Plain<double> >(p, ptr, threads).run();
   else
-    Backward<float>(p, ptr, threads).run();
+    Backward<Plain<float> >(p, ptr, threads).run();
 }
+#endif
 
 }  // namespace attn::cpu::ATTN_ISA

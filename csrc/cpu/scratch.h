@@ -20,11 +20,10 @@ ScratchBuffer& thread_scratch();
 
 // Nested scopes of one thread stack up; the outermost fixes the buffer's size for a while, so inner
 // ones that do not fit own a block of their own.
-template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t elements) {
-    const size_t need = size_t(elements) * sizeof(T) + 32 * kAlign;  // every take() may lose kAlign
+  explicit Scratch(int64_t bytes) {
+    const size_t need = size_t(bytes) + 32 * kAlign;  // every take() may lose kAlign
     ScratchBuffer& shared = thread_scratch();
     if (shared.used == 0 && shared.size < need) {
       shared.memory.reset(allocate(need));
@@ -44,6 +43,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
+  template <class T>
   T* take(int64_t elements) {
     const size_t bytes = (size_t(elements) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
     if (buffer_->used + bytes > buffer_->size) throw std::bad_alloc();  // scratch_size() is short

@@ -62,27 +62,4 @@ struct Sequence {
   static int64_t clamp(int64_t x, int64_t hi) { return x < 0 ? 0 : x > hi ? hi : x; }
 };
 
-// Rows of K or V as the compute type: in place where the storage is that type and rows are evenly
-// spaced, else a copy.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-};
-
-template <class T>
-Rows<T> key_rows(const Sequence& seq, const void* base, const Strides& s, int64_t h, int64_t n0,
-                 int64_t n, int64_t dim, T* scratch) {
-  const DType type = seq.p->dtype;
-  const bool same = (type == DType::kFloat32 && sizeof(T) == 4) || type == DType::kFloat64;
-  const bool even =
-      !seq.ptr->block_table || n0 / seq.p->page_size == (n0 + n - 1) / seq.p->page_size;
-  if (same && even) return {static_cast<const T*>(base) + seq.k_offset(s, h, n0), s.s};
-  const auto* bytes = static_cast<const char*>(base);
-  for (int64_t j = 0; j < n; ++j)
-    load_row<T>(type, bytes + seq.k_offset(s, h, n0 + j) * int64_t(dtype_size(type)), dim,
-                scratch + j * dim);
-  return {scratch, dim};
-}
-
 }  // namespace attn::cpu

@@ -1,0 +1,180 @@
+// Rows of storage -> operands of a product, and back: conversion, packing, transposition.
+
+// dst[i] = src[i] for n numbers of a storage row.
+template <class T>
+ATTN_INLINE void convert_row(DType type, const void* src, int64_t n, T* dst) {
+#if ATTN_VEC_BYTES >= 32
+  if constexpr (sizeof(T) == 4)
+    if (type == DType::kFloat16) {
+      const auto* half = static_cast<const uint16_t*>(src);
+      int64_t i = 0;
+#if ATTN_VEC_BYTES == 64
+      for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(half + i))));
+#else
+      for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(half + i))));
+#endif
+      for (; i < n; ++i) dst[i] = half_to_float(half[i]);
+      return;
+    }
+#endif
+  load_row<T>(type, src, n, dst);
+}
+
+template <class T>
+ATTN_INLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
+#if ATTN_VEC_BYTES >= 32
+  if constexpr (sizeof(T) == 4)
+    if (type == DType::kFloat16) {
+      auto* half = static_cast<uint16_t*>(dst);
+      int64_t i = 0;
+#if ATTN_VEC_BYTES == 64
+      for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i*)(half + i), _mm512_cvtps_ph(_mm512_loadu_ps(src + i), 0));
+#else
+      for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i*)(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
+#endif
+      for (; i < n; ++i) half[i] = float_to_half(src[i]);
+      return;
+    }
+#endif
+  store_row<T>(type, src, n, dst);
+}
+
+// One storage row as items of Op: numbers, or pairs of bfloat16 (an odd last one is paired with 0).
+template <class Op>
+ATTN_INLINE void item_row(DType type, const void* src, int64_t dim, typename Op::Item* dst) {
+  if constexpr (Op::kPack == 1) {
+    convert_row(type, src, dim, dst);
+  } else {
+    if (dim & 1) dst[dim / 2] = 0;
+    std::memcpy(dst, src, size_t(dim) * 2);
+  }
+}
+
+template <class Op>
+constexpr int64_t items(int64_t dim) {
+  return (dim + Op::kPack - 1) / Op::kPack;
+}
+
+// X^T [items of dim][kPanel] of n <= kPanel storage rows `row_bytes` apart; the padding queries up
+// to `columns` are 0.  `block` holds kLanes rows of items, padded to whole vectors.
+template <class Op>
+inline void pack_transposed(DType type, const char* base, int64_t row_bytes, int64_t n,
+                            int64_t columns, int64_t dim, typename Op::Item* block,
+                            typename Op::Item* out) {
+  using Item = typename Op::Item;
+  using Lane = typename Op::Acc;  // transposition moves bits: float lanes carry bf16 pairs as well
+  constexpr int L = kLanes<Lane>;
+  const int64_t depth = items<Op>(dim), padded = (depth + L - 1) / L * L;
+  const bool direct = depth == padded && dim % Op::kPack == 0 &&
+                      (Op::kPack == 2 || dtype_size(type) == sizeof(Item));
+  for (int64_t q = 0; q < columns; q += L) {
+    const int64_t rows = std::min<int64_t>(L, n - q);
+    const Lane* from = reinterpret_cast<const Lane*>(base + q * row_bytes);
+    int64_t stride = row_bytes / int64_t(sizeof(Lane));
+    if (!direct || rows < L || row_bytes % int64_t(sizeof(Lane))) {
+      for (int64_t r = 0; r < L; ++r) {
+        Item* row = block + r * padded;
+        if (r >= rows || depth != padded) std::memset(row, 0, size_t(padded) * sizeof(Item));
+        if (r < rows) item_row<Op>(type, base + (q + r) * row_bytes, dim, row);
+      }
+      from = reinterpret_cast<const Lane*>(block);
+      stride = padded;
+    }
+    transpose<Lane>(from, stride, L, padded, reinterpret_cast<Lane*>(out) + q, kPanel);
+  }
+}
+
+// An operand of broadcasts: element (row, depth) at data + row * row_step + depth * depth_step, in
+// bytes.
+struct Operand {
+  const char* data;
+  int64_t row_step, depth_step;
+};
+
+// True where the n rows from n0 lie evenly spaced in memory.
+inline bool evenly_spaced(const Sequence& seq, int64_t n0, int64_t n) {
+  return !seq.ptr->block_table || n0 / seq.p->page_size == (n0 + n - 1) / seq.p->page_size;
+}
+
+// Rows of K (or V) with the head dimension as depth: in place where their storage is already Op's
+// items, else copied.  Rows far apart are copied too: at strides of 4 KiB they would share a few
+// cache sets.
+template <class Op>
+inline Operand rows_by_depth(const Sequence& seq, const void* base, const Strides& s, int64_t h,
+                             int64_t n0, int64_t n, int64_t dim, typename Op::Item* scratch) {
+  using Item = typename Op::Item;
+  const DType type = seq.p->dtype;
+  const int64_t size = int64_t(dtype_size(type)), depth = items<Op>(dim);
+  const auto* bytes = static_cast<const char*>(base);
+  const bool same = Op::kPack == 2 ? dim % 2 == 0 : size == int64_t(sizeof(Item));
+  if (same && evenly_spaced(seq, n0, n) && (s.s * size < 1024 || s.s == dim))
+    return {bytes + seq.k_offset(s, h, n0) * size, s.s * size, int64_t(sizeof(Item))};
+  for (int64_t j = 0; j < n; ++j)
+    item_row<Op>(type, bytes + seq.k_offset(s, h, n0 + j) * size, dim, scratch + j * depth);
+  return {reinterpret_cast<const char*>(scratch), depth * int64_t(sizeof(Item)),
+          int64_t(sizeof(Item))};
+}
+
+// The same rows with the keys as depth: bf16 pairs hold two keys, so they are always interleaved.
+template <class Op>
+inline Operand rows_by_key(const Sequence& seq, const void* base, const Strides& s, int64_t h,
+                           int64_t n0, int64_t n, int64_t dim, typename Op::Item* scratch) {
+  if constexpr (Op::kPack == 1) {
+    const Operand rows = rows_by_depth<Op>(seq, base, s, h, n0, n, dim, scratch);
+    return {rows.data, rows.depth_step, rows.row_step};
+  } else {
+    const auto* bytes = static_cast<const char*>(base);
+    for (int64_t j = 0; j < n; j += 2) {
+      const auto* even = reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j) * 2);
+      uint32_t* out = scratch + j / 2 * dim;
+      if (j + 1 < n) {
+        const auto* odd =
+            reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j + 1) * 2);
+        for (int64_t d = 0; d < dim; ++d) out[d] = even[d] | uint32_t(odd[d]) << 16;
+      } else {
+        for (int64_t d = 0; d < dim; ++d) out[d] = even[d];
+      }
+    }
+    return {reinterpret_cast<const char*>(scratch), 4, dim * 4};
+  }
+}
+
+// Number (key j, dimension d) of rows_by_key's operand.
+template <class Op>
+ATTN_INLINE typename Op::Acc number_at(const Operand& a, int64_t j, int64_t d) {
+  const auto item =
+      item_at<typename Op::Item>(a.data + d * a.row_step + j / Op::kPack * a.depth_step);
+  if constexpr (Op::kPack == 1)
+    return item;
+  else
+    return bf16_to_float(uint16_t(item >> (j & 1) * 16));
+}
+
+// False when some number of n keys is inf or NaN.
+template <class Op>
+inline bool all_finite(const Operand& a, int64_t n, int64_t dim) {
+  bool finite = true;
+  for (int64_t j = 0; j < n; j += Op::kPack) {
+    const char* row = a.data + j / Op::kPack * a.depth_step;
+    if constexpr (Op::kPack == 1) {
+      typename Op::Acc bad = 0;  // x - x is 0 for finite x only
+      for (int64_t d = 0; d < dim; ++d) {
+        const auto x = item_at<typename Op::Item>(row + d * a.row_step);
+        bad += x - x;
+      }
+      finite &= bad == 0;
+    } else {
+      uint32_t bad = 0;  // an exponent of ones
+      for (int64_t d = 0; d < dim; ++d) {
+        const uint32_t x = item_at<uint32_t>(row + d * 4);
+        bad |= uint32_t((x & 0x7f80u) == 0x7f80u) | uint32_t((x & 0x7f800000u) == 0x7f800000u);
+      }
+      finite &= bad == 0;
+    }
+  }
+  return finite;
+}

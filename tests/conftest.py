@@ -47,3 +47,11 @@ def device(backend_and_device):
 def seeded():
     """The same random inputs in every run and order of tests."""
     torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that reach attn_ext from transformers' attention interface."""
+    from model_checks import Calls, integration
+
+    return Calls(monkeypatch, integration())

@@ -23,7 +23,17 @@ $(VENV)/installed.done: $(VENV)/torch.done $(SOURCES)
 	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
 	touch $@
 
-test: $(VENV)/installed.done
+# Libraries whose models the tests run, beside the torch that is there: a constraint pins it.  Where
+# they cannot be installed, their tests are skipped.
+$(VENV)/integrations.done: $(VENV)/installed.done
+	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/torch.txt
+	{ $(PY) -c "from importlib.metadata import requires as r; \
+	    print(*[x.split(';')[0] for x in r('attn_ext') if 'integrations' in x])" \
+	  | xargs $(PY) -m pip install -q -c $(VENV)/torch.txt && \
+	  $(PY) -m pip install -q --no-deps timm && touch $@; } || \
+	  echo "extra 'integrations' could not be installed: the tests of real models are skipped"
+
+test: $(VENV)/installed.done $(VENV)/integrations.done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
 
 demo: $(VENV)/installed.done

@@ -82,9 +82,7 @@ def test_generate(family, calls):
 def test_generate_with_a_static_cache(family, calls):
     """The free space of a static cache attended to."""
     model = decoder(family, **FAMILIES[family])
-    check_generate(
-        model, {"input_ids": text()}, own_fast(family), cache_implementation="static"
-    )
+    check_generate(model, {"input_ids": text()}, own_fast(family), cache_implementation="static")
     assert calls.count >= 16
 
 

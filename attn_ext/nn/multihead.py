@@ -1,0 +1,283 @@
+"""MultiheadAttention with torch's constructor, parameters, arguments and meanings, and `convert`.
+
+    Q, K, V = x W^T + b, cut into heads [N, H, L, E / H];  out = concat(attention(Q, K, V)) W_o^T
+Masks follow torch: True = ignore; float masks are added.  Returned weights are computed from Q, K
+and the LSE of the attention call, for the rows asked for only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attn_ext import api, reference, validate
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention on attn_ext: the same constructor, state_dict and call.
+
+    query [N, L, E] with batch_first, [L, N, E] without, [L, E] unbatched; key, value alike with S.
+    attn_mask [L, S] or [N * num_heads, L, S], key_padding_mask [N, S]: bool (True = ignore) or
+    floating (added, with gradient).  Returns (output in query's layout, weights or None): weights
+    [N, L, S] averaged over heads, [N, num_heads, L, S] with average_attn_weights=False, with
+    dropout applied in training as in torch.  ValueError and TypeError name a bad argument.
+
+    Differences: a row that sees no key gives 0 (torch: 0 without need_weights, NaN with), and
+    `weights_rows` limits the returned weights to some queries.
+    """
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+        average_attn_weights=True, is_causal=False, *, weights_rows=None,
+    ):  # fmt: skip
+        """weights_rows: indices (a slice, list or int64 tensor) of the queries whose weights are
+        returned, all if None.  is_causal: a hint that attn_mask is the causal mask, as in torch.
+        """
+        batched = self._check(query, key, value)
+        same = (query is key, key is value)
+        query, key, value = (self._batch_of(x, batched) for x in (query, key, value))  # [N, L, E]
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        batch, seqlen_q, _ = query.shape
+        seqlen_k = key.shape[1]
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask must be given with the hint is_causal=True, got None")
+        hinted = is_causal and key_padding_mask is None and not need_weights
+        masks = []
+        if attn_mask is not None and not hinted:
+            masks.append(_scores(attn_mask, batch, self.num_heads, seqlen_q, seqlen_k))
+        if key_padding_mask is not None:
+            masks.append(_padding(key_padding_mask, batch, seqlen_k))
+        q, k, v = self._project(query, key, value, *same)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        mask, bias = _merge(masks, k.shape[2] - seqlen_k)
+        args = api.dense_args(
+            q, k, v, causal="top_left" if hinted else False, mask=mask, bias=bias,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        out, lse = api.result(args, True, False)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        weights = None
+        if need_weights:
+            weights = _weights(args, lse, weights_rows, average_attn_weights)
+            weights = weights if batched else weights[0]
+        if not batched:
+            return out[0], weights
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _check(self, query, key, value) -> bool:
+        """Check ranks and widths; whether the inputs are batched."""
+        for name, x, width in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            validate.tensor(name, x)
+            if x.is_nested:
+                raise NotImplementedError(
+                    f"{name} must not be a nested tensor: call attn_ext.attention_varlen, or "
+                    "scaled_dot_product_attention under attn_ext.replace_sdpa()"
+                )
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(
+                    f"{name} must have 3 dimensions, or 2 when all are unbatched, "
+                    f"got shape {tuple(x.shape)}"
+                )
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} must have a last dimension of {width}, got {x.shape[-1]}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value must have key's leading sizes {tuple(key.shape[:-1])}, "
+                f"got {tuple(value.shape[:-1])}"
+            )
+        axis = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[axis] != key.shape[axis]:
+            raise ValueError(
+                f"key must have query's batch size {query.shape[axis]}, got {key.shape[axis]}"
+            )
+        return query.dim() == 3
+
+    def _batch_of(self, x, batched: bool):
+        """x as [N, L, E]."""
+        if not batched:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _project(self, query, key, value, query_is_key: bool, key_is_value: bool):
+        """Q [N, L, E], K and V [N, S (+ 1), E]; one product for inputs that are one tensor."""
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            q, k, v = map(F.linear, (query, key, value), weights, biases)
+        elif query_is_key and key_is_value:
+            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+        else:
+            size = self.embed_dim
+            weights = self.in_proj_weight.split((size, 2 * size))
+            biases = (None, None) if bias is None else bias.split((size, 2 * size))
+            q = F.linear(query, weights[0], biases[0])
+            if key_is_value:
+                k, v = F.linear(key, weights[1], biases[1]).chunk(2, dim=-1)
+            else:
+                b_k, b_v = (None, None) if bias is None else biases[1].chunk(2)
+                w_k, w_v = weights[1].chunk(2)
+                k, v = F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+        if self.bias_k is not None:
+            k, v = (
+                torch.cat((x, extra.to(x.dtype).expand(x.shape[0], 1, -1)), dim=1)
+                for x, extra in ((k, self.bias_k), (v, self.bias_v))
+            )
+        return q, k, v
+
+
+def _scores(attn_mask, batch: int, heads: int, seqlen_q: int, seqlen_k: int):
+    """attn_mask [L, S] or [N * H, L, S] as 4 dimensions."""
+    validate.tensor("attn_mask", attn_mask)
+    shapes = {2: (seqlen_q, seqlen_k), 3: (batch * heads, seqlen_q, seqlen_k)}
+    if tuple(attn_mask.shape) != shapes.get(attn_mask.dim()):
+        raise ValueError(
+            f"attn_mask must have shape {shapes[2]} or {shapes[3]}, got {tuple(attn_mask.shape)}"
+        )
+    if attn_mask.dim() == 2:
+        return _kind("attn_mask", attn_mask)[None, None]
+    return _kind("attn_mask", attn_mask).unflatten(0, (batch, heads))
+
+
+def _padding(key_padding_mask, batch: int, seqlen_k: int):
+    """key_padding_mask [N, S] as [N, 1, 1, S]."""
+    validate.tensor("key_padding_mask", key_padding_mask)
+    if tuple(key_padding_mask.shape) != (batch, seqlen_k):
+        raise ValueError(
+            f"key_padding_mask must have shape {(batch, seqlen_k)}, "
+            f"got {tuple(key_padding_mask.shape)}"
+        )
+    return _kind("key_padding_mask", key_padding_mask)[:, None, None]
+
+
+def _kind(name: str, mask):
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
+    return mask
+
+
+def _merge(masks: list, extra: int) -> tuple:
+    """(mask with True = attend, bias) of torch's masks, open at `extra` keys added at the end."""
+    mask = bias = None
+    for given in masks:
+        given = F.pad(given, (0, extra)) if extra else given  # False and 0: attend
+        if given.dtype == torch.bool:
+            mask = ~given if mask is None else mask & ~given
+        else:
+            bias = given if bias is None else bias + given
+    return mask, bias
+
+
+def _weights(args: tuple, lse, rows, average: bool):
+    """exp(scale Q K^T + bias - LSE) of query rows `rows`: [N, R, S], or [N, H, R, S].
+
+    Head by head where the average is asked for, so that memory is that of the result (without
+    gradients).
+    """
+    call = api.call_of(args)
+    q, heads = call.q, call.q.shape[1]
+    if rows is None:
+        rows = slice(None)
+    q, lse = q[:, :, rows], lse[:, :, rows]
+    keep = None
+    if call.dropout_p > 0:
+        keep = _kept(call)[:, :, rows]
+    wide = lse.dtype
+    scale = q.shape[-1] ** -0.5
+
+    def of_head(h: int):
+        s = (q[:, h].to(wide) * scale) @ call.k[:, h].to(wide).transpose(-1, -2)  # [N, R, S]
+        for given, is_mask in ((call.bias, False), (call.mask, True)):
+            if given is None:
+                continue
+            part = given[:, h if given.shape[1] > 1 else 0]
+            part = part[:, rows] if part.shape[1] > 1 else part
+            s = s.masked_fill(~part, -torch.inf) if is_mask else s + part.to(wide)
+        row = lse[:, h, :, None]
+        p = torch.exp(s - row.masked_fill(row == -torch.inf, 0.0))
+        if keep is not None:
+            factor = 1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0
+            p = torch.where(keep[:, h], p * factor, 0.0)
+        return p.to(q.dtype)
+
+    if average:
+        total = of_head(0)
+        for h in range(1, heads):
+            total = total + of_head(h)
+        return total / heads
+    return torch.stack([of_head(h) for h in range(heads)], dim=1)
+
+
+def _kept(call) -> torch.Tensor:
+    """bool [N, H, L, S]: what dropout kept."""
+    seed, offset = call.rng_state.tolist()
+    batch, heads, seqlen_q, _ = call.q.shape
+    return reference.dropout_keep_mask(
+        seed, offset, batch, heads, seqlen_q, call.k.shape[2], call.dropout_p, call.q.device
+    )
+
+
+def _fused_layers(model: nn.Module):
+    """Encoder layers and encoders whose fused path goes around their attention module."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            yield module
+
+
+_FLAGS = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Make every torch.nn.MultiheadAttention in `model` (itself included) an
+    attn_ext.nn.MultiheadAttention.  In place: parameters, buffers, hooks, optimizers and state_dict
+    keys stay.  Returns `model`; `revert(model)` undoes it.
+
+    In nn.TransformerEncoder(-Layer), and so nn.Transformer, torch's fused evaluation path, which
+    goes around the attention module, is turned off.  Subclasses of torch's module with code of
+    their own are left alone.
+    """
+    validate_module(model)
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = MultiheadAttention
+    for module in _fused_layers(model):
+        if not any(isinstance(m, MultiheadAttention) for m in module.modules()):
+            continue
+        for kind, flag, off in _FLAGS:
+            if isinstance(module, kind) and hasattr(module, flag):
+                if not hasattr(module, f"_attn_ext_{flag}"):
+                    setattr(module, f"_attn_ext_{flag}", getattr(module, flag))
+                setattr(module, flag, off)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert(model)`, in place; returns `model`."""
+    validate_module(model)
+    for module in model.modules():
+        if type(module) is MultiheadAttention:
+            module.__class__ = nn.MultiheadAttention
+    for module in _fused_layers(model):
+        for _, flag, _ in _FLAGS:
+            kept = f"_attn_ext_{flag}"
+            if hasattr(module, kept):
+                setattr(module, flag, getattr(module, kept))
+                delattr(module, kept)
+    return model
+
+
+def validate_module(model) -> None:
+    """TypeError unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

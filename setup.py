@@ -1,11 +1,16 @@
-"""Builds attn_ext._C (csrc/) with ninja: sources in parallel, only what changed.  Needs no torch.
+"""Builds the extensions of attn_ext with ninja: sources in parallel, only what changed.  No torch.
 
-Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0),
-ATTN_EXT_EMULATED=1 (also builds attn_ext._emulated, the CUDA kernels on the CPU: for tests only).
+attn_ext._C         csrc/cpu: always
+attn_ext._cuda      csrc/cuda by nvcc: where nvcc and a GPU are found, or ATTN_EXT_CUDA=1
+attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1
+
+Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0), NVCC (default nvcc),
+ATTN_EXT_CUDA (0: never, 1: always), ATTN_EXT_CUDA_ARCHS (default 80,90a).
 """
 
 import os
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -22,6 +27,11 @@ EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
     "-Wno-unknown-pragmas -fno-strict-aliasing -DATTN_EMULATED"
 )
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall --expt-relaxed-constexpr"
+CUDA_ARCHS = os.environ.get("ATTN_EXT_CUDA_ARCHS", "80,90a").replace(" ", "")
+# The kernels of one element type and head_dim are one file, generated beside the objects.
+ELEMENTS = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "fp32": "float"}
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 
 def relative(files) -> list[str]:
@@ -35,32 +45,104 @@ def sources() -> list[str]:
     )
 
 
+def cuda_sources() -> list[str]:
+    """The files of attn_ext._cuda that are not generated."""
+    cuda = ROOT / "csrc" / "cuda"
+    return relative(sorted([*cuda.rglob("*.cpp"), *cuda.rglob("*.cu")]))
+
+
 def emulated_sources() -> list[str]:
     """The files of attn_ext._emulated: the emulator, and csrc/cuda compiled as C++."""
-    emulation, cuda = ROOT / "csrc" / "emulation", ROOT / "csrc" / "cuda"
-    files = [*emulation.glob("*.cpp"), *cuda.rglob("*.cpp"), *cuda.rglob("*.cu")]
-    return relative(sorted(files))
+    return relative(sorted((ROOT / "csrc" / "emulation").glob("*.cpp"))) + cuda_sources()
 
 
-def ninja_rules(sources: list[str], flags: str, objects: Path, target: Path) -> str:
+def instantiations(folder: Path) -> list[str]:
+    """Writes the kernels' instantiations, a file a (dtype, head_dim) pair; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, element in ELEMENTS.items():
+        for head_dim in HEAD_DIMS:
+            path = folder / f"{name}_{head_dim}.cu"
+            text = '#include "cuda/sm80/kernels.cuh"\n\nnamespace attn::cuda::sm80 {\n' + "".join(
+                f"template void {run}<{element}, {head_dim}>(Params, bool, void*);\n"
+                for run in ("run_forward", "run_backward")
+            )
+            text += "}  // namespace attn::cuda::sm80\n"
+            if not path.exists() or path.read_text() != text:  # ninja goes by the file's time
+                path.write_text(text)
+            paths.append(str(path))
+    return paths
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, or None."""
+    return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def wants_cuda() -> bool:
+    """ATTN_EXT_CUDA decides; where it is not set, the kernels are built for a GPU of this machine.
+
+    Compiling them takes minutes, which who has no GPU should not pay.
+    """
+    asked = os.environ.get("ATTN_EXT_CUDA", "")
+    if asked in ("", "auto"):
+        return nvcc() is not None and any(Path("/dev").glob("nvidia[0-9]*"))
+    if asked == "0":
+        return False
+    if asked != "1":
+        raise SystemExit(f"ATTN_EXT_CUDA must be 0, 1 or auto, got {asked!r}")
+    if nvcc() is None:
+        raise SystemExit("ATTN_EXT_CUDA=1 needs nvcc on PATH, in NVCC or in /usr/local/cuda/bin")
+    return True
+
+
+def gencode() -> str:
+    """nvcc's architecture flags.  The oldest plain one goes in as PTX too, for GPUs to come."""
+    archs = [a for a in CUDA_ARCHS.split(",") if a]
+    plain = [a for a in archs if a.isdigit()]
+    if not archs or any(not a.rstrip("af").isdigit() or int(a.rstrip("af")) < 80 for a in archs):
+        raise SystemExit(f"ATTN_EXT_CUDA_ARCHS must be like 80,90a and from 80 on, got {CUDA_ARCHS!r}")
+    flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+    if plain:
+        oldest = min(plain, key=int)
+        flags.append(f"-gencode arch=compute_{oldest},code=compute_{oldest}")
+    return " ".join(flags)
+
+
+def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> str:
     """The text of build.ninja for one shared library made of the sources."""
     import pybind11
 
     cxx = os.environ.get("CXX", "c++")
     extra = os.environ.get("ATTN_EXT_CXXFLAGS", "")
+    cuda, emulated = name == "attn_ext._cuda", name == "attn_ext._emulated"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = " ".join([flags, *(f"-I{shlex.quote(str(i))}" for i in includes), extra])
+    includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
+    flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes} {extra}"
     lines = [
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {flags} -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
         f"rule link\n  command = {cxx} -shared -pthread {extra} $in -o $out",
     ]
+    if cuda:
+        device = f'{NVCC_FLAGS} {gencode()} {includes} -DATTN_EXT_CUDA_ARCHS=\'"{CUDA_ARCHS}"\''
+        lines += [
+            f"rule nvcc\n  command = {nvcc()} -MD -MF $out.d {device} -Xptxas -v -c $in -o $out"
+            " > $out.log 2>&1 || (cat $out.log; exit 1)",
+            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
+            # cudart static: the module imports on a machine without a driver or a toolkit
+            f"rule nvlink\n  command = {nvcc()} -shared -cudart static {gencode()} $in -o $out",
+        ]
+    if cuda or emulated:
+        sources = [*sources, *instantiations(objects / "instantiations")]
     outputs = []
     for source in sources:
-        output = objects / (source.replace(os.sep, "_") + ".o")
+        label = "instantiation_" + Path(source).name if Path(source).is_absolute() else source
+        output = objects / (label.replace(os.sep, "_") + ".o")
         outputs.append(str(output))
-        lines.append(f"build {output}: cxx {ROOT / source}")
-    lines.append(f"build {target}: link {' '.join(outputs)}")
+        rule = "nvcc" if cuda and source.endswith(".cu") else "cxx"
+        lines.append(f"build {output}: {rule} {ROOT / source}")
+    lines.append(f"build {target}: {'nvlink' if cuda else 'link'} {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 
 
@@ -72,20 +154,15 @@ class NinjaBuild(build_ext):
         objects = Path(self.build_temp).resolve() / ext.name
         target.parent.mkdir(parents=True, exist_ok=True)
         objects.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(
-            ninja_rules(
-                ext.sources,
-                EMULATED_FLAGS if ext.name == "attn_ext._emulated" else FLAGS,
-                objects,
-                target,
-            )
-        )
+        (objects / "build.ninja").write_text(ninja_rules(ext.name, ext.sources, objects, target))
         import ninja
 
         subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects)])
 
 
 extensions = [Extension("attn_ext._C", sources())]
+if wants_cuda():
+    extensions.append(Extension("attn_ext._cuda", cuda_sources()))
 if os.environ.get("ATTN_EXT_EMULATED", "0") not in ("", "0"):
     extensions.append(Extension("attn_ext._emulated", emulated_sources()))
 setup(

@@ -1,0 +1,60 @@
+"""The CUDA backend: csrc/cuda's kernels (attn_ext._cuda) on NVIDIA GPUs from sm_80 on."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from attn_ext.backends import native_gpu
+from attn_ext.problem import Problem
+
+try:
+    from attn_ext import _cuda
+except ImportError as error:  # not built, or built for another Python
+    _cuda, _import_error = None, error
+
+
+@functools.cache
+def _kernels() -> native_gpu.Kernels:
+    return native_gpu.Kernels(_cuda, "cuda")
+
+
+@functools.cache
+def _device_problem(index: int) -> str:
+    return _cuda.device_problem(index)
+
+
+@functools.cache
+def available() -> str:
+    """ "" when a CUDA device of this machine can run the kernels, else reason and remedy."""
+    if _cuda is None:
+        return (
+            "attn_ext was built without its CUDA kernels: install nvcc and reinstall with "
+            f"ATTN_EXT_CUDA=1 ({_import_error})"
+        )
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else "; this torch was built without CUDA"
+        return f"torch sees no CUDA device{built}"
+    problems = [_device_problem(i) for i in range(torch.cuda.device_count())]
+    return "" if "" in problems else problems[0]
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Every reason why this backend cannot serve `problem`."""
+    why = native_gpu.unsupported(problem)
+    if problem.device != "cuda":
+        why.insert(0, f"tensors must be on cuda, got {problem.device}")
+    elif _device_problem(problem.device_index):
+        why.insert(0, f"cuda:{problem.device_index}: {_device_problem(problem.device_index)}")
+    return why
+
+
+def forward(call):
+    """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
+    return _kernels().forward(call)
+
+
+def backward(call, dout, out, lse, dlse, needs):
+    """(dq, dk, dv, dbias | None, dsink | None); None where `needs` says so."""
+    return _kernels().backward(call, dout, out, lse, dlse, needs)

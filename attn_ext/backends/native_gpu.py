@@ -1,0 +1,210 @@
+"""From a `Call` to the CUDA kernels' flat structs, and back: all of the cuda backend but the choice
+of device.
+
+`Kernels(module)` works over any module with the interface of csrc/cuda/bindings.cpp: attn_ext._cuda
+on a GPU, attn_ext._emulated (tests only) with the same kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.problem import Call, Problem, empty_like_layout
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/params.h
+MAX_HEAD_DIM = 256
+MAX_LENGTH = 2**30  # positions are int32 in the kernels
+_NO_SCORES = (0, 0, 0, 0)
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why the kernels cannot serve `problem`, the device apart."""
+    why = []
+    if problem.dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        why.append(f"dtype must be one of {names}, got {problem.dtype}")
+    for name in ("head_dim", "head_dim_v"):
+        if getattr(problem, name) > MAX_HEAD_DIM:
+            why.append(f"{name} must be at most {MAX_HEAD_DIM}, got {getattr(problem, name)}")
+    for name in ("seqlen_q", "seqlen_k"):
+        if getattr(problem, name) >= MAX_LENGTH:
+            why.append(f"{name} must be below 2^30, got {getattr(problem, name)}")
+    if problem.grad and problem.kind == "decode":
+        why.append("decode has no backward; use attention_varlen to train")
+    return why
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself when its last dimension is contiguous and its memory holds its values, else a
+    copy."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor, varlen: bool) -> tuple[int, int, int]:
+    """(batch, head, position) strides of a dense [B, H, S, D] or varlen [total, H, D] tensor."""
+    s = x.stride()
+    return (0, s[1], s[0]) if varlen else (s[0], s[1], s[2])
+
+
+def _scores(x: torch.Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Strides of a mask or bias, 0 in each dimension that is broadcast to `sizes`."""
+    if x is None:
+        return _NO_SCORES
+    return tuple(
+        0 if n == 1 and full != 1 else s
+        for n, s, full in zip(x.shape, x.stride(), sizes, strict=True)
+    )
+
+
+def _gradient_strides(x: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """As `_scores`, and 0 where the bias has one element: the kernel then sums that dimension."""
+    if x is None:
+        return _NO_SCORES
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+class Kernels:
+    """Forward and backward over one native module, on tensors of one device type."""
+
+    def __init__(self, module, device_type: str):
+        self.module, self.device_type = module, device_type
+        self._multiprocessors: dict[int, int] = {}
+
+    def _target(self, device: torch.device) -> tuple[int, int, int]:
+        """(device index, current stream, multiprocessors)"""
+        index, stream = 0, 0
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            stream = torch.cuda.current_stream(index).cuda_stream
+        if index not in self._multiprocessors:
+            self._multiprocessors[index] = self.module.multiprocessors(index)
+        return index, stream, self._multiprocessors[index]
+
+    def _canonical(self, call: Call) -> dict:
+        """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous
+        in their fixed dtypes."""
+        fixed = {
+            "alibi_slopes": torch.float32,
+            "sink": torch.float32,
+            "rng_state": torch.int64,
+            "cu_seqlens_q": torch.int32,
+            "cu_seqlens_k": torch.int32,
+            "seqlens_k": torch.int32,
+            "block_table": torch.int32,
+        }
+        tensors = {"q": _rows(call.q), "k": _rows(call.k), "v": _rows(call.v)}
+        for name, dtype in fixed.items():
+            x = getattr(call, name)
+            tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
+        tensors["mask"] = call.mask
+        bias = None if call.bias is None else call.bias.resolve_neg()
+        tensors["bias"] = bias if bias is None or bias.dtype in DTYPES else bias.float()
+        for name, x in tensors.items():
+            if x is not None and x.device != call.q.device:
+                raise ValueError(f"{name} must be on q's device {call.q.device}, got {x.device}")
+        return tensors
+
+    def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
+        """The native call: sizes, strides, scalars and the addresses of the inputs."""
+        problem = Problem.of(call)
+        varlen = problem.kind == "varlen"
+        sizes = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+        alibi, paged = t["alibi_slopes"], t["block_table"] is not None
+        native = self.module.Call(
+            dtype=DTYPES[call.q.dtype],
+            bias_dtype=0 if t["bias"] is None else DTYPES[t["bias"].dtype],
+            sizes=(
+                problem.batch,
+                problem.heads_q,
+                problem.heads_k,
+                problem.seqlen_q,
+                problem.seqlen_k,
+                problem.head_dim,
+                problem.head_dim_v,
+            ),
+            q=_strides(t["q"], varlen),
+            k=_strides(t["k"], varlen),
+            v=_strides(t["v"], varlen),
+            o=_strides(out, varlen),
+            mask=_scores(t["mask"], sizes),
+            bias=_scores(t["bias"], sizes),
+            lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
+            pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
+            scale=call.scale,
+            softcap=call.softcap,
+            dropout_p=call.dropout_p,
+            window_left=call.window_left,
+            window_right=call.window_right,
+            bottom_right=call.align,
+            alibi_stride_b=(
+                alibi.stride(0)
+                if alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
+                else 0
+            ),
+        )
+        self._point(native, o=out, lse=lse, **t)
+        return native
+
+    @staticmethod
+    def _point(native, **tensors) -> None:
+        native.set_addresses({n: x.data_ptr() for n, x in tensors.items() if x is not None})
+
+    def forward(self, call: Call):
+        """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
+        t = self._canonical(call)
+        varlen = call.cu_seqlens_q is not None
+        q = call.q
+        out = empty_like_layout(q, call.v.shape[-1])
+        lse_shape = (q.shape[1], q.shape[0]) if varlen else tuple(q.shape[:3])
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+        stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
+        if varlen:  # rows that belong to no sequence are empty rows
+            out.zero_()
+            for x, value in ((lse, float("-inf")), (stats[0], float("-inf")), (stats[1], 0.0)):
+                if x is not None:
+                    x.fill_(value)
+        if lse.numel() == 0:
+            return out, lse, *stats
+        device, stream, multiprocessors = self._target(q.device)
+        native = self._native(call, t, out, lse)
+        if call.need_stats:
+            self._point(native, max_logit=stats[0], entropy=stats[1])
+        floats = native.forward_workspace(multiprocessors)
+        scratch = torch.empty(floats, dtype=torch.float32, device=q.device) if floats else None
+        address = 0 if scratch is None else scratch.data_ptr()
+        native.forward(address, device, stream, multiprocessors)
+        return out, lse, *stats
+
+    def backward(self, call: Call, dout, out, lse, dlse, needs):
+        """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape
+        and dtype."""
+        t = self._canonical(call)
+        varlen = call.cu_seqlens_q is not None
+        dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
+        lse = lse.resolve_neg().contiguous()
+        dlse = None if dlse is None else dlse.float().resolve_neg().contiguous()
+        grads = []
+        for x, need in zip((call.q, call.k, call.v), needs, strict=False):
+            g = empty_like_layout(x, x.shape[-1]) if need else None
+            # Rows without a task: beyond the sequences of a varlen call, or with no queries or no
+            # keys at all.
+            if need and (varlen or call.max_seqlen_q == 0 or call.max_seqlen_k == 0):
+                g.zero_()
+            grads.append(g)
+        dq, dk, dv = grads
+        f32 = {"dtype": torch.float32, "device": call.q.device}
+        dbias = torch.zeros(call.bias.shape, **f32) if needs[3] else None
+        dsink = torch.zeros(call.sink.shape, **f32) if needs[4] else None
+        if call.q.numel() and call.k.numel() and call.v.numel():
+            native = self._native(call, t, out, lse)
+            none = (0, 0, 0)
+            native.set_gradient_strides(
+                _strides(dout, varlen),
+                *(none if g is None else _strides(g, varlen) for g in grads),
+                _gradient_strides(dbias),
+            )
+            self._point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
+            delta = torch.empty(native.backward_workspace(), **f32)
+            native.backward(delta.data_ptr(), *self._target(call.q.device))
+        return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink

@@ -1,0 +1,162 @@
+// attn_ext._cuda (and the kernels' half of attn_ext._emulated): integers and flat structs in,
+// nothing else.  The Python side has validated what the pointers mean (attn_ext/backends/cuda.py).
+// The GIL is released in every call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace attn::cuda {
+namespace {
+
+using Triple = std::array<int64_t, 3>;
+using Quad = std::array<int64_t, 4>;
+
+Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
+ScoreStrides score_strides(const Quad& t) { return {t[0], t[1], t[2], t[3]}; }
+
+// Problem and addresses of one call.
+struct NativeCall {
+  Problem p;
+  Pointers ptr;
+};
+
+// The addresses of a call by the names of params.h.
+struct Field {
+  const char* name;
+  void (*set)(Pointers&, uintptr_t);
+};
+#define ATTN_FIELD(field)                                                \
+  Field {                                                                \
+    #field, [](Pointers& x, uintptr_t address) {                         \
+      x.field = reinterpret_cast<decltype(x.field)>(address);            \
+    }                                                                    \
+  }
+const Field kFields[] = {
+    ATTN_FIELD(q),          ATTN_FIELD(k),         ATTN_FIELD(v),
+    ATTN_FIELD(mask),       ATTN_FIELD(bias),      ATTN_FIELD(alibi_slopes),
+    ATTN_FIELD(sink),       ATTN_FIELD(rng_state), ATTN_FIELD(cu_seqlens_q),
+    ATTN_FIELD(cu_seqlens_k), ATTN_FIELD(seqlens_k), ATTN_FIELD(block_table),
+    ATTN_FIELD(o),          ATTN_FIELD(lse),       ATTN_FIELD(max_logit),
+    ATTN_FIELD(entropy),    ATTN_FIELD(dout),      ATTN_FIELD(dlse),
+    ATTN_FIELD(dq),         ATTN_FIELD(dk),        ATTN_FIELD(dv),
+    ATTN_FIELD(dbias),      ATTN_FIELD(dsink),
+};
+#undef ATTN_FIELD
+
+void set_address(Pointers& x, const std::string& name, uintptr_t address) {
+  for (const Field& field : kFields)
+    if (name == field.name) return field.set(x, address);
+  throw std::invalid_argument("no pointer is called " + name);
+}
+
+void check(const Problem& p, const Pointers& ptr) {
+  auto at_least = [](const char* name, int64_t value, int64_t least) {
+    if (value < least)
+      throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) +
+                                  ", got " + std::to_string(value));
+  };
+  at_least("batch", p.batch, 0), at_least("seqlen_q", p.seqlen_q, 0);
+  at_least("seqlen_k", p.seqlen_k, 0), at_least("heads_k", p.heads_k, 1);
+  at_least("heads_q", p.heads_q, 1), at_least("head_dim", p.head_dim, 1);
+  at_least("head_dim_v", p.head_dim_v, 1);
+  if (p.heads_q % p.heads_k) throw std::invalid_argument("heads_q must be a multiple of heads_k");
+  if (p.dropout_p > 0 && !ptr.rng_state)
+    throw std::invalid_argument("rng_state is needed when dropout_p > 0");
+  if (ptr.block_table && p.page_size < 1)
+    throw std::invalid_argument("page_size must be at least 1 with a block_table");
+}
+
+Target target(int device, uintptr_t stream, int multiprocessors) {
+  return {device, stream, multiprocessors};
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  py::class_<NativeCall>(m, "Call", py::module_local())
+      .def(py::init([](int dtype, int bias_dtype, std::array<int64_t, 7> sizes, Triple q, Triple k,
+                       Triple v, Triple o, Quad mask, Quad bias, std::array<int64_t, 2> lse,
+                       std::array<int64_t, 2> pages, double scale, double softcap, double dropout_p,
+                       int64_t window_left, int64_t window_right, int bottom_right,
+                       int64_t alibi_stride_b) {
+             NativeCall c;
+             Problem& p = c.p;
+             p.dtype = DType(dtype), p.bias_dtype = DType(bias_dtype);
+             p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
+             p.seqlen_q = sizes[3], p.seqlen_k = sizes[4];
+             p.head_dim = sizes[5], p.head_dim_v = sizes[6];
+             p.q = strides(q), p.k = strides(k), p.v = strides(v), p.o = strides(o);
+             p.mask = score_strides(mask), p.bias = score_strides(bias);
+             p.lse_stride_b = lse[0], p.lse_stride_h = lse[1];
+             p.block_table_stride = pages[0], p.page_size = pages[1];
+             p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
+             p.window_left = window_left, p.window_right = window_right;
+             p.bottom_right = bottom_right;
+             c.ptr.alibi_stride_b = alibi_stride_b;
+             return c;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"), py::arg("q"),
+           py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
+           py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
+           py::arg("dropout_p"), py::arg("window_left"), py::arg("window_right"),
+           py::arg("bottom_right"), py::arg("alibi_stride_b"))
+      .def("set_gradient_strides",
+           [](NativeCall& c, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias) {
+             c.p.dout = strides(dout), c.p.dq = strides(dq), c.p.dk = strides(dk);
+             c.p.dv = strides(dv), c.p.dbias = score_strides(dbias);
+           })
+      .def(
+          "set_addresses",
+          [](NativeCall& c, const py::dict& addresses) {
+            for (const auto& [name, address] : addresses)
+              set_address(c.ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
+          },
+          "Device addresses by the names of params.h; absent ones are null")
+      .def(
+          "forward_workspace",
+          [](const NativeCall& c, int multiprocessors) {
+            check(c.p, c.ptr);
+            return forward_workspace(c.p, c.ptr, target(0, 0, multiprocessors));
+          },
+          "Floats of scratch that forward needs")
+      .def("backward_workspace",
+           [](const NativeCall& c) {
+             check(c.p, c.ptr);
+             return backward_workspace(c.p, c.ptr);
+           })
+      .def(
+          "forward",
+          [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
+             int multiprocessors) {
+            check(c.p, c.ptr);
+            py::gil_scoped_release release;
+            forward(c.p, c.ptr, reinterpret_cast<float*>(workspace),
+                    target(device, stream, multiprocessors));
+          },
+          "O, LSE (and row statistics); asynchronous on the stream")
+      .def(
+          "backward",
+          [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
+             int multiprocessors) {
+            check(c.p, c.ptr);
+            py::gil_scoped_release release;
+            backward(c.p, c.ptr, reinterpret_cast<float*>(workspace),
+                     target(device, stream, multiprocessors));
+          },
+          "The gradients whose addresses are set; asynchronous on the stream");
+  m.def("device_problem", &device_problem,
+        "'' when a kernel of this build runs on the device, else the reason");
+  m.def("multiprocessors", &multiprocessors);
+}
+
+}  // namespace attn::cuda
+
+#ifndef ATTN_EMULATED
+PYBIND11_MODULE(_cuda, m) { attn::cuda::bind(m); }
+#endif

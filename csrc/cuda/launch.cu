@@ -1,0 +1,219 @@
+// From a Problem to launches: the parameter block, the choice of kernel, the delta and sink
+// kernels. The emulated build compiles this file as C++.
+#include "launch.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "sm80/backward_preprocess.cuh"
+#include "sm80/combine.cuh"
+#include "sm80/decode.cuh"
+#include "sm80/kernels.h"
+
+namespace attn::cuda {
+namespace {
+
+constexpr int64_t kLongest = int64_t(1) << 30;  // positions are int32, and sums of two of them
+
+int padded_head_dim(const Problem& p) {
+  const int64_t dim = std::max(p.head_dim, p.head_dim_v);
+  for (int padded : {32, 64, 96, 128, 192, 256})
+    if (dim <= padded) return padded;
+  throw std::invalid_argument("head_dim must be at most 256 on cuda, got " + std::to_string(dim));
+}
+
+template <class T, int HEAD_DIM>
+struct Pair {
+  using Element = T;
+  static constexpr int kHeadDim = HEAD_DIM;
+};
+
+template <class T, class Use>
+void with_head_dim(int head_dim, const Use& use) {
+  switch (head_dim) {
+    case 32:
+      return use(Pair<T, 32>());
+    case 64:
+      return use(Pair<T, 64>());
+    case 96:
+      return use(Pair<T, 96>());
+    case 128:
+      return use(Pair<T, 128>());
+    case 192:
+      return use(Pair<T, 192>());
+    case 256:
+      return use(Pair<T, 256>());
+  }
+  throw std::invalid_argument("no kernel for head_dim " + std::to_string(head_dim));
+}
+
+// Calls use(Pair<T, HEAD_DIM>()) for the problem's pair.
+template <class Use>
+void with_pair(const Problem& p, const Use& use) {
+  const int head_dim = padded_head_dim(p);
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return with_head_dim<bf16>(head_dim, use);
+    case DType::kFloat16:
+      return with_head_dim<fp16>(head_dim, use);
+    case DType::kFloat32:
+      return with_head_dim<float>(head_dim, use);
+    default:
+      throw std::invalid_argument(
+          "dtype must be bfloat16, float16 or float32 on cuda, got number " +
+          std::to_string(int(p.dtype)));
+  }
+}
+
+bool rows_are_vectors(const void* base, const Strides& s, int64_t dim, int bytes) {
+  const auto fits = [&](int64_t elements) { return elements * bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && fits(s.b) && fits(s.h) && fits(s.s) &&
+         fits(dim);
+}
+
+Params make_params(const Problem& p, const Pointers& ptr) {
+  for (int64_t n : {p.seqlen_q, p.seqlen_k})
+    if (n >= kLongest)
+      throw std::invalid_argument("sequence lengths must be below 2^30 on cuda, got " +
+                                  std::to_string(n));
+  constexpr double log2e = 1.4426950408889634;
+  Params x{};
+  x.p = p, x.ptr = ptr;
+  x.scale = float(p.scale), x.scale_log2 = float(p.scale * log2e);
+  x.softcap = float(p.softcap);
+  x.inverse_softcap = p.softcap > 0 ? float(1 / p.softcap) : 0.0f;
+  x.keep_scale = p.dropout_p < 1 ? float(1 / (1 - p.dropout_p)) : 0.0f;
+  x.keep_threshold = dropout_threshold(p.dropout_p);
+  x.window_left = p.window_left < 0 ? -1 : int(std::min(p.window_left, kLongest));
+  x.window_right = p.window_right < 0 ? -1 : int(std::min(p.window_right, kLongest));
+  x.group = int(p.heads_q / p.heads_k);
+  x.pack = x.splits = 1;
+  const int bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  x.q_vec = rows_are_vectors(ptr.q, p.q, p.head_dim, bytes);
+  x.k_vec = rows_are_vectors(ptr.k, p.k, p.head_dim, bytes);
+  x.v_vec = rows_are_vectors(ptr.v, p.v, p.head_dim_v, bytes);
+  x.dout_vec = rows_are_vectors(ptr.dout, p.dout, p.head_dim_v, bytes);
+  return x;
+}
+
+// What the plain kernels do not know.
+bool is_general(const Problem& p, const Pointers& ptr) {
+  return ptr.mask || ptr.bias || ptr.alibi_slopes || ptr.sink || ptr.entropy || ptr.block_table ||
+         p.softcap > 0 || p.dropout_p > 0 || !(p.scale > 0);
+}
+
+sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
+  sm80::Plan result{1, 1, 1};
+  with_pair(p, [&](auto pair) {
+    using P = decltype(pair);
+    using Tile = ForwardTile<typename P::Element, P::kHeadDim>;
+    result = sm80::plan_forward(p, ptr.cu_seqlens_q != nullptr, Tile::BLOCK_M, Tile::BLOCK_N,
+                                target.multiprocessors);
+  });
+  return result;
+}
+
+#ifdef ATTN_EMULATED
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#else
+// The device of the call, for as long as the launches take.
+struct DeviceGuard {
+  int before = 0;
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    if (before != device) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(before); }
+};
+#endif
+
+// One warp a row.
+template <class T>
+void run_rows(void (*kernel)(Params), const Params& x, void* stream) {
+  const int64_t rows = x.p.batch * x.p.heads_q * x.p.seqlen_q;
+  launch(kernel, sm80::grid_of((rows + 3) / 4), 128, 0, stream, x);
+}
+
+}  // namespace
+
+int64_t forward_workspace(const Problem& p, const Pointers& ptr, const Target& target) {
+  const int64_t splits = plan(p, ptr, target).splits;
+  return splits > 1 ? splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 3) : 0;
+}
+
+int64_t backward_workspace(const Problem& p, const Pointers& ptr) {
+  if (ptr.cu_seqlens_q) return p.heads_q * p.lse_stride_h;  // LSE is [Hq, total_q]
+  return p.batch * p.heads_q * p.seqlen_q;
+}
+
+void forward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
+  if (p.batch == 0 || p.seqlen_q == 0) return;
+  const DeviceGuard guard(target.device);
+  Params x = make_params(p, ptr);
+  const sm80::Plan cut = plan(p, ptr, target);
+  x.pack = cut.pack, x.m_tiles = cut.m_tiles, x.splits = cut.splits;
+  if (x.splits > 1) {
+    x.partial_o = workspace;
+    x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;
+  }
+  const bool general = is_general(p, ptr) || x.pack > 1 || x.splits > 1;
+  void* stream = reinterpret_cast<void*>(target.stream);
+  with_pair(p, [&](auto pair) {
+    using P = decltype(pair);
+    using T = typename P::Element;
+    sm80::run_forward<T, P::kHeadDim>(x, general, stream);
+    if (x.splits > 1) run_rows<T>(sm80::combine<T>, x, stream);
+  });
+}
+
+void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
+  if (p.batch == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return;
+  const DeviceGuard guard(target.device);
+  Params x = make_params(p, ptr);
+  x.delta = workspace;
+  void* stream = reinterpret_cast<void*>(target.stream);
+  with_pair(p, [&](auto pair) {
+    using P = decltype(pair);
+    using T = typename P::Element;
+    run_rows<T>(sm80::backward_delta<T>, x, stream);
+    sm80::run_backward<T, P::kHeadDim>(x, is_general(p, ptr), stream);
+    if (ptr.dsink)
+      launch(sm80::backward_sink<T>, sm80::grid_of(p.heads_q), sm80::kRowThreads,
+             4 * sm80::kRowThreads, stream, x);
+  });
+}
+
+#ifdef ATTN_EMULATED
+std::string device_problem(int) { return ""; }
+int multiprocessors(int) { return 6; }  // few, so that small tests split their keys
+#else
+std::string device_problem(int device) {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (device >= count) return "no CUDA device " + std::to_string(device);
+  cudaFuncAttributes attributes;
+  int before = 0;
+  cudaGetDevice(&before);
+  error = cudaSetDevice(device);
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes,
+                                  reinterpret_cast<const void*>(sm80::backward_delta<bf16>));
+  cudaSetDevice(before);
+  cudaGetLastError();  // a missing kernel image is an answer, not an error of the next call
+  if (error == cudaSuccess) return "";
+  return std::string(cudaGetErrorString(error)) +
+         " (built for ATTN_EXT_CUDA_ARCHS=" ATTN_EXT_CUDA_ARCHS ")";
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+#endif
+
+}  // namespace attn::cuda

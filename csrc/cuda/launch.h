@@ -1,0 +1,31 @@
+// What the bindings call: one function an operation, on one device and stream.  No CUDA headers, so
+// that the bindings are compiled by the host compiler alone.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "../params.h"
+
+namespace attn::cuda {
+
+// Where a call runs.  stream: a cudaStream_t as an integer, 0 = the default stream.
+struct Target {
+  int device = 0;
+  uintptr_t stream = 0;
+  int multiprocessors = 1;
+};
+
+// Scratch that the caller allocates on the device, in floats.
+int64_t forward_workspace(const Problem& p, const Pointers& ptr, const Target& target);
+int64_t backward_workspace(const Problem& p, const Pointers& ptr);
+
+// Asynchronous.  std::invalid_argument for a problem that no kernel serves, std::runtime_error with
+// CUDA's text for a launch that fails.
+void forward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target);
+void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target);
+
+// "" when a kernel of this build runs on `device`, else the reason.
+std::string device_problem(int device);
+int multiprocessors(int device);
+
+}  // namespace attn::cuda

@@ -1,0 +1,177 @@
+// Products of tiles on the tensor cores, for halves (m16n8k16) and floats (three tf32 m16n8k8: the
+// high and low parts of each factor, so that about 22 bits of the product survive).
+//
+// Who owns what, with g = lane / 4 and t = lane % 4 (the table that other files point at):
+//   C, fp32   16 x 8   c[0], c[1] = (g, 2t), (g, 2t + 1)    c[2], c[3] = (g + 8, same columns)
+//   A, halves 16 x 16  a[0] = (g, 2t..)  a[1] = (g + 8, 2t..)  a[2] = (g, 8 + 2t..)  a[3] = (g+8,
+//   ..) B, halves 16 x 8   b0 = (2t.., g)    b1 = (8 + 2t.., g) A, floats 16 x 8   a[0] = (g, t)
+//   a[1] = (g + 8, t)     a[2] = (g, t + 4)     a[3] = (g+8, ..) B, floats 8 x 8    b0 = (t, g) b1
+//   = (t + 4, g)
+// So a row of C fragments is an A operand without a shuffle: for halves two neighbouring C tiles
+// are packed; for floats the contraction index is permuted, column t of A holds column 2t of C and
+// t + 4 holds 2t + 1, and B's rows are read in the same order.
+#pragma once
+#include "smem.cuh"
+
+namespace attn::cuda {
+
+template <class T>
+struct Mma {                       // halves
+  static constexpr int TILES = 2;  // C tiles that make one A operand
+  struct A {
+    uint32_t r[4];
+  };
+  ATTN_DEVICE static A operand(const uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
+  ATTN_DEVICE static A operand(const float (*c)[4]) {
+    return {{pack<T>(c[0][0], c[0][1]), pack<T>(c[0][2], c[0][3]), pack<T>(c[1][0], c[1][1]),
+             pack<T>(c[1][2], c[1][3])}};
+  }
+  ATTN_DEVICE static void run(float (&acc)[4], const A& a, uint32_t b0, uint32_t b1) {
+    mma_m16n8k16<T>(acc, a.r, b0, b1);
+  }
+  // b[0..1]: rows k0.. of columns 8*n..8*n+7 of a [k][n] tile; b[2..3]: of the next 8 columns
+  template <int HEAD_DIM>
+  ATTN_DEVICE static void load_transposed(uint32_t (&b)[4], uint32_t tile, int step, int n) {
+    const int lane = lane_id();
+    ldmatrix_x4_trans(b, tile_address<T, HEAD_DIM>(tile, 16 * step + (lane & 15), n + (lane >> 4)));
+  }
+};
+
+template <>
+struct Mma<float> {
+  static constexpr int TILES = 1;
+  struct A {
+    uint32_t high[4], low[4];
+  };
+  ATTN_DEVICE static void split(uint32_t v, uint32_t& high, uint32_t& low) {
+    high = to_tf32(as_float(v));
+    low = to_tf32(as_float(v) - as_float(high));
+  }
+  ATTN_DEVICE static A operand(const uint32_t (&r)[4]) {
+    A a;
+    ATTN_UNROLL
+    for (int i = 0; i < 4; ++i) split(r[i], a.high[i], a.low[i]);
+    return a;
+  }
+  ATTN_DEVICE static A operand(const float (*c)[4]) {
+    const uint32_t r[4] = {as_uint(c[0][0]), as_uint(c[0][2]), as_uint(c[0][1]), as_uint(c[0][3])};
+    return operand(r);
+  }
+  ATTN_DEVICE static void run(float (&acc)[4], const A& a, uint32_t b0, uint32_t b1) {
+    uint32_t high0, low0, high1, low1;
+    split(b0, high0, low0), split(b1, high1, low1);
+    mma_m16n8k8_tf32(acc, a.low, high0, high1);  // small terms first
+    mma_m16n8k8_tf32(acc, a.high, low0, low1);
+    mma_m16n8k8_tf32(acc, a.high, high0, high1);
+  }
+  template <int HEAD_DIM>
+  ATTN_DEVICE static void load_transposed(uint32_t (&b)[4], uint32_t tile, int step, int n) {
+    const int lane = lane_id(), row = 8 * step + 2 * (lane & 3), column = 8 * n + (lane >> 2);
+    ATTN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int c = column + 8 * (i >> 1);
+      b[i] = lds_32(tile_address<float, HEAD_DIM>(tile, row + (i & 1), c >> 2) + 4 * (c & 3));
+    }
+  }
+};
+
+// C = A B^T   [16, 8 * TILES]: rows a_row.. of one tile against all rows of another, over HEAD_DIM
+template <class T, int HEAD_DIM, int TILES>
+ATTN_DEVICE void multiply(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint32_t b_tile) {
+  const int lane = lane_id();
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) C[n][0] = C[n][1] = C[n][2] = C[n][3] = 0.0f;
+  ATTN_UNROLL
+  for (int step = 0; step < Row<T, HEAD_DIM>::STEPS; ++step) {
+    uint32_t r[4], b[4];
+    ldmatrix_x4(r, tile_address<T, HEAD_DIM>(a_tile, a_row + (lane & 15), 2 * step + (lane >> 4)));
+    const typename Mma<T>::A a = Mma<T>::operand(r);
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; n += 2) {
+      ldmatrix_x4(b, tile_address<T, HEAD_DIM>(b_tile, 8 * n + (lane & 7) + ((lane >> 4) << 3),
+                                               2 * step + ((lane >> 3) & 1)));
+      Mma<T>::run(C[n], a, b[0], b[1]);
+      Mma<T>::run(C[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// acc += C B   [16, HEAD_DIM]: fragments C [16, 8 * TILES] against a tile of 8 * TILES rows
+template <class T, int HEAD_DIM, int TILES>
+ATTN_DEVICE void accumulate(float (&acc)[HEAD_DIM / 8][4], const float (&C)[TILES][4],
+                            uint32_t tile) {
+  ATTN_UNROLL
+  for (int step = 0; step < TILES / Mma<T>::TILES; ++step) {
+    const typename Mma<T>::A a = Mma<T>::operand(&C[step * Mma<T>::TILES]);
+    ATTN_UNROLL
+    for (int n = 0; n < HEAD_DIM / 8; n += 2) {
+      uint32_t b[4];
+      Mma<T>::template load_transposed<HEAD_DIM>(b, tile, step, n);
+      Mma<T>::run(acc[n], a, b[0], b[1]);
+      Mma<T>::run(acc[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// One of three views of a tensor that holds NaN or infinities: its finite part, or 1 where it is
+// +inf (-inf) or NaN.
+struct View {
+  int pass;
+  template <class T>
+  ATTN_DEVICE T operator()(T v) const {
+    const float x = to_float(v);
+    const bool finite = x - x == 0.0f;
+    if (pass == 0) return finite ? v : from_float<T>(0.0f);
+    return from_float<T>(!finite && x != (pass == 1 ? -kInf : kInf) ? 1.0f : 0.0f);
+  }
+};
+
+// accumulate() where a zero of C silences NaN and infinities of the tile.  The finite part is
+// multiplied as usual; then, by products of 0/1 matrices, it is counted whether some C != 0 met
+// +inf or -inf (NaN is both).  Only for C >= 0 when passes = 3; passes = 1 leaves the infinities
+// out.  Destroys C and the tile.  All threads of the CTA; `active` warps compute.
+template <class T, int HEAD_DIM, int TILES, int THREADS, bool GENERAL>
+ATTN_DEVICE void accumulate_careful(float (&acc)[HEAD_DIM / 8][4], float (&C)[TILES][4],
+                                    uint32_t tile, const Rows& rows, int first, int end, int dim,
+                                    int passes, bool active) {
+  using R = Row<T, HEAD_DIM>;
+  for (int pass = 0; pass < passes; ++pass) {
+    sync_threads();  // every warp has read the tile
+    for (int index = thread_id(); index < 8 * TILES * R::CHUNKS; index += THREADS) {
+      const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
+      U32x4 v{0, 0, 0, 0};
+      if (first + row < end)
+        v = gather_chunk<T>(rows.at<GENERAL>(first + row), chunk * R::PER_CHUNK, dim, View{pass});
+      sts_128(tile_address<T, HEAD_DIM>(tile, row, chunk), v);
+    }
+    sync_threads();  // the view is complete
+    if (!active) continue;
+    if (pass == 0) {
+      accumulate<T, HEAD_DIM, TILES>(acc, C, tile);
+      ATTN_UNROLL
+      for (int n = 0; n < TILES; ++n)
+        for (int i = 0; i < 4; ++i) C[n][i] = C[n][i] != 0.0f ? 1.0f : 0.0f;
+      continue;
+    }
+    const float infinity = pass == 1 ? kInf : -kInf;
+    ATTN_UNROLL
+    for (int n = 0; n < HEAD_DIM / 8; n += 2) {
+      float count[2][4] = {};
+      ATTN_UNROLL
+      for (int step = 0; step < TILES / Mma<T>::TILES; ++step) {
+        uint32_t b[4];
+        Mma<T>::template load_transposed<HEAD_DIM>(b, tile, step, n);
+        const typename Mma<T>::A a = Mma<T>::operand(&C[step * Mma<T>::TILES]);
+        Mma<T>::run(count[0], a, b[0], b[1]);
+        Mma<T>::run(count[1], a, b[2], b[3]);
+      }
+      ATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        acc[n][i] += count[0][i] > 0.0f ? infinity : 0.0f;
+        acc[n + 1][i] += count[1][i] > 0.0f ? infinity : 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace attn::cuda

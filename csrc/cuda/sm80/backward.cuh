@@ -1,0 +1,272 @@
+// dK, dV and dQ by recomputation from LSE (FlashAttention-2, Dao 2023), in two kernels without
+// atomics, so that a result never depends on the order of CTAs:
+//   backward_dkdv  a CTA owns BLOCK_M keys of one K/V head and streams the queries of its group:
+//                  S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q
+//   backward_dq    a CTA owns BLOCK_M queries and streams the keys:
+//                  S = Q K^T, dP = dO V^T, dQ += dS K
+// with P = exp(S - LSE), dS = P * (dP - delta), delta = rowsum(dO * O) - dLSE.  The streamed index
+// is always the column of a fragment, so P and dS go from registers straight into the second
+// product (mma.cuh).
+#pragma once
+#include "forward.cuh"
+
+namespace attn::cuda::sm80 {
+
+// What a query brings to dS: LSE in units of log2(e), +inf where no pair counts; delta.
+struct RowGradient {
+  float lse, delta;
+
+  ATTN_DEVICE static RowGradient of(const Params& p, const Sequence& seq, int h, int i) {
+    if (i >= seq.seqlen_q) return {kInf, 0.0f};
+    const int64_t at = seq.lse_offset(p, h, i);
+    const float lse = static_cast<const float*>(p.ptr.lse)[at];
+    return {lse == -kInf ? kInf : lse * kLog2e, p.delta[at]};  // -inf: an empty row
+  }
+};
+
+// One pair: product and dP in; P (as it weighs V) and dS (as it reaches the product) out.  Returns
+// dS before softcap, the gradient of the bias.
+template <bool GENERAL>
+ATTN_DEVICE float pair_gradient(const Score& score, const Dropout& dropout, const Query& q, int j,
+                                const RowGradient& row, bool check, float& product, float& dP) {
+  const Params& p = score.p;
+  float derivative = 1.0f, P;
+  if constexpr (GENERAL) {
+    const float s = score.logit(product, q, j, derivative);
+    P = s == -kInf ? 0.0f : exp2_approx(s - row.lse);
+  } else {
+    P = exp2_approx(fmaf(product, p.scale_log2, -row.lse));
+    if (check && !(j < score.seq.seqlen_k && q.i < score.seq.seqlen_q && score.band.keep(q.i, j)))
+      P = 0.0f;
+  }
+  float weight = 1.0f;
+  if (GENERAL && p.p.dropout_p > 0) weight = dropout.keep(q.h, q.i, j) ? p.keep_scale : 0.0f;
+  // not P * (..) where P = 0: V of an excluded key may hold NaN
+  const float dS = P == 0.0f ? 0.0f : P * (dP * weight - row.delta);
+  product = P * weight;
+  dP = P == 0.0f ? 0.0f : dS * derivative;
+  return dS;
+}
+
+template <class T, int HEAD_DIM, bool GENERAL>
+ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
+void backward_dq(ATTN_GRID_CONSTANT const Params p) {
+  using Tile = BackwardTile<T, HEAD_DIM>;
+  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, N = Tile::BLOCK_N, TILES = N / 8;
+  const uint32_t Q_smem = smem_base(), dO_smem = Q_smem + Tile::BLOCK_M * BYTES;
+  const uint32_t K_smem = dO_smem + Tile::BLOCK_M * BYTES;
+  const uint32_t V_smem = K_smem + Tile::STAGES * N * BYTES;
+  const uint32_t flags = V_smem + Tile::STAGES * N * BYTES;
+
+  const ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
+  const Sequence seq = Sequence::of(p, task.b);
+  if (task.row0 >= seq.seqlen_q) return;
+  const Score score(p, seq);
+  const Dropout dropout = Dropout::of(p, seq.b);
+  const int row_end = min_int(task.row0 + Tile::BLOCK_M, seq.seqlen_q);
+  int lo, hi;
+  score.band.key_range(task.row0, row_end, seq.seqlen_k, lo, hi);
+  const int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
+
+  const int row = task.row0 + 16 * warp_id() + (lane_id() >> 2);
+  const bool active = task.row0 + 16 * warp_id() < seq.seqlen_q;
+  Query query[2];
+  RowGradient gradient[2];
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    query[r] =
+        GENERAL ? score.query(task.head, row + 8 * r) : Query{row + 8 * r, task.head, 0.0f, 0, 0};
+    gradient[r] = RowGradient::of(p, seq, task.head, row + 8 * r);
+  }
+
+  const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, task.head, sizeof(T));
+  const Rows dO = query_rows(p, seq, p.ptr.dout, p.p.dout, task.head, sizeof(T));
+  const Rows K = key_rows(p, seq, p.ptr.k, p.p.k, task.head / p.group, sizeof(T));
+  const Rows V = key_rows(p, seq, p.ptr.v, p.p.v, task.head / p.group, sizeof(T));
+  const int dim = int(p.p.head_dim), dim_v = int(p.p.head_dim_v);
+  auto copy_keys = [&](int t) {
+    const uint32_t stage = uint32_t(t % Tile::STAGES) * N * BYTES;
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(K_smem + stage, K, t * N, seq.seqlen_k, dim,
+                                                    p.k_vec);
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(V_smem + stage, V, t * N, seq.seqlen_k, dim_v,
+                                                    p.v_vec);
+    cp_async_commit();
+  };
+
+  float dQ[HEAD_DIM / 8][4] = {};
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(Q_smem, Q, task.row0, row_end, dim,
+                                                              p.q_vec);
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(dO_smem, dO, task.row0, row_end,
+                                                              dim_v, p.dout_vec);
+  if (t0 < t1) copy_keys(t0);
+  for (int t = t0; t < t1; ++t) {
+    const uint32_t stage = uint32_t(t % Tile::STAGES) * N * BYTES;
+    const int n0 = t * N;
+    cp_async_wait<0>();
+    sync_threads();  // tile t is complete, and every warp is done with the buffer of t - 1
+    if (Tile::STAGES > 1 && t + 1 < t1) copy_keys(t + 1);
+    const bool check = n0 + N > seq.seqlen_k || !score.band.full(task.row0, row_end, n0, n0 + N);
+
+    float S[TILES][4], dS[TILES][4];
+    if (active) {
+      // S = Q K^T, dP = dO V^T   [16, BLOCK_N] a warp
+      multiply<T, HEAD_DIM, TILES>(S, Q_smem, 16 * warp_id(), K_smem + stage);
+      multiply<T, HEAD_DIM, TILES>(dS, dO_smem, 16 * warp_id(), V_smem + stage);
+      ATTN_UNROLL
+      for (int n = 0; n < TILES; ++n) {
+        ATTN_UNROLL
+        for (int c = 0; c < 4; ++c)
+          pair_gradient<GENERAL>(score, dropout, query[c >> 1],
+                                 n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1), gradient[c >> 1],
+                                 check, S[n][c], dS[n][c]);
+      }
+    }
+    // dQ += dS K   [16, D] a warp.  A NaN in K is already in dS of who sees it.
+    if ((GENERAL || check) &&
+        tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(K_smem + stage, flags))
+      accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(dQ, dS, K_smem + stage, K, n0,
+                                                                   seq.seqlen_k, dim, 1, active);
+    else if (active)
+      accumulate<T, HEAD_DIM, TILES>(dQ, dS, K_smem + stage);
+    if (Tile::STAGES == 1 && t + 1 < t1) {
+      sync_threads();  // every warp has read K and V
+      copy_keys(t + 1);
+    }
+  }
+  cp_async_wait<0>();  // nothing may be in flight at the end
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= seq.seqlen_q) continue;
+    const int64_t at =
+        seq.b * p.p.dq.b + task.head * p.p.dq.h + (seq.q_start + row + 8 * r) * p.p.dq.s;
+    store_row(static_cast<T*>(p.ptr.dq) + at, dQ, r, p.scale, dim);
+  }
+}
+
+// Heads wider than 128 have registers for one accumulator: two launches, p.pass = 0 for dV, 1 for
+// dK.  Else both in one.
+template <class T, int HEAD_DIM, bool GENERAL>
+ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
+void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
+  using Tile = BackwardTile<T, HEAD_DIM>;
+  constexpr bool WIDE = HEAD_DIM > 128;
+  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, N = Tile::BLOCK_N, TILES = N / 8;
+  const uint32_t K_smem = smem_base(), V_smem = K_smem + Tile::BLOCK_M * BYTES;
+  const uint32_t Q_smem = V_smem + Tile::BLOCK_M * BYTES;
+  const uint32_t dO_smem = Q_smem + Tile::STAGES * N * BYTES;
+  const uint32_t flags = dO_smem + Tile::STAGES * N * BYTES;
+
+  const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
+  const int head_k = block_id().x / p.n_tiles % heads_k;
+  const Sequence seq = Sequence::of(p, block_id().x / p.n_tiles / heads_k);
+  const int n0 = n_block * Tile::BLOCK_M, n1 = min_int(n0 + Tile::BLOCK_M, seq.seqlen_k);
+  if (n0 >= seq.seqlen_k) return;
+  const Score score(p, seq);
+  const Dropout dropout = Dropout::of(p, seq.b);
+  int lo, hi;
+  score.band.query_range(n0, n1, seq.seqlen_q, lo, hi);
+  const int t0 = lo / N, per_head = hi > lo ? ceil_div(hi, N) - t0 : 0, last = per_head * p.group;
+
+  const Rows K = key_rows(p, seq, p.ptr.k, p.p.k, head_k, sizeof(T));
+  const Rows V = key_rows(p, seq, p.ptr.v, p.p.v, head_k, sizeof(T));
+  const int dim = int(p.p.head_dim), dim_v = int(p.p.head_dim_v);
+  auto q_rows = [&](int h) { return query_rows(p, seq, p.ptr.q, p.p.q, h, sizeof(T)); };
+  auto dout_rows = [&](int h) { return query_rows(p, seq, p.ptr.dout, p.p.dout, h, sizeof(T)); };
+  auto copy_queries = [&](int u) {
+    const uint32_t stage = uint32_t(u % Tile::STAGES) * N * BYTES;
+    const int h = head_k * p.group + u / per_head, m0 = (t0 + u % per_head) * N;
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(Q_smem + stage, q_rows(h), m0, seq.seqlen_q,
+                                                    dim, p.q_vec);
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(dO_smem + stage, dout_rows(h), m0, seq.seqlen_q,
+                                                    dim_v, p.dout_vec);
+    cp_async_commit();
+  };
+
+  const int row = n0 + 16 * warp_id() + (lane_id() >> 2);
+  const bool active = n0 + 16 * warp_id() < seq.seqlen_k;
+  float dV[HEAD_DIM / 8][4] = {};  // when WIDE: of whichever this pass is for
+  float dK[WIDE ? 1 : HEAD_DIM / 8][4] = {};
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(K_smem, K, n0, n1, dim, p.k_vec);
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(V_smem, V, n0, n1, dim_v, p.v_vec);
+  if (last > 0) copy_queries(0);
+  for (int u = 0; u < last; ++u) {
+    const uint32_t stage = uint32_t(u % Tile::STAGES) * N * BYTES;
+    const int h = head_k * p.group + u / per_head, m0 = (t0 + u % per_head) * N;
+    cp_async_wait<0>();
+    sync_threads();  // tile u is complete, and every warp is done with the buffer of u - 1
+    if (Tile::STAGES > 1 && u + 1 < last) copy_queries(u + 1);
+    const bool check = m0 + N > seq.seqlen_q || !score.band.full(m0, m0 + N, n0, n1);
+
+    float P[TILES][4], dS[TILES][4];
+    if (active) {
+      // S^T = K Q^T, dP^T = V dO^T   [16, BLOCK_N] a warp
+      multiply<T, HEAD_DIM, TILES>(P, K_smem, 16 * warp_id(), Q_smem + stage);
+      multiply<T, HEAD_DIM, TILES>(dS, V_smem, 16 * warp_id(), dO_smem + stage);
+      ATTN_UNROLL
+      for (int n = 0; n < TILES; ++n) {
+        ATTN_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const int i = m0 + 8 * n + 2 * (lane_id() & 3) + c;
+          const Query q = GENERAL ? score.query(h, i) : Query{i, h, 0.0f, 0, 0};
+          const RowGradient gradient = RowGradient::of(p, seq, h, i);
+          ATTN_UNROLL
+          for (int r = 0; r < 2; ++r)
+            pair_gradient<GENERAL>(score, dropout, q, row + 8 * r, gradient, check, P[n][2 * r + c],
+                                   dS[n][2 * r + c]);
+        }
+      }
+    }
+    // dV += P^T dO, dK += dS^T Q   [16, D] a warp
+    const bool suspect = GENERAL || check;
+    const bool bad_dout =
+        suspect && tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(dO_smem + stage, flags);
+    const bool bad_q =
+        suspect && tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(Q_smem + stage, flags + 64);
+    if constexpr (WIDE) {
+      if (p.pass) {
+        ATTN_UNROLL
+        for (int n = 0; n < TILES; ++n)
+          for (int c = 0; c < 4; ++c) P[n][c] = dS[n][c];
+      }
+      if (p.pass ? bad_q : bad_dout)
+        accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+            dV, P, (p.pass ? Q_smem : dO_smem) + stage, p.pass ? q_rows(h) : dout_rows(h), m0,
+            seq.seqlen_q, p.pass ? dim : dim_v, p.pass ? 1 : 3, active);
+      else if (active)
+        accumulate<T, HEAD_DIM, TILES>(dV, P, (p.pass ? Q_smem : dO_smem) + stage);
+    } else {
+      if (bad_dout)
+        accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+            dV, P, dO_smem + stage, dout_rows(h), m0, seq.seqlen_q, dim_v, 3, active);
+      else if (active)
+        accumulate<T, HEAD_DIM, TILES>(dV, P, dO_smem + stage);
+      if (bad_q)
+        accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+            dK, dS, Q_smem + stage, q_rows(h), m0, seq.seqlen_q, dim, 1, active);
+      else if (active)
+        accumulate<T, HEAD_DIM, TILES>(dK, dS, Q_smem + stage);
+    }
+    if (Tile::STAGES == 1 && u + 1 < last) {
+      sync_threads();  // every warp has read Q and dO
+      copy_queries(u + 1);
+    }
+  }
+  cp_async_wait<0>();  // nothing may be in flight at the end
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int j = row + 8 * r;
+    if (j >= seq.seqlen_k) continue;
+    auto* dk = static_cast<T*>(p.ptr.dk) + seq.b * p.p.dk.b + head_k * p.p.dk.h +
+               (seq.k_start + j) * p.p.dk.s;
+    auto* dv = static_cast<T*>(p.ptr.dv) + seq.b * p.p.dv.b + head_k * p.p.dv.h +
+               (seq.k_start + j) * p.p.dv.s;
+    if constexpr (WIDE) {
+      store_row(p.pass ? dk : dv, dV, r, p.pass ? p.scale : 1.0f, p.pass ? dim : dim_v);
+    } else {
+      if (p.ptr.dv) store_row(dv, dV, r, 1.0f, dim_v);
+      if (p.ptr.dk) store_row(dk, dK, r, p.scale, dim);
+    }
+  }
+}
+
+}  // namespace attn::cuda::sm80

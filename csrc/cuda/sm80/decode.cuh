@@ -1,0 +1,32 @@
+// How a call with few queries is cut (Flash-Decoding): the query heads of one K/V head share a
+// tile's rows, so that a key is read once for all of them, and when tiles are fewer than
+// multiprocessors the keys of a tile are shared by several CTAs, whose results combine.cuh merges.
+// forward.cuh runs both; only the plan is here.  Host code.
+#pragma once
+#include <algorithm>
+
+#include "../traits.cuh"
+
+namespace attn::cuda::sm80 {
+
+struct Plan {
+  int pack, m_tiles, splits;
+};
+
+// block_m, block_n: the forward tile.  multiprocessors: of the device.
+inline Plan plan_forward(const Problem& p, bool varlen, int block_m, int block_n,
+                         int multiprocessors) {
+  const int64_t group = p.heads_q / p.heads_k;
+  const bool pack = !varlen && group > 1 && p.seqlen_q * 2 <= block_m;
+  const int64_t rows = pack ? group * p.seqlen_q : p.seqlen_q;
+  const int64_t m_tiles = (rows + block_m - 1) / block_m;
+  const int64_t tiles = p.batch * (pack ? p.heads_k : p.heads_q) * m_tiles;
+  int64_t splits = 1;
+  // A CTA wants a few key tiles of its own, or the merge costs more than it saves.
+  const int64_t n_tiles = (p.seqlen_k + block_n - 1) / block_n;
+  if (!varlen && tiles > 0 && tiles * 10 < 8 * int64_t(multiprocessors))
+    splits = std::min({2 * int64_t(multiprocessors) / tiles, n_tiles / 2, int64_t(128)});
+  return {pack ? int(group) : 1, int(m_tiles), int(std::max<int64_t>(splits, 1))};
+}
+
+}  // namespace attn::cuda::sm80

@@ -1,0 +1,54 @@
+// The launches of one (dtype, HEAD_DIM) pair.  setup.py generates a file for each pair, which
+// instantiates them; launch.cu picks among them by kernels.h.
+#pragma once
+#include "backward.cuh"
+#include "backward_bias.cuh"
+#include "forward.cuh"
+#include "kernels.h"
+
+namespace attn::cuda::sm80 {
+
+template <class T, int HEAD_DIM>
+void run_forward(Params p, bool general, void* stream) {
+  using Tile = ForwardTile<T, HEAD_DIM>;
+  const Grid grid = grid_of(p.p.batch * (p.p.heads_q / p.pack) * p.m_tiles * p.splits);
+  const int smem = Tile::smem(Row<T, HEAD_DIM>::BYTES, 1, 2);
+  if constexpr (kIsHalf<T>)  // floats are rare on GPUs: one kernel serves all their calls
+    if (!general) return launch(forward<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
+  launch(forward<T, HEAD_DIM, true>, grid, Tile::THREADS, smem, stream, p);
+}
+
+template <class T, int HEAD_DIM>
+void run_backward(Params p, bool general, void* stream) {
+  using Tile = BackwardTile<T, HEAD_DIM>;
+  const int smem = Tile::smem(Row<T, HEAD_DIM>::BYTES, 2, 2);
+  const int64_t units = p.p.batch * p.p.heads_q;
+  general = general || !kIsHalf<T>;
+  p.splits = p.pack = 1;
+  p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  if (p.ptr.dq) {
+    const Grid grid = grid_of(units * p.m_tiles);
+    if constexpr (kIsHalf<T>) {
+      if (!general) launch(backward_dq<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
+    }
+    if (general) launch(backward_dq<T, HEAD_DIM, true>, grid, Tile::THREADS, smem, stream, p);
+  }
+  if (p.ptr.dbias) {
+    p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+    const ScoreStrides& s = p.p.dbias;
+    const Grid grid = grid_of((s.b ? p.p.batch : 1) * (s.h ? p.p.heads_q : 1) *
+                              (s.q ? p.m_tiles : 1) * (s.k ? p.n_tiles : 1));
+    launch(backward_bias<T, HEAD_DIM>, grid, Tile::THREADS, smem, stream, p);
+  }
+  p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  const Grid grid = grid_of(p.p.batch * p.p.heads_k * p.n_tiles);
+  for (p.pass = 0; p.pass < (HEAD_DIM > 128 ? 2 : 1); ++p.pass) {
+    if (HEAD_DIM > 128 ? !(p.pass ? p.ptr.dk : p.ptr.dv) : !p.ptr.dk && !p.ptr.dv) continue;
+    if constexpr (kIsHalf<T>) {
+      if (!general) launch(backward_dkdv<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
+    }
+    if (general) launch(backward_dkdv<T, HEAD_DIM, true>, grid, Tile::THREADS, smem, stream, p);
+  }
+}
+
+}  // namespace attn::cuda::sm80

@@ -1,0 +1,114 @@
+// Tiles of rows in shared memory and the copies that fill them.
+//
+// A tile is [rows][HEAD_DIM], a row Row::BYTES long.  Its 16-byte chunk c lies at chunk c ^ f(row),
+// so that the 8 rows which one ldmatrix phase reads at the same c fall into 8 different bank
+// groups: f = row % 8 where a row is a multiple of 128 bytes, else (D = 32 and 96 in 16 bits) pairs
+// of rows already differ by 64 bytes and f = row / 2 % 4.
+#pragma once
+#include "traits.cuh"
+
+namespace attn::cuda {
+
+template <class T, int HEAD_DIM>
+ATTN_DEVICE uint32_t tile_address(uint32_t tile, int row, int chunk) {
+  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
+  const int f = BYTES % 128 == 0 ? row & 7 : (row >> 1) & 3;
+  return tile + uint32_t(row * BYTES + ((chunk ^ f) << 4));
+}
+
+// Rows of one head in global memory.  period = 0: row r at base + r * stride.  Else at quotient and
+// remainder of r / period: pages of a KV cache (table), or query heads packed into one tile.
+struct Rows {
+  const char* base;
+  int64_t stride;  // bytes
+  int period;
+  int64_t outer;  // bytes
+  const int32_t* table;
+
+  template <bool GENERAL>
+  ATTN_DEVICE const char* at(int row) const {
+    if (!GENERAL || !period) return base + row * stride;
+    const int q = row / period;
+    return base + (table ? int64_t(table[q]) : int64_t(q)) * outer + (row - q * period) * stride;
+  }
+};
+
+ATTN_DEVICE uint32_t element_bits(const uint16_t* p) { return *p; }
+ATTN_DEVICE uint32_t element_bits(const uint32_t* p) { return *p; }
+
+// 16 bytes of a row from `column` on, read element by element; 0 from column `dim` on.
+template <class T, class Edit>
+ATTN_DEVICE U32x4 gather_chunk(const char* row, int column, int dim, const Edit& edit) {
+  uint32_t w[4] = {0, 0, 0, 0};
+  if constexpr (kIsHalf<T>) {
+    ATTN_UNROLL
+    for (int e = 0; e < 8; ++e)
+      if (column + e < dim) {
+        const T v = edit(reinterpret_cast<const T*>(row)[column + e]);
+        w[e / 2] |= uint32_t(v.bits) << (16 * (e % 2));
+      }
+  } else {
+    ATTN_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (column + e < dim) w[e] = as_uint(edit(reinterpret_cast<const T*>(row)[column + e]));
+  }
+  return {w[0], w[1], w[2], w[3]};
+}
+
+struct Unchanged {
+  template <class T>
+  ATTN_DEVICE T operator()(T v) const {
+    return v;
+  }
+};
+
+// tile[r] = rows[first + r]; 0 where first + r >= end or column >= dim, so that nothing out of
+// range is read or multiplied.  vec: by cp.async (the caller commits and waits), else by plain
+// loads.
+template <class T, int HEAD_DIM, int ROWS, int THREADS, bool GENERAL>
+ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, int dim, bool vec) {
+  using R = Row<T, HEAD_DIM>;
+  ATTN_UNROLL
+  for (int at = 0; at < ROWS * R::CHUNKS; at += THREADS) {
+    const int index = at + thread_id();
+    if (ROWS * R::CHUNKS % THREADS && index >= ROWS * R::CHUNKS) break;
+    const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
+    const int column = chunk * R::PER_CHUNK;
+    const bool valid = first + row < end && column < dim;
+    const uint32_t to = tile_address<T, HEAD_DIM>(tile, row, chunk);
+    const char* from = valid ? rows.at<GENERAL>(first + row) : nullptr;
+    if (vec)
+      cp_async_16(to, valid ? from + column * int(sizeof(T)) : rows.base, valid);
+    else
+      sts_128(to, valid ? gather_chunk<T>(from, column, dim, Unchanged()) : U32x4{0, 0, 0, 0});
+  }
+}
+
+ATTN_DEVICE bool word_is_finite(float, uint32_t w) { return (w & 0x7f800000u) != 0x7f800000u; }
+ATTN_DEVICE bool word_is_finite(bf16, uint32_t w) {
+  return (w & 0x7f80u) != 0x7f80u && (w & 0x7f800000u) != 0x7f800000u;
+}
+ATTN_DEVICE bool word_is_finite(fp16, uint32_t w) {
+  return (w & 0x7c00u) != 0x7c00u && (w & 0x7c000000u) != 0x7c000000u;
+}
+
+// True in every thread of the CTA when some element of the tile is NaN or infinite.  flags: a word
+// a warp.
+template <class T, int HEAD_DIM, int ROWS, int WARPS>
+ATTN_DEVICE bool tile_has_nonfinite(uint32_t tile, uint32_t flags) {
+  constexpr int CHUNKS = ROWS * Row<T, HEAD_DIM>::CHUNKS;
+  bool bad = false;
+  for (int index = thread_id(); index < CHUNKS; index += 32 * WARPS) {
+    const U32x4 v = lds_128(tile + 16 * index);
+    bad |= !(word_is_finite(T{}, v.x) && word_is_finite(T{}, v.y) && word_is_finite(T{}, v.z) &&
+             word_is_finite(T{}, v.w));
+  }
+  const uint32_t votes = ballot(bad);
+  if (lane_id() == 0) sts_32(flags + 4 * warp_id(), votes);
+  sync_threads();  // every warp's vote is there
+  uint32_t any = 0;
+  for (int w = 0; w < WARPS; ++w) any |= lds_32(flags + 4 * w);
+  return any != 0;
+}
+
+}  // namespace attn::cuda

@@ -1,0 +1,85 @@
+// Online softmax (FlashAttention-2, Dao 2023) on fragments: a thread owns 2 rows, g and g + 8 of
+// its warp's 16, and shares each with the 3 other lanes of its quad (mma.cuh).  Logits are in units
+// of log2(e) once multiplied by `scale`.
+#pragma once
+#include "mma.cuh"
+
+namespace attn::cuda {
+
+ATTN_DEVICE float quad_max(float x) {
+  x = fmaxf(x, shfl_xor(x, 1));
+  return fmaxf(x, shfl_xor(x, 2));
+}
+ATTN_DEVICE float quad_sum(float x) {
+  x += shfl_xor(x, 1);
+  return x + shfl_xor(x, 2);
+}
+
+// The running state of a thread's 2 rows; sums are over the thread's own columns until finish().
+struct RowState {
+  float max[2] = {-kInf, -kInf};  // largest logit, unscaled; NaN is passed over (the sum has it)
+  float sum[2] = {0, 0};          // of exp(s - max)
+  float weighted[2] = {0, 0};     // of exp(s - max) (s - max), for the entropy
+};
+
+// S: logits in, exp2(scale * (S - max)) out; rescales acc to the new maxima.
+template <bool STATS, int TILES, int ACC>
+ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowState& state,
+                                float scale, bool stats) {
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float top = state.max[r];
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) top = fmaxf(top, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+    top = quad_max(top);
+    const float before = state.max[r];
+    const float base = top == -kInf ? 0.0f : top * scale;  // -inf - -inf would be NaN
+    const float shift = before == -kInf ? -kInf : before * scale - base;
+    const float alpha = exp2_approx(shift);
+    state.max[r] = top;
+    if (STATS && stats)
+      state.weighted[r] =
+          alpha * (state.weighted[r] + (before == -kInf ? 0.0f : shift * state.sum[r]));
+    float sum = state.sum[r] * alpha;
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) {
+      ATTN_UNROLL
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        const float x = fmaf(S[n][c], scale, -base), e = exp2_approx(x);
+        if (STATS && stats) state.weighted[r] += x == -kInf ? 0.0f : e * x;
+        sum += e;
+        S[n][c] = e;
+      }
+    }
+    state.sum[r] = sum;
+    ATTN_UNROLL
+    for (int n = 0; n < ACC; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
+  }
+}
+
+// A finished row in natural units.
+struct RowResult {
+  float inverse;  // O = acc * inverse
+  float lse, max_logit, entropy;
+};
+
+// sink: pointer to the head's logit, or null.  All lanes of the warp together.
+ATTN_DEVICE RowResult finish_row(const RowState& state, int r, float scale, const float* sink,
+                                 bool stats) {
+  const float sum = quad_sum(state.sum[r]);
+  const float weighted = stats ? quad_sum(state.weighted[r]) : 0.0f;
+  const float top = state.max[r] * scale;
+  if (sum != sum) return {sum, sum, sum, sum};
+  if (state.max[r] == -kInf) return {0.0f, -kInf, -kInf, 0.0f};
+  float total = sum, factor = 1.0f, shift = top;
+  if (sink) {  // joins the normaliser only
+    const float s = *sink * kLog2e;
+    if (s > top) shift = s, factor = exp2_approx(top - s);
+    total = sum * factor + exp2_approx(s - shift);
+  }
+  const float lse = shift + log2f(total), inverse = factor / total;
+  return {inverse, lse * kLn2, top * kLn2,
+          ((lse - top) * sum * inverse - weighted * inverse) * kLn2};
+}
+
+}  // namespace attn::cuda

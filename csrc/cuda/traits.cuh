@@ -1,0 +1,119 @@
+// What every kernel shares: the parameter block, the tile sizes, and how a row of head_dim elements
+// is cut.  Tile sizes live here and nowhere else.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "../params.h"
+#include "../philox.h"
+#include "ptx.cuh"
+
+#ifdef __CUDACC__
+#define ATTN_UNROLL _Pragma("unroll")
+#else
+#define ATTN_UNROLL
+#endif
+
+namespace attn::cuda {
+using namespace attn::ptx;
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInf = INFINITY;
+
+// One launch.  Everything that a kernel would otherwise derive again in every thread is here.
+struct Params {
+  Problem p;
+  Pointers ptr;
+  float scale, scale_log2;             // softmax_scale, and that times log2(e)
+  float softcap, inverse_softcap;      // 0: none
+  float keep_scale;                    // 1 / (1 - dropout_p); 0 where everything is dropped
+  uint64_t keep_threshold;             // a Philox word survives when it is at least this
+  int window_left, window_right;       // -1: unbounded
+  int group;                           // query heads of one K/V head
+  int pack;                            // query heads that share a tile's rows: 1, or group (decode)
+  int m_tiles, n_tiles;                // tiles of the largest sequence
+  int splits;                          // CTAs that share the keys of one tile of queries
+  int pass;                            // backward for wide heads: 0 = dV, 1 = dK
+  bool q_vec, k_vec, v_vec, dout_vec;  // rows can be copied 16 bytes at a time
+  float* delta;                        // as LSE: rowsum(dO * O) - dLSE
+  float* partial_o;                    // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
+  float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE, largest logit, entropy
+};
+
+// A row of HEAD_DIM elements: 16-byte chunks for copies, 32-byte steps for the tensor cores (16
+// halves or 8 floats, one mma deep).
+template <class T, int HEAD_DIM>
+struct Row {
+  static constexpr int BYTES = HEAD_DIM * int(sizeof(T));
+  static constexpr int CHUNKS = BYTES / 16, STEPS = BYTES / 32;
+  static constexpr int PER_CHUNK = 16 / int(sizeof(T));
+};
+
+// BLOCK_M rows stay (16 a warp), BLOCK_N are streamed through STAGES buffers.  Everything fits 99
+// KiB, the limit of sm_86, sm_89 and sm_120 (sm_80: 163, sm_90: 227).
+template <int WARPS_, int BLOCK_N_, int STAGES_>
+struct Tile {
+  static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
+  static constexpr int BLOCK_M = 16 * WARPS_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
+  static constexpr int FLAG_BYTES = 1024;  // flags and column sums, after the tiles
+  static constexpr int smem(int row_bytes, int stay, int streamed) {
+    return row_bytes * (stay * BLOCK_M + streamed * STAGES * BLOCK_N) + FLAG_BYTES;
+  }
+};
+
+template <int ROW_BYTES>
+struct ForwardTileOf {
+  // 512: 32 + 4 * 16 KiB.  768 and 1024 are fp32 with D > 128.
+  using type = std::conditional_t<
+      ROW_BYTES <= 256, Tile<4, 64, 2>,
+      std::conditional_t<ROW_BYTES <= 512, Tile<4, 32, 2>,
+                         std::conditional_t<ROW_BYTES <= 768, Tile<4, 16, 2>, Tile<2, 16, 2>>>>;
+};
+// Two accumulators of head_dim columns for D <= 128: BLOCK_N = 32 keeps S and dP in registers too.
+template <int ROW_BYTES>
+struct BackwardTileOf {
+  using type = std::conditional_t<
+      ROW_BYTES <= 128, Tile<4, 64, 2>,
+      std::conditional_t<ROW_BYTES <= 256, Tile<4, 32, 2>,
+                         std::conditional_t<ROW_BYTES <= 512, Tile<4, 16, 2>,
+                                            std::conditional_t<ROW_BYTES <= 768, Tile<2, 16, 2>,
+                                                               Tile<2, 16, 1>>>>>;
+};
+template <class T, int HEAD_DIM>
+using ForwardTile = typename ForwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
+template <class T, int HEAD_DIM>
+using BackwardTile = typename BackwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
+
+template <class T>
+constexpr bool kIsHalf = sizeof(T) == 2;
+
+// Lengths and first rows of sequence b, for dense, varlen and decode.
+struct Sequence {
+  int b, seqlen_q, seqlen_k;
+  int64_t q_start, k_start;
+  int diagonal;  // key i + diagonal is aligned with query i
+
+  ATTN_DEVICE static Sequence of(const Params& p, int b) {
+    Sequence s{b, int(p.p.seqlen_q), int(p.p.seqlen_k), 0, 0, 0};
+    if (p.ptr.cu_seqlens_q) {
+      s.q_start = p.ptr.cu_seqlens_q[b];
+      s.seqlen_q = int(p.ptr.cu_seqlens_q[b + 1] - s.q_start);
+    }
+    if (p.ptr.cu_seqlens_k) {
+      s.k_start = p.ptr.cu_seqlens_k[b];
+      s.seqlen_k = int(p.ptr.cu_seqlens_k[b + 1] - s.k_start);
+    }
+    if (p.ptr.seqlens_k) s.seqlen_k = p.ptr.seqlens_k[b];
+    s.diagonal = p.p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
+    return s;
+  }
+  ATTN_DEVICE int64_t lse_offset(const Params& p, int h, int i) const {
+    return b * p.p.lse_stride_b + h * p.p.lse_stride_h + q_start + i;
+  }
+};
+
+ATTN_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
+ATTN_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
+ATTN_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+}  // namespace attn::cuda

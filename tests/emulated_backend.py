@@ -1,0 +1,40 @@
+"""The backend `emulated`: the CUDA kernels on CPU tensors, through the Python code of the cuda
+backend.  It exists in tests only.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from attn_ext.backends import native_gpu
+
+
+@functools.cache
+def _kernels() -> native_gpu.Kernels:
+    from attn_ext import _emulated
+
+    return native_gpu.Kernels(_emulated, "cpu")
+
+
+def available() -> str:
+    """ "" when attn_ext._emulated is built, else the remedy."""
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"attn_ext._emulated is not built: reinstall with ATTN_EXT_EMULATED=1 ({error})"
+    return ""
+
+
+def unsupported(problem) -> list[str]:
+    why = native_gpu.unsupported(problem)
+    if problem.device != "cpu":
+        why.append(f"tensors must be on the cpu, got {problem.device}")
+    return why
+
+
+def forward(call):
+    return _kernels().forward(call)
+
+
+def backward(call, dout, out, lse, dlse, needs):
+    return _kernels().backward(call, dout, out, lse, dlse, needs)

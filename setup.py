@@ -101,7 +101,9 @@ def gencode() -> str:
     archs = [a for a in CUDA_ARCHS.split(",") if a]
     plain = [a for a in archs if a.isdigit()]
     if not archs or any(not a.rstrip("af").isdigit() or int(a.rstrip("af")) < 80 for a in archs):
-        raise SystemExit(f"ATTN_EXT_CUDA_ARCHS must be like 80,90a and from 80 on, got {CUDA_ARCHS!r}")
+        raise SystemExit(
+            f"ATTN_EXT_CUDA_ARCHS must be like 80,90a and from 80 on, got {CUDA_ARCHS!r}"
+        )
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     if plain:
         oldest = min(plain, key=int)
@@ -125,7 +127,7 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
         f"rule link\n  command = {cxx} -shared -pthread {extra} $in -o $out",
     ]
     if cuda:
-        device = f'{NVCC_FLAGS} {gencode()} {includes} -DATTN_EXT_CUDA_ARCHS=\'"{CUDA_ARCHS}"\''
+        device = f"{NVCC_FLAGS} {gencode()} {includes} -DATTN_EXT_CUDA_ARCHS='\"{CUDA_ARCHS}\"'"
         lines += [
             f"rule nvcc\n  command = {nvcc()} -MD -MF $out.d {device} -Xptxas -v -c $in -o $out"
             " > $out.log 2>&1 || (cat $out.log; exit 1)",

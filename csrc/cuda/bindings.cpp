@@ -31,21 +31,36 @@ struct Field {
   const char* name;
   void (*set)(Pointers&, uintptr_t);
 };
-#define ATTN_FIELD(field)                                                \
-  Field {                                                                \
-    #field, [](Pointers& x, uintptr_t address) {                         \
-      x.field = reinterpret_cast<decltype(x.field)>(address);            \
-    }                                                                    \
+#define ATTN_FIELD(field)                                     \
+  Field {                                                     \
+    #field, [](Pointers& x, uintptr_t address) {              \
+      x.field = reinterpret_cast<decltype(x.field)>(address); \
+    }                                                         \
   }
 const Field kFields[] = {
-    ATTN_FIELD(q),          ATTN_FIELD(k),         ATTN_FIELD(v),
-    ATTN_FIELD(mask),       ATTN_FIELD(bias),      ATTN_FIELD(alibi_slopes),
-    ATTN_FIELD(sink),       ATTN_FIELD(rng_state), ATTN_FIELD(cu_seqlens_q),
-    ATTN_FIELD(cu_seqlens_k), ATTN_FIELD(seqlens_k), ATTN_FIELD(block_table),
-    ATTN_FIELD(o),          ATTN_FIELD(lse),       ATTN_FIELD(max_logit),
-    ATTN_FIELD(entropy),    ATTN_FIELD(dout),      ATTN_FIELD(dlse),
-    ATTN_FIELD(dq),         ATTN_FIELD(dk),        ATTN_FIELD(dv),
-    ATTN_FIELD(dbias),      ATTN_FIELD(dsink),
+    ATTN_FIELD(q),
+    ATTN_FIELD(k),
+    ATTN_FIELD(v),
+    ATTN_FIELD(mask),
+    ATTN_FIELD(bias),
+    ATTN_FIELD(alibi_slopes),
+    ATTN_FIELD(sink),
+    ATTN_FIELD(rng_state),
+    ATTN_FIELD(cu_seqlens_q),
+    ATTN_FIELD(cu_seqlens_k),
+    ATTN_FIELD(seqlens_k),
+    ATTN_FIELD(block_table),
+    ATTN_FIELD(o),
+    ATTN_FIELD(lse),
+    ATTN_FIELD(max_logit),
+    ATTN_FIELD(entropy),
+    ATTN_FIELD(dout),
+    ATTN_FIELD(dlse),
+    ATTN_FIELD(dq),
+    ATTN_FIELD(dk),
+    ATTN_FIELD(dv),
+    ATTN_FIELD(dbias),
+    ATTN_FIELD(dsink),
 };
 #undef ATTN_FIELD
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels against the float64 reference: on the emulated device of csrc/emulation, and on a
-GPU where there is one.
+"""The CUDA kernels against the float64 reference: on the emulated device of csrc/emulation, and on
+a GPU where there is one.
 
 On the emulator every launch runs with random warp priorities, poisoned shared memory and the race
 detector, so that a missing barrier or wait fails here and not on somebody's GPU.

@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: test demo fmt lint bench test-asan test-tsan clean
+.PHONY: test-gpu test demo fmt lint bench test-asan test-tsan clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,16 @@ test-asan: $(VENV)/installed.done
 # The thread pool and both kernels under ThreadSanitizer, without Python in the process.
 test-tsan: $(VENV)/installed.done
 	bash tests/tsan.sh
+
+# On a machine with an NVIDIA GPU: the kernels against the reference, then under compute-sanitizer.
+# Without torch's caching allocator memcheck sees the end of each tensor.
+test-gpu: $(VENV)/installed.done
+	ATTN_EXT_CUDA=1 ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_api.py tests/test_backends_hypothesis.py -k cuda
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PY) -m pytest -q tests/test_cuda_kernels.py -k "cuda and (shapes or kernel or decode)" \
+	    || exit 1; done
 
 clean:
 	rm -rf build .venv attn_ext/_*.so *.egg-info

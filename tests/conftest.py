@@ -2,7 +2,10 @@
 profile.
 """
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +17,26 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "ci"))
 
+
+def register_emulated() -> None:
+    """Makes `backend="emulated"` a name of the registry, last in its order: the CUDA kernels on the
+    emulator, where attn_ext._emulated is built."""
+    name = "attn_ext.backends.emulated"
+    path = Path(__file__).with_name("emulated_backend.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.available() == "":
+        sys.modules[name] = module
+        registry = sys.modules["attn_ext.backends"]
+        registry.ORDER = (*registry.ORDER, "emulated")
+
+
+register_emulated()
+
 # (backend, device) pairs that run here.  Triton without a GPU has interpreter processes of its own.
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu",)}
+DEVICES["emulated"] = ("cpu",)
 AVAILABLE = [
     (name, device)
     for name, missing in attn_ext.backends().items()

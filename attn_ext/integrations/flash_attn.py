@@ -9,6 +9,8 @@ find this where the real package is absent.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from attn_ext import api, decode, reference, validate
@@ -345,7 +347,8 @@ FUNCTIONS = (
 
 
 def _top() -> dict:
-    return {"__version__": VERSION, "__path__": [], **_interface()}
+    inner = importlib.import_module("flash_attn.flash_attn_interface")
+    return {"__version__": VERSION, "flash_attn_interface": inner, **_interface()}
 
 
 def _interface() -> dict:

@@ -1,0 +1,292 @@
+"""xformers.ops.memory_efficient_attention on attn_ext: the same layouts, biases and meanings.
+
+query [B, Mq, K], [B, Mq, H, K] or [B, Mq, G, H, K] (G groups of H heads; keys expanded over H are
+read once).  attn_bias: an additive tensor or a class of `attn_ext.integrations.xformers_bias`;
+xformers' own objects are understood too.  LSE is the natural log.  `install()` makes
+`import xformers.ops` find this where the real package is absent.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from attn_ext import api, validate
+from attn_ext.integrations import importing
+from attn_ext.integrations import xformers_bias as biases
+from attn_ext.integrations.xformers_bias import *  # noqa: F403
+
+VERSION = "0.0.32"
+_BY_NAME = {kind.__name__: kind for kind in biases.PUBLIC}
+
+
+def _rank(query, key, value) -> int:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        validate.tensor(name, x)
+        if x.dim() not in (3, 4, 5) or x.dim() != query.dim():
+            raise ValueError(
+                f"{name} must have 3, 4 or 5 dimensions [B, M, (G, H or H,) K], as many as query, "
+                f"got shape {tuple(x.shape)}"
+            )
+    return query.dim()
+
+
+def _heads_first(x, shared: bool):
+    """[B, M, ..., K] as [B, H, M, K]; with `shared`, one head a group of a 5-dimensional x."""
+    if x.dim() == 3:
+        return x.unsqueeze(1)
+    if x.dim() == 5:
+        x = x[:, :, :, 0] if shared else x.flatten(2, 3)
+    return x.transpose(1, 2)
+
+
+def _shared(key, value) -> bool:
+    """Whether both are expanded over the heads of a group.  A leaf with a gradient is not taken as
+    shared: its gradient has a value for each head.
+    """
+    return all(
+        x.dim() == 5 and x.stride(3) == 0 and not (x.is_leaf and x.requires_grad)
+        for x in (key, value)
+    )
+
+
+def _dense_bias(name: str, bias, rank: int):
+    """An additive tensor as [B | 1, H | 1, Mq | 1, Mk | 1]."""
+    if not bias.is_floating_point():
+        raise TypeError(f"{name} must be floating (it is added), got {bias.dtype}")
+    if bias.dim() != rank and not (rank == 5 and bias.dim() == 4):
+        raise ValueError(
+            f"{name} must have {rank} dimensions, as query has, got shape {tuple(bias.shape)}"
+        )
+    if rank == 3:
+        return bias.unsqueeze(1)
+    return bias.flatten(1, 2) if bias.dim() == 5 else bias
+
+
+def _known(attn_bias):
+    """The class of `xformers_bias` that an object is or, being xformers' own, is named after."""
+    for kind in type(attn_bias).__mro__:
+        found = _BY_NAME.get(kind.__name__)
+        if found is not None and found is not biases.AttentionBias:
+            return found
+    return None
+
+
+def _window_of(attn_bias, kind) -> tuple:
+    """(causal, window) of a bias of that kind; xformers' own objects have the same fields."""
+    window = kind.window
+    if isinstance(window, property):
+        window = window.fget(attn_bias)
+    return kind.causal, window
+
+
+def _packed(x, intervals: list):
+    """x [1, M, ..., K] without the room between the blocks, and its int32 cu_seqlens."""
+    ends = [0]
+    for first, end in intervals:
+        ends.append(ends[-1] + end - first)
+    together = all(first == start for (first, _), start in zip(intervals, ends, strict=False))
+    if not together:
+        rows = [torch.arange(first, end, device=x.device) for first, end in intervals]
+        x = x[:, torch.cat(rows)]
+    return x, torch.tensor(ends, dtype=torch.int32, device=x.device)
+
+
+def _check_blocks(name: str, x, total: int) -> None:
+    if x.shape[0] != 1 or x.shape[1] != total:
+        raise ValueError(
+            f"{name} must have shape [1, {total}, ...] with a block-diagonal attn_bias, "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def _run_blocks(query, key, value, attn_bias, kind, p, scale):
+    """(out [1, total_q, ..., Kv], lse [1, H, total_q]) of packed sequences."""
+    q_info, k_info = attn_bias.q_seqinfo, attn_bias.k_seqinfo
+    _check_blocks("query", query, q_info.seqstart_py[-1])
+    _check_blocks("key", key, k_info.seqstart_py[-1])
+    _check_blocks("value", value, k_info.seqstart_py[-1])
+    k_blocks = list(k_info.intervals())
+    shared = _shared(key, value)
+    key, cu_k = _packed(key, k_blocks)
+    value, _ = _packed(value, k_blocks)
+    query, cu_q = _packed(query, list(q_info.intervals()))
+    q, k, v = (
+        _heads_first(x, s)[0].transpose(0, 1)
+        for x, s in ((query, False), (key, shared), (value, shared))
+    )
+    causal, window = _window_of(attn_bias, kind)
+    args = api.varlen_args(
+        q, k, v, cu_q, cu_q if k_blocks == list(q_info.intervals()) else cu_k,
+        causal=causal, window=window, dropout_p=p, scale=scale,
+    )  # fmt: skip
+    out, lse = api.result(args, True, False)
+    return out.reshape(*query.shape[:-1], value.shape[-1]), lse[None]
+
+
+def _run_dense(query, key, value, attn_bias, kind, p, scale):
+    """(out [B, Mq, ..., Kv], lse [B, H, Mq])."""
+    rank = query.dim()
+    causal, window, bias = False, (None, None), None
+    if kind is not None:
+        causal, window = _window_of(attn_bias, kind)
+        if kind is biases.LowerTriangularMaskWithTensorBias:
+            bias = _dense_bias("attn_bias", attn_bias._subtensor, rank)
+    elif attn_bias is not None:
+        bias = _dense_bias("attn_bias", attn_bias, rank)
+    shared = _shared(key, value)
+    args = api.dense_args(
+        _heads_first(query, False), _heads_first(key, shared), _heads_first(value, shared),
+        causal=causal, window=window, bias=bias, dropout_p=p, scale=scale,
+    )  # fmt: skip
+    out, lse = api.result(args, True, False)
+    return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]), lse
+
+
+def _run(query, key, value, attn_bias, p, scale, output_dtype):
+    _rank(query, key, value)
+    kind = None if attn_bias is None else _known(attn_bias)
+    if kind is None and attn_bias is not None and not isinstance(attn_bias, torch.Tensor):
+        raise TypeError(
+            f"attn_bias must be a tensor or a bias of xformers, got {type(attn_bias).__name__}"
+        )
+    blocks = kind is not None and issubclass(kind, biases._Blocks)
+    function = _run_blocks if blocks else _run_dense
+    out, lse = function(query, key, value, attn_bias, kind, p, scale)
+    if query.dim() == 5:
+        lse = lse.unflatten(1, query.shape[2:4])
+    return (out if output_dtype is None else out.to(output_dtype)), lse
+
+
+def memory_efficient_attention(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    """Attention of query [B, Mq, (G, H or H,) K] to key and value [B, Mk, ..., K and Kv].
+
+    attn_bias: floating [B, Mq, Mk], [B, H, Mq, Mk] or [B, G, H, Mq, Mk], added, with gradient; or
+    a bias object.  With a block-diagonal one all sequences are packed in [1, total, ...].
+    p: dropout probability.  scale: 1/sqrt(K) if None.  op is ignored: attn_ext chooses by itself.
+    Returns [B, Mq, (G, H or H,) Kv] in output_dtype (query's if None).  A query without keys: 0.
+    """
+    return _run(query, key, value, attn_bias, p, scale, output_dtype)[0]
+
+
+def memory_efficient_attention_forward(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    """`memory_efficient_attention` without gradients."""
+    with torch.no_grad():
+        return _run(query, key, value, attn_bias, p, scale, output_dtype)[0]
+
+
+def memory_efficient_attention_forward_requires_grad(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    """(out, lse [B, (G, H or H,) Mq], [1, ..., total_q] with blocks), without gradients; p must
+    be 0.
+    """
+    if p != 0.0:
+        raise NotImplementedError(f"p must be 0 here: use memory_efficient_attention, got {p}")
+    with torch.no_grad():
+        return _run(query, key, value, attn_bias, p, scale, output_dtype)
+
+
+def memory_efficient_attention_partial(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    """(out, lse) over some of the keys, differentiable in both; `merge_attentions` joins them.
+
+    output_dtype None is float32 (float64 for float64 inputs).
+    """
+    if p != 0.0:
+        raise NotImplementedError(f"p must be 0 for a partial result, got {p}")
+    if output_dtype is None and isinstance(query, torch.Tensor):
+        output_dtype = torch.promote_types(query.dtype, torch.float32)
+    return _run(query, key, value, attn_bias, p, scale, output_dtype)
+
+
+def merge_attentions(attn_split, lse_split, write_lse=True):
+    """(out, lse or None) of partial results over different keys.
+
+    attn_split: a list of [B, M, (G, H or H,) K], or one tensor with a first dimension for the
+    parts; lse_split: alike of [B, (G, H or H,) M].
+    """
+    outs, lses = torch.stack(list(attn_split)), torch.stack(list(lse_split))
+    if outs.dim() not in (5, 6) or lses.dim() != outs.dim() - 1:
+        raise ValueError(
+            "attn_split must hold [B, M, (G, H or H,) K] and lse_split [B, (G, H or H,) M], "
+            f"got shapes {tuple(outs.shape[1:])} and {tuple(lses.shape[1:])}"
+        )
+    lse = torch.logsumexp(lses, dim=0)
+    share = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
+    weight = share.movedim(-1, 2).unsqueeze(-1)
+    out = (outs * weight.to(outs.dtype)).sum(dim=0)
+    return out, lse if write_lse else None
+
+
+def memory_efficient_attention_backward(
+    grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+):
+    """(dq, dk, dv) of `memory_efficient_attention` for `grad`; p must be 0.
+
+    The forward pass is run again: output and lse are not needed here.
+    """
+    if p != 0.0:
+        raise NotImplementedError(f"p must be 0 here: use memory_efficient_attention, got {p}")
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        out = _run(*leaves, attn_bias, p, scale, None)[0]
+    return torch.autograd.grad(out, leaves, grad)
+
+
+FUNCTIONS = (
+    memory_efficient_attention, memory_efficient_attention_backward,
+    memory_efficient_attention_forward, memory_efficient_attention_forward_requires_grad,
+    memory_efficient_attention_partial, merge_attentions,
+)  # fmt: skip
+# what callers pass as `op`; None is xformers' own "choose"
+_OPS = (
+    "MemoryEfficientAttentionCutlassOp", "MemoryEfficientAttentionFlashAttentionOp",
+    "MemoryEfficientAttentionCkOp", "MemoryEfficientAttentionSplitKCkOp", "AttentionOp",
+)  # fmt: skip
+
+
+def _bias_module() -> dict:
+    return dict(_BY_NAME)
+
+
+def _ops() -> dict:
+    return {"fmha": importlib.import_module("xformers.ops.fmha"), **_names()}
+
+
+def _fmha() -> dict:
+    return {"attn_bias": importlib.import_module("xformers.ops.fmha.attn_bias"), **_names()}
+
+
+def _names() -> dict:
+    return {**_BY_NAME, **{f.__name__: f for f in FUNCTIONS}, **dict.fromkeys(_OPS)}
+
+
+_STAND_IN = importing.StandIn(
+    "xformers", "xformers", VERSION,
+    {
+        "xformers": lambda: {"__version__": VERSION},
+        "xformers.ops": _ops,
+        "xformers.ops.fmha": _fmha,
+        "xformers.ops.fmha.attn_bias": _bias_module,
+    },
+)  # fmt: skip
+
+
+def install() -> bool:
+    """Make `import xformers.ops` resolve to this module unless the real package is installed.
+
+    Returns True if the stand-in is in place, False if the real package is.
+    """
+    return _STAND_IN.install()
+
+
+def uninstall() -> None:
+    """Undo `install()`."""
+    _STAND_IN.uninstall()

@@ -158,24 +158,27 @@ def _structure(
     return found if bool(padding.all()) else dataclasses.replace(found, padding=padding)
 
 
-@functools.cache
-def _computes_attention_itself(config_class: type) -> bool:
-    """Whether the models of a configuration never ask for an attention function (Bloom, Falcon,
+def _computes_attention_itself(config) -> bool:
+    """Whether the layers of a configuration never ask for an attention function (Bloom, Mpt,
     MPNet ...).  Such code adds its mask to the logits: a bool one would be wrong without a word.
     """
-    if config_class.__name__ == "NoneType":
+    if config is None:
         return False
-    modeling = sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
-    text = getattr(config_class, "sub_configs", None)  # its layers may be another family's
-    if modeling is None or text or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
-        return False
-    if ".modeling_" not in modeling.__name__:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _never_asks(type(text))
+
+
+@functools.cache
+def _never_asks(config_class: type) -> bool:
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    modeling = sys.modules.get(name)
+    if ".modeling_" not in name or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         return False
     warnings.warn(
         f"{config_class.__name__}: this model computes attention in its own code, so "
         "attn_implementation='attn_ext' changes nothing for it; where it supports 'sdpa', use that "
         "together with attn_ext.replace_sdpa()",
-        stacklevel=4,
+        stacklevel=5,
     )
     return True
 
@@ -200,7 +203,7 @@ def mask_function(
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
 
-    if _computes_attention_itself(type(kwargs.get("config"))):
+    if _computes_attention_itself(kwargs.get("config")):
         return masking_utils.eager_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset,
             mask_function or masking_utils.causal_mask_function, attention_mask,

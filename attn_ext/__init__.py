@@ -7,6 +7,7 @@ out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, 
 from importlib.metadata import PackageNotFoundError, version
 
 from attn_ext import backends, flops, nn  # noqa: F401
+from attn_ext.additive import additive_attention, additive_attention_varlen
 from attn_ext.api import RowStats, attention, attention_varlen
 from attn_ext.decode import attention_decode
 from attn_ext.explanation import explain
@@ -19,6 +20,6 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+uninstalled"
 
 __all__ = [
-    "RowStats", "attention", "attention_decode", "attention_varlen", "backends", "explain",
-    "replace_sdpa", "scaled_dot_product_attention",
+    "RowStats", "additive_attention", "additive_attention_varlen", "attention", "attention_decode",
+    "attention_varlen", "backends", "explain", "replace_sdpa", "scaled_dot_product_attention",
 ]  # fmt: skip

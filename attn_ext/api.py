@@ -16,6 +16,7 @@ from attn_ext import ops, validate
 from attn_ext.problem import Call
 
 MAX_SEED = 2**63 - 1
+NO_LSE = "return_lse must be False with normalizer='sigmoid', which has no LSE, got True"
 
 
 class RowStats(NamedTuple):
@@ -57,7 +58,7 @@ def draw_rng_state(q: torch.Tensor) -> torch.Tensor:
 def dense_args(
     q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0,
     alibi_slopes=None, sink=None, dropout_p=0.0, scale=None, need_stats=False, deterministic=False,
-    backend="auto",
+    normalizer="softmax", sigmoid_bias=None, backend="auto",
 ) -> tuple:  # fmt: skip
     """The checked flat op arguments of a dense call."""
     validate.tensor("q", q)
@@ -84,13 +85,16 @@ def dense_args(
         alibi_slopes = validate.alibi(alibi_slopes, q.device, batch, heads)
     if sink is not None:
         sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    if normalizer != "softmax" or sigmoid_bias is not None:
+        validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     if scale is None and lean:
         scale = q_shape[3] ** -0.5
     return (
         q, k, v, mask, bias, alibi_slopes, sink,
         draw_rng_state(q) if dropout_p > 0 else None,
         None, None, None, None, seqlen_q, seqlen_k, scale, softcap, dropout_p, align, window_left,
-        window_right, need_stats, deterministic, ops.wants_grad(q, k, v, bias, sink),
+        window_right, need_stats, deterministic, normalizer, sigmoid_bias,
+        ops.wants_grad(q, k, v, bias, sink),
         bias is not None and bias.requires_grad and torch.is_grad_enabled(), backend,
     )  # fmt: skip
 
@@ -107,7 +111,7 @@ def result(args: tuple, return_lse: bool, return_stats: bool):
 def attention(
     q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0,
     alibi_slopes=None, sink=None, dropout_p=0.0, scale=None, return_lse=False, return_stats=False,
-    deterministic=False,
+    deterministic=False, normalizer="softmax", sigmoid_bias=None,
     backend="auto",
 ):  # fmt: skip
     """Exact attention softmax(scale * q k^T) v in O(N) memory, differentiable in q, k, v, bias,
@@ -131,6 +135,9 @@ def attention(
     keyed on (b, h, i, j) with a seed from torch's generator, so torch.manual_seed repeats it.
     scale: factor of the dot products, 1/sqrt(D) if None.   deterministic: bitwise equal from run to
     run.
+    normalizer: "softmax", or "sigmoid" (arXiv 2409.04431): weights sigmoid(logit + sigmoid_bias),
+    which need not sum to 1; sigmoid_bias is -ln of the number of keys if None.  Sigmoid has no LSE,
+    statistics or sink.
     backend: "auto", or a name of `attn_ext.backends()`, which then never falls back.
 
     ValueError or TypeError name the argument, the rule and the value; NotImplementedError when no
@@ -140,9 +147,11 @@ def attention(
     args = dense_args(
         q, k, v, causal=causal, window=window, mask=mask, bias=bias, softcap=softcap,
         alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p, scale=scale,
-        need_stats=return_stats,
-        deterministic=deterministic, backend=backend,
+        need_stats=return_stats, deterministic=deterministic, normalizer=normalizer,
+        sigmoid_bias=sigmoid_bias, backend=backend,
     )  # fmt: skip
+    if normalizer == "sigmoid" and return_lse:
+        raise ValueError(NO_LSE)
     return result(args, return_lse, return_stats)
 
 
@@ -183,7 +192,8 @@ def varlen_args(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, causal=False,
     window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
     dropout_p=0.0,
-    scale=None, need_stats=False, deterministic=False, backend="auto",
+    scale=None, need_stats=False, deterministic=False, normalizer="softmax", sigmoid_bias=None,
+    backend="auto",
 ) -> tuple:  # fmt: skip
     """The checked flat op arguments of a varlen call."""
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -209,13 +219,15 @@ def varlen_args(
         alibi_slopes = validate.alibi(alibi_slopes, q.device, batch, heads)
     if sink is not None:
         sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    if normalizer != "softmax" or sigmoid_bias is not None:
+        validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     return (
         q, k, v, mask, bias, alibi_slopes, sink,
         draw_rng_state(q) if dropout_p > 0 else None,
         cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, longest_q, longest_k,
         scale,
         softcap, dropout_p, align, window_left, window_right, need_stats, deterministic,
-        ops.wants_grad(q, k, v, bias, sink),
+        normalizer, sigmoid_bias, ops.wants_grad(q, k, v, bias, sink),
         bias is not None and bias.requires_grad and torch.is_grad_enabled(), backend,
     )  # fmt: skip
 
@@ -224,7 +236,8 @@ def attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, causal=False,
     window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
     dropout_p=0.0,
-    scale=None, return_lse=False, return_stats=False, deterministic=False, backend="auto",
+    scale=None, return_lse=False, return_stats=False, deterministic=False, normalizer="softmax",
+    sigmoid_bias=None, backend="auto",
 ):  # fmt: skip
     """Attention over sequences of unequal lengths packed one after the other; each sees only its
     own keys.
@@ -247,8 +260,11 @@ def attention_varlen(
         window=window,
         mask=mask, bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink,
         dropout_p=dropout_p,
-        scale=scale, need_stats=return_stats, deterministic=deterministic, backend=backend,
+        scale=scale, need_stats=return_stats, deterministic=deterministic, normalizer=normalizer,
+        sigmoid_bias=sigmoid_bias, backend=backend,
     )  # fmt: skip
+    if normalizer == "sigmoid" and return_lse:
+        raise ValueError(NO_LSE)
     return result(args, return_lse, return_stats)
 
 

@@ -112,7 +112,7 @@ def decode_args(
         None if cache_seqlens is None else cache_seqlens.contiguous(),
         None if block_table is None else block_table.contiguous(),
         seqlen_q, capacity, scale, softcap, 0.0, BOTTOM_RIGHT, window_left, window_right,
-        need_stats, False,
+        need_stats, False, "softmax", None,
         False, False, backend,
     )  # fmt: skip
 

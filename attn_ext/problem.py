@@ -47,6 +47,8 @@ class Call:
     window_right: int = UNBOUNDED
     need_stats: bool = False
     deterministic: bool = False
+    normalizer: str = "softmax"  # or "sigmoid": P = sigmoid(s + sigmoid_bias), LSE is 0
+    sigmoid_bias: float | None = None  # None: -ln of the sequence's number of keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Problem:
     deterministic: bool = False
     grad: bool = False
     device_index: int = 0
+    normalizer: str = "softmax"
 
     @classmethod
     def of(cls, call: Call, grad: bool = False, bias_grad: bool = False) -> Problem:
@@ -115,6 +118,7 @@ class Problem:
             deterministic=call.deterministic,
             grad=grad,
             device_index=q.device.index or 0,
+            normalizer=call.normalizer,
         )
 
 

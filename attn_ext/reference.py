@@ -8,6 +8,8 @@ float64.
     LSE = ln(sum_j exp(s_ij) + exp(sink[h]))         P = exp(s - LSE)
     O = (P * keep / (1 - p)) V                       v [B, Hk, Sk, Dv]
 
+and the family: P = sigmoid(s + sigmoid_bias) without LSE; additive s = sum_d w_d tanh(q_id + k_jd).
+
 It holds the whole Sq x Sk matrix and computes in the inputs' dtype as a plain torch user would, so
 that on float64 copies it is the truth, and on the inputs themselves the error that an honest
 implementation has (`attn_ext.testing`). Differentiable by autograd in q, k, v, bias and sink,
@@ -15,6 +17,9 @@ through `out` and `lse`.  Varlen and decode loop over the sequences.
 """
 
 from __future__ import annotations
+
+import contextlib
+import math
 
 import torch
 
@@ -30,19 +35,41 @@ _WORD64 = 0xFFFFFFFFFFFFFFFF
 
 def attend(
     call: Call,
+    w: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(out, lse, max_logit, entropy) of `call`; the last two are None unless `call.need_stats`.
 
     Dense and decode: out [B, Hq, Sq, Dv], the others [B, Hq, Sq].  Varlen: out [total_q, Hq, Dv],
     others [Hq, total_q]. LSE and statistics are float32, float64 for float64 inputs.  Rows that see
-    no key: out 0, lse and max_logit -inf, entropy 0, and no gradient.
+    no key: out 0, lse and max_logit -inf, entropy 0, and no gradient.  With w [Hq, D] the
+    scores are additive; LSE of the sigmoid is 0.
     """
     if call.cu_seqlens_q is not None:
-        return _varlen(call)
+        return _varlen(call, w)
     if call.block_table is not None or call.seqlens_k is not None:
-        return _decode(call)
-    out, lse, max_logit, entropy = _dense(call, call.q, call.k, call.v, call.mask, call.bias, 0)
+        return _decode(call, w)
+    out, lse, max_logit, entropy = _dense(call, w, call.q, call.k, call.v, call.mask, call.bias, 0)
     return (out, lse, max_logit, entropy) if call.need_stats else (out, lse, None, None)
+
+
+_AUTOGRAD_KEYS = ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView")
+
+
+@contextlib.contextmanager
+def recording():
+    """Autograd records within it, also inside an operator's kernel, where the dispatcher has
+    switched autograd off: gradients would be silent zeros.
+    """
+    keys = [getattr(torch._C.DispatchKey, name) for name in _AUTOGRAD_KEYS]
+    off = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
+    for key in off:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key in off:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
 
 
 def visible_pairs(call: Call, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
@@ -172,7 +199,7 @@ class _WeightedSum(torch.autograd.Function):
         return dp, safe_matmul(p.transpose(-1, -2), dout)
 
 
-def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
+def _dense(call: Call, w, q, k, v, mask, bias, first_batch: int):
     """The core: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], batch elements
     first_batch, first_batch + 1, ...
     """
@@ -193,7 +220,7 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
 
     # S [B, Hq, Sq, Sk] in the inputs' dtype; excluded pairs are zeroed first, so that softcap's
     # tanh never sees their NaN
-    s = _Scores.apply(q, k) * call.scale
+    s = (_Scores.apply(q, k) if w is None else _additive(q, k, w, visible)) * call.scale
     s = torch.where(visible, s, torch.zeros_like(s))
     if call.softcap > 0:
         s = call.softcap * torch.tanh(s / call.softcap)
@@ -204,6 +231,14 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     s = s.to(stat)
     s = torch.where(visible, s, torch.full_like(s, -torch.inf))
     visible = visible & (s.detach() != -torch.inf)
+
+    if call.normalizer == "sigmoid":
+        shift = -math.log(max(seqlen_k, 1)) if call.sigmoid_bias is None else call.sigmoid_bias
+        p = torch.where(visible, torch.sigmoid(s + shift), torch.zeros_like(s))
+        if call.dropout_p > 0:
+            p = _dropout(call, p, first_batch)
+        lse = s.new_zeros(batch, heads_q, seqlen_q)
+        return _WeightedSum.apply(p.to(q.dtype), v), lse, None, None
 
     # m, LSE [B, Hq, Sq, 1]; empty rows compute with m = 0, l = 1, so that no -inf - -inf arises in
     # either direction
@@ -235,6 +270,13 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     return out, lse.squeeze(-1), max_logit.squeeze(-1), entropy
 
 
+def _additive(q, k, w, visible: torch.Tensor) -> torch.Tensor:
+    """sum_d w_d tanh(q_id + k_jd) [B, Hq, Sq, Sk]; excluded pairs never see their NaN."""
+    pre = q.unsqueeze(3) + k.unsqueeze(2)
+    pre = torch.where(visible.unsqueeze(-1), pre, torch.zeros_like(pre))
+    return (torch.tanh(pre) * w.to(q.dtype)[:, None, None, :]).sum(-1)
+
+
 def _alibi(call: Call, first_batch: int, batch: int, seqlen_q: int, seqlen_k: int, dtype):
     """slope[b, h] * |i + (Sk - Sq) - j|   [B or 1, Hq, Sq, Sk]"""
     slopes = call.alibi_slopes.to(dtype)
@@ -264,7 +306,7 @@ def _part(scores: torch.Tensor | None, b: int, seqlen_q: int, seqlen_k: int):
     return scores[..., :seqlen_k] if scores.shape[3] != 1 else scores
 
 
-def _varlen(call: Call):
+def _varlen(call: Call, w):
     """Each sequence by itself.  Rows that belong to no sequence are empty rows."""
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     total_q, heads_q, _ = call.q.shape
@@ -276,7 +318,7 @@ def _varlen(call: Call):
             x[s].transpose(0, 1)[None] for x, s in ((call.q, rows), (call.k, cols), (call.v, cols))
         )
         mask, bias = (_part(x, b, q.shape[2], k.shape[2]) for x in (call.mask, call.bias))
-        parts.append(_dense(call, q, k, v, mask, bias, b))
+        parts.append(_dense(call, w, q, k, v, mask, bias, b))
     rest = total_q - starts_q[-1]
     out = [o[0].transpose(0, 1) for o, *_ in parts]
     out.append(call.q.new_zeros(rest, heads_q, call.v.shape[-1]))
@@ -290,7 +332,7 @@ def _varlen(call: Call):
     return torch.cat(out), *rows
 
 
-def _decode(call: Call):
+def _decode(call: Call, w):
     """Each batch element with the used part of its cache, gathered from its pages where there
     is a block table.
     """
@@ -302,7 +344,7 @@ def _decode(call: Call):
     for b, length in enumerate(lengths):
         k, v = (_cache(call, x, b, length) for x in (call.k, call.v))
         mask, bias = (_part(x, b, seqlen_q, length) for x in (call.mask, call.bias))
-        parts.append(_dense(call, call.q[b : b + 1], k, v, mask, bias, b))
+        parts.append(_dense(call, w, call.q[b : b + 1], k, v, mask, bias, b))
     if not parts:
         empty = call.q.new_zeros(0, heads_q, seqlen_q, call.v.shape[-1])
         stat = empty[..., 0].to(torch.promote_types(call.q.dtype, torch.float32))

@@ -229,6 +229,24 @@ def sink_logits(value, device, dtype, heads) -> torch.Tensor:
     return value.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
+def normalizer(value, sigmoid_bias, sink, need_stats) -> None:
+    """Check the normalizer and what goes with it."""
+    if not isinstance(value, str):
+        raise TypeError(f"normalizer must be a str, got {type(value).__name__} {value!r}")
+    if value not in ("softmax", "sigmoid"):
+        raise ValueError(f"normalizer must be 'softmax' or 'sigmoid', got {value!r}")
+    if sigmoid_bias is not None:
+        number("sigmoid_bias", sigmoid_bias)
+        if value != "sigmoid":
+            raise ValueError(
+                f"sigmoid_bias must be None unless normalizer='sigmoid', got {sigmoid_bias!r}"
+            )
+    if value == "sigmoid" and sink is not None:
+        raise ValueError("sink must be None with normalizer='sigmoid', which has no sum, got one")
+    if value == "sigmoid" and need_stats:
+        raise ValueError("return_stats must be False with normalizer='sigmoid', got True")
+
+
 def index_tensor(name: str, value, device, dims: int) -> None:
     """Check an int32 tensor of `dims` dimensions."""
     tensor(name, value)

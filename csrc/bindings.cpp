@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include <stdexcept>
 #include <string>
@@ -46,6 +47,25 @@ void check(const Problem& p, const Pointers& ptr, int threads) {
     throw std::invalid_argument("rng_state is needed when dropout_p > 0");
   if (ptr.block_table && p.page_size < 1)
     throw std::invalid_argument("page_size must be at least 1 with a block_table");
+}
+
+// q k v mask bias alibi rng_state cu_seqlens_q cu_seqlens_k seqlens_k block_table o lse dout dlse
+// dq dk dv dbias w dw; 0 where absent.
+using Addresses = std::array<uintptr_t, 21>;
+
+Pointers pointers(const Addresses& a, int64_t alibi_stride_b) {
+  Pointers ptr;
+  ptr.q = in<void>(a[0]), ptr.k = in<void>(a[1]), ptr.v = in<void>(a[2]);
+  ptr.mask = in<void>(a[3]), ptr.bias = in<void>(a[4]);
+  ptr.alibi_slopes = in<void>(a[5]), ptr.alibi_stride_b = alibi_stride_b;
+  ptr.rng_state = in<int64_t>(a[6]);
+  ptr.cu_seqlens_q = in<int32_t>(a[7]), ptr.cu_seqlens_k = in<int32_t>(a[8]);
+  ptr.seqlens_k = in<int32_t>(a[9]), ptr.block_table = in<int32_t>(a[10]);
+  ptr.o = reinterpret_cast<void*>(a[11]), ptr.lse = reinterpret_cast<void*>(a[12]);
+  ptr.dout = in<void>(a[13]), ptr.dlse = in<void>(a[14]);
+  ptr.dq = reinterpret_cast<void*>(a[15]), ptr.dk = reinterpret_cast<void*>(a[16]);
+  ptr.dv = reinterpret_cast<void*>(a[17]), ptr.dbias = reinterpret_cast<void*>(a[18]);
+  return ptr;
 }
 
 }  // namespace
@@ -126,6 +146,25 @@ PYBIND11_MODULE(_C, m) {
         attn::cpu::backward(p, ptr, threads);
       },
       "Gradients of one call; addresses, 0 where absent or not wanted");
+
+  m.def(
+      "cpu_family",
+      [](const Problem& p, int threads, bool is_backward, const Addresses& addresses,
+         int64_t alibi_stride_b, bool sigmoid, std::optional<double> sigmoid_bias) {
+        const Pointers ptr = pointers(addresses, alibi_stride_b);
+        attn::cpu::FamilyOptions options;
+        options.sigmoid = sigmoid, options.length_bias = !sigmoid_bias;
+        options.sigmoid_bias = sigmoid_bias.value_or(0);
+        options.w = in<void>(addresses[19]);
+        options.dw = reinterpret_cast<void*>(addresses[20]);
+        check(p, ptr, threads);
+        py::gil_scoped_release release;
+        if (is_backward)
+          attn::cpu::family_backward(p, ptr, options, threads);
+        else
+          attn::cpu::family_forward(p, ptr, options, threads);
+      },
+      "Sigmoid and additive attention; the order of the addresses is that of `Addresses`");
 
   m.def("ceilings", &attn::cpu::ceiling, py::arg("name"), py::arg("isa") = "",
         py::arg("threads") = 1, py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),

@@ -7,6 +7,8 @@ A backend is a module with
     forward(call) -> (out, lse, max_logit | None, entropy | None)
     backward(call, dout, out, lse, dlse | None, needs) -> (dq, dk, dv, dbias | None, dsink | None)
 
+A module that serves other normalizers than softmax names them in NORMALIZERS.
+
 `needs` is five bools (q, k, v, bias, sink); a gradient not needed may be None.  `out` has the
 strides that `attn_ext.problem.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q] for
 varlen.  Backends never import each other.
@@ -41,7 +43,12 @@ def reasons(name: str, problem: Problem) -> list[str]:
     """Why backend `name` cannot serve `problem`; empty when it can."""
     module = get(name)
     missing = module.available()
-    return [missing] if missing else module.unsupported(problem)
+    if missing:
+        return [missing]
+    served = getattr(module, "NORMALIZERS", ("softmax",))
+    if problem.normalizer not in served:
+        return [f"normalizer must be {' or '.join(map(repr, served))}, got {problem.normalizer!r}"]
+    return module.unsupported(problem)
 
 
 @functools.lru_cache(maxsize=4096)

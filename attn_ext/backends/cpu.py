@@ -44,6 +44,7 @@ if _C is not None:
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_SCORES = (0, 0, 0, 0)
+NORMALIZERS = ("softmax", "sigmoid")
 
 
 def available() -> str:
@@ -214,6 +215,7 @@ def _is_plain(call: Call) -> bool:
         call.mask is None and call.bias is None and call.cu_seqlens_q is None
         and call.seqlens_k is None and call.block_table is None and call.alibi_slopes is None
         and call.sink is None and call.dropout_p == 0 and not call.need_stats
+        and call.normalizer == "softmax"
         and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
         and not (call.q.is_neg() or call.k.is_neg() or call.v.is_neg())
     )  # fmt: skip
@@ -223,6 +225,8 @@ def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
     if _is_plain(call):
         return _plain_forward(call)
+    if call.normalizer == "sigmoid":
+        return (*family_forward(call, None), None, None)
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     out = empty_like_layout(call.q, call.v.shape[-1])
@@ -254,6 +258,8 @@ def forward(call: Call):
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
     dtype."""
+    if call.normalizer == "sigmoid":
+        return (*family_backward(call, None, dout, out, None, None, needs)[:4], None)
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = _statistics_dtype(call)
@@ -295,3 +301,61 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             *map(_address, (dq, dk, dv, dbias, dsink)),
         )
     return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink
+
+
+def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
+    """One native call of the kernels in csrc/cpu/family*.h."""
+    dq, dk, dv, dbias, dw = grads
+    alibi = t["alibi_slopes"]
+    per_batch = alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
+    names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
+             "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip
+    tensors = [*(t[name] for name in names), out, lse, dout, dlse, dq, dk, dv, dbias, w, dw]
+    _C.cpu_family(
+        problem, torch.get_num_threads(), backward, [_address(x) for x in tensors],
+        alibi.stride(0) if per_batch else 0, call.normalizer == "sigmoid", call.sigmoid_bias,
+    )  # fmt: skip
+
+
+def family_forward(call: Call, w) -> tuple:
+    """(O, LSE) of sigmoid attention (LSE 0) or, with w [Hq, D] in the statistics' dtype, of
+    additive attention."""
+    t = _canonical(call)
+    varlen = call.cu_seqlens_q is not None
+    sigmoid = call.normalizer == "sigmoid"
+    out = empty_like_layout(call.q, call.v.shape[-1])
+    lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
+    if varlen:  # rows that belong to no sequence are empty rows
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if sigmoid:
+        lse.zero_()
+    if out.numel() or lse.numel():
+        _family_run(call, t, _problem(call, t, out, lse), w, False, out, lse)
+    return out, lse
+
+
+def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
+    """(dq, dk, dv, dbias, dw) of `family_forward`; `needs` holds four bools (q, k, v, bias)."""
+    t = _canonical(call)
+    statistics = _statistics_dtype(call)
+    ragged = call.cu_seqlens_q is not None or call.seqlens_k is not None
+    dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
+    lse = torch.empty(_lse_shape(call), dtype=statistics) if lse is None else lse.contiguous()
+    dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
+    # dQ, dK, dV: zeros where no task writes, i.e. beyond the sequences or without queries or keys
+    blank = ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0
+    grads = [empty_like_layout(x, x.shape[-1]) for x in (call.q, call.k, call.v)]
+    for g in grads if blank else ():
+        g.zero_()
+    dbias = torch.zeros(call.bias.shape, dtype=statistics, device="cpu") if needs[3] else None
+    dw = None if w is None else torch.zeros_like(w)
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        problem = _problem(call, t, out, lse)
+        varlen, sizes = call.cu_seqlens_q is not None, Problem.of(call)
+        sizes = (sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k)
+        problem.set_gradient_strides(
+            _strides(dout, varlen), *(_strides(g, varlen) for g in grads), _scores(dbias, sizes)
+        )
+        _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
+    return *grads, None if dbias is None else dbias.to(call.bias.dtype), dw

@@ -12,6 +12,8 @@ import torch
 from attn_ext import reference
 from attn_ext.problem import Call, Problem, empty_like_layout
 
+NORMALIZERS = ("softmax", "sigmoid")
+
 
 def available() -> str:
     """Always: it needs nothing but torch."""
@@ -44,7 +46,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             leaves[name] = tensor.detach().requires_grad_()
     # `call` may hold tensors that are part of the caller's graph; autograd must stop at our leaves
     held = {name: getattr(call, name).detach() for name in names if getattr(call, name) is not None}
-    with torch.enable_grad():
+    with reference.recording():
         call = dataclasses.replace(call, **{**held, **leaves, "need_stats": False})
         result, result_lse, _, _ = reference.attend(call)
     outputs, grads = [result], [dout]

@@ -9,10 +9,12 @@
 
 namespace attn::cpu {
 
-#define ATTN_DECLARE(ISA)                                            \
-  namespace ISA {                                                    \
-  void forward(const Problem& p, const Pointers& ptr, int threads);  \
-  void backward(const Problem& p, const Pointers& ptr, int threads); \
+#define ATTN_DECLARE(ISA)                                                                   \
+  namespace ISA {                                                                           \
+  void forward(const Problem& p, const Pointers& ptr, int threads);                         \
+  void backward(const Problem& p, const Pointers& ptr, int threads);                        \
+  void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n);  \
+  void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n); \
   }
 ATTN_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -38,22 +40,27 @@ struct Isa {
   const char* name;
   void (*forward)(const Problem&, const Pointers&, int);
   void (*backward)(const Problem&, const Pointers&, int);
+  void (*family_forward)(const Problem&, const Pointers&, const FamilyOptions&, int);
+  void (*family_backward)(const Problem&, const Pointers&, const FamilyOptions&, int);
   bool supported;
 };
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
-    std::vector<Isa> list{{"baseline", baseline::forward, baseline::backward, true}};
+    std::vector<Isa> list{{"baseline", baseline::forward, baseline::backward,
+                           baseline::family_forward, baseline::family_backward, true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 =
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    list.push_back({"avx2", avx2::forward, avx2::backward, has_avx2});
-    list.push_back({"avx512", avx512::forward, avx512::backward, has_avx512});
-    list.push_back({"avx512_bf16", forward_bf16, backward_bf16,
-                    has_avx512 && __builtin_cpu_supports("avx512bf16")});
+    list.push_back({"avx2", avx2::forward, avx2::backward, avx2::family_forward,
+                    avx2::family_backward, has_avx2});
+    list.push_back({"avx512", avx512::forward, avx512::backward, avx512::family_forward,
+                    avx512::family_backward, has_avx512});
+    list.push_back({"avx512_bf16", forward_bf16, backward_bf16, avx512::family_forward,
+                    avx512::family_backward, has_avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
     return list;
   }();
@@ -93,6 +100,12 @@ void forward(const Problem& p, const Pointers& ptr, int threads) {
 }
 void backward(const Problem& p, const Pointers& ptr, int threads) {
   active().backward(p, ptr, threads);
+}
+void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
+  active().family_forward(p, ptr, o, threads);
+}
+void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
+  active().family_backward(p, ptr, o, threads);
 }
 std::string isa() { return active().name; }
 void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }

@@ -4,12 +4,15 @@
 #include <string>
 #include <vector>
 
+#include "cpu/family_options.h"
 #include "params.h"
 
 namespace attn::cpu {
 
 void forward(const Problem& p, const Pointers& ptr, int threads);
 void backward(const Problem& p, const Pointers& ptr, int threads);
+void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads);
+void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads);
 
 std::vector<std::string> supported_isas();  // of this machine, best last
 std::string isa();                          // the one in use

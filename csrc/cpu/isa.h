@@ -17,6 +17,12 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #include "cpu/score.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
+#ifndef ATTN_BF16_DOT
+#include "cpu/family_tile.h"
+#include "cpu/additive.h"
+#include "cpu/family.h"
+#include "cpu/family_backward.h"
+#endif
 // clang-format on
 
 #ifdef ATTN_BF16_DOT
@@ -40,6 +46,19 @@ void backward(const Problem& p, const Pointers& ptr, int threads) {
     Backward<Plain<double> >(p, ptr, threads).run();
   else
     Backward<Plain<float> >(p, ptr, threads).run();
+}
+void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
+  if (p.dtype == DType::kFloat64)
+    FamilyForward<double>(p, ptr, o, threads).run();
+  else
+    FamilyForward<float>(p, ptr, o, threads).run();
+}
+
+void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
+  if (p.dtype == DType::kFloat64)
+    FamilyBackward<double>(p, ptr, o, threads).run();
+  else
+    FamilyBackward<float>(p, ptr, o, threads).run();
 }
 #endif
 

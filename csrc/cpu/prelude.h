@@ -21,6 +21,7 @@
 #endif
 
 #include "cpu/convert.h"
+#include "cpu/family_options.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/sequence.h"

@@ -1,0 +1,263 @@
+"""Additive attention: each backend against the reference in float64 under the tolerance rule, on
+every ISA; torch integration; memory; bad input.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import attn_ext
+from attn_ext import _C, additive
+from attn_ext.testing import (
+    assert_close_to_reference,
+    cancellation,
+    poisoned_memory,
+    random_call,
+)
+
+# name -> random_call's options: what each would catch
+CASES = {
+    "one of everything": {"seqlen_q": 1, "head_dim": 1},
+    "odd sizes: every tail": {"seqlen_q": 77, "seqlen_k": 131, "head_dim": 7, "head_dim_v": 5},
+    "several query tiles": {"seqlen_q": 260, "seqlen_k": 130, "head_dim": 33, "batch": 1},
+    "one query, many keys": {"seqlen_q": 1, "seqlen_k": 700, "head_dim": 24},
+    "grouped heads": {"heads_q": 4, "heads_k": 2, "seqlen_q": 40},
+    "causal": {"seqlen_q": 70, "causal": True},
+    "window over a long band": {"seqlen_q": 150, "seqlen_k": 190, "window": (20, 9)},
+    "top-left, empty rows": {"seqlen_q": 60, "seqlen_k": 50, "window": (3, 2), "align": 0},
+    "mask": {"seqlen_q": 40, "seqlen_k": 90, "mask": "bhqk"},
+    "mask broadcast over queries": {"seqlen_q": 40, "mask": "bk"},
+    "lengths": {"seqlen_q": 30, "seqlen_k": 80, "cache_seqlens": [80, 0, 33]},
+    "lengths, causal": {"seqlen_q": 5, "seqlen_k": 80, "cache_seqlens": [80, 3], "causal": True},
+    "no keys": {"seqlen_q": 5, "seqlen_k": 0},
+    "no queries": {"seqlen_q": 0, "seqlen_k": 5},
+    "varlen with an empty sequence": {"seqlens_q": [5, 0, 33], "seqlens_k": [40, 7, 70]},
+    "varlen, causal and mask": {"seqlens_q": [9, 30], "causal": True, "mask": "bhqk"},
+    "padded storage": {"seqlen_q": 33, "layout": "padded", "mask": "qk"},
+    "swapped storage": {"seqlen_q": 33, "layout": "bshd"},
+}
+SHORT = ("odd sizes: every tail", "grouped heads", "varlen with an empty sequence", "lengths")
+
+
+def arguments(call, w, backend):
+    """The operator's flat arguments of a call."""
+    return (
+        call.q, call.k, call.v, w, call.mask, call.cu_seqlens_q, call.cu_seqlens_k, call.seqlens_k,
+        call.max_seqlen_q, call.max_seqlen_k, call.align, call.window_left, call.window_right,
+        backend,
+    )  # fmt: skip
+
+
+def results(call, w, dout, dlse, backend, dtype):
+    """out, lse, dq, dk, dv, dw with every float input in `dtype`."""
+    call = call.__class__(**{n: getattr(call, n) for n in call.__slots__})
+    call.q, call.k, call.v = (x.to(dtype) for x in (call.q, call.k, call.v))
+    w = w.to(torch.promote_types(dtype, torch.float32))
+    flat = arguments(call, w, backend)
+    with poisoned_memory():
+        out, lse = additive._forward(*flat)
+        grads = additive._backward(dout.to(dtype), dlse.to(w.dtype), out, lse, *flat)
+    return out, lse, *grads
+
+
+def check(name, dtype, backend="cpu", spread=1.0):
+    """One case under the tolerance rule."""
+    call = random_call(3, dtype=dtype, **CASES[name])
+    call.q, call.k = call.q * spread, call.k * spread
+    heads, dim = call.q.shape[-3 if call.cu_seqlens_q is None else -2], call.q.shape[-1]
+    w = torch.randn(heads, dim, dtype=torch.float64).to(dtype)
+    dout = torch.randn(*call.q.shape[:-1], call.v.shape[-1], dtype=torch.float64).to(dtype)
+    shape = (heads, call.q.shape[0]) if call.cu_seqlens_q is not None else call.q.shape[:3]
+    dlse = torch.randn(shape)
+    got = results(call, w, dout, dlse, backend, dtype)
+    truth = results(call, w, dout, dlse, "reference", torch.float64)
+    naive = results(call, w, dout, dlse, "reference", dtype)
+    names = ("out", "lse", "dq", "dk", "dv", "dw")
+    w_largest = w.abs().max().item()
+    for label, x, want, plain in zip(names, got, truth, naive, strict=True):
+        if call.seqlens_k is not None:  # the unused part of the cache is NaN
+            want, plain = (torch.where(torch.isnan(t), 0.0, t) for t in (want, plain))
+        kind = "grad" if label.startswith("d") else "out"
+        # dS cancels as in dot-product attention; tanh' w is at most w
+        call.scale = 1.0
+        rounding = 0.0
+        if kind == "grad" and label != "dv":
+            rounding = cancellation(call, dout, got[0], "q") / max(
+                call.k[torch.isfinite(call.k)].abs().max().item() if call.k.numel() else 1, 1e-9
+            ) * w_largest * call.q.shape[-2] ** 0.5  # fmt: skip
+        assert_close_to_reference(x, want, plain, kind, f"{name}: {label}", dtype, rounding)
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request):
+    """Each instruction set of the machine."""
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name, isa):
+    """Wrong tails, windows, lengths, gradients; memory that is not written."""
+    check(name, torch.float32)
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(name, dtype, isa):
+    """Conversions of halves, the double kernel."""
+    check(name, dtype)
+
+
+@pytest.mark.parametrize("spread", [5.0, 60.0])
+def test_large_arguments(spread, isa):
+    """Overflow of exp(2q) exp(2k): both ways to tanh in one call."""
+    check("odd sizes: every tail", torch.float32, spread=spread)
+
+
+def test_nan_stays_where_it_is_visible(isa):
+    """0 * NaN of an excluded key, or a NaN query, spoiling other rows."""
+    q, k, v = (torch.randn(1, 1, 40, 8) for _ in range(3))
+    k[0, 0, 3] = torch.nan
+    v[0, 0, 3] = torch.inf
+    q[0, 0, 7] = torch.nan
+    mask = torch.ones(40, dtype=torch.bool)
+    mask[3] = False
+    leaves = [x.requires_grad_() for x in (q, k, v, torch.randn(8))]
+    out = attn_ext.additive_attention(*leaves, mask=mask)
+    dq, dk, dv, _ = torch.autograd.grad(out[0, 0, 8:].sum(), leaves)
+    assert torch.isnan(out[0, 0, 7]).all()
+    others = torch.arange(40) != 7
+    assert torch.isfinite(out[0, 0, others]).all()
+    assert torch.isfinite(dq[0, 0, others]).all()
+    assert (dk[0, 0, 3] == 0).all() and (dv[0, 0, 3] == 0).all()
+
+
+def naive(q, k, v, w, b):
+    """The formula as it stands."""
+    s = (torch.tanh(q.unsqueeze(3) + k.unsqueeze(2) + b) * w).sum(-1)
+    return s.softmax(-1) @ v
+
+
+def test_gradients_reach_w_and_b():
+    """b left out of the gradient; w of one head given to all."""
+    q, k, v = (torch.randn(2, 3, 9, 5, dtype=torch.float64) for _ in range(3))
+    w, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v, w, b)]
+    ours = attn_ext.additive_attention(q, k, v, w, b=b)
+    theirs = naive(q, k, v, w[:, None, None], b[:, None, None])
+    seed = torch.randn_like(ours)
+    for got, want in zip(
+        *(torch.autograd.grad(o, leaves, seed) for o in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradcheck():
+    """A gradient that is not the derivative of the forward pass, through LSE too."""
+    q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def run(*leaves):
+        return attn_ext.additive_attention(*leaves, causal=True, return_lse=True)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, w))
+
+
+def test_opcheck():
+    """Schema, fakes and autograd registration that disagree."""
+    call = random_call(seqlen_q=9, mask="bk", dtype=torch.float32)
+    call.q.requires_grad_()
+    flat = arguments(call, torch.randn(2, 16, requires_grad=True), "auto")
+    opcheck(torch.ops.attn_ext.additive.default, flat)
+
+
+def test_compile():
+    """A graph break, or strides that the fake did not promise."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 12, 3, 8).transpose(1, 2).requires_grad_()
+    k, v, w = torch.randn(2, 3, 12, 8), torch.randn(2, 3, 12, 8), torch.randn(8)
+
+    def loss(q):
+        return attn_ext.additive_attention(q, k, v, w, causal=True).square().sum()
+
+    (eager,) = torch.autograd.grad(loss(q), q)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(q), q)
+    torch.testing.assert_close(got, eager)
+
+
+def test_reference_backend_has_gradients_inside_the_operator():
+    """Silent zeros: the dispatcher switches autograd off inside an operator."""
+    q, k, v = (torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3))
+    out = attn_ext.additive_attention(q, k, v, torch.randn(4), backend="reference")
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
+    args = attn_ext.api.dense_args(q, k, v, backend="reference")
+    out = torch.ops.attn_ext.forward(*args)[0]
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+def test_double_backward_refuses():
+    """A silent wrong second derivative."""
+    q = torch.randn(1, 1, 6, 4, requires_grad=True)
+    out = attn_ext.additive_attention(q, q, q, torch.randn(4))
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no double backward"):
+        grad.sum().backward()
+
+
+def test_threads_do_not_change_the_result():
+    """An order of sums that depends on the number of threads."""
+    q, k, v = (torch.randn(1, 2, 300, 16, requires_grad=True) for _ in range(3))
+    w, found = torch.randn(16, requires_grad=True), []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out = attn_ext.additive_attention(q, k, v, w)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, w))))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+MEMORY = """
+import resource, torch, attn_ext
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 1, 4096, 32, requires_grad=True) for _ in range(3))
+w = torch.randn(32, requires_grad=True)
+attn_ext.additive_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], w).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attn_ext.additive_attention(q, k, v, w).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory():
+    """Anything of size S x S (64 MiB here) or S x S x D (2048 MiB)."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) / 1024 < 30
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"w": torch.zeros(5)}, ValueError, r"w must have shape \(4,\) or \(2, 4\), got \(5,\)"),
+        ({"w": torch.zeros(4, dtype=torch.int64)}, TypeError, "w must be floating, got"),
+        ({"w": None}, TypeError, "w must be a torch.Tensor, got NoneType None"),
+        ({"b": torch.zeros(3, 4)}, ValueError, "b must have shape"),
+        ({"lengths": torch.tensor([3, 99], dtype=torch.int32)}, ValueError, "got 99 at 1"),
+        ({"lengths": torch.tensor([3])}, TypeError, "lengths must be int32"),
+        ({"causal": "yes"}, ValueError, "causal must be one of"),
+        ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
+        ({"k": torch.zeros(2, 2, 6, 3)}, ValueError, "k must have q's head_dim 4, got 3"),
+    ],
+)
+def test_bad_input(change, error, message):
+    """A crash, or an error that does not name argument, rule and value."""
+    given = {name: torch.zeros(2, 2, 6, 4) for name in "qkv"} | {"w": torch.zeros(4)} | change
+    q, k, v, w = (given.pop(name) for name in ("q", "k", "v", "w"))
+    with pytest.raises(error, match=message):
+        attn_ext.additive_attention(q, k, v, w, **given)

@@ -35,6 +35,7 @@ $(VENV)/integrations.done: $(VENV)/installed.done
 
 test: $(VENV)/installed.done $(VENV)/integrations.done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton_interpreter
 
 demo: $(VENV)/installed.done
 	$(PY) examples/text_classifier.py --text "$(TEXT)"

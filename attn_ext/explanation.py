@@ -56,5 +56,6 @@ def explain(q, k, v, *args, **kwargs) -> Explanation:
         registry.get(name)  # an unknown name is an error here too
         chosen = None if reasons[name] else name
     else:
-        chosen = next((candidate for candidate, why in reasons.items() if not why), None)
+        able = (c for c in reasons if not reasons[c] and registry.automatic(c, problem))
+        chosen = next(able, None)
     return Explanation(problem, reasons, chosen)

@@ -51,6 +51,12 @@ def reasons(name: str, problem: Problem) -> list[str]:
     return module.unsupported(problem)
 
 
+def automatic(name: str, problem: Problem) -> bool:
+    """Whether "auto" may take backend `name`: GPU kernels that are interpreted or emulated on CPU
+    tensors are right but slow, and run only when they are named."""
+    return problem.device != "cpu" or name not in ("cuda", "triton")
+
+
 @functools.lru_cache(maxsize=4096)
 def select(name: str, problem: Problem) -> str:
     """The backend that serves `problem`: the first able one for "auto", else `name` itself.
@@ -63,7 +69,7 @@ def select(name: str, problem: Problem) -> str:
             raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
         return name
     for candidate in ORDER:
-        if not reasons(candidate, problem):
+        if automatic(candidate, problem) and not reasons(candidate, problem):
             return candidate
     why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
     raise NotImplementedError(f"no backend can serve this call: {why}")

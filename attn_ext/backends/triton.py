@@ -1,0 +1,95 @@
+"""The Triton backend (triton_kernels): every GPU that Triton reaches, and CPU tensors under
+Triton's interpreter (`TRITON_INTERPRET=1`, set before Python imports triton).
+
+Triton is imported when a call comes here, never with attn_ext.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+
+from attn_ext.problem import Call, Problem
+
+MAX_HEAD_DIM = 256
+OLDEST = (3, 6)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INTERPRET = (
+    "set the environment variable TRITON_INTERPRET=1 before Python starts to run the kernels in "
+    "Triton's interpreter on CPU tensors (slow, for tests)"
+)
+
+
+@functools.cache
+def _installed() -> str:
+    """ "" when a Triton that the kernels know is installed, else what to do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run `pip install triton` (Linux)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # a build from source without metadata; taken at its word
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"triton must be {oldest} or newer, got {version}; run `pip install -U triton`"
+    return ""
+
+
+@functools.cache
+def _interpreting() -> bool:
+    """Whether kernels run in the interpreter.  Triton decides it when a kernel is defined, so the
+    first answer stays."""
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("", "0", "false", "off", "no"):
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def available() -> str:
+    """ "" when it can run here, else the reason and the remedy."""
+    missing = _installed()
+    if missing:
+        return missing
+    if torch.cuda.is_available() or _interpreting():
+        return ""
+    return f"torch sees no GPU; {_INTERPRET}"
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Every reason why this backend cannot serve `problem`."""
+    why = []
+    if problem.device == "cpu":
+        if not _interpreting():
+            why.append(f"tensors must be on a GPU, got cpu; {_INTERPRET}")
+    elif problem.device != "cuda":
+        why.append(f"tensors must be on a cuda or rocm device, got {problem.device}")
+    elif _interpreting():
+        why.append("TRITON_INTERPRET is set: the interpreter takes CPU tensors, got cuda")
+    if problem.dtype not in _DTYPES:
+        why.append(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {problem.dtype}")
+    for name, dim in (("head_dim", problem.head_dim), ("head_dim of v", problem.head_dim_v)):
+        if dim > MAX_HEAD_DIM:
+            why.append(f"{name} must be at most {MAX_HEAD_DIM} on triton, got {dim}")
+    if problem.grad and problem.kind == "decode":
+        why.append("decode has no backward; use attention_varlen to train")
+    return why
+
+
+def forward(call: Call):
+    """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
+    from attn_ext.triton_kernels import launch
+
+    return launch.forward(call)
+
+
+def backward(call: Call, dout, out, lse, dlse, needs):
+    """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
+    dtype."""
+    from attn_ext.triton_kernels import launch
+
+    return launch.backward(call, dout, out, lse, dlse, needs)

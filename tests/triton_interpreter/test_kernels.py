@@ -1,0 +1,192 @@
+"""The Triton kernels, forward and backward, interpreted, against the float64 reference.
+
+Tiles are 32 x 32 under the interpreter: lengths around 32 and 64 are the edges.
+"""
+
+import pytest
+import torch
+
+import attn_ext
+from attn_ext import reference
+from attn_ext.problem import Problem
+from attn_ext.testing import check_call, random_call
+
+HALVES = (torch.float16, torch.bfloat16)
+
+# (seqlen_q, seqlen_k, head_dim, head_dim_v): what each would catch
+SHAPES = {
+    "one of everything": (1, 1, 1, 1),
+    "no keys: empty rows": (5, 0, 8, 8),
+    "no queries: dK and dV are zero": (0, 5, 8, 8),
+    "last key tile holds one key": (31, 65, 16, 16),
+    "last query tile holds one query": (33, 32, 24, 16),
+    "Dv wider than D": (20, 40, 16, 50),
+    "widest heads": (3, 9, 256, 130),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_shapes(name, dtype):
+    """Wrong tails, reads or writes past a row, uninitialised outputs."""
+    seqlen_q, seqlen_k, head_dim, head_dim_v = SHAPES[name]
+    call = random_call(
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        stats=True,
+        layout="padded",
+        batch=1,
+    )
+    check_call(call, "triton")
+
+
+FEATURES = {
+    "causal, top left": {"causal": True, "align": 0},
+    "causal, bottom right: first rows empty": {"causal": True, "seqlen_q": 70, "seqlen_k": 33},
+    "window": {"window": (6, 3)},
+    "window narrower than a tile": {"window": (0, 0), "seqlen_q": 70},
+    "window with tiles that are not cut": {"window": (70, 5), "seqlen_q": 97, "seqlen_k": 130},
+    "mask with empty rows": {"mask": "qk", "seqlen_k": 3},
+    "bias": {"bias": True},
+    "bias broadcast over batch and heads: shared dbias": {"bias": "qk"},
+    "bias broadcast over queries and keys": {"bias": "h"},
+    "bias broadcast over queries": {"bias": "bk"},
+    "bias broadcast over keys": {"bias": "hq"},
+    "softcap, in tanh's linear part": {"softcap": 300.0},
+    "softcap, saturated": {"softcap": 0.5},
+    "ALiBi": {"alibi": "b"},
+    "sink": {"sink": True},
+    "sink and empty rows": {"sink": True, "causal": True, "seqlen_k": 20},
+    "dropout": {"dropout_p": 0.3},
+    "drop all": {"dropout_p": 1.0},
+    "GQA 4:1": {"heads_q": 4, "heads_k": 1},
+    "negative scale": {"scale": -0.7},
+    "all at once": {
+        "causal": True,
+        "window": (60, -1),
+        "mask": "bk",
+        "bias": "hqk",
+        "softcap": 5.0,
+        "alibi": True,
+        "sink": True,
+        "dropout_p": 0.2,
+        "heads_q": 4,
+        "heads_k": 2,
+        "head_dim_v": 24,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name):
+    """A feature left out, or its gradient."""
+    options = {"seqlen_q": 37, "seqlen_k": 70, "stats": True, "layout": "bshd", "batch": 2}
+    check_call(random_call(**{**options, **FEATURES[name]}), "triton")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_all_features_in_half_precision(dtype):
+    """A side input or an intermediate that is cast to the wrong dtype."""
+    options = {"seqlen_q": 33, "seqlen_k": 40, "stats": True, "dtype": dtype, "batch": 1}
+    check_call(random_call(**{**options, **FEATURES["all at once"]}), "triton")
+
+
+@pytest.mark.parametrize("name", ["window", "bias", "dropout", "sink", "all at once"])
+def test_varlen(name):
+    """Positions, masks or dropout bits counted from the buffer's start and not the sequence's."""
+    options = {k: v for k, v in FEATURES[name].items() if k not in ("seqlen_q", "seqlen_k")}
+    call = random_call(seqlens_q=[0, 5, 40, 1], seqlens_k=[4, 7, 33, 0], stats=True, **options)
+    check_call(call, "triton")
+
+
+def test_varlen_with_rows_past_the_last_sequence():
+    """Rows without a sequence that are left uninitialised."""
+    call = random_call(seqlens_q=[3, 5, 4], seqlens_k=[4, 7, 6], stats=True)
+    call.cu_seqlens_q, call.cu_seqlens_k = call.cu_seqlens_q[:3], call.cu_seqlens_k[:3]
+    check_call(call, "triton")
+
+
+def test_deterministic_dbias_of_a_broadcast_bias():
+    """A deterministic call that is refused, or served by atomics with another sum."""
+    for bias in ("qk", "h", "bhqk"):
+        call = random_call(seqlen_q=37, bias=bias, deterministic=True, causal=True)
+        check_call(call, "triton")
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_bad_values_reach_exactly_who_sees_them(where, value, softcap):
+    """0 * NaN from a position that only some see, and NaN lost in a max or a skipped tile."""
+    call = random_call(7, seqlen_q=40, causal=True, stats=True, softcap=softcap, batch=1)
+    getattr(call, where)[:, :, 19] = value
+    if where != "q":
+        getattr(call, where)[:, 1, 20, 3] = -value
+    check_call(call, "triton")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_values_behind_a_mask(value):
+    """A masked key whose NaN reaches O, dQ or dbias; a bias of -inf excludes as a mask does."""
+    call = random_call(7, seqlen_q=40, mask="bk", bias="hk", sink=True, dropout_p=0.2, stats=True)
+    call.mask[..., 4] = False
+    call.bias[..., 9] = -torch.inf
+    for tensor in (call.k, call.v):
+        tensor[:, :, 4] = tensor[:, :, 9] = value
+    check_call(call, "triton")
+
+
+@pytest.mark.parametrize("value", [1000.0, -torch.inf])
+def test_extreme_sinks(value):
+    """exp(sink) that overflows, and -inf - -inf: a sink of -inf is no sink."""
+    call = random_call(7, sink=True, stats=True)
+    call.sink[:] = value
+    check_call(call, "triton")
+
+
+def test_dropout_bits_are_those_of_the_reference():
+    """Philox words in another order, another key, or counted from the tile."""
+    call = random_call(3, seqlen_q=70, seqlen_k=65, heads_q=2, batch=2, dropout_p=0.4)
+    call.q.zero_()  # P = 1 / Sk everywhere
+    call.v = torch.eye(65).expand(2, 2, 65, 65).contiguous()
+    out = attn_ext.backends.get("triton").forward(call)[0]
+    seed, offset = call.rng_state.tolist()
+    keep = reference.dropout_keep_mask(seed, offset, 2, 2, 70, 65, 0.4)
+    assert torch.equal(out > 0, keep)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_public_api_takes_cpu_tensors_when_triton_is_named(dtype):
+    """Dispatch that refuses them, or a gradient that does not flow."""
+    q = torch.randn(1, 4, 33, 16, dtype=dtype, requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 33, 16, dtype=dtype, requires_grad=True)
+    results = []
+    for backend in ("triton", "reference"):
+        out, lse = attn_ext.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+        loss = out.float().square().sum() + lse.sum()
+        results.append((out, *torch.autograd.grad(loss, (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 2.0**-5 * b.abs().max()
+
+
+def test_auto_never_interprets():
+    """Calls that get a thousand times slower because a variable is set."""
+    q = torch.randn(1, 1, 4, 8)
+    assert attn_ext.explain(q, q, q).chosen == "cpu"
+
+
+def test_what_triton_cannot_do_is_refused_with_a_reason():
+    """A wrong result, or an error from inside Triton, in place of a reason."""
+    triton = attn_ext.backends.get("triton")
+    reasons = {
+        "float64": Problem.of(random_call(dtype=torch.float64)),
+        "at most 256": Problem.of(random_call(head_dim=257)),
+        "decode has no backward": Problem.of(random_call(cache_seqlens=[3, 4]), grad=True),
+    }
+    for word, problem in reasons.items():
+        assert any(word in why for why in triton.unsupported(problem)), word
+        with pytest.raises(NotImplementedError, match=word):
+            attn_ext.backends.select("triton", problem)

@@ -1,0 +1,326 @@
+"""From a `Call` to kernel launches: checks what a pointer means, picks flags and tiles, and
+allocates the outputs.
+
+The interpreter takes the same way, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import triton
+from attn_ext.triton_kernels import configs, primitives
+from attn_ext.triton_kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
+from attn_ext.triton_kernels.fwd import forward_kernel
+
+from attn_ext.problem import BOTTOM_RIGHT, Call, empty_like_layout
+
+INTERPRETED = primitives.INTERPRETED.value
+LOG2E = primitives.LOG2E.value
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLAG = {name: getattr(primitives, name).value for name in (
+    "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",
+    "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE",
+)}  # fmt: skip
+
+
+def width(dim: int) -> int:
+    """The width of a tile that holds rows of `dim` elements: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself when its last dimension is contiguous and its memory holds its values, else a
+    copy."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def strides(x: torch.Tensor, varlen: bool) -> tuple[int, int, int]:
+    """(batch, head, position) strides of a dense [B, H, S, D] or varlen [total, H, D] tensor."""
+    s = x.stride()
+    return (0, s[1], s[0]) if varlen else s[:3]
+
+
+def score_strides(x: torch.Tensor | None, sizes: tuple) -> tuple[int, int, int, int]:
+    """Strides of a mask or bias, 0 in each dimension that is broadcast to `sizes`."""
+    if x is None:
+        return (0, 0, 0, 0)
+    pairs = zip(x.shape, x.stride(), sizes, strict=True)
+    return tuple(0 if n == 1 and full != 1 else s for n, s, full in pairs)
+
+
+def on_device(x: torch.Tensor):
+    """Makes x's device current, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+class Plan:
+    """What every kernel of one call shares: canonical tensors, sizes, strides, scalars, flags."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.varlen = varlen = call.cu_seqlens_q is not None
+        self.q, self.k, self.v = rows(call.q), rows(call.k), rows(call.v)
+        self.heads_q, self.heads_k = call.q.shape[1], call.k.shape[1]
+        self.batch = call.cu_seqlens_q.shape[0] - 1 if varlen else call.q.shape[0]
+        self.seqlen_q, self.seqlen_k = call.max_seqlen_q, call.max_seqlen_k
+        self.dim, self.dim_v = call.q.shape[-1], call.v.shape[-1]
+        self.block_d, self.block_dv = width(self.dim), width(self.dim_v)
+        self.sizes = (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
+        self.mask = None if call.mask is None else call.mask.view(torch.uint8)
+        self.bias = None if call.bias is None else call.bias.detach().resolve_neg()
+        if self.bias is not None and self.bias.dtype not in _FLOATS:
+            self.bias = self.bias.float()
+        self.alibi = self._side(call.alibi_slopes, torch.float32)
+        self.sink = self._side(call.sink, torch.float32)
+        self.rng_state = self._side(call.rng_state, torch.int64)
+        self.cu_seqlens_q = self._side(call.cu_seqlens_q, torch.int32)
+        self.cu_seqlens_k = self._side(call.cu_seqlens_k, torch.int32)
+        self.seqlens_k = self._side(call.seqlens_k, torch.int32)
+        self.block_table = self._side(call.block_table, torch.int32)
+        self._check_devices()
+        self._scalars()
+        self.flags = self._flags()
+
+    @staticmethod
+    def _side(x, dtype):
+        return None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
+
+    def _check_devices(self) -> None:
+        for name, x in vars(self).items():
+            if isinstance(x, torch.Tensor) and x.device != self.call.q.device:
+                raise ValueError(f"{name} must be on {self.call.q.device}, got {x.device}")
+
+    def _scalars(self) -> None:
+        call = self.call
+        # A window that reaches past every key is none; what is left is small enough for int32.
+        reach = self.seqlen_q + self.seqlen_k
+        self.left = call.window_left if 0 <= call.window_left < reach else -1
+        self.right = call.window_right if 0 <= call.window_right < reach else -1
+        self.scale = call.scale * LOG2E
+        capped = call.softcap > 0
+        self.cap_in = call.scale / call.softcap if capped else 0.0
+        self.cap_out = call.softcap * LOG2E if capped else 0.0
+        threshold = int(call.dropout_p * 4294967296.0)
+        self.dropout = threshold > 0
+        self.threshold = threshold - 1 - (1 << 32 if threshold - 1 >= 1 << 31 else 0)
+        self.inverse_keep = 0.0 if call.dropout_p >= 1 else 1.0 / (1.0 - call.dropout_p)
+
+    def _flags(self) -> int:
+        call = self.call
+        longest = max(abs(strides(x, self.varlen)[2]) for x in (self.q, self.k, self.v))
+        present = {
+            "MASK": self.mask is not None,
+            "BIAS": self.bias is not None,
+            "ALIBI": self.alibi is not None,
+            "SOFTCAP": call.softcap > 0,
+            "SINK": self.sink is not None,
+            "DROPOUT": self.dropout,
+            "STATS": call.need_stats,
+            "LEFT": self.left >= 0,
+            "RIGHT": self.right >= 0,
+            "BOTTOM_RIGHT": call.align == BOTTOM_RIGHT,
+            "VARLEN": self.varlen,
+            "SEQLENS": self.seqlens_k is not None,
+            "PAGED": self.block_table is not None,
+            "WIDE": longest * 256 >= 1 << 31,
+        }
+        return sum(_FLAG[name] for name, on in present.items() if on)
+
+    def side_tensors(self) -> tuple:
+        """mask, bias and their kin, in the order of the kernels' arguments."""
+        return (self.mask, self.bias, self.alibi, self.sink, self.rng_state)
+
+    def score_strides(self) -> tuple:
+        """Strides of mask, bias and slopes, in the order of the kernels' arguments."""
+        alibi = self.alibi
+        alibi_b = self.heads_q if alibi is not None and alibi.numel() > self.heads_q else 0
+        return (*score_strides(self.mask, self.sizes), *score_strides(self.bias, self.sizes),
+                alibi_b)  # fmt: skip
+
+    def scalars(self) -> tuple:
+        """scale ... right, in the order of the kernels' arguments."""
+        return (self.scale, self.cap_in, self.cap_out, self.threshold, self.inverse_keep,
+                self.left, self.right)  # fmt: skip
+
+    def totals(self) -> tuple:
+        """Rows of q and of k in memory, which bound what cu_seqlens may say."""
+        return (self.q.shape[0], self.k.shape[0]) if self.varlen else (0, 0)
+
+    def lse_strides(self) -> tuple:
+        """(batch, head) strides of an LSE [B, Hq, Sq], or [Hq, total_q]."""
+        if self.varlen:
+            return (0, self.q.shape[0])
+        return (self.heads_q * self.seqlen_q, self.seqlen_q)
+
+    def tile(self, direction: str) -> configs.Tile:
+        """The tile of this call's kernels."""
+        wide = max(self.block_d, self.block_dv)
+        return configs.tile(architecture(self.q), direction, wide, self.q.element_size())
+
+
+def architecture(x: torch.Tensor) -> str:
+    """ "sm_90", "gfx942", ... of x's device; "interpreter" for a tensor on the CPU."""
+    if not x.is_cuda:
+        return "interpreter"
+    return _architecture(x.device.index)
+
+
+_architectures: dict[int, str] = {}
+
+
+def _architecture(index: int) -> str:
+    name = _architectures.get(index)
+    if name is None:
+        properties = torch.cuda.get_device_properties(index)
+        if torch.version.hip:
+            name = properties.gcnArchName.split(":")[0]
+        else:
+            name = f"sm_{properties.major}{properties.minor}"
+        _architectures[index] = name
+    return name
+
+
+def run(kernel, programs: int, tile: configs.Tile, *args) -> None:
+    """Launch `programs` programs.  They all lie in grid x, whose limit is 2^31 - 1."""
+    kernel[(programs,)](*args, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def outputs(plan: Plan):
+    """O, LSE and the statistics or None; what no program writes holds the values of empty rows."""
+    call = plan.call
+    q = call.q
+    out = empty_like_layout(q, plan.dim_v)
+    shape = (q.shape[1], q.shape[0]) if plan.varlen else q.shape[:3]
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
+    if plan.varlen:  # rows that belong to no sequence are empty rows
+        out.zero_()
+        for x, value in ((lse, -math.inf), (stats[0], -math.inf), (stats[1], 0.0)):
+            if x is not None:
+                x.fill_(value)
+    return out, lse, *stats
+
+
+def forward(call: Call):
+    """(out, lse, max_logit | None, entropy | None) of `call`."""
+    plan = Plan(call)
+    out, lse, max_logit, entropy = outputs(plan)
+    if lse.numel() == 0:
+        return out, lse, max_logit, entropy
+    tile = plan.tile("fwd")
+    m_blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+    varlen = plan.varlen
+    with on_device(plan.q):
+        run(
+            forward_kernel, m_blocks * plan.heads_q * plan.batch, tile,
+            plan.q, plan.k, plan.v, out, lse, max_logit, entropy,
+            *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+            *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
+            *strides(out, varlen), *plan.lse_strides(), *plan.score_strides(),
+            plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
+            plan.seqlen_k, m_blocks, *plan.scalars(),
+            plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
+            plan.flags,
+        )  # fmt: skip
+    return out, lse, max_logit, entropy
+
+
+def empty_gradient(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """An uninitialised gradient of x; zero where rows may have no program that writes them."""
+    grad = empty_like_layout(x, x.shape[-1])
+    if plan.varlen or plan.seqlen_q == 0 or plan.seqlen_k == 0:
+        grad.zero_()
+    return grad
+
+
+def dbias_flags(plan: Plan, shape: tuple) -> int:
+    """How dQ writes a dbias of this shape: plain stores, or atomic additions of its sums."""
+    one = [n == 1 and full != 1 for n, full in zip(shape, plan.sizes, strict=True)]
+    if not any(one):
+        return primitives.DBIAS_STORE.value
+    flags = primitives.DBIAS_ADD.value
+    flags += primitives.DBIAS_ONE_QUERY.value if shape[2] == 1 else 0
+    return flags + (primitives.DBIAS_ONE_KEY.value if shape[3] == 1 else 0)
+
+
+def sink_gradient(plan: Plan, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """dsink [Hq] = -sum over rows that are not empty of exp(sink - LSE) * (delta - dLSE)."""
+    head = 0 if plan.varlen else 1
+    shape = [-1 if d == head else 1 for d in range(lse.dim())]
+    share = torch.exp(plan.sink.view(shape) - lse)
+    # rows without keys, and rows of a varlen buffer without a sequence, have no share
+    terms = torch.where(lse == -math.inf, 0.0, share * delta)
+    return -terms.sum([d for d in range(lse.dim()) if d != head])
+
+
+def backward(call: Call, dout, out, lse, dlse, needs):
+    """(dq, dk, dv, dbias, dsink); None where `needs` says so."""
+    plan = Plan(call)
+    varlen = plan.varlen
+    dq, dk, dv = (
+        empty_gradient(x, plan) if need else None
+        for x, need in zip((call.q, call.k, call.v), needs, strict=False)
+    )
+    dbias = None
+    if needs[3]:
+        dbias = torch.zeros(call.bias.shape, dtype=torch.float32, device=call.q.device)
+    dsink = torch.zeros_like(plan.sink) if needs[4] else None
+    if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
+        return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink
+    dout, out = rows(dout.to(call.q.dtype)), rows(out)
+    lse = lse.detach().resolve_neg().contiguous()
+    dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
+    delta = torch.empty_like(lse)
+    shared = (
+        *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+        *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
+        *strides(dout, varlen), *plan.lse_strides(), *plan.score_strides(),
+    )  # fmt: skip
+    group = plan.heads_q // plan.heads_k
+
+    def sizes(blocks, tile):
+        return (
+            plan.heads_q, group, *plan.totals(), plan.seqlen_q, plan.seqlen_k, blocks,
+            *plan.scalars(), call.scale, plan.dim, plan.dim_v, tile.block_m, tile.block_n,
+            plan.block_d, plan.block_dv,
+        )  # fmt: skip
+
+    with on_device(plan.q):
+        tile = configs.Tile(32, 0, 4, 1)
+        blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+        run(
+            delta_kernel, blocks * plan.heads_q * plan.batch, tile,
+            out, dout, dlse, delta, plan.cu_seqlens_q,
+            *strides(out, varlen), *strides(dout, varlen), *plan.lse_strides(),
+            plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
+            plan.dim_v, tile.block_m, plan.block_dv, dlse is not None, plan.flags,
+        )  # fmt: skip
+        if dk is not None or dv is not None:
+            dk_out = torch.empty_like(plan.k) if dk is None else dk
+            dv_out = torch.empty_like(plan.v) if dv is None else dv
+            tile = plan.tile("dkdv")
+            blocks = triton.cdiv(plan.seqlen_k, tile.block_n)
+            run(
+                dkdv_kernel, blocks * plan.heads_k * plan.batch, tile,
+                plan.q, plan.k, plan.v, dout, lse, delta, dk_out, dv_out, *shared,
+                *strides(dk_out, varlen), *strides(dv_out, varlen), *sizes(blocks, tile),
+                plan.flags,
+            )  # fmt: skip
+        if dq is not None or dbias is not None:
+            dq_out = torch.empty_like(plan.q) if dq is None else dq
+            flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
+            tile = plan.tile("dq")
+            blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+            run(
+                dq_kernel, blocks * plan.heads_q * plan.batch, tile,
+                plan.q, plan.k, plan.v, dout, lse, delta, dq_out, dbias, *shared,
+                *strides(dq_out, varlen), *score_strides(dbias, plan.sizes),
+                *sizes(blocks, tile), flags,
+            )  # fmt: skip
+        if dsink is not None:
+            dsink = sink_gradient(plan, lse, delta)
+    return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink

@@ -1,0 +1,303 @@
+"""What the Triton kernels share: tile loads, matrix products, logits and masks, dropout, row ends.
+
+Everything is elementwise over a row index i and a key index j that broadcast against each other, so
+that one text serves S = Q K^T [BLOCK_M, BLOCK_N] (forward, dQ, decode: i is [BLOCK_M, 1]) and its
+transpose [BLOCK_N, BLOCK_M] (dK and dV: i is [1, BLOCK_M]).  Logits, m and l are in base 2 inside
+the kernels: s2 = s * log2(e), P = 2^(s2 - m2).
+
+`FLAGS` is one compile-time integer, the sum of the features of the call.  Tests of it are written
+`FEATURE & FLAGS`: the interpreter hands FLAGS over as an int, which has no `& constexpr`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+MASK = tl.constexpr(1)  # bool mask
+BIAS = tl.constexpr(2)
+ALIBI = tl.constexpr(4)
+SOFTCAP = tl.constexpr(8)
+SINK = tl.constexpr(16)
+DROPOUT = tl.constexpr(32)
+STATS = tl.constexpr(64)  # largest logit and entropy
+LEFT = tl.constexpr(128)  # the window has a left bound
+RIGHT = tl.constexpr(256)  # the window has a right bound (causal: 0)
+BOTTOM_RIGHT = tl.constexpr(512)  # the aligned diagonal ends in the last key
+VARLEN = tl.constexpr(1024)
+SEQLENS = tl.constexpr(2048)  # decode: used lengths of the cache rows
+PAGED = tl.constexpr(4096)  # decode: K and V by a block table
+WIDE = tl.constexpr(8192)  # a row stride times a tile's rows does not fit into 31 bits
+DBIAS_STORE = tl.constexpr(16384)  # dQ writes dbias, of which each element belongs to one program
+DBIAS_ADD = tl.constexpr(32768)  # dQ adds to dbias, which is broadcast over batch or heads
+DBIAS_ONE_QUERY = tl.constexpr(65536)  # dbias has one query row
+DBIAS_ONE_KEY = tl.constexpr(131072)  # dbias has one key column
+
+# The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32; `a` is rounded to b's dtype, as tensor cores want it."""
+    return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_present(a, b, acc):
+    """acc + sum_k a_ik b_kj over the k with a_ik != 0: a zero also silences NaN and inf of b.
+
+    The finite part is one product.  What non-finite elements add is found by counting them: NaN in
+    units of 1, inf of 2^8, -inf of 2^16, exact in bfloat16 factors and a float32 sum for at most
+    255 terms.
+    """
+    wide = b.to(tl.float32)
+    acc = dot(a, tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(b.dtype), acc)
+    code = tl.where(wide != wide, 1.0, 0.0)
+    code = tl.where(wide == float("inf"), 256.0, code)
+    code = tl.where(wide == float("-inf"), 65536.0, code)
+    small = tl.float32 if INTERPRETED else tl.bfloat16
+    zero = tl.zeros_like(acc)
+    up = dot(tl.where((a > 0) | (a != a), 1.0, 0.0).to(small), code.to(small), zero).to(tl.int32)
+    down = dot(tl.where(a < 0, 1.0, 0.0).to(small), code.to(small), zero).to(tl.int32)
+    acc += tl.where(((up | down) & 255) > 0, float("nan"), 0.0)
+    acc += tl.where(((up >> 8) & 255) + (down >> 16) > 0, float("inf"), 0.0)
+    acc += tl.where((up >> 16) + ((down >> 8) & 255) > 0, float("-inf"), 0.0)
+    return acc
+
+
+@triton.jit
+def any_nan(x):
+    """Whether a tile holds a NaN: the sign to compute it again with `dot_present`.
+
+    0 * NaN and 0 * inf are the only ways in which an excluded pair reaches a sum, and both leave
+    NaN; so the fast loops need not look at their operands.
+    """
+    return tl.max(tl.max(tl.where(x != x, 1, 0), 1), 0) > 0
+
+
+@triton.jit
+def tile_offsets(stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr):
+    """[BLOCK_ROWS, BLOCK_DIM] element offsets within a tile of rows `stride` apart."""
+    rows = tl.arange(0, BLOCK_ROWS)[:, None]
+    if WIDE & FLAGS:
+        rows = rows.to(tl.int64)
+    return rows * stride + tl.arange(0, BLOCK_DIM)[None, :]
+
+
+@triton.jit
+def load_tile(
+    base, stride, row, rows, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    EDGE: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Rows row, row + 1, ... of base [rows, DIM] as [BLOCK_ROWS, BLOCK_DIM], 0 outside.
+
+    EDGE: the tile may reach past the last row."""
+    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
+    pointers = base + row.to(tl.int64) * stride + offsets
+    if EDGE:
+        inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
+        if DIM != BLOCK_DIM:
+            inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    elif DIM != BLOCK_DIM:
+        tile = tl.load(pointers, mask=(tl.arange(0, BLOCK_DIM) < DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile.to(tl.float32) if INTERPRETED else tile
+
+
+@triton.jit
+def store_tile(
+    base, stride, row, rows, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Write `tile` to rows row, row + 1, ... of base [rows, DIM], rounded to its dtype."""
+    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
+    inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
+    inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+    pointers = base + row.to(tl.int64) * stride + offsets
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sequence(cu_seqlens, b, total, longest, FLAGS: tl.constexpr):
+    """(first row, length) of sequence b.  Clamped, so that wrong values of cu_seqlens, which live
+    on the device, cannot make a kernel leave the tensors."""
+    if VARLEN & FLAGS:
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total)
+        return first.to(tl.int64), tl.minimum(end - first, longest)
+    return (b * 0).to(tl.int64), longest
+
+
+@triton.jit
+def diagonal(seqlen_q, seqlen_k, FLAGS: tl.constexpr):
+    """Key position aligned with query 0."""
+    return (seqlen_k - seqlen_q) if (BOTTOM_RIGHT & FLAGS) else (seqlen_k - seqlen_k)
+
+
+@triton.jit
+def key_range(
+    i_first, i_last, seqlen_k, off, left, right, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr
+):
+    """(first, full_first, full_end, end) of the key tiles that queries i_first..i_last see; in
+    tiles full_first..full_end - 1 each of them sees each key."""
+    low = tl.maximum(i_first + off - left, 0) if (LEFT & FLAGS) else seqlen_k * 0
+    high = tl.minimum(i_last + off + right + 1, seqlen_k) if (RIGHT & FLAGS) else seqlen_k
+    low_all = tl.maximum(i_last + off - left, 0) if (LEFT & FLAGS) else seqlen_k * 0
+    high_all = tl.minimum(i_first + off + right + 1, seqlen_k) if (RIGHT & FLAGS) else seqlen_k
+    high = tl.maximum(high, 0)
+    first = low // BLOCK_N
+    end = tl.maximum((high + BLOCK_N - 1) // BLOCK_N, first)
+    full_first = tl.minimum((low_all + BLOCK_N - 1) // BLOCK_N, end)
+    full_end = tl.minimum(tl.maximum(tl.maximum(high_all, 0) // BLOCK_N, full_first), end)
+    return first, full_first, full_end, end
+
+
+@triton.jit
+def query_range(
+    j_first, j_last, seqlen_q, off, left, right, BLOCK_M: tl.constexpr, FLAGS: tl.constexpr
+):
+    """(first, full_first, full_end, end) of the query tiles that see keys j_first..j_last; in
+    tiles full_first..full_end - 1 each query sees each of them (or lies past the last query)."""
+    low = tl.maximum(j_first - off - right, 0) if (RIGHT & FLAGS) else seqlen_q * 0
+    high = tl.minimum(j_last - off + left + 1, seqlen_q) if (LEFT & FLAGS) else seqlen_q
+    low_all = tl.maximum(j_last - off - right, 0) if (RIGHT & FLAGS) else seqlen_q * 0
+    high = tl.maximum(high, 0)
+    first = low // BLOCK_M
+    end = tl.maximum((high + BLOCK_M - 1) // BLOCK_M, first)
+    full_first = tl.minimum((low_all + BLOCK_M - 1) // BLOCK_M, end)
+    if LEFT & FLAGS:
+        full_end = tl.maximum(tl.minimum(j_first - off + left + 1, seqlen_q), 0) // BLOCK_M
+        full_end = tl.minimum(tl.maximum(full_end, full_first), end)
+    else:
+        full_end = end
+    return first, full_first, full_end, end
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 2 units in the last place: Cephes' odd polynomial below 0.625, exp2 above, where no
+    digits cancel."""
+    z = x * x
+    p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
+    small = x + x * z * ((p + 1.33314422036e-1) * z - 3.33332819422e-1)
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.885390081777927) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def logits(
+    qk, i, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, POSITIONS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """(s2, cap): base-2 logits, -inf where excluded, and tanh's value where softcap is on.
+
+    qk: q_i . k_j, i, j and h broadcastable to its shape; side: what `side_inputs` packs.
+    POSITIONS: the tile is cut by a window, or by the last key.
+    """
+    (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
+     alibi, alibi_b, cap_in, cap_out) = side  # fmt: skip
+    cap = qk
+    if SOFTCAP & FLAGS:
+        cap = tanh(qk * cap_in)
+        s = cap * cap_out
+    else:
+        s = qk * scale
+    inside = (i < seqlen_q) & (j < seqlen_k)
+    if BIAS & FLAGS:
+        base = bias + b.to(tl.int64) * bias_b + h * bias_h
+        offsets = i.to(tl.int64) * bias_q + j.to(tl.int64) * bias_k
+        added = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
+        s += added * LOG2E
+    if ALIBI & FLAGS:
+        slope = tl.load(alibi + b.to(tl.int64) * alibi_b + h).to(tl.float32) * LOG2E
+        s -= slope * tl.abs(i + (seqlen_k - seqlen_q) - j).to(tl.float32)
+    if MASK & FLAGS:
+        base = mask + b.to(tl.int64) * mask_b + h * mask_h
+        offsets = i.to(tl.int64) * mask_q + j.to(tl.int64) * mask_k
+        s = tl.where(tl.load(base + offsets, mask=inside, other=0) != 0, s, float("-inf"))
+    if BIAS & FLAGS:  # a bias of -inf excludes even where q . k is NaN
+        s = tl.where(added == float("-inf"), float("-inf"), s)
+    if POSITIONS:
+        if LEFT & FLAGS:
+            inside = inside & (j >= i + off - left)
+        if RIGHT & FLAGS:
+            inside = inside & (j <= i + off + right)
+        s = tl.where(inside, s, float("-inf"))
+    return s, cap
+
+
+@triton.jit
+def philox_key(rng_state):
+    """The two key words: splitmix64 of (seed, offset), as csrc/philox.h."""
+    seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
+    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
+    z = seed + (offset + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return (z & 0xFFFFFFFF).to(tl.uint32), (z >> 32).to(tl.uint32)
+
+
+@triton.jit
+def keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N: tl.constexpr):
+    """int1 [BLOCK_M, BLOCK_N]: dropout keeps (i, j_first + n); j_first is a multiple of 4.
+
+    Philox4x32-7 of counter (j / 4, i, h, b) gives the words of four neighbouring keys.  Kept iff
+    word > threshold, which is floor(p * 2^32) - 1 in the bits of an int32.
+    """
+    j4 = (j_first // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    zero = (i * 0 + j4 * 0).to(tl.uint32)
+    c0, c1 = zero + j4.to(tl.uint32), zero + i.to(tl.uint32)
+    c2, c3 = zero + h.to(tl.uint32), zero + b.to(tl.uint32)
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    words = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+    return words > threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def online_softmax(s, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
+    """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of base-2 logits.
+
+    P = 2^(s - row_max) with the new row_max; what was summed before shrinks by alpha.  With STATS
+    e = sum_j P_ij (s_ij - m_i), and `bad` counts the NaN of a row, which max ignores.
+    """
+    m_new = tl.maximum(row_max, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
+    p = tl.exp2(s - m_safe[:, None])
+    alpha = tl.exp2(row_max - m_safe)
+    if STATS & FLAGS:
+        before = tl.where(row_sum > 0, row_max - m_safe, 0.0)
+        terms = tl.where(p > 0, p * (s - m_safe[:, None]), 0.0)
+        e = alpha * (e + before * row_sum) + tl.sum(terms, 1)
+        bad += tl.sum(tl.where(s != s, 1.0, 0.0), 1)
+    row_sum = alpha * row_sum + tl.sum(p, 1)
+    return p, alpha, m_new, row_sum, e, bad
+
+
+@triton.jit
+def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
+    """(factor, LSE, largest logit, entropy) of rows with sums row_sum and e; O = factor * acc.
+    The sink joins the normaliser; a row without keys stays empty even then."""
+    empty = row_sum == 0  # not row_max == -inf, which is also a row of nothing but NaN
+    largest = tl.where(bad > 0, float("nan"), row_max * LN2)
+    m_all, l_all, shrink = row_max, row_sum, tl.full(row_max.shape, 1.0, tl.float32)
+    if SINK & FLAGS:
+        extra = tl.load(sink + h).to(tl.float32) * LOG2E
+        m_all = tl.maximum(row_max, extra)
+        shrink = tl.exp2(row_max - tl.where(empty, 0.0, m_all))
+        l_all = row_sum * shrink + tl.exp2(extra - m_all)
+    total = tl.where(empty, 1.0, l_all)
+    factor = tl.where(empty, 0.0, shrink / total)
+    lse = tl.where(empty, float("-inf"), (m_all + tl.log2(total)) * LN2)
+    # -sum P ln P with P = shrink * p / total and ln P = ln p + ln(shrink / total)
+    entropy = (row_sum * (tl.log2(total) + m_all - row_max) - e) * factor * LN2
+    return factor, lse, largest, tl.where(empty, 0.0, entropy)

@@ -1,0 +1,41 @@
+"""attn-ext explain: the backend chosen for a problem, and each other one with its reason."""
+
+from __future__ import annotations
+
+import json
+
+from attn_ext import backends
+from attn_ext.cli.main import BadArgument
+from attn_ext.explanation import Explanation
+from attn_ext.problem import Problem
+from attn_ext.profiling.cases import make
+
+FEATURES = ("mask", "bias", "softcap", "alibi", "sink", "dropout", "window", "stats")
+
+
+def run(shape, dtype, device, causal, backward, features, kind, as_json) -> int:
+    """Print; 1 when no backend can serve it"""
+    if device not in ("cpu", "cuda"):
+        raise BadArgument(f"--device must be cpu or cuda, got {device!r}")
+    if kind not in ("dense", "varlen", "decode"):
+        raise BadArgument(f"--kind must be dense, varlen or decode, got {kind!r}")
+    for name in features or ():
+        if name not in FEATURES:
+            raise BadArgument(f"--features must be among {', '.join(FEATURES)}, got {name!r}")
+    try:
+        case = make(shape, dtype, causal)
+    except ValueError as error:
+        raise BadArgument(f"--{error}") from None
+    problem = Problem(
+        kind, device, case.torch_dtype, case.batch, case.heads_q, case.heads_k, case.seqlen_q,
+        case.seqlen_k, case.head_dim, case.head_dim, causal=causal, grad=backward,
+        bias_grad=backward and "bias" in (features or ()),
+        **dict.fromkeys(features or (), True),
+    )  # fmt: skip
+    reasons = {name: backends.reasons(name, problem) for name in backends.ORDER}
+    chosen = next((name for name, why in reasons.items() if not why), None)
+    if as_json:
+        print(json.dumps({"shape": case.shape, "chosen": chosen, "reasons": reasons}, indent=1))
+    else:
+        print(Explanation(problem, reasons, chosen))
+    return 0 if chosen else 1

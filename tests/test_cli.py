@@ -1,4 +1,4 @@
-"""attn-ext: each command's output, exit codes, and a planted wrong backend that verify must name."""
+"""attn-ext: output and exit code of each command; a planted wrong backend that verify must name."""
 
 import json
 import re

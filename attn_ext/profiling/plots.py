@@ -59,7 +59,7 @@ def bars(report: Report, path: Path) -> Path:
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_title(f"{report.title}\n{subtitle(report)}", fontsize=9)
     if rows:
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=5)
+        figure.legend(fontsize=7, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

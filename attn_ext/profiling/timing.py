@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 
 
+SLOW = 6.0
+
+
 @dataclass
 class Candidate:
     """Something to time: `run()` does the work once, within `context()` (entered off the clock)"""
@@ -124,7 +127,8 @@ def interleave(
     candidates: Sequence[Candidate], clock, turns: int = 7, budget: float = 3.0, least: int = 3
 ) -> None:
     """Fill `seconds` of each: up to `turns` turns each, at least `least`, within about `budget`
-    seconds in all.  The order is reversed from turn to turn.
+    seconds in all.  The order is reversed from turn to turn; who is SLOW times slower than the
+    fastest gets `least` turns only, so that the time goes where the comparison is close.
     """
     start = time.perf_counter()
     known = [0.0] * len(candidates)
@@ -132,6 +136,8 @@ def interleave(
     for turn in range(turns + 1):
         for i in order:
             candidate = candidates[i]
+            if turn > least and known[i] > SLOW * min(known):
+                continue
             with candidate.context():
                 clock.turn(candidate, known[i])
             known[i] = candidate.best

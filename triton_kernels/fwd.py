@@ -17,6 +17,7 @@ from attn_ext.triton_kernels.primitives import (
     dot_present,
     keep,
     key_range,
+    load_keys,
     load_tile,
     logits,
     online_softmax,
@@ -36,14 +37,14 @@ def forward_tiles(
 ):  # fmt: skip
     """Tiles first..end - 1 of keys, of which `skip` from `skip_from` on are left out."""
     acc, row_max, row_sum, e, bad = state
-    k, k_s, v, v_s = kv
+    k, k_s, k_p, v, v_s, v_p, pages = kv
     for step in range(first, end - skip):
         n_block = step
         if EDGE:
             n_block = tl.where(step < skip_from, step, step + skip)
         j_first = n_block * BLOCK_N
         # S = Q @ K^T   [BLOCK_M, BLOCK_N]
-        k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
+        k_tile = load_keys(k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
         zero = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         qk = dot(q, tl.trans(k_tile), zero)
         j = (j_first + tl.arange(0, BLOCK_N))[None, :]
@@ -55,7 +56,9 @@ def forward_tiles(
             key0, key1, threshold = rng
             p = tl.where(keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
-        v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS)
+        v_tile = load_keys(
+            v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
+        )
         acc = acc * alpha[:, None]
         acc = dot_present(p, v_tile, acc) if CAREFUL else dot(p, v_tile, acc)
     return acc, row_max, row_sum, e, bad
@@ -144,8 +147,8 @@ def forward_kernel(
         rng = (key0, key1, threshold)
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
-    kv = (k + wide_b * k_b + hk * k_h + k_first * k_s, k_s,
-          v + wide_b * v_b + hk * v_h + k_first * v_s, v_s)  # fmt: skip
+    kv = (k + wide_b * k_b + hk * k_h + k_first * k_s, k_s, 0,
+          v + wide_b * v_b + hk * v_h + k_first * v_s, v_s, 0, 0)  # fmt: skip
     q_rows = q + wide_b * q_b + wide_h * q_h + q_first * q_s
     q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
     i = i_first + tl.arange(0, BLOCK_M)

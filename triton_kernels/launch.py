@@ -7,12 +7,14 @@ The interpreter takes the same way, on CPU tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
 import torch
 import triton
 from attn_ext.triton_kernels import configs, primitives
 from attn_ext.triton_kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
+from attn_ext.triton_kernels.decode import combine_kernel, decode_kernel
 from attn_ext.triton_kernels.fwd import forward_kernel
 
 from attn_ext.problem import BOTTOM_RIGHT, Call, empty_like_layout
@@ -169,19 +171,12 @@ def architecture(x: torch.Tensor) -> str:
     return _architecture(x.device.index)
 
 
-_architectures: dict[int, str] = {}
-
-
+@functools.cache
 def _architecture(index: int) -> str:
-    name = _architectures.get(index)
-    if name is None:
-        properties = torch.cuda.get_device_properties(index)
-        if torch.version.hip:
-            name = properties.gcnArchName.split(":")[0]
-        else:
-            name = f"sm_{properties.major}{properties.minor}"
-        _architectures[index] = name
-    return name
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def run(kernel, programs: int, tile: configs.Tile, *args) -> None:
@@ -205,28 +200,102 @@ def outputs(plan: Plan):
     return out, lse, *stats
 
 
+def multiprocessors(x: torch.Tensor) -> int:
+    """How many programs of one kernel run at a time, at least."""
+    if not x.is_cuda:
+        return 16  # the interpreter: enough that its tests split
+    return _multiprocessors(x.device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def split_count(programs: int, tiles: int, processors: int) -> int:
+    """Into how many parts the keys of a decode call are cut: 1 when the programs fill the GPU by
+    themselves, else as many as give two programs a processor, of two tiles or more each."""
+    if programs >= processors or tiles < 4:
+        return 1
+    return max(1, min(2 * processors // programs, tiles // 2, 128))
+
+
+def splits_keys(plan: Plan) -> bool:
+    """Whether the decode kernels serve the call: a cache, or few queries against many keys."""
+    if plan.seqlens_k is not None or plan.block_table is not None:
+        return True
+    few = plan.seqlen_q * (plan.heads_q // plan.heads_k) <= 64
+    return few and plan.seqlen_k >= 512 and not plan.varlen
+
+
+def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
+    """Split-KV forward into `out`, `lse` and the statistics; dense or decode calls."""
+    tile = plan.tile("decode")
+    group = plan.heads_q // plan.heads_k
+    rows_of_group = group * plan.seqlen_q
+    block_m = min(tile.block_m, width(rows_of_group))
+    m_blocks = triton.cdiv(rows_of_group, block_m)
+    programs = m_blocks * plan.heads_k * plan.batch
+    tiles = triton.cdiv(plan.seqlen_k, tile.block_n)
+    splits = split_count(programs, tiles, multiprocessors(plan.q))
+    part = sums = None
+    if splits > 1:
+        count = splits * lse.numel()
+        part = torch.empty(count, plan.dim_v, dtype=torch.float32, device=plan.q.device)
+        sums = torch.empty(4, count, dtype=torch.float32, device=plan.q.device)
+    table, page_size = plan.block_table, 1 if plan.block_table is None else plan.k.shape[2]
+    split_flag = 0 if splits == 1 else primitives.SPLIT.value
+    run(
+        decode_kernel, programs * splits, tile,
+        plan.q, plan.k, plan.v, out, lse, max_logit, entropy, part, sums,
+        *plan.side_tensors(), plan.seqlens_k, table,
+        *strides(plan.q, False), *strides(plan.k, False), *strides(plan.v, False),
+        *strides(out, False), *plan.lse_strides(), *plan.score_strides(),
+        0 if table is None else table.stride(0), page_size, plan.k.shape[0],
+        plan.heads_q, group, plan.seqlen_q, plan.seqlen_k, m_blocks, splits, *plan.scalars(),
+        plan.dim, plan.dim_v, block_m, tile.block_n, plan.block_d, plan.block_dv,
+        plan.flags + split_flag,
+    )  # fmt: skip
+    if splits > 1:
+        block = configs.Tile(16, 0, 4, 1)
+        run(
+            combine_kernel, triton.cdiv(lse.numel(), block.block_m), block,
+            part, sums, out, lse, max_logit, entropy, plan.sink,
+            *strides(out, False), plan.heads_q, plan.seqlen_q, lse.numel(), splits,
+            plan.inverse_keep, plan.dim_v, block.block_m, plan.block_dv, plan.flags,
+        )  # fmt: skip
+
+
 def forward(call: Call):
     """(out, lse, max_logit | None, entropy | None) of `call`."""
     plan = Plan(call)
     out, lse, max_logit, entropy = outputs(plan)
     if lse.numel() == 0:
         return out, lse, max_logit, entropy
+    with on_device(plan.q):
+        if splits_keys(plan):
+            decode(plan, out, lse, max_logit, entropy)
+        else:
+            attend(plan, out, lse, max_logit, entropy)
+    return out, lse, max_logit, entropy
+
+
+def attend(plan: Plan, out, lse, max_logit, entropy) -> None:
+    """Forward of dense and varlen calls."""
     tile = plan.tile("fwd")
     m_blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
     varlen = plan.varlen
-    with on_device(plan.q):
-        run(
-            forward_kernel, m_blocks * plan.heads_q * plan.batch, tile,
-            plan.q, plan.k, plan.v, out, lse, max_logit, entropy,
-            *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
-            *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
-            *strides(out, varlen), *plan.lse_strides(), *plan.score_strides(),
-            plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
-            plan.seqlen_k, m_blocks, *plan.scalars(),
-            plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
-            plan.flags,
-        )  # fmt: skip
-    return out, lse, max_logit, entropy
+    run(
+        forward_kernel, m_blocks * plan.heads_q * plan.batch, tile,
+        plan.q, plan.k, plan.v, out, lse, max_logit, entropy,
+        *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+        *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
+        *strides(out, varlen), *plan.lse_strides(), *plan.score_strides(),
+        plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
+        plan.seqlen_k, m_blocks, *plan.scalars(),
+        plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
+        plan.flags,
+    )  # fmt: skip
 
 
 def empty_gradient(x: torch.Tensor, plan: Plan) -> torch.Tensor:

@@ -28,6 +28,7 @@ BOTTOM_RIGHT = tl.constexpr(512)  # the aligned diagonal ends in the last key
 VARLEN = tl.constexpr(1024)
 SEQLENS = tl.constexpr(2048)  # decode: used lengths of the cache rows
 PAGED = tl.constexpr(4096)  # decode: K and V by a block table
+SPLIT = tl.constexpr(262144)  # decode: several programs share the keys of a query
 WIDE = tl.constexpr(8192)  # a row stride times a tile's rows does not fit into 31 bits
 DBIAS_STORE = tl.constexpr(16384)  # dQ writes dbias, of which each element belongs to one program
 DBIAS_ADD = tl.constexpr(32768)  # dQ adds to dbias, which is broadcast over batch or heads
@@ -106,6 +107,27 @@ def load_tile(
     else:
         tile = tl.load(pointers)
     return tile.to(tl.float32) if INTERPRETED else tile
+
+
+@triton.jit
+def load_keys(
+    base, stride, j_first, seqlen_k, pages, page_stride, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Keys (or values) j_first, ... as [BLOCK_N, BLOCK_DIM]: rows of base [seqlen_k, DIM], or with
+    PAGED of the pages, `page_stride` apart, that pages = (table row, page size, number of pages)
+    names.  Page numbers are clamped: a wrong one cannot make the kernel leave the cache."""
+    if PAGED & FLAGS:
+        table, page_size, page_count = pages
+        j = j_first + tl.arange(0, BLOCK_N)
+        inside = j < seqlen_k
+        page = tl.load(table + j // page_size, mask=inside, other=0)
+        page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
+        rows = page * page_stride + (j % page_size).to(tl.int64) * stride
+        d = tl.arange(0, BLOCK_DIM)[None, :]
+        tile = tl.load(base + rows[:, None] + d, mask=inside[:, None] & (d < DIM), other=0.0)
+        return tile.to(tl.float32) if INTERPRETED else tile
+    return load_tile(base, stride, j_first, seqlen_k, DIM, BLOCK_N, BLOCK_DIM, EDGE, FLAGS)
 
 
 @triton.jit

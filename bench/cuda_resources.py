@@ -1,0 +1,217 @@
+"""Compiles every CUDA kernel without a GPU and tells what ptxas gave it.
+
+    python bench/cuda_resources.py            compare with bench/results/cuda_resources.json
+    python bench/cuda_resources.py --write    measure and write that table
+
+For each kernel and architecture: registers a thread, bytes spilled (stores + loads), dynamic shared
+memory a block.  One nvcc run compiles one (dtype, head_dim) pair for one architecture; results are
+kept in build/nvcc by a hash of the sources, so that only what changed is compiled again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
+ARCHS = ("80", "90a", "120")
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
+# fp16 differs from bf16 in one instruction, so one architecture tells whether it compiles.
+UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
+
+
+def pairs():
+    """All (dtype, head_dim, arch) that are compiled; ("launch", 0, arch) is launch.cu."""
+    return [(t, d, a) for t, d in UNITS for a in ARCHS if t != "fp16" or a == ARCHS[0]]
+
+
+def find_nvcc() -> str | None:
+    """nvcc from PATH, CUDA_HOME or /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def spill_budget(kernel: str) -> int:
+    """Bytes of spill stores + loads that a kernel may have, by its name as in the table."""
+    dtype, dim = re.match(r"\w+<(\w+)(?:, (\d+))?", kernel).groups()
+    if dim is None:
+        return 0
+    if dtype == "f32":  # three tf32 products each: correct first, rare on GPUs
+        return 512 if int(dim) <= 128 else 3072
+    return 640
+
+
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text).group(1)
+
+
+def source_text(dtype: str, head_dim: int) -> str:
+    """The translation unit of one pair."""
+    if dtype == "launch":
+        return '#include "cuda/launch.cu"\n'
+    return (
+        '#include "cuda/sm80/kernels.cuh"\n'
+        "namespace attn::cuda::sm80 {\n"
+        f"template void run_forward<{dtype}, {head_dim}>(Params, bool, void*);\n"
+        f"template void run_backward<{dtype}, {head_dim}>(Params, bool, void*);\n"
+        "}\n"
+    )
+
+
+def sources_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "csrc/cuda").rglob("*"), *(ROOT / "csrc").glob("*.h")]):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kernel_name(mangled: str) -> str:
+    """_ZN4attn4cuda4sm807forwardINS_3ptx4bf16ELi64ELb0EEEv... -> forward<bf16, 64, plain>"""
+    found = re.match(r"_ZN4attn4cuda4sm80(\d+)(.*)", mangled)
+    if not found:
+        raise ValueError(f"kernel outside of attn::cuda::sm80: {mangled}")
+    length = int(found[1])
+    name, rest = found[2][:length], found[2][length:]
+    words = [re.search(r"bf16|fp16", rest)[0] if re.match(r"INS_3ptx", rest) else "f32"]
+    words += re.findall(r"Li(\d+)E", rest)[:1]
+    words += [("plain", "general")[int(b)] for b in re.findall(r"Lb([01])E", rest)[:1]]
+    return f"{name}<{', '.join(words)}>"
+
+
+def parse(log: str) -> dict[str, dict[str, int]]:
+    """{kernel: {registers, spill_bytes}} from the output of -Xptxas -v."""
+    if re.search(r"\bC75\d\d\b", log):
+        raise ValueError(f"ptxas warns:\n{log}")
+    out = {}
+    for block in log.split("Compiling entry function '")[1:]:
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        out[kernel_name(block.split("'")[0])] = {
+            "registers": int(re.search(r"Used (\d+) registers", block)[1]),
+            "spill_bytes": int(spills[1]) + int(spills[2]),
+        }
+    return out
+
+
+def compile_pair(nvcc: str, dtype: str, head_dim: int, arch: str) -> dict[str, dict[str, int]]:
+    """Compiles one pair; RuntimeError with nvcc's text when it does not compile."""
+    keep = ROOT / "build" / "nvcc"
+    keep.mkdir(parents=True, exist_ok=True)
+    kept = keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}-{arch}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "unit.cu"
+        source.write_text(source_text(dtype, head_dim))
+        command = [nvcc, "-std=c++17", f"-arch=sm_{arch}", "-O3", "-Xptxas", "-v", "--cubin"]
+        command += [f"-I{ROOT / 'csrc'}", f'-DATTN_EXT_CUDA_ARCHS="{arch}"', str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(Path(folder) / "unit.cubin")], capture_output=True, text=True
+        )
+    if done.returncode:
+        raise RuntimeError(f"nvcc sm_{arch} {dtype} {head_dim}:\n{done.stdout}{done.stderr}")
+    result = parse(done.stdout + done.stderr)
+    kept.write_text(json.dumps(result))
+    return result
+
+
+# The tile table printed by itself, so that no size is repeated here.
+SHARED = """
+#include <cstdio>
+#include "cuda/traits.cuh"
+using namespace attn::cuda;
+template <class T, int D>
+void print(const char* dtype) {
+  printf("forward %s %d %d\\n", dtype, D, ForwardTile<T, D>::smem(Row<T, D>::BYTES, 1, 2));
+  printf("backward %s %d %d\\n", dtype, D, BackwardTile<T, D>::smem(Row<T, D>::BYTES, 2, 2));
+}
+template <class T>
+void all(const char* dtype) {
+  print<T, 32>(dtype), print<T, 64>(dtype), print<T, 96>(dtype), print<T, 128>(dtype);
+  print<T, 192>(dtype), print<T, 256>(dtype);
+}
+int main() { all<bf16>("bf16"), all<fp16>("fp16"), all<float>("f32"); }
+"""
+
+
+def shared_memory() -> dict[str, int]:
+    """{"forward<bf16, 64>": dynamic shared memory in bytes}, from the tile table itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "smem.cpp", Path(folder) / "smem"
+        source.write_text(SHARED)
+        cxx = os.environ.get("CXX", "c++")
+        flags = ["-std=c++17", "-w", "-DATTN_EMULATED", f"-I{ROOT / 'csrc'}", "-pthread"]
+        emulator = [str(p) for p in (ROOT / "csrc/emulation").glob("*.cpp") if p.stem != "bindings"]
+        subprocess.run([cxx, *flags, str(source), *emulator, "-o", str(binary)], check=True)
+        lines = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in lines.splitlines())
+    return {f"{kind}<{dtype}, {dim}>": int(size) for kind, dtype, dim, size in rows}
+
+
+def measure(nvcc: str) -> dict:
+    """The whole table."""
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda pair: compile_pair(nvcc, *pair), pairs()))
+    kernels: dict[str, dict] = {}
+    for (_, _, arch), result in zip(pairs(), results, strict=True):
+        for kernel, row in result.items():
+            kernels.setdefault(kernel, {})[f"sm_{arch}"] = row
+    return {
+        "nvcc": nvcc_version(nvcc),
+        "shared_memory_bytes": shared_memory(),
+        "kernels": dict(sorted(kernels.items())),
+    }
+
+
+def differences(table: dict, dtype: str, head_dim: int, arch: str, found: dict) -> list[str]:
+    """What one compiled pair uses more of, in words, against the table."""
+    lines = []
+    for kernel, row in found.items():
+        known = table["kernels"].get(kernel, {}).get(f"sm_{arch}")
+        if known is None:
+            lines.append(f"{kernel} sm_{arch}: not in the table")
+            continue
+        lines += [
+            f"{kernel} sm_{arch}: {row[key]} {key}, the table says {known[key]}"
+            for key in ("registers", "spill_bytes")
+            if row[key] > known[key]
+        ]
+    if not found:
+        lines.append(f"{dtype} {head_dim} sm_{arch}: no kernel was compiled")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the table")
+    arguments = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("nvcc not found: put it on PATH or set CUDA_HOME", file=sys.stderr)
+        return 2
+    table = measure(nvcc)
+    if arguments.write:
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        print(f"wrote {TABLE.relative_to(ROOT)}: {len(table['kernels'])} kernels")
+        return 0
+    known = json.loads(TABLE.read_text())
+    bad = []
+    for arch in ARCHS:
+        rows = {k: v[f"sm_{arch}"] for k, v in table["kernels"].items() if f"sm_{arch}" in v}
+        bad += differences(known, "all", 0, arch, rows)
+    print("\n".join(bad) or "as in the table")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

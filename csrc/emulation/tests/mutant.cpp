@@ -1,0 +1,222 @@
+// Runs the bf16 kernels of one PART on a few problems in each mode of the emulator and prints one
+// line a mode: "<mode>: ok", "<mode>: wrong ..." against float64, or "<mode>: raised ...".
+// tests/test_emulator_mutations.py compiles it against copies of csrc with one planted bug each.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#if PART == 0
+#include "example.cuh"
+#elif PART == 1
+#include "../../cuda/sm80/forward.cuh"
+#else
+#include "../../cuda/sm80/backward.cuh"
+#endif
+#include "../machine.h"
+
+namespace {
+
+using attn::emulation::machine;
+using namespace attn::ptx;
+
+std::vector<bf16> random_tensor(int64_t n, uint32_t seed) {
+  std::vector<bf16> x(n);
+  for (bf16& v : x) {
+    seed = seed * 1664525u + 1013904223u;
+    v = from_float<bf16>(float(int32_t(seed)) * 0x1p-30f);  // [-2, 2)
+  }
+  return x;
+}
+
+// NaN, once met, stays: std::max would lose it.
+[[maybe_unused]] double worse(double a, double b) { return std::isnan(a) || a > b ? a : b; }
+
+// The largest difference, NaN where either side alone is NaN, infinite where infinities differ.
+double distance(const float* got, const double* want, int64_t n) {
+  double worst = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (double(got[i]) == want[i]) continue;
+    worst = worse(worst, std::fabs(double(got[i]) - want[i]));
+  }
+  return worst;
+}
+[[maybe_unused]] double distance(const std::vector<bf16>& got, const std::vector<double>& want) {
+  std::vector<float> x;
+  for (const bf16 v : got) x.push_back(to_float(v));
+  return distance(x.data(), want.data(), int64_t(x.size()));
+}
+
+#if PART == 0
+// Returns the error; above 0.05 is wrong.  bf16 products of 96 numbers, summed in fp32: exact to
+// 1e-4.
+double run_all() {
+  using namespace attn::example;
+  const int M = 100, N = 50, K = 96;
+  const auto A = random_tensor(M * K, 1), B = random_tensor(N * K, 2);
+  std::vector<float> C(M * N, NAN);
+  std::vector<double> want(M * N);
+  for (int i = 0; i < M * N; ++i)
+    for (int k = 0; k < K; ++k)
+      want[i] += double(to_float(A[i / N * K + k])) * to_float(B[i % N * K + k]);
+  launch(gemm<bf16>, {2, 2, 1}, THREADS, SMEM_BYTES, nullptr,
+         Params{A.data(), B.data(), C.data(), M, N, K});
+  return distance(C.data(), want.data(), M * N);
+}
+#else
+using attn::cuda::Params;
+constexpr int D = 64, HQ = 2;
+
+struct Case {
+  int sq, sk;
+  bool causal;
+};
+// Ragged and causal with several tiles of keys; more queries than keys, so that the first rows see
+// nothing; whole tiles only.
+constexpr Case CASES[] = {{70, 201, true}, {130, 70, true}, {64, 192, false}};
+
+// Everything in float64, one K/V head, [H, S, D] tensors.
+struct Reference {
+  std::vector<double> o, lse, delta, dq, dk, dv;
+  Reference(const Case& c, double scale, const std::vector<bf16>& q, const std::vector<bf16>& k,
+            const std::vector<bf16>& v, const std::vector<bf16>& dout)
+      : o(q.size()), lse(HQ * c.sq), delta(HQ * c.sq), dq(q.size()), dk(k.size()), dv(k.size()) {
+    const auto dot = [](const bf16* a, const bf16* b) {
+      double sum = 0;
+      for (int d = 0; d < D; ++d) sum += double(to_float(a[d])) * to_float(b[d]);
+      return sum;
+    };
+    std::vector<double> P(c.sk);
+    for (int row = 0; row < HQ * c.sq; ++row) {
+      const int i = row % c.sq;
+      const int end = c.causal ? std::min(c.sk, std::max(0, i + c.sk - c.sq + 1)) : c.sk;
+      double top = -INFINITY, sum = 0;
+      for (int j = 0; j < end; ++j) {
+        P[j] = scale * dot(&q[row * D], &k[j * D]);
+        top = std::max(top, P[j]);
+      }
+      for (int j = 0; j < end; ++j) sum += P[j] = std::exp(P[j] - top);
+      lse[row] = end ? top + std::log(sum) : -INFINITY;
+      for (int j = 0; j < end; ++j) P[j] /= sum;
+      for (int d = 0; d < D; ++d) {
+        for (int j = 0; j < end; ++j) o[row * D + d] += P[j] * to_float(v[j * D + d]);
+        delta[row] += o[row * D + d] * to_float(dout[row * D + d]);
+      }
+      for (int j = 0; j < end; ++j) {
+        const double dS = P[j] * (dot(&dout[row * D], &v[j * D]) - delta[row]);
+        for (int d = 0; d < D; ++d) {
+          dv[j * D + d] += P[j] * to_float(dout[row * D + d]);
+          dk[j * D + d] += scale * dS * to_float(q[row * D + d]);
+          dq[row * D + d] += scale * dS * to_float(k[j * D + d]);
+        }
+      }
+    }
+  }
+};
+
+double run_case(const Case& c) {
+  const double scale = 0.125;
+  const auto q = random_tensor(HQ * c.sq * D, 1), k = random_tensor(c.sk * D, 2);
+  const auto v = random_tensor(c.sk * D, 3), dout = random_tensor(HQ * c.sq * D, 4);
+  const Reference want(c, scale, q, k, v, dout);
+  const bf16 nan = {0xffff};
+  std::vector<bf16> out(q.size(), nan), dk(k.size(), nan), dv(k.size(), nan);
+  std::vector<float> lse(HQ * c.sq, NAN), delta(want.delta.begin(), want.delta.end());
+  Params p{};
+  p.p.dtype = attn::DType::kBFloat16;
+  p.p.batch = 1, p.p.heads_q = HQ, p.p.heads_k = 1;
+  p.p.seqlen_q = c.sq, p.p.seqlen_k = c.sk, p.p.head_dim = p.p.head_dim_v = D;
+  p.p.q = p.p.o = p.p.dout = p.p.dq = {0, int64_t(c.sq) * D, D};
+  p.p.k = p.p.v = p.p.dk = p.p.dv = {0, int64_t(c.sk) * D, D};
+  p.p.lse_stride_h = c.sq;
+  p.p.scale = scale;
+  p.ptr.q = q.data(), p.ptr.k = k.data(), p.ptr.v = v.data(), p.ptr.lse = lse.data();
+  p.scale = float(scale), p.scale_log2 = float(scale * 1.4426950408889634);
+  p.keep_scale = 1.0f;
+  p.window_left = -1, p.window_right = c.causal ? 0 : -1;
+  p.group = HQ, p.pack = p.splits = 1;
+  p.q_vec = p.k_vec = p.v_vec = p.dout_vec = true;
+  using namespace attn::cuda;
+#if PART == 1
+  using Tile = ForwardTile<bf16, D>;
+  p.ptr.o = out.data();
+  p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  launch(sm80::forward<bf16, D, false>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS,
+         Tile::smem(Row<bf16, D>::BYTES, 1, 2), nullptr, p);
+  return worse(distance(out, want.o), distance(lse.data(), want.lse.data(), HQ * c.sq));
+#else
+  using Tile = BackwardTile<bf16, D>;
+  std::copy(want.lse.begin(), want.lse.end(), lse.begin());
+  p.ptr.dout = dout.data(), p.delta = delta.data();
+  p.ptr.dq = out.data(), p.ptr.dk = dk.data(), p.ptr.dv = dv.data();
+  const int smem = Tile::smem(Row<bf16, D>::BYTES, 2, 2);
+  p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  launch(sm80::backward_dq<bf16, D, false>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS, smem, nullptr,
+         p);
+  p.n_tiles = (c.sk + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  launch(sm80::backward_dkdv<bf16, D, false>, {p.n_tiles, 1, 1}, Tile::THREADS, smem, nullptr, p);
+  // of numbers of size 1 (dQ) to 20 (dV), rounded to bf16
+  return worse(distance(out, want.dq), worse(distance(dk, want.dk) / 4, distance(dv, want.dv) / 4));
+#endif
+}
+
+double run_all() {
+  double worst = 0;
+  for (const Case& c : CASES) worst = worse(worst, run_case(c));
+  return worst;
+}
+#endif
+
+struct NamedMode {
+  const char* name;
+  bool random, poison, race;
+};
+constexpr NamedMode MODES[] = {{"plain", false, false, false},
+                               {"random", true, false, false},
+                               {"poison", false, true, false},
+                               {"race", false, false, true},
+                               {"all", true, true, true}};
+
+// Wavefronts beyond the ideal of all shared accesses.
+void report_banks() {
+  machine.mode = {};
+  machine.mode.banks = true;
+  machine.banks.clear();
+  run_all();
+  int64_t ideal = 0, wavefronts = 0;
+  for (const auto& [where, count] : machine.banks)
+    ideal += count.ideal, wavefronts += count.wavefronts;
+  if (wavefronts > ideal * 1.1) {
+    printf("banks: wrong %lld wavefronts, ideal %lld\n", static_cast<long long>(wavefronts),
+           static_cast<long long>(ideal));
+  } else {
+    printf("banks: ok\n");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const NamedMode& m : MODES) {
+    std::string verdict = "ok";
+    for (int seed = 0; seed < (m.random ? 4 : 1) && verdict == "ok"; ++seed) {
+      machine.mode = {};
+      machine.mode.random = m.random, machine.mode.poison = m.poison, machine.mode.race = m.race;
+      machine.mode.seed = uint64_t(seed);
+      try {
+        const double error = run_all();
+        if (!(error < 0.05)) verdict = "wrong by " + std::to_string(error);
+      } catch (const attn::emulation::Error& e) {
+        verdict = std::string("raised ") + e.what();
+        std::replace(verdict.begin(), verdict.end(), '\n', ' ');
+      }
+    }
+    printf("%s: %s\n", m.name, verdict.c_str());
+  }
+  try {
+    report_banks();
+  } catch (const attn::emulation::Error&) {
+    printf("banks: raised\n");
+  }
+}

@@ -1,0 +1,295 @@
+"""Planted bugs in the CUDA kernels, and which mode of the emulator catches each.
+
+Each mutant is a textual change of a copy of csrc, compiled with the driver csrc/emulation/tests/
+mutant.cpp and run in all modes.  A mutant that passes everywhere would mean that the emulator, or
+the problems that the kernels are tested on, cannot see that kind of bug.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+GEMM, FORWARD, BACKWARD = 0, 1, 2  # PART of mutant.cpp
+EXAMPLE, MMA, SMEM = "emulation/tests/example.cuh", "cuda/mma.cuh", "cuda/smem.cuh"
+SOFTMAX, MASK, FWD, BWD = (
+    "cuda/softmax.cuh",
+    "cuda/mask.cuh",
+    "cuda/sm80/forward.cuh",
+    "cuda/sm80/backward.cuh",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """old -> new in one file; `caught` are the modes that must not say ok, `silent` those that do.
+
+    silent is asserted too: it documents what a mode is blind to, and why several exist.
+    """
+
+    part: int
+    file: str
+    old: str
+    new: str
+    caught: tuple[str, ...]
+    silent: tuple[str, ...] = ()
+
+
+ALL_MODES = ("plain", "random", "poison", "race", "all")
+BARRIER = (
+    "    sync_threads();  // tile t is complete, and every warp is done with the buffer of t - 1"
+)
+MUTANTS = {
+    # ---- the example kernel: separate barriers for arrival and reuse
+    "barrier before the tile is read": Mutant(
+        GEMM,
+        EXAMPLE,
+        "    sync_threads();  // the copies of all threads for this step have landed\n",
+        "",
+        ("poison", "race", "all"),
+    ),
+    "barrier before the buffer is reused": Mutant(
+        GEMM,
+        EXAMPLE,
+        "sync_threads();  // all warps have read this stage before the next copy overwrites it",
+        "",
+        ("race", "all"),
+    ),
+    "waits for one group too few": Mutant(
+        GEMM, EXAMPLE, "cp_async_wait<1>", "cp_async_wait<2>", ("poison", "race", "all"), ("plain",)
+    ),
+    "copy not committed": Mutant(
+        GEMM,
+        EXAMPLE,
+        "copy_stage(0);\n  cp_async_commit();",
+        "copy_stage(0);",
+        ("poison", "race", "all"),
+        ("plain",),
+    ),
+    "prefetch into the live buffer": Mutant(
+        GEMM,
+        EXAMPLE,
+        "copy_stage(step + 1);",
+        "copy_stage(step + 2);",
+        ("plain", "random", "poison", "all"),
+    ),
+    "swizzle of A, on one side": Mutant(
+        GEMM,
+        EXAMPLE,
+        "(lane & 15), k * 2 + (lane >> 4)",
+        "(lane & 15), k * 2 + (lane & 1)",
+        ALL_MODES,
+    ),
+    "rows not swizzled": Mutant(
+        GEMM, EXAMPLE, "(chunk ^ ((row >> 1) & 3))", "chunk", ("banks",), ALL_MODES
+    ),
+    # ---- forward
+    "forward: barrier before K": Mutant(FORWARD, FWD, BARRIER, "", ("poison", "race", "all")),
+    "forward: wait before K and V": Mutant(
+        FORWARD,
+        FWD,
+        "    cp_async_wait<0>();\n" + BARRIER,
+        BARRIER,
+        ("poison", "race", "all"),
+        ("plain",),
+    ),
+    "forward: prefetch overwrites the V that slow warps read": Mutant(
+        FORWARD,
+        FWD,
+        BARRIER + "\n    if (Tile::STAGES > 1 && t + 1 < t1) copy_keys(t + 1);",
+        "    if (Tile::STAGES > 1 && t + 1 < t1) copy_keys(t + 1);\n" + BARRIER,
+        ("race", "all"),
+    ),
+    "forward: one stage for two tiles": Mutant(
+        FORWARD,
+        FWD,
+        "auto copy_keys = [&](int t) {\n"
+        "    const uint32_t stage = uint32_t(t % Tile::STAGES) * N * BYTES;",
+        "auto copy_keys = [&](int t) {\n    const uint32_t stage = 0;",
+        ("plain", "random", "poison", "race", "all"),
+    ),
+    "forward: vote read before every warp has written it": Mutant(
+        FORWARD,
+        SMEM,
+        "  sync_threads();  // every warp's vote is there\n",
+        "",
+        ("race", "all"),
+        ("plain",),
+    ),
+    "forward: column of the mask's fragment": Mutant(
+        FORWARD,
+        FWD,
+        "const int j = n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1);",
+        "const int j = n0 + 8 * n + (lane_id() & 3) + 4 * (c & 1);",
+        ALL_MODES,
+    ),
+    "forward: row of the mask's fragment": Mutant(
+        FORWARD, FWD, "const Query& q = query[c >> 1];", "const Query& q = query[0];", ALL_MODES
+    ),
+    "forward: B fragments swapped": Mutant(
+        FORWARD,
+        MMA,
+        "Mma<T>::run(C[n], a, b[0], b[1]);",
+        "Mma<T>::run(C[n], a, b[1], b[0]);",
+        ALL_MODES,
+    ),
+    "forward: A and B halves of K out of step": Mutant(
+        FORWARD, MMA, "2 * step + ((lane >> 3) & 1)", "2 * step + ((lane >> 4) & 1)", ALL_MODES
+    ),
+    "forward: V without transposition": Mutant(
+        FORWARD, MMA, "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,", ALL_MODES
+    ),
+    "forward: P packed with its rows exchanged": Mutant(
+        FORWARD,
+        MMA,
+        "return {{pack<T>(c[0][0], c[0][1]), pack<T>(c[0][2], c[0][3])",
+        "return {{pack<T>(c[0][2], c[0][3]), pack<T>(c[0][0], c[0][1])",
+        ALL_MODES,
+    ),
+    "forward: swizzle differs between copy and read": Mutant(
+        FORWARD,
+        SMEM,
+        "const uint32_t to = tile_address<T, HEAD_DIM>(tile, row, chunk);",
+        "const uint32_t to = tile_address<T, HEAD_DIM>(tile, row, chunk ^ (row >> 3 & 1));",
+        ALL_MODES,
+    ),
+    "forward: no swizzle at all": Mutant(
+        FORWARD, SMEM, "BYTES % 128 == 0 ? row & 7 : (row >> 1) & 3", "0", ("banks",), ALL_MODES
+    ),
+    "forward: O not rescaled to the new maximum": Mutant(
+        FORWARD,
+        SOFTMAX,
+        "acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;",
+        "(void)acc;",
+        ALL_MODES,
+    ),
+    "forward: maximum of half a row": Mutant(
+        FORWARD, SOFTMAX, "return fmaxf(x, shfl_xor(x, 2));", "return x;", ALL_MODES
+    ),
+    "forward: -inf minus -inf in an empty row": Mutant(
+        FORWARD, SOFTMAX, "top == -kInf ? 0.0f : top * scale;", "top * scale;", ALL_MODES
+    ),
+    "forward: shuffle only in warps that store": Mutant(
+        FORWARD,
+        SOFTMAX,
+        "  const float sum = quad_sum(state.sum[r]);",
+        "  if ((lane_id() & 3) != 0) return {0, 0, 0, 0};\n"
+        "  const float sum = quad_sum(state.sum[r]);",
+        ALL_MODES,
+    ),
+    "forward: causal band ends a key early": Mutant(
+        FORWARD, MASK, "j <= i + diagonal + right)", "j < i + diagonal + right)", ALL_MODES
+    ),
+    "forward: tile taken for unmasked at the diagonal": Mutant(
+        FORWARD,
+        MASK,
+        "j1 - 1 <= i0 + diagonal + right",
+        "j1 - 1 <= i1 + diagonal + right",
+        ALL_MODES,
+    ),
+    "forward: shared memory one tile short": Mutant(
+        FORWARD,
+        FWD,
+        "const uint32_t V_smem = K_smem + Tile::STAGES * N * BYTES;",
+        "const uint32_t V_smem = K_smem + 2 * Tile::STAGES * N * BYTES;",
+        ALL_MODES,
+    ),
+    # ---- backward
+    "backward: barrier before the tile": Mutant(
+        BACKWARD,
+        BWD,
+        "sync_threads();  // tile u is complete, and every warp is done with the buffer of u - 1",
+        "",
+        ("poison", "race", "all"),
+    ),
+    "backward: wait before the tile": Mutant(
+        BACKWARD,
+        BWD,
+        "    cp_async_wait<0>();\n    sync_threads();  // tile u",
+        "    sync_threads();  // tile u",
+        ("poison", "race", "all"),
+        ("plain",),
+    ),
+    "backward: delta of the neighbour": Mutant(
+        BACKWARD, BWD, "p.delta[at]};", "p.delta[at - (i & 1)]};", ALL_MODES
+    ),
+    "backward: rows of the transposed fragment": Mutant(
+        BACKWARD,
+        BWD,
+        "check, P[n][2 * r + c],\n",
+        "check, P[n][2 * r + 1 - c],\n",
+        ALL_MODES,
+    ),
+    "backward: group of one K/V head not summed": Mutant(
+        BACKWARD, BWD, "last = per_head * p.group;", "last = per_head;", ALL_MODES
+    ),
+}
+FLAGS = [
+    "-O1",
+    "-std=c++17",
+    "-w",
+    "-fno-strict-aliasing",
+    "-pthread",
+    "-DATTN_EMULATED",
+]
+
+
+def compiler():
+    return os.environ.get("CXX", "c++")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The emulator's own objects, compiled once: no mutant touches them."""
+    folder = tmp_path_factory.mktemp("emulator")
+    objects = []
+    for source in sorted((ROOT / "csrc/emulation").glob("*.cpp")):
+        if source.stem != "bindings":
+            objects.append(str(folder / f"{source.stem}.o"))
+            subprocess.run(
+                [compiler(), *FLAGS, "-O2", "-c", str(source), "-o", objects[-1]], check=True
+            )
+    return objects
+
+
+def verdicts(emulator, csrc, part, folder):
+    """{mode: what the driver says}, of the kernels in csrc."""
+    binary = str(folder / "mutant")
+    source = str(csrc / "emulation/tests/mutant.cpp")
+    subprocess.run(
+        [compiler(), *FLAGS, f"-DPART={part}", source, *emulator, "-o", binary], check=True
+    )
+    done = subprocess.run([binary], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"the driver died: {done.stderr}"
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("part", [GEMM, FORWARD, BACKWARD])
+def test_kernels_as_they_are_pass_every_mode(part, emulator, tmp_path):
+    """Without this, a driver that always complains would pass all tests below."""
+    found = verdicts(emulator, ROOT / "csrc", part, tmp_path)
+    assert found == dict.fromkeys([*ALL_MODES, "banks"], "ok")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(name, emulator, tmp_path):
+    mutant = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu"))
+    path = csrc / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) >= 1, f"{mutant.file} has changed: update the mutant {name!r}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    found = verdicts(emulator, csrc, mutant.part, tmp_path)
+    passed = [mode for mode in mutant.caught if found[mode] == "ok"]
+    assert passed == [], f"not caught by {passed}: {found}"
+    noticed = [mode for mode in mutant.silent if found[mode] != "ok"]
+    assert noticed == [], f"caught by more modes than stated, {noticed}: {found}"

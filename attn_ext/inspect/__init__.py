@@ -7,7 +7,12 @@ and LSE.
     image = inspect.pooled_map(q, k, 256, causal=True)
 """
 
+from attn_ext.inspect.look import look
 from attn_ext.inspect.maps import TopK, column_mass, pooled_map, rollout, top_k, weights
+from attn_ext.inspect.recording import CallRecord, load, record
 from attn_ext.inspect.statistics import row_stats
 
-__all__ = ["TopK", "column_mass", "pooled_map", "rollout", "row_stats", "top_k", "weights"]
+__all__ = [
+    "CallRecord", "TopK", "column_mass", "load", "look", "pooled_map", "record", "rollout",
+    "row_stats", "top_k", "weights",
+]  # fmt: skip

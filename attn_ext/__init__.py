@@ -6,7 +6,7 @@ out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from attn_ext import backends, flops, nn  # noqa: F401
+from attn_ext import backends, flops, inspect, nn  # noqa: F401
 from attn_ext.additive import additive_attention, additive_attention_varlen
 from attn_ext.api import RowStats, attention, attention_varlen
 from attn_ext.decode import attention_decode

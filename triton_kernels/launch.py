@@ -14,6 +14,7 @@ import torch
 import triton
 from attn_ext.triton_kernels import configs, primitives
 from attn_ext.triton_kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
+from attn_ext.triton_kernels.dbias import dbias_kernel
 from attn_ext.triton_kernels.decode import combine_kernel, decode_kernel
 from attn_ext.triton_kernels.fwd import forward_kernel
 
@@ -326,10 +327,87 @@ def sink_gradient(plan: Plan, lse: torch.Tensor, delta: torch.Tensor) -> torch.T
     return -terms.sum([d for d in range(lse.dim()) if d != head])
 
 
+class Backward:
+    """The backward kernels of one call; what all of them read is prepared here."""
+
+    def __init__(self, plan: Plan, dout, out, lse, dlse):
+        self.plan, varlen = plan, plan.varlen
+        self.dout, self.out = rows(dout.to(plan.q.dtype)), rows(out)
+        self.lse = lse.detach().resolve_neg().contiguous()
+        self.dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
+        self.delta = torch.empty_like(self.lse)
+        self.shared = (
+            *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+            *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
+            *strides(self.dout, varlen), *plan.lse_strides(), *plan.score_strides(),
+        )  # fmt: skip
+        self.heads = (plan.heads_q, plan.heads_q // plan.heads_k)
+        self.inputs = (plan.q, plan.k, plan.v, self.dout, self.lse, self.delta)
+
+    def _sizes(self, blocks: int) -> tuple:
+        plan = self.plan
+        return (*self.heads, *plan.totals(), plan.seqlen_q, plan.seqlen_k, blocks,
+                *plan.scalars(), plan.call.scale)  # fmt: skip
+
+    def _tiles(self, tile) -> tuple:
+        plan = self.plan
+        return (plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv)
+
+    def preprocess(self) -> None:
+        """delta = rowsum(dO * O) - dLSE"""
+        plan, tile = self.plan, configs.Tile(32, 0, 4, 1)
+        blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+        run(
+            delta_kernel, blocks * plan.heads_q * plan.batch, tile,
+            self.out, self.dout, self.dlse, self.delta, plan.cu_seqlens_q,
+            *strides(self.out, plan.varlen), *strides(self.dout, plan.varlen),
+            *plan.lse_strides(), plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
+            plan.dim_v, tile.block_m, plan.block_dv, self.dlse is not None, plan.flags,
+        )  # fmt: skip
+
+    def keys(self, dk, dv) -> None:
+        """dK and dV; the kernel makes both, so a gradient that is not needed (None) is dropped."""
+        plan, tile = self.plan, self.plan.tile("dkdv")
+        dk = torch.empty_like(plan.k) if dk is None else dk
+        dv = torch.empty_like(plan.v) if dv is None else dv
+        blocks = triton.cdiv(plan.seqlen_k, tile.block_n)
+        run(
+            dkdv_kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv,
+            *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen),
+            *self._sizes(blocks), *self._tiles(tile), plan.flags,
+        )  # fmt: skip
+
+    def queries(self, dq, dbias) -> None:
+        """dQ, and dbias where it is given, by plain stores or atomics."""
+        plan, tile = self.plan, self.plan.tile("dq")
+        dq = torch.empty_like(plan.q) if dq is None else dq
+        flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
+        blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+        run(
+            dq_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq, dbias,
+            *self.shared, *strides(dq, plan.varlen), *score_strides(dbias, plan.sizes),
+            *self._sizes(blocks), *self._tiles(tile), flags,
+        )  # fmt: skip
+
+    def shared_dbias(self, dbias) -> None:
+        """dbias of a broadcast bias in a fixed order of additions."""
+        plan, tile = self.plan, self.plan.tile("dbias")
+        full = (*plan.sizes[:2], triton.cdiv(plan.seqlen_q, tile.block_m),
+                triton.cdiv(plan.seqlen_k, tile.block_n))  # fmt: skip
+        summed = [n == 1 for n in dbias.shape]
+        own = [1 if one else n for one, n in zip(summed, full, strict=True)]
+        sums = [n if one else 1 for one, n in zip(summed, full, strict=True)]
+        run(
+            dbias_kernel, math.prod(own), tile, *self.inputs, dbias, *self.shared,
+            *score_strides(dbias, plan.sizes), *own[1:], *sums, *self.heads, *plan.totals(),
+            plan.seqlen_q, plan.seqlen_k, *plan.scalars(), *self._tiles(tile), summed[2],
+            summed[3], plan.flags,
+        )  # fmt: skip
+
+
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so."""
     plan = Plan(call)
-    varlen = plan.varlen
     dq, dk, dv = (
         empty_gradient(x, plan) if need else None
         for x, need in zip((call.q, call.k, call.v), needs, strict=False)
@@ -338,58 +416,18 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     if needs[3]:
         dbias = torch.zeros(call.bias.shape, dtype=torch.float32, device=call.q.device)
     dsink = torch.zeros_like(plan.sink) if needs[4] else None
-    if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
-        return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink
-    dout, out = rows(dout.to(call.q.dtype)), rows(out)
-    lse = lse.detach().resolve_neg().contiguous()
-    dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
-    delta = torch.empty_like(lse)
-    shared = (
-        *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
-        *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
-        *strides(dout, varlen), *plan.lse_strides(), *plan.score_strides(),
-    )  # fmt: skip
-    group = plan.heads_q // plan.heads_k
-
-    def sizes(blocks, tile):
-        return (
-            plan.heads_q, group, *plan.totals(), plan.seqlen_q, plan.seqlen_k, blocks,
-            *plan.scalars(), call.scale, plan.dim, plan.dim_v, tile.block_m, tile.block_n,
-            plan.block_d, plan.block_dv,
-        )  # fmt: skip
-
-    with on_device(plan.q):
-        tile = configs.Tile(32, 0, 4, 1)
-        blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
-        run(
-            delta_kernel, blocks * plan.heads_q * plan.batch, tile,
-            out, dout, dlse, delta, plan.cu_seqlens_q,
-            *strides(out, varlen), *strides(dout, varlen), *plan.lse_strides(),
-            plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
-            plan.dim_v, tile.block_m, plan.block_dv, dlse is not None, plan.flags,
-        )  # fmt: skip
-        if dk is not None or dv is not None:
-            dk_out = torch.empty_like(plan.k) if dk is None else dk
-            dv_out = torch.empty_like(plan.v) if dv is None else dv
-            tile = plan.tile("dkdv")
-            blocks = triton.cdiv(plan.seqlen_k, tile.block_n)
-            run(
-                dkdv_kernel, blocks * plan.heads_k * plan.batch, tile,
-                plan.q, plan.k, plan.v, dout, lse, delta, dk_out, dv_out, *shared,
-                *strides(dk_out, varlen), *strides(dv_out, varlen), *sizes(blocks, tile),
-                plan.flags,
-            )  # fmt: skip
-        if dq is not None or dbias is not None:
-            dq_out = torch.empty_like(plan.q) if dq is None else dq
-            flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
-            tile = plan.tile("dq")
-            blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
-            run(
-                dq_kernel, blocks * plan.heads_q * plan.batch, tile,
-                plan.q, plan.k, plan.v, dout, lse, delta, dq_out, dbias, *shared,
-                *strides(dq_out, varlen), *score_strides(dbias, plan.sizes),
-                *sizes(blocks, tile), flags,
-            )  # fmt: skip
-        if dsink is not None:
-            dsink = sink_gradient(plan, lse, delta)
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        kernels = Backward(plan, dout, out, lse, dlse)
+        with on_device(plan.q):
+            kernels.preprocess()
+            if dk is not None or dv is not None:
+                kernels.keys(dk, dv)
+            shared = dbias is not None and tuple(dbias.shape) != plan.sizes
+            apart = shared and call.deterministic
+            if dq is not None or (dbias is not None and not apart):
+                kernels.queries(dq, None if apart else dbias)
+            if apart:
+                kernels.shared_dbias(dbias)
+            if dsink is not None:
+                dsink = sink_gradient(plan, kernels.lse, kernels.delta)
     return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-
 SLOW = 6.0
 
 

@@ -5,6 +5,7 @@ Tiles are 32 x 32 under the interpreter: lengths around 32 and 64 are the edges.
 
 import pytest
 import torch
+import triton
 
 import attn_ext
 from attn_ext import reference
@@ -109,11 +110,26 @@ def test_varlen_with_rows_past_the_last_sequence():
     check_call(call, "triton")
 
 
-def test_deterministic_dbias_of_a_broadcast_bias():
-    """A deterministic call that is refused, or served by atomics with another sum."""
-    for bias in ("qk", "h", "bhqk"):
-        call = random_call(seqlen_q=37, bias=bias, deterministic=True, causal=True)
-        check_call(call, "triton")
+@pytest.mark.parametrize("bias", ["qk", "h", "hk", "bq", "bhqk"])
+def test_deterministic_dbias(bias, monkeypatch):
+    """A sum over the wrong dimensions; atomics, whose order is not fixed, in a deterministic
+    call."""
+    call = random_call(
+        seqlen_q=37, seqlen_k=50, bias=bias, deterministic=True, causal=True, window=(30, -1),
+        dropout_p=0.2, softcap=3.0, heads_q=4, heads_k=2,
+    )  # fmt: skip
+
+    def refused(*args, **kwargs):
+        raise AssertionError("atomics in a deterministic call")
+
+    monkeypatch.setattr(triton.language, "atomic_add", refused)
+    check_call(call, "triton")
+
+
+def test_deterministic_dbias_of_packed_sequences():
+    """A dbias tile that takes positions of the buffer, or sequences that it does not reach."""
+    lengths = {"seqlens_q": [0, 5, 40, 1], "seqlens_k": [4, 7, 33, 0]}
+    check_call(random_call(bias="hk", deterministic=True, **lengths), "triton")
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])

@@ -113,6 +113,13 @@ def test_dense(name):
     assert torch.equal(fa.flash_attn_func(q, k, v, **flash), out)
 
 
+def test_window_as_a_tensor():
+    """flash-attn takes any pair; its own tests pass a tensor."""
+    q, k, v = normal(1, 9, 2, 8), normal(1, 9, 2, 8), normal(1, 9, 2, 8)
+    out = fa.flash_attn_func(q, k, v, window_size=torch.tensor([2, 1]))
+    torch.testing.assert_close(out, naive(q, k, v, window=(2, 1))[0])
+
+
 def test_packed_forms_are_the_same_function():
     """q, k and v taken from the wrong place of a packed tensor, or their gradients."""
     qkv = normal(2, 7, 3, 4, 8).requires_grad_()
@@ -482,6 +489,7 @@ def test_bad_kvcache_input():
         (dict(cache_seqlens=index[:1]), "cache_seqlens must be int32"),
         (dict(cache_batch_idx=index, block_table=index[:, None]), "cache_batch_idx must be None"),
         (dict(cache_batch_idx=index + 1), "page"),
+        (dict(block_table=index[:, None], cache_seqlens=7), "block_table must have pages for 7"),
         (dict(rotary_cos=cache[0, :, 0]), "rotary_cos needs"),
         (
             dict(k=k, v=k, cache_seqlens=3, rotary_cos=normal(4, 4), rotary_sin=normal(4, 4)),
@@ -489,5 +497,5 @@ def test_bad_kvcache_input():
         ),
     )
     for options, match in cases:
-        with pytest.raises((ValueError, TypeError), match=match):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=match):
             fa.flash_attn_with_kvcache(q, cache.clone(), cache.clone(), **options)

@@ -21,6 +21,8 @@ VERSION = "2.8.3"  # the version whose signatures these are
 
 def _window(window_size, causal: bool) -> tuple:
     """flash-attn's (left, right) as attn_ext's: negative is unbounded; causal closes the right."""
+    if isinstance(window_size, torch.Tensor):
+        window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
     for side in window_size:
@@ -317,6 +319,14 @@ def flash_attn_with_kvcache(
         block_table = _per_batch("cache_batch_idx", cache_batch_idx, batch, device)[:, None]
         if cache_seqlens is None:
             cache_seqlens = _per_batch("cache_seqlens", k_cache.shape[1], batch, device)
+    elif block_table is not None and cache_seqlens is not None and device.type == "cpu":
+        needed = int(cache_seqlens.max()) if batch else 0
+        needed += 0 if k is None else k.shape[1]
+        if needed > block_table.shape[-1] * keys.shape[2]:
+            raise RuntimeError(  # flash-attn's type for this one
+                f"block_table must have pages for {needed} keys, got {block_table.shape[-1]} of "
+                f"{keys.shape[2]}"
+            )
     capacity = keys.shape[2] if block_table is None else block_table.shape[-1] * keys.shape[2]
     mask = None
     if cache_leftpad is not None:
@@ -352,7 +362,8 @@ def _top() -> dict:
 
 
 def _interface() -> dict:
-    return {f.__name__: f for f in (*FUNCTIONS, _get_block_size_n)}
+    names = {f.__name__: f for f in (*FUNCTIONS, _get_block_size_n)}
+    return {**names, "USE_TRITON_ROCM": False}
 
 
 def _padding() -> dict:

@@ -12,6 +12,7 @@ from attn_ext.api import RowStats, attention, attention_varlen
 from attn_ext.decode import attention_decode
 from attn_ext.explanation import explain
 from attn_ext.integrations.sdpa import replace_sdpa
+from attn_ext.profiling.recorder import profile
 from attn_ext.torch_sdpa import scaled_dot_product_attention
 
 try:
@@ -21,5 +22,6 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 __all__ = [
     "RowStats", "additive_attention", "additive_attention_varlen", "attention", "attention_decode",
-    "attention_varlen", "backends", "explain", "replace_sdpa", "scaled_dot_product_attention",
+    "attention_varlen", "backends", "explain", "profile", "replace_sdpa",
+    "scaled_dot_product_attention",
 ]  # fmt: skip

@@ -43,7 +43,7 @@ def run(backend, also, full, only, strict, report, as_json) -> int:
     else:
         _print(console, outcomes, seconds)
     if report:
-        from attn_ext.cli.html import verify_page
+        from attn_ext.profiling.html import verify_page
 
         report.write_text(verify_page(data), encoding="utf-8")
         console.print(f"wrote {report}", soft_wrap=True)

@@ -5,6 +5,7 @@ profile.
 import importlib.util
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def device(backend_and_device):
 def seeded():
     """The same random inputs in every run and order of tests."""
     torch.manual_seed(20240607)
+
+
+@pytest.fixture(autouse=True)
+def emulator_mode(request):
+    """Each test meets one mode of the emulator, the same in every run: by a hash of its name.
+
+    ATTN_EXT_EMULATOR_MODE=all (or race, ...) forces one for all tests.
+    """
+    if "emulated" not in dict(AVAILABLE):
+        return
+    from attn_ext import _emulated
+
+    number = zlib.crc32(request.node.name.encode())
+    modes = ("plain", "random", "poison", "race", "all")
+    forced = os.environ.get("ATTN_EXT_EMULATOR_MODE")
+    _emulated.set_mode(forced or modes[number % 5], seed=number)
 
 
 @pytest.fixture

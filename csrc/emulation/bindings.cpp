@@ -59,10 +59,12 @@ Words run_wrapper(int op, const Words& in, const Words& smem) {
   if (in.ndim() != 2 || in.shape(0) != 32 || in.shape(1) != WORDS || smem.size() != SMEM_WORDS) {
     throw py::value_error("wrapper: in must be [32, 16] and smem [512] words");
   }
+  alignas(16) uint32_t aligned[32 * WORDS];  // numpy promises less, and cp_async_16 wants 16
+  std::memcpy(aligned, in.data(), sizeof(aligned));
   Words out({32, WORDS});
   std::memset(out.mutable_data(), 0, size_t(out.nbytes()));
   launch(wrappers, {1, 1, 1}, 32, SMEM_WORDS * 4, nullptr,
-         Params{op, in.data(), smem.data(), out.mutable_data()});
+         Params{op, aligned, smem.data(), out.mutable_data()});
   return out;
 }
 

@@ -227,7 +227,8 @@ def test_interrupted_verify_keeps_what_it_has(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(verify, "run_check", interrupt)
     path = tmp_path / "r.html"
-    code, out, err = run(capsys, "verify", "--only", "length", "--json", "--report", path)
+    code, out, err = run(capsys, "verify", "--backend", "cpu", "--only", "length", "--json",
+                         "--report", path)  # fmt: skip
     data = json.loads(out)
     assert code == 130 and len(data["outcomes"]) == 2 and data["complete"] is False
     assert "S = 1" in path.read_text() and "interrupted after 2 results" in err
@@ -310,6 +311,7 @@ def test_explain(capsys):
         (("verify", "--backend", "nope"), "backend must be 'auto' or one of"),
         (("verify", "--backend", "cuda"), "--backend cuda cannot run here"),
         (("verify", "--also", "tensorflow"), "--also must be among torch, flash_attn, got"),
+        (("verify", "--device", "tpu"), "--device must be cpu here, got 'tpu'"),
         (("verify", "--only", "zebra"), "--only matches no check, got 'zebra'"),
         (("verify", "--quick", "--full"), "--quick and --full exclude each other"),
         (("verify", "--report", "/proc/none/r.html"), "--report cannot be written"),

@@ -65,6 +65,7 @@ def verify(
     only: Annotated[
         str | None, typer.Option(help="only checks whose group or name contains this")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: both")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="a peer's failure counts too")] = False,
     report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
     json: Json = False,
@@ -75,7 +76,7 @@ def verify(
     if quick and full:
         raise BadArgument("--quick and --full exclude each other")
     report = writable(report, "--report")
-    return command.run(words(backend), words(also), full, only, strict, report, json)
+    return command.run(words(backend), words(also), full, only, device, strict, report, json)
 
 
 @app.command()

@@ -17,9 +17,13 @@ from attn_ext.profiling.results import machine, rounded
 FORMAT = 1
 
 
-def run(backend, also, full, only, strict, report, as_json) -> int:
+def run(backend, also, full, only, device, strict, report, as_json) -> int:
     """Verify; 1 when a backend of attn_ext fails (with strict: a peer too)"""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if device is not None:
+        if device not in devices:
+            raise BadArgument(f"--device must be {' or '.join(devices)} here, got {device!r}")
+        devices = [device]
     try:
         checks = matrix.selected(full, only)
         tested = subjects.ours(backend, devices)

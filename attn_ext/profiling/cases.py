@@ -182,3 +182,32 @@ CPU_TABLE = {
         "float16 forward", ("1,8,1024,64", "1,8,4096,64"), _BOTH, dtypes=("fp16",)
     ),
 }  # fmt: skip
+
+# The rows of bench/gpu.py, the most telling first.
+GPU_TABLE = {
+    "forward": Preset(
+        "forward, 16-bit",
+        ("4,16,4096,128", "4,16,2048,64", "16,16,512,64", "2,32/8,8192,128"),
+        _BOTH,
+        dtypes=("bf16",),
+    ),
+    "backward": Preset(
+        "forward + backward, 16-bit",
+        ("4,16,4096,128", "4,16,2048,64", "16,16,512,64"),
+        _BOTH,
+        ("fwd+bwd",),
+        ("bf16",),
+    ),
+    "decode": Preset(
+        "one new token against a KV cache",
+        ("16,32/8,1/8192,128", "1,32/8,1/32768,128", "64,32/8,1/2048,128"),
+        dtypes=("bf16",),
+    ),
+    "others": Preset(
+        "other dtypes and head dimensions",
+        ("4,16,2048,64", "4,16,2048,96", "4,8,2048,256"),
+        (True,),
+        ("fwd", "fwd+bwd"),
+        ("fp16", "fp32"),
+    ),
+}

@@ -116,6 +116,14 @@ class Report:
             temporary.write_text(write[path.suffix]())
             os.replace(temporary, path)
 
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """A report from its JSON file, to go on with"""
+        data = json.loads(path.read_text())
+        roofs = Ceilings(**data["ceilings"]) if data["ceilings"] else None
+        rows = [Row(**row) for row in data["rows"]]
+        return cls(data["title"], data["machine"], roofs, rows, data["skipped"])
+
     def as_dict(self) -> dict:
         """What the JSON file holds"""
         return {

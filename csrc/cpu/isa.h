@@ -17,6 +17,7 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #include "cpu/score.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
+#include "cpu/decode.h"
 #ifndef ATTN_BF16_DOT
 #include "cpu/family_tile.h"
 #include "cpu/additive.h"
@@ -27,7 +28,7 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 
 #ifdef ATTN_BF16_DOT
 void forward(const Problem& p, const Pointers& ptr, int threads) {
-  Forward<Bf16Pairs>(p, ptr, threads).run();
+  if (!decode<DType::kBFloat16>(p, ptr, threads)) Forward<Bf16Pairs>(p, ptr, threads).run();
 }
 
 void backward(const Problem& p, const Pointers& ptr, int threads) {
@@ -36,17 +37,19 @@ void backward(const Problem& p, const Pointers& ptr, int threads) {
 #else
 void forward(const Problem& p, const Pointers& ptr, int threads) {
   if (p.dtype == DType::kFloat64)
-    Forward<Plain<double> >(p, ptr, threads).run();
-  else
-    Forward<Plain<float> >(p, ptr, threads).run();
+    Forward<Plain<double>>(p, ptr, threads).run();
+  else if (!decode<DType::kFloat32>(p, ptr, threads) && !decode<DType::kFloat16>(p, ptr, threads) &&
+           !decode<DType::kBFloat16>(p, ptr, threads))
+    Forward<Plain<float>>(p, ptr, threads).run();
 }
 
 void backward(const Problem& p, const Pointers& ptr, int threads) {
   if (p.dtype == DType::kFloat64)
-    Backward<Plain<double> >(p, ptr, threads).run();
+    Backward<Plain<double>>(p, ptr, threads).run();
   else
-    Backward<Plain<float> >(p, ptr, threads).run();
+    Backward<Plain<float>>(p, ptr, threads).run();
 }
+
 void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
   if (p.dtype == DType::kFloat64)
     FamilyForward<double>(p, ptr, o, threads).run();

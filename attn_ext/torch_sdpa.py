@@ -33,6 +33,17 @@ def scaled_dot_product_attention(
 
 def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend):
     """`scaled_dot_product_attention` on the backend of that name."""
+    deterministic = (
+        isinstance(query, torch.Tensor)
+        and query.device.type != "cpu"
+        and torch.are_deterministic_algorithms_enabled()
+    )
+    flags = is_causal.__class__ is enable_gqa.__class__ is bool
+    if attn_mask is None and flags and _plain(query, key, value):
+        return attention(
+            query, key, value, causal="top_left" if is_causal else False, dropout_p=dropout_p,
+            scale=scale, deterministic=deterministic, backend=backend,
+        )  # fmt: skip
     validate.tensor("query", query)
     validate.tensor("key", key)
     validate.tensor("value", value)
@@ -63,9 +74,26 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     out = attention(
         query4, key4, value4, causal="top_left" if is_causal else False, mask=mask, bias=bias,
         dropout_p=dropout_p, scale=scale, backend=backend,
-        deterministic=query.device.type != "cpu" and torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
     )  # fmt: skip
     return out if len(batch) == 2 else out.reshape(*batch, query.shape[-2], value.shape[-1])
+
+
+def _plain(query, key, value) -> bool:
+    """Whether the tensors are [B, H, S, D] of one kind as they come: nothing to check or fold."""
+    if not type(query) is type(key) is type(value) is torch.Tensor or query.dim() != 4:
+        return False
+    shape = query.shape
+    wanted = key.shape
+    return (
+        len(wanted) == 4
+        and shape[0] == wanted[0]
+        and shape[1] == wanted[1]
+        and shape[3] == wanted[3]
+        and wanted[:3] == value.shape[:3]
+        and query.dtype == key.dtype == value.dtype
+        and query.layout == torch.strided
+    )
 
 
 def _batch_shape(query, key, value, enable_gqa: bool) -> tuple:

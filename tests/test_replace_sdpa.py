@@ -390,6 +390,39 @@ def test_strided_nested_tensors_go_to_torch():
     torch.testing.assert_close(out.unbind()[1], expected)
 
 
+def test_jagged_tensors_of_another_shape_go_to_torch():
+    """The ragged dimension taken for the heads'."""
+    q = nested(LENGTHS[0], 4, 8)  # [B, ragged, H, D], not transposed
+    theirs = F.scaled_dot_product_attention(q, q, q)
+    with attn_ext.replace_sdpa(), pytest.warns(UserWarning, match="ragged"):
+        ours = F.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(ours.values(), theirs.values())
+
+
+def test_meta_tensors_are_torchs_and_no_matter_of_a_warning():
+    """A model built on the meta device."""
+    q = torch.empty(2, 4, 5, 8, device="meta")
+    with attn_ext.replace_sdpa(strict=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert F.scaled_dot_product_attention(q, q, q).shape == q.shape
+
+
+def test_a_tensor_subclass_keeps_its_own_operations():
+    """A kernel that reads the memory of a tensor which computes otherwise."""
+    seen = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    q = torch.randn(1, 2, 4, 8).as_subclass(Logged)
+    with attn_ext.replace_sdpa(), pytest.warns(UserWarning, match="subclass"):
+        F.scaled_dot_product_attention(q, q, q)
+    assert "scaled_dot_product_attention" in seen
+
+
 @pytest.mark.parametrize("bad", [dict(strict=1), dict(backend="cudnn")])
 def test_bad_settings(bad):
     """A misspelt backend that quietly means auto."""

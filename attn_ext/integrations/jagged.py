@@ -31,9 +31,10 @@ def _packed(name: str, nested) -> tuple[torch.Tensor, torch.Tensor]:
     return packed.values(), packed.offsets()
 
 
-def values(*tensors) -> tuple:
+def values(query, key, value) -> tuple:
     """The packed values [total, H, D] of nested [B, H, j, D]."""
-    return tuple(x.transpose(1, 2).values() for x in tensors)
+    named = zip(("query", "key", "value"), (query, key, value), strict=True)
+    return tuple(_packed(name, x)[0] for name, x in named)
 
 
 def serve(

@@ -123,12 +123,13 @@ def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -
 
     NotImplementedError says why torch must; ValueError and TypeError what torch will refuse too.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        validate.tensor(name, tensor)
-        if tensor.is_nested:
-            raise NotImplementedError("nested tensors must be of the jagged layout, all three")
-        if _foreign(tensor):
-            raise NotImplementedError(f"{name} is a tensor subclass, {type(tensor).__name__}")
+    if not type(query) is type(key) is type(value) is torch.Tensor or query.layout != torch.strided:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            validate.tensor(name, tensor)
+            if _foreign(tensor):
+                raise NotImplementedError(f"{name} is a tensor subclass, {type(tensor).__name__}")
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise NotImplementedError("nested tensors must be of the jagged layout, all three")
     if _only_math():
         raise NotImplementedError(MATH_ONLY)
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
@@ -180,7 +181,7 @@ def _call(
             return function(query, key, value, *options, backend)
         if strict:
             raise NotImplementedError(why)
-    else:
+    elif not (isinstance(query, torch.Tensor) and query.is_meta):  # nothing is computed on meta
         try:
             return _eager(backend, query, key, value, *options)
         except (NotImplementedError, ValueError, TypeError) as error:
@@ -270,6 +271,8 @@ class replace_sdpa(TorchFunctionMode):
         validate.boolean("strict", strict)
         if backend != "auto":
             backends.get(backend)
+            if (strict, backend) not in _MHA:
+                _MHA[strict, backend] = _attention_forward_with(strict, backend)
         self.strict = strict
         self.backend = backend
         self._switch = None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext import ops, validate
+from attn_ext import fast, ops, validate
 from attn_ext.problem import Call
 
 MAX_SEED = 2**63 - 1
@@ -144,6 +144,16 @@ def attention(
     backend can serve the call (`attn_ext.explain` says why), and for double backward and
     forward-mode AD.
     """
+    key = None
+    if (
+        mask is bias is alibi_slopes is sink is sigmoid_bias is None
+        and not (return_lse or return_stats or dropout_p)
+        and normalizer == "softmax" and isinstance(q, torch.Tensor)
+    ):  # fmt: skip
+        key = fast.key_of(q, k, v, causal, window, softcap, scale, deterministic, backend)
+        out = None if key is None else fast.run(key, q, k, v)
+        if out is not None:
+            return out
     args = dense_args(
         q, k, v, causal=causal, window=window, mask=mask, bias=bias, softcap=softcap,
         alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p, scale=scale,
@@ -152,7 +162,9 @@ def attention(
     )  # fmt: skip
     if normalizer == "sigmoid" and return_lse:
         raise ValueError(NO_LSE)
-    return result(args, return_lse, return_stats)
+    answer = result(args, return_lse, return_stats)
+    fast.remember(key, args)
+    return answer
 
 
 def _longest(name: str, value, cu_seqlens, total):

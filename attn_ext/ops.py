@@ -104,6 +104,15 @@ def forward_eager(args: tuple) -> tuple:
     return module.forward(call)
 
 
+def plain_plan(args: tuple) -> tuple | None:
+    """What `attn_ext.fast` keeps of a call that has run: the cpu backend's plan, else None."""
+    call = _call(args)
+    if call.q is not args[0] or call.k is not args[1] or call.v is not args[2]:
+        return None  # a copy was made
+    module = _serving_backend(call, args)
+    return module.plain_plan(call) if module is backends.get("cpu") else None
+
+
 def backward_eager(dout, dlse, out, lse, args: tuple, needs) -> tuple:
     """(dq, dk, dv, dbias, dsink), None where `needs` is False, of real tensors."""
     call = _call(args)

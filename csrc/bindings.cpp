@@ -124,6 +124,19 @@ PYBIND11_MODULE(_C, m) {
       "O, LSE (and row statistics) of one call; addresses, 0 where absent");
 
   m.def(
+      "cpu_forward_plain",
+      [](const Problem& p, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
+         uintptr_t lse) {
+        Pointers ptr;
+        ptr.q = in<void>(q), ptr.k = in<void>(k), ptr.v = in<void>(v);
+        ptr.o = reinterpret_cast<void*>(o), ptr.lse = reinterpret_cast<void*>(lse);
+        check(p, ptr, threads);
+        py::gil_scoped_release release;
+        attn::cpu::forward(p, ptr, threads);
+      },
+      "O (and LSE) of a call without side inputs, for small calls");
+
+  m.def(
       "cpu_backward",
       [](const Problem& p, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
          uintptr_t lse, uintptr_t mask, uintptr_t bias, uintptr_t alibi, int64_t alibi_stride_b,

@@ -56,7 +56,7 @@ struct Pointers {
   const int32_t* seqlens_k = nullptr;    // [B] used lengths of K/V (decode), else null
   const int32_t* block_table = nullptr;  // [B, max_pages]
   int64_t alibi_stride_b = 0;
-  void *o = nullptr, *lse = nullptr;  // outputs of forward, inputs of backward
+  void *o = nullptr, *lse = nullptr;  // outputs of forward (lse may be null), inputs of backward
   void *max_logit = nullptr, *entropy = nullptr;
   const void *dout = nullptr, *dlse = nullptr;  // dlse: as LSE, null = zero
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dbias = nullptr, *dsink = nullptr;

@@ -176,13 +176,13 @@ def _lse_shape(call: Call) -> tuple[int, ...]:
 
 
 _plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes and strides
-_NO_SIDE_INPUTS = (0,) * 12
 
 
-def _plain_forward(call: Call):
-    """Forward of a dense call without side inputs: all but the pointers is remembered, which is
-    most of the time of a small call.
-    """
+def plain_plan(call: Call) -> tuple | None:
+    """All but the pointers of a dense call without side inputs, which is most of the time of a
+    small call; None for other calls and for empty ones."""
+    if not _is_plain(call):
+        return None
     q, k, v = call.q, call.k, call.v
     key = (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
@@ -193,20 +193,24 @@ def _plain_forward(call: Call):
         out = empty_like_layout(q, v.shape[-1])
         lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
         if not (out.numel() or lse.numel()):
-            return out, lse, None, None
+            return None
         order = sorted(range(4), key=lambda d: (-out.stride(d), d))
         if len(_plans) > 4096:
             _plans.clear()
         plan = (_problem(call, _canonical(call), out, lse), out.shape, order, lse.shape, lse.dtype)
         _plans[key] = plan
-    problem, shape, order, lse_shape, lse_dtype = plan
+    return plan
+
+
+def run_plain(plan: tuple, q, k, v, lse=None):
+    """O of a call with this plan; LSE goes into `lse` where it is wanted."""
+    problem, shape, order, _, _ = plan
     out = torch.empty_permuted(shape, order, dtype=q.dtype, device="cpu")
-    lse = torch.empty(lse_shape, dtype=lse_dtype, device="cpu")
-    _C.cpu_forward(
+    _C.cpu_forward_plain(
         problem, torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        out.data_ptr(), lse.data_ptr(), *_NO_SIDE_INPUTS,
+        out.data_ptr(), 0 if lse is None else lse.data_ptr(),
     )  # fmt: skip
-    return out, lse, None, None
+    return out
 
 
 def _is_plain(call: Call) -> bool:
@@ -223,8 +227,10 @@ def _is_plain(call: Call) -> bool:
 
 def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
-    if _is_plain(call):
-        return _plain_forward(call)
+    plan = plain_plan(call)
+    if plan is not None:
+        lse = torch.empty(plan[3], dtype=plan[4], device="cpu")
+        return run_plain(plan, call.q, call.k, call.v, lse), lse, None, None
     if call.normalizer == "sigmoid":
         return (*family_forward(call, None), None, None)
     t = _canonical(call)

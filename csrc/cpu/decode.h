@@ -314,7 +314,7 @@ class Decode {
       restore_row<float>(TYPE, row, dv,
                          static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, i) * kBytes);
       const int64_t at = seq.lse_offset(h, i);
-      static_cast<float*>(ptr.lse)[at] = lse;
+      if (ptr.lse) static_cast<float*>(ptr.lse)[at] = lse;
       if (ptr.max_logit) static_cast<float*>(ptr.max_logit)[at] = nan ? sum : top;
     }
   }

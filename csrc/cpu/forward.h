@@ -330,7 +330,7 @@ class Forward {
         restore_row<T>(p.dtype, rows + (v + i) * dv_padded, dv,
                        static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, q) * bytes());
         const int64_t at = seq.lse_offset(h, q);
-        static_cast<T*>(ptr.lse)[at] = lse_lanes[i];
+        if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse_lanes[i];
         if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = top_lanes[i];
         if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = entropy_lanes[i];
       }

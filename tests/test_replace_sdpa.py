@@ -380,6 +380,28 @@ def test_jagged_nested_tensors(causal, cross):
         torch.testing.assert_close(grads[1].unbind()[i], db.transpose(0, 1))
 
 
+def test_a_compiled_module_on_jagged_tensors():
+    """Views of one projection as nested queries, keys and values: torch's own math refuses them."""
+    torch._dynamo.reset()
+    project, mix = (torch.nn.Linear(16, n, dtype=torch.float64) for n in (48, 16))
+
+    def module(x):
+        heads = [
+            y.reshape(x.size(0), x.size(1), 2, 8).transpose(1, 2) for y in project(x).chunk(3, -1)
+        ]
+        out = F.scaled_dot_product_attention(*heads)
+        return mix(out.transpose(1, 2).reshape(x.size(0), x.size(1), 16))
+
+    parts = [torch.randn(n, 16, dtype=torch.float64) for n in (3, 6)]
+    expected = [module(part[None])[0] for part in parts]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with attn_ext.replace_sdpa(strict=True):
+        for got in (module(x), compiled(x)):
+            torch.testing.assert_close(got.values(), torch.cat(expected))
+    assert sdpa.report() == ({"cpu": 1}, {}, {"attn_ext": 1})
+
+
 def test_strided_nested_tensors_go_to_torch():
     """The old nested layout is torch's own."""
     parts = [torch.randn(2, n, 8) for n in (3, 5)]

@@ -36,9 +36,8 @@ def key_of(q, k, v, causal, window, softcap, scale, deterministic, backend) -> t
         return None
     return (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype,
-        causal, type(causal), window, *map(type, window), softcap, type(softcap), scale, type(scale), deterministic,
-        type(deterministic),
-        backend,
+        causal, type(causal), window, *map(type, window), softcap, type(softcap),
+        scale, type(scale), deterministic, type(deterministic), backend,
     )  # fmt: skip
 
 

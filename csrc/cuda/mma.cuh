@@ -32,8 +32,10 @@ struct Mma {                       // halves
   // b[0..1]: rows k0.. of columns 8*n..8*n+7 of a [k][n] tile; b[2..3]: of the next 8 columns
   template <int HEAD_DIM>
   ATTN_DEVICE static void load_transposed(uint32_t (&b)[4], uint32_t tile, int step, int n) {
-    const int lane = lane_id();
-    ldmatrix_x4_trans(b, tile_address<T, HEAD_DIM>(tile, 16 * step + (lane & 15), n + (lane >> 4)));
+    const int lane = lane_id(), row = lane & 15;
+    ldmatrix_x4_trans(b,
+                      tile + (16 * step + row) * Row<T, HEAD_DIM>::BYTES +
+                          chunk_offset<T, HEAD_DIM>(row_swizzle<T, HEAD_DIM>(row), n, lane >> 4));
   }
 };
 
@@ -66,11 +68,12 @@ struct Mma<float> {
   }
   template <int HEAD_DIM>
   ATTN_DEVICE static void load_transposed(uint32_t (&b)[4], uint32_t tile, int step, int n) {
-    const int lane = lane_id(), row = 8 * step + 2 * (lane & 3), column = 8 * n + (lane >> 2);
+    const int g = lane_id() >> 2, t = lane_id() & 3;
     ATTN_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int c = column + 8 * (i >> 1);
-      b[i] = lds_32(tile_address<float, HEAD_DIM>(tile, row + (i & 1), c >> 2) + 4 * (c & 3));
+      const int row = 2 * t + (i & 1), even = 2 * (n + (i >> 1));
+      b[i] = lds_32(tile + (8 * step + row) * Row<float, HEAD_DIM>::BYTES + 4 * (g & 3) +
+                    chunk_offset<float, HEAD_DIM>(row, even, g >> 2));
     }
   }
 };
@@ -78,18 +81,23 @@ struct Mma<float> {
 // C = A B^T   [16, 8 * TILES]: rows a_row.. of one tile against all rows of another, over HEAD_DIM
 template <class T, int HEAD_DIM, int TILES>
 ATTN_DEVICE void multiply(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint32_t b_tile) {
-  const int lane = lane_id();
+  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
+  const int lane = lane_id(), a_lane = lane & 15, b_lane = (lane & 7) + ((lane >> 4) << 3);
+  const int a_swizzle = row_swizzle<T, HEAD_DIM>(a_lane);  // a_row is a multiple of 16
+  const int b_swizzle = row_swizzle<T, HEAD_DIM>(b_lane);
+  a_tile += (a_row + a_lane) * BYTES, b_tile += b_lane * BYTES;
   ATTN_UNROLL
   for (int n = 0; n < TILES; ++n) C[n][0] = C[n][1] = C[n][2] = C[n][3] = 0.0f;
-  ATTN_UNROLL
+  constexpr int UNROLL = kIsHalf<T> ? Row<T, HEAD_DIM>::STEPS : 2;  // floats: all would spill
+#pragma unroll UNROLL
   for (int step = 0; step < Row<T, HEAD_DIM>::STEPS; ++step) {
     uint32_t r[4], b[4];
-    ldmatrix_x4(r, tile_address<T, HEAD_DIM>(a_tile, a_row + (lane & 15), 2 * step + (lane >> 4)));
+    ldmatrix_x4(r, a_tile + chunk_offset<T, HEAD_DIM>(a_swizzle, 2 * step, lane >> 4));
     const typename Mma<T>::A a = Mma<T>::operand(r);
     ATTN_UNROLL
     for (int n = 0; n < TILES; n += 2) {
-      ldmatrix_x4(b, tile_address<T, HEAD_DIM>(b_tile, 8 * n + (lane & 7) + ((lane >> 4) << 3),
-                                               2 * step + ((lane >> 3) & 1)));
+      ldmatrix_x4(b, b_tile + 8 * n * BYTES +
+                         chunk_offset<T, HEAD_DIM>(b_swizzle, 2 * step, (lane >> 3) & 1));
       Mma<T>::run(C[n], a, b[0], b[1]);
       Mma<T>::run(C[n + 1], a, b[2], b[3]);
     }
@@ -126,35 +134,44 @@ struct View {
   }
 };
 
-// accumulate() where a zero of C silences NaN and infinities of the tile.  The finite part is
-// multiplied as usual; then, by products of 0/1 matrices, it is counted whether some C != 0 met
-// +inf or -inf (NaN is both).  Only for C >= 0 when passes = 3; passes = 1 leaves the infinities
-// out.  Destroys C and the tile.  All threads of the CTA; `active` warps compute.
-template <class T, int HEAD_DIM, int TILES, int THREADS, bool GENERAL>
-ATTN_DEVICE void accumulate_careful(float (&acc)[HEAD_DIM / 8][4], float (&C)[TILES][4],
-                                    uint32_t tile, const Rows& rows, int first, int end, int dim,
-                                    int passes, bool active) {
+// tile = the view of rows[first ..]; all threads of the CTA.
+template <class T, int HEAD_DIM, int ROWS, int THREADS, bool GENERAL>
+ATTN_DEVICE void view_tile(uint32_t tile, const Rows& rows, int first, int end, int dim,
+                           View view) {
   using R = Row<T, HEAD_DIM>;
-  for (int pass = 0; pass < passes; ++pass) {
-    sync_threads();  // every warp has read the tile
-    for (int index = thread_id(); index < 8 * TILES * R::CHUNKS; index += THREADS) {
-      const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
-      U32x4 v{0, 0, 0, 0};
-      if (first + row < end)
-        v = gather_chunk<T>(rows.at<GENERAL>(first + row), chunk * R::PER_CHUNK, dim, View{pass});
-      sts_128(tile_address<T, HEAD_DIM>(tile, row, chunk), v);
-    }
-    sync_threads();  // the view is complete
+  sync_threads();  // every warp has read the tile
+  ATTN_NO_UNROLL
+  for (int index = thread_id(); index < ROWS * R::CHUNKS; index += THREADS) {
+    const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
+    U32x4 v{0, 0, 0, 0};
+    if (first + row < end)
+      v = gather_chunk<T>(rows.at<GENERAL>(first + row), chunk * R::PER_CHUNK, dim, view);
+    sts_128(tile_address<T, HEAD_DIM>(tile, row, chunk), v);
+  }
+  sync_threads();  // the view is complete
+}
+
+// accumulate(), but where the tile is known to be `bad` (to hold NaN or infinities) a zero of C
+// silences them.  The finite part is multiplied as usual; then, by products of 0/1 matrices, it is
+// counted whether some C != 0 met +inf or -inf (NaN is both).  signed_C: C may be negative, and the
+// infinities are left out.  Destroys C and a bad tile.  All threads of the CTA; `active` warps
+// compute.
+template <class T, int HEAD_DIM, int TILES, int THREADS, bool GENERAL>
+ATTN_DEVICE void accumulate_visible(float (&acc)[HEAD_DIM / 8][4], float (&C)[TILES][4],
+                                    uint32_t tile, const Rows& rows, int first, int end, int dim,
+                                    bool bad, bool signed_C, bool active) {
+  if (bad) view_tile<T, HEAD_DIM, 8 * TILES, THREADS, GENERAL>(tile, rows, first, end, dim, {0});
+  if (active) accumulate<T, HEAD_DIM, TILES>(acc, C, tile);
+  if (!bad || signed_C) return;
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+  for (int i = 0; i < 4; ++i) C[n][i] = C[n][i] != 0.0f ? 1.0f : 0.0f;
+  ATTN_NO_UNROLL
+  for (int pass = 1; pass < 3; ++pass) {
+    view_tile<T, HEAD_DIM, 8 * TILES, THREADS, GENERAL>(tile, rows, first, end, dim, {pass});
     if (!active) continue;
-    if (pass == 0) {
-      accumulate<T, HEAD_DIM, TILES>(acc, C, tile);
-      ATTN_UNROLL
-      for (int n = 0; n < TILES; ++n)
-        for (int i = 0; i < 4; ++i) C[n][i] = C[n][i] != 0.0f ? 1.0f : 0.0f;
-      continue;
-    }
     const float infinity = pass == 1 ? kInf : -kInf;
-    ATTN_UNROLL
+    ATTN_NO_UNROLL
     for (int n = 0; n < HEAD_DIM / 8; n += 2) {
       float count[2][4] = {};
       ATTN_UNROLL
@@ -166,9 +183,10 @@ ATTN_DEVICE void accumulate_careful(float (&acc)[HEAD_DIM / 8][4], float (&C)[TI
         Mma<T>::run(count[1], a, b[2], b[3]);
       }
       ATTN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        acc[n][i] += count[0][i] > 0.0f ? infinity : 0.0f;
-        acc[n + 1][i] += count[1][i] > 0.0f ? infinity : 0.0f;
+      for (int m = 0; m < HEAD_DIM / 8; ++m) {  // acc[n] with n known at compile time: registers
+        ATTN_UNROLL
+        for (int i = 0; i < 4; ++i)
+          if (m / 2 == n / 2 && count[m % 2][i] > 0.0f) acc[m][i] += infinity;
       }
     }
   }

@@ -10,10 +10,23 @@
 namespace attn::cuda {
 
 template <class T, int HEAD_DIM>
+ATTN_DEVICE int row_swizzle(int row) {
+  return Row<T, HEAD_DIM>::BYTES % 128 == 0 ? row & 7 : (row >> 1) & 3;
+}
+
+template <class T, int HEAD_DIM>
 ATTN_DEVICE uint32_t tile_address(uint32_t tile, int row, int chunk) {
-  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
-  const int f = BYTES % 128 == 0 ? row & 7 : (row >> 1) & 3;
-  return tile + uint32_t(row * BYTES + ((chunk ^ f) << 4));
+  return tile +
+         uint32_t(row * Row<T, HEAD_DIM>::BYTES + ((chunk ^ row_swizzle<T, HEAD_DIM>(row)) << 4));
+}
+
+// Byte offset in its row of chunk `even | odd`: even is known at compile time, odd (0 or 1) depends
+// on the lane, and so does f, the swizzle of the row.  Only 4 different values that the lane
+// decides (2 where f has 2 bits), so that few registers hold the addresses of a whole row.
+template <class T, int HEAD_DIM>
+ATTN_DEVICE uint32_t chunk_offset(int f, int even, int odd) {
+  constexpr int SPAN = Row<T, HEAD_DIM>::BYTES % 128 == 0 ? 8 : 4;
+  return ((((even % SPAN) | odd) ^ f) << 4) + even / SPAN * SPAN * 16;
 }
 
 // Rows of one head in global memory.  period = 0: row r at base + r * stride.  Else at quotient and
@@ -65,22 +78,35 @@ struct Unchanged {
 // tile[r] = rows[first + r]; 0 where first + r >= end or column >= dim, so that nothing out of
 // range is read or multiplied.  vec: by cp.async (the caller commits and waits), else by plain
 // loads.
+//
+// A thread keeps its chunk and goes down the rows (with 12 or 24 chunks a row some threads rest):
+// one pointer that is moved on, where an index per copy would cost a register pair each.
 template <class T, int HEAD_DIM, int ROWS, int THREADS, bool GENERAL>
 ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, int dim, bool vec) {
   using R = Row<T, HEAD_DIM>;
-  ATTN_UNROLL
-  for (int at = 0; at < ROWS * R::CHUNKS; at += THREADS) {
-    const int index = at + thread_id();
-    if (ROWS * R::CHUNKS % THREADS && index >= ROWS * R::CHUNKS) break;
-    const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
-    const int column = chunk * R::PER_CHUNK;
-    const bool valid = first + row < end && column < dim;
-    const uint32_t to = tile_address<T, HEAD_DIM>(tile, row, chunk);
-    const char* from = valid ? rows.at<GENERAL>(first + row) : nullptr;
-    if (vec)
-      cp_async_16(to, valid ? from + column * int(sizeof(T)) : rows.base, valid);
-    else
-      sts_128(to, valid ? gather_chunk<T>(from, column, dim, Unchanged()) : U32x4{0, 0, 0, 0});
+  constexpr int STEP = THREADS / R::CHUNKS;  // rows that the CTA copies at a time
+  static_assert(STEP > 0, "a row has more chunks than the CTA threads");
+  const int chunk = thread_id() % R::CHUNKS, column = chunk * R::PER_CHUNK;
+  int row = thread_id() / R::CHUNKS;
+  if (THREADS % R::CHUNKS && row >= STEP) return;
+  const bool inside = column < dim;
+  if (!vec) {
+    ATTN_NO_UNROLL
+    for (; row < ROWS; row += STEP) {
+      U32x4 v{0, 0, 0, 0};
+      if (inside && first + row < end)
+        v = gather_chunk<T>(rows.at<GENERAL>(first + row), column, dim, Unchanged());
+      sts_128(tile_address<T, HEAD_DIM>(tile, row, chunk), v);
+    }
+    return;
+  }
+  const char* from = rows.base + (first + row) * rows.stride + column * int(sizeof(T));
+  ATTN_UNROLL_4
+  for (int i = 0; i < (ROWS + STEP - 1) / STEP; ++i, row += STEP, from += STEP * rows.stride) {
+    if (ROWS % STEP && row >= ROWS) break;
+    const bool valid = inside && first + row < end;
+    if (GENERAL && valid) from = rows.at<GENERAL>(first + row) + column * int(sizeof(T));
+    cp_async_16(tile_address<T, HEAD_DIM>(tile, row, chunk), valid ? from : rows.base, valid);
   }
 }
 
@@ -98,6 +124,7 @@ template <class T, int HEAD_DIM, int ROWS, int WARPS>
 ATTN_DEVICE bool tile_has_nonfinite(uint32_t tile, uint32_t flags) {
   constexpr int CHUNKS = ROWS * Row<T, HEAD_DIM>::CHUNKS;
   bool bad = false;
+  ATTN_NO_UNROLL
   for (int index = thread_id(); index < CHUNKS; index += 32 * WARPS) {
     const U32x4 v = lds_128(tile + 16 * index);
     bad |= !(word_is_finite(T{}, v.x) && word_is_finite(T{}, v.y) && word_is_finite(T{}, v.z) &&

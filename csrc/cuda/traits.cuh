@@ -10,8 +10,12 @@
 
 #ifdef __CUDACC__
 #define ATTN_UNROLL _Pragma("unroll")
+#define ATTN_UNROLL_4 _Pragma("unroll 4")
+#define ATTN_NO_UNROLL _Pragma("unroll 1")  // loops off the fast path: registers, code size
 #else
 #define ATTN_UNROLL
+#define ATTN_UNROLL_4
+#define ATTN_NO_UNROLL
 #endif
 
 namespace attn::cuda {
@@ -73,7 +77,7 @@ struct ForwardTileOf {
 template <int ROW_BYTES>
 struct BackwardTileOf {
   using type = std::conditional_t<
-      ROW_BYTES <= 128, Tile<4, 64, 2>,
+      ROW_BYTES <= 64, Tile<4, 64, 2>,
       std::conditional_t<ROW_BYTES <= 256, Tile<4, 32, 2>,
                          std::conditional_t<ROW_BYTES <= 512, Tile<4, 16, 2>,
                                             std::conditional_t<ROW_BYTES <= 768, Tile<2, 16, 2>,

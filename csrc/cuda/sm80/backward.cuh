@@ -122,12 +122,10 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
       }
     }
     // dQ += dS K   [16, D] a warp.  A NaN in K is already in dS of who sees it.
-    if ((GENERAL || check) &&
-        tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(K_smem + stage, flags))
-      accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(dQ, dS, K_smem + stage, K, n0,
-                                                                   seq.seqlen_k, dim, 1, active);
-    else if (active)
-      accumulate<T, HEAD_DIM, TILES>(dQ, dS, K_smem + stage);
+    const bool bad = (GENERAL || check) &&
+                     tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(K_smem + stage, flags);
+    accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+        dQ, dS, K_smem + stage, K, n0, seq.seqlen_k, dim, bad, true, active);
     if (Tile::STAGES == 1 && t + 1 < t1) {
       sync_threads();  // every warp has read K and V
       copy_keys(t + 1);
@@ -225,26 +223,17 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
     if constexpr (WIDE) {
       if (p.pass) {
         ATTN_UNROLL
-        for (int n = 0; n < TILES; ++n)
-          for (int c = 0; c < 4; ++c) P[n][c] = dS[n][c];
+        for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+        for (int c = 0; c < 4; ++c) P[n][c] = dS[n][c];
       }
-      if (p.pass ? bad_q : bad_dout)
-        accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(
-            dV, P, (p.pass ? Q_smem : dO_smem) + stage, p.pass ? q_rows(h) : dout_rows(h), m0,
-            seq.seqlen_q, p.pass ? dim : dim_v, p.pass ? 1 : 3, active);
-      else if (active)
-        accumulate<T, HEAD_DIM, TILES>(dV, P, (p.pass ? Q_smem : dO_smem) + stage);
+      accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+          dV, P, (p.pass ? Q_smem : dO_smem) + stage, p.pass ? q_rows(h) : dout_rows(h), m0,
+          seq.seqlen_q, p.pass ? dim : dim_v, p.pass ? bad_q : bad_dout, p.pass, active);
     } else {
-      if (bad_dout)
-        accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(
-            dV, P, dO_smem + stage, dout_rows(h), m0, seq.seqlen_q, dim_v, 3, active);
-      else if (active)
-        accumulate<T, HEAD_DIM, TILES>(dV, P, dO_smem + stage);
-      if (bad_q)
-        accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, false>(
-            dK, dS, Q_smem + stage, q_rows(h), m0, seq.seqlen_q, dim, 1, active);
-      else if (active)
-        accumulate<T, HEAD_DIM, TILES>(dK, dS, Q_smem + stage);
+      accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+          dV, P, dO_smem + stage, dout_rows(h), m0, seq.seqlen_q, dim_v, bad_dout, false, active);
+      accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, false>(
+          dK, dS, Q_smem + stage, q_rows(h), m0, seq.seqlen_q, dim, bad_q, true, active);
     }
     if (Tile::STAGES == 1 && u + 1 < last) {
       sync_threads();  // every warp has read Q and dO

@@ -233,12 +233,10 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
       if (GENERAL && p.p.dropout_p > 0) drop(S, dropout, query, n0);
     }
     // O += P V   [16, Dv] a warp
-    if ((GENERAL || !whole) &&
-        tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(V_smem + stage, flags))
-      accumulate_careful<T, HEAD_DIM, TILES, Tile::THREADS, GENERAL>(
-          O, S, V_smem + stage, V, n0, seq.seqlen_k, dim_v, 3, active);
-    else if (active)
-      accumulate<T, HEAD_DIM, TILES>(O, S, V_smem + stage);
+    const bool bad = (GENERAL || !whole) &&
+                     tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(V_smem + stage, flags);
+    accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, GENERAL>(
+        O, S, V_smem + stage, V, n0, seq.seqlen_k, dim_v, bad, false, active);
     if (Tile::STAGES == 1 && t + 1 < t1) {
       sync_threads();  // every warp has read K and V
       copy_keys(t + 1);

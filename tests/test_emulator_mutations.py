@@ -142,7 +142,7 @@ MUTANTS = {
         ALL_MODES,
     ),
     "forward: A and B halves of K out of step": Mutant(
-        FORWARD, MMA, "2 * step + ((lane >> 3) & 1)", "2 * step + ((lane >> 4) & 1)", ALL_MODES
+        FORWARD, MMA, "2 * step, (lane >> 3) & 1)", "2 * step, lane >> 4)", ALL_MODES
     ),
     "forward: V without transposition": Mutant(
         FORWARD, MMA, "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,", ALL_MODES
@@ -157,12 +157,17 @@ MUTANTS = {
     "forward: swizzle differs between copy and read": Mutant(
         FORWARD,
         SMEM,
-        "const uint32_t to = tile_address<T, HEAD_DIM>(tile, row, chunk);",
-        "const uint32_t to = tile_address<T, HEAD_DIM>(tile, row, chunk ^ (row >> 3 & 1));",
+        "cp_async_16(tile_address<T, HEAD_DIM>(tile, row, chunk),",
+        "cp_async_16(tile_address<T, HEAD_DIM>(tile, row, chunk ^ (row >> 3 & 1)),",
         ALL_MODES,
     ),
     "forward: no swizzle at all": Mutant(
-        FORWARD, SMEM, "BYTES % 128 == 0 ? row & 7 : (row >> 1) & 3", "0", ("banks",), ALL_MODES
+        FORWARD,
+        SMEM,
+        "Row<T, HEAD_DIM>::BYTES % 128 == 0 ? row & 7 : (row >> 1) & 3",
+        "0 * row",
+        ("banks",),
+        ALL_MODES,
     ),
     "forward: O not rescaled to the new maximum": Mutant(
         FORWARD,

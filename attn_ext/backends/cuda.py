@@ -22,7 +22,9 @@ def _kernels() -> native_gpu.Kernels:
 
 @functools.cache
 def _device_problem(index: int) -> str:
-    return _cuda.device_problem(index)
+    """Why the kernels do not run on this device; asked only for tensors that lie on it, since
+    loading a kernel makes a CUDA context."""
+    return _cuda.device_problem(index) or _cuda.kernel_problem(index)
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def available() -> str:
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else "; this torch was built without CUDA"
         return f"torch sees no CUDA device{built}"
-    problems = [_device_problem(i) for i in range(torch.cuda.device_count())]
+    problems = [_cuda.device_problem(i) for i in range(torch.cuda.device_count())]
     return "" if "" in problems else problems[0]
 
 
@@ -44,10 +46,9 @@ def unsupported(problem: Problem) -> list[str]:
     """Every reason why this backend cannot serve `problem`."""
     why = native_gpu.unsupported(problem)
     if problem.device != "cuda":
-        why.insert(0, f"tensors must be on cuda, got {problem.device}")
-    elif _device_problem(problem.device_index):
-        why.insert(0, f"cuda:{problem.device_index}: {_device_problem(problem.device_index)}")
-    return why
+        return [f"tensors must be on cuda, got {problem.device}", *why]
+    missing = _device_problem(problem.device_index)
+    return [f"cuda:{problem.device_index}: {missing}", *why] if missing else why
 
 
 def forward(call):

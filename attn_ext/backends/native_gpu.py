@@ -64,12 +64,26 @@ def _gradient_strides(x: torch.Tensor | None) -> tuple[int, int, int, int]:
     return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+def _is_plain(call: Call) -> bool:
+    """Dense, not empty, no side input, no statistics, rows in place."""
+    return (
+        call.mask is None and call.bias is None and call.cu_seqlens_q is None
+        and call.seqlens_k is None and call.block_table is None and call.alibi_slopes is None
+        and call.sink is None and call.dropout_p == 0 and not call.need_stats
+        and call.q.device == call.k.device == call.v.device
+        and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
+        and not (call.q.is_neg() or call.k.is_neg() or call.v.is_neg())
+        and call.q.shape[:3].numel() > 0
+    )  # fmt: skip
+
+
 class Kernels:
     """Forward and backward over one native module, on tensors of one device type."""
 
     def __init__(self, module, device_type: str):
         self.module, self.device_type = module, device_type
         self._multiprocessors: dict[int, int] = {}
+        self._plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes, strides
 
     def _target(self, device: torch.device) -> tuple[int, int, int]:
         """(device index, current stream, multiprocessors)"""
@@ -150,8 +164,41 @@ class Kernels:
     def _point(native, **tensors) -> None:
         native.set_addresses({n: x.data_ptr() for n, x in tensors.items() if x is not None})
 
+    def _plain_forward(self, call: Call):
+        """Forward of a dense call without side inputs: all but the addresses is remembered, which
+        is most of the time of a small call.  None where the call needs scratch."""
+        q, k, v = call.q, call.k, call.v
+        key = (
+            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
+            call.scale, call.softcap, call.align, call.window_left, call.window_right,
+        )  # fmt: skip
+        target = self._target(q.device)
+        plan = self._plans.get(key)
+        if plan is None:
+            out = empty_like_layout(q, v.shape[-1])
+            lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+            native = self._native(call, self._canonical(call), out, lse)
+            scratch = native.forward_workspace(target[2])
+            order = sorted(range(4), key=lambda d: (-out.stride(d), d))
+            if len(self._plans) > 4096:
+                self._plans.clear()
+            plan = self._plans[key] = (native, scratch, out.shape, order)
+        native, scratch, shape, order = plan
+        if scratch:
+            return None
+        out = torch.empty_permuted(shape, order, dtype=q.dtype, device=q.device)
+        lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
+        native.plain_forward(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), *target
+        )
+        return out, lse, None, None
+
     def forward(self, call: Call):
         """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
+        if _is_plain(call):
+            results = self._plain_forward(call)
+            if results is not None:
+                return results
         t = self._canonical(call)
         varlen = call.cu_seqlens_q is not None
         q = call.q

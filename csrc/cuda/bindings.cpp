@@ -156,6 +156,20 @@ void bind(py::module_& m) {
           },
           "O, LSE (and row statistics); asynchronous on the stream")
       .def(
+          "plain_forward",
+          [](const NativeCall& shared, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
+             uintptr_t lse, int device, uintptr_t stream, int multiprocessors) {
+            NativeCall c = shared;  // other threads may be in the same call without the GIL
+            c.ptr.q = reinterpret_cast<const void*>(q);
+            c.ptr.k = reinterpret_cast<const void*>(k);
+            c.ptr.v = reinterpret_cast<const void*>(v);
+            c.ptr.o = reinterpret_cast<void*>(o), c.ptr.lse = reinterpret_cast<void*>(lse);
+            check(c.p, c.ptr);
+            py::gil_scoped_release release;
+            forward(c.p, c.ptr, nullptr, target(device, stream, multiprocessors));
+          },
+          "forward without scratch or side inputs, of the five addresses given")
+      .def(
           "backward",
           [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
              int multiprocessors) {
@@ -166,7 +180,9 @@ void bind(py::module_& m) {
           },
           "The gradients whose addresses are set; asynchronous on the stream");
   m.def("device_problem", &device_problem,
-        "'' when a kernel of this build runs on the device, else the reason");
+        "'' when this build has kernels for the device, else the reason; makes no context");
+  m.def("kernel_problem", &kernel_problem,
+        "'' when the driver loads a kernel of this build on the device, else CUDA's text");
   m.def("multiprocessors", &multiprocessors);
 }
 

@@ -3,6 +3,7 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "sm80/backward_preprocess.cuh"
@@ -187,25 +188,50 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
 
 #ifdef ATTN_EMULATED
 std::string device_problem(int) { return ""; }
+std::string kernel_problem(int) { return ""; }
 int multiprocessors(int) { return 6; }  // few, so that small tests split their keys
 #else
+namespace {
+
+// Whether a build for ATTN_EXT_CUDA_ARCHS runs on compute capability major.minor: machine code does
+// on its own major version from its minor on, "90a" on 9.0 alone, and the oldest plain architecture
+// is there as PTX too, which the driver compiles for anything newer.
+bool build_serves(int major, int minor) {
+  const std::string archs = ATTN_EXT_CUDA_ARCHS ",";
+  int oldest = 0;
+  for (size_t begin = 0, end; (end = archs.find(',', begin)) != archs.npos; begin = end + 1) {
+    const std::string arch = archs.substr(begin, end - begin);
+    const int number = std::atoi(arch.c_str());
+    const bool plain = arch.find_first_not_of("0123456789") == arch.npos;
+    if (plain && number && (!oldest || number < oldest)) oldest = number;
+    if (number / 10 == major && (plain ? number % 10 <= minor : number % 10 == minor)) return true;
+  }
+  return oldest && oldest <= 10 * major + minor;
+}
+
+}  // namespace
+
 std::string device_problem(int device) {
-  int count = 0;
-  cudaError_t error = cudaGetDeviceCount(&count);
+  int count = 0, major = 0, minor = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (device >= count) return "no CUDA device " + std::to_string(device);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDevAttr");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDevAttr");
+  if (build_serves(major, minor)) return "";
+  return "the device has compute capability " + std::to_string(major) + "." +
+         std::to_string(minor) +
+         ", the kernels are built for " ATTN_EXT_CUDA_ARCHS
+         " (ATTN_EXT_CUDA_ARCHS) and need 8.0 or newer";
+}
+
+std::string kernel_problem(int device) {
+  const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  int before = 0;
-  cudaGetDevice(&before);
-  error = cudaSetDevice(device);
-  if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes,
-                                  reinterpret_cast<const void*>(sm80::backward_delta<bf16>));
-  cudaSetDevice(before);
+  const auto kernel = reinterpret_cast<const void*>(sm80::backward_delta<bf16>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   cudaGetLastError();  // a missing kernel image is an answer, not an error of the next call
-  if (error == cudaSuccess) return "";
-  return std::string(cudaGetErrorString(error)) +
-         " (built for ATTN_EXT_CUDA_ARCHS=" ATTN_EXT_CUDA_ARCHS ")";
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
 int multiprocessors(int device) {

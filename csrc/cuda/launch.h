@@ -24,8 +24,10 @@ int64_t backward_workspace(const Problem& p, const Pointers& ptr);
 void forward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target);
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target);
 
-// "" when a kernel of this build runs on `device`, else the reason.
+// "" when this build has kernels for `device`, else the reason.  Makes no context on it.
 std::string device_problem(int device);
+// "" when the driver loads a kernel of this build on `device`, else CUDA's text.
+std::string kernel_problem(int device);
 int multiprocessors(int device);
 
 }  // namespace attn::cuda

@@ -2,7 +2,8 @@
 
     python bench/cpu.py                               every row, about 15 minutes on 2 cores
     python bench/cpu.py --quick                       one shape, fp32 and bf16, forward
-    python bench/cpu.py --rows forward,bf16,4096,64 --peers torch --budget 1
+    python bench/cpu.py --rows "forward bf16 1,8,4096,64;decode" --peers torch --budget 1
+    python bench/cpu.py --resume --seconds 100        the rows that the file lacks, in parts
 
 Writes bench/results/cpu.json, cpu.md and cpu.png (cpu-part.* where rows or peers are restricted,
 unless --json says where).  docs/benchmarks.md tells how times, FLOPs and ceilings are counted.
@@ -105,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--budget", type=float, default=4.0, help="seconds of timing a row (default 4)")
     add("--turns", type=int, default=11, help="at most so many turns a peer")
     add("--json", type=Path, help="result file; .md and .png are written beside it")
+    add("--resume", action="store_true", help="keep the file's rows, measure those it lacks")
+    add("--seconds", type=float, default=float("inf"), help="begin no case after so long")
     add("--list", action="store_true", help="print the rows and stop")
     options = parser.parse_args(argv)
     if options.quick and not options.rows:
@@ -127,7 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     json_path = options.json or RESULTS / ("cpu-part.json" if part else "cpu.json")
     json_path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    report = Report("attn_ext on the CPU", machine(), ceilings.measure_cpu())
+    report = Report("attn_ext on the CPU")
+    if options.resume and json_path.exists():
+        report = Report.load(json_path)
+        done = {row.case for row in report.rows}
+        cases = [case for case in cases if case.name not in done]
+    report.machine, report.ceilings = machine(), ceilings.measure_cpu()
     report.save_to = [json_path.with_suffix(".json"), json_path.with_suffix(".md")]
     m = report.machine
     console.print(
@@ -137,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         measure_all(
             report, cases, peers, CpuClock(), turns=options.turns, budget=options.budget,
+            seconds=options.seconds - (time.perf_counter() - start),
             on_case=lambda case, rows, skips: print_case(case, rows, skips, console, shown),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -145,9 +154,13 @@ def main(argv: list[str] | None = None) -> int:
     console.print(summary(report))
     plots.bars(report, json_path.with_suffix(".png"))
     took = time.perf_counter() - start
-    console.print(f"{len(cases)} cases in {took:.0f} s; wrote {json_path} (.md, .png)")
-    ours = [row for row in report.rows if row.peer == OURS]
-    return int(len(ours) < len(cases) or any(row.state == "wrong" for row in ours))
+    console.print(f"{took:.0f} s; wrote {json_path} (.md, .png)")
+    if not report.complete:
+        console.print("not every case was begun: go on with --resume")
+        return 0
+    failed = {c.name for c in cases} - {r.case for r in report.rows if r.peer == OURS}
+    wrong = [row for row in report.rows if row.peer == OURS and row.state == "wrong"]
+    return int(bool(failed or wrong))
 
 
 if __name__ == "__main__":

@@ -212,5 +212,12 @@ def test_bench_cpu_runs_a_row(tmp_path, capsys):
     assert data["complete"] and [row["peer"] for row in data["rows"]] == ["attn_ext", "torch"]
     assert data["ceilings"]["fp32"] > 0 and path.with_suffix(".png").stat().st_size > 5000
     assert "1,2,64,16 fp32 full fwd" in capsys.readouterr().out
+    arguments = ["--peers", "torch", "--budget", "0.05", "--json", str(path), "--resume"]
+    before = data["rows"]
+    assert main(["--shape", "1,2,64,16", "--shape", "1,2,32,16", *arguments, "--seconds", "0"]) == 0
+    assert "go on with --resume" in capsys.readouterr().out
+    assert main(["--shape", "1,2,64,16", "--shape", "1,2,32,16", *arguments]) == 0
+    data = json.loads(path.read_text())
+    assert data["rows"][:2] == before and len(data["rows"]) == 4 and data["complete"]
     with pytest.raises(SystemExit, match="no row matches"):
         main(["--rows", "nonsense"])

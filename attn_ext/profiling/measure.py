@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 
 import torch
 
@@ -106,13 +108,19 @@ def _fill(row: Row, candidate: Candidate, case: Case) -> None:
 
 
 def measure_all(
-    report: Report, cases: list[Case], peers: list[str], clock, *, on_case=None, **options
-) -> Report:
+    report: Report, cases: list[Case], peers: list[str], clock, *, on_case=None,
+    seconds: float = math.inf, **options,
+) -> Report:  # fmt: skip
     """Every case into `report`, which is saved after each.  `on_case(case, rows, skipped)` is told.
 
-    KeyboardInterrupt passes through: what is finished is written.
+    After `seconds` no further case begins, and the report stays incomplete.  KeyboardInterrupt
+    passes through: what is finished is written.
     """
+    end = time.monotonic() + seconds
+    report.complete = False
     for case in cases:
+        if time.monotonic() > end:
+            return report
         rows, skipped = measure_case(case, peers, clock, report.ceilings, **options)
         report.add(rows, skipped)
         if on_case:

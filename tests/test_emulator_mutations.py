@@ -265,13 +265,19 @@ def emulator(tmp_path_factory):
     return objects
 
 
-def verdicts(emulator, csrc, part, folder):
-    """{mode: what the driver says}, of the kernels in csrc."""
+def build(emulator, csrc, part, folder, *flags):
+    """Compiles the driver with the kernels in csrc; the binary's path."""
     binary = str(folder / "mutant")
     source = str(csrc / "emulation/tests/mutant.cpp")
     subprocess.run(
-        [compiler(), *FLAGS, f"-DPART={part}", source, *emulator, "-o", binary], check=True
+        [compiler(), *FLAGS, *flags, f"-DPART={part}", source, *emulator, "-o", binary], check=True
     )
+    return binary
+
+
+def verdicts(emulator, csrc, part, folder):
+    """{mode: what the driver says}, of the kernels in csrc."""
+    binary = build(emulator, csrc, part, folder)
     done = subprocess.run([binary], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"the driver died: {done.stderr}"
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
@@ -298,3 +304,31 @@ def test_planted_bug_is_caught(name, emulator, tmp_path):
     assert passed == [], f"not caught by {passed}: {found}"
     noticed = [mode for mode in mutant.silent if found[mode] != "ok"]
     assert noticed == [], f"caught by more modes than stated, {noticed}: {found}"
+
+
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+@pytest.mark.parametrize(
+    ("part", "general"), [(FORWARD, False), (FORWARD, True), (BACKWARD, False), (BACKWARD, True)]
+)
+def test_kernels_stay_within_their_tensors(part, general, emulator, tmp_path):
+    """Global memory, which the emulator does not check: ragged ends under AddressSanitizer."""
+    flags = (*SANITIZE, f"-DKERNELS_GENERAL={str(general).lower()}")
+    binary = build(emulator, ROOT / "csrc", part, tmp_path, *flags)
+    done = subprocess.run([binary], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert dict(line.split(": ", 1) for line in done.stdout.splitlines())["plain"] == "ok"
+
+
+def test_sanitizer_sees_a_copy_past_the_last_key(emulator, tmp_path):
+    """Without this the test above might pass because nothing looks."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu"))
+    path = csrc / SMEM
+    text, old = path.read_text(), "const bool valid = inside && first + row < end;"
+    assert old in text, "smem.cuh has changed: update this test"
+    path.write_text(text.replace(old, "const bool valid = inside;"))
+    binary = build(emulator, csrc, FORWARD, tmp_path, *SANITIZE)
+    done = subprocess.run([binary], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr

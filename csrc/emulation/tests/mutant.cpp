@@ -7,6 +7,9 @@
 #include <string>
 #include <vector>
 
+#ifndef KERNELS_GENERAL
+#define KERNELS_GENERAL false  // the plain kernels; true: those that know every feature
+#endif
 #if PART == 0
 #include "example.cuh"
 #elif PART == 1
@@ -142,7 +145,7 @@ double run_case(const Case& c) {
   using Tile = ForwardTile<bf16, D>;
   p.ptr.o = out.data();
   p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::forward<bf16, D, false>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS,
+  launch(sm80::forward<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS,
          Tile::smem(Row<bf16, D>::BYTES, 1, 2), nullptr, p);
   return worse(distance(out, want.o), distance(lse.data(), want.lse.data(), HQ * c.sq));
 #else
@@ -152,10 +155,11 @@ double run_case(const Case& c) {
   p.ptr.dq = out.data(), p.ptr.dk = dk.data(), p.ptr.dv = dv.data();
   const int smem = Tile::smem(Row<bf16, D>::BYTES, 2, 2);
   p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dq<bf16, D, false>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS, smem, nullptr,
-         p);
+  launch(sm80::backward_dq<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS, smem,
+         nullptr, p);
   p.n_tiles = (c.sk + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dkdv<bf16, D, false>, {p.n_tiles, 1, 1}, Tile::THREADS, smem, nullptr, p);
+  launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
+         nullptr, p);
   // of numbers of size 1 (dQ) to 20 (dV), rounded to bf16
   return worse(distance(out, want.dq), worse(distance(dk, want.dk) / 4, distance(dv, want.dv) / 4));
 #endif

@@ -100,6 +100,16 @@ def test_scores():
     )  # fmt: skip
 
 
+def test_dropout_belongs_to_training():
+    """Models that pass their dropout in evaluation too, as eager attention lets them."""
+    agree({"attention_mask": None, "dropout": 0.5}, band(9, 9, right=0))
+    q, k, v = qkv()
+    training = layer(training=True)
+    dropped, _ = attention_forward(training, q, k, v, None, dropout=0.5)
+    kept, _ = attention_forward(training, q, k, v, None, dropout=0.0)
+    assert not torch.equal(dropped, kept)
+
+
 def test_sinks_of_each_query():
     """Inkling's sinks [B, H, Sq, 1], values and gradients."""
     q, k, v = (x.requires_grad_() for x in qkv())

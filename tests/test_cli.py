@@ -4,6 +4,7 @@ import json
 import re
 import types
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from attn_ext import backends
 from attn_ext.backends import reference
 from attn_ext.cli import matrix
-from attn_ext.cli.main import main
+from attn_ext.cli.main import app, main
 
 NUMBER = (int, float)
 
@@ -362,3 +363,28 @@ def test_tune_says_why_it_cannot(capsys):
         pytest.skip("this machine has a GPU, where tune works")
     code, out, err = run(capsys, "tune")
     assert code == 1 and out == "" and err.startswith("attn-ext: tune ") and err.count("\n") == 1
+
+
+def documented():
+    """(document, command, options) of every attn-ext command line in the documents"""
+    root = Path(__file__).parent.parent
+    for document in [*root.glob("*.md"), *(root / "docs").glob("*.md")]:
+        for line in re.findall(
+            r"(?:^ {4}\$? ?|`)attn-ext ([a-z][^`\n]*)", document.read_text(), re.M
+        ):
+            words = line.split(" -- ")[0].split()
+            yield document.name, words[0], [w.split("=")[0] for w in words if w.startswith("--")]
+
+
+def test_documented_commands_and_options_exist():
+    """A document that names an option which was renamed."""
+    import typer
+
+    commands = typer.main.get_command(app).commands
+    lines = list(documented())
+    assert len(lines) >= 8 and {"doctor", "verify", "bench", "profile"} <= {c for _, c, _ in lines}
+    for document, command, options in lines:
+        assert command in commands, (document, command)
+        params = commands[command].params
+        known = {o for p in params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+        assert set(options) <= known, (document, command, options)

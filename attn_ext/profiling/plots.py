@@ -76,7 +76,8 @@ def roofline(report: Report, path: Path) -> Path:
         c = report.ceilings
         for name, roof in (("fp32", c.fp32), ("16-bit", c.half)):
             if roof:
-                xs = [low, roof / c.read, max(high, 2 * roof / c.read)]
+                ridge = roof / c.read
+                xs = [min(low, ridge / 3), ridge, max(high, 2 * ridge)]
                 axes.plot(xs, [min(roof, x * c.read) for x in xs], "k-", linewidth=1)
                 axes.text(xs[-1], roof * 1.04, name, ha="right", fontsize=8)
     seen = set()

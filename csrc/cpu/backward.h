@@ -66,7 +66,7 @@ class Backward {
     const Sequence& seq;
     int64_t t, n0, nk;
     Operand K, V, K_by_key;
-    bool finite;
+    int finite;              // no inf or NaN in K and V; -1: not asked yet
     T *dK, *dV;              // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
     Item *Qt, *dOt;          // [items of d][kPanel]
     Item *Q, *dO;            // [items of kPanel][d_pad]
@@ -148,7 +148,7 @@ class Backward {
             {},
             {},
             {},
-            true,
+            -1,
             scratch.take<T>(kBackwardKeys * d_pad),
             scratch.take<T>(kBackwardKeys * dv_pad),
             items_of(d_pad * kPanel),
@@ -178,13 +178,8 @@ class Backward {
     k.V = rows_by_depth<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
     if constexpr (Op::kPack == 1) {
       k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
-      k.finite = all_finite<Op>(k.K_by_key, nk, d) &&
-                 all_finite<Op>({k.V.data, k.V.depth_step, k.V.row_step}, nk, dv);
     } else {
-      Item* by_key = items_of(kBackwardKeys / 2 * std::max(d, dv));
-      k.finite = all_finite<Op>(rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, by_key), nk, dv);
-      k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, by_key);
-      k.finite &= all_finite<Op>(k.K_by_key, nk, d);
+      k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(kBackwardKeys / 2 * d));
     }
 
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
@@ -240,8 +235,8 @@ class Backward {
     // 16-bit O is rounded: where a row has few keys and dS nearly cancels, its delta would show it.
     if (whole_rows && bytes() == 2) exact_delta(k, panel, tile, scale, kept, row_delta);
     const bool safe =
-        !panel.partial(tile) || (k.finite && finite_rows[unit]);  // no inf or NaN times 0
-    const bool late = ptr.dbias || k.dcap || !safe;               // dS is needed as numbers first
+        !panel.partial(tile) || (finite_rows[unit] && finite(k));  // no inf or NaN times 0
+    const bool late = ptr.dbias || k.dcap || !safe;                // dS is needed as numbers first
     for (int64_t g = 0; g < panel.grains; ++g)
       for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
         gradient(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
@@ -270,6 +265,13 @@ class Backward {
                kPanel, true);
     }
     tickets[unit].store(int32_t(k.t + 1), std::memory_order_release);
+  }
+
+  bool finite(Block& k) const {
+    if (k.finite < 0)
+      k.finite = all_finite<Op>(k.K.data, k.K.row_step, k.nk, items<Op>(p.head_dim)) &&
+                 all_finite<Op>(k.V.data, k.V.row_step, k.nk, items<Op>(p.head_dim_v));
+    return k.finite;
   }
 
   void wait_turn(int64_t unit, int64_t t) {
@@ -478,18 +480,10 @@ class Backward {
     Scratch scratch(L * d_pad * int64_t(sizeof(T)));
     T* rows = scratch.take<T>(L * d_pad);
     const T* dq = dQt.data() + tile * d * kPanel;
-    for (int64_t v = 0; v < nq; v += L) {
-      for (int64_t c = 0; c < d; c += L) {
-        Vec<T> block[L];
-        for (int i = 0; i < L; ++i)
-          block[i] = c + i < d ? load(dq + (c + i) * kPanel + v) * T(p.scale) : Vec<T>{};
-        transpose_round<T, 1>(block);
-        for (int i = 0; i < L; ++i) store(rows + i * d_pad + c, block[i]);
-      }
-      for (int64_t i = 0; i < L && v + i < nq; ++i)
-        restore_row<T>(p.dtype, rows + i * d_pad, d,
-                       static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + v + i) * bytes());
-    }
+    for (int64_t v = 0; v < nq; v += L)
+      store_transposed<T>(p.dtype, dq + v, set1(T(p.scale)), std::min<int64_t>(L, nq - v), d, rows,
+                          static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + v) * bytes(),
+                          p.dq.s * bytes());
   }
 
   // dsink[h] = -sum over rows of exp(sink - LSE) * delta; one head a task, rows in order

@@ -86,7 +86,7 @@ class Forward {
   int64_t scratch_bytes() const {
     const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v);
     return int64_t(sizeof(T)) * ((panels * kPanel + L) * d + 3 * kForwardKeys * kPanel +
-                                 kForwardKeys * (d + dv) + (kPanel + 1) * dv);
+                                 kForwardKeys * (d + dv) + (L + 1) * dv);
   }
 
   void attend(int64_t unit, int64_t split, T* state, Scratch& scratch) const {
@@ -151,7 +151,8 @@ class Forward {
             softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
         // O^T += V^T P^T   [dv, columns]
         if (panel.partial(tile)) {
-          if (finite < 0) finite = all_finite<Op>(V, nk, dv);
+          if (finite < 0)
+            finite = all_finite<Op>(V.data, V.depth_step, (nk + Op::kPack - 1) / Op::kPack, dv);
           if (!finite) {
             add_visible(V, S, panel, tile, running.O);
             continue;
@@ -285,55 +286,40 @@ class Forward {
   void finish(int64_t unit, T* state, Scratch& scratch) const {
     const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
     const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
-    const int64_t nq = std::min(block_m, seq.seqlen_q - m0), dv = p.head_dim_v,
-                  dv_padded = round_up(dv);
-    T* rows = scratch.take<T>(kPanel * dv_padded);
-    for (int64_t q = 0; q < nq; q += kPanel)
-      finish_panel(seq, h, m0 + q, std::min(kPanel, nq - q), at_panel(state, q / kPanel), rows,
-                   dv_padded);
+    const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
+    T* rows = scratch.take<T>(L * round_up(p.head_dim_v));
+    for (int64_t q = 0; q < nq; q += L)
+      finish_rows(seq, h, m0 + q, std::min<int64_t>(L, nq - q), at_panel(state, q / kPanel),
+                  q % kPanel, rows);
   }
 
-  void finish_panel(const Sequence& seq, int64_t h, int64_t m0, int64_t nq,
-                    const SoftmaxState<T>& state, T* rows, int64_t dv_padded) const {
+  void finish_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t n,
+                   const SoftmaxState<T>& state, int64_t lane, T* rows) const {
     const T ninf = -std::numeric_limits<T>::infinity();
-    const int64_t dv = p.head_dim_v;
-    T lse_lanes[L], top_lanes[L], entropy_lanes[L];
-    for (int64_t v = 0; v < nq; v += L) {
-      const Vec<T> sum = load(state.sum + v), top = load(state.max + v);
-      const Vec<T> base = top == ninf ? Vec<T>{} : top;
-      Vec<T> total = sum, scale = set1(T(1)), shift = base;
-      if (ptr.sink) {  // joins the normaliser only
-        const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
-        shift = vmax(sink, base);
-        scale = vexp(base - shift);
-        total = sum * scale + vexp(sink - shift);
-      }
-      const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
-      const Vec<T> safe = empty ? set1(T(1)) : total;
-      Vec<T> inverse = scale / safe;
-      Vec<T> lse = shift + vlog(safe);
-      const Vec<T> entropy = (lse - base) * sum * inverse - load(state.weighted + v) * inverse;
-      lse = empty ? set1(ninf) : nan ? sum : lse;
-      inverse = empty ? Vec<T>{} : inverse;
-      store(lse_lanes, lse);
-      store(top_lanes, nan ? sum : top);
-      store(entropy_lanes, empty ? Vec<T>{} : entropy);
-      for (int64_t d = 0; d < dv; d += L) {
-        Vec<T> tile[L];
-        for (int64_t i = 0; i < L; ++i)
-          tile[i] = d + i < dv ? load(state.O + (d + i) * kPanel + v) * inverse : Vec<T>{};
-        transpose_round<T, 1>(tile);
-        for (int64_t i = 0; i < L; ++i) store(rows + (v + i) * dv_padded + d, tile[i]);
-      }
-      for (int64_t i = 0; i < L && v + i < nq; ++i) {
-        const int64_t q = m0 + v + i;
-        restore_row<T>(p.dtype, rows + (v + i) * dv_padded, dv,
-                       static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, q) * bytes());
-        const int64_t at = seq.lse_offset(h, q);
-        if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse_lanes[i];
-        if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = top_lanes[i];
-        if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = entropy_lanes[i];
-      }
+    const Vec<T> sum = load(state.sum + lane), top = load(state.max + lane);
+    const Vec<T> base = top == ninf ? Vec<T>{} : top;
+    Vec<T> total = sum, scale = set1(T(1)), shift = base;
+    if (ptr.sink) {  // joins the normaliser only
+      const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
+      shift = vmax(sink, base);
+      scale = vexp(base - shift);
+      total = sum * scale + vexp(sink - shift);
+    }
+    const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
+    const Vec<T> safe = empty ? set1(T(1)) : total;
+    const Vec<T> inverse = empty ? Vec<T>{} : scale / safe;
+    T lse[L], max_logit[L], entropy[L];
+    store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
+    store(max_logit, nan ? sum : top);
+    store(entropy, (load(lse) - base) * sum * inverse - load(state.weighted + lane) * inverse);
+    store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
+                        static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
+                        p.o.s * bytes());
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = seq.lse_offset(h, m0 + i);
+      if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse[i];
+      if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = max_logit[i];
+      if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = lse[i] == ninf ? T(0) : entropy[i];
     }
   }
 };

@@ -40,7 +40,42 @@ ATTN_INLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
       return;
     }
 #endif
+#ifdef ATTN_BF16_DOT
+  auto* out = static_cast<uint16_t*>(dst);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_bf16(out + i, load(src + i));
+  for (; i < n; ++i) out[i] = float_to_bf16(src[i]);
+#else
   store_row<T>(type, src, n, dst);
+#endif
+}
+
+// Rows of storage from their transposition: out row i = factor[i] * in[.][i] for i < n <= kLanes,
+// `dim` numbers each; `in` is [dim][kPanel], `rows` scratch of kLanes x (dim padded to vectors).
+template <class T>
+inline void store_transposed(DType type, const T* in, Vec<T> factor, int64_t n, int64_t dim,
+                             T* rows, char* out, int64_t row_bytes) {
+  constexpr int L = kLanes<T>;
+  const int64_t padded = (dim + L - 1) / L * L;
+  const bool direct = dtype_size(type) == sizeof(T) && n == L && dim == padded;
+  for (int64_t d = 0; d < dim; d += L) {
+    Vec<T> block[L];
+    if (d + L <= dim) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = load(in + (d + i) * kPanel) * factor;
+    } else {
+      for (int i = 0; i < L; ++i)
+        block[i] = d + i < dim ? load(in + (d + i) * kPanel) * factor : Vec<T>{};
+    }
+    transpose_round<T, 1>(block);
+    T* to = direct ? reinterpret_cast<T*>(out) + d : rows + d;
+    const int64_t stride = direct ? row_bytes / int64_t(sizeof(T)) : padded;
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(to + i * stride, block[i]);
+  }
+  if (!direct)
+    for (int64_t i = 0; i < n; ++i)
+      restore_row<T>(type, rows + i * padded, dim, out + i * row_bytes);
 }
 
 // One storage row as items of Op: numbers, or pairs of bfloat16 (an odd last one is paired with 0).
@@ -154,27 +189,34 @@ ATTN_INLINE typename Op::Acc number_at(const Operand& a, int64_t j, int64_t d) {
     return bf16_to_float(uint16_t(item >> (j & 1) * 16));
 }
 
-// False when some number of n keys is inf or NaN.
+// False when some number of n rows of items is inf or NaN.
 template <class Op>
-inline bool all_finite(const Operand& a, int64_t n, int64_t dim) {
-  bool finite = true;
-  for (int64_t j = 0; j < n; j += Op::kPack) {
-    const char* row = a.data + j / Op::kPack * a.depth_step;
+inline bool all_finite(const char* data, int64_t row_bytes, int64_t n, int64_t count) {
+  using Item = typename Op::Item;
+  for (int64_t j = 0; j < n; ++j) {
+    const char* row = data + j * row_bytes;
     if constexpr (Op::kPack == 1) {
-      typename Op::Acc bad = 0;  // x - x is 0 for finite x only
-      for (int64_t d = 0; d < dim; ++d) {
-        const auto x = item_at<typename Op::Item>(row + d * a.row_step);
+      Item bad = 0;  // x - x is 0 for finite x only
+      constexpr int L = kLanes<Item>;
+      Vec<Item> lanes{};
+      int64_t d = 0;
+      for (; d + L <= count; d += L) {
+        const Vec<Item> x = load(reinterpret_cast<const Item*>(row) + d);
+        lanes += x - x;
+      }
+      for (; d < count; ++d) {
+        const Item x = item_at<Item>(row + d * int64_t(sizeof(Item)));
         bad += x - x;
       }
-      finite &= bad == 0;
+      if (bad != 0 || !all_equal<Item>(lanes, Vec<Item>{})) return false;
     } else {
       uint32_t bad = 0;  // an exponent of ones
-      for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t d = 0; d < count; ++d) {
         const uint32_t x = item_at<uint32_t>(row + d * 4);
         bad |= uint32_t((x & 0x7f80u) == 0x7f80u) | uint32_t((x & 0x7f800000u) == 0x7f800000u);
       }
-      finite &= bad == 0;
+      if (bad) return false;
     }
   }
-  return finite;
+  return true;
 }

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"digits_vit": "sklearn", "numbers_to_words": "num2words"}
-NAMES = ["worked_example", "pipeline", "digits_vit", "numbers_to_words", "regression"]
+NEEDS = {"digits_vit": "sklearn", "cross_modal": "sklearn", "numbers_to_words": "num2words"}
+NAMES = [
+    "worked_example", "pipeline", "digits_vit", "numbers_to_words", "regression", "text_attention",
+    "long_context", "cross_modal", "spoken_digits",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,7 +25,7 @@ def test_example_learns(name, tmp_path):
         pytest.importorskip(NEEDS[name])
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--short", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "learned" in done.stdout or name == "worked_example"
     assert (tmp_path / f"{name}.png").stat().st_size > 3000

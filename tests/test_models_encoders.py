@@ -194,7 +194,7 @@ def test_a_model_that_computes_attention_itself(calls):
     """Bloom adds its mask to the logits: a bool mask there would be wrong without a word."""
     from attn_ext.integrations import _masks
 
-    _masks._never_asks.cache_clear()  # warned once
+    _masks._warned.clear()
     library = transformers()
     states, mask = {}, padding(2, 19, left=True)
     for attention in ("eager", "attn_ext"):

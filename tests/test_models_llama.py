@@ -220,6 +220,26 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layers"])
+def test_compile(whole, padded):
+    """A graph break, or a mask that a compiled layer takes for something else."""
+    model = decoder("Mistral", head=False, sliding_window=6).eval()
+    model.set_attn_implementation("attn_ext")
+    mask = padding(2, 19, left=True) if padded else torch.ones(2, 19, dtype=torch.int64)
+    inputs = {"input_ids": text(), "attention_mask": mask if padded else None, "use_cache": False}
+    want = model(**inputs).last_hidden_state
+    torch._dynamo.reset()
+    compiled = {"backend": "aot_eager", "fullgraph": True}
+    if whole:
+        model = torch.compile(model, **compiled)
+    else:
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, **compiled)
+    got = model(**inputs).last_hidden_state
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant, calls):
     """A mask that does not survive the recomputation."""

@@ -10,7 +10,6 @@ touches it (a model that slices or adds masks) gets the true tensor from transfo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -168,18 +167,22 @@ def _computes_attention_itself(config) -> bool:
     return _never_asks(type(text))
 
 
-@functools.cache
+_warned: set = set()  # configurations whose models compute attention themselves
+
+
 def _never_asks(config_class: type) -> bool:
     name = config_class.__module__.replace(".configuration_", ".modeling_")
     modeling = sys.modules.get(name)
     if ".modeling_" not in name or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         return False
-    warnings.warn(
-        f"{config_class.__name__}: this model computes attention in its own code, so "
-        "attn_implementation='attn_ext' changes nothing for it; where it supports 'sdpa', use that "
-        "together with attn_ext.replace_sdpa()",
-        stacklevel=5,
-    )
+    if config_class not in _warned and not torch.compiler.is_compiling():
+        _warned.add(config_class)
+        warnings.warn(
+            f"{config_class.__name__}: this model computes attention in its own code, so "
+            "attn_implementation='attn_ext' changes nothing for it; where it supports 'sdpa', use "
+            "that together with attn_ext.replace_sdpa()",
+            stacklevel=5,
+        )
     return True
 
 

@@ -65,16 +65,15 @@ class Backward {
   struct Block {
     const Sequence& seq;
     int64_t t, n0, nk;
-    Operand K, V, K_by_key;
-    int finite;              // no inf or NaN in K and V; -1: not asked yet
-    T *dK, *dV;              // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
-    Item *Qt, *dOt;          // [items of d][kPanel]
-    Item *Q, *dO;            // [items of kPanel][d_pad]
-    T *S, *dP, *add, *keep;  // [BLOCK_N][kPanel]
-    T *dcap, *lse, *row;     // [BLOCK_N][kPanel] or null, [kPanel], [max dim]
-    Item *P_rows, *dS_rows;  // A of dV and dK: [BLOCK_N][items of kPanel]
-    Item* dS_by_key;         // B of dQ: [items of BLOCK_N][kPanel]
-    Item* block;
+    Operand K{}, V{}, K_by_key{};
+    int finite = -1;                           // no inf or NaN in K and V; -1: not asked yet
+    T *dK{}, *dV{};                            // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
+    Item *Qt{}, *dOt{};                        // [items of d][kPanel]
+    Item *Q{}, *dO{};                          // [items of kPanel][d_pad]
+    T *S{}, *dP{}, *add{}, *keep{}, *dcap{};   // [BLOCK_N][kPanel]; dcap is null without softcap
+    T *lse{}, *row{};                          // [kPanel], [max dim]
+    Item *P_rows{}, *dS_rows{}, *dS_by_key{};  // A of dV and dK [BLOCK_N][items of kPanel]; B of dQ
+    Item* block{};                             // of pack_transposed
   };
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -141,31 +140,14 @@ class Backward {
     auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
     Item *K_scratch = items_of(kBackwardKeys * d_pad),
          *V_scratch = items_of(kBackwardKeys * dv_pad);
-    Block k{seq,
-            t,
-            n0,
-            nk,
-            {},
-            {},
-            {},
-            -1,
-            scratch.take<T>(kBackwardKeys * d_pad),
-            scratch.take<T>(kBackwardKeys * dv_pad),
-            items_of(d_pad * kPanel),
-            items_of(dv_pad * kPanel),
-            items_of(pairs * d_pad),
-            items_of(pairs * dv_pad),
-            tile_of(),
-            tile_of(),
-            tile_of(),
-            tile_of(),
-            p.softcap > 0 ? tile_of() : nullptr,
-            scratch.take<T>(kPanel),
-            scratch.take<T>(std::max(d_pad, dv_pad)),
-            nullptr,
-            nullptr,
-            nullptr,
-            items_of(L * std::max(d_pad, dv_pad))};
+    Block k{seq, t, n0, nk};
+    k.dK = scratch.take<T>(kBackwardKeys * d_pad), k.dV = scratch.take<T>(kBackwardKeys * dv_pad);
+    k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
+    k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
+    k.S = tile_of(), k.dP = tile_of(), k.add = tile_of(), k.keep = tile_of();
+    k.dcap = p.softcap > 0 ? tile_of() : nullptr;
+    k.lse = scratch.take<T>(kPanel), k.row = scratch.take<T>(std::max(d_pad, dv_pad));
+    k.block = items_of(L * std::max(d_pad, dv_pad));
     if constexpr (Op::kPack == 1) {
       k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
     } else {

@@ -3,6 +3,8 @@
 Both sides run in float64, so that a difference is one of meaning and not of rounding.
 """
 
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -317,6 +319,30 @@ def test_torch_compile_under_the_switch():
     assert counted >= 1
     torch.testing.assert_close(compiled(q), expected)
     assert sdpa.report().compiled["attn_ext"] == counted
+
+
+def test_the_first_compilation_of_a_process_under_the_switch():
+    """torch.compile that takes the stand-in for torch's function, for good: after undo() a scoped
+    replacement would no longer be seen."""
+    code = """if True:
+        import torch, attn_ext
+        import torch.nn.functional as F
+        from attn_ext.integrations import sdpa
+        q = torch.randn(1, 2, 5, 8)
+        compiled = torch.compile(
+            lambda q: F.scaled_dot_product_attention(q, q, q), backend="eager", fullgraph=True
+        )
+        switch = attn_ext.replace_sdpa(strict=True).enable()
+        compiled(q)
+        assert sdpa.report().compiled == {"attn_ext": 1}, sdpa.report()
+        switch.undo()
+        torch._dynamo.reset()
+        with attn_ext.replace_sdpa(strict=True):
+            compiled(q)
+        assert sdpa.report().compiled == {"attn_ext": 2}, sdpa.report()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def outcome_of(function, inputs):

@@ -8,6 +8,7 @@ strict=True.  `report()` counts what went where.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -301,6 +302,7 @@ class replace_sdpa(TorchFunctionMode):
         The calling thread gets the mode; in other threads the name F.scaled_dot_product_attention
         is served, and torch's fused encoder path is off.  RuntimeError if it is on already.
         """
+        _know_torchs_functions()
         with _lock:
             if self._switch is not None:
                 raise RuntimeError("enable: this replace_sdpa is on already, undo() it first")
@@ -330,6 +332,20 @@ class replace_sdpa(TorchFunctionMode):
 
 
 _switches: list[replace_sdpa] = []
+
+
+def _know_torchs_functions() -> None:
+    """Let torch.overrides and torch.compile note which function F.scaled_dot_product_attention is.
+
+    They look it up by name once and for all: done while the switch is on, torch.compile would take
+    the stand-in for torch's own function, then and after undo().
+    """
+    torch.overrides.get_overridable_functions()
+    with contextlib.suppress(ImportError, AttributeError):  # private: a torch without them is fine
+        from torch._dynamo import trace_rules
+
+        trace_rules.get_torch_obj_rule_map()
+        trace_rules.get_tensor_method()
 
 
 def _everywhere(*args, **kwargs):

@@ -13,6 +13,7 @@ dQ: one program = BLOCK_M queries of one head.
 import triton
 import triton.language as tl
 from attn_ext.triton_kernels.primitives import (
+    CAREFUL_BLOCK,
     DBIAS_ADD,
     DBIAS_ONE_KEY,
     DBIAS_ONE_QUERY,
@@ -108,7 +109,8 @@ def key_gradient_tiles(
     transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are."""
     q, q_s, do, do_s = qdo
     lse, delta = rows
-    for step in range(first, end - skip):
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    for step in tl.range(first, end - skip, num_stages=STAGES):
         m_block = step
         if EDGE:
             m_block = tl.where(step < skip_from, step, step + skip)
@@ -132,11 +134,11 @@ def key_gradient_tiles(
             kept = tl.trans(kept.to(tl.int8)) != 0  # AMD has no transpose of single bits
             used = tl.where(kept, p, 0.0)
             dp = tl.where(kept, dp * inverse_keep, 0.0)
-        dv = dot_present(used, do_tile, dv) if CAREFUL else dot(used, do_tile, dv)
+        dv = dot_present(used, do_tile, dv, False) if CAREFUL else dot(used, do_tile, dv)
         # dK += dS^T @ Q   [BLOCK_N, BLOCK_D]
         row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
         _, ds = score_gradient(p, dp, row_delta[None, :], cap, CAREFUL, FLAGS)
-        dk = dot_present(ds, q_tile, dk) if CAREFUL else dot(ds, q_tile, dk)
+        dk = dot_present(ds, q_tile, dk, True) if CAREFUL else dot(ds, q_tile, dk)
     return dk, dv
 
 
@@ -164,10 +166,11 @@ def key_gradients(
         row = b * lse_b + h * lse_h + q_first
         rows = (lse + row, delta + row)
         if CAREFUL:
+            PARTS: tl.constexpr = BLOCK_M // CAREFUL_BLOCK
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
-                scale, left, right, first, first, 0, end,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, FLAGS,
+                scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
+                D, DV, CAREFUL_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, FLAGS,
             )  # fmt: skip
         else:
             dk, dv = key_gradient_tiles(
@@ -272,7 +275,8 @@ def query_gradient_tiles(
     """dq + dS K over key tiles first..end - 1, less `skip` from `skip_from` on; dbias if any."""
     k, k_s, v, v_s = kv
     DBIAS: tl.constexpr = ((DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)) and not CAREFUL
-    for step in range(first, end - skip):
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    for step in tl.range(first, end - skip, num_stages=STAGES):
         n_block = step
         if EDGE:
             n_block = tl.where(step < skip_from, step, step + skip)
@@ -296,7 +300,7 @@ def query_gradient_tiles(
         if DBIAS:
             add_dbias(ds, i, j, b, h, seqlen_q, seqlen_k, grad, FLAGS)
         # dQ += dS @ K   [BLOCK_M, BLOCK_D]
-        dq = dot_present(raw, k_tile, dq) if CAREFUL else dot(raw, k_tile, dq)
+        dq = dot_present(raw, k_tile, dq, True) if CAREFUL else dot(raw, k_tile, dq)
     return dq
 
 
@@ -357,10 +361,11 @@ def dq_kernel(
     )  # fmt: skip
     if any_nan(acc):
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
         acc = query_gradient_tiles(
             acc, q_tile, do_tile, row_lse, row_delta, kv, i[:, None], b, h, length_q, length_k,
-            off, side, rng, grad, scale, left, right, first, first, 0, end,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, FLAGS,
+            off, side, rng, grad, scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
+            D, DV, BLOCK_M, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, FLAGS,
         )  # fmt: skip
     dq_rows = dq + b * dq_b + h * dq_h + q_first * dq_s
     acc = acc * softmax_scale

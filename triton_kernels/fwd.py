@@ -9,6 +9,7 @@ If O has a NaN at the end, the tile is computed again with care (`primitives.any
 import triton
 import triton.language as tl
 from attn_ext.triton_kernels.primitives import (
+    CAREFUL_BLOCK,
     DROPOUT,
     STATS,
     any_nan,
@@ -38,7 +39,8 @@ def forward_tiles(
     """Tiles first..end - 1 of keys, of which `skip` from `skip_from` on are left out."""
     acc, row_max, row_sum, e, bad = state
     k, k_s, k_p, v, v_s, v_p, pages = kv
-    for step in range(first, end - skip):
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    for step in tl.range(first, end - skip, num_stages=STAGES):
         n_block = step
         if EDGE:
             n_block = tl.where(step < skip_from, step, step + skip)
@@ -60,7 +62,7 @@ def forward_tiles(
             v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
         )
         acc = acc * alpha[:, None]
-        acc = dot_present(p, v_tile, acc) if CAREFUL else dot(p, v_tile, acc)
+        acc = dot_present(p, v_tile, acc, False) if CAREFUL else dot(p, v_tile, acc)
     return acc, row_max, row_sum, e, bad
 
 
@@ -104,10 +106,11 @@ def forward_rows(
     )  # fmt: skip
     if any_nan(state[0]):
         state = empty_state(BLOCK_M, BLOCK_DV)
+        PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
         state = forward_tiles(
             state, q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
-            first, first, 0, end,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, FLAGS,
+            first * PARTS, first * PARTS, 0, end * PARTS,
+            D, DV, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, FLAGS,
         )  # fmt: skip
     return state
 

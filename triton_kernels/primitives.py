@@ -35,6 +35,8 @@ DBIAS_ADD = tl.constexpr(32768)  # dQ adds to dbias, which is broadcast over bat
 DBIAS_ONE_QUERY = tl.constexpr(65536)  # dbias has one query row
 DBIAS_ONE_KEY = tl.constexpr(131072)  # dbias has one key column
 
+CAREFUL_BLOCK = tl.constexpr(16)  # keys (for dK and dV: queries) of a step with `dot_present`
+
 # The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -46,25 +48,32 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def dot_present(a, b, acc):
+def add_special(acc, present, code, plus, minus):
+    """acc + NaN, `plus` or `minus` where the row of `present` meets such a code in the column."""
+    small = tl.float32 if INTERPRETED else tl.bfloat16
+    zero = tl.zeros_like(acc)
+    met = dot(tl.where(present, 1.0, 0.0).to(small), code.to(small), zero).to(tl.int32)
+    acc += tl.where((met & 255) > 0, float("nan"), 0.0)
+    acc += tl.where(((met >> 8) & 255) > 0, plus, 0.0)
+    return acc + tl.where((met >> 16) > 0, minus, 0.0)
+
+
+@triton.jit
+def dot_present(a, b, acc, SIGNED: tl.constexpr):
     """acc + sum_k a_ik b_kj over the k with a_ik != 0: a zero also silences NaN and inf of b.
 
     The finite part is one product.  What non-finite elements add is found by counting them: NaN in
     units of 1, inf of 2^8, -inf of 2^16, exact in bfloat16 factors and a float32 sum for at most
-    255 terms.
+    255 terms.  SIGNED: `a` may be negative.
     """
     wide = b.to(tl.float32)
     acc = dot(a, tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(b.dtype), acc)
     code = tl.where(wide != wide, 1.0, 0.0)
     code = tl.where(wide == float("inf"), 256.0, code)
     code = tl.where(wide == float("-inf"), 65536.0, code)
-    small = tl.float32 if INTERPRETED else tl.bfloat16
-    zero = tl.zeros_like(acc)
-    up = dot(tl.where((a > 0) | (a != a), 1.0, 0.0).to(small), code.to(small), zero).to(tl.int32)
-    down = dot(tl.where(a < 0, 1.0, 0.0).to(small), code.to(small), zero).to(tl.int32)
-    acc += tl.where(((up | down) & 255) > 0, float("nan"), 0.0)
-    acc += tl.where(((up >> 8) & 255) + (down >> 16) > 0, float("inf"), 0.0)
-    acc += tl.where((up >> 16) + ((down >> 8) & 255) > 0, float("-inf"), 0.0)
+    acc = add_special(acc, (a > 0) | (a != a), code, float("inf"), float("-inf"))
+    if SIGNED:
+        acc = add_special(acc, a < 0, code, float("-inf"), float("inf"))
     return acc
 
 

@@ -103,7 +103,7 @@ def key_gradient_tiles(
     right, first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
-    FLAGS: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Adds query tiles first..end - 1 of head h, less `skip` from `skip_from` on.  Scores are
     transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are."""
@@ -134,11 +134,13 @@ def key_gradient_tiles(
             kept = tl.trans(kept.to(tl.int8)) != 0  # AMD has no transpose of single bits
             used = tl.where(kept, p, 0.0)
             dp = tl.where(kept, dp * inverse_keep, 0.0)
-        dv = dot_present(used, do_tile, dv, False) if CAREFUL else dot(used, do_tile, dv)
+        if WITH_DV:
+            dv = dot_present(used, do_tile, dv, False) if CAREFUL else dot(used, do_tile, dv)
         # dK += dS^T @ Q   [BLOCK_N, BLOCK_D]
-        row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
-        _, ds = score_gradient(p, dp, row_delta[None, :], cap, CAREFUL, FLAGS)
-        dk = dot_present(ds, q_tile, dk, True) if CAREFUL else dot(ds, q_tile, dk)
+        if WITH_DK:
+            row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
+            _, ds = score_gradient(p, dp, row_delta[None, :], cap, CAREFUL, FLAGS)
+            dk = dot_present(ds, q_tile, dk, True) if CAREFUL else dot(ds, q_tile, dk)
     return dk, dv
 
 
@@ -147,7 +149,8 @@ def key_gradients(
     k, v, pointers, strides, j, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, side, rng,
     scale, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAREFUL: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAREFUL: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the keys j over the group's query heads and the queries that see them."""
     q, do, lse, delta = pointers
@@ -170,18 +173,19 @@ def key_gradients(
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
                 scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
-                D, DV, CAREFUL_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, FLAGS,
+                D, DV, CAREFUL_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, WITH_DK, WITH_DV,
+                FLAGS,
             )  # fmt: skip
         else:
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
                 scale, left, right, full_first, full_first, 0, full_end,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, FLAGS,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, True, True, FLAGS,
             )  # fmt: skip
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
                 scale, left, right, first, full_first, full_end - full_first, end,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, FLAGS,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, True, True, FLAGS,
             )  # fmt: skip
     return dk, dv
 
@@ -221,23 +225,35 @@ def dkdv_kernel(
     k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
     v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
     j = (j_first + tl.arange(0, BLOCK_N))[:, None]
+    dk_rows = dk + b * dk_b + hk * dk_h + k_first * dk_s
+    dv_rows = dv + b * dv_b + hk * dv_h + k_first * dv_s
     dk_tile, dv_tile = key_gradients(
         k_tile, v_tile, pointers, strides, j, b, hk, j_first, q_first, length_q, length_k, group,
-        side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
+        side, rng, scale, left, right,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, True, FLAGS,
     )  # fmt: skip
-    if any_nan(dk_tile) | any_nan(dv_tile):
-        dk_tile, dv_tile = key_gradients(
+    again = any_nan(dk_tile) | any_nan(dv_tile)
+    if again:  # dV, then dK, from K and V read again: together they would not fit the registers
+        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+        v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+        _, dv_tile = key_gradients(
             k_tile, v_tile, pointers, strides, j, b, hk, j_first, q_first, length_q, length_k,
             group, side, rng, scale, left, right,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, True, FLAGS,
         )  # fmt: skip
     if DROPOUT & FLAGS:
         dv_tile = dv_tile * inverse_keep
-    dk_rows = dk + b * dk_b + hk * dk_h + k_first * dk_s
-    dv_rows = dv + b * dv_b + hk * dv_h + k_first * dv_s
+    store_tile(dv_rows, dv_s, j_first, length_k, dv_tile, DV, BLOCK_N, BLOCK_DV, FLAGS)
+    if again:
+        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+        v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+        dk_tile, _ = key_gradients(
+            k_tile, v_tile, pointers, strides, j, b, hk, j_first, q_first, length_q, length_k,
+            group, side, rng, scale, left, right,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, False, FLAGS,
+        )  # fmt: skip
     dk_tile = dk_tile * softmax_scale
     store_tile(dk_rows, dk_s, j_first, length_k, dk_tile, D, BLOCK_N, BLOCK_D, FLAGS)
-    store_tile(dv_rows, dv_s, j_first, length_k, dv_tile, DV, BLOCK_N, BLOCK_DV, FLAGS)
 
 
 @triton.jit
@@ -359,7 +375,9 @@ def dq_kernel(
         side, rng, grad, scale, left, right, first, full_first, full_end - full_first, end,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, FLAGS,
     )  # fmt: skip
-    if any_nan(acc):
+    if any_nan(acc):  # with tiles read again, as in the forward kernel
+        q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+        do_tile = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
         acc = query_gradient_tiles(

@@ -9,7 +9,7 @@ maxima and sums.
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.fwd import forward_rows
+from attn_ext.triton_kernels.fwd import careful_rows, forward_rows
 from attn_ext.triton_kernels.primitives import (
     DROPOUT,
     INTERPRETED,
@@ -17,6 +17,7 @@ from attn_ext.triton_kernels.primitives import (
     SEQLENS,
     SPLIT,
     STATS,
+    any_nan,
     philox_key,
     row_ends,
 )
@@ -73,10 +74,19 @@ def decode_kernel(
     else:
         kv = (k + wide_b * k_b + wide_hk * k_h, k_s, 0,
               v + wide_b * v_b + wide_hk * v_h, v_s, 0, 0)  # fmt: skip
-    acc, row_max, row_sum, e, bad = forward_rows(
+    state = forward_rows(
         q_tile, kv, i[:, None], b, h[:, None], i_first, i_last, seqlen_q, length, split, splits,
         side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
     )  # fmt: skip
+    if any_nan(state[0]):
+        q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
+        q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
+        state = careful_rows(
+            q_tile, kv, i[:, None], b, h[:, None], i_first, i_last, seqlen_q, length, split,
+            splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            FLAGS,
+        )  # fmt: skip
+    acc, row_max, row_sum, e, bad = state
 
     c = tl.arange(0, BLOCK_DV)[None, :]
     inside = real[:, None] & (c < DV)

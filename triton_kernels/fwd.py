@@ -104,15 +104,28 @@ def forward_rows(
         first, full_first, full_end - full_first, end,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, FLAGS,
     )  # fmt: skip
-    if any_nan(state[0]):
-        state = empty_state(BLOCK_M, BLOCK_DV)
-        PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
-        state = forward_tiles(
-            state, q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
-            first * PARTS, first * PARTS, 0, end * PARTS,
-            D, DV, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, FLAGS,
-        )  # fmt: skip
     return state
+
+
+@triton.jit
+def careful_rows(
+    q, kv, i, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`forward_rows` again where that has left a NaN, with products that skip excluded pairs."""
+    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    first, _, _, end = key_range(i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS)
+    share = (end - first + splits - 1) // splits
+    first = tl.minimum(first + split * share, end)
+    end = tl.minimum(first + share, end)
+    PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
+    return forward_tiles(
+        empty_state(BLOCK_M, BLOCK_DV), q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale,
+        left, right, first * PARTS, first * PARTS, 0, end * PARTS,
+        D, DV, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, FLAGS,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -155,10 +168,17 @@ def forward_kernel(
     q_rows = q + wide_b * q_b + wide_h * q_h + q_first * q_s
     q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
     i = i_first + tl.arange(0, BLOCK_M)
-    acc, row_max, row_sum, e, bad = forward_rows(
+    state = forward_rows(
         q_tile, kv, i[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
         scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
     )  # fmt: skip
+    if any_nan(state[0]):  # Q is read again: kept for this, it would cost the fast loops registers
+        q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+        state = careful_rows(
+            q_tile, kv, i[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side,
+            rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+        )  # fmt: skip
+    acc, row_max, row_sum, e, bad = state
 
     factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, wide_h, FLAGS)
     o_rows = out + wide_b * o_b + wide_h * o_h + q_first * o_s

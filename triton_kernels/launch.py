@@ -28,6 +28,8 @@ _FLAG = {name: getattr(primitives, name).value for name in (
     "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE",
 )}  # fmt: skip
 
+_HEAVY = sum(_FLAG[name] for name in ("MASK", "BIAS", "ALIBI", "SOFTCAP", "DROPOUT"))
+
 
 def width(dim: int) -> int:
     """The width of a tile that holds rows of `dim` elements: a power of two, at least 16."""
@@ -162,7 +164,9 @@ class Plan:
     def tile(self, direction: str) -> configs.Tile:
         """The tile of this call's kernels."""
         wide = max(self.block_d, self.block_dv)
-        return configs.tile(architecture(self.q), direction, wide, self.q.element_size())
+        found = configs.tile(architecture(self.q), direction, wide, self.q.element_size())
+        heavy = direction in ("dq", "dkdv") and (self.flags & _HEAVY).bit_count() > 1
+        return configs.lighter(found) if heavy else found
 
 
 def architecture(x: torch.Tensor) -> str:

@@ -1,0 +1,127 @@
+"""Measures tiles on this machine's GPU and stores the fastest, which `configs.tile` then prefers.
+
+    python -m attn_ext.triton_kernels.tune --head-dims 64 128 --seqlen 4096
+
+The cache file (`configs.cache_file()`) is keyed by the device's name and the versions of Triton and
+attn_ext, so a new driver stack or a changed kernel is measured afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from attn_ext.triton_kernels import configs
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def candidates(direction: str, width: int) -> list[configs.Tile]:
+    """The tiles worth measuring for a direction and a width of the head."""
+    if direction == "decode":
+        space = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3))
+    elif direction == "dbias":
+        space = itertools.product((32, 64), (32, 64), (4, 8), (1,))
+    else:
+        space = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+    most = 64 * 1024 // max(width, 64) * 16  # elements of S: above, nothing fits the registers
+    return [configs.Tile(*row) for row in space if row[0] * row[1] <= most]
+
+
+def measure(function: Callable[[], object], repeats: int) -> float:
+    """Median seconds of one call on the current device, after a warm-up call."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
+
+
+def workload(direction: str, head_dim: int, seqlen: int, dtype, device) -> Callable[[], object]:
+    """A call that is ruled by the kernel of `direction`: causal, 16 heads; decode: 8 rows."""
+    from attn_ext.triton_kernels import launch
+
+    from attn_ext.testing import random_call
+
+    if direction == "decode":
+        call = random_call(
+            batch=8, heads_q=32, heads_k=8, seqlen_q=1, seqlen_k=seqlen, head_dim=head_dim,
+            dtype=dtype, device=device, cache_seqlens=[seqlen] * 8,
+        )  # fmt: skip
+        return lambda: launch.forward(call)
+    bias = "k" if direction == "dbias" else False
+    call = random_call(
+        batch=1, heads_q=16, seqlen_q=seqlen, head_dim=head_dim, dtype=dtype, device=device,
+        causal=True, bias=bias, deterministic=bool(bias),
+    )  # fmt: skip
+    if direction == "fwd":
+        return lambda: launch.forward(call)
+    out, lse, *_ = launch.forward(call)
+    dkdv, own_bias = direction == "dkdv", direction == "dbias"
+    needs = (direction == "dq", dkdv, dkdv, own_bias, False)
+    return lambda: launch.backward(call, out, out, lse, None, needs)
+
+
+def tune(
+    directions: Sequence[str], head_dims: Sequence[int], seqlen: int, dtype: torch.dtype,
+    device: torch.device, repeats: int = 10, report: Callable[[str], None] = print,
+) -> dict[str, configs.Tile]:  # fmt: skip
+    """The fastest tile of each (direction, width), stored in the cache file and in force at once.
+
+    A tile that does not compile or does not fit the device's memory is passed over."""
+    from attn_ext.triton_kernels import launch
+
+    best: dict[str, configs.Tile] = {}
+    size = torch.finfo(dtype).bits // 8
+    for direction, head_dim in itertools.product(directions, head_dims):
+        width = launch.width(head_dim)
+        call = workload(direction, head_dim, seqlen, dtype, device)
+        key = configs.key(direction, width, size)
+        results = []
+        for tile in [configs.tile(launch.architecture(torch.empty(0, device=device)), direction,
+                                  width, size), *candidates(direction, width)]:  # fmt: skip
+            with configs.using(key, tile):
+                try:
+                    results.append((measure(call, repeats), tile))
+                except Exception as error:  # out of shared memory, or a failed compilation
+                    if isinstance(error, torch.cuda.OutOfMemoryError):
+                        raise
+                    continue
+        seconds, tile = min(results)
+        best[key] = tile
+        first = results[0][0]
+        report(f"{key}: {tuple(tile)} {seconds * 1e6:.1f} us (before {first * 1e6:.1f} us)")
+    configs.store(torch.cuda.get_device_name(device), best)
+    return best
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 with a message where there is no GPU to measure on."""
+    parser = argparse.ArgumentParser(prog="attn-ext tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--directions", nargs="+", choices=configs.DIRECTIONS, default=list(configs.DIRECTIONS)
+    )
+    parser.add_argument("--seqlen", type=int, default=4096, help="keys, and queries but in decode")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("attn-ext tune needs a GPU that torch sees; torch.cuda.is_available() is False")
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    tune(args.directions, args.head_dims, args.seqlen, DTYPES[args.dtype], device, args.repeats)
+    print(f"stored in {configs.cache_file()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -3,6 +3,8 @@ plain float64 formula, and masks that are descriptions against the tensors they 
 """
 
 import itertools
+import subprocess
+import sys
 import types
 
 import pytest
@@ -249,3 +251,15 @@ def test_bad_arguments():
         attention_forward(layer(), q, k, v, "causal")
     with pytest.raises(ValueError, match=r"mask must be broadcastable"):
         attention_forward(layer(), q, k, v, torch.ones(2, 1, 7, 9, dtype=torch.bool))
+
+
+def test_integrations_are_found_after_a_plain_import():
+    """`import attn_ext` alone, as the documents write it."""
+    code = (
+        "import sys, attn_ext; assert 'attn_ext.integrations.transformers' not in sys.modules\n"
+        "for name in ('transformers', 'diffusers', 'flash_attn', 'xformers', 'sdpa'):\n"
+        "    assert getattr(attn_ext.integrations, name).__name__.endswith(name)\n"
+        "assert 'transformers' not in sys.modules and not hasattr(attn_ext.integrations, 'other')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

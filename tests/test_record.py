@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,6 +162,19 @@ def test_page_in_a_browser(page):
     want[p.keys[0, 1, 3].clamp_min(0)] += p.weights[0, 1, 3]
     torch.testing.assert_close(torch.tensor(shown), want, atol=1e-4, rtol=0)
     assert "sat  →  " in done.stdout
+
+
+def test_look_command(page, tmp_path):
+    """A command that fails on what record.save wrote; a traceback for another file."""
+    command = [sys.executable, "-m", "attn_ext.cli", "look"]
+    given = [str(tmp_path / "seen.pt"), "--tokens", "a b c d e", "--out", str(tmp_path / "more")]
+    done = subprocess.run([*command, *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '"keys": ["a", "b"' in (tmp_path / "more" / "attention.html").read_text()
+    (tmp_path / "other.pt").write_text("no record")
+    done = subprocess.run([*command, str(tmp_path / "other.pt")], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "FILE must be written by" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,21 @@ def doctor(json: Json = False) -> int:
 
 
 @app.command()
+def look(
+    file: Annotated[Path, typer.Argument(help="what attn_ext.inspect.record(...).save() wrote")],
+    tokens: Annotated[
+        str | None, typer.Option(help="the tokens, separated by spaces; default: positions")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("out/look"),
+    title: Annotated[str, typer.Option(help="title of both")] = "attention",
+) -> int:
+    """Draw recorded attention: a heat map, and a page that shows what each token attends to."""
+    from attn_ext.cli import look as command
+
+    return command.run(file, tokens, writable(out, "--out", folder=True), title)
+
+
+@app.command()
 def verify(
     backend: Annotated[
         str | None, typer.Option(help="backends to verify, comma-separated; default: all here")

@@ -1,0 +1,27 @@
+"""attn-ext look: pictures of recorded attention, one PNG and one HTML page."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from attn_ext.cli.main import BadArgument
+from attn_ext.inspect import load, look
+
+
+def run(file: Path, tokens: str | None, out: Path, title: str) -> int:
+    """Write attention.png and attention.html of the records in `file` into `out`."""
+    if not file.is_file():
+        raise BadArgument(f"FILE must be written by attn_ext.inspect.record.save, got {file}")
+    try:
+        records = load(file)
+    except (ValueError, TypeError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+        message = f"FILE must be written by attn_ext.inspect.record.save, got {file}"
+        raise BadArgument(message) from None
+    try:
+        paths = look(records, out, tokens=tokens.split() if tokens else None, title=title)
+    except ValueError as error:
+        raise BadArgument(str(error)) from None
+    for path in paths:
+        print(f"wrote {path}")
+    return 0

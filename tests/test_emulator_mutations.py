@@ -224,7 +224,7 @@ MUTANTS = {
         ("plain",),
     ),
     "backward: delta of the neighbour": Mutant(
-        BACKWARD, BWD, "p.delta[at]};", "p.delta[at - (i & 1)]};", ALL_MODES
+        BACKWARD, BWD, "p.delta[at]);", "p.delta[at - (i & 1)]);", ALL_MODES
     ),
     "backward: rows of the transposed fragment": Mutant(
         BACKWARD,

@@ -59,9 +59,13 @@ template <int WARPS_, int BLOCK_N_, int STAGES_>
 struct Tile {
   static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
   static constexpr int BLOCK_M = 16 * WARPS_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-  static constexpr int FLAG_BYTES = 1024;  // flags and column sums, after the tiles
+  // After the tiles: 128 bytes of flags, then LSE and delta of the streamed queries; or column
+  // sums.
+  static constexpr int FLAG_BYTES = 128, ROWS_BYTES = 8 * BLOCK_N_ * STAGES_;
+  static constexpr int SUM_BYTES = 4 * BLOCK_N_ * WARPS_;
   static constexpr int smem(int row_bytes, int stay, int streamed) {
-    return row_bytes * (stay * BLOCK_M + streamed * STAGES * BLOCK_N) + FLAG_BYTES;
+    return row_bytes * (stay * BLOCK_M + streamed * STAGES * BLOCK_N) + FLAG_BYTES +
+           (ROWS_BYTES > SUM_BYTES ? ROWS_BYTES : SUM_BYTES);
   }
 };
 

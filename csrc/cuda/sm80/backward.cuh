@@ -16,11 +16,13 @@ namespace attn::cuda::sm80 {
 struct RowGradient {
   float lse, delta;
 
+  ATTN_DEVICE static RowGradient of(float lse, float delta) {
+    return {lse == -kInf ? kInf : lse * kLog2e, delta};  // -inf: an empty row
+  }
   ATTN_DEVICE static RowGradient of(const Params& p, const Sequence& seq, int h, int i) {
     if (i >= seq.seqlen_q) return {kInf, 0.0f};
     const int64_t at = seq.lse_offset(p, h, i);
-    const float lse = static_cast<const float*>(p.ptr.lse)[at];
-    return {lse == -kInf ? kInf : lse * kLog2e, p.delta[at]};  // -inf: an empty row
+    return of(static_cast<const float*>(p.ptr.lse)[at], p.delta[at]);
   }
 };
 
@@ -141,18 +143,22 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   }
 }
 
-// Heads wider than 128 have registers for one accumulator: two launches, p.pass = 0 for dV, 1 for
-// dK.  Else both in one.
+// Wide heads have registers for one accumulator: two launches, p.pass = 0 for dV, 1 for dK.  Else
+// both in one.
+template <class T, int HEAD_DIM>
+constexpr bool kTwoPasses = HEAD_DIM > (kIsHalf<T> ? 128 : 64);
+
 template <class T, int HEAD_DIM, bool GENERAL>
 ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
 void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
   using Tile = BackwardTile<T, HEAD_DIM>;
-  constexpr bool WIDE = HEAD_DIM > 128;
+  constexpr bool WIDE = kTwoPasses<T, HEAD_DIM>;
   constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, N = Tile::BLOCK_N, TILES = N / 8;
   const uint32_t K_smem = smem_base(), V_smem = K_smem + Tile::BLOCK_M * BYTES;
   const uint32_t Q_smem = V_smem + Tile::BLOCK_M * BYTES;
   const uint32_t dO_smem = Q_smem + Tile::STAGES * N * BYTES;
   const uint32_t flags = dO_smem + Tile::STAGES * N * BYTES;
+  const uint32_t rows_smem = flags + Tile::FLAG_BYTES;  // [STAGES][LSE, delta][BLOCK_N]
 
   const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
   const int head_k = block_id().x / p.n_tiles % heads_k;
@@ -177,6 +183,13 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
                                                     dim, p.q_vec);
     copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(dO_smem + stage, dout_rows(h), m0, seq.seqlen_q,
                                                     dim_v, p.dout_vec);
+    if (thread_id() < 2 * N) {
+      const float* from = thread_id() < N ? static_cast<const float*>(p.ptr.lse) : p.delta;
+      const int i = m0 + thread_id() % N;
+      const bool valid = i < seq.seqlen_q;
+      cp_async_4(rows_smem + 4 * (2 * N * (u % Tile::STAGES) + thread_id()),
+                 valid ? from + seq.lse_offset(p, h, i) : from, valid);
+    }
     cp_async_commit();
   };
 
@@ -204,9 +217,10 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
       for (int n = 0; n < TILES; ++n) {
         ATTN_UNROLL
         for (int c = 0; c < 2; ++c) {
-          const int i = m0 + 8 * n + 2 * (lane_id() & 3) + c;
+          const int column = 8 * n + 2 * (lane_id() & 3) + c, i = m0 + column;
           const Query q = GENERAL ? score.query(h, i) : Query{i, h, 0.0f, 0, 0};
-          const RowGradient gradient = RowGradient::of(p, seq, h, i);
+          const uint32_t at = rows_smem + 4 * (2 * N * (u % Tile::STAGES) + column);
+          const RowGradient gradient = RowGradient::of(lds_f32(at), lds_f32(at + 4 * N));
           ATTN_UNROLL
           for (int r = 0; r < 2; ++r)
             pair_gradient<GENERAL>(score, dropout, q, row + 8 * r, gradient, check, P[n][2 * r + c],

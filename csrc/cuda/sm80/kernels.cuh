@@ -42,8 +42,9 @@ void run_backward(Params p, bool general, void* stream) {
   }
   p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
   const Grid grid = grid_of(p.p.batch * p.p.heads_k * p.n_tiles);
-  for (p.pass = 0; p.pass < (HEAD_DIM > 128 ? 2 : 1); ++p.pass) {
-    if (HEAD_DIM > 128 ? !(p.pass ? p.ptr.dk : p.ptr.dv) : !p.ptr.dk && !p.ptr.dv) continue;
+  constexpr bool TWO = kTwoPasses<T, HEAD_DIM>;
+  for (p.pass = 0; p.pass < (TWO ? 2 : 1); ++p.pass) {
+    if (TWO ? !(p.pass ? p.ptr.dk : p.ptr.dv) : !p.ptr.dk && !p.ptr.dv) continue;
     if constexpr (kIsHalf<T>) {
       if (!general) launch(backward_dkdv<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
     }

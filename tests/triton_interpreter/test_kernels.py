@@ -206,3 +206,26 @@ def test_what_triton_cannot_do_is_refused_with_a_reason():
         assert any(word in why for why in triton.unsupported(problem)), word
         with pytest.raises(NotImplementedError, match=word):
             attn_ext.backends.select("triton", problem)
+
+
+def far_apart(x, dim, stride):
+    """x's values in untouched (so virtual) memory, `stride` elements apart in dimension `dim`."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = stride
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    return torch.empty(size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize(
+    ("dim", "count", "stride"),
+    [(0, 3, 2**30 + 8), (1, 3, 2**30 + 8), (2, 3, 2**30 + 8), (2, 40, 2**26 + 8)],
+    ids=["batch", "head", "position in a tile", "tile"],
+)
+def test_offsets_beyond_31_bits(dim, count, stride):
+    """An offset in int32, which wraps in tensors of more than 2^31 elements."""
+    sizes = {"batch": 1, "heads_q": 1, "heads_k": 1, "seqlen_q": 2, "seqlen_k": 3}
+    name = ("batch", "heads", "seqlen")[dim]
+    sizes |= {size: count for size in sizes if size.startswith(name)}
+    call = random_call(dtype=torch.float16, **sizes)
+    call.k = far_apart(call.k, dim, stride)
+    check_call(call, "triton")

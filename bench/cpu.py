@@ -132,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     report = Report("attn_ext on the CPU")
     if options.resume and json_path.exists():
-        report = Report.load(json_path)
+        try:
+            report = Report.load(json_path)
+        except ValueError as error:
+            parser.error(f"--resume: {error}")
         done = {row.case for row in report.rows}
         cases = [case for case in cases if case.name not in done]
     report.machine, report.ceilings = machine(), ceilings.measure_cpu()

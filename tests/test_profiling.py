@@ -219,5 +219,9 @@ def test_bench_cpu_runs_a_row(tmp_path, capsys):
     assert main(["--shape", "1,2,64,16", "--shape", "1,2,32,16", *arguments]) == 0
     data = json.loads(path.read_text())
     assert data["rows"][:2] == before and len(data["rows"]) == 4 and data["complete"]
+    path.write_text('{"machine": {}, "rows": []}')
+    with pytest.raises(SystemExit):
+        main(["--shape", "1,2,64,16", *arguments])
+    assert "is not a result file of format 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no row matches"):
         main(["--rows", "nonsense"])

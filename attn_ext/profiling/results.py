@@ -118,8 +118,10 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        """A report from its JSON file, to go on with"""
+        """A report from its JSON file, to go on with; ValueError for a file of another format"""
         data = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a result file of format {FORMAT}")
         roofs = Ceilings(**data["ceilings"]) if data["ceilings"] else None
         rows = [Row(**row) for row in data["rows"]]
         return cls(data["title"], data["machine"], roofs, rows, data["skipped"])

@@ -330,6 +330,8 @@ def test_explain(capsys):
         (("explain", "--shape", "1,8,64,64", "--features", "magic"), "--features must be among"),
         (("explain", "--shape", "1,8,64,64", "--kind", "odd"), "--kind must be dense"),
         (("tune", "--minutes", "-1"), "--minutes must be above 0"),
+        (("tune", "--dtype", "int8"), "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
+        (("tune", "--head-dims", "64,x"), "--head-dims must be numbers from 1 to 256"),
         (("frobnicate",), "No such command 'frobnicate'"),
         (("doctor", "--nope"), "No such option"),
     ],
@@ -363,6 +365,36 @@ def test_tune_says_why_it_cannot(capsys):
         pytest.skip("this machine has a GPU, where tune works")
     code, out, err = run(capsys, "tune")
     assert code == 1 and out == "" and err.startswith("attn-ext: tune ") and err.count("\n") == 1
+
+
+def test_tune_hands_over_to_the_tuner(capsys, monkeypatch, tmp_path):
+    """Options that the tuner does not know; a time budget that is not kept."""
+    import importlib
+
+    from attn_ext.cli import tune
+
+    pytest.importorskip("triton", reason="the tuner imports Triton")
+    module = importlib.import_module("attn_ext.triton_kernels.tune")
+    configs = importlib.import_module("attn_ext.triton_kernels.configs")
+    table = tmp_path / "cache.json"
+    tuned = []
+
+    def fake(directions, head_dims, seqlen, dtype, device, repeats=10, report=print):
+        tuned.append((directions, head_dims, dtype))
+        table.write_text("{}")
+
+    monkeypatch.setattr(tune, "why_not", lambda: "")
+    monkeypatch.setattr(module, "tune", fake)
+    monkeypatch.setattr(configs, "cache_file", lambda: table)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    out = tmp_path / "t.json"
+    code, _, _ = run(capsys, "tune", "--head-dims", "96", "--dtype", "fp16", "--out", out)
+    assert code == 0 and out.read_text() == "{}"
+    assert tuned == [([kind], [96], torch.float16) for kind in configs.DIRECTIONS]
+    tuned.clear()
+    code, text, _ = run(capsys, "tune", "--minutes", "1e-9", "--head-dims", "96")
+    assert code == 0 and not tuned and "the time is up" in text
 
 
 def documented():

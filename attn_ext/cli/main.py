@@ -167,15 +167,23 @@ def profile(
 
 @app.command()
 def tune(
-    minutes: Annotated[float, typer.Option(help="time budget")] = 3.0,
-    out: Annotated[Path | None, typer.Option(help="where the tuned table is written")] = None,
+    minutes: Annotated[float, typer.Option(help="no further table is begun after these")] = 3.0,
+    head_dims: Annotated[str, typer.Option(help="comma-separated")] = "64,128",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
+    out: Annotated[Path | None, typer.Option(help="copy the tuned table to this file")] = None,
 ) -> int:
     """Tune the Triton kernels' tables for this GPU."""
     from attn_ext.cli import tune as command
 
     if not 0 < minutes <= 600:
         raise BadArgument(f"--minutes must be above 0 and at most 600, got {minutes}")
-    return command.run(minutes, writable(out, "--out"))
+    if dtype not in command.DTYPES:
+        raise BadArgument(f"--dtype must be one of {', '.join(command.DTYPES)}, got {dtype!r}")
+    dims = words(head_dims)
+    if not dims or not all(d.isdecimal() and 1 <= int(d) <= 256 for d in dims):
+        raise BadArgument(f"--head-dims must be numbers from 1 to 256, got {head_dims!r}")
+    dims = [int(d) for d in dims]
+    return command.run(minutes, dims, command.DTYPES[dtype], writable(out, "--out"))
 
 
 def _line(message: str) -> str:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 import sys
+import time
+from pathlib import Path
 
 import torch
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def why_not() -> str:
@@ -20,12 +25,26 @@ def why_not() -> str:
     return ""
 
 
-def run(minutes: float, out) -> int:
-    """Tune; 1 with a line on stderr where it cannot"""
+def run(minutes: float, head_dims: list[int], dtype: str, out: Path | None) -> int:
+    """Tune one direction and width after the other until the time is up; 1 with a line on stderr
+    where nothing can be tuned.  `out` gets a copy of the cache file.
+    """
     why = why_not()
     if why:
         print(f"attn-ext: {why}", file=sys.stderr)
         return 1
     module = importlib.import_module("attn_ext.triton_kernels.tune")
-    arguments = ["--minutes", str(minutes)]
-    return int(module.main(arguments + (["--out", str(out)] if out else [])) or 0)
+    configs = importlib.import_module("attn_ext.triton_kernels.configs")
+    end = time.monotonic() + 60 * minutes
+    tasks = [(d, kind) for d in head_dims for kind in configs.DIRECTIONS]
+    for index, (head_dim, kind) in enumerate(tasks):
+        if time.monotonic() > end:
+            print(f"the time is up: {len(tasks) - index} of {len(tasks)} tables keep their values")
+            break
+        options = ["--head-dims", str(head_dim), "--directions", kind, "--dtype", dtype]
+        code = module.main(options)
+        if code:
+            return int(code)
+    if out is not None:
+        shutil.copyfile(configs.cache_file(), out)
+    return 0

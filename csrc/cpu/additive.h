@@ -28,7 +28,13 @@ inline bool within_fast_tanh(const T* x, int64_t n) {
 // x = exp(2x) in place; n is a multiple of kLanes<T>.
 template <class T>
 inline void exponentials(T* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) store(x + i, vexp(load(x + i) * T(2)));
+  const T most = kFastTanh<T>;  // beyond it the result is not used, and vexp's integers overflow
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    Vec<T> v = load(x + i);
+    v = v > most ? set1(most) : v;
+    v = v < -most ? set1(-most) : v;
+    store(x + i, vexp(v * T(2)));
+  }
 }
 
 template <class T, bool FAST>

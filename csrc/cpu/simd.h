@@ -115,7 +115,7 @@ ATTN_INLINE Vec<float> vexp(Vec<float> x) {
   Vec<float> f = x - n * 0.693145751953125f;  // ln2 in two parts; the first product is exact
   f = f - n * 1.42860682030941723212e-6f;
   Vec<float> p = exp_reduced<DEGREE>(f);
-  Vec<int32_t> bits, exponent;
+  Vec<uint32_t> bits, exponent;  // unsigned: wraps where the result is replaced below
   std::memcpy(&bits, &p, sizeof(p));
   std::memcpy(&exponent, &t, sizeof(t));
   bits += exponent << 23;

@@ -20,7 +20,12 @@ $(VENV)/torch.done:
 
 $(VENV)/installed.done: $(VENV)/torch.done $(SOURCES)
 	$(PY) -m pip install -q setuptools pybind11 ninja
-	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
+	$(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
+	touch $@
+
+# The CUDA kernels as C++ on the emulator, which only tests need; the rest is not built again.
+$(VENV)/emulated.done: $(VENV)/installed.done
+	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 # Libraries whose models the tests run, beside the torch that is there: a constraint pins it.  Where
@@ -33,7 +38,7 @@ $(VENV)/integrations.done: $(VENV)/installed.done
 	  $(PY) -m pip install -q --no-deps timm && touch $@; } || \
 	  echo "extra 'integrations' could not be installed: the tests of real models are skipped"
 
-test: $(VENV)/installed.done $(VENV)/integrations.done
+test: $(VENV)/emulated.done $(VENV)/integrations.done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton_interpreter
 

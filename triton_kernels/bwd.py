@@ -3,7 +3,7 @@
     delta = rowsum(dO * O) - dLSE
     P = exp(S - LSE);  dP = keep / (1 - p) * (dO V^T);  dS = P * (dP - delta);  dbias = dS
     dV = (keep / (1 - p) * P)^T dO;  dS_raw = dS * (1 - tanh^2);  dQ = scale dS_raw K
-    dK = scale dS_raw^T Q
+    dK = scale dS_raw^T Q;  with sigmoid weights dS = P (1 - P) dP
 
 Two passes, 7 products instead of 5: no atomics, so the results are bitwise equal from run to run.
 dK and dV: one program = BLOCK_N keys of one K/V head, over all query heads of its group.
@@ -20,6 +20,7 @@ from attn_ext.triton_kernels.primitives import (
     DBIAS_STORE,
     DROPOUT,
     LOG2E,
+    SIGMOID,
     SOFTCAP,
     any_nan,
     diagonal,
@@ -32,6 +33,7 @@ from attn_ext.triton_kernels.primitives import (
     philox_key,
     query_range,
     sequence,
+    sigmoid,
     store_tile,
 )
 
@@ -76,9 +78,10 @@ def base2_lse(lse, row, inside):
 
 
 @triton.jit
-def probabilities(s, lse, ALWAYS: tl.constexpr):
-    """P = 2^(s - lse); 0 where s = -inf if ALWAYS, else there 0 or (LSE is NaN) NaN."""
-    p = tl.exp2(s - lse)
+def probabilities(s, lse, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
+    """P = 2^(s - lse); 0 where s = -inf if ALWAYS, else there 0 or (LSE is NaN) NaN.  lse is inf
+    for rows past the last query, which makes P 0 with SIGMOID (where it is 0 elsewhere) too."""
+    p = sigmoid(s - lse) if (SIGMOID & FLAGS) else tl.exp2(s - lse)
     if ALWAYS:
         p = tl.where(s == float("-inf"), 0.0, p)
     return p
@@ -87,7 +90,7 @@ def probabilities(s, lse, ALWAYS: tl.constexpr):
 @triton.jit
 def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
     """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN."""
-    ds = p * (dp - delta)
+    ds = p * (1.0 - p) * dp if (SIGMOID & FLAGS) else p * (dp - delta)
     raw = ds
     if SOFTCAP & FLAGS:
         raw = ds * (1.0 - cap * cap)
@@ -123,7 +126,7 @@ def key_gradient_tiles(
         s, cap = logits(
             kq, i[None, :], j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, EDGE, FLAGS
         )
-        p = probabilities(s, base2_lse(lse, i, i < seqlen_q)[None, :], CAREFUL)
+        p = probabilities(s, base2_lse(lse, i, i < seqlen_q)[None, :], CAREFUL, FLAGS)
         # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
         do_tile = load_tile(do, do_s, i_first, seqlen_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
         dp = dot(v, tl.trans(do_tile), zero)
@@ -306,7 +309,7 @@ def query_gradient_tiles(
         s, cap = logits(
             qk, i, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, EDGE, FLAGS
         )
-        p = probabilities(s, row_lse[:, None], CAREFUL or DBIAS)
+        p = probabilities(s, row_lse[:, None], CAREFUL or DBIAS, FLAGS)
         dp = dot(do, tl.trans(v_tile), zero)
         if DROPOUT & FLAGS:
             key0, key1, threshold, inverse_keep = rng

@@ -91,7 +91,7 @@ def dbias_kernel(
                 right, True, FLAGS,
             )  # fmt: skip
             row = b * lse_b + h * lse_h + q_first + i
-            p = probabilities(s, base2_lse(lse, row, i < length_q)[:, None], True)
+            p = probabilities(s, base2_lse(lse, row, i < length_q)[:, None], True, FLAGS)
             if DROPOUT & FLAGS:
                 key0, key1 = philox_key(rng_state)
                 kept = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)

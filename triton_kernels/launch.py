@@ -25,7 +25,7 @@ LOG2E = primitives.LOG2E.value
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLAG = {name: getattr(primitives, name).value for name in (
     "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",
-    "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE",
+    "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE", "SIGMOID", "SIGMOID_LENGTH",
 )}  # fmt: skip
 
 _HEAVY = sum(_FLAG[name] for name in ("MASK", "BIAS", "ALIBI", "SOFTCAP", "DROPOUT"))
@@ -68,6 +68,7 @@ class Plan:
     def __init__(self, call: Call):
         self.call = call
         self.varlen = varlen = call.cu_seqlens_q is not None
+        self.sigmoid = call.normalizer == "sigmoid"
         self.q, self.k, self.v = rows(call.q), rows(call.k), rows(call.v)
         self.heads_q, self.heads_k = call.q.shape[1], call.k.shape[1]
         self.batch = call.cu_seqlens_q.shape[0] - 1 if varlen else call.q.shape[0]
@@ -109,6 +110,10 @@ class Plan:
         capped = call.softcap > 0
         self.cap_in = call.scale / call.softcap if capped else 0.0
         self.cap_out = call.softcap * LOG2E if capped else 0.0
+        if self.sigmoid and capped:  # in scalars that the logits do not use
+            self.scale = (call.sigmoid_bias or 0.0) * LOG2E
+        elif self.sigmoid:
+            self.cap_in = (call.sigmoid_bias or 0.0) * LOG2E
         threshold = int(call.dropout_p * 4294967296.0)
         self.dropout = threshold > 0
         self.threshold = threshold - 1 - (1 << 32 if threshold - 1 >= 1 << 31 else 0)
@@ -132,6 +137,8 @@ class Plan:
             "SEQLENS": self.seqlens_k is not None,
             "PAGED": self.block_table is not None,
             "WIDE": longest * 256 >= 1 << 31,
+            "SIGMOID": self.sigmoid,
+            "SIGMOID_LENGTH": self.sigmoid and call.sigmoid_bias is None,
         }
         return sum(_FLAG[name] for name, on in present.items() if on)
 
@@ -202,6 +209,8 @@ def outputs(plan: Plan):
         for x, value in ((lse, -math.inf), (stats[0], -math.inf), (stats[1], 0.0)):
             if x is not None:
                 x.fill_(value)
+    if plan.sigmoid:
+        lse.zero_()
     return out, lse, *stats
 
 
@@ -229,6 +238,8 @@ def splits_keys(plan: Plan) -> bool:
     """Whether the decode kernels serve the call: a cache, or few queries against many keys."""
     if plan.seqlens_k is not None or plan.block_table is not None:
         return True
+    if plan.sigmoid:  # the parts are joined by their LSE
+        return False
     few = plan.seqlen_q * (plan.heads_q // plan.heads_k) <= 64
     return few and plan.seqlen_k >= 512 and not plan.varlen
 
@@ -338,6 +349,8 @@ class Backward:
         self.plan, varlen = plan, plan.varlen
         self.dout, self.out = rows(dout.to(plan.q.dtype)), rows(out)
         self.lse = lse.detach().resolve_neg().contiguous()
+        if plan.sigmoid:
+            self.lse, dlse = torch.zeros_like(self.lse), None
         self.dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
         self.delta = torch.empty_like(self.lse)
         self.shared = (
@@ -423,7 +436,8 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     if call.q.numel() and call.k.numel() and call.v.numel():
         kernels = Backward(plan, dout, out, lse, dlse)
         with on_device(plan.q):
-            kernels.preprocess()
+            if not plan.sigmoid:
+                kernels.preprocess()
             if dk is not None or dv is not None:
                 kernels.keys(dk, dv)
             shared = dbias is not None and tuple(dbias.shape) != plan.sizes

@@ -34,6 +34,8 @@ DBIAS_STORE = tl.constexpr(16384)  # dQ writes dbias, of which each element belo
 DBIAS_ADD = tl.constexpr(32768)  # dQ adds to dbias, which is broadcast over batch or heads
 DBIAS_ONE_QUERY = tl.constexpr(65536)  # dbias has one query row
 DBIAS_ONE_KEY = tl.constexpr(131072)  # dbias has one key column
+SIGMOID = tl.constexpr(1 << 24)  # P = sigmoid(s + shift) in place of softmax; LSE is 0
+SIGMOID_LENGTH = tl.constexpr(1 << 25)  # shift = -ln(seqlen_k) of each sequence
 
 CAREFUL_BLOCK = tl.constexpr(16)  # keys (for dK and dV: queries) of a step with `dot_present`
 
@@ -237,6 +239,12 @@ def logits(
         s = cap * cap_out
     else:
         s = qk * scale
+    if SIGMOID_LENGTH & FLAGS:
+        s -= tl.log2(tl.maximum(seqlen_k, 1).to(tl.float32))
+    elif (SIGMOID & FLAGS) and (SOFTCAP & FLAGS):
+        s += scale  # the shift comes in a scalar that the logits do not use
+    elif SIGMOID & FLAGS:
+        s += cap_in
     inside = (i < seqlen_q) & (j < seqlen_k)
     if BIAS & FLAGS:
         base = bias + b.to(tl.int64) * bias_b + h * bias_h
@@ -295,12 +303,20 @@ def keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(s):
+    """1 / (1 + 2^-s): 0 for the -inf of an excluded pair."""
+    return 1.0 / (1.0 + tl.exp2(-s))
+
+
+@triton.jit
 def online_softmax(s, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
     """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of base-2 logits.
 
-    P = 2^(s - row_max) with the new row_max; what was summed before shrinks by alpha.  With STATS
+    SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max; what was summed before shrinks by alpha.  With STATS
     e = sum_j P_ij (s_ij - m_i), and `bad` counts the NaN of a row, which max ignores.
     """
+    if SIGMOID & FLAGS:
+        return sigmoid(s), row_sum + 1.0, row_max, row_sum, e, bad
     m_new = tl.maximum(row_max, tl.max(s, 1))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
     p = tl.exp2(s - m_safe[:, None])
@@ -318,6 +334,8 @@ def online_softmax(s, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
 def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
     """(factor, LSE, largest logit, entropy) of rows with sums row_sum and e; O = factor * acc.
     The sink joins the normaliser; a row without keys stays empty even then."""
+    if SIGMOID & FLAGS:
+        return row_sum + 1.0, row_sum, row_sum, row_sum
     empty = row_sum == 0  # not row_max == -inf, which is also a row of nothing but NaN
     largest = tl.where(bad > 0, float("nan"), row_max * LN2)
     m_all, l_all, shrink = row_max, row_sum, tl.full(row_max.shape, 1.0, tl.float32)

@@ -16,6 +16,7 @@ import torch
 from attn_ext.problem import Call, Problem
 
 MAX_HEAD_DIM = 256
+NORMALIZERS = ("softmax", "sigmoid")
 OLDEST = (3, 6)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRET = (
@@ -77,6 +78,8 @@ def unsupported(problem: Problem) -> list[str]:
             why.append(f"{name} must be at most {MAX_HEAD_DIM} on triton, got {dim}")
     if problem.grad and problem.kind == "decode":
         why.append("decode has no backward; use attention_varlen to train")
+    if problem.normalizer == "sigmoid" and problem.kind == "decode":
+        why.append("sigmoid weights have no decode kernel on triton")
     return why
 
 

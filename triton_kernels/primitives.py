@@ -312,8 +312,9 @@ def sigmoid(s):
 def online_softmax(s, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
     """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of base-2 logits.
 
-    SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max; what was summed before shrinks by alpha.  With STATS
-    e = sum_j P_ij (s_ij - m_i), and `bad` counts the NaN of a row, which max ignores.
+    SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max;
+    what was summed before shrinks by alpha.  With STATS e = sum_j P_ij (s_ij - m_i), and `bad`
+    counts the NaN of a row, which max ignores.
     """
     if SIGMOID & FLAGS:
         return sigmoid(s), row_sum + 1.0, row_max, row_sum, e, bad

@@ -93,7 +93,7 @@ def dense_args(
         q, k, v, mask, bias, alibi_slopes, sink,
         draw_rng_state(q) if dropout_p > 0 else None,
         None, None, None, None, seqlen_q, seqlen_k, scale, softcap, dropout_p, align, window_left,
-        window_right, need_stats, deterministic, normalizer, sigmoid_bias,
+        window_right, need_stats, deterministic, normalizer, sigmoid_bias, 0,
         ops.wants_grad(q, k, v, bias, sink),
         bias is not None and bias.requires_grad and torch.is_grad_enabled(), backend,
     )  # fmt: skip
@@ -239,7 +239,7 @@ def varlen_args(
         cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, longest_q, longest_k,
         scale,
         softcap, dropout_p, align, window_left, window_right, need_stats, deterministic,
-        normalizer, sigmoid_bias, ops.wants_grad(q, k, v, bias, sink),
+        normalizer, sigmoid_bias, 0, ops.wants_grad(q, k, v, bias, sink),
         bias is not None and bias.requires_grad and torch.is_grad_enabled(), backend,
     )  # fmt: skip
 

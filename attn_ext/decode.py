@@ -78,6 +78,7 @@ def decode_args(
         "bottom_right" if causal else False, left, right, softcap, 0.0, scale, False, backend
     )
     validate.integer("num_splits", num_splits)
+    num_splits = min(num_splits, 1 << 30)  # more than there are keys; the kernels take an int64
     validate.decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table)
     added = _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new)
     batch, heads, seqlen_q, _ = q.shape
@@ -112,7 +113,7 @@ def decode_args(
         None if cache_seqlens is None else cache_seqlens.contiguous(),
         None if block_table is None else block_table.contiguous(),
         seqlen_q, capacity, scale, softcap, 0.0, BOTTOM_RIGHT, window_left, window_right,
-        need_stats, False, "softmax", None,
+        need_stats, False, "softmax", None, num_splits,
         False, False, backend,
     )  # fmt: skip
 
@@ -136,9 +137,11 @@ def attention_decode(
     Returns out [B, Hq, Sq, Dv]; with return_lse also lse [B, Hq, Sq].
 
     causal is aligned bottom-right: the last query is the last position.  mask and bias broadcast to
-    [B, Hq, Sq, Smax] (max_pages * page_size when paged).  num_splits: a hint, 0 lets the backend
-    choose how many parts of the keys are worked on at a time; it never changes the meaning.  Other
-    arguments and errors: as `attention`.
+    [B, Hq, Sq, Smax] (max_pages * page_size when paged).  num_splits: how many parts of
+    the keys are worked on at a time, 0 lets the backend choose.  The GPU kernels take at most 128
+    and one a tile of keys, the CPU kernel for few queries one per 64 keys; other CPU calls do not
+    split.  It changes rounding and time, never the meaning.  Other arguments and errors: as
+    `attention`.
 
     NotImplementedError where a gradient is required: use `attention_varlen`.  On CPU a length or
     page out of range is a ValueError; on GPU these values are not read back (it would cost a device

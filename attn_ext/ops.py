@@ -16,7 +16,7 @@ import torch
 from attn_ext import backends, validate
 from attn_ext.problem import Call, Problem, empty_like_layout
 
-CALL_FIELDS = 24  # of Call; `args` continues with grad, bias_grad, backend
+CALL_FIELDS = 25  # of Call; `args` continues with grad, bias_grad, backend
 TENSORS = 12  # the leading tensor fields
 GRADS = (0, 1, 2, 4, 6)  # positions of q, k, v, bias, sink
 DOUBLE_BACKWARD = (
@@ -33,8 +33,8 @@ _FIELDS = (
     "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
     "Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale, float softcap, "
     "float dropout_p, int align, SymInt window_left, SymInt window_right, bool need_stats, "
-    "bool deterministic, str normalizer, float? sigmoid_bias, bool grad, bool bias_grad, "
-    "str backend"
+    "bool deterministic, str normalizer, float? sigmoid_bias, int num_splits, bool grad, "
+    "bool bias_grad, str backend"
 )
 _TAGS = [torch.Tag.pt2_compliant_tag]
 # Inductor must not change strides: the fakes promise outputs in q's memory order.

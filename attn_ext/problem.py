@@ -49,6 +49,7 @@ class Call:
     deterministic: bool = False
     normalizer: str = "softmax"  # or "sigmoid": P = sigmoid(s + sigmoid_bias), LSE is 0
     sigmoid_bias: float | None = None  # None: -ln of the sequence's number of keys
+    num_splits: int = 0  # decode: parts of the keys that are worked on at a time; 0: not said
 
 
 @dataclass(frozen=True, slots=True)

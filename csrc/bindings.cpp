@@ -75,7 +75,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int dtype, int bias_dtype, std::array<int64_t, 7> sizes, Triple q, Triple k,
                        Triple v, Triple o, Quad mask, Quad bias, std::array<int64_t, 2> lse,
                        std::array<int64_t, 2> pages, double scale, double softcap, double dropout_p,
-                       int64_t window_left, int64_t window_right, int bottom_right) {
+                       int64_t window_left, int64_t window_right, int bottom_right,
+                       int64_t num_splits) {
              Problem p;
              p.dtype = attn::DType(dtype), p.bias_dtype = attn::DType(bias_dtype);
              p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
@@ -87,14 +88,14 @@ PYBIND11_MODULE(_C, m) {
              p.block_table_stride = pages[0], p.page_size = pages[1];
              p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
              p.window_left = window_left, p.window_right = window_right;
-             p.bottom_right = bottom_right;
+             p.bottom_right = bottom_right, p.num_splits = num_splits;
              return p;
            }),
            py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"), py::arg("q"),
            py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
            py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
            py::arg("dropout_p"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("bottom_right"))
+           py::arg("bottom_right"), py::arg("num_splits"))
       .def("set_gradient_strides",
            [](Problem& p, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias) {
              p.dout = strides(dout), p.dq = strides(dq), p.dk = strides(dk), p.dv = strides(dv);

@@ -257,6 +257,33 @@ def test_decode(feature, page_size, backend, device):
     assert_close_to_reference(lse, truths[1], naives[1], "out", "lse", call.q.dtype)
 
 
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("num_splits", [0, 1, 2, 3, 64, 10**6])
+def test_decode_in_any_number_of_parts(num_splits, page_size, backend, device):
+    """A part without keys, or parts merged wrongly; num_splits is only a hint."""
+    sizes = dict(seqlen_q=2, heads_q=4, heads_k=1, seqlen_k=300, head_dim=32)
+    call = make(device, cache_seqlens=(300, 65, 0), page_size=page_size, sink=True, **sizes)
+    skip_unable(call, backend, grad=False)
+    with poisoned_memory():
+        out, lse = attn_ext.attention_decode(
+            call.q, call.k, call.v, call.seqlens_k, block_table=call.block_table, causal=False,
+            sink=call.sink, num_splits=num_splits, return_lse=True, backend=backend,
+        )  # fmt: skip
+    truths, naives = oracle.forward(to_float64(call)), oracle.forward(call)
+    assert_close_to_reference(out, truths[0], naives[0], "out", "out", call.q.dtype)
+    assert_close_to_reference(lse, truths[1], naives[1], "out", "lse", call.q.dtype)
+
+
+def test_num_splits_reaches_the_kernel_that_splits(backend, device):
+    """The hint is dropped on the way: sums in one and in nine parts then agree bit by bit."""
+    call = make(device, cache_seqlens=(600, 600), seqlen_q=1, seqlen_k=600, head_dim=64)
+    run = lambda n: attn_ext.attention_decode(  # noqa: E731
+        call.q, call.k, call.v, call.seqlens_k, num_splits=n, backend=backend
+    )
+    assert torch.equal(run(3), run(3))
+    assert torch.equal(run(1), run(9)) == (backend == "reference")
+
+
 @pytest.mark.parametrize("page_size", [0, 4])
 def test_decode_appends(page_size, backend, device):
     """New keys written to the wrong position or page, or not attended to."""

@@ -272,5 +272,5 @@ def test_bad_values_below_the_public_api():
             torch.ops.attn_ext.forward(
                 q, q, q, None, None, None, None, None, cu, cu, None, None, 6, 6, None, 0.0, 0.0, 1,
                 -1, -1,
-                False, False, "softmax", None, False, False, "auto",
+                False, False, "softmax", None, 0, False, False, "auto",
             )  # fmt: skip

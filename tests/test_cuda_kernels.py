@@ -165,6 +165,37 @@ def test_decode(check, page_size, seqlen_q, dtype):
     )
 
 
+@pytest.mark.parametrize(("asked", "used"), [(1, 1), (2, 2), (5, 5), (16, 9), (2**40, 9), (0, 3)])
+def test_decode_takes_the_splits_that_are_asked_for(check, asked, used):
+    """num_splits ignored, parts without a key of their own, or a merge that is right for one
+    number."""
+    sizes = {"seqlen_q": 2, "heads_q": 4, "heads_k": 2, "head_dim": 64, "seqlen_k": 520}
+    call = random_call(
+        cache_seqlens=[520, 3],
+        page_size=16,
+        dtype=BF16,
+        sink=True,
+        stats=True,
+        causal=True,
+        device=check.device,
+        **sizes,
+    )
+    call = dataclasses.replace(call, num_splits=asked)
+    kernels = check.module._kernels()
+    lse = torch.empty(call.q.shape[:3], device=check.device)
+    native = kernels._native(call, kernels._canonical(call), torch.empty_like(call.q), lse)
+    floats = native.forward_workspace(6 if asked == 0 else 1000)
+    assert floats == (used * lse.numel() * (64 + 3) if used > 1 else 0)
+    check(call)
+
+
+def test_a_remembered_plan_knows_its_splits(check):
+    """The scratch of one num_splits used for a dense call of another."""
+    call = random_call(seqlen_q=1, seqlen_k=900, dtype=BF16, device=check.device)
+    for asked in (1, 7, 1, 0):
+        check(dataclasses.replace(call, num_splits=asked))
+
+
 @pytest.mark.parametrize("options", [{"mask": "bhqk"}, {"bias": "hqk"}, {"window": (100, 0)}])
 def test_decode_features(check, options):
     """A mask or bias indexed by the packed row instead of its head and position."""

@@ -253,7 +253,8 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
     m_blocks = triton.cdiv(rows_of_group, block_m)
     programs = m_blocks * plan.heads_k * plan.batch
     tiles = triton.cdiv(plan.seqlen_k, tile.block_n)
-    splits = split_count(programs, tiles, multiprocessors(plan.q))
+    asked = min(plan.call.num_splits, tiles, 128)
+    splits = asked or split_count(programs, tiles, multiprocessors(plan.q))
     part = sums = None
     if splits > 1:
         count = splits * lse.numel()

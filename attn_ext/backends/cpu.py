@@ -153,6 +153,7 @@ def _problem(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
         window_left=call.window_left,
         window_right=call.window_right,
         bottom_right=call.align,
+        num_splits=call.num_splits,
     )
 
 
@@ -186,7 +187,7 @@ def plain_plan(call: Call) -> tuple | None:
     q, k, v = call.q, call.k, call.v
     key = (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
-        call.scale, call.softcap, call.align, call.window_left, call.window_right,
+        call.scale, call.softcap, call.align, call.window_left, call.window_right, call.num_splits,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:

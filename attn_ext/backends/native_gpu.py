@@ -151,6 +151,7 @@ class Kernels:
             window_left=call.window_left,
             window_right=call.window_right,
             bottom_right=call.align,
+            num_splits=call.num_splits,
             alibi_stride_b=(
                 alibi.stride(0)
                 if alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
@@ -170,7 +171,7 @@ class Kernels:
         q, k, v = call.q, call.k, call.v
         key = (
             q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
-            call.scale, call.softcap, call.align, call.window_left, call.window_right,
+            call.scale, call.softcap, call.align, call.window_left, call.window_right, call.num_splits,
         )  # fmt: skip
         target = self._target(q.device)
         plan = self._plans.get(key)

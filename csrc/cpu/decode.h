@@ -66,7 +66,9 @@ class Decode {
     rows = group * p.seqlen_q;
     const int64_t tasks = p.batch * p.heads_k, chunks = (p.seqlen_k + 511) / 512;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
-    splits = tasks >= 16 ? 1 : std::max<int64_t>(1, std::min((16 + tasks - 1) / tasks, chunks));
+    splits = p.num_splits > 0 ? std::min(p.num_splits, (p.seqlen_k + kDecodeKeys - 1) / kDecodeKeys)
+             : tasks >= 16    ? 1
+                              : std::max<int64_t>(1, std::min((16 + tasks - 1) / tasks, chunks));
   }
 
   // Whether the problem has this form; what it lacks is served by Forward.

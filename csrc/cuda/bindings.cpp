@@ -99,7 +99,7 @@ void bind(py::module_& m) {
                        Triple v, Triple o, Quad mask, Quad bias, std::array<int64_t, 2> lse,
                        std::array<int64_t, 2> pages, double scale, double softcap, double dropout_p,
                        int64_t window_left, int64_t window_right, int bottom_right,
-                       int64_t alibi_stride_b) {
+                       int64_t num_splits, int64_t alibi_stride_b) {
              NativeCall c;
              Problem& p = c.p;
              p.dtype = DType(dtype), p.bias_dtype = DType(bias_dtype);
@@ -112,7 +112,7 @@ void bind(py::module_& m) {
              p.block_table_stride = pages[0], p.page_size = pages[1];
              p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
              p.window_left = window_left, p.window_right = window_right;
-             p.bottom_right = bottom_right;
+             p.bottom_right = bottom_right, p.num_splits = num_splits;
              c.ptr.alibi_stride_b = alibi_stride_b;
              return c;
            }),
@@ -120,7 +120,7 @@ void bind(py::module_& m) {
            py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
            py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
            py::arg("dropout_p"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("bottom_right"), py::arg("alibi_stride_b"))
+           py::arg("bottom_right"), py::arg("num_splits"), py::arg("alibi_stride_b"))
       .def("set_gradient_strides",
            [](NativeCall& c, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias) {
              c.p.dout = strides(dout), c.p.dq = strides(dq), c.p.dk = strides(dk);

@@ -9,6 +9,8 @@
 
 namespace attn::cuda::sm80 {
 
+constexpr int kMaxSplits = 128;  // parts that the merge adds up one after the other
+
 struct Plan {
   int pack, m_tiles, splits;
 };
@@ -22,10 +24,12 @@ inline Plan plan_forward(const Problem& p, bool varlen, int block_m, int block_n
   const int64_t m_tiles = (rows + block_m - 1) / block_m;
   const int64_t tiles = p.batch * (pack ? p.heads_k : p.heads_q) * m_tiles;
   int64_t splits = 1;
-  // A CTA wants a few key tiles of its own, or the merge costs more than it saves.
   const int64_t n_tiles = (p.seqlen_k + block_n - 1) / block_n;
-  if (!varlen && tiles > 0 && tiles * 10 < 8 * int64_t(multiprocessors))
-    splits = std::min({2 * int64_t(multiprocessors) / tiles, n_tiles / 2, int64_t(128)});
+  if (p.num_splits > 0)  // the caller's wish, as far as there are tiles to share
+    splits = varlen ? 1 : std::min({p.num_splits, n_tiles, int64_t(kMaxSplits)});
+  // A CTA wants a few key tiles of its own, or the merge costs more than it saves.
+  else if (!varlen && tiles > 0 && tiles * 10 < 8 * int64_t(multiprocessors))
+    splits = std::min({2 * int64_t(multiprocessors) / tiles, n_tiles / 2, int64_t(kMaxSplits)});
   return {pack ? int(group) : 1, int(m_tiles), int(std::max<int64_t>(splits, 1))};
 }
 

@@ -4,8 +4,8 @@
     python bench/cuda_resources.py --write    measure and write that table
 
 For each kernel and architecture: registers a thread, bytes spilled (stores + loads), dynamic shared
-memory a block.  One nvcc run compiles one (dtype, head_dim) pair for one architecture; results are
-kept in build/nvcc by a hash of the sources, so that only what changed is compiled again.
+memory a block.  One nvcc run compiles one (dtype, head_dim) pair for all architectures; results
+are kept in build/nvcc by a hash of the sources, so that only what changed is compiled again.
 """
 
 import argparse
@@ -25,13 +25,8 @@ TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 ARCHS = ("80", "90a", "120")
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
-# fp16 differs from bf16 in one instruction, so one architecture tells whether it compiles.
+# ("launch", 0) is launch.cu
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
-
-
-def pairs():
-    """All (dtype, head_dim, arch) that are compiled; ("launch", 0, arch) is launch.cu."""
-    return [(t, d, a) for t, d in UNITS for a in ARCHS if t != "fp16" or a == ARCHS[0]]
 
 
 def find_nvcc() -> str | None:
@@ -40,16 +35,14 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
 
 
-def spill_budget(kernel: str, arch: str) -> int:
+def spill_budget(kernel: str) -> int:
     """Bytes of spill stores + loads that a kernel may have, by its name as in the table.
 
-    None where the kernels are tuned: 16 bits, sm_80 and sm_90a.  The allocator of sm_120 differs,
-    and a float32 product is three tf32 ones.
+    None for 16 bits, none up to head_dim 128.  A float32 product is three tf32 ones, whose split
+    operands and an accumulator of 192 or 256 columns do not fit 255 registers.
     """
     dtype, dim = re.match(r"\w+<(\w+)(?:, (\d+))?", kernel).groups()
-    if dim is None or (dtype != "f32" and arch != "sm_120"):
-        return 0
-    return 128 if int(dim) <= 128 else 512
+    return 512 if dtype == "f32" and dim and int(dim) > 128 else 0
 
 
 def nvcc_version(nvcc: str) -> str:
@@ -91,37 +84,39 @@ def kernel_name(mangled: str) -> str:
     return f"{name}<{', '.join(words)}>"
 
 
-def parse(log: str) -> dict[str, dict[str, int]]:
-    """{kernel: {registers, spill_bytes}} from the output of -Xptxas -v."""
+def parse(log: str) -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {"sm_80": {registers, spill_bytes}}} from the output of -Xptxas -v."""
     if re.search(r"\bC75\d\d\b", log):
         raise ValueError(f"ptxas warns:\n{log}")
     out = {}
     for block in log.split("Compiling entry function '")[1:]:
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
-        out[kernel_name(block.split("'")[0])] = {
+        kernel, _, arch, _ = block.split("'", 3)
+        out.setdefault(kernel_name(kernel), {})[arch] = {
             "registers": int(re.search(r"Used (\d+) registers", block)[1]),
             "spill_bytes": int(spills[1]) + int(spills[2]),
         }
     return out
 
 
-def compile_pair(nvcc: str, dtype: str, head_dim: int, arch: str) -> dict[str, dict[str, int]]:
-    """Compiles one pair; RuntimeError with nvcc's text when it does not compile."""
+def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, dict[str, int]]]:
+    """What `parse` finds in one unit; RuntimeError with nvcc's text when it does not compile."""
     keep = ROOT / "build" / "nvcc"
     keep.mkdir(parents=True, exist_ok=True)
-    kept = keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}-{arch}.json"
+    kept = keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "unit.cu"
         source.write_text(source_text(dtype, head_dim))
-        command = [nvcc, "-std=c++17", f"-arch=sm_{arch}", "-O3", "-Xptxas", "-v", "--cubin"]
-        command += [f"-I{ROOT / 'csrc'}", f'-DATTN_EXT_CUDA_ARCHS="{arch}"', str(source)]
+        command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "--fatbin", f"-I{ROOT / 'csrc'}"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        command += [f'-DATTN_EXT_CUDA_ARCHS="{",".join(ARCHS)}"', str(source)]
         done = subprocess.run(
-            [*command, "-o", str(Path(folder) / "unit.cubin")], capture_output=True, text=True
+            [*command, "-o", str(Path(folder) / "unit.fatbin")], capture_output=True, text=True
         )
     if done.returncode:
-        raise RuntimeError(f"nvcc sm_{arch} {dtype} {head_dim}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"nvcc {dtype} {head_dim}:\n{done.stdout}{done.stderr}")
     result = parse(done.stdout + done.stderr)
     kept.write_text(json.dumps(result))
     return result
@@ -163,11 +158,8 @@ def shared_memory() -> dict[str, int]:
 def measure(nvcc: str) -> dict:
     """The whole table."""
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda pair: compile_pair(nvcc, *pair), pairs()))
-    kernels: dict[str, dict] = {}
-    for (_, _, arch), result in zip(pairs(), results, strict=True):
-        for kernel, row in result.items():
-            kernels.setdefault(kernel, {})[f"sm_{arch}"] = row
+        results = list(pool.map(lambda unit: compile_unit(nvcc, *unit), UNITS))
+    kernels = {kernel: rows for result in results for kernel, rows in result.items()}
     return {
         "nvcc": nvcc_version(nvcc),
         "shared_memory_bytes": shared_memory(),
@@ -175,22 +167,23 @@ def measure(nvcc: str) -> dict:
     }
 
 
-def differences(table: dict, dtype: str, head_dim: int, arch: str, found: dict) -> list[str]:
-    """What one compiled pair uses more of, in words, against the table."""
+def differences(table: dict, found: dict) -> list[str]:
+    """What compiled kernels use more of, in words, against the table; kernels that it lacks."""
     lines = []
-    for kernel, row in found.items():
-        known = table["kernels"].get(kernel, {}).get(f"sm_{arch}")
-        if known is None:
-            lines.append(f"{kernel} sm_{arch}: not in the table")
-            continue
-        lines += [
-            f"{kernel} sm_{arch}: {row[key]} {key}, the table says {known[key]}"
-            for key in ("registers", "spill_bytes")
-            if row[key] > known[key]
-        ]
-    if not found:
-        lines.append(f"{dtype} {head_dim} sm_{arch}: no kernel was compiled")
-    return lines
+    for kernel, rows in found.items():
+        if set(rows) != {f"sm_{arch}" for arch in ARCHS}:
+            lines.append(f"{kernel}: compiled for {', '.join(rows)} only")
+        for arch, row in rows.items():
+            known = table["kernels"].get(kernel, {}).get(arch)
+            if known is None:
+                lines.append(f"{kernel} {arch}: not in the table")
+                continue
+            lines += [
+                f"{kernel} {arch}: {row[key]} {key}, the table says {known[key]}"
+                for key in ("registers", "spill_bytes")
+                if row[key] > known[key]
+            ]
+    return lines or ([] if found else ["no kernel was compiled"])
 
 
 def main() -> int:
@@ -206,11 +199,7 @@ def main() -> int:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
         print(f"wrote {TABLE.relative_to(ROOT)}: {len(table['kernels'])} kernels")
         return 0
-    known = json.loads(TABLE.read_text())
-    bad = []
-    for arch in ARCHS:
-        rows = {k: v[f"sm_{arch}"] for k, v in table["kernels"].items() if f"sm_{arch}" in v}
-        bad += differences(known, "all", 0, arch, rows)
+    bad = differences(json.loads(TABLE.read_text()), table["kernels"])
     print("\n".join(bad) or "as in the table")
     return bool(bad)
 

@@ -171,7 +171,8 @@ class Kernels:
         q, k, v = call.q, call.k, call.v
         key = (
             q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
-            call.scale, call.softcap, call.align, call.window_left, call.window_right, call.num_splits,
+            call.scale, call.softcap, call.align, call.window_left, call.window_right,
+            call.num_splits,
         )  # fmt: skip
         target = self._target(q.device)
         plan = self._plans.get(key)

@@ -38,8 +38,13 @@ $(VENV)/integrations.done: $(VENV)/installed.done
 	  $(PY) -m pip install -q --no-deps timm && touch $@; } || \
 	  echo "extra 'integrations' could not be installed: the tests of real models are skipped"
 
+# Tests of the public API that name no backend, once more over the CUDA kernels on the emulator.
+ON_EMULATOR := $(addprefix tests/test_, sdpa_semantics.py nonfinite.py flash_attn_compat.py \
+  xformers_compat.py inspect.py flex_recipes.py bad_input.py nn_multihead.py)
+
 test: $(VENV)/emulated.done $(VENV)/integrations.done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
+	ATTN_EXT_TEST_AUTO=emulated OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_EMULATOR) -k "not memory"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton_interpreter
 
 demo: $(VENV)/installed.done

@@ -116,6 +116,7 @@ def random_call(
     seqlens_k: Sequence[int] | None = None,
     cache_seqlens: Sequence[int] | None = None,
     page_size: int = 0,
+    num_splits: int = 0,
     deterministic: bool = False,
 ) -> Call:
     """A `Call` on normally distributed inputs, the same for the same arguments on every device.
@@ -195,6 +196,7 @@ def random_call(
         window_right=0 if causal else window[1],
         need_stats=stats,
         deterministic=deterministic,
+        num_splits=num_splits,
     )
 
 

@@ -19,9 +19,13 @@ settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "ci"))
 
 
-def register_emulated() -> None:
-    """Makes `backend="emulated"` a name of the registry, last in its order: the CUDA kernels on the
-    emulator, where attn_ext._emulated is built."""
+def register_emulated():
+    """tests/emulated_backend.py, as the name "emulated" of the registry, last in its order, where
+    attn_ext._emulated is built: the CUDA kernels on the emulator.
+
+    With ATTN_EXT_TEST_AUTO=emulated it is the first, and "auto" takes it for CPU tensors: files
+    that name no backend then test the CUDA kernels, in mode "all".
+    """
     name = "attn_ext.backends.emulated"
     path = Path(__file__).with_name("emulated_backend.py")
     spec = importlib.util.spec_from_file_location(name, path)
@@ -31,26 +35,37 @@ def register_emulated() -> None:
         sys.modules[name] = module
         registry = sys.modules["attn_ext.backends"]
         registry.ORDER = (*registry.ORDER, "emulated")
+    if os.environ.get("ATTN_EXT_TEST_AUTO") == "emulated":
+        assert module.available() == "", module.available()
+        registry.ORDER = ("emulated", *registry.ORDER[:-1])
+        module.set_mode("all", 1)
+    return module
 
 
-register_emulated()
+emulated_backend = register_emulated()
 
-# (backend, device) pairs that run here.  Triton without a GPU has interpreter processes of its own.
+# (backend, device, emulator mode) that run here: the emulated backend once a mode.  Triton without
+# a GPU has interpreter processes of its own.
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu",)}
 DEVICES["emulated"] = ("cpu",)
 AVAILABLE = [
-    (name, device)
+    (name, device, mode)
     for name, missing in attn_ext.backends().items()
     if not missing
     for device in DEVICES[name]
     if device == "cpu" or torch.cuda.is_available()
+    for mode in (emulated_backend.MODES if name == "emulated" else ("",))
 ]
 
 
-@pytest.fixture(params=AVAILABLE, ids=lambda pair: pair[0])
+@pytest.fixture(params=AVAILABLE, ids=lambda triple: "-".join(filter(None, triple[::2])))
 def backend_and_device(request):
-    """Each backend of this machine and the device it works on."""
-    return request.param
+    """Each backend of this machine and the device it works on; the emulator in each of its
+    modes."""
+    name, device, mode = request.param
+    if mode:
+        emulated_backend.set_mode(mode, zlib.crc32(request.node.name.encode()))
+    return name, device
 
 
 @pytest.fixture
@@ -69,22 +84,6 @@ def device(backend_and_device):
 def seeded():
     """The same random inputs in every run and order of tests."""
     torch.manual_seed(20240607)
-
-
-@pytest.fixture(autouse=True)
-def emulator_mode(request):
-    """Each test meets one mode of the emulator, the same in every run: by a hash of its name.
-
-    ATTN_EXT_EMULATOR_MODE=all (or race, ...) forces one for all tests.
-    """
-    if "emulated" not in dict(AVAILABLE):
-        return
-    from attn_ext import _emulated
-
-    number = zlib.crc32(request.node.name.encode())
-    modes = ("plain", "random", "poison", "race", "all")
-    forced = os.environ.get("ATTN_EXT_EMULATOR_MODE")
-    _emulated.set_mode(forced or modes[number % 5], seed=number)
 
 
 @pytest.fixture

@@ -5,8 +5,20 @@ backend.  It exists in tests only.
 from __future__ import annotations
 
 import functools
+import os
 
 from attn_ext.backends import native_gpu
+
+# What the tests run in; ATTN_EXT_EMULATOR_MODE=race (or all, ...) leaves out the others.
+MODES = ("plain", "random", "poison", "race", "all")
+MODES = tuple(os.environ.get("ATTN_EXT_EMULATOR_MODE", ",".join(MODES)).split(","))
+
+
+def set_mode(mode: str, seed: int) -> None:
+    """One of MODES, with the least shared memory that a GPU from sm_80 on has."""
+    from attn_ext import _emulated
+
+    _emulated.set_mode(mode, seed=seed, smem_limit=99 * 1024)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from attn_ext.testing import LAYOUTS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # around the edges of vectors and tiles: 1, 4, 8, 16, 32, 64, 128 and their neighbours
 LENGTHS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 100, 129)
-HEAD_DIMS = (1, 2, 3, 8, 15, 16, 24, 33, 40, 64, 80, 111, 128)
+HEAD_DIMS = (1, 2, 3, 8, 15, 16, 24, 33, 40, 64, 80, 111, 128, 160, 256)
 SCORE_DIMS = (False, "k", "q", "bk", "hqk", "bhqk", "h")
 
 
@@ -58,6 +58,7 @@ def call_options(draw, kinds=("dense", "varlen", "decode")):
         options["seqlen_k"] = capacity
         options["cache_seqlens"] = draw(st.lists(st.integers(0, capacity), min_size=1, max_size=4))
         options["page_size"] = draw(st.sampled_from((0, 1, 3, 16, 64)))
+        options["num_splits"] = draw(st.sampled_from((0, 0, 1, 2, 3, 100)))
     else:
         options["batch"] = draw(st.integers(0, 3))
         options["seqlen_q"] = draw(length)

@@ -1,6 +1,7 @@
 """Random mixes of all features, forward and backward, on every backend that can run here."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,17 @@ from attn_ext import backends
 from attn_ext.problem import Problem
 from attn_ext.testing import check_call, random_call
 
-# tests/ is no package (importlib mode), so its helper is loaded by path
-_spec = importlib.util.spec_from_file_location(
-    "strategies", Path(__file__).with_name("strategies.py")
-)
-strategies = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(strategies)
+
+def load(name):
+    """A module of tests/, which is no package (importlib mode)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+strategies = load("strategies")
+emulated = load("emulated_backend")
 
 # not the reference, which would be compared to itself; Triton interpreted has tests of its own
 NAMES = [
@@ -33,26 +39,40 @@ def able(name):
         return False
 
 
-ABLE = [name for name in NAMES if able(name)]
+ABLE = [
+    (name, mode)
+    for name in NAMES
+    if able(name)
+    for mode in (emulated.MODES if name == "emulated" else ("",))
+]
 
 
 def test_the_cpu_backend_is_among_those_tested():
     """Would catch a missing build, which would leave the test below without a backend."""
-    assert "cpu" in ABLE
+    assert ("cpu", "") in ABLE
 
 
-@pytest.mark.parametrize("name", ABLE)
+# The same examples on every run of CI; ATTN_EXT_HYPOTHESIS=explore for many others.
+EXPLORE = os.environ.get("ATTN_EXT_HYPOTHESIS", "ci") != "ci"
+
+
+@pytest.mark.parametrize(("name", "mode"), ABLE, ids="-".join)
 @settings(
-    max_examples=60,
+    max_examples=settings().max_examples if EXPLORE else 60,
     deadline=None,
-    derandomize=True,  # the same examples on every run of CI
+    derandomize=not EXPLORE,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(options=strategies.call_options())
-def test_any_mix_of_features_obeys_the_tolerance_rule(name, options):
+def test_any_mix_of_features_obeys_the_tolerance_rule(name, mode, options):
     """Would catch features that are right alone and wrong together, around every tile edge."""
+    if mode:
+        emulated.set_mode(mode, options["seed"])
+    if name != "cpu" and options["dtype"] == torch.float64:  # only the cpu backend promises it
+        options["dtype"] = torch.bfloat16
     device = "cuda" if name in ("cuda", "triton") else "cpu"
     call = random_call(device=device, **options)
-    if name != "cpu" and backends.get(name).unsupported(Problem.of(call, grad=True)):
+    grad = "cache_seqlens" not in options
+    if name != "cpu" and backends.get(name).unsupported(Problem.of(call, grad=grad)):
         return  # only the cpu backend promises every feature
     check_call(call, name, dlse=options["seed"] % 2 == 0)

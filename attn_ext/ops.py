@@ -221,7 +221,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("attn_ext::backward", _no_double_backward, lib=lib)
 
-observers: list = []  # functions that see the flat arguments of each eager call (inspect.record)
+observers: list = []  # functions of (call, w or None) that see each eager call (inspect.record)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -258,7 +258,7 @@ def run(args: tuple) -> tuple:
     if torch.compiler.is_compiling():
         return torch.ops.attn_ext.forward(*args)
     for observe in observers:
-        observe(args)
+        observe(_call(args), None)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         from attn_ext.functions import TransformableAttention
 

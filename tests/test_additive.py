@@ -7,16 +7,12 @@ import sys
 
 import pytest
 import torch
+from additive_checks import arguments, check
 from torch.library import opcheck
 
 import attn_ext
-from attn_ext import _C, additive
-from attn_ext.testing import (
-    assert_close_to_reference,
-    cancellation,
-    poisoned_memory,
-    random_call,
-)
+from attn_ext import _C
+from attn_ext.testing import random_call
 
 # name -> random_call's options: what each would catch
 CASES = {
@@ -36,59 +32,17 @@ CASES = {
     "no queries": {"seqlen_q": 0, "seqlen_k": 5},
     "varlen with an empty sequence": {"seqlens_q": [5, 0, 33], "seqlens_k": [40, 7, 70]},
     "varlen, causal and mask": {"seqlens_q": [9, 30], "causal": True, "mask": "bhqk"},
+    "bias": {"seqlen_q": 40, "seqlen_k": 90, "bias": "bhqk", "mask": "k"},
+    "bias broadcast over batch and heads": {"seqlen_q": 40, "heads_q": 4, "bias": "qk"},
+    "bias broadcast over keys": {"seqlen_q": 40, "seqlen_k": 150, "bias": "hq"},
+    "dropout": {"seqlen_q": 33, "seqlen_k": 70, "dropout_p": 0.3},
+    "dropout, everything dropped": {"seqlen_q": 9, "dropout_p": 1.0},
+    "varlen, bias and dropout": {"seqlens_q": [9, 30], "bias": "hqk", "dropout_p": 0.2},
     "padded storage": {"seqlen_q": 33, "layout": "padded", "mask": "qk"},
     "swapped storage": {"seqlen_q": 33, "layout": "bshd"},
 }
-SHORT = ("odd sizes: every tail", "grouped heads", "varlen with an empty sequence", "lengths")
-
-
-def arguments(call, w, backend):
-    """The operator's flat arguments of a call."""
-    return (
-        call.q, call.k, call.v, w, call.mask, call.cu_seqlens_q, call.cu_seqlens_k, call.seqlens_k,
-        call.max_seqlen_q, call.max_seqlen_k, call.align, call.window_left, call.window_right,
-        backend,
-    )  # fmt: skip
-
-
-def results(call, w, dout, dlse, backend, dtype):
-    """out, lse, dq, dk, dv, dw with every float input in `dtype`."""
-    call = call.__class__(**{n: getattr(call, n) for n in call.__slots__})
-    call.q, call.k, call.v = (x.to(dtype) for x in (call.q, call.k, call.v))
-    w = w.to(torch.promote_types(dtype, torch.float32))
-    flat = arguments(call, w, backend)
-    with poisoned_memory():
-        out, lse = additive._forward(*flat)
-        grads = additive._backward(dout.to(dtype), dlse.to(w.dtype), out, lse, *flat)
-    return out, lse, *grads
-
-
-def check(name, dtype, backend="cpu", spread=1.0):
-    """One case under the tolerance rule."""
-    call = random_call(3, dtype=dtype, **CASES[name])
-    call.q, call.k = call.q * spread, call.k * spread
-    heads, dim = call.q.shape[-3 if call.cu_seqlens_q is None else -2], call.q.shape[-1]
-    w = torch.randn(heads, dim, dtype=torch.float64).to(dtype)
-    dout = torch.randn(*call.q.shape[:-1], call.v.shape[-1], dtype=torch.float64).to(dtype)
-    shape = (heads, call.q.shape[0]) if call.cu_seqlens_q is not None else call.q.shape[:3]
-    dlse = torch.randn(shape)
-    got = results(call, w, dout, dlse, backend, dtype)
-    truth = results(call, w, dout, dlse, "reference", torch.float64)
-    naive = results(call, w, dout, dlse, "reference", dtype)
-    names = ("out", "lse", "dq", "dk", "dv", "dw")
-    w_largest = w.abs().max().item()
-    for label, x, want, plain in zip(names, got, truth, naive, strict=True):
-        if call.seqlens_k is not None:  # the unused part of the cache is NaN
-            want, plain = (torch.where(torch.isnan(t), 0.0, t) for t in (want, plain))
-        kind = "grad" if label.startswith("d") else "out"
-        # dS cancels as in dot-product attention; tanh' w is at most w
-        call.scale = 1.0
-        rounding = 0.0
-        if kind == "grad" and label != "dv":
-            rounding = cancellation(call, dout, got[0], "q") / max(
-                call.k[torch.isfinite(call.k)].abs().max().item() if call.k.numel() else 1, 1e-9
-            ) * w_largest * call.q.shape[-2] ** 0.5  # fmt: skip
-        assert_close_to_reference(x, want, plain, kind, f"{name}: {label}", dtype, rounding)
+SHORT = ("odd sizes: every tail", "grouped heads", "varlen with an empty sequence", "lengths",
+         "bias")  # fmt: skip
 
 
 @pytest.fixture(params=_C.supported_isas())
@@ -102,20 +56,20 @@ def isa(request):
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, isa):
     """Wrong tails, windows, lengths, gradients; memory that is not written."""
-    check(name, torch.float32)
+    check(CASES[name], torch.float32)
 
 
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(name, dtype, isa):
     """Conversions of halves, the double kernel."""
-    check(name, dtype)
+    check(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("spread", [5.0, 60.0])
 def test_large_arguments(spread, isa):
     """Overflow of exp(2q) exp(2k): both ways to tanh in one call."""
-    check("odd sizes: every tail", torch.float32, spread=spread)
+    check(CASES["odd sizes: every tail"], torch.float32, spread=spread)
 
 
 def test_nan_stays_where_it_is_visible(isa):
@@ -169,8 +123,8 @@ def test_gradcheck():
 
 def test_opcheck():
     """Schema, fakes and autograd registration that disagree."""
-    call = random_call(seqlen_q=9, mask="bk", dtype=torch.float32)
-    call.q.requires_grad_()
+    call = random_call(seqlen_q=9, mask="bk", bias="hqk", dtype=torch.float32)
+    call.q.requires_grad_(), call.bias.requires_grad_()
     flat = arguments(call, torch.randn(2, 16, requires_grad=True), "auto")
     opcheck(torch.ops.attn_ext.additive.default, flat)
 
@@ -222,6 +176,47 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_vmap():
+    """A mapped dimension that is folded where it must not be: per-example w, dropout, lengths."""
+    q, k, v = (torch.randn(3, 2, 2, 9, 8) for _ in range(3))
+    w, bias = torch.randn(3, 8), torch.randn(3, 1, 2, 9, 9)
+    mask = torch.rand(9, 9) < 0.7
+
+    def run(q, k, v, w, bias):
+        return attn_ext.additive_attention(q, k, v, w, bias=bias, mask=mask)
+
+    for dims, shared in (((0, 0, 0, 0, 0), w), ((0, 0, 0, None, 0), w[0]), ((0, None, 0, 0, 0), w)):
+        keys = k if dims[1] is not None else k[0]
+        got = torch.func.vmap(run, in_dims=dims)(q, keys, v, shared, bias)
+        for n in range(3):
+            one = (shared[n] if dims[3] is not None else shared), bias[n]
+            want = run(q[n], k[n] if dims[1] is not None else k[0], v[n], *one)
+            torch.testing.assert_close(got[n], want)
+
+    def loss(w, bias, q):
+        return run(q, k[0], v[0], w, bias).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(w, bias, q)
+    for n in range(3):
+        leaves = [x[n].clone().requires_grad_() for x in (w, bias, q)]
+        want = torch.autograd.grad(loss(*leaves), leaves)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a[n], b, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_that_of_attention_and_changes_with_the_seed():
+    """Another mask than `attention` draws from the same seed; a mask that is always the same."""
+    q, v, w = torch.zeros(1, 2, 40, 8), torch.eye(40).expand(1, 2, 40, 40), torch.zeros(8)
+
+    def kept(function, *args):
+        torch.manual_seed(3)
+        return [function(q, q, v, *args, dropout_p=0.4) > 0 for _ in range(2)]
+
+    ours, theirs = kept(attn_ext.additive_attention, w), kept(attn_ext.attention)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(*ours)
+
+
 MEMORY = """
 import resource, torch, attn_ext
 torch.set_num_threads(1)
@@ -250,6 +245,9 @@ def test_memory():
         ({"b": torch.zeros(3, 4)}, ValueError, "b must have shape"),
         ({"lengths": torch.tensor([3, 99], dtype=torch.int32)}, ValueError, "got 99 at 1"),
         ({"lengths": torch.tensor([3])}, TypeError, "lengths must be int32"),
+        ({"bias": torch.zeros(3, 6)}, ValueError, "bias must be broadcastable"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must be"),
+        ({"backend": "cuda"}, NotImplementedError, "additive attention has no cuda kernel"),
         ({"causal": "yes"}, ValueError, "causal must be one of"),
         ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
         ({"k": torch.zeros(2, 2, 6, 3)}, ValueError, "k must have q's head_dim 4, got 3"),

@@ -96,3 +96,17 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     from attn_ext.triton_kernels import launch
 
     return launch.backward(call, dout, out, lse, dlse, needs)
+
+
+def additive_forward(call: Call, w):
+    """(out, lse) of additive attention, w float32 [Hq, D]."""
+    from attn_ext.triton_kernels import additive_launch
+
+    return additive_launch.forward(call, w)
+
+
+def additive_backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool):
+    """(dq, dk, dv, dbias or None, dw) of additive attention."""
+    from attn_ext.triton_kernels import additive_launch
+
+    return additive_launch.backward(call, w, dout, out, lse, dlse, bias_grad)

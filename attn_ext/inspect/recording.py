@@ -100,11 +100,10 @@ class record:
             self._running.pop()
 
     @torch.no_grad()
-    def _observe(self, args: tuple) -> None:
-        call = ops._call(args)
+    def _observe(self, call: Call, w) -> None:
         name = self._running[-1] if self._running else ""
         index, self._count = self._count, self._count + 1
-        if call.q.is_meta or call.normalizer != "softmax":
+        if call.q.is_meta or call.normalizer != "softmax" or w is not None:
             return
         for sequence, dense in sequences(call):
             self.calls.append(self._look_at(logits.detached(dense), name, index, sequence))

@@ -180,6 +180,30 @@ PYBIND11_MODULE(_C, m) {
       },
       "Sigmoid and additive attention; the order of the addresses is that of `Addresses`");
 
+  m.def(
+      "cpu_inspect",
+      [](const Problem& p, int threads, int what, const Addresses& addresses,
+         int64_t alibi_stride_b, bool sigmoid, std::optional<double> sigmoid_bias,
+         std::array<int64_t, 3> sizes, uintptr_t out, uintptr_t entropy, uintptr_t keys) {
+        const Pointers ptr = pointers(addresses, alibi_stride_b);
+        attn::cpu::FamilyOptions options;
+        options.sigmoid = sigmoid, options.length_bias = !sigmoid_bias;
+        options.sigmoid_bias = sigmoid_bias.value_or(0);
+        options.w = in<void>(addresses[19]);
+        attn::cpu::InspectOptions wanted;
+        if (what < 0 || what > attn::cpu::InspectOptions::kPooledMap)
+          throw std::invalid_argument("what must be 0 to 3, got " + std::to_string(what));
+        wanted.what = attn::cpu::InspectOptions::What(what);
+        wanted.n = sizes[0], wanted.rows = sizes[1], wanted.cols = sizes[2];
+        wanted.out = reinterpret_cast<void*>(out);
+        wanted.entropy = reinterpret_cast<void*>(entropy);
+        wanted.keys = reinterpret_cast<int64_t*>(keys);
+        check(p, ptr, threads);
+        py::gil_scoped_release release;
+        attn::cpu::inspect(p, ptr, options, wanted, threads);
+      },
+      "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
+
   m.def("ceilings", &attn::cpu::ceiling, py::arg("name"), py::arg("isa") = "",
         py::arg("threads") = 1, py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
         "What this machine reaches: fma, bf16 (GFLOP/s), exp (10^9/s) or read (GB/s)");

@@ -92,6 +92,43 @@ def test_flags():
     assert "head 1 collapsed" in seen.summary() and "key 5 has" in seen.summary()
 
 
+def test_additive_and_sigmoid_calls():
+    """Calls of the family that are not seen, or seen as softmax over dot products."""
+    q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8)
+    w = torch.randn(4, 8)
+    with inspect.record(top_k=3, pooled=4) as seen:
+        attn_ext.additive_attention(q, k, k, w, mask=torch.arange(12) < 10, dropout_p=0.3)
+        attn_ext.attention(q, k, k, normalizer="sigmoid", sigmoid_bias=-1.0)
+    additive, sigmoid = seen.calls
+    assert (additive.kind, sigmoid.kind) == ("additive", "sigmoid")
+    keys = k.repeat_interleave(2, dim=1)
+    s = (torch.tanh(q.unsqueeze(3) + keys.unsqueeze(2)) * w[:, None, None]).sum(-1)
+    s[..., 10:] = -torch.inf
+    for call, p in (
+        (additive, s.softmax(-1)),
+        (sigmoid, torch.sigmoid(q @ keys.transpose(-1, -2) / 8**0.5 - 1)),
+    ):
+        share = p / p.sum(-1, keepdim=True)
+        torch.testing.assert_close(call.entropy, torch.special.entr(share).sum(-1))
+        torch.testing.assert_close(call.column_mass, p.sum(2))
+        torch.testing.assert_close(call.top_weights, p.topk(3).values)
+        torch.testing.assert_close(call.pooled_map, F.adaptive_avg_pool2d(p, (4, 4)))
+    torch.testing.assert_close(additive.lse, s.logsumexp(-1))
+    torch.testing.assert_close(additive.max_logit, s.amax(-1))
+    assert "additive" in seen.summary() and "sigmoid" in seen.summary()
+
+
+def test_packed_additive_calls_sequence_by_sequence():
+    """`HierarchicalAttention`, whose levels are packed, is not seen, or by the whole buffer."""
+    model = attn_ext.nn.AttentionPooling(8, 2, score="additive")
+    cu = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    with inspect.record(model) as seen:
+        model(torch.randn(12, 8), cu_seqlens=cu, max_seqlen=7)
+    assert [(c.kind, c.sequence, c.shape[4]) for c in seen.calls] == [
+        ("additive", 0, 5), ("additive", 2, 7)
+    ]  # fmt: skip
+
+
 def test_gradients_and_results_are_untouched():
     """A recording that changes what the model computes."""
     q = torch.randn(1, 2, 9, 8, requires_grad=True)
@@ -149,9 +186,12 @@ BROWSER = next(
 
 @pytest.mark.skipif(BROWSER is None, reason="no headless Chromium: apt-get install chromium")
 def test_page_in_a_browser(page):
-    """A page whose script fails: no tokens, or no weights at the chosen token."""
+    """A page whose script fails: no tokens, or no weights when one points at a token."""
     seen, _, path = page
-    url = path.as_uri() + "#layer=0&head=1&example=0&token=3"
+    hover = """<script>document.querySelector('#queries span[data-i="3"]').dispatchEvent(
+      new MouseEvent("mouseenter"));</script>"""
+    path.write_text(path.read_text().replace("</body>", hover + "</body>"))
+    url = path.as_uri() + "#layer=0&head=1&example=0"
     command = [BROWSER, "--no-sandbox", "--headless", "--disable-gpu", "--dump-dom", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

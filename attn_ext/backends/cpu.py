@@ -366,3 +366,25 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
         )
         _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
     return *grads, None if dbias is None else dbias.to(call.bias.dtype), dw
+
+
+ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What
+
+
+def inspect(call: Call, w, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
+    """csrc/cpu/inspect.h on a dense call, w as in `family_forward`: fills `out` (and `entropy`,
+    `keys`); all contiguous, in the statistics' dtype (keys: int64).  lse is read, and written for
+    ROW_STATS; sizes are (n, rows, cols)."""
+    t = _canonical(call)
+    alibi = t["alibi_slopes"]
+    per_batch = alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
+    if not out.numel():
+        return
+    names = ("q", "k", "v", "mask", "bias", "alibi_slopes")
+    tensors = [*(t[name] for name in names), *(None,) * 6, lse, *(None,) * 6, w, None]
+    _C.cpu_inspect(
+        _problem(call, t, call.q, lse), torch.get_num_threads(), what,
+        [_address(x) for x in tensors], alibi.stride(0) if per_batch else 0,
+        call.normalizer == "sigmoid", call.sigmoid_bias, sizes, _address(out), _address(entropy),
+        _address(keys),
+    )  # fmt: skip

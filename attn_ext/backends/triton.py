@@ -110,3 +110,24 @@ def additive_backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool):
     from attn_ext.triton_kernels import additive_launch
 
     return additive_launch.backward(call, w, dout, out, lse, dlse, bias_grad)
+
+
+def inspect_top_k(call: Call, n: int, lse):
+    """(weights, keys) [B, Hq, Sq, n] of a dense call."""
+    from attn_ext.triton_kernels import inspect_launch
+
+    return inspect_launch.top_k(call, n, lse)
+
+
+def inspect_column_mass(call: Call, lse):
+    """sum_i P_ij [B, Hq, Sk] of a dense call."""
+    from attn_ext.triton_kernels import inspect_launch
+
+    return inspect_launch.column_mass(call, lse)
+
+
+def inspect_pooled_map(call: Call, rows: int, cols: int, lse):
+    """P averaged down to [B, Hq, rows, cols] of a dense call."""
+    from attn_ext.triton_kernels import inspect_launch
+
+    return inspect_launch.pooled_map(call, rows, cols, lse)

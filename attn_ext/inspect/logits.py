@@ -42,11 +42,20 @@ def call_of(q, k, **options) -> Call:
 
 
 def detached(call: Call) -> Call:
-    """The call without autograd and in float32 at least, so that halves lose nothing more."""
-    dtype = statistics_dtype(call)
+    """The call without autograd and, on the CPU, in float32 at least, so that halves lose nothing
+    more (the GPU's kernels take their products as they are, and sum in float32).
+    """
+    dtype = statistics_dtype(call) if call.q.device.type == "cpu" else call.q.dtype
     names = [n for n in ("q", "k", "v", "bias", "sink") if getattr(call, n) is not None]
     values = {n: getattr(call, n).detach().to(dtype) for n in names}
     return dataclasses.replace(call, **values)
+
+
+def in_float32(call: Call) -> Call:
+    """The call with its tensors in float32 at least."""
+    dtype = statistics_dtype(call)
+    names = [n for n in ("q", "k", "v", "bias", "sink") if getattr(call, n) is not None]
+    return dataclasses.replace(call, **{n: getattr(call, n).to(dtype) for n in names})
 
 
 def statistics_dtype(call: Call) -> torch.dtype:
@@ -131,16 +140,31 @@ def visible(call: Call, tile: Tile) -> torch.Tensor:
     return seen
 
 
-def scores(call: Call, tile: Tile, slope: bool = False):
+def additive(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """sum_d w_d tanh(q_id + k_jd), a column d at a time; q [b, g, n, r, D], k [b, g, 1, c, D],
+    w [g, n, D].
+    """
+    s = q.new_zeros(*q.shape[:4], k.shape[3])
+    for d in range(q.shape[-1]):
+        t = torch.tanh(q[..., d, None] + k[..., d].unsqueeze(-2))
+        s += w[..., d, None, None] * t
+    return s
+
+
+def scores(call: Call, tile: Tile, slope: bool = False, w: torch.Tensor | None = None):
     """S [b, h, r, c1 - c0] with -inf where a pair is excluded; with `slope` also d s / d (scale
-    q.k), the derivative of softcap (None where there is none).
+    q.k), the derivative of softcap (None where there is none).  w [Hq, D]: additive scores.
     """
     dtype = statistics_dtype(call)
     group = call.q.shape[1] // call.k.shape[1]
     q = call.q[tile.b, tile.h][:, :, tile.rows].to(dtype)
     hk = slice(tile.h.start // group, tile.h.stop // group)
     k = call.k[tile.b, hk, tile.c0 : tile.c1].to(dtype)
-    s = q.unflatten(1, (-1, group)) @ k.unsqueeze(2).transpose(-1, -2)
+    q, k = q.unflatten(1, (-1, group)), k.unsqueeze(2)
+    if w is None:
+        s = q @ k.transpose(-1, -2)
+    else:
+        s = additive(q, k, w[tile.h].to(dtype).unflatten(0, (-1, group)))
     s = s.flatten(1, 2).mul_(call.scale)
     derivative = None
     if call.softcap > 0:

@@ -1,20 +1,19 @@
 """What attends to what, in O(N) memory: top_k, column_mass, weights, pooled_map, rollout.
 
-Two of them are products that the backends' kernels make anyway: pooled_map is attention whose V is
-a pooling matrix, column_mass and rollout are P^T x, the gradient of V.  top_k and weights go over
-tiles of rows.  Nothing here is differentiable (`row_stats` is).
+top_k, column_mass and pooled_map have kernels of their own (`attn_ext.inspect.kernels`).  rollout
+is made of products P^T x, the gradient of V in the attention kernels.  weights goes over tiles of
+the chosen rows.  Nothing here is differentiable (`row_stats` is).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from attn_ext import validate
-from attn_ext.inspect import logits
+from attn_ext.inspect import kernels, logits
 from attn_ext.problem import Call
 
 _OPTIONS = ("causal", "window", "mask", "bias", "softcap", "alibi_slopes", "sink", "scale")
@@ -46,53 +45,31 @@ def _lse(call: Call, lse) -> torch.Tensor:
 
 
 @torch.no_grad()
-def top_k(q, k, n: int, *, lse=None, **options) -> TopK:
+def top_k(q, k, n: int, *, lse=None, backend="auto", **options) -> TopK:
     """The n most attended keys of each query with their attention weights.
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D]; lse [B, Hq, Sq] saves a pass where it is known.  Options:
     causal, window, mask, bias, softcap, alibi_slopes, sink, scale as in `attn_ext.attention`.
+    backend: "auto", "cpu", "triton" or "reference".
     """
     validate.integer("n", n, 1)
     call = _call(q, k, options)
-    return top_k_of(call, n, _lse(call, lse))
-
-
-def top_k_of(call: Call, n: int, lse: torch.Tensor) -> TopK:
-    """`top_k` of a canonical dense call."""
-    shape = (*call.q.shape[:3], n)
-    weights = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
-    keys = torch.full(shape, -1, dtype=torch.int64, device=call.q.device)
-    for tile in logits.tiles(call):
-        s = logits.scores(call, tile)
-        m = min(n, s.shape[-1])
-        best, index = s.topk(m, dim=-1)
-        rows = slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
-        p = logits.probabilities(best, lse[tile.b, tile.h, rows])
-        weights[tile.b, tile.h, rows, :m] = p
-        keys[tile.b, tile.h, rows, :m] = torch.where(best == -torch.inf, -1, index + tile.c0)
-    return TopK(weights, keys)
+    return TopK(*kernels.top_k(call, n, _lse(call, lse), None, backend))
 
 
 @torch.no_grad()
-def column_mass(q, k, *, per_head: bool = True, lse=None, **options) -> torch.Tensor:
+def column_mass(
+    q, k, *, per_head: bool = True, lse=None, backend="auto", **options
+) -> torch.Tensor:
     """How much attention each key receives: sum_i P_ij, [B, Hq, Sk], or summed over the heads
     [B, Sk].
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D].  All keys together receive 1 a query and head (less where a
-    sink takes some).  lse and options: as `top_k`.
+    sink takes some).  lse, backend and options: as `top_k`.
     """
     validate.boolean("per_head", per_head)
     call = _call(q, k, options)
-    return column_mass_of(call, per_head, _lse(call, lse))
-
-
-def column_mass_of(call: Call, per_head: bool, lse: torch.Tensor) -> torch.Tensor:
-    """`column_mass` of a canonical dense call."""
-    if per_head and call.k.shape[1] != call.q.shape[1]:
-        group = call.q.shape[1] // call.k.shape[1]
-        call = dataclasses.replace(call, k=call.k.repeat_interleave(group, dim=1))
-    ones = call.q.new_ones(*call.q.shape[:3], 1)
-    mass = logits.transposed_product(call, ones, lse)[..., 0]
+    mass = kernels.column_mass(call, _lse(call, lse), None, backend)
     return mass if per_head else mass.sum(1)
 
 
@@ -145,23 +122,13 @@ def weights(q, k, *, rows=None, cols=None, **options) -> torch.Tensor:
     return out
 
 
-def _pooling(size: int, length: int, like: torch.Tensor) -> torch.Tensor:
-    """[length, size]: column c averages the positions floor(c * length / size) to
-    ceil((c + 1) * length / size).
-    """
-    c = torch.arange(size, device=like.device)
-    low, high = c * length // size, ((c + 1) * length + size - 1) // size
-    j = torch.arange(length, device=like.device)[:, None]
-    inside = (j >= low) & (j < high)
-    return inside.to(like.dtype) / (high - low).to(like.dtype)
-
-
 @torch.no_grad()
-def pooled_map(q, k, size=256, **options) -> torch.Tensor:
+def pooled_map(q, k, size=256, *, lse=None, backend="auto", **options) -> torch.Tensor:
     """The N x N map of attention weights averaged down to `size` x `size`, [B, Hq, size, size].
 
     size: an int or (rows, cols); at most Sq and Sk (larger ones are cut to them).  Cell (r, c) is
-    the mean of P over its block, as torch's adaptive_avg_pool2d cuts it.  Options: as `top_k`.
+    the mean of P over its block, as torch's adaptive_avg_pool2d cuts it.  lse, backend and options:
+    as `top_k`.
     """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2:
@@ -169,38 +136,17 @@ def pooled_map(q, k, size=256, **options) -> torch.Tensor:
     for value in pair:
         validate.integer("size", value, 1)
     call = _call(q, k, options)
-    return pooled_map_of(call, pair)
+    return pooled_map_of(call, pair, _lse(call, lse), None, backend)
 
 
-def pooled_map_of(call: Call, size: tuple[int, int]) -> torch.Tensor:
-    """`pooled_map` of a canonical dense call."""
-    batch, heads, seqlen_q, _ = call.q.shape
-    heads_k, seqlen_k = call.k.shape[1], call.k.shape[2]
+def pooled_map_of(call: Call, size, lse, w=None, backend="auto") -> torch.Tensor:
+    """`pooled_map` of a canonical dense call; w [Hq, D]: additive scores."""
+    seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
     rows, cols = min(size[0], max(seqlen_q, 1)), min(size[1], max(seqlen_k, 1))
-    out = call.q.new_zeros(batch, heads, rows, cols)
-    if seqlen_q == 0 or seqlen_k == 0:
-        return out
-    across, down = _pooling(cols, seqlen_k, call.q), _pooling(rows, seqlen_q, call.q)
-    for c in range(0, cols, 256):  # head_dim_v of the kernels ends at 512 on CPU, 256 on GPU
-        block = across[:, c : c + 256].contiguous()
-        for b in range(batch):  # O [Hq, Sq, 256] of one batch element at a time
-            one = _one_of_batch(call, b)
-            one.v = block.expand(1, heads_k, *block.shape)
-            out[b, :, :, c : c + 256] = down.T @ logits.forward(one)[0][0]
-    return out
-
-
-def _one_of_batch(call: Call, b: int) -> Call:
-    """Batch element b of a dense call, as a call."""
-
-    def pick(x):
-        return x if x is None or x.shape[0] == 1 else x[b : b + 1]
-
-    alibi = call.alibi_slopes
-    return dataclasses.replace(
-        call, q=call.q[b : b + 1], k=call.k[b : b + 1], v=call.v[b : b + 1], mask=pick(call.mask),
-        bias=pick(call.bias), alibi_slopes=alibi if alibi is None or alibi.dim() == 1 else alibi[b],
-    )  # fmt: skip
+    if call.q.numel() == 0 or call.k.numel() == 0:
+        shape = (*call.q.shape[:2], rows, cols)
+        return torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
+    return kernels.pooled_map(call, rows, cols, lse, w, backend)
 
 
 @torch.no_grad()
@@ -221,7 +167,8 @@ def rollout(layers: Sequence, rows=None, *, residual: float = 0.5, **options) ->
     for layer in layers:
         if not isinstance(layer, (tuple, list)) or len(layer) not in (2, 3):
             raise TypeError(f"a layer must be (q, k) or (q, k, options), got {layer!r:.80}")
-        calls.append(_call(layer[0], layer[1], {**options, **(layer[2:] or [{}])[0]}))
+        call = _call(layer[0], layer[1], {**options, **(layer[2:] or [{}])[0]})
+        calls.append(logits.in_float32(call))
     return rollout_of(calls, rows, residual)
 
 

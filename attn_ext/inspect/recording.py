@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from attn_ext import ops, reference, validate
-from attn_ext.inspect import logits, maps
+from attn_ext.inspect import kernels, logits, maps
 from attn_ext.problem import Call
 
 STATISTICS = ("entropy", "max_logit", "lse", "column_mass", "top_k", "pooled_map")
@@ -35,6 +35,7 @@ class CallRecord:
     index: int  # the how manieth call, from 0
     sequence: int | None  # of a packed or ragged call
     shape: tuple  # (B, Hq, Hk, Sq, Sk, D)
+    kind: str = "softmax"  # or "sigmoid", or "additive"
     entropy: torch.Tensor | None = None  # [B, Hq, Sq], nats
     max_logit: torch.Tensor | None = None  # [B, Hq, Sq]
     lse: torch.Tensor | None = None  # [B, Hq, Sq]
@@ -103,29 +104,31 @@ class record:
     def _observe(self, call: Call, w) -> None:
         name = self._running[-1] if self._running else ""
         index, self._count = self._count, self._count + 1
-        if call.q.is_meta or call.normalizer != "softmax" or w is not None:
+        if call.q.is_meta:
             return
         for sequence, dense in sequences(call):
-            self.calls.append(self._look_at(logits.detached(dense), name, index, sequence))
+            self.calls.append(self._look_at(logits.detached(dense), w, name, index, sequence))
 
-    def _look_at(self, call: Call, name: str, index: int, sequence) -> CallRecord:
+    def _look_at(self, call: Call, w, name: str, index: int, sequence) -> CallRecord:
         batch, heads, seqlen_q, width = call.q.shape
         shape = (batch, heads, call.k.shape[1], seqlen_q, call.k.shape[2], width)
-        _, lse, max_logit, entropy = logits.forward(
-            dataclasses.replace(call, v=call.k[..., :1].contiguous(), need_stats=True)
-        )
-        mass = maps.column_mass_of(call, True, lse)
-        found = CallRecord(name, index, sequence, shape)
+        kind = "additive" if w is not None else call.normalizer
+        call = dataclasses.replace(call, v=call.k[..., :1].contiguous(), dropout_p=0.0)
+        w = None if w is None else w.detach().to(logits.statistics_dtype(call))
+        lse, max_logit, entropy = kernels.row_stats(call, w)
+        call.need_stats = False
+        mass = kernels.column_mass(call, lse, w)
+        found = CallRecord(name, index, sequence, shape, kind)
         found.collapsed = self._collapsed(entropy, lse)
         found.sinks = self._sinks(mass, call)
         kept = {"entropy": entropy, "max_logit": max_logit, "lse": lse, "column_mass": mass}
         for statistic in self.statistics & kept.keys():
             setattr(found, statistic, kept[statistic].cpu())
         if "top_k" in self.statistics:
-            best = maps.top_k_of(call, min(self.top_k, max(shape[4], 1)), lse)
-            found.top_weights, found.top_keys = best.weights.cpu(), best.keys.cpu()
+            best, keys = kernels.top_k(call, min(self.top_k, max(shape[4], 1)), lse, w)
+            found.top_weights, found.top_keys = best.cpu(), keys.cpu()
         if "pooled_map" in self.statistics:
-            found.pooled_map = maps.pooled_map_of(call, (self.pooled, self.pooled)).cpu()
+            found.pooled_map = maps.pooled_map_of(call, (self.pooled, self.pooled), lse, w).cpu()
         return found
 
     def _collapsed(self, entropy, lse) -> list:
@@ -153,6 +156,7 @@ class record:
         for c in self.calls:
             b, hq, _, sq, sk, _ = c.shape
             name = f"{c.index} {c.name}" + ("" if c.sequence is None else f" [{c.sequence}]")
+            name += "" if c.kind == "softmax" else f" ({c.kind})"
             entropy = f"{c.entropy.mean():.3f}" if c.entropy is not None else "-"
             top = f"{c.max_logit.max():.2f}" if c.max_logit is not None else "-"
             flags = [f"head {h} collapsed" for h in c.collapsed]

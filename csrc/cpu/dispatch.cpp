@@ -9,12 +9,14 @@
 
 namespace attn::cpu {
 
-#define ATTN_DECLARE(ISA)                                                                   \
-  namespace ISA {                                                                           \
-  void forward(const Problem& p, const Pointers& ptr, int threads);                         \
-  void backward(const Problem& p, const Pointers& ptr, int threads);                        \
-  void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n);  \
-  void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n); \
+#define ATTN_DECLARE(ISA)                                                                          \
+  namespace ISA {                                                                                  \
+  void forward(const Problem& p, const Pointers& ptr, int threads);                                \
+  void backward(const Problem& p, const Pointers& ptr, int threads);                               \
+  void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n);         \
+  void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n);        \
+  void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions&, const InspectOptions&, \
+               int n);                                                                             \
   }
 ATTN_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -42,13 +44,16 @@ struct Isa {
   void (*backward)(const Problem&, const Pointers&, int);
   void (*family_forward)(const Problem&, const Pointers&, const FamilyOptions&, int);
   void (*family_backward)(const Problem&, const Pointers&, const FamilyOptions&, int);
+  void (*inspect)(const Problem&, const Pointers&, const FamilyOptions&, const InspectOptions&,
+                  int);
   bool supported;
 };
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> list{{"baseline", baseline::forward, baseline::backward,
-                           baseline::family_forward, baseline::family_backward, true}};
+                           baseline::family_forward, baseline::family_backward, baseline::inspect,
+                           true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -56,11 +61,12 @@ const std::vector<Isa>& isas() {
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", avx2::forward, avx2::backward, avx2::family_forward,
-                    avx2::family_backward, has_avx2});
+                    avx2::family_backward, avx2::inspect, has_avx2});
     list.push_back({"avx512", avx512::forward, avx512::backward, avx512::family_forward,
-                    avx512::family_backward, has_avx512});
+                    avx512::family_backward, avx512::inspect, has_avx512});
     list.push_back({"avx512_bf16", forward_bf16, backward_bf16, avx512::family_forward,
-                    avx512::family_backward, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+                    avx512::family_backward, avx512::inspect,
+                    has_avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
     return list;
   }();
@@ -106,6 +112,10 @@ void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& 
 }
 void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
   active().family_backward(p, ptr, o, threads);
+}
+void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions& o,
+             const InspectOptions& wanted, int threads) {
+  active().inspect(p, ptr, o, wanted, threads);
 }
 std::string isa() { return active().name; }
 void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }

@@ -13,6 +13,8 @@ void forward(const Problem& p, const Pointers& ptr, int threads);
 void backward(const Problem& p, const Pointers& ptr, int threads);
 void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads);
 void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads);
+void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions& o,
+             const InspectOptions& wanted, int threads);
 
 std::vector<std::string> supported_isas();  // of this machine, best last
 std::string isa();                          // the one in use

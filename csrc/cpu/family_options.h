@@ -13,4 +13,16 @@ struct FamilyOptions {
   void* dw = nullptr;  // [Hq, D], contiguous
 };
 
+// What attn_ext.inspect asks of csrc/cpu/inspect.h.
+struct InspectOptions {
+  enum What { kRowStats, kTopK, kColumnMass, kPooledMap };
+  What what = kRowStats;
+  int64_t n = 0;               // kTopK: keys a query
+  int64_t rows = 0, cols = 0;  // kPooledMap: its size, at most Sq x Sk
+  void* out = nullptr;         // kRowStats: the largest logit, [B, Hq, Sq]; kTopK: weights,
+                               // [B, Hq, Sq, n]; kColumnMass [B, Hq, Sk]; kPooledMap, 0 before
+  void* entropy = nullptr;     // kRowStats: [B, Hq, Sq]
+  int64_t* keys = nullptr;     // kTopK: [B, Hq, Sq, n], -1 where there is none
+};
+
 }  // namespace attn::cpu

@@ -23,6 +23,7 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #include "cpu/additive.h"
 #include "cpu/family.h"
 #include "cpu/family_backward.h"
+#include "cpu/inspect.h"
 #endif
 // clang-format on
 
@@ -62,6 +63,14 @@ void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions&
     FamilyBackward<double>(p, ptr, o, threads).run();
   else
     FamilyBackward<float>(p, ptr, o, threads).run();
+}
+
+void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions& o,
+             const InspectOptions& wanted, int threads) {
+  if (p.dtype == DType::kFloat64)
+    Inspect<double>(p, ptr, o, wanted, threads).run();
+  else
+    Inspect<float>(p, ptr, o, wanted, threads).run();
 }
 #endif
 

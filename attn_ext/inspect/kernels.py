@@ -1,0 +1,136 @@
+"""Which kernel computes a map of a dense call: csrc/cpu/inspect.h, triton_kernels/inspect.py, or
+blocked torch code (`attn_ext.inspect.blocked`), the reference, which serves every device.
+
+Calls are dense and without autograd; w [Hq, D] makes the scores additive (`attn_ext.additive`),
+call.normalizer == "sigmoid" the weights sigmoids.  lse [B, Hq, Sq] is ignored by the latter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext import additive_ops, backends
+from attn_ext.inspect import blocked, logits
+from attn_ext.problem import Call, Problem
+
+BACKENDS = ("triton", "cpu", "reference")
+TRITON_TOP_K = 64  # keys a query that the Triton kernel keeps in registers
+
+
+def reasons(name: str, call: Call, w=None, n: int = 0) -> list[str]:
+    """Why backend `name` has no kernel for `call`; empty where it has."""
+    if name == "reference":
+        return []
+    if name not in BACKENDS and backends.get(name):  # get: ValueError for an unknown name
+        return [f"attn_ext.inspect has no {name} kernel"]
+    why = list(backends.reasons(name, Problem.of(call)))
+    if name == "triton" and (w is not None or call.normalizer != "softmax"):
+        why.append("its inspect kernels know softmax over dot products only")
+    if name == "triton" and n > TRITON_TOP_K:
+        why.append(f"n must be at most {TRITON_TOP_K} on triton, got {n}")
+    return why
+
+
+def select(name: str, call: Call, w=None, n: int = 0) -> str:
+    """The backend whose kernel serves `call`: the first able one for "auto", else `name` itself;
+    NotImplementedError with the reasons where it cannot.
+    """
+    if name == "auto":
+        problem = Problem.of(call)
+        return next(
+            b for b in BACKENDS if backends.automatic(b, problem) and not reasons(b, call, w, n)
+        )
+    why = reasons(name, call, w, n)
+    if why:
+        raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
+    return name
+
+
+def row_stats(call: Call, w=None, backend: str = "auto") -> tuple:
+    """(LSE, largest logit, entropy), [B, Hq, Sq] each.  Dot products: one pass of the attention
+    kernel.  Of sigmoid weights: those of P / sum_j P_ij, with LSE = ln sum_j P_ij.
+    """
+    if w is None and call.normalizer == "softmax" and backend == "auto":
+        call.need_stats = True
+        return logits.forward(call)[1:]
+    dtype = logits.statistics_dtype(call)
+    if select(backend, call, w) != "cpu":
+        return blocked.row_stats(call, w)
+    lse = torch.full(call.q.shape[:3], -torch.inf, dtype=dtype)
+    largest, entropy = lse.clone(), torch.zeros_like(lse)
+    cpu = backends.get("cpu")
+    cpu.inspect(call, _weights(w), cpu.ROW_STATS, lse, largest, entropy)
+    return lse, largest, entropy
+
+
+def lse_of(call: Call, w=None) -> torch.Tensor | None:
+    """LSE [B, Hq, Sq] by a forward pass; None for sigmoid weights, which need none."""
+    if call.normalizer == "sigmoid":
+        return None
+    if w is None:
+        return logits.forward(call)[1]
+    return additive_ops.forward(*_additive(call, w))[1]
+
+
+def _additive(call: Call, w) -> tuple:
+    return (
+        call.q, call.k, call.v, w, call.mask, call.bias, None, None, None, None,
+        call.max_seqlen_q, call.max_seqlen_k, 0.0, call.align, call.window_left, call.window_right,
+        "auto",
+    )  # fmt: skip
+
+
+def top_k(call: Call, n: int, lse, w=None, backend: str = "auto") -> tuple:
+    """(weights, keys) [B, Hq, Sq, n], largest first; 0 and -1 where a row sees fewer keys."""
+    name = select(backend, call, w, n)
+    if name == "reference":
+        return blocked.top_k(call, n, lse, w)
+    if name == "triton":
+        return backends.get("triton").inspect_top_k(call, n, lse)
+    shape = (*call.q.shape[:3], n)
+    weights = torch.zeros(shape, dtype=logits.statistics_dtype(call))
+    keys = torch.full(shape, -1, dtype=torch.int64)
+    cpu = backends.get("cpu")
+    cpu.inspect(call, _weights(w), cpu.TOP_K, _rows(call, lse), weights, None, keys, (n, 0, 0))
+    return weights, keys
+
+
+def column_mass(call: Call, lse, w=None, backend: str = "auto") -> torch.Tensor:
+    """sum_i P_ij, [B, Hq, Sk]"""
+    name = select(backend, call, w)
+    if name == "reference":
+        return blocked.column_mass(call, lse, w)
+    if name == "triton":
+        return backends.get("triton").inspect_column_mass(call, lse)
+    mass = torch.zeros(*call.q.shape[:2], call.k.shape[2], dtype=logits.statistics_dtype(call))
+    cpu = backends.get("cpu")
+    cpu.inspect(call, _weights(w), cpu.COLUMN_MASS, _rows(call, lse), mass)
+    return mass
+
+
+def pooled_map(call: Call, rows: int, cols: int, lse, w=None, backend: str = "auto"):
+    """P averaged down to [B, Hq, rows, cols], rows <= Sq and cols <= Sk, as adaptive_avg_pool2d
+    cuts it.
+    """
+    name = select(backend, call, w)
+    if name == "reference":
+        return blocked.pooled_map(call, rows, cols, lse, w)
+    if name == "triton":
+        return backends.get("triton").inspect_pooled_map(call, rows, cols, lse)
+    out = torch.zeros(*call.q.shape[:2], rows, cols, dtype=logits.statistics_dtype(call))
+    cpu = backends.get("cpu")
+    sizes = (0, rows, cols)
+    cpu.inspect(call, _weights(w), cpu.POOLED_MAP, _rows(call, lse), out, None, None, sizes)
+    return out
+
+
+def _weights(w):
+    return None if w is None else w.detach().contiguous()
+
+
+def _rows(call: Call, lse) -> torch.Tensor:
+    """LSE as the kernel reads it; of sigmoid weights, where it is not read, anything."""
+    dtype = logits.statistics_dtype(call)
+    if lse is None:
+        return torch.zeros(call.q.shape[:3], dtype=dtype)
+    return lse.detach().to(dtype).contiguous()

@@ -1,0 +1,94 @@
+"""From a dense `Call` and its LSE to the launches of inspect.py's kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from attn_ext.triton_kernels import configs, launch
+from attn_ext.triton_kernels.inspect import column_mass_kernel, pooled_map_kernel, top_k_kernel
+
+from attn_ext.problem import Call
+
+CELLS = 16  # pooled rows and columns of one program
+
+
+def tile(plan: launch.Plan) -> configs.Tile:
+    """The tile of the kernels; for all GPUs, since a call of these is rare."""
+    if launch.architecture(plan.q) == "interpreter":
+        return configs.Tile(32, 32, 4, 1)
+    large = plan.block_d > 128 or plan.q.element_size() == 4
+    return configs.Tile(32, 32, 4, 1) if large else configs.Tile(64, 64, 8, 1)
+
+
+def _arguments(plan: launch.Plan, blocks: int, lse_strides: bool) -> tuple:
+    """Side inputs, strides, sizes and scalars."""
+    alibi_b = plan.score_strides()[-1]
+    return (
+        plan.mask, plan.bias, plan.alibi, *launch.strides(plan.q, False),
+        *launch.strides(plan.k, False), *(plan.lse_strides() if lse_strides else ()),
+        *plan.score_strides()[:-1], alibi_b, plan.heads_q, plan.heads_q // plan.heads_k,
+        plan.seqlen_q, plan.seqlen_k, blocks, plan.scale, plan.cap_in, plan.cap_out, plan.left,
+        plan.right,
+    )  # fmt: skip
+
+
+def _rows(lse: torch.Tensor) -> torch.Tensor:
+    return lse.detach().float().contiguous()
+
+
+def column_mass(call: Call, lse: torch.Tensor) -> torch.Tensor:
+    """sum_i P_ij, float32 [B, Hq, Sk]"""
+    plan = launch.Plan(call)
+    mass = torch.zeros(plan.batch, plan.heads_q, plan.seqlen_k, device=plan.q.device)
+    if mass.numel() and plan.seqlen_q:
+        found = tile(plan)
+        blocks = triton.cdiv(plan.seqlen_k, found.block_n)
+        with launch.on_device(plan.q):
+            launch.run(
+                column_mass_kernel, blocks * plan.heads_q * plan.batch, found,
+                plan.q, plan.k, _rows(lse), mass, *_arguments(plan, blocks, True),
+                plan.dim, found.block_m, found.block_n, plan.block_d, plan.flags,
+            )  # fmt: skip
+    return mass
+
+
+def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
+    """(weights float32, keys int64) [B, Hq, Sq, n], largest first; 0 and -1 where there is none."""
+    plan = launch.Plan(call)
+    best = triton.next_power_of_2(max(n, 2))
+    shape = (plan.batch, plan.heads_q, plan.seqlen_q, best)
+    found = torch.full(shape, torch.iinfo(torch.int64).min, device=plan.q.device)
+    if found.numel() and plan.seqlen_k:
+        chosen = tile(plan)
+        blocks = triton.cdiv(plan.seqlen_q, chosen.block_m)
+        with launch.on_device(plan.q):
+            launch.run(
+                top_k_kernel, blocks * plan.heads_q * plan.batch, chosen,
+                plan.q, plan.k, found, *_arguments(plan, blocks, False),
+                plan.dim, chosen.block_m, chosen.block_n, plan.block_d, best, plan.flags,
+            )  # fmt: skip
+    found = found.sort(-1, descending=True).values[..., :n]
+    there = found >= -0x7F800000 << 32  # the least finite float
+    order = (found >> 32).to(torch.int32)
+    s2 = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    weights = torch.exp2(s2 - lse.detach().float().unsqueeze(-1) * launch.LOG2E)
+    keys = 0x7FFFFFFF - (found & 0xFFFFFFFF)
+    return torch.where(there, weights, 0.0), torch.where(there, keys, -1)
+
+
+def pooled_map(call: Call, rows: int, cols: int, lse: torch.Tensor) -> torch.Tensor:
+    """P averaged down to float32 [B, Hq, rows, cols]"""
+    plan = launch.Plan(call)
+    out = torch.zeros(plan.batch, plan.heads_q, rows, cols, device=plan.q.device)
+    if out.numel() and plan.seqlen_q and plan.seqlen_k:
+        found = tile(plan)._replace(block_m=32, block_n=32, warps=8)  # larger ones spill
+        row_blocks = triton.cdiv(rows, CELLS)
+        blocks = row_blocks * triton.cdiv(cols, CELLS)
+        with launch.on_device(plan.q):
+            launch.run(
+                pooled_map_kernel, blocks * plan.heads_q * plan.batch, found,
+                plan.q, plan.k, _rows(lse), out, *_arguments(plan, blocks, True),
+                rows, cols, row_blocks,
+                plan.dim, found.block_m, found.block_n, plan.block_d, CELLS, plan.flags,
+            )  # fmt: skip
+    return out

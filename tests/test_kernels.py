@@ -4,6 +4,7 @@ Also the suite that runs under AddressSanitizer: shapes on the edges of tiles, v
 """
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -117,6 +118,37 @@ def test_decode(page_size, seqlen_q, dtype):
         dtype=dtype,
     )
     check_call(call, "cpu", grads=False)
+
+
+# Factors on the keys of 700, four tiles: what each would catch
+LEVELS = {
+    "rising": lambda j: 1 + j / 50,  # bases that lag behind and lose nothing
+    "leaping: exp overflows on the old base": lambda j: torch.where(j < 400, 1.0, 100.0),
+    "falling": lambda j: 15 - j / 50,
+    "one late key": lambda j: torch.where(j == 690, 100.0, 1.0),
+    "small, then large, then small": lambda j: 1 + 40 * ((j > 200) & (j < 500)),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("features", [{}, {"causal": True, "dropout_p": 0.3}], ids=["", "more"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_largest_logit_moves_between_tiles(level, features, dtype):
+    """Weights on the base of an earlier tile that overflow, or are added up on two bases."""
+    call = random_call(seqlen_q=75, seqlen_k=700, head_dim=16, heads_q=1, dtype=dtype, **features)
+    call.k.mul_(LEVELS[level](torch.arange(700.0))[:, None].to(dtype))
+    check_call(call, "cpu")
+
+
+def test_overflow_on_an_old_base_does_not_reach_the_output():
+    """A tile that is not computed again: O = inf where the old base is far too small."""
+    call = random_call(batch=1, heads_q=1, seqlen_q=65, seqlen_k=400, head_dim=4, scale=1.0)
+    call.q.fill_(1.0)
+    call.k.zero_()
+    call.k[:, :, 300:] = 60.0  # logits of 0, then of 240
+    out, lse, *_ = cpu.forward(call)
+    torch.testing.assert_close(out, call.v[:, :, 300:].mean(2, keepdim=True).expand_as(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, 240 + math.log(100)))
 
 
 @pytest.mark.parametrize("where", ["k", "v"])

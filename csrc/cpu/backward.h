@@ -15,7 +15,8 @@ class Backward {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
-  static constexpr int kDegree = Op::kPack == 2 ? 4 : 6;  // of the exponential, as in Forward
+  // P = 2^(s - LSE / ln 2) with s in units of ln 2, as in Forward.
+  static constexpr double kUnit = 1.44269504088896340736;
 
  public:
   Backward(const Problem& problem, const Pointers& pointers, int threads)
@@ -29,10 +30,10 @@ class Backward {
   void run() {
     const int64_t tiles = p.batch * p.heads_q * m_tiles;
     delta.assign(tiles * kPanel, T(0));
-    finite_rows.assign(tiles, 1);
-    dQt.assign(ptr.dq ? tiles * p.head_dim * kPanel : 0, T(0));
-    tickets = std::vector<std::atomic<int32_t>>(ptr.dq ? tiles : 0);
-    parallel_for(tiles, threads, [&](int64_t tile) { prepare(tile); });
+    // Panels whose keys all lie in one block need neither: they find delta and dQ at once.
+    dQt.reset(ptr.dq && n_tiles > 1 ? new T[size_t(tiles * p.head_dim * kPanel)] : nullptr);
+    tickets = std::vector<std::atomic<int32_t>>(ptr.dq && n_tiles > 1 ? tiles : 0);
+    parallel_for(tiles, n_tiles > 1 ? threads : 1, [&](int64_t tile) { prepare(tile); });
 
     // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed
     // order.
@@ -42,12 +43,15 @@ class Backward {
                   heads = by_head ? p.heads_k : 1;
     parallel_for(n_tiles ? keys * batches * heads : 0, threads, [&](int64_t task) {
       const int64_t key = task / (batches * heads), b = task / heads % batches, h = task % heads;
+      const int64_t after = task + threads;  // probably this thread's next one
+      const bool all = keys * batches * heads == n_tiles * p.batch * p.heads_k;
+      const Next next{after / heads % batches, after % heads,
+                      all ? after / (batches * heads) : n_tiles};
       for (int64_t bi = by_batch ? b : 0; bi < (by_batch ? b + 1 : p.batch); ++bi)
         for (int64_t hi = by_head ? h : 0; hi < (by_head ? h + 1 : p.heads_k); ++hi)
           for (int64_t ni = by_key ? key : 0; ni < (by_key ? key + 1 : n_tiles); ++ni)
-            key_block(bi, hi, ni);
+            key_block(bi, hi, ni, next);
     });
-    if (ptr.dq) parallel_for(tiles, threads, [&](int64_t tile) { store_dq(tile); });
     if (ptr.dsink) parallel_for(p.heads_q, threads, [&](int64_t h) { sink_gradient(h); });
   }
 
@@ -57,9 +61,19 @@ class Backward {
   int threads;
   int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
   std::vector<T> delta;                       // [B, Hq, m_tiles, kPanel]
-  std::vector<uint8_t> finite_rows;           // [B, Hq, m_tiles]: no inf or NaN in Q and dO
-  std::vector<T> dQt;                         // [B, Hq, m_tiles, D, kPanel]
+  std::unique_ptr<T[]> dQt;                   // [B, Hq, m_tiles, D, kPanel]
   std::vector<std::atomic<int32_t>> tickets;  // [B, Hq, m_tiles]: the key block that may add next
+
+  struct Next {  // a key block to prefetch; none when t == n_tiles
+    int64_t b, hk, t;
+  };
+
+  // A panel of queries: its head, first query, number of queries, index, and the key blocks
+  // [t0, t1) that it sees.
+  struct Rows {
+    int64_t h, m0, nq, unit, t0, t1;
+    bool whole() const { return t1 - t0 == 1; }
+  };
 
   // What the loop over panels keeps of a key block, and its scratch.
   struct Block {
@@ -71,7 +85,9 @@ class Backward {
     Item *Qt{}, *dOt{};                        // [items of d][kPanel]
     Item *Q{}, *dO{};                          // [items of kPanel][d_pad]
     T *S{}, *dP{}, *add{}, *keep{}, *dcap{};   // [BLOCK_N][kPanel]; dcap is null without softcap
-    T *lse{}, *row{};                          // [kPanel], [max dim]
+    T *lse{}, *lse_rest{};                     // [kPanel]: their sum is LSE / ln 2, which T rounds
+    T* row{};                                  // [max dim]
+    T* dQt{};                                  // [D][kPanel], of whole rows
     Item *P_rows{}, *dS_rows{}, *dS_by_key{};  // A of dV and dK [BLOCK_N][items of kPanel]; B of dQ
     Item* block{};                             // of pack_transposed
   };
@@ -92,45 +108,44 @@ class Backward {
     *t1 = hi > lo ? (hi + kBackwardKeys - 1) / kBackwardKeys : *t0;
   }
 
-  // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.
+  // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.  Panels without keys end here.
   void prepare(int64_t tile) {
     const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel;
     const Sequence seq(p, ptr, tile / m_tiles / p.heads_q);
     const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
     if (nq <= 0) return;
-    Scratch scratch((2 * dv_pad + d_pad) * int64_t(sizeof(T)));
-    T *o = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad), *q = scratch.take<T>(d_pad);
-    for (T* row : {o, dout, q}) std::fill(row, row + (row == q ? d_pad : dv_pad), T(0));
-    Vec<T> bad{};  // x - x is 0 for finite x only
+    int64_t t0, t1;
+    key_tiles(seq, m0, nq, &t0, &t1);
+    if (t0 >= t1) {
+      for (int64_t i = 0; i < nq && ptr.dq; ++i)
+        std::memset(static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + i) * bytes(), 0,
+                    size_t(p.head_dim * bytes()));
+      return;
+    }
+    if (t1 - t0 == 1) return;  // see exact_delta
+    if (ptr.dq) tickets[tile].store(int32_t(t0), std::memory_order_relaxed);
+    Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
+    T *o = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad);
+    for (T* row : {o, dout}) std::fill(row, row + dv_pad, T(0));
     for (int64_t i = 0; i < nq; ++i) {
       convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, o);
       convert_row(p.dtype, row_of<char>(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, dout);
-      convert_row(p.dtype, row_of<char>(ptr.q, seq, p.q, h, m0 + i), p.head_dim, q);
       Vec<T> sum{};
-      for (int64_t d = 0; d < dv_pad; d += L) {
-        const Vec<T> g = load(dout + d);
-        sum += load(o + d) * g;
-        bad += g - g;
-      }
-      for (int64_t d = 0; d < d_pad; d += L) bad += load(q + d) - load(q + d);
+      for (int64_t d = 0; d < dv_pad; d += L) sum += load(o + d) * load(dout + d);
       T total = 0;
       for (int lane = 0; lane < L; ++lane) total += sum[lane];
       if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
       delta[tile * kPanel + i] = total;
     }
-    finite_rows[tile] = all_equal<T>(bad, Vec<T>{});
-    int64_t t0, t1;
-    key_tiles(seq, m0, nq, &t0, &t1);
-    if (ptr.dq) tickets[tile].store(int32_t(t0), std::memory_order_relaxed);
   }
 
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) * (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims +
-                                 kBackwardKeys * kPanel * 8 + kPanel + dims);
+                                 kBackwardKeys * kPanel * 8 + kPanel * (2 + d_pad) + dims);
   }
 
-  void key_block(int64_t b, int64_t hk, int64_t t) {
+  void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
     const Sequence seq(p, ptr, b);
     const int64_t n0 = t * kBackwardKeys, nk = std::min(kBackwardKeys, seq.seqlen_k - n0);
     if (nk <= 0) return;
@@ -146,7 +161,9 @@ class Backward {
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
     k.S = tile_of(), k.dP = tile_of(), k.add = tile_of(), k.keep = tile_of();
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
-    k.lse = scratch.take<T>(kPanel), k.row = scratch.take<T>(std::max(d_pad, dv_pad));
+    k.lse = scratch.take<T>(kPanel), k.lse_rest = scratch.take<T>(kPanel);
+    k.row = scratch.take<T>(std::max(d_pad, dv_pad));
+    k.dQt = scratch.take<T>(d_pad * kPanel);
     k.block = items_of(L * std::max(d_pad, dv_pad));
     if constexpr (Op::kPack == 1) {
       k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
@@ -164,21 +181,45 @@ class Backward {
       k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(kBackwardKeys / 2 * d));
     }
 
+    bool first = true;
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
       for (int64_t m = 0; m < m_tiles; ++m) {
-        const int64_t m0 = m * kPanel, nq = std::min(kPanel, seq.seqlen_q - m0);
-        if (nq <= 0) break;
-        int64_t t0, t1;
-        key_tiles(seq, m0, nq, &t0, &t1);
-        if (t >= t0 && t < t1) panel_pair(k, h, m, nq, t1 - t0 == 1);
+        Rows rows{h,
+                  m * kPanel,
+                  std::min(kPanel, seq.seqlen_q - m * kPanel),
+                  (b * p.heads_q + h) * m_tiles + m,
+                  0,
+                  0};
+        if (rows.nq <= 0) break;
+        key_tiles(seq, rows.m0, rows.nq, &rows.t0, &rows.t1);
+        if (t < rows.t0 || t >= rows.t1) continue;
+        panel_pair(k, rows);
+        if (first) prefetch(seq, hk, n0, next);
+        first = false;
       }
     store_rows(seq, ptr.dk, p.dk, hk, n0, nk, d, d_pad, k.dK, T(p.scale));
     store_rows(seq, ptr.dv, p.dv, hk, n0, nk, dv, dv_pad, k.dV, T(1));
   }
 
-  void panel_pair(Block& k, int64_t h, int64_t m, int64_t nq, bool whole_rows) {
+  // Where memory is touched for the first time: the output of this block, the inputs of the next.
+  void prefetch(const Sequence& seq, int64_t hk, int64_t n0, const Next& next) const {
+    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, kBackwardKeys, p.head_dim);
+    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, kBackwardKeys, p.head_dim_v);
+    if (next.t >= n_tiles) return;
+    const Sequence other(p, ptr, next.b);
+    const int64_t first = next.t * kBackwardKeys;
+    prefetch_keys(other, ptr.k, p.k, next.hk, first, kBackwardKeys, p.head_dim);
+    prefetch_keys(other, ptr.v, p.v, next.hk, first, kBackwardKeys, p.head_dim_v);
+    if (n_tiles > 1) return;  // the first panel that sees the block is not known
+    prefetch_rows(row_of<char>(ptr.q, other, p.q, next.hk * group, 0),
+                  std::min(kPanel, other.seqlen_q), p.q.s * bytes(), p.head_dim * bytes());
+    prefetch_rows(row_of<char>(ptr.dout, other, p.dout, next.hk * group, 0),
+                  std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
+  }
+
+  void panel_pair(Block& k, const Rows& r) {
     const Sequence& seq = k.seq;
-    const int64_t m0 = m * kPanel, unit = (seq.b * p.heads_q + h) * m_tiles + m;
+    const int64_t h = r.h, m0 = r.m0, nq = r.nq, unit = r.unit;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
     const Panel<T> panel(seq, h, m0, nq, k.add, k.keep);
     const Tile tile = panel.tile(k.n0, k.nk, Op::kPack);
@@ -191,41 +232,56 @@ class Backward {
     pack_transposed<Op>(p.dtype, q_rows, p.q.s * bytes(), nq, panel.columns, d, k.block, k.Qt);
     pack_transposed<Op>(p.dtype, dout_rows, p.dout.s * bytes(), nq, panel.columns, dv, k.block,
                         k.dOt);
+    // What this pair adds to at its end, and what the next one begins with, come from L3 meanwhile.
+    T* dq = r.whole() ? k.dQt : dQt.get() + unit * d * kPanel;
+    if (ptr.dq) prefetch_rows(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
+    const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
+    prefetch_rows(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
+    prefetch_rows(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(), dv * bytes());
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
-      gemm<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,
-               k.K.row_step, k.K.depth_step, k.Qt + s.begin, kPanel, k.S + s.lo * kPanel + s.begin,
-               kPanel, false);
-      gemm<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(dv), k.V.data + s.lo * k.V.row_step,
-               k.V.row_step, k.V.depth_step, k.dOt + s.begin, kPanel,
-               k.dP + s.lo * kPanel + s.begin, kPanel, false);
+      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,
+                     k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + s.lo * kPanel + s.begin,
+                     false);
+      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(dv), k.V.data + s.lo * k.V.row_step,
+                     k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + s.lo * kPanel + s.begin,
+                     false);
     }
-    T scale = T(p.scale);
+    T scale = T(p.scale * kUnit);
     if (panel.plain()) {
       panel.apply_band(tile, k.S);
     } else {
       panel.logits(tile, k.S, k.dcap);
-      scale = T(1);
+      scale = T(kUnit);
     }
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
-    for (int64_t q = 0; q < panel.columns; ++q) {  // padding lanes and empty rows: P = 0
-      const T lse = q < nq ? static_cast<const T*>(ptr.lse)[seq.lse_offset(h, m0 + q)]
-                           : -std::numeric_limits<T>::infinity();
-      k.lse[q] = lse == -std::numeric_limits<T>::infinity() ? -lse : lse;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
+    for (int64_t q = 0; q < nq; ++q) {
+      const double x = double(lse[q]) * kUnit;
+      k.lse[q] = lse[q] == -inf ? inf : T(x);
+      k.lse_rest[q] = std::abs(lse[q]) < inf ? T(x - double(T(x))) : T(0);
     }
+    std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
+    std::fill(k.lse_rest + nq, k.lse_rest + kPanel, T(0));
     T* row_delta = delta.data() + unit * kPanel;
-    // 16-bit O is rounded: where a row has few keys and dS nearly cancels, its delta would show it.
-    if (whole_rows && bytes() == 2) exact_delta(k, panel, tile, scale, kept, row_delta);
-    const bool safe =
-        !panel.partial(tile) || (finite_rows[unit] && finite(k));  // no inf or NaN times 0
-    const bool late = ptr.dbias || k.dcap || !safe;                // dS is needed as numbers first
+    if (r.whole()) exact_delta(k, panel, tile, scale, kept, row_delta);
+    const bool safe = !panel.partial(tile) || finite(k, panel);  // no inf or NaN times 0
+    const bool late = ptr.dbias || k.dcap || !safe;              // dS is needed as numbers first
     for (int64_t g = 0; g < panel.grains; ++g)
       for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
-        gradient(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
+        if (r.whole())
+          gradient<true>(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
+        else
+          gradient<false>(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
     if (late) {
       if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
       if (k.dcap) through_softcap(k, panel, tile);
-      if (!safe) return add_visible(k, panel, tile, h, unit);
+      if (!safe) {
+        begin_dq(k, r, dq);
+        add_visible(k, panel, tile, h, dq);
+        return end_dq(k, r, dq);
+      }
       if constexpr (Op::kPack == 2)
         for (int64_t g = 0; g < panel.grains; ++g) emit(k, g * kGrain, tile.lo[g], tile.hi[g]);
     }
@@ -235,29 +291,54 @@ class Backward {
       add_keys(dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count);
     if (ptr.dk) add_keys(q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count);
     if (!ptr.dq) return;
-    // dQ^T += K^T dS^T   [d, columns], after all earlier key blocks have added theirs
-    wait_turn(unit, k.t);
-    T* dq = dQt.data() + unit * d * kPanel;
+    // dQ^T += K^T dS^T   [d, columns]
+    begin_dq(k, r, dq);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       const int64_t first = s.lo / Op::kPack;
-      gemm<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
-               k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
-               k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, kPanel, dq + s.begin,
-               kPanel, true);
+      gemm_panel<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                     k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
+                     k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, dq + s.begin,
+                     true);
     }
-    tickets[unit].store(int32_t(k.t + 1), std::memory_order_release);
+    end_dq(k, r, dq);
   }
 
-  bool finite(Block& k) const {
+  // Key blocks add to a panel of dQ in ascending order: the first one clears it, the last one
+  // writes it out.
+  void begin_dq(const Block& k, const Rows& r, T* dq) {
+    if (!ptr.dq) return;
+    if (!r.whole())
+      while (tickets[r.unit].load(std::memory_order_acquire) != k.t) std::this_thread::yield();
+    if (k.t == r.t0) std::fill(dq, dq + p.head_dim * kPanel, T(0));
+  }
+
+  void end_dq(const Block& k, const Rows& r, const T* dq) {
+    if (!ptr.dq) return;
+    if (k.t + 1 == r.t1) {
+      T* rows = reinterpret_cast<T*>(k.block);  // kLanes rows of max(d_pad, dv_pad)
+      for (int64_t v = 0; v < r.nq; v += L)
+        store_transposed<T>(
+            p.dtype, dq + v, set1(T(p.scale)), std::min<int64_t>(L, r.nq - v), p.head_dim, rows,
+            static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, r.h, r.m0 + v) * bytes(),
+            p.dq.s * bytes());
+    } else {
+      tickets[r.unit].store(int32_t(k.t + 1), std::memory_order_release);
+    }
+  }
+
+  // No inf or NaN in K, V and the panel's Q and dO.
+  bool finite(Block& k, const Panel<T>& panel) const {
+    constexpr int64_t row = kPanel * int64_t(sizeof(Item));
+    if (!all_finite<Op>(reinterpret_cast<const char*>(k.Qt), row, items<Op>(p.head_dim),
+                        panel.columns) ||
+        !all_finite<Op>(reinterpret_cast<const char*>(k.dOt), row, items<Op>(p.head_dim_v),
+                        panel.columns))
+      return false;
     if (k.finite < 0)
       k.finite = all_finite<Op>(k.K.data, k.K.row_step, k.nk, items<Op>(p.head_dim)) &&
                  all_finite<Op>(k.V.data, k.V.row_step, k.nk, items<Op>(p.head_dim_v));
     return k.finite;
-  }
-
-  void wait_turn(int64_t unit, int64_t t) {
-    while (tickets[unit].load(std::memory_order_acquire) != t) std::this_thread::yield();
   }
 
   // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO.
@@ -296,92 +377,138 @@ class Backward {
     }
   }
 
-  ATTN_INLINE Vec<T> weight(const Block& k, int64_t at, T scale, Vec<T> lse) const {
-    const Vec<T> s = load(k.S + at);
-    const Vec<T> w = vexp<kDegree>(s * scale - lse);
-    return s == -std::numeric_limits<T>::infinity() ? Vec<T>{} : w;  // also where LSE is NaN
+  // w[i] = P of key j + i and the vector of queries v.
+  template <int N>
+  ATTN_INLINE static void weights(const Block& k, int64_t j, int64_t v, T scale, Vec<T> (&w)[N]) {
+    const T* S = k.S + j * kPanel + v;
+    const Vec<T> lse = load(k.lse + v);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) w[i] = load(S + i * kPanel) * scale - lse;
+    if constexpr (Op::kPack == 1) {
+      const Vec<T> rest = load(k.lse_rest + v);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] -= rest;
+    }
+    vexp2_each<Op::kPack == 2 ? 3 : 5>(w);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {  // also where LSE is NaN
+      const Mask<T> excluded = load(S + i * kPanel) == -std::numeric_limits<T>::infinity();
+      w[i] = excluded ? Vec<T>{} : w[i];
+    }
   }
 
-  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows; rowsum(dO * O) is the
-  // same but for the rounding of O.
+  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows, and S = P.  It is
+  // rowsum(dO * O), but O need not be read, and where dS nearly cancels its rounding would show.
   void exact_delta(const Block& k, const Panel<T>& panel, const Tile& tile, T scale, const T* kept,
                    T* row_delta) const {
     for (int64_t g = 0; g < panel.grains; ++g)
       for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
-        Vec<T> sum{};
-        const Vec<T> lse = load(k.lse + v);
-        for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j) {
-          const int64_t at = j * kPanel + v;
-          const Vec<T> w = weight(k, at, scale, lse);
-          Vec<T> x = load(k.dP + at) * w;
-          if (kept) x *= load(kept + at);
-          sum += w == T(0) ? Vec<T>{} : x;
-        }
+        Vec<T> sum[2] = {};
+        int64_t j = tile.lo[g];
+        auto keys = [&](auto count) {
+          constexpr int N = count.value;
+          for (; j + N <= tile.hi[g]; j += N) {
+            T* at = k.S + j * kPanel + v;
+            Vec<T> w[N];
+            weights(k, j, v, scale, w);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i) {
+              store(at + i * kPanel, w[i]);
+              Vec<T> x = load(k.dP + (j + i) * kPanel + v) * w[i];
+              if (kept) x *= load(kept + (j + i) * kPanel + v);
+              sum[i % 2] += w[i] == T(0) ? Vec<T>{} : x;
+            }
+          }
+        };
+        keys(std::integral_constant<int, kAbreast>{});
+        keys(std::integral_constant<int, 1>{});
         for (int i = 0; i < L && v + i < panel.nq; ++i) {
           const int64_t at = k.seq.lse_offset(panel.h, panel.m0 + v + i);
-          row_delta[v + i] = sum[i] - (ptr.dlse ? static_cast<const T*>(ptr.dlse)[at] : T(0));
+          row_delta[v + i] =
+              sum[0][i] + sum[1][i] - (ptr.dlse ? static_cast<const T*>(ptr.dlse)[at] : T(0));
         }
       }
   }
 
-  // One vector of queries (lane v), keys [lo, hi).  S: logits in, dropped-out weights out; dP in,
-  // dS out: as numbers in place (late), or as operands of the products that follow.
+  // One vector of queries (lane v), keys [lo, hi).  S: logits in (READY: weights), dropped-out
+  // weights out; dP in, dS out: as numbers in place (late), or as operands of the products that
+  // follow.
+  template <bool READY>
   void gradient(const Block& k, int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta,
                 const T* kept, bool late) const {
-    const Vec<T> lse = load(k.lse + v), row = load(row_delta + v);
-    auto pair = [&](int64_t j, Vec<T>* w, Vec<T>* g) {
-      const int64_t at = j * kPanel + v;
-      *w = weight(k, at, scale, lse);
-      Vec<T> dp = load(k.dP + at);
-      const Mask<T> none = *w == T(0);  // an excluded V may hold NaN
-      if (kept) dp *= load(kept + at);
-      *g = none ? Vec<T>{} : *w * (dp - row);
-      if (kept) *w *= load(kept + at);
+    int64_t j = lo;
+    auto keys = [&](auto count) {
+      for (; j + count.value <= hi; j += count.value)
+        if (kept)
+          gradient_keys<READY, count.value, true>(k, j, v, scale, row_delta, kept, late);
+        else
+          gradient_keys<READY, count.value, false>(k, j, v, scale, row_delta, kept, late);
     };
-    if (Op::kPack == 1 || late) {
-#pragma GCC unroll 2
-      for (int64_t j = lo; j < hi; ++j) {
-        Vec<T> w, g;
-        pair(j, &w, &g);
-        store(k.S + j * kPanel + v, w);
-        store(k.dP + j * kPanel + v, g);
-      }
-      return;
+    keys(std::integral_constant<int, kAbreast>{});
+    keys(std::integral_constant<int, 2>{});
+    keys(std::integral_constant<int, 1>{});
+  }
+
+  template <bool READY, int N, bool kDropout>
+  ATTN_INLINE void gradient_keys(const Block& k, int64_t j, int64_t v, T scale, const T* row_delta,
+                                 const T* kept, bool late) const {
+    const Vec<T> row = load(row_delta + v);
+    const int64_t at = j * kPanel + v;
+    Vec<T> w[N], g[N];
+    if constexpr (READY) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] = load(k.S + at + i * kPanel);
+    } else {
+      weights(k, j, v, scale, w);
     }
-    if constexpr (Op::kPack == 2) {
-      for (int64_t j = lo; j < hi; j += 2) {
-        Vec<T> w, g, w1, g1{};
-        pair(j, &w, &g);
-        emit_rows(k, j, v, w, g);
-        if (j + 1 < hi) {
-          pair(j + 1, &w1, &g1);
-          emit_rows(k, j + 1, v, w1, g1);
-        }
-        store(k.dS_by_key + j / 2 * kPanel + v, pair_rows(g, g1));
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      Vec<T> dp = load(k.dP + at + i * kPanel);
+      const Mask<T> none = w[i] == T(0);  // an excluded V may hold NaN
+      if constexpr (kDropout) dp *= load(kept + at + i * kPanel);
+      g[i] = none ? Vec<T>{} : w[i] * (dp - row);
+      if constexpr (kDropout) w[i] *= load(kept + at + i * kPanel);
+    }
+    if (Op::kPack == 1 || late) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        store(k.S + at + i * kPanel, w[i]);
+        store(k.dP + at + i * kPanel, g[i]);
       }
+    } else {
+      emit_keys(k, j, v, w, g);
     }
   }
 
   // bf16 operands of what gradient() left as numbers.
   void emit(const Block& k, int64_t v, int64_t lo, int64_t hi) const {
-    if constexpr (Op::kPack == 2)
-      for (int64_t j = lo; j < hi; j += 2) {
-        const int64_t at = j * kPanel + v;
-        const Vec<T> g = load(k.dP + at);
-        Vec<T> g1{};
-        emit_rows(k, j, v, load(k.S + at), g);
-        if (j + 1 < hi) {
-          g1 = load(k.dP + at + kPanel);
-          emit_rows(k, j + 1, v, load(k.S + at + kPanel), g1);
-        }
-        store(k.dS_by_key + j / 2 * kPanel + v, pair_rows(g, g1));
+    for (int64_t j = lo; j < hi; j += 2) {
+      const int64_t at = j * kPanel + v;
+      if (j + 1 < hi) {
+        const Vec<T> w[2] = {load(k.S + at), load(k.S + at + kPanel)};
+        const Vec<T> g[2] = {load(k.dP + at), load(k.dP + at + kPanel)};
+        emit_keys(k, j, v, w, g);
+      } else {
+        const Vec<T> w[1] = {load(k.S + at)}, g[1] = {load(k.dP + at)};
+        emit_keys(k, j, v, w, g);
       }
+    }
   }
 
-  ATTN_INLINE void emit_rows(const Block& k, int64_t j, int64_t v, Vec<T> w, Vec<T> g) const {
+  // N keys from an even j as bf16: rows for dV and dK, pairs of keys for dQ.
+  template <int N>
+  ATTN_INLINE static void emit_keys(const Block& k, int64_t j, int64_t v, const Vec<T> (&w)[N],
+                                    const Vec<T> (&g)[N]) {
     if constexpr (Op::kPack == 2) {
-      store_bf16(reinterpret_cast<uint16_t*>(k.P_rows) + j * kPanel + v, w);
-      store_bf16(reinterpret_cast<uint16_t*>(k.dS_rows) + j * kPanel + v, g);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        store_bf16(reinterpret_cast<uint16_t*>(k.P_rows) + (j + i) * kPanel + v, w[i]);
+        store_bf16(reinterpret_cast<uint16_t*>(k.dS_rows) + (j + i) * kPanel + v, g[i]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i += 2)
+        store(k.dS_by_key + (j + i) / 2 * kPanel + v,
+              pair_rows(g[i], i + 1 < N ? g[i + 1] : Vec<T>{}));
     }
   }
 
@@ -397,11 +524,9 @@ class Backward {
 
   // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.
   void add_visible(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h,
-                   int64_t unit) {
+                   T* dq) const {
     const Sequence& seq = k.seq;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
-    T* dq = dQt.data() + unit * d * kPanel;
-    if (ptr.dq) wait_turn(unit, k.t);
     for (int64_t q = 0; q < panel.nq; ++q) {
       const char* q_row = row_of<char>(ptr.q, seq, p.q, h, panel.m0 + q);
       const char* dout_row = row_of<char>(ptr.dout, seq, p.dout, h, panel.m0 + q);
@@ -419,7 +544,6 @@ class Backward {
         }
       }
     }
-    if (ptr.dq) tickets[unit].store(int32_t(k.t + 1), std::memory_order_release);
   }
 
   void add_bias_gradient(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h) const {
@@ -453,19 +577,6 @@ class Backward {
       restore_row<T>(p.dtype, row, dim,
                      static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * bytes());
     }
-  }
-
-  void store_dq(int64_t tile) const {
-    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel, d = p.head_dim;
-    const Sequence seq(p, ptr, tile / m_tiles / p.heads_q);
-    const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
-    Scratch scratch(L * d_pad * int64_t(sizeof(T)));
-    T* rows = scratch.take<T>(L * d_pad);
-    const T* dq = dQt.data() + tile * d * kPanel;
-    for (int64_t v = 0; v < nq; v += L)
-      store_transposed<T>(p.dtype, dq + v, set1(T(p.scale)), std::min<int64_t>(L, nq - v), d, rows,
-                          static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + v) * bytes(),
-                          p.dq.s * bytes());
   }
 
   // dsink[h] = -sum over rows of exp(sink - LSE) * delta; one head a task, rows in order

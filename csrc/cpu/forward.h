@@ -4,16 +4,15 @@
 // row maximum and sum are vertical operations.
 
 constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 16 (transposed masks, dropout words)
-constexpr int64_t kPanels = 2;         // panels of queries that share the packing of K and V
-constexpr int64_t kBlockM = kPanels * kPanel;
+constexpr int64_t kPanels = 4;         // most panels of queries that share the packing of K and V
 
 // The running state of a panel's queries.
 template <class T>
 struct SoftmaxState {
   T* O;         // [Dv][kPanel], unnormalised
-  T* max;       // [kPanel] largest logit
-  T* sum;       // [kPanel] sum of exp(s - max)
-  T* weighted;  // [kPanel] sum of exp(s - max) * (s - max)
+  T* max;       // [kPanel] largest s, which is a logit / ln 2, or a number near it (see `lazy`)
+  T* sum;       // [kPanel] sum of 2^(s - max)
+  T* weighted;  // [kPanel] sum of 2^(s - max) * (s - max)
   static int64_t size(int64_t dv) { return (dv + 3) * kPanel; }
   SoftmaxState(T* base, int64_t dv)
       : O(base), max(base + dv * kPanel), sum(max + kPanel), weighted(sum + kPanel) {}
@@ -30,20 +29,20 @@ class Forward {
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
   // Weights are rounded to bfloat16 before the product with V; a shorter polynomial is enough.
-  static constexpr int kDegree = Op::kPack == 2 ? 4 : 6;
+  static constexpr int kDegree = Op::kPack == 2 ? 3 : 5;
+  // Logits are kept in units of ln 2 from here on: e^logit = 2^s.
+  static constexpr double kLn2 = 0.693147180559945309417;
 
  public:
   Forward(const Problem& problem, const Pointers& pointers, int threads)
       : p(problem), ptr(pointers), threads(threads) {
-    block_m = std::min<int64_t>(kBlockM, (p.seqlen_q + kGrain - 1) / kGrain * kGrain);
-    m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
-    panels = (block_m + kPanel - 1) / kPanel;
-    const int64_t tasks = p.batch * p.heads_q * m_tiles;
-    const int64_t n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
-    // Chosen from shapes alone, so that results do not depend on the number of threads.
+    lazy = !ptr.max_logit && !ptr.entropy;
+    // Splits are chosen from shapes alone, so that results do not depend on the number of threads.
+    const int64_t tasks = set_panels(2), n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
     splits =
         tasks == 0 || tasks >= 16 ? 1 : std::min<int64_t>((16 + tasks - 1) / tasks, n_tiles / 2);
     splits = std::max<int64_t>(splits, 1);
+    if (tasks >= 16 * threads) set_panels(kPanels);  // what a panel computes stays the same
   }
 
   void run() {
@@ -53,9 +52,16 @@ class Forward {
     parallel_for(units * splits, threads, [&](int64_t task) {
       // Causal tiles grow with the query: the last ones first leaves no long task for the end.
       const int64_t unit = units - 1 - task / splits, split = task % splits;
+      const int64_t after = task + threads;  // probably this thread's next one
+      const int64_t next = after < units * splits ? units - 1 - after / splits : unit;
       Scratch scratch(scratch_bytes() + state * int64_t(sizeof(T)));
       T* s = splits > 1 ? partial.data() + (unit * splits + split) * state : scratch.take<T>(state);
-      attend(unit, split, s, scratch);
+      const size_t mark = scratch.used();
+      attend(unit, split, next, false, s, scratch);
+      if (excludes() && !finite(s)) {
+        scratch.rewind(mark);
+        attend(unit, split, next, true, s, scratch);
+      }
       if (splits == 1) finish(unit, s, scratch);
     });
     if (splits == 1) return;
@@ -75,9 +81,34 @@ class Forward {
   const Pointers& ptr;
   int threads;
   int64_t block_m, m_tiles, panels, splits;
+  // The base of the exponentials need not be the largest logit, only near enough: as long as that
+  // of earlier tiles serves, a tile's maxima are not looked for.  Not where they are asked for.
+  bool lazy;
+  static constexpr double kLazySum = 65536;  // the most that a row's weights may then sum to
+
+  // Returns the number of tasks when each has at most `most` panels.
+  int64_t set_panels(int64_t most) {
+    block_m = std::min<int64_t>(most * kPanel, (p.seqlen_q + kGrain - 1) / kGrain * kGrain);
+    m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
+    panels = (block_m + kPanel - 1) / kPanel;
+    return p.batch * p.heads_q * m_tiles;
+  }
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
+
+  // True when some pair may be excluded: what V holds there must not reach O.  That is looked into
+  // only when O is not finite (0 * inf and 0 * NaN are NaN).
+  bool excludes() const {
+    return ptr.mask || ptr.bias || p.window_left != kUnbounded || p.window_right != kUnbounded;
+  }
+  bool finite(T* state) const {
+    for (int64_t panel = 0; panel < panels; ++panel)
+      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, panel).O),
+                                kPanel * int64_t(sizeof(T)), p.head_dim_v, kPanel))
+        return false;
+    return true;
+  }
 
   SoftmaxState<T> at_panel(T* state, int64_t panel) const {
     return {state + panel * SoftmaxState<T>::size(p.head_dim_v), p.head_dim_v};
@@ -89,7 +120,9 @@ class Forward {
                                  kForwardKeys * (d + dv) + (L + 1) * dv);
   }
 
-  void attend(int64_t unit, int64_t split, T* state, Scratch& scratch) const {
+  // careful: where a tile of V holds inf or NaN, only pairs with P != 0 enter the products.
+  void attend(int64_t unit, int64_t split, int64_t next, bool careful, T* state,
+              Scratch& scratch) const {
     const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
     const int64_t hk = h / (p.heads_q / p.heads_k), d = p.head_dim, dv = p.head_dim_v;
     const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
@@ -119,10 +152,15 @@ class Forward {
           p.dtype, static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0 + q) * bytes(),
           p.q.s * bytes(), n, (n + kGrain - 1) / kGrain * kGrain, d, block, Qt + q * depth_padded);
     }
+    bool exact[kPanels] = {};
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n0 = t * kForwardKeys, nk = std::min(kForwardKeys, hi - n0);
       const Operand K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
       const Operand V = rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
+      if (t + 1 < t1) {
+        prefetch_keys(seq, ptr.k, p.k, hk, n0 + kForwardKeys, kForwardKeys, d);
+        prefetch_keys(seq, ptr.v, p.v, hk, n0 + kForwardKeys, kForwardKeys, dv);
+      }
       int finite = -1;  // of V; asked for at most once a tile
       for (int64_t q = 0; q < nq; q += kPanel) {
         const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), add, keep);
@@ -130,27 +168,23 @@ class Forward {
         if (tile.empty) continue;
         Segment segments[2 * kGrains + 1];
         const int count = panel.segments(tile, segments);
-        // S^T = K Q^T   [nk, columns]
-        for (int i = 0; i < count; ++i) {
-          const Segment& s = segments[i];
-          gemm<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), K.data + s.lo * K.row_step,
-                   K.row_step, K.depth_step, Qt + q * depth_padded + s.begin, kPanel,
-                   S + s.lo * kPanel + s.begin, kPanel, false);
-        }
-        T scale = T(p.scale);
-        if (panel.plain()) {
-          panel.apply_band(tile, S);
-        } else {
-          panel.logits(tile, S, nullptr);
-          scale = T(1);
-        }
-        const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
         SoftmaxState<T> running = at_panel(state, q / kPanel);
-        for (int64_t g = 0; g < panel.grains; ++g)
-          for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
-            softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
+        const Item* Q = Qt + q * depth_padded;
+        const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
+        const bool try_lazy = lazy && !exact[q / kPanel] && bases_serve(running, panel.columns);
+        T scale = scores(panel, tile, segments, count, K, Q, S);
+        if (t == t0 && q == 0) prefetch(unit, next);
+        if (!try_lazy || !lazy_softmax(panel, tile, S, scale, kept, running)) {
+          if (try_lazy) {  // rising logits: not tried again
+            exact[q / kPanel] = true;
+            scale = scores(panel, tile, segments, count, K, Q, S);
+          }
+          for (int64_t g = 0; g < panel.grains; ++g)
+            for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+              softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
+        }
         // O^T += V^T P^T   [dv, columns]
-        if (panel.partial(tile)) {
+        if (careful && panel.partial(tile)) {
           if (finite < 0)
             finite = all_finite<Op>(V.data, V.depth_step, (nk + Op::kPack - 1) / Op::kPack, dv);
           if (!finite) {
@@ -161,17 +195,84 @@ class Forward {
         for (int i = 0; i < count; ++i) {
           const Segment& s = segments[i];
           const int64_t first = s.lo / Op::kPack;
-          gemm<Op>(dv, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
-                   V.data + first * V.depth_step, V.row_step, V.depth_step,
-                   reinterpret_cast<const Item*>(S) + first * kPanel + s.begin, kPanel,
-                   running.O + s.begin, kPanel, true);
+          gemm_panel<Op>(dv, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                         V.data + first * V.depth_step, V.row_step, V.depth_step,
+                         reinterpret_cast<const Item*>(S) + first * kPanel + s.begin,
+                         running.O + s.begin, true);
         }
       }
     }
   }
 
-  // One vector of queries, keys [lo, hi).  S (at the vector's lane): logits in, weights
-  // exp(s - max) out as items of Op; moves the state on to the new maxima.
+  // Where memory is touched for the first time: the output of this unit, the inputs of the next.
+  void prefetch(int64_t unit, int64_t next) const {
+    for (int64_t u : {unit, next}) {
+      const int64_t h = u / m_tiles % p.heads_q, m0 = u % m_tiles * block_m;
+      const Sequence seq(p, ptr, u / m_tiles / p.heads_q);
+      const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
+      if (nq <= 0) continue;
+      if (u == unit) {
+        const char* o = static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes();
+        prefetch_rows(o, nq, p.o.s * bytes(), p.head_dim_v * bytes());
+        if (next == unit) return;
+        continue;
+      }
+      const char* q = static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes();
+      prefetch_rows(q, nq, p.q.s * bytes(), p.head_dim * bytes());
+      const int64_t hk = h / (p.heads_q / p.heads_k);
+      int64_t lo, hi;
+      seq.key_range(m0, m0 + nq, &lo, &hi);
+      prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim);
+      prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v);
+    }
+  }
+
+  // S^T = K Q^T  [nk, columns], then logits; returns what turns them into s.
+  T scores(const Panel<T>& panel, const Tile& tile, const Segment* segments, int count,
+           const Operand& K, const Item* Q, T* S) const {
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(p.head_dim),
+                     K.data + s.lo * K.row_step, K.row_step, K.depth_step, Q + s.begin,
+                     S + s.lo * kPanel + s.begin, false);
+    }
+    if (panel.plain()) {
+      panel.apply_band(tile, S);
+      return T(p.scale / kLn2);
+    }
+    panel.logits(tile, S, nullptr);
+    return T(1 / kLn2);
+  }
+
+  static bool bases_serve(const SoftmaxState<T>& state, int64_t columns) {
+    const Vec<T> ninf = set1(-std::numeric_limits<T>::infinity());
+    for (int64_t q = 0; q < columns; q += L)
+      if (!all_below<T>(ninf, load(state.max + q)) ||
+          !all_below<T>(load(state.sum + q), set1(T(kLazySum))))
+        return false;
+    return true;
+  }
+
+  // The tile's weights on the bases that are there.  False, and the state as it was, when they are
+  // too large: S is spent then.
+  bool lazy_softmax(const Panel<T>& panel, const Tile& tile, T* S, T scale, const T* kept,
+                    SoftmaxState<T>& state) const {
+    T sums[kPanel];
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+        const Vec<T> base = load(state.max + v);
+        const int64_t lo = tile.lo[g], hi = tile.hi[g];
+        const Vec<T> sum = kept ? exponentials<true>(S + v, lo, hi, scale, base, kept + v)
+                                : exponentials<false>(S + v, lo, hi, scale, base, kept);
+        if (!all_below<T>(sum, set1(T(kLazySum)))) return false;  // also NaN
+        store(sums + v, load(state.sum + v) + sum);
+      }
+    std::copy(sums, sums + panel.columns, state.sum);
+    return true;
+  }
+
+  // One vector of queries, keys [lo, hi).  S (at the vector's lane): s / scale in, weights
+  // 2^(s - max) out as items of Op; moves the state on to the new maxima.
   void softmax(T* S, int64_t lo, int64_t hi, T scale, const T* kept, SoftmaxState<T>& state,
                int64_t lane) const {
     const T ninf = -std::numeric_limits<T>::infinity();
@@ -184,10 +285,14 @@ class Forward {
     const Vec<T> before = load(state.max + lane);
     Vec<T> now = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
     now = vmax(now == ninf ? now : now * scale, before);
+    const Vec<T> sum_before = load(state.sum + lane);
+    if (lazy) {  // the largest weight so far may be far above 1
+      const Vec<T> level = before + vlog(vmax(sum_before, set1(T(1)))) * T(1 / kLn2);
+      now = vmax(level, now);
+    }
     store(state.max + lane, now);
     const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
-    const Vec<T> alpha = vexp(before - base);
-    const Vec<T> sum_before = load(state.sum + lane);
+    const Vec<T> alpha = vexp2(before - base);
     if (ptr.entropy)
       weigh(S, lo, hi, scale, before, base, alpha, sum_before, state.weighted + lane);
     Vec<T> sum;
@@ -204,39 +309,40 @@ class Forward {
       }
   }
 
-  // S = exp(scale * S - base), times the dropout multipliers; returns the sum without them.
+  // S = 2^(scale * S - base), times the dropout multipliers; returns the sum without them.
   template <bool kDropout>
   static Vec<T> exponentials(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base, const T* kept) {
     Vec<T> sum[2] = {};
-    auto weight = [&](int64_t j, Vec<T>& total) {
-      Vec<T> e = vexp<kDegree>(load(S + j * kPanel) * scale - base);
-      total += e;
-      if constexpr (kDropout) e *= load(kept + j * kPanel);
-      return e;
+    // N keys abreast.  Pairs of keys go to row j / 2, which lies before or at what was read.
+    auto weigh_keys = [&](int64_t j, auto count) {
+      constexpr int N = count.value;
+      Vec<T> e[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) e[i] = load(S + (j + i) * kPanel) * scale - base;
+      vexp2_each<kDegree>(e);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        sum[i % 2] += e[i];
+        if constexpr (kDropout) e[i] *= load(kept + (j + i) * kPanel);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i += Op::kPack) {
+        if constexpr (Op::kPack == 1)
+          store(S + (j + i) * kPanel, e[i]);
+        else
+          store(reinterpret_cast<Item*>(S) + (j + i) / 2 * kPanel,
+                pair_rows(e[i], i + 1 < N ? e[i + 1] : Vec<T>{}));
+      }
     };
     int64_t j = lo;
-    if constexpr (Op::kPack == 1) {
-#pragma GCC unroll 2
-      for (; j + 2 <= hi; j += 2) {
-        const Vec<T> a = weight(j, sum[0]), b = weight(j + 1, sum[1]);
-        store(S + j * kPanel, a);
-        store(S + (j + 1) * kPanel, b);
-      }
-      if (j < hi) store(S + j * kPanel, weight(j, sum[0]));
-    } else {
-      // Pairs of keys go to row j / 2, which lies before or at what was read.
-      Item* out = reinterpret_cast<Item*>(S);
-#pragma GCC unroll 2
-      for (; j + 2 <= hi; j += 2) {
-        const Vec<T> a = weight(j, sum[0]), b = weight(j + 1, sum[1]);
-        store(out + j / 2 * kPanel, pair_rows(a, b));
-      }
-      if (j < hi) store(out + j / 2 * kPanel, pair_rows(weight(j, sum[0]), Vec<T>{}));
-    }
+    for (; j + kAbreast <= hi; j += kAbreast)
+      weigh_keys(j, std::integral_constant<int, kAbreast>{});
+    for (; j + 2 <= hi; j += 2) weigh_keys(j, std::integral_constant<int, 2>{});
+    if (j < hi) weigh_keys(j, std::integral_constant<int, 1>{});
     return sum[0] + sum[1];
   }
 
-  // weighted = sum of exp(s - max) * (s - max), for the entropy.
+  // weighted = sum of 2^(s - max) * (s - max), for the entropy.
   void weigh(const T* S, int64_t lo, int64_t hi, T scale, Vec<T> before, Vec<T> base, Vec<T> alpha,
              Vec<T> sum_before, T* weighted) const {
     const T ninf = -std::numeric_limits<T>::infinity();
@@ -244,7 +350,7 @@ class Forward {
     Vec<T> total = (load(weighted) + shift * sum_before) * alpha;
     for (int64_t j = lo; j < hi; ++j) {
       const Vec<T> x = load(S + j * kPanel) * scale - base;
-      total += vexp(x) * (x == ninf ? Vec<T>{} : x);  // 0 * -inf
+      total += vexp2(x) * (x == ninf ? Vec<T>{} : x);  // 0 * -inf
     }
     store(weighted, total);
   }
@@ -269,7 +375,7 @@ class Forward {
       const Vec<T> base = top == ninf ? Vec<T>{} : top;
       const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : max_a - base;
       const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : max_b - base;
-      const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
+      const Vec<T> wa = vexp2(shift_a), wb = vexp2(shift_b);
       const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
       store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
                                 wb * (load(b.weighted + q) + shift_b * sum_b));
@@ -297,7 +403,7 @@ class Forward {
                    const SoftmaxState<T>& state, int64_t lane, T* rows) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     const Vec<T> sum = load(state.sum + lane), top = load(state.max + lane);
-    const Vec<T> base = top == ninf ? Vec<T>{} : top;
+    const Vec<T> base = top == ninf ? Vec<T>{} : top * T(kLn2);
     Vec<T> total = sum, scale = set1(T(1)), shift = base;
     if (ptr.sink) {  // joins the normaliser only
       const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
@@ -310,8 +416,8 @@ class Forward {
     const Vec<T> inverse = empty ? Vec<T>{} : scale / safe;
     T lse[L], max_logit[L], entropy[L];
     store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
-    store(max_logit, nan ? sum : top);
-    store(entropy, (load(lse) - base) * sum * inverse - load(state.weighted + lane) * inverse);
+    store(max_logit, nan ? sum : top == ninf ? top : base);
+    store(entropy, ((load(lse) - base) * sum - load(state.weighted + lane) * T(kLn2)) * inverse);
     store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
                         static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
                         p.o.s * bytes());

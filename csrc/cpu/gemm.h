@@ -50,11 +50,12 @@ ATTN_INLINE Item item_at(const char* p) {
   return x;
 }
 
-// One block of ROWS x (NV vectors): the accumulators stay in registers over the whole depth.
-template <class Op, int ROWS, int NV>
+// One block of ROWS x (NV vectors): the accumulators stay in registers over the whole depth.  They
+// start from 0 and C joins at the end: sums of sums, whose rounding grows less with the length.
+template <class Op, int ROWS, int NV, bool ACCUMULATE>
 ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int64_t depth_step,
                             const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
-                            int64_t ldc, bool accumulate) {
+                            int64_t ldc) {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   constexpr int L = kLanes<T>;
@@ -62,8 +63,8 @@ ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int6
 #pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = accumulate ? load(C + r * ldc + v * L) : Vec<T>{};
-#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>{};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec<Item> b[NV];
 #pragma GCC unroll 8
@@ -80,10 +81,28 @@ ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int6
 #pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(C + r * ldc + v * L, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      T* c = C + r * ldc + v * L;
+      store(c, ACCUMULATE ? acc[r][v] + load(c) : acc[r][v]);
+    }
 }
 
-template <class Op, int NV>
+// `blocks` blocks of ROWS rows, one below the other.  LD: both leading dimensions, when it is known
+// at compile time (else 0): their multiples are then parts of the instructions.
+template <class Op, int ROWS, int NV, int64_t LD>
+__attribute__((noinline)) void gemm_rows(int64_t blocks, int64_t depth, const char* A,
+                                         int64_t row_step, int64_t depth_step,
+                                         const typename Op::Item* B, int64_t ldb,
+                                         typename Op::Acc* C, int64_t ldc, bool accumulate) {
+  if (LD) ldb = ldc = LD;
+  for (; blocks > 0; --blocks, A += ROWS * row_step, C += ROWS * ldc)
+    if (accumulate)
+      gemm_block<Op, ROWS, NV, true>(depth, A, row_step, depth_step, B, ldb, C, ldc);
+    else
+      gemm_block<Op, ROWS, NV, false>(depth, A, row_step, depth_step, B, ldb, C, ldc);
+}
+
+template <class Op, int NV, int64_t LD>
 inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row_step,
                          int64_t depth_step, const typename Op::Item* B, int64_t ldb,
                          typename Op::Acc* C, int64_t ldc, bool accumulate) {
@@ -92,31 +111,31 @@ inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row
                         : ATTN_MR * ATTN_NV / NV > 16 ? 16
                                                       : ATTN_MR * ATTN_NV / NV;
   int64_t r = 0;
-  auto block = [&](auto count) {
-    gemm_block<Op, count.value, NV>(depth, A + r * row_step, row_step, depth_step, B, ldb,
-                                    C + r * ldc, ldc, accumulate);
-    r += count.value;
+  auto take = [&](auto count, int64_t blocks) {
+    if (blocks == 0) return;
+    gemm_rows<Op, count.value, NV, LD>(blocks, depth, A + r * row_step, row_step, depth_step, B,
+                                       ldb, C + r * ldc, ldc, accumulate);
+    r += blocks * count.value;
   };
-  // Not down to the last full block when 8 rows are left: 4 + 4 beat 6 + 2.
-  while (rows - r >= kRows && !(kRows == 6 && rows - r == 8))
-    block(std::integral_constant<int, kRows>{});
-  if constexpr (kRows > 8)
-    if (rows - r >= 8) block(std::integral_constant<int, 8>{});
-  while (rows - r >= 4) block(std::integral_constant<int, 4>{});
-  if (rows - r >= 2) block(std::integral_constant<int, 2>{});
-  if (rows - r >= 1) block(std::integral_constant<int, 1>{});
+  // Not down to the last full block when 2 rows would be left: 4 + 4 beat 6 + 2.
+  take(std::integral_constant<int, kRows>{},
+       kRows == 6 && rows % 6 == 2 && rows > 2 ? rows / 6 - 1 : rows / kRows);
+  if constexpr (kRows > 8) take(std::integral_constant<int, 8>{}, (rows - r) / 8);
+  take(std::integral_constant<int, 4>{}, (rows - r) / 4);
+  take(std::integral_constant<int, 2>{}, (rows - r) / 2);
+  take(std::integral_constant<int, 1>{}, rows - r);
 }
 
 // columns is a multiple of kLanes<Acc>.
-template <class Op>
+template <class Op, int64_t LD = 0>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, const char* A, int64_t row_step,
                  int64_t depth_step, const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
                  int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<typename Op::Acc>;
   int64_t q = 0;
   auto columns_of = [&](auto vectors) {
-    gemm_columns<Op, vectors.value>(rows, depth, A, row_step, depth_step, B + q, ldb, C + q, ldc,
-                                    accumulate);
+    gemm_columns<Op, vectors.value, LD>(rows, depth, A, row_step, depth_step, B + q, ldb, C + q,
+                                        ldc, accumulate);
     q += vectors.value * L;
   };
   while (columns - q >= ATTN_NV * L) columns_of(std::integral_constant<int, ATTN_NV>{});
@@ -125,4 +144,12 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, const char* A, in
   if (columns - q >= 2 * L) columns_of(std::integral_constant<int, 2>{});
 #endif
   if (columns - q >= L) columns_of(std::integral_constant<int, 1>{});
+}
+
+// The same where B and C are rows of a panel.
+template <class Op>
+inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const char* A,
+                       int64_t row_step, int64_t depth_step, const typename Op::Item* B,
+                       typename Op::Acc* C, bool accumulate) {
+  gemm<Op, kPanel>(rows, columns, depth, A, row_step, depth_step, B, kPanel, C, kPanel, accumulate);
 }

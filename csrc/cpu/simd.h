@@ -63,7 +63,20 @@ ATTN_INLINE bool all_equal(Vec<T> a, Vec<T> b) {
   return all;
 }
 
+// a < b in every lane (false where one is NaN).
+template <class T>
+ATTN_INLINE bool all_below(Vec<T> a, Vec<T> b) {
+  Mask<T> below = a < b;
+  typename IntOf<T>::type all = -1;
+  for (int i = 0; i < kLanes<T>; ++i) all &= below[i];
+  return all;
+}
+
 #if ATTN_VEC_BYTES == 64
+template <>
+ATTN_INLINE bool all_below<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) == 0xffff;
+}
 ATTN_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
 }
@@ -72,6 +85,10 @@ ATTN_INLINE bool all_equal<float>(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ) == 0xffff;
 }
 #elif ATTN_VEC_BYTES == 32
+template <>
+ATTN_INLINE bool all_below<float>(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)) == 0xff;
+}
 ATTN_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
 }
@@ -81,56 +98,119 @@ ATTN_INLINE bool all_equal<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
-// e^x = 2^n e^f with n = round(x / ln2), |f| <= ln2 / 2, e^f by its minimax polynomial; 0 below
-// -87.3, NaN stays NaN.  DEGREE 6: 1 ulp (x > -16, where f is exact); 4: 3e-6, for results that
-// are rounded to bfloat16.
-template <int DEGREE>
-ATTN_INLINE Vec<float> exp_reduced(Vec<float> f) {
-  Vec<float> p;
-  if constexpr (DEGREE == 6) {
-    p = 0.0013843653723597527f * f + 0.00837415549904108f;
-    p = p * f + 0.04166800156235695f;
-    p = p * f + 0.16666431725025177f;
-    p = p * f + 0.4999999403953552f;
-    p = p * f + 1.f;
-  } else {
-    p = 0.041513849049806595f * f + 0.16787473857402802f;
-    p = p * f + 0.5000301599502563f;
-    p = p * f + 0.9999668598175049f;
-  }
-  return p * f + 1.f;
-}
+// Exponentials are computed abreast, N vectors at a time: the polynomial is one chain of dependent
+// instructions, and a scheduler holds too few such chains when they come one after another.
+constexpr int kAbreast = ATTN_VEC_BYTES == 64 ? 4 : 2;
+#define ATTN_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
 
-template <int DEGREE = 6>
-ATTN_INLINE Vec<float> vexp(Vec<float> x) {
+// x[i] = 2^x[i] = 2^n 2^f with n = floor(x), 2^f by its minimax polynomial: error 1.5e-7 for DEGREE
+// 5; 7.5e-5 for DEGREE 3, for results that are rounded to bfloat16.  -inf gives 0, NaN stays NaN.
+template <int DEGREE, int N>
+ATTN_INLINE void vexp2_each(Vec<float> (&x)[N]) {
+  Vec<float> f[N], p[N];
 #if ATTN_VEC_BYTES == 64
-  const __m512 n = _mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0);
-  const Vec<float> f = x - (Vec<float>)n * 0.693147182464599609375f;
-  const __mmask16 visible = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
-  return (Vec<float>)_mm512_maskz_scalef_ps(visible, (__m512)exp_reduced<DEGREE>(f), n);
+  ATTN_EACH f[i] = (Vec<float>)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF);  // of -inf: 0
 #else
   const Vec<float> magic = set1(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are n
-  const Vec<float> t = x * 1.44269504088896341f + magic;
-  const Vec<float> n = t - magic;
-  Vec<float> f = x - n * 0.693145751953125f;  // ln2 in two parts; the first product is exact
-  f = f - n * 1.42860682030941723212e-6f;
-  Vec<float> p = exp_reduced<DEGREE>(f);
-  Vec<uint32_t> bits, exponent;  // unsigned: wraps where the result is replaced below
-  std::memcpy(&bits, &p, sizeof(p));
-  std::memcpy(&exponent, &t, sizeof(t));
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof(p));
-  p = x < -87.3f ? Vec<float>{} : p;
-  p = x > 88.7f ? set1(__builtin_inff()) : p;
-  return x == x ? p : x;
+  Vec<float> t[N];
+  ATTN_EACH t[i] = (x[i] - 0.5f) + magic;
+  ATTN_EACH f[i] = x[i] - (t[i] - magic);
+#endif
+  if constexpr (DEGREE == 5) {
+    ATTN_EACH p[i] = 0.0018775766948238015f * f[i] + 0.00898933969438076f;
+    ATTN_EACH p[i] = p[i] * f[i] + 0.05582631751894951f;
+    ATTN_EACH p[i] = p[i] * f[i] + 0.24015361070632935f;
+    ATTN_EACH p[i] = p[i] * f[i] + 0.6931530833244324f;
+    ATTN_EACH p[i] = p[i] * f[i] + 0.9999999403953552f;
+  } else {
+    static_assert(DEGREE == 3);
+    ATTN_EACH p[i] = 0.07802452147006989f * f[i] + 0.22606715559959412f;
+    ATTN_EACH p[i] = p[i] * f[i] + 0.6958335638046265f;
+    ATTN_EACH p[i] = p[i] * f[i] + 0.9999251961708069f;
+  }
+#if ATTN_VEC_BYTES == 64
+  ATTN_EACH x[i] =
+      (Vec<float>)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);  // takes the floor of x
+#else
+  ATTN_EACH {
+    Vec<uint32_t> bits, exponent;  // unsigned: wraps where the result is replaced below
+    std::memcpy(&bits, &p[i], sizeof(bits));
+    std::memcpy(&exponent, &t[i], sizeof(exponent));
+    bits += exponent << 23;
+    std::memcpy(&p[i], &bits, sizeof(bits));
+    p[i] = x[i] < -126.f ? Vec<float>{} : p[i];
+    p[i] = x[i] >= 128.f ? set1(__builtin_inff()) : p[i];
+    x[i] = x[i] == x[i] ? p[i] : x[i];
+  }
 #endif
 }
 
-template <int DEGREE = 6>
-ATTN_INLINE Vec<double> vexp(Vec<double> x) {
-  Vec<double> y{};
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
-  return y;
+// x[i] = e^x[i] = 2^n e^f with n = round(x / ln2), |f| <= ln2 / 2, e^f by its minimax polynomial:
+// 1 ulp for x > -16, where f is exact.  0 below -87.3, NaN stays NaN.
+template <int N>
+ATTN_INLINE void vexp_each(Vec<float> (&x)[N]) {
+  Vec<float> n[N], f[N], p[N];
+#if ATTN_VEC_BYTES == 64
+  ATTN_EACH n[i] = (Vec<float>)_mm512_roundscale_ps((__m512)(x[i] * 1.44269504088896341f), 0);
+  ATTN_EACH f[i] = x[i] - n[i] * 0.693147182464599609375f;
+#else
+  const Vec<float> magic = set1(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are n
+  ATTN_EACH n[i] = x[i] * 1.44269504088896341f + magic;
+  ATTN_EACH f[i] = x[i] - (n[i] - magic) * 0.693145751953125f;  // ln2 in two parts: exact products
+  ATTN_EACH f[i] = f[i] - (n[i] - magic) * 1.42860682030941723212e-6f;
+#endif
+  ATTN_EACH p[i] = 0.0013843653723597527f * f[i] + 0.00837415549904108f;
+  ATTN_EACH p[i] = p[i] * f[i] + 0.04166800156235695f;
+  ATTN_EACH p[i] = p[i] * f[i] + 0.16666431725025177f;
+  ATTN_EACH p[i] = p[i] * f[i] + 0.4999999403953552f;
+  ATTN_EACH p[i] = p[i] * f[i] + 1.f;
+  ATTN_EACH p[i] = p[i] * f[i] + 1.f;
+  ATTN_EACH {
+#if ATTN_VEC_BYTES == 64
+    const __mmask16 visible = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+    x[i] = (Vec<float>)_mm512_maskz_scalef_ps(visible, (__m512)p[i], (__m512)n[i]);
+#else
+    Vec<uint32_t> bits, exponent;  // unsigned: wraps where the result is replaced below
+    std::memcpy(&bits, &p[i], sizeof(bits));
+    std::memcpy(&exponent, &n[i], sizeof(exponent));
+    bits += exponent << 23;
+    std::memcpy(&p[i], &bits, sizeof(bits));
+    p[i] = x[i] < -87.3f ? Vec<float>{} : p[i];
+    p[i] = x[i] > 88.7f ? set1(__builtin_inff()) : p[i];
+    x[i] = x[i] == x[i] ? p[i] : x[i];
+#endif
+  }
+}
+
+template <int DEGREE, int N>
+ATTN_INLINE void vexp2_each(Vec<double> (&x)[N]) {
+  ATTN_EACH {
+    Vec<double> y{};
+    for (int lane = 0; lane < kLanes<double>; ++lane) y[lane] = std::exp2(x[i][lane]);
+    x[i] = y;
+  }
+}
+template <int N>
+ATTN_INLINE void vexp_each(Vec<double> (&x)[N]) {
+  ATTN_EACH {
+    Vec<double> y{};
+    for (int lane = 0; lane < kLanes<double>; ++lane) y[lane] = std::exp(x[i][lane]);
+    x[i] = y;
+  }
+}
+#undef ATTN_EACH
+
+template <class V>
+ATTN_INLINE V vexp(V x) {
+  V one[1] = {x};
+  vexp_each(one);
+  return one[0];
+}
+template <class V>
+ATTN_INLINE V vexp2(V x) {
+  V one[1] = {x};
+  vexp2_each<5>(one);
+  return one[0];
 }
 
 // ln x for positive normal x: x = 2^n m, m in [sqrt(1/2), sqrt(2)), ln m = 2 atanh((m-1) / (m+1)).

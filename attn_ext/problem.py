@@ -123,6 +123,14 @@ class Problem:
         )
 
 
+def memory_order(q: torch.Tensor) -> tuple[int, ...]:
+    """q's dimensions from the outermost in memory to the innermost, which is always the last."""
+    if q.is_contiguous():
+        return tuple(range(q.dim()))
+    order = sorted(range(q.dim() - 1), key=lambda d: q.stride(d), reverse=True)
+    return (*order, q.dim() - 1)
+
+
 def empty_like_layout(
     q: torch.Tensor, last_dim: int, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -136,5 +144,4 @@ def empty_like_layout(
     shape = (*q.shape[:-1], last_dim)
     if q.is_contiguous():  # half the time of the general way
         return torch.empty(shape, dtype=dtype, device=q.device)
-    order = sorted(range(q.dim() - 1), key=lambda d: q.stride(d), reverse=True)
-    return torch.empty_permuted(shape, (*order, q.dim() - 1), dtype=dtype, device=q.device)
+    return torch.empty_permuted(shape, memory_order(q), dtype=dtype, device=q.device)

@@ -56,7 +56,7 @@ def test_the_cpu_backend_is_among_those_tested():
 EXPLORE = os.environ.get("ATTN_EXT_HYPOTHESIS", "ci") != "ci"
 
 
-@pytest.mark.parametrize(("name", "mode"), ABLE, ids="-".join)
+@pytest.mark.parametrize(("name", "mode"), ABLE, ids=["-".join(filter(None, p)) for p in ABLE])
 @settings(
     max_examples=settings().max_examples if EXPLORE else 60,
     deadline=None,

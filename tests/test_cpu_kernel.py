@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attn_ext import _C, attention
+from attn_ext.problem import empty_like_layout
 
 FEATURES = ["plain", "bias", "sink"]
 
@@ -89,3 +90,10 @@ def test_remembered_call_keeps_strides_apart(isa, layout):
     assert contiguous.shape == shape
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(contiguous, expected)
+
+
+def test_strides_of_dimensions_with_one_element():
+    """Strides other than those that fakes promise, which a compiled graph corrects by a copy."""
+    q = torch.randn(70, 100)[:, :16].as_strided((1, 1, 70, 16), (7, 3, 100, 1))
+    for _ in range(2):  # made, then remembered
+        assert attention(q, q, q).stride() == empty_like_layout(q, 16).stride()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from attn_ext.problem import Call, Problem, empty_like_layout
+from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
 
 try:
     from attn_ext import _C
@@ -195,10 +195,15 @@ def plain_plan(call: Call) -> tuple | None:
         lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
         if not (out.numel() or lse.numel()):
             return None
-        order = sorted(range(4), key=lambda d: (-out.stride(d), d))
         if len(_plans) > 4096:
             _plans.clear()
-        plan = (_problem(call, _canonical(call), out, lse), out.shape, order, lse.shape, lse.dtype)
+        plan = (
+            _problem(call, _canonical(call), out, lse),
+            out.shape,
+            memory_order(q),
+            lse.shape,
+            lse.dtype,
+        )
         _plans[key] = plan
     return plan
 

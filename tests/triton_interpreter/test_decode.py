@@ -47,6 +47,13 @@ def test_features(name, processors, monkeypatch):
     check_call(random_call(**{"seqlen_q": 2, **CACHE, **FEATURES[name]}), "triton")
 
 
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 10**6])
+def test_the_splits_that_are_asked_for(num_splits, monkeypatch):
+    """num_splits ignored; parts without keys, or more of them than tiles."""
+    monkeypatch.setattr(launch, "split_count", None)  # the kernel does not choose
+    check_call(random_call(seqlen_q=2, num_splits=num_splits, page_size=16, **CACHE), "triton")
+
+
 def test_dense_calls_with_few_queries_are_split_too():
     """A dense call that the split kernels serve, with a gradient from the others."""
     call = random_call(seqlen_q=2, seqlen_k=520, heads_q=4, heads_k=2, causal=True, batch=1)

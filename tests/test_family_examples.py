@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"digits_vit": "sklearn", "cross_modal": "sklearn", "numbers_to_words": "num2words"}
+NEEDS = {
+    "pipeline": "sklearn", "digits_vit": "sklearn", "cross_modal": "sklearn",
+    "numbers_to_words": "num2words",
+}  # fmt: skip
 NAMES = [
     "worked_example", "pipeline", "digits_vit", "numbers_to_words", "regression", "text_attention",
     "long_context", "cross_modal", "spoken_digits",

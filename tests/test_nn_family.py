@@ -29,6 +29,18 @@ def test_additive_attention():
     torch.testing.assert_close(cut[1:], module(query[1:], key[1:, :4]))
     mask = (torch.arange(9) < lengths[:, None])[:, None]
     torch.testing.assert_close(module(query, key, mask=mask), cut)
+    bias = torch.where(mask, 0.0, -torch.inf).double()
+    torch.testing.assert_close(module(query, key, bias=bias), cut)
+
+
+def test_dropout_of_additive_attention():
+    """Dropout outside training, none within it, or in the weights that one looks at."""
+    module, x = AdditiveAttention(6, 6, 7, dropout=0.5), torch.randn(2, 9, 6)
+    assert not torch.equal(module(x, x), module(x, x))
+    torch.testing.assert_close(module.weights(x, x).sum(-1), torch.ones(2, 9))
+    assert module.training
+    plain = module.eval()(x, x)
+    torch.testing.assert_close(plain, module.weights(x, x) @ x)
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
@@ -117,6 +129,10 @@ def test_autocast():
         (
             lambda x: AttentionPooling(8, 3),
             "embed_dim must be a multiple of num_heads, got 8 and 3",
+        ),
+        (
+            lambda x: AdditiveAttention(4, 8, 4, dropout=2.0),
+            "dropout must be between 0 and 1, got 2.0",
         ),
         (lambda x: AttentionPooling(8, score="cosine"), "score must be 'dot' or 'additive'"),
         (lambda x: AttentionPooling(8)(x[0]), "x must have 3 dimensions and 8 features"),

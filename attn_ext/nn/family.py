@@ -60,35 +60,45 @@ class AdditiveAttention(nn.Module):
     they are (arXiv 1409.0473).  Memory is O(N): the [L, S, hidden_dim] tensor is never made.
     """
 
-    def __init__(self, query_dim: int, key_dim: int, hidden_dim: int, bias: bool = True):
+    def __init__(
+        self, query_dim: int, key_dim: int, hidden_dim: int, bias: bool = True, dropout: float = 0.0
+    ):
         super().__init__()
         _sizes(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
+        validate.number("dropout", dropout, 0.0, 1.0)
+        self.dropout = dropout
         self.query_dim, self.key_dim, self.hidden_dim = query_dim, key_dim, hidden_dim
         self.query_proj = nn.Linear(query_dim, hidden_dim, bias=bias)
         self.key_proj = nn.Linear(key_dim, hidden_dim, bias=False)
         self.w = nn.Parameter(torch.empty(hidden_dim))
         nn.init.uniform_(self.w, -(hidden_dim**-0.5), hidden_dim**-0.5)
 
-    def forward(self, query, key, value=None, *, causal=False, mask=None, lengths=None):
+    def forward(self, query, key, value=None, *, causal=False, mask=None, bias=None, lengths=None):
         """query [N, L, query_dim], key [N, S, key_dim], value [N, S, Ev] (the key if None) ->
-        [N, L, Ev].  mask: bool, broadcastable to [N, L, S]; lengths: int32 [N], used keys.
+        [N, L, Ev].  mask: bool, bias: added to the scores, both broadcastable to [N, L, S];
+        lengths: int32 [N], used keys.  Weights are dropped out in training mode.
         """
         value = key if value is None else value
         _features("query", query, 3, self.query_dim)
         _features("key", key, 3, self.key_dim)
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unsqueeze(1)
+        mask, bias = (x.unsqueeze(1) if x is not None and x.dim() == 3 else x for x in (mask, bias))
         q, k = self.query_proj(query).unsqueeze(1), self.key_proj(key).unsqueeze(1)
         out = additive_attention(
-            q, k, value.unsqueeze(1), self.w, causal=causal, mask=mask, lengths=lengths
-        )
+            q, k, value.unsqueeze(1), self.w, causal=causal, mask=mask, bias=bias,
+            dropout_p=self.dropout if self.training else 0.0, lengths=lengths,
+        )  # fmt: skip
         return out.squeeze(1)
 
     @torch.no_grad()
     def weights(self, query, key, **options) -> torch.Tensor:
         """The weights [N, L, S] themselves: O(L * S) memory, for looking at a few queries."""
         eye = torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
-        return self(query, key, eye.expand(key.shape[0], -1, -1), **options)
+        training = self.training
+        try:
+            self.training = False  # dropout is no part of what is looked at
+            return self(query, key, eye.expand(key.shape[0], -1, -1), **options)
+        finally:
+            self.training = training
 
 
 class AttentionPooling(nn.Module):

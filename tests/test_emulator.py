@@ -277,6 +277,16 @@ def test_atomics_add():
     assert f32(wrapper("ATOMICS", [x]))[5, 0] == x.sum()
 
 
+def test_global_memory_and_named_barriers():
+    """Words in another order, a sum that loses a lane, a barrier that orders nothing."""
+    emulated.set_mode("all", seed=1)
+    x = np.random.default_rng(13).integers(0, 2**32, (9, 32), dtype=np.uint32)
+    out, low = wrapper("GLOBAL", x), x[8] & 0xFF
+    np.testing.assert_array_equal(out[:, [0, 1, 4, 5, 6, 7]], x[[1, 0, 7, 6, 5, 4]].T)
+    assert out[0, 14] == low.sum() == f32(out)[0, 15]
+    np.testing.assert_array_equal(wrapper("BARRIERS", x[:1])[:, 0], x[0, ::-1])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_example_kernel(bf16, mode):
@@ -327,6 +337,7 @@ EVERY_MODE = {
     "STACK": r"more than 64 KiB of stack",
     "WILD_POINTER": r"global memory access at 0x\w+ is not mapped",
     "DIVISION": r"integer division by zero",
+    "IN_FLIGHT_AT_END": r"faults.cuh:\d+: a thread returns while what it copies here is in flight",
     "BARRIER_COUNT": r"32 of 64 threads have arrived|32 threads here, 64 where others",
 }
 

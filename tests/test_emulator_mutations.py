@@ -64,7 +64,7 @@ MUTANTS = {
         ("race", "all"),
     ),
     "waits for one group too few": Mutant(
-        GEMM, EXAMPLE, "cp_async_wait<1>", "cp_async_wait<2>", ("poison", "race", "all"), ("plain",)
+        GEMM, EXAMPLE, "cp_async_wait<1>", "cp_async_wait<2>", ALL_MODES
     ),
     "copy not committed": Mutant(
         GEMM,
@@ -100,6 +100,9 @@ MUTANTS = {
         BARRIER,
         ("poison", "race", "all"),
         ("plain",),
+    ),
+    "forward: Q of a tile without keys is still being copied at the end": Mutant(
+        FORWARD, FWD, "  cp_async_commit();  // without a tile", "  // without a tile", ALL_MODES
     ),
     "forward: prefetch overwrites the V that slow warps read": Mutant(
         FORWARD,

@@ -213,6 +213,12 @@ void Machine::fiber_body() {
 
 // Barriers wait for the threads that have not returned.
 void Machine::on_exit() {
+  Thread& self = fibers_[current_];
+  if (!self.copies.pending().empty()) {
+    fail(self.copies.pending().front().where,
+         "a thread returns while what it copies here is in "
+         "flight: no cp_async_commit and cp_async_wait<0>");
+  }
   Warp& warp = warps_[current_ / 32];
   warp.exited |= 1u << (current_ % 32);
   --alive_;

@@ -133,6 +133,7 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
       copy_keys(t + 1);
     }
   }
+  cp_async_commit();  // without a tile, what stays in the CTA is in no group yet
   cp_async_wait<0>();  // nothing may be in flight at the end
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
@@ -254,6 +255,7 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
       copy_queries(u + 1);
     }
   }
+  cp_async_commit();  // without a tile, what stays in the CTA is in no group yet
   cp_async_wait<0>();  // nothing may be in flight at the end
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {

@@ -27,6 +27,7 @@ enum Fault : int {
   BARRIER_COUNT,
   WARP_RETURNED,
   NAMED_BARRIER,
+  IN_FLIGHT_AT_END,
 };
 
 struct Params {
@@ -98,6 +99,7 @@ void faults(const Params p) {
   if (f == BARRIER_COUNT) named_barrier_sync<1>(warp_id() == 0 ? 64 : 32);
   if (f == WARP_RETURNED && warp_id() == 1) return;
   if (f == WARP_RETURNED) sync_threads();
+  if (f == IN_FLIGHT_AT_END) cp_async_16(base + 16 * t, p.gmem + 4 * t);
   if (f == NAMED_BARRIER) {
     if (warp_id() == 0) {
       sts_f32(base + 4 * t, p.gmem[t]);

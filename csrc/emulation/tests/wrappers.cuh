@@ -33,6 +33,8 @@ enum Op : int {
   CP_ASYNC_4,
   ATOMICS,
   IDS,
+  GLOBAL,
+  BARRIERS,
 };
 
 constexpr int WORDS = 16, SMEM_WORDS = 512;  // words a lane has in `in` and `out`; shared words
@@ -121,6 +123,17 @@ ATTN_DEVICE void run_memory(int op, uint32_t base, const uint32_t* in, uint32_t*
   }
 }
 
+// Global memory: words of the lane turned round, sums of the warp in lane 0's last two words.
+ATTN_DEVICE void run_global(const uint32_t* in, uint32_t* out, uint32_t* sums) {
+  const U32x2 a = ldg_64(in);
+  const U32x4 b = ldg_128(in + 4);
+  stg_64(out, {a.y, a.x});
+  stg_128(out + 4, {b.w, b.z, b.y, b.x});
+  atomic_add_global(reinterpret_cast<int*>(sums), int(in[8] & 0xff));
+  thread_fence();
+  atomic_add_global(reinterpret_cast<float*>(sums + 1), float(in[8] & 0xff));
+}
+
 ATTN_KERNEL(32)
 void wrappers(ATTN_GRID_CONSTANT const Params p) {
   const int lane = lane_id();
@@ -168,6 +181,15 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
     case IDS:
       out[0] = thread_id(), out[1] = block_size(), out[2] = warp_id(), out[3] = block_id().x;
       out[4] = grid_size().y;
+      break;
+    case GLOBAL:
+      run_global(in, out, p.out + WORDS - 2);
+      break;
+    case BARRIERS:
+      sts_32(base + 4 * lane, in[0]);
+      named_barrier_sync<3>(32);  // every lane has written
+      out[0] = lds_32(base + 4 * (31 - lane));
+      named_barrier_arrive<4>(32);  // nobody waits
       break;
     default:
       run_numbers(p.op, in, out);

@@ -77,11 +77,13 @@ test-tsan: $(VENV)/installed.done
 # Without torch's caching allocator memcheck sees the end of each tensor.
 test-gpu: $(VENV)/installed.done
 	ATTN_EXT_CUDA=1 ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_api.py tests/test_backends_hypothesis.py -k cuda
+	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_limits.py -k "not emulated"
+	$(PY) -m pytest -q tests/test_api.py tests/test_torch_integration.py tests/test_backends_hypothesis.py -k cuda
 	$(PY) -m pytest -q tests/test_golden_bits.py
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q tests/test_cuda_kernels.py -k "cuda and (shapes or kernel or decode)" \
+	    $(PY) -m pytest -q tests/test_cuda_kernels.py \
+	      -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
 	    || exit 1; done
 
 clean:

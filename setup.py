@@ -27,7 +27,10 @@ EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
     "-Wno-unknown-pragmas -fno-strict-aliasing -DATTN_EMULATED"
 )
-NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xfatbin=-compress-all"
+# -lineinfo: profilers and compute-sanitizer name source lines; it changes no instruction.
+NVCC_FLAGS = (
+    "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xfatbin=-compress-all"
+)
 CUDA_ARCHS = os.environ.get("ATTN_EXT_CUDA_ARCHS", "80,90a").replace(" ", "")
 # The kernels of one element type and head_dim are one file, generated beside the objects.
 ELEMENTS = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "fp32": "float"}

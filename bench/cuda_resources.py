@@ -2,10 +2,12 @@
 
     python bench/cuda_resources.py            compare with bench/results/cuda_resources.json
     python bench/cuda_resources.py --write    measure and write that table
+    python bench/cuda_resources.py --occupancy    from the table: warps that a multiprocessor holds
 
-For each kernel and architecture: registers a thread, bytes spilled (stores + loads), dynamic shared
-memory a block.  One nvcc run compiles one (dtype, head_dim) pair for all architectures; results
-are kept in build/nvcc by a hash of the sources, so that only what changed is compiled again.
+For each kernel and architecture: registers a thread, bytes spilled (stores + loads); threads and
+dynamic shared memory a block.  One nvcc run compiles one (dtype, head_dim) pair for all
+architectures; results are kept in build/nvcc by a hash of the sources, so that only what changed is
+compiled again.
 """
 
 import argparse
@@ -129,8 +131,10 @@ SHARED = """
 using namespace attn::cuda;
 template <class T, int D>
 void print(const char* dtype) {
-  printf("forward %s %d %d\\n", dtype, D, ForwardTile<T, D>::smem(Row<T, D>::BYTES, 1, 2));
-  printf("backward %s %d %d\\n", dtype, D, BackwardTile<T, D>::smem(Row<T, D>::BYTES, 2, 2));
+  using F = ForwardTile<T, D>;
+  using B = BackwardTile<T, D>;
+  printf("forward %s %d %d %d\\n", dtype, D, F::forward_smem(Row<T, D>::BYTES), F::THREADS);
+  printf("backward %s %d %d %d\\n", dtype, D, B::backward_smem(Row<T, D>::BYTES), B::THREADS);
 }
 template <class T>
 void all(const char* dtype) {
@@ -141,8 +145,8 @@ int main() { all<bf16>("bf16"), all<fp16>("fp16"), all<float>("f32"); }
 """
 
 
-def shared_memory() -> dict[str, int]:
-    """{"forward<bf16, 64>": dynamic shared memory in bytes}, from the tile table itself."""
+def blocks() -> dict[str, dict[str, int]]:
+    """{"forward<bf16, 64>": {shared_memory_bytes, threads}}, from the tile table itself."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "smem.cpp", Path(folder) / "smem"
         source.write_text(SHARED)
@@ -152,7 +156,42 @@ def shared_memory() -> dict[str, int]:
         subprocess.run([cxx, *flags, str(source), *emulator, "-o", str(binary)], check=True)
         lines = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout
     rows = (line.split() for line in lines.splitlines())
-    return {f"{kind}<{dtype}, {dim}>": int(size) for kind, dtype, dim, size in rows}
+    return {
+        f"{kind}<{dtype}, {dim}>": {"shared_memory_bytes": int(size), "threads": int(threads)}
+        for kind, dtype, dim, size, threads in rows
+    }
+
+
+# Of one multiprocessor: bytes of shared memory, warps (CUDA C++ programming guide, table of
+# compute capabilities).  All have 65,536 registers, given out to a warp in units of 256.
+MULTIPROCESSOR = {"sm_80": (164, 64), "sm_90a": (228, 64), "sm_120": (100, 48)}
+
+
+def resident_warps(table: dict, kernel: str, arch: str) -> int:
+    """Warps of a tiled kernel that one multiprocessor holds at a time."""
+    name, dtype, dim = re.match(r"(\w+)<(\w+), (\d+)", kernel).groups()
+    block = table["blocks"][f"{name.split('_')[0]}<{dtype}, {dim}>"]
+    kib, most = MULTIPROCESSOR[arch]
+    warps = block["threads"] // 32
+    registers = -(-table["kernels"][kernel][arch]["registers"] // 8) * 8 * 32 * warps
+    shared = block["shared_memory_bytes"] + 1024  # what the system keeps of each block
+    return warps * min(65536 // registers, kib * 1024 // shared, most // warps)
+
+
+def occupancy(table: dict) -> str:
+    """Markdown: resident warps on sm_80 / sm_90a / sm_120, a row a kernel, a column a head_dim."""
+    lines = ["| kernel | " + " | ".join(map(str, HEAD_DIMS)) + " |", "|---" * 7 + "|"]
+    for name in ("forward", "backward_dq", "backward_dkdv"):
+        for dtype, kind in (("bf16", "plain"), ("bf16", "general"), ("f32", "general")):
+            cells = [
+                "/".join(
+                    str(resident_warps(table, f"{name}<{dtype}, {dim}, {kind}>", arch))
+                    for arch in MULTIPROCESSOR
+                )
+                for dim in HEAD_DIMS
+            ]
+            lines.append(f"| {name}, {dtype}, {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def measure(nvcc: str) -> dict:
@@ -162,7 +201,7 @@ def measure(nvcc: str) -> dict:
     kernels = {kernel: rows for result in results for kernel, rows in result.items()}
     return {
         "nvcc": nvcc_version(nvcc),
-        "shared_memory_bytes": shared_memory(),
+        "blocks": blocks(),
         "kernels": dict(sorted(kernels.items())),
     }
 
@@ -189,7 +228,11 @@ def differences(table: dict, found: dict) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--occupancy", action="store_true", help="print a table of resident warps")
     arguments = parser.parse_args()
+    if arguments.occupancy:
+        print(occupancy(json.loads(TABLE.read_text())))
+        return 0
     nvcc = find_nvcc()
     if nvcc is None:
         print("nvcc not found: put it on PATH or set CUDA_HOME", file=sys.stderr)

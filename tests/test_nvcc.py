@@ -50,9 +50,31 @@ def test_table_holds_every_kernel_within_its_budget():
 
 def test_shared_memory_fits_every_architecture():
     """More than 99 KiB a block would run on sm_80 and fail on sm_86, sm_89 and sm_120."""
-    sizes = resources.shared_memory()
-    assert sizes == TABLE["shared_memory_bytes"]
-    assert max(sizes.values()) <= 99 * 1024
+    blocks = resources.blocks()
+    assert blocks == TABLE["blocks"]
+    assert max(block["shared_memory_bytes"] for block in blocks.values()) <= 99 * 1024
+
+
+def test_the_occupancy_of_the_document_is_that_of_the_table():
+    """docs/cuda.md tells the occupancy of kernels that are no more."""
+    assert resources.occupancy(TABLE) in (ROOT / "docs" / "cuda.md").read_text()
+
+
+def test_two_forward_blocks_for_head_dim_128_fit_sm_80():
+    """256 bytes of shared memory too many halve what a multiprocessor of an A100 works on."""
+    for dtype in ("bf16", "fp16"):
+        assert resources.resident_warps(TABLE, f"forward<{dtype}, 128, plain>", "sm_80") == 8
+
+
+def test_occupancy_by_hand():
+    """Registers not rounded to what a warp is given, or the block's own shared memory forgotten."""
+    rows = {"forward<bf16, 64, plain>": {"sm_80": {"registers": 129}}}
+    block = {"shared_memory_bytes": 40 * 1024, "threads": 128}
+    table = {"kernels": rows, "blocks": {"forward<bf16, 64>": block}}
+    # 129 registers are 136: 65536 // (136 * 128) = 3 blocks; 164 // 41 = 4 blocks
+    assert resources.resident_warps(table, "forward<bf16, 64, plain>", "sm_80") == 12
+    block["shared_memory_bytes"] += 16 * 1024  # 164 // 57 = 2 blocks
+    assert resources.resident_warps(table, "forward<bf16, 64, plain>", "sm_80") == 8
 
 
 def test_log_parser_reads_names_spills_and_warnings():

@@ -88,7 +88,8 @@ ATTN_DEVICE void multiply(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint
   a_tile += (a_row + a_lane) * BYTES, b_tile += b_lane * BYTES;
   ATTN_UNROLL
   for (int n = 0; n < TILES; ++n) C[n][0] = C[n][1] = C[n][2] = C[n][3] = 0.0f;
-  constexpr int UNROLL = kIsHalf<T> ? Row<T, HEAD_DIM>::STEPS : 2;  // floats: all would spill
+  [[maybe_unused]] constexpr int UNROLL =
+      kIsHalf<T> ? Row<T, HEAD_DIM>::STEPS : 2;  // floats: all would spill
 #pragma unroll UNROLL
   for (int step = 0; step < Row<T, HEAD_DIM>::STEPS; ++step) {
     uint32_t r[4], b[4];

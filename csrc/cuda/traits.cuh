@@ -59,12 +59,15 @@ template <int WARPS_, int BLOCK_N_, int STAGES_>
 struct Tile {
   static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
   static constexpr int BLOCK_M = 16 * WARPS_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-  // After the tiles: 128 bytes of flags, then LSE and delta of the streamed queries; or column
-  // sums.
+  // After the tiles: 128 bytes of flags; in backward then LSE and delta of the streamed queries, or
+  // column sums.  Forward goes without these: 1 KiB more would leave one block of 82 KiB on sm_80.
   static constexpr int FLAG_BYTES = 128, ROWS_BYTES = 8 * BLOCK_N_ * STAGES_;
   static constexpr int SUM_BYTES = 4 * BLOCK_N_ * WARPS_;
-  static constexpr int smem(int row_bytes, int stay, int streamed) {
-    return row_bytes * (stay * BLOCK_M + streamed * STAGES * BLOCK_N) + FLAG_BYTES +
+  static constexpr int forward_smem(int row_bytes) {
+    return row_bytes * (BLOCK_M + 2 * STAGES * BLOCK_N) + FLAG_BYTES;
+  }
+  static constexpr int backward_smem(int row_bytes) {
+    return row_bytes * (2 * BLOCK_M + 2 * STAGES * BLOCK_N) + FLAG_BYTES +
            (ROWS_BYTES > SUM_BYTES ? ROWS_BYTES : SUM_BYTES);
   }
 };
@@ -95,7 +98,13 @@ using BackwardTile = typename BackwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
 template <class T>
 constexpr bool kIsHalf = sizeof(T) == 2;
 
-// Lengths and first rows of sequence b, for dense, varlen and decode.
+ATTN_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
+ATTN_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
+ATTN_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Lengths and first rows of sequence b, for dense, varlen and decode.  Python does not read lengths
+// back from the device: one that breaks its promise is cut to 0 .. the longest that was told, so
+// that masks, caches and block tables are not read beyond their ends.
 struct Sequence {
   int b, seqlen_q, seqlen_k;
   int64_t q_start, k_start;
@@ -105,23 +114,22 @@ struct Sequence {
     Sequence s{b, int(p.p.seqlen_q), int(p.p.seqlen_k), 0, 0, 0};
     if (p.ptr.cu_seqlens_q) {
       s.q_start = p.ptr.cu_seqlens_q[b];
-      s.seqlen_q = int(p.ptr.cu_seqlens_q[b + 1] - s.q_start);
+      s.seqlen_q = cut(p.ptr.cu_seqlens_q[b + 1] - s.q_start, p.p.seqlen_q);
     }
     if (p.ptr.cu_seqlens_k) {
       s.k_start = p.ptr.cu_seqlens_k[b];
-      s.seqlen_k = int(p.ptr.cu_seqlens_k[b + 1] - s.k_start);
+      s.seqlen_k = cut(p.ptr.cu_seqlens_k[b + 1] - s.k_start, p.p.seqlen_k);
     }
-    if (p.ptr.seqlens_k) s.seqlen_k = p.ptr.seqlens_k[b];
+    if (p.ptr.seqlens_k) s.seqlen_k = cut(p.ptr.seqlens_k[b], p.p.seqlen_k);
     s.diagonal = p.p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
     return s;
+  }
+  ATTN_DEVICE static int cut(int64_t length, int64_t longest) {
+    return max_int(0, min_int(int(length), int(longest)));
   }
   ATTN_DEVICE int64_t lse_offset(const Params& p, int h, int i) const {
     return b * p.p.lse_stride_b + h * p.p.lse_stride_h + q_start + i;
   }
 };
-
-ATTN_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
-ATTN_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
-ATTN_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace attn::cuda

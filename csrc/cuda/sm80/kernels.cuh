@@ -12,7 +12,7 @@ template <class T, int HEAD_DIM>
 void run_forward(Params p, bool general, void* stream) {
   using Tile = ForwardTile<T, HEAD_DIM>;
   const Grid grid = grid_of(p.p.batch * (p.p.heads_q / p.pack) * p.m_tiles * p.splits);
-  const int smem = Tile::smem(Row<T, HEAD_DIM>::BYTES, 1, 2);
+  const int smem = Tile::forward_smem(Row<T, HEAD_DIM>::BYTES);
   if constexpr (kIsHalf<T>)  // floats are rare on GPUs: one kernel serves all their calls
     if (!general) return launch(forward<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
   launch(forward<T, HEAD_DIM, true>, grid, Tile::THREADS, smem, stream, p);
@@ -21,7 +21,7 @@ void run_forward(Params p, bool general, void* stream) {
 template <class T, int HEAD_DIM>
 void run_backward(Params p, bool general, void* stream) {
   using Tile = BackwardTile<T, HEAD_DIM>;
-  const int smem = Tile::smem(Row<T, HEAD_DIM>::BYTES, 2, 2);
+  const int smem = Tile::backward_smem(Row<T, HEAD_DIM>::BYTES);
   const int64_t units = p.p.batch * p.p.heads_q;
   general = general || !kIsHalf<T>;
   p.splits = p.pack = 1;

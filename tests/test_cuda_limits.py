@@ -1,0 +1,185 @@
+"""What large, oddly strided or broken calls do to the CUDA kernels: offsets beyond 31 bits, more
+heads than a grid dimension holds, rows that 16-byte copies cannot read, lengths that are not true.
+
+On the emulated device of csrc/emulation, and on a GPU where there is one.
+"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_ext import backends
+from attn_ext.problem import Call
+from attn_ext.testing import check_call, poisoned_memory, random_call
+
+BF16 = torch.bfloat16
+
+
+def load(name):
+    """A module of tests/, which is no package (importlib mode)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+emulated = load("emulated_backend")
+MODULES = [(emulated, "cpu")] if emulated.available() == "" else []
+if backends.get("cuda").available() == "":
+    MODULES.append((backends.get("cuda"), "cuda"))
+
+
+def name_of(module):
+    return "emulated" if module is emulated else "cuda"
+
+
+@pytest.fixture(params=MODULES or [None], ids=lambda p: name_of(p[0]) if p else "none built")
+def kernels(request):
+    """(module, device) with these kernels; the emulator in mode "all"."""
+    if request.param is None:
+        pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a GPU is here")
+    if request.param[0] is emulated:
+        emulated.set_mode("all", 1)
+    return request.param
+
+
+def far_apart(x, dim, stride):
+    """x's values in untouched (so virtual) memory, `stride` elements apart in dimension `dim`."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = stride
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    storage = torch.empty(size, dtype=x.dtype, device=x.device)
+    return storage.as_strided(x.shape, strides).copy_(x)
+
+
+FAR = {
+    "batch": (0, 3, 2**30 + 8),
+    "head": (1, 3, 2**30 + 8),
+    "position in a tile": (2, 3, 2**30 + 8),
+    "tile": (2, 70, 2**25 + 8),
+}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias"])
+@pytest.mark.parametrize("where", FAR)
+def test_offsets_beyond_31_bits(kernels, name, where):
+    """An offset in int32, which wraps in tensors of more than 2^31 elements."""
+    dim, count, stride = FAR[where]
+    sizes = {"batch": 1, "heads_q": 1, "heads_k": 1, "seqlen_q": 3, "seqlen_k": 3}
+    kind = ("batch", "heads", "seqlen")[dim]
+    sizes |= {size: count for size in sizes if size.startswith(kind)}
+    side = {name: True} if name in ("mask", "bias") else {}
+    call = random_call(dtype=BF16, device=kernels[1], **sizes, **side)
+    setattr(call, name, far_apart(getattr(call, name), dim, stride))
+    check_call(call, kernels[0])
+
+
+@pytest.mark.parametrize("dim", [0, 2], ids=["page", "position in a page"])
+def test_pages_beyond_31_bits(kernels, dim):
+    """The number of a page times its stride in int32."""
+    call = random_call(dtype=BF16, batch=1, seqlen_q=1, seqlen_k=20, cache_seqlens=[20],
+                       page_size=5, device=kernels[1])  # fmt: skip
+    stride = 2**31 // (call.k.shape[dim] - 1) + 8 & ~7
+    call.k, call.v = (far_apart(x, dim, stride) for x in (call.k, call.v))
+    check_call(call, kernels[0])
+
+
+def test_more_heads_than_a_grid_dimension_holds(kernels):
+    """B * H in gridDim.y or .z, of at most 65,535 blocks."""
+    if kernels[0] is emulated:  # blocks by the thousand: the cheapest mode
+        emulated.set_mode("plain", 1)
+    q = torch.randn(1, 66000, 1, 8, device=kernels[1]).to(BF16)
+    call = Call(q, q, q, max_seqlen_q=1, max_seqlen_k=1)
+    assert torch.equal(kernels[0].forward(call)[0], q)  # one key: O = V
+
+
+# Where a tensor [2, 2, 9, 16] lies: (strides, first element).  8 halves or 4 floats are 16 bytes.
+ODD = {
+    "base": ((288, 144, 16), 1),
+    "batch": ((301, 144, 16), 0),
+    "head": ((331, 165, 16), 0),
+    "row": ((340, 170, 17), 0),
+}
+
+
+def laid(x, where):
+    """x's values at ODD[where], NaN around them."""
+    strides, first = ODD[where]
+    storage = torch.full((2000,), torch.nan, dtype=x.dtype, device=x.device)
+    return storage.as_strided(x.shape, (*strides, 1), first).copy_(x)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("where", ODD)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_rows_that_16_byte_copies_cannot_read(kernels, dtype, where, name):
+    """cp.async of a misaligned address: the emulator names the line, a GPU stops the context.  One
+    tensor lies badly, so that a copy which looks at another's alignment is seen."""
+    module, device = kernels
+    call = random_call(dtype=dtype, batch=2, heads_q=2, seqlen_q=9, device=device)
+    if name != "dout":
+        setattr(call, name, laid(getattr(call, name), where))
+        return check_call(call, module)
+    out, lse, *_ = module.forward(call)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    needs = (True, True, True, False, False)
+    want = module.backward(call, dout, out, lse, None, needs)
+    got = module.backward(call, laid(dout, where), out, lse, None, needs)
+    for a, b in zip(want[:3], got[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dims", [(12, 16), (16, 12), (7, 9)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+def test_head_dims_that_are_no_whole_copies(kernels, dtype, dims):
+    """The last copy of a row, which reads the next row or beyond the tensor."""
+    call = random_call(dtype=dtype, seqlen_q=9, head_dim=dims[0], head_dim_v=dims[1],
+                       layout="padded", device=kernels[1])  # fmt: skip
+    check_call(call, kernels[0])
+
+
+@pytest.mark.parametrize("length", [21, 2**31 - 1, -1, -(2**31)])
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_a_cache_length_that_is_not_true(kernels, length, page_size):
+    """Memory beyond the cache or the block table, which a GPU call cannot check without a sync."""
+    module, device = kernels
+    sizes = dict(dtype=BF16, seqlen_q=2, heads_q=2, seqlen_k=20, page_size=page_size, device=device)
+    true = random_call(cache_seqlens=[20 if length > 0 else 0], causal=True, **sizes)
+    lie = dataclasses.replace(true, seqlens_k=torch.full_like(true.seqlens_k, length))
+    if length < 0:  # the cache holds values, so that a key read is seen
+        lie.k, lie.v = lie.k.nan_to_num(1.0), lie.v.nan_to_num(1.0)
+    with poisoned_memory():
+        want, got = module.forward(true), module.forward(lie)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_sequences_longer_than_they_were_told_to_be(kernels):
+    """A mask or bias read beyond its end by a sequence longer than max_seqlen."""
+    module, device = kernels
+    call = random_call(seqlens_q=[5, 9], seqlens_k=[6, 9], mask="k", bias="qk", dtype=BF16,
+                       device=device)  # fmt: skip
+    want = module.forward(random_call(seqlens_q=[5, 9], seqlens_k=[6, 9], mask="k", bias="qk",
+                                      dtype=BF16, device=device))  # fmt: skip
+    told = dataclasses.replace(call, max_seqlen_q=7, max_seqlen_k=9)
+    with poisoned_memory():
+        out, lse = module.forward(told)[:2]
+        dq, dk, dv, dbias, _ = module.backward(
+            told, torch.ones_like(out), out, lse, None, (True,) * 4 + (False,)
+        )
+    assert torch.equal(out[:5], want[0][:5])  # the first sequence is as long as promised
+    for x in (out, dq, dk, dv, dbias):
+        assert x.isfinite().all()
+
+
+def test_a_call_with_too_many_tiles_is_refused(kernels):
+    """A grid of 2^31 blocks or more, which wraps into a small one."""
+    module, device = kernels
+    call = random_call(dtype=BF16, batch=1, heads_q=1, seqlen_q=1, device=device)
+    many = call.q.expand(2**10, 2**10, 1, 16)
+    call = dataclasses.replace(call, q=many, max_seqlen_q=2**29)
+    native = module._kernels()._native(call, module._kernels()._canonical(call), many, many[..., 0])
+    with pytest.raises(ValueError, match="blocks, more than a CUDA grid holds"):
+        native.forward(0, 0, 0, 1)

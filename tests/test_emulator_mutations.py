@@ -102,7 +102,7 @@ MUTANTS = {
         ("plain",),
     ),
     "forward: Q of a tile without keys is still being copied at the end": Mutant(
-        FORWARD, FWD, "  cp_async_commit();  // without a tile", "  // without a tile", ALL_MODES
+        FORWARD, FWD, "no group yet.\n  cp_async_commit();", "no group yet.", ALL_MODES
     ),
     "forward: prefetch overwrites the V that slow warps read": Mutant(
         FORWARD,

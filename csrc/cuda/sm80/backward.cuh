@@ -133,8 +133,9 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
       copy_keys(t + 1);
     }
   }
-  cp_async_commit();  // without a tile, what stays in the CTA is in no group yet
-  cp_async_wait<0>();  // nothing may be in flight at the end
+  // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
+  cp_async_commit();
+  cp_async_wait<0>();
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= seq.seqlen_q) continue;
@@ -255,8 +256,9 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
       copy_queries(u + 1);
     }
   }
-  cp_async_commit();  // without a tile, what stays in the CTA is in no group yet
-  cp_async_wait<0>();  // nothing may be in flight at the end
+  // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
+  cp_async_commit();
+  cp_async_wait<0>();
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int j = row + 8 * r;

@@ -242,8 +242,9 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
       copy_keys(t + 1);
     }
   }
-  cp_async_commit();  // without a tile, what stays in the CTA is in no group yet
-  cp_async_wait<0>();  // nothing may be in flight at the end
+  // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
+  cp_async_commit();
+  cp_async_wait<0>();
   if (active) store_rows<T, GENERAL>(p, seq, task, O, state, query, row, scale);
 }
 

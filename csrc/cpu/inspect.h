@@ -295,8 +295,7 @@ class Inspect : FamilyTiles<T> {
       const Queries q = pack(seq, h, m0, nq, tile.bm, scratch);
       each_tile(seq, h, m0, tile, q, [&](int64_t n0, int64_t nk) {
         to_weights(seq, q, nk, nq, tile.bm);
-        int64_t c = n0 * cols / p.seqlen_k;  // of neighbours that share a key the second
-        if (c > 0 && cell_high(c - 1, cols, p.seqlen_k) > n0) --c;
+        int64_t c = n0 * cols / p.seqlen_k;  // the first cell of key n0
         for (; c < cols && cell_low(c, cols, p.seqlen_k) < n0 + nk; ++c) {
           const int64_t low = std::max(cell_low(c, cols, p.seqlen_k), n0) - n0;
           const int64_t high = std::min(cell_high(c, cols, p.seqlen_k), n0 + nk) - n0;

@@ -66,7 +66,8 @@ def check_call(call, dtype, backend, label=""):
         if name == "dbias" and call.bias is not None:
             rounding = cancellation(call, dout, got[0], "bias")
         elif kind == "grad" and name not in ("dv", "dbias"):
-            rounding = cancellation(call, dout, got[0], "q") / max(
-                call.k[torch.isfinite(call.k)].abs().max().item() if call.k.numel() else 1, 1e-9
-            ) * w_largest * call.q.shape[-2] ** 0.5  # fmt: skip
+            finite = call.k[torch.isfinite(call.k)]
+            largest = finite.abs().max().item() if finite.numel() else 1.0
+            rounding = cancellation(call, dout, got[0], "q") / max(largest, 1e-9)
+            rounding *= w_largest * call.q.shape[-2] ** 0.5
         assert_close_to_reference(x, want, plain, kind, f"{label}: {name}", dtype, rounding)

@@ -28,6 +28,7 @@ CASES = {
     "mask broadcast over queries": {"seqlen_q": 40, "mask": "bk"},
     "lengths": {"seqlen_q": 30, "seqlen_k": 80, "cache_seqlens": [80, 0, 33]},
     "lengths, causal": {"seqlen_q": 5, "seqlen_k": 80, "cache_seqlens": [80, 3], "causal": True},
+    "lengths of nothing": {"seqlen_q": 40, "seqlen_k": 17, "cache_seqlens": [0], "dropout_p": 0.1},
     "no keys": {"seqlen_q": 5, "seqlen_k": 0},
     "no queries": {"seqlen_q": 0, "seqlen_k": 5},
     "varlen with an empty sequence": {"seqlens_q": [5, 0, 33], "seqlens_k": [40, 7, 70]},

@@ -76,20 +76,18 @@ class Backward {
   };
 
   // What the loop over panels keeps of a key block, and its scratch.
-  struct Block {
+  struct Block : GradientTile<Op> {
+    explicit Block(const Sequence& s) : seq(s) {}
     const Sequence& seq;
-    int64_t t, n0, nk;
+    int64_t t{}, n0{}, nk{};
     Operand K{}, V{}, K_by_key{};
-    int finite = -1;                           // no inf or NaN in K and V; -1: not asked yet
-    T *dK{}, *dV{};                            // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
-    Item *Qt{}, *dOt{};                        // [items of d][kPanel]
-    Item *Q{}, *dO{};                          // [items of kPanel][d_pad]
-    T *S{}, *dP{}, *add{}, *keep{}, *dcap{};   // [BLOCK_N][kPanel]; dcap is null without softcap
-    T *lse{}, *lse_rest{};                     // [kPanel]: their sum is LSE / ln 2, which T rounds
-    T* row{};                                  // [max dim]
-    T* dQt{};                                  // [D][kPanel], of whole rows
-    Item *P_rows{}, *dS_rows{}, *dS_by_key{};  // A of dV and dK [BLOCK_N][items of kPanel]; B of dQ
-    Item* block{};                             // of pack_transposed
+    int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
+    T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
+    Item *Qt{}, *dOt{};  // [items of d][kPanel]
+    Item *Q{}, *dO{};    // [items of kPanel][d_pad]
+    T *keep{}, *row{};   // [BLOCK_N][kPanel], [max dim]
+    T* dQt{};            // [D][kPanel], of whole rows
+    Item* block{};       // of pack_transposed
   };
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -142,7 +140,7 @@ class Backward {
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) * (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims +
-                                 kBackwardKeys * kPanel * 8 + kPanel * (2 + d_pad) + dims);
+                                 kBackwardKeys * kPanel * 7 + kPanel * (2 + d_pad) + dims);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
@@ -155,11 +153,12 @@ class Backward {
     auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
     Item *K_scratch = items_of(kBackwardKeys * d_pad),
          *V_scratch = items_of(kBackwardKeys * dv_pad);
-    Block k{seq, t, n0, nk};
+    Block k(seq);
+    k.t = t, k.n0 = n0, k.nk = nk;
     k.dK = scratch.take<T>(kBackwardKeys * d_pad), k.dV = scratch.take<T>(kBackwardKeys * dv_pad);
     k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
-    k.S = tile_of(), k.dP = tile_of(), k.add = tile_of(), k.keep = tile_of();
+    k.S = tile_of(), k.dP = tile_of(), k.keep = tile_of();
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
     k.lse = scratch.take<T>(kPanel), k.lse_rest = scratch.take<T>(kPanel);
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
@@ -221,7 +220,7 @@ class Backward {
     const Sequence& seq = k.seq;
     const int64_t h = r.h, m0 = r.m0, nq = r.nq, unit = r.unit;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
-    const Panel<T> panel(seq, h, m0, nq, k.add, k.keep);
+    const Panel<T> panel(seq, h, m0, nq, k.keep);
     const Tile tile = panel.tile(k.n0, k.nk, Op::kPack);
     Segment segments[2 * kGrains + 1];
     const int count = panel.segments(tile, segments);
@@ -238,6 +237,7 @@ class Backward {
     const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
     prefetch_rows(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
     prefetch_rows(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(), dv * bytes());
+    panel.prefetch(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,
@@ -247,13 +247,7 @@ class Backward {
                      k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + s.lo * kPanel + s.begin,
                      false);
     }
-    T scale = T(p.scale * kUnit);
-    if (panel.plain()) {
-      panel.apply_band(tile, k.S);
-    } else {
-      panel.logits(tile, k.S, k.dcap);
-      scale = T(kUnit);
-    }
+    const T scale = T(panel.logits(tile, k.S, k.dcap) * kUnit);
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
@@ -265,25 +259,26 @@ class Backward {
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
     std::fill(k.lse_rest + nq, k.lse_rest + kPanel, T(0));
     T* row_delta = delta.data() + unit * kPanel;
-    if (r.whole()) exact_delta(k, panel, tile, scale, kept, row_delta);
+    const T* dlse = ptr.dlse ? static_cast<const T*>(ptr.dlse) + seq.lse_offset(h, m0) : nullptr;
+    if (r.whole()) k.exact_delta(panel, tile, scale, kept, dlse, row_delta);
     const bool safe = !panel.partial(tile) || finite(k, panel);  // no inf or NaN times 0
     const bool late = ptr.dbias || k.dcap || !safe;              // dS is needed as numbers first
     for (int64_t g = 0; g < panel.grains; ++g)
       for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
         if (r.whole())
-          gradient<true>(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
+          k.template gradient<true>(v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
         else
-          gradient<false>(k, v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
+          k.template gradient<false>(v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
     if (late) {
       if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
-      if (k.dcap) through_softcap(k, panel, tile);
+      if (k.dcap) k.through_softcap(panel, tile);
       if (!safe) {
         begin_dq(k, r, dq);
         add_visible(k, panel, tile, h, dq);
         return end_dq(k, r, dq);
       }
       if constexpr (Op::kPack == 2)
-        for (int64_t g = 0; g < panel.grains; ++g) emit(k, g * kGrain, tile.lo[g], tile.hi[g]);
+        for (int64_t g = 0; g < panel.grains; ++g) k.emit(g * kGrain, tile.lo[g], tile.hi[g]);
     }
 
     // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
@@ -375,151 +370,6 @@ class Backward {
                pairs * int64_t(sizeof(Item)), int64_t(sizeof(Item)), B + begin * ldb, ldb,
                C + s.lo * pad, pad, true);
     }
-  }
-
-  // w[i] = P of key j + i and the vector of queries v.
-  template <int N>
-  ATTN_INLINE static void weights(const Block& k, int64_t j, int64_t v, T scale, Vec<T> (&w)[N]) {
-    const T* S = k.S + j * kPanel + v;
-    const Vec<T> lse = load(k.lse + v);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) w[i] = load(S + i * kPanel) * scale - lse;
-    if constexpr (Op::kPack == 1) {
-      const Vec<T> rest = load(k.lse_rest + v);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) w[i] -= rest;
-    }
-    vexp2_each<Op::kPack == 2 ? 3 : 5>(w);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {  // also where LSE is NaN
-      const Mask<T> excluded = load(S + i * kPanel) == -std::numeric_limits<T>::infinity();
-      w[i] = excluded ? Vec<T>{} : w[i];
-    }
-  }
-
-  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows, and S = P.  It is
-  // rowsum(dO * O), but O need not be read, and where dS nearly cancels its rounding would show.
-  void exact_delta(const Block& k, const Panel<T>& panel, const Tile& tile, T scale, const T* kept,
-                   T* row_delta) const {
-    for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
-        Vec<T> sum[2] = {};
-        int64_t j = tile.lo[g];
-        auto keys = [&](auto count) {
-          constexpr int N = count.value;
-          for (; j + N <= tile.hi[g]; j += N) {
-            T* at = k.S + j * kPanel + v;
-            Vec<T> w[N];
-            weights(k, j, v, scale, w);
-#pragma GCC unroll 8
-            for (int i = 0; i < N; ++i) {
-              store(at + i * kPanel, w[i]);
-              Vec<T> x = load(k.dP + (j + i) * kPanel + v) * w[i];
-              if (kept) x *= load(kept + (j + i) * kPanel + v);
-              sum[i % 2] += w[i] == T(0) ? Vec<T>{} : x;
-            }
-          }
-        };
-        keys(std::integral_constant<int, kAbreast>{});
-        keys(std::integral_constant<int, 1>{});
-        for (int i = 0; i < L && v + i < panel.nq; ++i) {
-          const int64_t at = k.seq.lse_offset(panel.h, panel.m0 + v + i);
-          row_delta[v + i] =
-              sum[0][i] + sum[1][i] - (ptr.dlse ? static_cast<const T*>(ptr.dlse)[at] : T(0));
-        }
-      }
-  }
-
-  // One vector of queries (lane v), keys [lo, hi).  S: logits in (READY: weights), dropped-out
-  // weights out; dP in, dS out: as numbers in place (late), or as operands of the products that
-  // follow.
-  template <bool READY>
-  void gradient(const Block& k, int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta,
-                const T* kept, bool late) const {
-    int64_t j = lo;
-    auto keys = [&](auto count) {
-      for (; j + count.value <= hi; j += count.value)
-        if (kept)
-          gradient_keys<READY, count.value, true>(k, j, v, scale, row_delta, kept, late);
-        else
-          gradient_keys<READY, count.value, false>(k, j, v, scale, row_delta, kept, late);
-    };
-    keys(std::integral_constant<int, kAbreast>{});
-    keys(std::integral_constant<int, 2>{});
-    keys(std::integral_constant<int, 1>{});
-  }
-
-  template <bool READY, int N, bool kDropout>
-  ATTN_INLINE void gradient_keys(const Block& k, int64_t j, int64_t v, T scale, const T* row_delta,
-                                 const T* kept, bool late) const {
-    const Vec<T> row = load(row_delta + v);
-    const int64_t at = j * kPanel + v;
-    Vec<T> w[N], g[N];
-    if constexpr (READY) {
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) w[i] = load(k.S + at + i * kPanel);
-    } else {
-      weights(k, j, v, scale, w);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      Vec<T> dp = load(k.dP + at + i * kPanel);
-      const Mask<T> none = w[i] == T(0);  // an excluded V may hold NaN
-      if constexpr (kDropout) dp *= load(kept + at + i * kPanel);
-      g[i] = none ? Vec<T>{} : w[i] * (dp - row);
-      if constexpr (kDropout) w[i] *= load(kept + at + i * kPanel);
-    }
-    if (Op::kPack == 1 || late) {
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) {
-        store(k.S + at + i * kPanel, w[i]);
-        store(k.dP + at + i * kPanel, g[i]);
-      }
-    } else {
-      emit_keys(k, j, v, w, g);
-    }
-  }
-
-  // bf16 operands of what gradient() left as numbers.
-  void emit(const Block& k, int64_t v, int64_t lo, int64_t hi) const {
-    for (int64_t j = lo; j < hi; j += 2) {
-      const int64_t at = j * kPanel + v;
-      if (j + 1 < hi) {
-        const Vec<T> w[2] = {load(k.S + at), load(k.S + at + kPanel)};
-        const Vec<T> g[2] = {load(k.dP + at), load(k.dP + at + kPanel)};
-        emit_keys(k, j, v, w, g);
-      } else {
-        const Vec<T> w[1] = {load(k.S + at)}, g[1] = {load(k.dP + at)};
-        emit_keys(k, j, v, w, g);
-      }
-    }
-  }
-
-  // N keys from an even j as bf16: rows for dV and dK, pairs of keys for dQ.
-  template <int N>
-  ATTN_INLINE static void emit_keys(const Block& k, int64_t j, int64_t v, const Vec<T> (&w)[N],
-                                    const Vec<T> (&g)[N]) {
-    if constexpr (Op::kPack == 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) {
-        store_bf16(reinterpret_cast<uint16_t*>(k.P_rows) + (j + i) * kPanel + v, w[i]);
-        store_bf16(reinterpret_cast<uint16_t*>(k.dS_rows) + (j + i) * kPanel + v, g[i]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < N; i += 2)
-        store(k.dS_by_key + (j + i) / 2 * kPanel + v,
-              pair_rows(g[i], i + 1 < N ? g[i + 1] : Vec<T>{}));
-    }
-  }
-
-  void through_softcap(const Block& k, const Panel<T>& panel, const Tile& tile) const {
-    for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j)
-        for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
-          T* at = k.dP + j * kPanel + v;
-          const Vec<T> x = load(at);  // dcap is NaN where an excluded K is
-          store(at, x == T(0) ? Vec<T>{} : x * load(k.dcap + j * kPanel + v));
-        }
   }
 
   // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.

@@ -116,7 +116,7 @@ class Forward {
 
   int64_t scratch_bytes() const {
     const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v);
-    return int64_t(sizeof(T)) * ((panels * kPanel + L) * d + 3 * kForwardKeys * kPanel +
+    return int64_t(sizeof(T)) * ((panels * kPanel + L) * d + 2 * kForwardKeys * kPanel +
                                  kForwardKeys * (d + dv) + (L + 1) * dv);
   }
 
@@ -134,7 +134,6 @@ class Forward {
     Item* Qt = scratch.take<Item>(panels * kPanel * depth_padded);
     Item* block = scratch.take<Item>(L * depth_padded);
     T* S = scratch.take<T>(kForwardKeys * kPanel);
-    T* add = scratch.take<T>(kForwardKeys * kPanel);
     T* keep = scratch.take<T>(kForwardKeys * kPanel);
     Item* K_scratch = scratch.take<Item>(kForwardKeys * items<Op>(d));
     Item* V_scratch = scratch.take<Item>(kForwardKeys * dv);
@@ -163,7 +162,7 @@ class Forward {
       }
       int finite = -1;  // of V; asked for at most once a tile
       for (int64_t q = 0; q < nq; q += kPanel) {
-        const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), add, keep);
+        const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), keep);
         const Tile tile = panel.tile(n0, nk, Op::kPack);
         if (tile.empty) continue;
         Segment segments[2 * kGrains + 1];
@@ -230,18 +229,14 @@ class Forward {
   // S^T = K Q^T  [nk, columns], then logits; returns what turns them into s.
   T scores(const Panel<T>& panel, const Tile& tile, const Segment* segments, int count,
            const Operand& K, const Item* Q, T* S) const {
+    panel.prefetch(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(p.head_dim),
                      K.data + s.lo * K.row_step, K.row_step, K.depth_step, Q + s.begin,
                      S + s.lo * kPanel + s.begin, false);
     }
-    if (panel.plain()) {
-      panel.apply_band(tile, S);
-      return T(p.scale / kLn2);
-    }
-    panel.logits(tile, S, nullptr);
-    return T(1 / kLn2);
+    return T(panel.logits(tile, S, nullptr) / kLn2);
   }
 
   static bool bases_serve(const SoftmaxState<T>& state, int64_t columns) {

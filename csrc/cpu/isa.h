@@ -16,6 +16,7 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #include "cpu/dropout.h"
 #include "cpu/score.h"
 #include "cpu/forward.h"
+#include "cpu/gradient.h"
 #include "cpu/backward.h"
 #include "cpu/decode.h"
 #ifndef ATTN_BF16_DOT

@@ -22,6 +22,19 @@ ATTN_INLINE void convert_row(DType type, const void* src, int64_t n, T* dst) {
   load_row<T>(type, src, n, dst);
 }
 
+// A vector of bfloat16 numbers.
+template <class T>
+ATTN_INLINE Vec<T> load_bf16(const char* src) {
+#if ATTN_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)src)),
+                                     16);
+#endif
+  T row[kLanes<T>] = {};
+  load_row<T>(DType::kBFloat16, src, kLanes<T>, row);
+  return load(row);
+}
+
 template <class T>
 ATTN_INLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
 #if ATTN_VEC_BYTES >= 32

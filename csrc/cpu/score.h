@@ -24,9 +24,9 @@ class Panel {
   int64_t h, m0, nq;  // query head, first query, queries
   int64_t grains, columns;
 
-  // add_scratch, keep_scratch: [BLOCK_N][kPanel]
-  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, T* add, T* keep)
-      : seq(s), h(head), m0(first), nq(queries), add_scratch(add), keep_scratch(keep) {
+  // keep_scratch: [BLOCK_N][kPanel]
+  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, T* keep)
+      : seq(s), h(head), m0(first), nq(queries), keep_scratch(keep) {
     grains = (nq + kGrain - 1) / kGrain;
     columns = grains * kGrain;
     for (int64_t g = 0; g < grains; ++g)
@@ -71,13 +71,48 @@ class Panel {
   // True when some computed pair of the tile may be excluded.
   bool partial(const Tile& t) const { return seq.ptr->mask || seq.ptr->bias || t.banded; }
 
-  // True when logits are scale * product (scale > 0) but for the band.
-  bool plain() const {
-    return seq.p->scale > 0 && seq.p->softcap <= 0 && !seq.ptr->alibi_slopes && !seq.ptr->mask &&
-           !seq.ptr->bias;
+  // Brings the tile's part of mask and bias closer while the products are computed.
+  void prefetch(const Tile& t) const {
+    auto rows = [&](const void* base, int64_t size, const auto& s) {
+      if (!base || s.q == 0 || s.k != 1) return;
+      const int64_t at = seq.b * s.b + h * s.h + m0 * s.q + t.n0;
+      prefetch_rows(static_cast<const char*>(base) + at * size, nq, s.q * size, t.nk * size);
+    };
+    rows(seq.ptr->mask, 1, seq.p->mask);
+    rows(seq.ptr->bias, int64_t(dtype_size(seq.p->bias_dtype)), seq.p->bias);
   }
 
-  // S: products in, -inf outside of the band; nothing else is touched.
+  // S: products in; logits = factor * S out, with the factor that is returned.  dcap (or null)
+  // receives d softcap(s) / ds.
+  double logits(const Tile& t, T* S, T* dcap) const {
+    const bool plain =
+        seq.p->scale > 0 && seq.p->softcap <= 0 && !seq.ptr->alibi_slopes && !seq.ptr->bias;
+    if (!plain) compute(t, S, dcap);
+    apply_band(t, S);
+    apply_mask(t, S);
+    return plain ? seq.p->scale : 1;
+  }
+
+  // keep_scratch[j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4.
+  const T* keep(const Tile& t) const {
+    const double p = seq.p->dropout_p;
+    const uint64_t threshold = dropout_threshold(p);
+    const T kept = p < 1 ? T(1 / (1 - p)) : T(0);
+    for (int64_t g = 0; g < grains; ++g)
+      for (int64_t j = t.lo[g] / 4 * 4; j < t.hi[g]; j += 4)
+        philox_lanes<T>(philox, uint32_t((t.n0 + j) >> 2), uint32_t(m0 + g * kGrain), uint32_t(h),
+                        uint32_t(seq.b), threshold, kept, keep_scratch + j * kPanel + g * kGrain);
+    return keep_scratch;
+  }
+
+ private:
+  T* keep_scratch;
+  PhiloxKey philox{};
+  int64_t lo_[kGrains], hi_[kGrains];
+
+  int64_t last_query(int64_t g) const { return m0 + std::min((g + 1) * kGrain, nq) - 1; }
+
+  // S = -inf outside of the band; nothing else is touched.
   void apply_band(const Tile& t, T* S) const {
     if (!t.banded) return;
     for (int64_t g = 0; g < grains; ++g) {
@@ -96,61 +131,6 @@ class Panel {
     }
   }
 
-  // S: products in, logits out.  dcap (or null) receives d softcap(s) / ds.
-  void logits(const Tile& t, T* S, T* dcap) const {
-    const Problem& p = *seq.p;
-    const T ninf = -std::numeric_limits<T>::infinity();
-    const bool extra = seq.ptr->mask || seq.ptr->bias;
-    if (extra) fill_add(t);
-    const T scale = T(p.scale), cap = T(p.softcap), inverse_cap = T(1) / cap;
-    const T slope = seq.ptr->alibi_slopes
-                        ? T(static_cast<const float*>(
-                              seq.ptr->alibi_slopes)[seq.b * seq.ptr->alibi_stride_b + h])
-                        : T(0);
-    const int64_t corner = seq.seqlen_k - seq.seqlen_q;
-    for (int64_t g = 0; g < grains; ++g)
-      for (int64_t j = t.lo[g]; j < t.hi[g]; ++j)
-        for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += kLanes<T>) {
-          T* at = S + j * kPanel + q;
-          Vec<T> s = load(at) * scale;
-          if (cap > 0) {
-            const Vec<T> u = vtanh(s * inverse_cap);
-            s = u * cap;
-            if (dcap) store(dcap + j * kPanel + q, T(1) - u * u);
-          }
-          if (seq.ptr->alibi_slopes) {
-            const Vec<T> distance = iota<T>() + T(q + m0 + corner - t.n0 - j);
-            s -= slope * (distance < T(0) ? -distance : distance);
-          }
-          if (extra) {
-            const Vec<T> a = load(add_scratch + j * kPanel + q);
-            s = a == ninf ? set1(ninf) : s + a;
-          }
-          store(at, s);
-        }
-    apply_band(t, S);
-  }
-
-  // keep_scratch[j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4.
-  const T* keep(const Tile& t) const {
-    const double p = seq.p->dropout_p;
-    const uint64_t threshold = dropout_threshold(p);
-    const T kept = p < 1 ? T(1 / (1 - p)) : T(0);
-    for (int64_t g = 0; g < grains; ++g)
-      for (int64_t j = t.lo[g] / 4 * 4; j < t.hi[g]; j += 4)
-        philox_lanes<T>(philox, uint32_t((t.n0 + j) >> 2), uint32_t(m0 + g * kGrain), uint32_t(h),
-                        uint32_t(seq.b), threshold, kept, keep_scratch + j * kPanel + g * kGrain);
-    return keep_scratch;
-  }
-
- private:
-  T* add_scratch;
-  T* keep_scratch;
-  PhiloxKey philox{};
-  int64_t lo_[kGrains], hi_[kGrains];
-
-  int64_t last_query(int64_t g) const { return m0 + std::min((g + 1) * kGrain, nq) - 1; }
-
   void band_row(int64_t key, int64_t g, T* row) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     const int64_t aligned = key - seq.diagonal() - m0;  // the lane on the diagonal
@@ -167,56 +147,142 @@ class Panel {
     }
   }
 
-  // add_scratch[j][q] = bias, or -inf where the mask excludes.
-  void fill_add(const Tile& t) const {
-    const Problem& p = *seq.p;
+  // S = -inf where the mask excludes.  A lane holds the mask of its query for 32 keys, as bits.
+  void apply_mask(const Tile& t, T* S) const {
+    if (!seq.ptr->mask) return;
+    using Int = typename IntOf<T>::type;
     constexpr int L = kLanes<T>;
-    const auto* mask = static_cast<const uint8_t*>(seq.ptr->mask);
-    const bool same_rows = (!mask || p.mask.q == 0) && (!seq.ptr->bias || p.bias.q == 0);
-    T row[L][L];
+    const T ninf = -std::numeric_limits<T>::infinity();
     for (int64_t g = 0; g < grains; ++g)
-      for (int64_t j = t.lo[g] / L * L; j < t.hi[g]; j += L) {
-        const int64_t n = std::min<int64_t>(L, t.nk - j);
-        if (same_rows) {  // a row for all queries: padding masks
-          add_row(m0, t.n0 + j, n, row[0]);
-          for (int64_t c = 0; c < n; ++c)
-            for (int64_t q = 0; q < kGrain; q += L)
-              store(add_scratch + (j + c) * kPanel + g * kGrain + q, set1(row[0][c]));
-          continue;
-        }
+      for (int64_t j = t.lo[g] / 32 * 32; j < t.hi[g]; j += 32) {
+        const int64_t n = std::min<int64_t>(32, t.nk - j),
+                      begin = std::max(t.lo[g] - j, int64_t(0)), end = std::min(t.hi[g] - j, n);
         for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
-          for (int64_t r = 0; r < L; ++r)
-            add_row(m0 + std::min(q + r, nq - 1), t.n0 + j, n, row[r]);
-          transpose<T>(&row[0][0], L, L, L, add_scratch + j * kPanel + q, kPanel);
+          Int rows[L];
+          uint32_t all = ~0u;
+          for (int r = 0; r < L; ++r) {
+            const bool same = r > 0 && (seq.p->mask.q == 0 || q + r >= nq);
+            const uint32_t bits = same ? uint32_t(rows[r - 1]) : mask_bits(q + r, t.n0 + j, n);
+            rows[r] = Int(bits);
+            all &= bits;
+          }
+          if (all == ~0u >> (32 - n)) continue;
+          const Mask<T> bits = load(rows);
+          for (int64_t c = begin; c < end; ++c) {
+            T* at = S + (j + c) * kPanel + q;
+            store(at, (bits & Int(1u << c)) == 0 ? set1(ninf) : load(at));
+          }
         }
       }
   }
 
-  // Bias and mask of query i for n keys from key; the rest of the vector is 0.
-  ATTN_INLINE void add_row(int64_t i, int64_t key, int64_t n, T* out) const {
+  // Bit c: lane q of the panel sees key + c as far as the mask goes, c < n.
+  ATTN_INLINE uint32_t mask_bits(int64_t q, int64_t key, int64_t n) const {
+    const auto& s = seq.p->mask;
+    const auto* at = static_cast<const uint8_t*>(seq.ptr->mask) + seq.b * s.b + h * s.h +
+                     (m0 + std::min(q, nq - 1)) * s.q + key * s.k;
+#if ATTN_VEC_BYTES == 64
+    if (s.k == 1 && n == 32) {
+      const __m256i bytes = _mm256_loadu_si256((const __m256i*)at);
+      return _mm256_test_epi8_mask(bytes, bytes);
+    }
+#elif ATTN_VEC_BYTES == 32
+    if (s.k == 1 && n == 32) {
+      const __m256i bytes = _mm256_loadu_si256((const __m256i*)at);
+      return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
+    }
+#endif
+    uint32_t bits = 0;
+    for (int64_t c = 0; c < n; ++c) bits |= uint32_t(at[c * s.k] != 0) << c;
+    return bits;
+  }
+
+  //   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|
+  void compute(const Tile& t, T* S, T* dcap) const {
     const Problem& p = *seq.p;
     constexpr int L = kLanes<T>;
     const T ninf = -std::numeric_limits<T>::infinity();
-    store(out, Vec<T>{});
-    if (seq.ptr->bias) {
-      const int64_t at = seq.b * p.bias.b + h * p.bias.h + i * p.bias.q + key * p.bias.k;
-      if (p.bias.k == 1 && n == L)
-        load_row<T>(
-            p.bias_dtype,
-            static_cast<const char*>(seq.ptr->bias) + at * int64_t(dtype_size(p.bias_dtype)), L,
-            out);
-      else
-        for (int64_t c = 0; c < n; ++c)
-          out[c] = load_one<T>(p.bias_dtype, seq.ptr->bias, at + c * p.bias.k);
+    const bool biased = seq.ptr->bias;
+    const T scale = T(p.scale), cap = T(p.softcap), inverse_cap = T(1) / cap;
+    const T slope = seq.ptr->alibi_slopes
+                        ? T(static_cast<const float*>(
+                              seq.ptr->alibi_slopes)[seq.b * seq.ptr->alibi_stride_b + h])
+                        : T(0);
+    const int64_t corner = seq.seqlen_k - seq.seqlen_q;
+    for (int64_t g = 0; g < grains; ++g)
+      for (int64_t j0 = t.lo[g] / L * L; j0 < t.hi[g]; j0 += L)
+        for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
+          const int64_t end = std::min<int64_t>(t.hi[g], j0 + L);
+          T bias[L][L];  // [key][query]
+          if (biased) load_bias(q, t.n0 + j0, std::min<int64_t>(L, t.nk - j0), bias);
+          for (int64_t j = std::max(t.lo[g], j0); j < end; ++j) {
+            T* at = S + j * kPanel + q;
+            Vec<T> s = load(at) * scale;
+            if (cap > 0) {
+              const Vec<T> u = vtanh(s * inverse_cap);
+              s = u * cap;
+              if (dcap) store(dcap + j * kPanel + q, T(1) - u * u);
+            }
+            if (seq.ptr->alibi_slopes) {
+              const Vec<T> distance = iota<T>() + T(q + m0 + corner - t.n0 - j);
+              s -= slope * (distance < T(0) ? -distance : distance);
+            }
+            if (biased) {
+              const Vec<T> b = load(bias[j - j0]);
+              s = b == ninf ? set1(ninf) : s + b;
+            }
+            store(at, s);
+          }
+        }
+  }
+
+  // bias[c][r] = that of lane q + r and key + c, c < n.
+  ATTN_INLINE void load_bias(int64_t q, int64_t key, int64_t n,
+                             T (&bias)[kLanes<T>][kLanes<T>]) const {
+    const Problem& p = *seq.p;
+    constexpr int L = kLanes<T>;
+    Vec<T> block[L];
+    if (p.bias.q == 0) {  // a row for all queries
+      T row[L];
+      store(row, bias_row(q, key, n));
+      for (int64_t c = 0; c < n; ++c) store(bias[c], set1(row[c]));
+      return;
     }
-    if (seq.ptr->mask) {
-      const uint8_t* at = static_cast<const uint8_t*>(seq.ptr->mask) + seq.b * p.mask.b +
-                          h * p.mask.h + i * p.mask.q + key * p.mask.k;
-      if (p.mask.k == 1 && n == L)
-        for (int64_t c = 0; c < L; ++c) out[c] = at[c] ? out[c] : ninf;
+    if (p.bias.k == 1 && n == L && q + L <= nq) {  // its rows begin in as many pages: all at once
+      const int64_t size = int64_t(dtype_size(p.bias_dtype));
+      const char* from = static_cast<const char*>(seq.ptr->bias) +
+                         (seq.b * p.bias.b + h * p.bias.h + (m0 + q) * p.bias.q + key) * size;
+      const int64_t step = p.bias.q * size;
+      auto rows = [&](auto load_one_row) {
+#pragma GCC unroll 16
+        for (int r = 0; r < L; ++r) block[r] = load_one_row(from + r * step);
+      };
+      if (p.bias_dtype == DType::kBFloat16)
+        rows([](const char* at) { return load_bf16<T>(at); });
+      else if (size == int64_t(sizeof(T)))
+        rows([](const char* at) { return load(reinterpret_cast<const T*>(at)); });
       else
-        for (int64_t c = 0; c < n; ++c)
-          if (!at[c * p.mask.k]) out[c] = ninf;
+        rows([&](const char* at) {
+          T row[L] = {};
+          convert_row<T>(p.bias_dtype, at, L, row);
+          return load(row);
+        });
+    } else {
+      for (int r = 0; r < L; ++r) block[r] = bias_row(q + r, key, n);
     }
+    transpose_round<T, 1>(block);
+    for (int c = 0; c < L; ++c) store(bias[c], block[c]);
+  }
+
+  ATTN_INLINE Vec<T> bias_row(int64_t q, int64_t key, int64_t n) const {
+    const Problem& p = *seq.p;
+    constexpr int L = kLanes<T>;
+    const int64_t i = m0 + std::min(q, nq - 1);
+    const int64_t at = seq.b * p.bias.b + h * p.bias.h + i * p.bias.q + key * p.bias.k;
+    T row[L];
+    store(row, Vec<T>{});
+    for (int64_t c = 0; c < n; ++c)
+      row[c] = load_one<T>(p.bias_dtype, seq.ptr->bias, at + c * p.bias.k);
+    return load(row);
   }
 };

@@ -1,0 +1,159 @@
+// From products to gradients of logits, one panel of queries against one block of keys:
+//   P = exp(S - LSE),  dS = P * (dP - delta),  with dropout and through softcap,
+// as numbers in place or as bfloat16 operands of the products that follow.
+
+template <class Op>
+struct GradientTile {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>;
+
+  T *S{}, *dP{}, *dcap{};      // [BLOCK_N][kPanel]; dcap is null without softcap
+  T *lse{}, *lse_rest{};       // [kPanel]: their sum is LSE / ln 2, which T rounds
+  Item *P_rows{}, *dS_rows{};  // A of dV and dK [BLOCK_N][items of kPanel]
+  Item* dS_by_key{};           // B of dQ [items of BLOCK_N][kPanel]
+
+  // w[i] = P of key j + i and the vector of queries v.
+  template <int N>
+  ATTN_INLINE void weights(int64_t j, int64_t v, T scale, Vec<T> (&w)[N]) const {
+    const T* at = S + j * kPanel + v;
+    const Vec<T> base = load(lse + v);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) w[i] = load(at + i * kPanel) * scale - base;
+    if constexpr (Op::kPack == 1) {
+      const Vec<T> rest = load(lse_rest + v);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] -= rest;
+    }
+    vexp2_each<Op::kPack == 2 ? 3 : 5>(w);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {  // also where LSE is NaN
+      const Mask<T> excluded = load(at + i * kPanel) == -std::numeric_limits<T>::infinity();
+      w[i] = excluded ? Vec<T>{} : w[i];
+    }
+  }
+
+  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows, and S = P.  It is
+  // rowsum(dO * O), but O need not be read, and where dS nearly cancels its rounding would show.
+  void exact_delta(const Panel<T>& panel, const Tile& tile, T scale, const T* kept, const T* dlse,
+                   T* row_delta) const {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
+        Vec<T> sum[2] = {};
+        int64_t j = tile.lo[g];
+        auto keys = [&](auto count) {
+          constexpr int N = count.value;
+          for (; j + N <= tile.hi[g]; j += N) {
+            T* at = S + j * kPanel + v;
+            Vec<T> w[N];
+            weights(j, v, scale, w);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i) {
+              store(at + i * kPanel, w[i]);
+              Vec<T> x = load(dP + (j + i) * kPanel + v) * w[i];
+              if (kept) x *= load(kept + (j + i) * kPanel + v);
+              sum[i % 2] += w[i] == T(0) ? Vec<T>{} : x;
+            }
+          }
+        };
+        keys(std::integral_constant<int, kAbreast>{});
+        keys(std::integral_constant<int, 1>{});
+        for (int i = 0; i < L && v + i < panel.nq; ++i) {
+          const T whole = sum[0][i] + sum[1][i];
+          row_delta[v + i] = dlse ? whole - dlse[v + i] : whole;
+        }
+      }
+  }
+
+  // One vector of queries (lane v), keys [lo, hi).  S: logits in (READY: weights), dropped-out
+  // weights out; dP in, dS out: as numbers in place (late), or as operands of the products that
+  // follow.
+  template <bool READY>
+  void gradient(int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta, const T* kept,
+                bool late) const {
+    int64_t j = lo;
+    auto keys = [&](auto count) {
+      for (; j + count.value <= hi; j += count.value)
+        if (kept)
+          gradient_keys<READY, count.value, true>(j, v, scale, row_delta, kept, late);
+        else
+          gradient_keys<READY, count.value, false>(j, v, scale, row_delta, kept, late);
+    };
+    keys(std::integral_constant<int, kAbreast>{});
+    keys(std::integral_constant<int, 2>{});
+    keys(std::integral_constant<int, 1>{});
+  }
+
+  template <bool READY, int N, bool kDropout>
+  ATTN_INLINE void gradient_keys(int64_t j, int64_t v, T scale, const T* row_delta, const T* kept,
+                                 bool late) const {
+    const Vec<T> row = load(row_delta + v);
+    const int64_t at = j * kPanel + v;
+    Vec<T> w[N], g[N];
+    if constexpr (READY) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] = load(S + at + i * kPanel);
+    } else {
+      weights(j, v, scale, w);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      Vec<T> dp = load(dP + at + i * kPanel);
+      const Mask<T> none = w[i] == T(0);  // an excluded V may hold NaN
+      if constexpr (kDropout) dp *= load(kept + at + i * kPanel);
+      g[i] = none ? Vec<T>{} : w[i] * (dp - row);
+      if constexpr (kDropout) w[i] *= load(kept + at + i * kPanel);
+    }
+    if (Op::kPack == 1 || late) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        store(S + at + i * kPanel, w[i]);
+        store(dP + at + i * kPanel, g[i]);
+      }
+    } else {
+      emit_keys(j, v, w, g);
+    }
+  }
+
+  // bf16 operands of what gradient() left as numbers.
+  void emit(int64_t v, int64_t lo, int64_t hi) const {
+    for (int64_t j = lo; j < hi; j += 2) {
+      const int64_t at = j * kPanel + v;
+      if (j + 1 < hi) {
+        const Vec<T> w[2] = {load(S + at), load(S + at + kPanel)};
+        const Vec<T> g[2] = {load(dP + at), load(dP + at + kPanel)};
+        emit_keys(j, v, w, g);
+      } else {
+        const Vec<T> w[1] = {load(S + at)}, g[1] = {load(dP + at)};
+        emit_keys(j, v, w, g);
+      }
+    }
+  }
+
+  // N keys from an even j as bf16: rows for dV and dK, pairs of keys for dQ.
+  template <int N>
+  ATTN_INLINE void emit_keys(int64_t j, int64_t v, const Vec<T> (&w)[N],
+                             const Vec<T> (&g)[N]) const {
+    if constexpr (Op::kPack == 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        store_bf16(reinterpret_cast<uint16_t*>(P_rows) + (j + i) * kPanel + v, w[i]);
+        store_bf16(reinterpret_cast<uint16_t*>(dS_rows) + (j + i) * kPanel + v, g[i]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i += 2)
+        store(dS_by_key + (j + i) / 2 * kPanel + v,
+              pair_rows(g[i], i + 1 < N ? g[i + 1] : Vec<T>{}));
+    }
+  }
+
+  void through_softcap(const Panel<T>& panel, const Tile& tile) const {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j)
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+          T* at = dP + j * kPanel + v;
+          const Vec<T> x = load(at);  // dcap is NaN where an excluded K is
+          store(at, x == T(0) ? Vec<T>{} : x * load(dcap + j * kPanel + v));
+        }
+  }
+};

@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: test-gpu test demo fmt lint bench test-asan test-tsan clean
+.PHONY: test-gpu test-triton-oldest test demo fmt lint bench test-asan test-tsan clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,13 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
 	ATTN_EXT_TEST_AUTO=emulated OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_EMULATOR) -k "not memory"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton_interpreter
+
+# The oldest Triton that the kernels know, beside the one that is installed.
+test-triton-oldest: $(VENV)/installed.done
+	test -d build/triton-3.6/triton || \
+	  $(PY) -m pip install -q --no-deps --target build/triton-3.6 triton==3.6.0
+	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
+	  tests/triton_interpreter -k "test_features or varlen or dropout or deterministic or describable"
 
 demo: $(VENV)/installed.done
 	$(PY) examples/text_classifier.py --text "$(TEXT)"

@@ -29,12 +29,12 @@ from attn_ext.triton_kernels.primitives import (
     keep,
     key_range,
     load_tile,
-    logits,
     philox_key,
     query_range,
     sequence,
     sigmoid,
     store_tile,
+    tile_logits,
 )
 
 RUNTIME = (
@@ -102,7 +102,7 @@ def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr)
 
 @triton.jit
 def key_gradient_tiles(
-    dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng, scale, left,
+    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng, scale, left,
     right, first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
@@ -123,9 +123,11 @@ def key_gradient_tiles(
         q_tile = load_tile(q, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
         zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         kq = dot(k, tl.trans(q_tile), zero)
-        s, cap = logits(
-            kq, i[None, :], j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, EDGE, FLAGS
-        )
+        r = tl.arange(0, BLOCK_M)[None, :]
+        s, cap = tile_logits(
+            kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            EDGE, FLAGS,
+        )  # fmt: skip
         p = probabilities(s, base2_lse(lse, i, i < seqlen_q)[None, :], CAREFUL, FLAGS)
         # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
         do_tile = load_tile(do, do_s, i_first, seqlen_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
@@ -149,13 +151,14 @@ def key_gradient_tiles(
 
 @triton.jit
 def key_gradients(
-    k, v, pointers, strides, j, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, side, rng,
+    k, v, pointers, strides, c, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, side, rng,
     scale, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAREFUL: tl.constexpr,
     WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of the keys j over the group's query heads and the queries that see them."""
+    """dK and dV of the keys j_first + c over the group's query heads and the queries that see
+    them."""
     q, do, lse, delta = pointers
     q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h = strides
     off = diagonal(seqlen_q, seqlen_k, FLAGS)
@@ -174,19 +177,19 @@ def key_gradients(
         if CAREFUL:
             PARTS: tl.constexpr = BLOCK_M // CAREFUL_BLOCK
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
                 scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
                 D, DV, CAREFUL_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, WITH_DK, WITH_DV,
                 FLAGS,
             )  # fmt: skip
         else:
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
                 scale, left, right, full_first, full_first, 0, full_end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, True, True, FLAGS,
             )  # fmt: skip
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, j, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
                 scale, left, right, first, full_first, full_end - full_first, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, True, True, FLAGS,
             )  # fmt: skip
@@ -227,11 +230,11 @@ def dkdv_kernel(
     v_rows = v + b * v_b + hk * v_h + k_first * v_s
     k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
     v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
-    j = (j_first + tl.arange(0, BLOCK_N))[:, None]
+    c = tl.arange(0, BLOCK_N)[:, None]
     dk_rows = dk + b * dk_b + hk * dk_h + k_first * dk_s
     dv_rows = dv + b * dv_b + hk * dv_h + k_first * dv_s
     dk_tile, dv_tile = key_gradients(
-        k_tile, v_tile, pointers, strides, j, b, hk, j_first, q_first, length_q, length_k, group,
+        k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k, group,
         side, rng, scale, left, right,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, True, FLAGS,
     )  # fmt: skip
@@ -240,7 +243,7 @@ def dkdv_kernel(
         k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
         v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
         _, dv_tile = key_gradients(
-            k_tile, v_tile, pointers, strides, j, b, hk, j_first, q_first, length_q, length_k,
+            k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k,
             group, side, rng, scale, left, right,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, True, FLAGS,
         )  # fmt: skip
@@ -251,7 +254,7 @@ def dkdv_kernel(
         k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
         v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
         dk_tile, _ = key_gradients(
-            k_tile, v_tile, pointers, strides, j, b, hk, j_first, q_first, length_q, length_k,
+            k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k,
             group, side, rng, scale, left, right,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, False, FLAGS,
         )  # fmt: skip
@@ -285,8 +288,8 @@ def add_dbias(ds, i, j, b, h, seqlen_q, seqlen_k, grad, FLAGS: tl.constexpr):
 
 @triton.jit
 def query_gradient_tiles(
-    dq, q, do, row_lse, row_delta, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, grad, scale,
-    left, right, first, skip_from, skip, end,
+    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, grad,
+    scale, left, right, first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -300,24 +303,25 @@ def query_gradient_tiles(
         if EDGE:
             n_block = tl.where(step < skip_from, step, step + skip)
         j_first = n_block * BLOCK_N
-        j = (j_first + tl.arange(0, BLOCK_N))[None, :]
         # S = Q @ K^T, dP = dO @ V^T   [BLOCK_M, BLOCK_N]
         k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
         v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS)
         zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         qk = dot(q, tl.trans(k_tile), zero)
-        s, cap = logits(
-            qk, i, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, EDGE, FLAGS
-        )
+        c = tl.arange(0, BLOCK_N)[None, :]
+        s, cap = tile_logits(
+            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            EDGE, FLAGS,
+        )  # fmt: skip
         p = probabilities(s, row_lse[:, None], CAREFUL or DBIAS, FLAGS)
         dp = dot(do, tl.trans(v_tile), zero)
         if DROPOUT & FLAGS:
             key0, key1, threshold, inverse_keep = rng
-            kept = keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N)
+            kept = keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N)
             dp = tl.where(kept, dp * inverse_keep, 0.0)
         ds, raw = score_gradient(p, dp, row_delta[:, None], cap, CAREFUL or DBIAS, FLAGS)
         if DBIAS:
-            add_dbias(ds, i, j, b, h, seqlen_q, seqlen_k, grad, FLAGS)
+            add_dbias(ds, i_first + r, j_first + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
         # dQ += dS @ K   [BLOCK_M, BLOCK_D]
         dq = dot_present(raw, k_tile, dq, True) if CAREFUL else dot(raw, k_tile, dq)
     return dq
@@ -362,6 +366,7 @@ def dq_kernel(
     row = b * lse_b + h * lse_h + q_first + i
     row_lse = base2_lse(lse, row, i < length_q)
     row_delta = tl.load(delta + row, mask=i < length_q, other=0.0)
+    r = tl.arange(0, BLOCK_M)[:, None]
     off = diagonal(length_q, length_k, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     first, full_first, full_end, end = key_range(
@@ -369,12 +374,12 @@ def dq_kernel(
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc = query_gradient_tiles(
-        acc, q_tile, do_tile, row_lse, row_delta, kv, i[:, None], b, h, length_q, length_k, off,
+        acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k, off,
         side, rng, grad, scale, left, right, full_first, full_first, 0, full_end,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, FLAGS,
     )  # fmt: skip
     acc = query_gradient_tiles(
-        acc, q_tile, do_tile, row_lse, row_delta, kv, i[:, None], b, h, length_q, length_k, off,
+        acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k, off,
         side, rng, grad, scale, left, right, first, full_first, full_end - full_first, end,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, FLAGS,
     )  # fmt: skip
@@ -384,7 +389,7 @@ def dq_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
         acc = query_gradient_tiles(
-            acc, q_tile, do_tile, row_lse, row_delta, kv, i[:, None], b, h, length_q, length_k,
+            acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k,
             off, side, rng, grad, scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
             D, DV, BLOCK_M, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, FLAGS,
         )  # fmt: skip

@@ -1,8 +1,9 @@
 """Tile sizes by architecture, direction, width of the head and element size; each row says why.
 
-A row is (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages).  tests/test_triton_compile.py
-compiles rows for each architecture and compares registers, spills and shared memory with the
-committed table tests/triton_resources.json.  `tune` measures tiles on a GPU and stores the best
+A row is (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages, loads).  Calls with features that
+take registers (mask, bias, ALiBi, softcap, dropout) are "rich" and have rows of their own.
+`python tests/triton_offline.py --write` compiles each row for each architecture and commits what it
+takes; tests/test_triton_compile.py compares.  `tune` measures tiles on a GPU and stores the best
 ones; those win over this table.  Keys of stored tiles: "fwd/128/2" is direction, width, bytes of
 an element.
 """
@@ -19,12 +20,14 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Queries, keys, warps and pipeline stages of one program."""
+    """Queries, keys, warps and pipeline stages of one program; loads: 0 by pointers, 1 by tensor
+    descriptors (TMA) where the tensors allow it, 2 so and with specialized warps."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    loads: int = 0
 
 
 # Shared memory that one program may use, in bytes
@@ -37,100 +40,211 @@ SHARED_LIMIT = {
     "gfx942": 64 * 1024,
 }
 
+INTERPRETED = Tile(32, 32, 4, 1)  # under the interpreter
+
 WIDTHS = (16, 32, 64, 128, 256)  # of a head inside the kernels: the next power of two, at least 16
 DIRECTIONS = ("fwd", "dkdv", "dq", "dbias", "decode")
 
-# (direction, width) -> tile for 16-bit elements where shared memory is large (sm_80, 90, 100)
-_LARGE = {
-    ("fwd", 64): Tile(128, 64, 8, 2),  # 64 x 64 x 4 warps needs as many registers for half the rows
-    ("fwd", 128): Tile(64, 64, 8, 3),  # 128 rows spill
-    ("fwd", 256): Tile(32, 32, 8, 2),  # O alone is half the registers
-    ("dkdv", 64): Tile(64, 32, 4, 2),  # dK, dV, P and dS at once: 64 keys spill
-    ("dkdv", 128): Tile(64, 32, 8, 1),  # a second stage spills
-    ("dkdv", 256): Tile(32, 32, 8, 1),
-    ("dq", 64): Tile(64, 64, 8, 2),
-    ("dq", 128): Tile(64, 64, 8, 2),
-    ("dq", 256): Tile(32, 32, 8, 1),
-    ("dbias", 64): Tile(64, 64, 8, 1),  # a check, not a hot path: one stage
-    ("dbias", 128): Tile(64, 64, 8, 1),
-    ("dbias", 256): Tile(32, 32, 8, 1),
-    ("decode", 64): Tile(16, 64, 4, 2),  # a group's rows fill 16 rows; memory rules
-    ("decode", 128): Tile(16, 64, 4, 2),
-    ("decode", 256): Tile(16, 32, 4, 2),
+# Kind of GPU -> (direction, width) -> tile for 16-bit elements.  "large" is sm_80; the others say
+# what differs from it, an architecture what differs from its kind; "amd" has rows of its own.
+# Narrower heads take the rows of 64 where they have none.
+_PLAIN = {
+    "large": {
+        ("fwd", 64): Tile(128, 64, 8, 2),  # 64 rows, 4 warps: as many registers for half the rows
+        ("fwd", 128): Tile(64, 64, 8, 3),  # 128 rows spill
+        ("fwd", 256): Tile(32, 32, 8, 2),  # O alone is half the registers
+        ("dkdv", 16): Tile(32, 32, 8, 1),
+        ("dkdv", 32): Tile(32, 32, 8, 1),  # the row of 64 spills
+        ("dkdv", 64): Tile(64, 32, 4, 2),  # dK, dV, P and dS at once: 64 keys spill
+        ("dkdv", 128): Tile(64, 32, 8, 1),  # a second stage spills
+        ("dkdv", 256): Tile(16, 16, 8, 1),  # 32 keys spill
+        ("dq", 64): Tile(64, 64, 8, 2),
+        ("dq", 128): Tile(64, 64, 8, 2),
+        ("dq", 256): Tile(32, 32, 8, 1),
+        ("dbias", 64): Tile(64, 32, 8, 1),  # a check, not a hot path: one stage
+        ("dbias", 128): Tile(32, 32, 8, 1),
+        ("dbias", 256): Tile(16, 32, 8, 1),
+        ("decode", 64): Tile(16, 64, 4, 2),  # a group's rows fill 16 rows; memory rules
+        ("decode", 128): Tile(16, 64, 4, 2),
+        ("decode", 256): Tile(16, 32, 8, 1),  # 4 warps spill
+    },
+    "hopper": {  # sm_90 and sm_100: wgmma wants 64 keys as its rows
+        ("dkdv", 64): Tile(32, 64, 8, 2),
+        ("dkdv", 256): Tile(32, 32, 8, 1),
+        ("decode", 256): Tile(16, 32, 4, 2),
+    },
+    "small": {  # 99 KiB of shared memory on sm_89 and sm_120
+        ("fwd", 128): Tile(64, 64, 8, 2),  # three stages take 112 KiB
+        ("dkdv", 64): Tile(32, 64, 8, 2),  # 4 warps spill
+        ("dkdv", 256): Tile(32, 32, 8, 1),
+        ("dq", 128): Tile(32, 64, 8, 2),
+        ("decode", 64): Tile(16, 32, 4, 2),  # 64 keys spill, by 8 bytes
+        ("decode", 256): Tile(16, 32, 4, 2),
+    },
+    "sm_120": {
+        ("fwd", 64): Tile(128, 32, 8, 2),  # 64 keys spill
+        ("dbias", 64): Tile(32, 32, 8, 1),  # 64 queries spill
+    },
+    "amd": {
+        ("fwd", 64): Tile(128, 64, 4, 1),  # a wave has 64 lanes: half the warps; stages cost LDS
+        ("fwd", 128): Tile(128, 32, 4, 1),
+        ("fwd", 256): Tile(32, 32, 4, 1),
+        ("dkdv", 64): Tile(32, 64, 4, 1),
+        ("dkdv", 128): Tile(32, 32, 4, 1),
+        ("dkdv", 256): Tile(16, 32, 4, 1),
+        ("dq", 64): Tile(64, 32, 4, 1),
+        ("dq", 128): Tile(64, 32, 4, 1),
+        ("dq", 256): Tile(32, 32, 4, 1),
+        ("dbias", 64): Tile(64, 32, 4, 1),
+        ("dbias", 128): Tile(32, 32, 4, 1),
+        ("dbias", 256): Tile(16, 32, 4, 1),
+        ("decode", 64): Tile(16, 64, 4, 1),
+        ("decode", 128): Tile(16, 64, 4, 1),
+        ("decode", 256): Tile(16, 32, 4, 1),
+    },
 }
 
-# What differs on sm_90 and sm_100: wgmma wants 64 keys as its rows
-_HOPPER = {("dkdv", 64): Tile(32, 64, 8, 2)}
-
-# What differs where shared memory is small: 99 KiB on sm_89 and sm_120, 64 KiB on AMD
-_SMALL = {
-    ("fwd", 128): Tile(64, 64, 8, 2),  # three stages take 112 KiB
-    ("dq", 128): Tile(32, 64, 8, 2),
+# The same for rich calls, whose masks, words and biases need registers.  8 warps everywhere: with 4
+# the backward spills.  What is not here is the plain row, in one stage.
+_RICH = {
+    "large": {
+        ("fwd", 64): Tile(64, 64, 8, 1),
+        ("fwd", 128): Tile(64, 32, 8, 1),
+        ("fwd", 256): Tile(32, 32, 8, 1),
+        ("dkdv", 64): Tile(32, 32, 8, 1),
+        ("dkdv", 128): Tile(16, 32, 8, 1),
+        ("dkdv", 256): Tile(16, 16, 8, 1),
+        ("dq", 64): Tile(32, 64, 8, 1),
+        ("dq", 128): Tile(32, 64, 8, 1),
+        ("dq", 256): Tile(16, 32, 8, 1),
+        ("decode", 64): Tile(16, 64, 4, 1),
+        ("decode", 256): Tile(16, 32, 4, 1),
+    },
+    "hopper": {
+        ("dkdv", 128): Tile(32, 16, 8, 1),  # 32 keys spill, by 8 bytes
+    },
+    "small": {
+        ("dkdv", 128): Tile(32, 32, 8, 1),  # 16 queries spill
+    },
+    "amd": {
+        ("dkdv", 64): Tile(16, 64, 4, 1),
+        ("dkdv", 128): Tile(16, 32, 4, 1),
+        ("dq", 64): Tile(32, 32, 4, 1),
+        ("dq", 128): Tile(32, 32, 4, 1),
+        ("dq", 256): Tile(16, 32, 4, 1),
+    },
 }
-_AMD = {
-    ("fwd", 64): Tile(128, 64, 4, 1),  # a wave has 64 lanes: half the warps; stages cost LDS
-    ("fwd", 128): Tile(128, 32, 4, 1),
-    ("fwd", 256): Tile(32, 32, 4, 1),
-    ("dkdv", 64): Tile(32, 64, 4, 1),
-    ("dkdv", 128): Tile(32, 32, 4, 1),
-    ("dkdv", 256): Tile(16, 32, 4, 1),
-    ("dq", 64): Tile(64, 32, 4, 1),
-    ("dq", 128): Tile(64, 32, 4, 1),
-    ("dq", 256): Tile(32, 32, 4, 1),
-    ("decode", 64): Tile(16, 64, 4, 1),
-    ("decode", 128): Tile(16, 64, 4, 1),
-    ("decode", 256): Tile(16, 32, 4, 1),
+
+# Forward by tensor descriptors: fewer registers than by pointers, so larger tiles.  Without
+# descriptors for what TMA cannot load from (`descriptors.describable`).
+_DESCRIBED = {
+    "sm_90": {
+        ("fwd", 64): Tile(128, 128, 8, 2, 1),
+        ("fwd", 128): Tile(128, 64, 8, 2, 1),  # 128 keys spill
+    },
+    "sm_100": {
+        ("fwd", 64): Tile(128, 64, 8, 2, 1),  # at width 128 such tiles spill 8 bytes
+    },
+}
+
+# Rows for 4-byte elements that are not the 16-bit row halved
+_FLOAT = {
+    "large": {
+        ("dkdv", 64): Tile(16, 32, 8, 1),
+        ("dkdv", 128): Tile(16, 16, 8, 1),
+    },
+    "hopper": {
+        ("fwd", 64): Tile(64, 16, 8, 1),
+        ("fwd", 128): Tile(32, 16, 8, 1),
+        ("dkdv", 64): Tile(32, 16, 8, 1),
+    },
+    "small": {
+        ("fwd", 64): Tile(32, 32, 4, 1),
+        ("fwd", 128): Tile(32, 16, 8, 1),
+        ("dkdv", 64): Tile(32, 16, 8, 1),
+    },
 }
 
 
-def key(direction: str, width: int, element_size: int) -> str:
+def key(direction: str, width: int, element_size: int, rich: bool = False) -> str:
     """The name under which `tune` stores a tile."""
-    return f"{direction}/{width}/{element_size}"
+    return f"{direction}/{width}/{element_size}" + ("/rich" if rich else "")
 
 
-def tile(architecture: str, direction: str, width: int, element_size: int) -> Tile:
+def tile(
+    architecture: str, direction: str, width: int, element_size: int, rich: bool = False
+) -> Tile:
     """The tile for heads of `width` columns: a tuned one, else the table's; for an unknown
     architecture that of small shared memory, which fits everywhere."""
     if architecture == "interpreter":
-        return Tile(32, 32, 4, 1)
-    tuned = _tuned().get(key(direction, width, element_size))
-    return tuned or shipped(architecture, direction, width, element_size)
+        return INTERPRETED
+    tuned = _tuned().get(key(direction, width, element_size, rich))
+    return tuned or shipped(architecture, direction, width, element_size, rich)
 
 
-def shipped(architecture: str, direction: str, width: int, element_size: int) -> Tile:
-    """The table's tile."""
-    row = (direction, max(width, 64))  # narrower heads leave registers free, and are rare
-    found = _LARGE[row]
-    if architecture.startswith("gfx"):
-        found = _AMD.get(row, found._replace(stages=1))
-    elif architecture in ("sm_90", "sm_100", "sm_103"):
-        found = _HOPPER.get(row, found)
-    elif architecture != "sm_80":
-        found = _SMALL.get(row, found)
+def shipped(
+    architecture: str, direction: str, width: int, element_size: int, rich: bool = False,
+    descriptors: bool = True,
+) -> Tile:  # fmt: skip
+    """The table's tile; without `descriptors` that of the kernels which load by pointers."""
+    if descriptors and element_size == 2 and not rich:
+        described = _row(_DESCRIBED, (architecture,), direction, width)
+        if described:
+            return described
+    kinds = _kinds(architecture)
+    plain = _row(_PLAIN, kinds, direction, width)
+    found = _row(_RICH, kinds, direction, width) or plain._replace(stages=1) if rich else plain
     if element_size == 4:  # FMA in place of tensor cores, and twice the bytes
+        own = None if rich else _row(_FLOAT, kinds, direction, width)
         block_m = max(16, found.block_m // 2) if direction != "decode" else found.block_m
-        found = Tile(block_m, max(16, found.block_n // 2), found.warps, 1)
+        found = own or Tile(block_m, max(16, found.block_n // 2), found.warps, 1)
     return found
 
 
-def lighter(found: Tile) -> Tile:
-    """For backward calls with several features, whose masks, words and biases need registers."""
-    return found._replace(block_m=max(16, found.block_m // 2), stages=1)
+def _row(tables: dict, kinds: tuple, direction: str, width: int) -> Tile | None:
+    """The first row for the width, else the first for 64 columns, which narrower heads fit."""
+    for columns in dict.fromkeys((width, max(width, 64))):
+        for kind in kinds:
+            found = tables.get(kind, {}).get((direction, columns))
+            if found:
+                return found
+    return None
+
+
+def _kinds(architecture: str) -> tuple[str, ...]:
+    """The tables that serve an architecture, the first that has a row wins."""
+    if architecture.startswith("gfx"):
+        return (architecture, "amd")
+    if architecture in ("sm_90", "sm_100", "sm_103"):
+        return (architecture, "hopper", "large")
+    return (architecture, "large") if architecture == "sm_80" else (architecture, "small", "large")
 
 
 _override: dict[str, Tile] = {}
+_generation = 0
+
+
+def generation() -> int:
+    """Another number after each change of what `tile` gives."""
+    return _generation
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
+    _tuned.cache_clear()
 
 
 @contextlib.contextmanager
 def using(name: str, chosen: Tile):
     """Within it `tile` gives `chosen` for the key `name`."""
     _override[name] = chosen
-    _tuned.cache_clear()
+    _changed()
     try:
         yield
     finally:
         _override.pop(name)
-        _tuned.cache_clear()
+        _changed()
 
 
 def cache_file() -> Path:
@@ -170,7 +284,7 @@ def store(device_name: str, tiles: dict[str, Tile]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     partial.replace(path)  # at once: another process never reads half a file
-    _tuned.cache_clear()
+    _changed()
 
 
 def _device_name() -> str:
@@ -180,9 +294,10 @@ def _device_name() -> str:
 
 
 def _is_tile(value) -> bool:
-    """Four positive integers, block sizes and warps powers of two: what a kernel can take."""
-    whole = isinstance(value, list) and len(value) == 4 and all(type(n) is int for n in value)
-    return whole and min(value) > 0 and all(n & (n - 1) == 0 for n in value[:3])
+    """Five integers, sizes and warps powers of two: what a kernel can take."""
+    if not isinstance(value, list) or [type(n) for n in value] != [int] * 5:
+        return False
+    return min(value[:4]) > 0 and all(n & (n - 1) == 0 for n in value[:3]) and value[4] in (0, 1, 2)
 
 
 @functools.cache

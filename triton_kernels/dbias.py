@@ -15,9 +15,9 @@ from attn_ext.triton_kernels.primitives import (
     dot,
     keep,
     load_tile,
-    logits,
     philox_key,
     sequence,
+    tile_logits,
 )
 
 
@@ -85,9 +85,10 @@ def dbias_kernel(
             do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
             v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
             dp = dot(do, tl.trans(v_tile), zero)
-            i, j = i_first + tl.arange(0, BLOCK_M), j_first + tl.arange(0, BLOCK_N)
-            s, cap = logits(
-                qk, i[:, None], j[None, :], b, h, length_q, length_k, off, side, scale, left,
+            i = i_first + tl.arange(0, BLOCK_M)
+            r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+            s, cap = tile_logits(
+                qk, i_first, r, j_first, c, b, h, length_q, length_k, off, side, scale, left,
                 right, True, FLAGS,
             )  # fmt: skip
             row = b * lse_b + h * lse_h + q_first + i

@@ -70,21 +70,22 @@ def decode_kernel(
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     if PAGED & FLAGS:  # k_b and v_b are the strides of pages
         kv = (k + wide_hk * k_h, k_s, k_b, v + wide_hk * v_h, v_s, v_b,
-              (block_table + wide_b * table_b, page_size, page_count))  # fmt: skip
+              (block_table + wide_b * table_b, page_size, page_count), 0)  # fmt: skip
     else:
         kv = (k + wide_b * k_b + wide_hk * k_h, k_s, 0,
-              v + wide_b * v_b + wide_hk * v_h, v_s, 0, 0)  # fmt: skip
+              v + wide_b * v_b + wide_hk * v_h, v_s, 0, 0, 0)  # fmt: skip
     state = forward_rows(
-        q_tile, kv, i[:, None], b, h[:, None], i_first, i_last, seqlen_q, length, split, splits,
-        side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+        q_tile, kv, (i - i_first)[:, None], b, h[:, None], i_first, i_last, seqlen_q, length,
+        split, splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        0, FLAGS,
     )  # fmt: skip
     if any_nan(state[0]):
         q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
         q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
         state = careful_rows(
-            q_tile, kv, i[:, None], b, h[:, None], i_first, i_last, seqlen_q, length, split,
-            splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            FLAGS,
+            q_tile, kv, (i - i_first)[:, None], b, h[:, None], i_first, i_last, seqlen_q, length,
+            split, splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+            BLOCK_DV, FLAGS,
         )  # fmt: skip
     acc, row_max, row_sum, e, bad = state
 

@@ -18,49 +18,62 @@ from attn_ext.triton_kernels.primitives import (
     dot_present,
     keep,
     key_range,
+    load_described,
     load_keys,
     load_tile,
-    logits,
     online_softmax,
     philox_key,
     row_ends,
     sequence,
     store_tile,
+    tile_logits,
 )
 
 
 @triton.jit
 def forward_tiles(
-    state, q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+    state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
     first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, LOADS: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Tiles first..end - 1 of keys, of which `skip` from `skip_from` on are left out."""
     acc, row_max, row_sum, e, bad = state
-    k, k_s, k_p, v, v_s, v_p, pages = kv
+    k, k_s, k_p, v, v_s, v_p, pages, described = kv
     STAGES: tl.constexpr = 1 if CAREFUL else None
-    for step in tl.range(first, end - skip, num_stages=STAGES):
+    SPECIALIZED: tl.constexpr = LOADS == 2
+    for step in tl.range(first, end - skip, num_stages=STAGES, warp_specialize=SPECIALIZED):
         n_block = step
         if EDGE:
             n_block = tl.where(step < skip_from, step, step + skip)
         j_first = n_block * BLOCK_N
         # S = Q @ K^T   [BLOCK_M, BLOCK_N]
-        k_tile = load_keys(k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
+        if LOADS:
+            k_desc, v_desc, index_b, index_h = described
+            k_tile = load_described(k_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_D)
+        else:
+            k_tile = load_keys(
+                k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS
+            )
         zero = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         qk = dot(q, tl.trans(k_tile), zero)
-        j = (j_first + tl.arange(0, BLOCK_N))[None, :]
-        s, _ = logits(
-            qk, i, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, EDGE, FLAGS
-        )
+        c = tl.arange(0, BLOCK_N)[None, :]
+        s, _ = tile_logits(
+            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            EDGE, FLAGS,
+        )  # fmt: skip
         p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
         if DROPOUT & FLAGS:
             key0, key1, threshold = rng
-            p = tl.where(keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
+            p = tl.where(keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
-        v_tile = load_keys(
-            v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
-        )
+        if LOADS:
+            v_tile = load_described(v_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_DV)
+        else:
+            v_tile = load_keys(
+                v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
+            )
         acc = acc * alpha[:, None]
         acc = dot_present(p, v_tile, acc, False) if CAREFUL else dot(p, v_tile, acc)
     return acc, row_max, row_sum, e, bad
@@ -76,12 +89,12 @@ def empty_state(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 @triton.jit
 def forward_rows(
-    q, kv, i, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
     right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """State of the rows q [BLOCK_M, BLOCK_D], which are queries i_first..i_last, after part `split`
+    """State of the rows q [BLOCK_M, BLOCK_D], queries i_first + r up to i_last, after part `split`
     of `splits` of the keys that they see."""
     off = diagonal(seqlen_q, seqlen_k, FLAGS)
     first, full_first, full_end, end = key_range(
@@ -95,21 +108,21 @@ def forward_rows(
 
     state = empty_state(BLOCK_M, BLOCK_DV)
     state = forward_tiles(
-        state, q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+        state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
         full_first, full_first, 0, full_end,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, FLAGS,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, LOADS, FLAGS,
     )  # fmt: skip
     state = forward_tiles(
-        state, q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+        state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
         first, full_first, full_end - full_first, end,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, FLAGS,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, LOADS, FLAGS,
     )  # fmt: skip
     return state
 
 
 @triton.jit
 def careful_rows(
-    q, kv, i, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
     right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
@@ -122,9 +135,9 @@ def careful_rows(
     end = tl.minimum(first + share, end)
     PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
     return forward_tiles(
-        empty_state(BLOCK_M, BLOCK_DV), q, kv, i, b, h, seqlen_q, seqlen_k, off, side, rng, scale,
-        left, right, first * PARTS, first * PARTS, 0, end * PARTS,
-        D, DV, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, FLAGS,
+        empty_state(BLOCK_M, BLOCK_DV), q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng,
+        scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
+        D, DV, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, 0, FLAGS,
     )  # fmt: skip
 
 
@@ -135,16 +148,17 @@ def careful_rows(
     ]
 )  # fmt: skip
 def forward_kernel(
-    q, k, v, out, lse, max_logit, entropy,
+    q, k, v, q_desc, k_desc, v_desc, out, lse, max_logit, entropy,
     mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, lse_b, lse_h,
     mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, m_blocks,
     scale, cap_in, cap_out, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (m_blocks * Hq * B), the last query tiles first, since with causal they are longest."""
+    """Grid: (m_blocks * Hq * B), the last query tiles first, since with causal they are longest.
+    LOADS: 0 by pointers, 1 by descriptors [B, H, S, D], 2 so and with specialized warps."""
     pid = tl.program_id(0)
     m_block = m_blocks - 1 - pid % m_blocks
     head = pid // m_blocks
@@ -164,18 +178,23 @@ def forward_kernel(
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     kv = (k + wide_b * k_b + hk * k_h + k_first * k_s, k_s, 0,
-          v + wide_b * v_b + hk * v_h + k_first * v_s, v_s, 0, 0)  # fmt: skip
+          v + wide_b * v_b + hk * v_h + k_first * v_s, v_s, 0, 0,
+          (k_desc, v_desc, b, h // group))  # fmt: skip
     q_rows = q + wide_b * q_b + wide_h * q_h + q_first * q_s
-    q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-    i = i_first + tl.arange(0, BLOCK_M)
+    if LOADS:
+        q_tile = load_described(q_desc, b, h, i_first, BLOCK_M, BLOCK_D)
+    else:
+        q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+    r = tl.arange(0, BLOCK_M)
+    i = i_first + r
     state = forward_rows(
-        q_tile, kv, i[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
-        scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+        q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
+        scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
     )  # fmt: skip
     if any_nan(state[0]):  # Q is read again: kept for this, it would cost the fast loops registers
         q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
         state = careful_rows(
-            q_tile, kv, i[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side,
+            q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side,
             rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
         )  # fmt: skip
     acc, row_max, row_sum, e, bad = state

@@ -142,6 +142,14 @@ def load_keys(
 
 
 @triton.jit
+def load_described(descriptor, b, h, row, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows row, ... of head h as [ROWS, BLOCK_DIM] through a tensor descriptor, which on sm_90 and
+    newer is one TMA instruction; 0 outside the tensor, in both dimensions."""
+    tile = descriptor.load([b, h, row, 0]).reshape([ROWS, BLOCK_DIM])
+    return tile.to(tl.float32) if INTERPRETED else tile
+
+
+@triton.jit
 def store_tile(
     base, stride, row, rows, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr,
@@ -226,13 +234,39 @@ def logits(
     qk, i, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, POSITIONS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
+    """`tile_logits` of any positions i and j, its offsets in 64 bits."""
+    zero = b * 0
+    return tile_logits(
+        qk, zero, i, zero, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, POSITIONS,
+        WIDE | FLAGS,
+    )  # fmt: skip
+
+
+@triton.jit
+def score_pointers(base, b_s, h_s, q_s, k_s, b, h, i_first, r, j_first, c, FLAGS: tl.constexpr):
+    """Pointers to elements (i_first + r, j_first + c) of a mask or bias of head h.  Within the tile
+    32 bits do (but WIDE): a tile of 64-bit offsets takes too many registers."""
+    tile = base + b.to(tl.int64) * b_s + h * h_s
+    tile += i_first.to(tl.int64) * q_s + j_first.to(tl.int64) * k_s
+    if WIDE & FLAGS:
+        return tile + (r.to(tl.int64) * q_s + c.to(tl.int64) * k_s)
+    return tile + (r * q_s + c * k_s)
+
+
+@triton.jit
+def tile_logits(
+    qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+    POSITIONS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
     """(s2, cap): base-2 logits, -inf where excluded, and tanh's value where softcap is on.
 
-    qk: q_i . k_j, i, j and h broadcastable to its shape; side: what `side_inputs` packs.
-    POSITIONS: the tile is cut by a window, or by the last key.
+    qk: q_i . k_j of queries i_first + r and keys j_first + c; r, c and h broadcast to its shape.
+    side: mask, bias and slopes with their strides.  POSITIONS: the tile is cut by a window, or by
+    the last key.
     """
     (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
      alibi, alibi_b, cap_in, cap_out) = side  # fmt: skip
+    i, j = i_first + r, j_first + c
     cap = qk
     if SOFTCAP & FLAGS:
         cap = tanh(qk * cap_in)
@@ -247,17 +281,19 @@ def logits(
         s += cap_in
     inside = (i < seqlen_q) & (j < seqlen_k)
     if BIAS & FLAGS:
-        base = bias + b.to(tl.int64) * bias_b + h * bias_h
-        offsets = i.to(tl.int64) * bias_q + j.to(tl.int64) * bias_k
-        added = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
+        at = score_pointers(
+            bias, bias_b, bias_h, bias_q, bias_k, b, h, i_first, r, j_first, c, FLAGS
+        )
+        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         s += added * LOG2E
     if ALIBI & FLAGS:
         slope = tl.load(alibi + b.to(tl.int64) * alibi_b + h).to(tl.float32) * LOG2E
         s -= slope * tl.abs(i + (seqlen_k - seqlen_q) - j).to(tl.float32)
     if MASK & FLAGS:
-        base = mask + b.to(tl.int64) * mask_b + h * mask_h
-        offsets = i.to(tl.int64) * mask_q + j.to(tl.int64) * mask_k
-        s = tl.where(tl.load(base + offsets, mask=inside, other=0) != 0, s, float("-inf"))
+        at = score_pointers(
+            mask, mask_b, mask_h, mask_q, mask_k, b, h, i_first, r, j_first, c, FLAGS
+        )
+        s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
     if BIAS & FLAGS:  # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)
     if POSITIONS:

@@ -15,8 +15,7 @@ class Backward {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
-  // P = 2^(s - LSE / ln 2) with s in units of ln 2, as in Forward.
-  static constexpr double kUnit = 1.44269504088896340736;
+  static constexpr double kUnit = GradientTile<Op>::kUnit;
 
  public:
   Backward(const Problem& problem, const Pointers& pointers, int threads)
@@ -140,7 +139,7 @@ class Backward {
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) * (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims +
-                                 kBackwardKeys * kPanel * 7 + kPanel * (2 + d_pad) + dims);
+                                 kBackwardKeys * kPanel * 7 + kPanel * (1 + d_pad) + dims);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
@@ -160,7 +159,7 @@ class Backward {
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
     k.S = tile_of(), k.dP = tile_of(), k.keep = tile_of();
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
-    k.lse = scratch.take<T>(kPanel), k.lse_rest = scratch.take<T>(kPanel);
+    k.lse = scratch.take<T>(kPanel);
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
     k.dQt = scratch.take<T>(d_pad * kPanel);
     k.block = items_of(L * std::max(d_pad, dv_pad));
@@ -251,13 +250,8 @@ class Backward {
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
-    for (int64_t q = 0; q < nq; ++q) {
-      const double x = double(lse[q]) * kUnit;
-      k.lse[q] = lse[q] == -inf ? inf : T(x);
-      k.lse_rest[q] = std::abs(lse[q]) < inf ? T(x - double(T(x))) : T(0);
-    }
+    for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q] * T(kUnit);
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
-    std::fill(k.lse_rest + nq, k.lse_rest + kPanel, T(0));
     T* row_delta = delta.data() + unit * kPanel;
     const T* dlse = ptr.dlse ? static_cast<const T*>(ptr.dlse) + seq.lse_offset(h, m0) : nullptr;
     if (r.whole()) k.exact_delta(panel, tile, scale, kept, dlse, row_delta);

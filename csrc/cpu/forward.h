@@ -10,9 +10,9 @@ constexpr int64_t kPanels = 4;         // most panels of queries that share the 
 template <class T>
 struct SoftmaxState {
   T* O;         // [Dv][kPanel], unnormalised
-  T* max;       // [kPanel] largest s, which is a logit / ln 2, or a number near it (see `lazy`)
-  T* sum;       // [kPanel] sum of 2^(s - max)
-  T* weighted;  // [kPanel] sum of 2^(s - max) * (s - max)
+  T* max;       // [kPanel] largest logit s, or a number near it (see `lazy`)
+  T* sum;       // [kPanel] sum of exp(s - max)
+  T* weighted;  // [kPanel] sum of exp(s - max) * (s - max)
   static int64_t size(int64_t dv) { return (dv + 3) * kPanel; }
   SoftmaxState(T* base, int64_t dv)
       : O(base), max(base + dv * kPanel), sum(max + kPanel), weighted(sum + kPanel) {}
@@ -30,8 +30,6 @@ class Forward {
   static constexpr int L = kLanes<T>;
   // Weights are rounded to bfloat16 before the product with V; a shorter polynomial is enough.
   static constexpr int kDegree = Op::kPack == 2 ? 3 : 5;
-  // Logits are kept in units of ln 2 from here on: e^logit = 2^s.
-  static constexpr double kLn2 = 0.693147180559945309417;
 
  public:
   Forward(const Problem& problem, const Pointers& pointers, int threads)
@@ -226,7 +224,7 @@ class Forward {
     }
   }
 
-  // S^T = K Q^T  [nk, columns], then logits; returns what turns them into s.
+  // S^T = K Q^T  [nk, columns], then logits / what is returned.
   T scores(const Panel<T>& panel, const Tile& tile, const Segment* segments, int count,
            const Operand& K, const Item* Q, T* S) const {
     panel.prefetch(tile);
@@ -236,7 +234,7 @@ class Forward {
                      K.data + s.lo * K.row_step, K.row_step, K.depth_step, Q + s.begin,
                      S + s.lo * kPanel + s.begin, false);
     }
-    return T(panel.logits(tile, S, nullptr) / kLn2);
+    return T(panel.logits(tile, S, nullptr));
   }
 
   static bool bases_serve(const SoftmaxState<T>& state, int64_t columns) {
@@ -266,8 +264,8 @@ class Forward {
     return true;
   }
 
-  // One vector of queries, keys [lo, hi).  S (at the vector's lane): s / scale in, weights
-  // 2^(s - max) out as items of Op; moves the state on to the new maxima.
+  // One vector of queries, keys [lo, hi).  S (at the vector's lane): logits / scale in, weights
+  // exp(s - max) out as items of Op; moves the state on to the new maxima.
   void softmax(T* S, int64_t lo, int64_t hi, T scale, const T* kept, SoftmaxState<T>& state,
                int64_t lane) const {
     const T ninf = -std::numeric_limits<T>::infinity();
@@ -282,12 +280,12 @@ class Forward {
     now = vmax(now == ninf ? now : now * scale, before);
     const Vec<T> sum_before = load(state.sum + lane);
     if (lazy) {  // the largest weight so far may be far above 1
-      const Vec<T> level = before + vlog(vmax(sum_before, set1(T(1)))) * T(1 / kLn2);
+      const Vec<T> level = before + vlog(vmax(sum_before, set1(T(1))));
       now = vmax(level, now);
     }
     store(state.max + lane, now);
     const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
-    const Vec<T> alpha = vexp2(before - base);
+    const Vec<T> alpha = vexp(before - base);
     if (ptr.entropy)
       weigh(S, lo, hi, scale, before, base, alpha, sum_before, state.weighted + lane);
     Vec<T> sum;
@@ -304,16 +302,24 @@ class Forward {
       }
   }
 
-  // S = 2^(scale * S - base), times the dropout multipliers; returns the sum without them.
+  // S = exp(scale * S - base), times the dropout multipliers; returns the sum without them.
   template <bool kDropout>
   static Vec<T> exponentials(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base, const T* kept) {
     Vec<T> sum[2] = {};
+    // In units of ln 2; in float from the difference, whose rounding is small where weights are
+    // large.
+    constexpr double kUnit = 1.44269504088896340736;
+    const T scale_2 = scale * T(kUnit);
+    const Vec<T> base_2 = base * T(kUnit);
     // N keys abreast.  Pairs of keys go to row j / 2, which lies before or at what was read.
     auto weigh_keys = [&](int64_t j, auto count) {
       constexpr int N = count.value;
       Vec<T> e[N];
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) e[i] = load(S + (j + i) * kPanel) * scale - base;
+      for (int i = 0; i < N; ++i) {
+        const Vec<T> s = load(S + (j + i) * kPanel);
+        e[i] = Op::kPack == 2 ? s * scale_2 - base_2 : (s * scale - base) * T(kUnit);
+      }
       vexp2_each<kDegree>(e);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
@@ -337,7 +343,7 @@ class Forward {
     return sum[0] + sum[1];
   }
 
-  // weighted = sum of 2^(s - max) * (s - max), for the entropy.
+  // weighted = sum of exp(s - max) * (s - max), for the entropy.
   void weigh(const T* S, int64_t lo, int64_t hi, T scale, Vec<T> before, Vec<T> base, Vec<T> alpha,
              Vec<T> sum_before, T* weighted) const {
     const T ninf = -std::numeric_limits<T>::infinity();
@@ -345,7 +351,7 @@ class Forward {
     Vec<T> total = (load(weighted) + shift * sum_before) * alpha;
     for (int64_t j = lo; j < hi; ++j) {
       const Vec<T> x = load(S + j * kPanel) * scale - base;
-      total += vexp2(x) * (x == ninf ? Vec<T>{} : x);  // 0 * -inf
+      total += vexp(x) * (x == ninf ? Vec<T>{} : x);  // 0 * -inf
     }
     store(weighted, total);
   }
@@ -370,7 +376,7 @@ class Forward {
       const Vec<T> base = top == ninf ? Vec<T>{} : top;
       const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : max_a - base;
       const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : max_b - base;
-      const Vec<T> wa = vexp2(shift_a), wb = vexp2(shift_b);
+      const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
       const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
       store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
                                 wb * (load(b.weighted + q) + shift_b * sum_b));
@@ -398,7 +404,7 @@ class Forward {
                    const SoftmaxState<T>& state, int64_t lane, T* rows) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     const Vec<T> sum = load(state.sum + lane), top = load(state.max + lane);
-    const Vec<T> base = top == ninf ? Vec<T>{} : top * T(kLn2);
+    const Vec<T> base = top == ninf ? Vec<T>{} : top;
     Vec<T> total = sum, scale = set1(T(1)), shift = base;
     if (ptr.sink) {  // joins the normaliser only
       const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
@@ -412,7 +418,7 @@ class Forward {
     T lse[L], max_logit[L], entropy[L];
     store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
     store(max_logit, nan ? sum : top == ninf ? top : base);
-    store(entropy, ((load(lse) - base) * sum - load(state.weighted + lane) * T(kLn2)) * inverse);
+    store(entropy, ((shift - base + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
     store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
                         static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
                         p.o.s * bytes());

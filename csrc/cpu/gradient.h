@@ -7,9 +7,12 @@ struct GradientTile {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
+  // Weights that become bfloat16 are 2^(s - LSE) with s and LSE in units of ln 2.  In float e^(s -
+  // LSE) is nearer: the conversion would round once more.
+  static constexpr double kUnit = Op::kPack == 2 ? 1.44269504088896340736 : 1;
 
   T *S{}, *dP{}, *dcap{};      // [BLOCK_N][kPanel]; dcap is null without softcap
-  T *lse{}, *lse_rest{};       // [kPanel]: their sum is LSE / ln 2, which T rounds
+  T* lse{};                    // [kPanel], times kUnit
   Item *P_rows{}, *dS_rows{};  // A of dV and dK [BLOCK_N][items of kPanel]
   Item* dS_by_key{};           // B of dQ [items of BLOCK_N][kPanel]
 
@@ -20,12 +23,10 @@ struct GradientTile {
     const Vec<T> base = load(lse + v);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) w[i] = load(at + i * kPanel) * scale - base;
-    if constexpr (Op::kPack == 1) {
-      const Vec<T> rest = load(lse_rest + v);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) w[i] -= rest;
-    }
-    vexp2_each<Op::kPack == 2 ? 3 : 5>(w);
+    if constexpr (Op::kPack == 2)
+      vexp2_each<3>(w);
+    else
+      vexp_each(w);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {  // also where LSE is NaN
       const Mask<T> excluded = load(at + i * kPanel) == -std::numeric_limits<T>::infinity();

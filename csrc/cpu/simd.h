@@ -206,13 +206,6 @@ ATTN_INLINE V vexp(V x) {
   vexp_each(one);
   return one[0];
 }
-template <class V>
-ATTN_INLINE V vexp2(V x) {
-  V one[1] = {x};
-  vexp2_each<5>(one);
-  return one[0];
-}
-
 // ln x for positive normal x: x = 2^n m, m in [sqrt(1/2), sqrt(2)), ln m = 2 atanh((m-1) / (m+1)).
 ATTN_INLINE Vec<float> vlog(Vec<float> x) {
   Vec<int32_t> bits;

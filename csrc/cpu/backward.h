@@ -139,7 +139,7 @@ class Backward {
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) * (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims +
-                                 kBackwardKeys * kPanel * 7 + kPanel * (1 + d_pad) + dims);
+                                 kBackwardKeys * kPanel * 7 + kPanel * (2 + d_pad) + dims);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
@@ -159,7 +159,7 @@ class Backward {
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
     k.S = tile_of(), k.dP = tile_of(), k.keep = tile_of();
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
-    k.lse = scratch.take<T>(kPanel);
+    k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
     k.dQt = scratch.take<T>(d_pad * kPanel);
     k.block = items_of(L * std::max(d_pad, dv_pad));

@@ -12,7 +12,7 @@ struct GradientTile {
   static constexpr double kUnit = Op::kPack == 2 ? 1.44269504088896340736 : 1;
 
   T *S{}, *dP{}, *dcap{};      // [BLOCK_N][kPanel]; dcap is null without softcap
-  T* lse{};                    // [kPanel], times kUnit
+  T *lse{}, *inverse{};        // [kPanel]: LSE * kUnit; see exact_delta
   Item *P_rows{}, *dS_rows{};  // A of dV and dK [BLOCK_N][items of kPanel]
   Item* dS_by_key{};           // B of dQ [items of BLOCK_N][kPanel]
 
@@ -34,13 +34,15 @@ struct GradientTile {
     }
   }
 
-  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows, and S = P.  It is
-  // rowsum(dO * O), but O need not be read, and where dS nearly cancels its rounding would show.
+  // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows, and S = P, with
+  // `inverse` 1 / rowsum(P): LSE is rounded, and where one key dominates dP - delta cancels.  It is
+  // rowsum(dO * O), but O need not be read, and its rounding would show there.
   void exact_delta(const Panel<T>& panel, const Tile& tile, T scale, const T* kept, const T* dlse,
                    T* row_delta) const {
+    const T* sinks = static_cast<const T*>(panel.seq.ptr->sink);
     for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
-        Vec<T> sum[2] = {};
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+        Vec<T> sum[2] = {}, total[2] = {};
         int64_t j = tile.lo[g];
         auto keys = [&](auto count) {
           constexpr int N = count.value;
@@ -51,6 +53,7 @@ struct GradientTile {
 #pragma GCC unroll 8
             for (int i = 0; i < N; ++i) {
               store(at + i * kPanel, w[i]);
+              total[i % 2] += w[i];
               Vec<T> x = load(dP + (j + i) * kPanel + v) * w[i];
               if (kept) x *= load(kept + (j + i) * kPanel + v);
               sum[i % 2] += w[i] == T(0) ? Vec<T>{} : x;
@@ -59,16 +62,25 @@ struct GradientTile {
         };
         keys(std::integral_constant<int, kAbreast>{});
         keys(std::integral_constant<int, 1>{});
-        for (int i = 0; i < L && v + i < panel.nq; ++i) {
-          const T whole = sum[0][i] + sum[1][i];
-          row_delta[v + i] = dlse ? whole - dlse[v + i] : whole;
+        Vec<T> whole = total[0] + total[1];
+        if (sinks) {
+          Vec<T> sink[1] = {set1(sinks[panel.h]) - load(lse + v) * T(1 / kUnit)};
+          vexp_each(sink);
+          whole += sink[0];
         }
+        // empty rows, and NaN, which is to stay with the keys that the row sees
+        const Mask<T> usable = (whole > T(0)) & (whole < std::numeric_limits<T>::infinity());
+        whole = T(1) / (usable ? whole : set1(T(1)));
+        store(inverse + v, whole);
+        const Vec<T> delta = (sum[0] + sum[1]) * whole;
+        for (int i = 0; i < L && v + i < panel.nq; ++i)
+          row_delta[v + i] = dlse ? delta[i] - dlse[v + i] : delta[i];
       }
   }
 
-  // One vector of queries (lane v), keys [lo, hi).  S: logits in (READY: weights), dropped-out
-  // weights out; dP in, dS out: as numbers in place (late), or as operands of the products that
-  // follow.
+  // One vector of queries (lane v), keys [lo, hi).  S: logits in (READY: weights / inverse),
+  // dropped-out weights out; dP in, dS out: as numbers in place (late), or as operands of the
+  // products that follow.
   template <bool READY>
   void gradient(int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta, const T* kept,
                 bool late) const {
@@ -93,7 +105,7 @@ struct GradientTile {
     Vec<T> w[N], g[N];
     if constexpr (READY) {
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) w[i] = load(S + at + i * kPanel);
+      for (int i = 0; i < N; ++i) w[i] = load(S + at + i * kPanel) * load(inverse + v);
     } else {
       weights(j, v, scale, w);
     }

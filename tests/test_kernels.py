@@ -140,6 +140,20 @@ def test_largest_logit_moves_between_tiles(level, features, dtype):
     check_call(call, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_rows_of_the_smallest_number_stay_finite(dtype):
+    """Logits of finfo.min, as masks added to the scores have them, that overflow in other units."""
+    call = random_call(batch=1, heads_q=1, seqlen_q=20, seqlen_k=200, dtype=dtype, bias="qk")
+    call.bias[:, :, 3:7] = torch.finfo(dtype).min
+    out, lse, *_ = cpu.forward(call)
+    grads = cpu.backward(call, torch.ones_like(out), out, lse, None, (True,) * 4 + (False,))
+    for x in (out, lse, *grads[:4]):
+        assert x.isfinite().all()
+    if dtype != torch.float16:  # -65504 does not absorb the products
+        mean = call.v.float().mean(2)[0, 0]
+        torch.testing.assert_close(out[0, 0, 3].float(), mean, atol=4e-3, rtol=0)
+
+
 def test_overflow_on_an_old_base_does_not_reach_the_output():
     """A tile that is not computed again: O = inf where the old base is far too small."""
     call = random_call(batch=1, heads_q=1, seqlen_q=65, seqlen_k=400, head_dim=4, scale=1.0)

@@ -15,7 +15,6 @@ class Backward {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
-  static constexpr double kUnit = GradientTile<Op>::kUnit;
 
  public:
   Backward(const Problem& problem, const Pointers& pointers, int threads)
@@ -246,11 +245,11 @@ class Backward {
                      k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + s.lo * kPanel + s.begin,
                      false);
     }
-    const T scale = T(panel.logits(tile, k.S, k.dcap) * kUnit);
+    const T scale = T(panel.logits(tile, k.S, k.dcap));
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
-    for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q] * T(kUnit);
+    for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
     T* row_delta = delta.data() + unit * kPanel;
     const T* dlse = ptr.dlse ? static_cast<const T*>(ptr.dlse) + seq.lse_offset(h, m0) : nullptr;

@@ -306,20 +306,14 @@ class Forward {
   template <bool kDropout>
   static Vec<T> exponentials(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base, const T* kept) {
     Vec<T> sum[2] = {};
-    // In units of ln 2; in float from the difference, whose rounding is small where weights are
-    // large.
-    constexpr double kUnit = 1.44269504088896340736;
-    const T scale_2 = scale * T(kUnit);
-    const Vec<T> base_2 = base * T(kUnit);
+    constexpr double kUnit = 1.44269504088896340736;  // exp(x) = 2^(x * kUnit)
     // N keys abreast.  Pairs of keys go to row j / 2, which lies before or at what was read.
     auto weigh_keys = [&](int64_t j, auto count) {
       constexpr int N = count.value;
       Vec<T> e[N];
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) {
-        const Vec<T> s = load(S + (j + i) * kPanel);
-        e[i] = Op::kPack == 2 ? s * scale_2 - base_2 : (s * scale - base) * T(kUnit);
-      }
+      for (int i = 0; i < N; ++i)  // the difference first: the logits may be the smallest numbers
+        e[i] = (load(S + (j + i) * kPanel) * scale - base) * T(kUnit);
       vexp2_each<kDegree>(e);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {

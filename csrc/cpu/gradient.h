@@ -7,12 +7,8 @@ struct GradientTile {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
-  // Weights that become bfloat16 are 2^(s - LSE) with s and LSE in units of ln 2.  In float e^(s -
-  // LSE) is nearer: the conversion would round once more.
-  static constexpr double kUnit = Op::kPack == 2 ? 1.44269504088896340736 : 1;
-
   T *S{}, *dP{}, *dcap{};      // [BLOCK_N][kPanel]; dcap is null without softcap
-  T *lse{}, *inverse{};        // [kPanel]: LSE * kUnit; see exact_delta
+  T *lse{}, *inverse{};        // [kPanel]; see exact_delta
   Item *P_rows{}, *dS_rows{};  // A of dV and dK [BLOCK_N][items of kPanel]
   Item* dS_by_key{};           // B of dQ [items of BLOCK_N][kPanel]
 
@@ -23,10 +19,13 @@ struct GradientTile {
     const Vec<T> base = load(lse + v);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) w[i] = load(at + i * kPanel) * scale - base;
-    if constexpr (Op::kPack == 2)
+    if constexpr (Op::kPack == 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] *= T(1.44269504088896340736);
       vexp2_each<3>(w);
-    else
-      vexp_each(w);
+    } else {
+      vexp_each(w);  // 2^(x * log2(e)) would round once more
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {  // also where LSE is NaN
       const Mask<T> excluded = load(at + i * kPanel) == -std::numeric_limits<T>::infinity();
@@ -64,7 +63,7 @@ struct GradientTile {
         keys(std::integral_constant<int, 1>{});
         Vec<T> whole = total[0] + total[1];
         if (sinks) {
-          Vec<T> sink[1] = {set1(sinks[panel.h]) - load(lse + v) * T(1 / kUnit)};
+          Vec<T> sink[1] = {set1(sinks[panel.h]) - load(lse + v)};
           vexp_each(sink);
           whole += sink[0];
         }

@@ -170,7 +170,10 @@ class Forward {
         const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
         const bool try_lazy = lazy && !exact[q / kPanel] && bases_serve(running, panel.columns);
         T scale = scores(panel, tile, segments, count, K, Q, S);
-        if (t == t0 && q == 0) prefetch(unit, next);
+        if (t == t0 && q == 0) {
+          prefetch_output(seq, h, m0, nq);
+          if (next != unit) prefetch_inputs(next);
+        }
         if (!try_lazy || !lazy_softmax(panel, tile, S, scale, kept, running)) {
           if (try_lazy) {  // rising logits: not tried again
             exact[q / kPanel] = true;
@@ -201,27 +204,23 @@ class Forward {
     }
   }
 
-  // Where memory is touched for the first time: the output of this unit, the inputs of the next.
-  void prefetch(int64_t unit, int64_t next) const {
-    for (int64_t u : {unit, next}) {
-      const int64_t h = u / m_tiles % p.heads_q, m0 = u % m_tiles * block_m;
-      const Sequence seq(p, ptr, u / m_tiles / p.heads_q);
-      const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
-      if (nq <= 0) continue;
-      if (u == unit) {
-        const char* o = static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes();
-        prefetch_rows(o, nq, p.o.s * bytes(), p.head_dim_v * bytes());
-        if (next == unit) return;
-        continue;
-      }
-      const char* q = static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes();
-      prefetch_rows(q, nq, p.q.s * bytes(), p.head_dim * bytes());
-      const int64_t hk = h / (p.heads_q / p.heads_k);
-      int64_t lo, hi;
-      seq.key_range(m0, m0 + nq, &lo, &hi);
-      prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim);
-      prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v);
-    }
+  // Memory that is touched for the first time comes closer while products are computed: a unit's
+  // output, and the inputs of the next.
+  void prefetch_output(const Sequence& seq, int64_t h, int64_t m0, int64_t nq) const {
+    const char* o = static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes();
+    prefetch_rows(o, nq, p.o.s * bytes(), p.head_dim_v * bytes());
+  }
+  void prefetch_inputs(int64_t unit) const {
+    const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
+    const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
+    const int64_t nq = std::min(block_m, seq.seqlen_q - m0), hk = h / (p.heads_q / p.heads_k);
+    if (nq <= 0) return;
+    const char* q = static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes();
+    prefetch_rows(q, nq, p.q.s * bytes(), p.head_dim * bytes());
+    int64_t lo, hi;
+    seq.key_range(m0, m0 + nq, &lo, &hi);
+    prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim);
+    prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v);
   }
 
   // S^T = K Q^T  [nk, columns], then logits / what is returned.

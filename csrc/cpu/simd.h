@@ -56,20 +56,19 @@ ATTN_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 }
 template <class T>
-ATTN_INLINE bool all_equal(Vec<T> a, Vec<T> b) {
-  Mask<T> same = a == b;
+ATTN_INLINE bool all_lanes(Mask<T> mask) {
   typename IntOf<T>::type all = -1;
-  for (int i = 0; i < kLanes<T>; ++i) all &= same[i];
+  for (int i = 0; i < kLanes<T>; ++i) all &= mask[i];
   return all;
 }
-
+template <class T>
+ATTN_INLINE bool all_equal(Vec<T> a, Vec<T> b) {
+  return all_lanes<T>(a == b);
+}
 // a < b in every lane (false where one is NaN).
 template <class T>
 ATTN_INLINE bool all_below(Vec<T> a, Vec<T> b) {
-  Mask<T> below = a < b;
-  typename IntOf<T>::type all = -1;
-  for (int i = 0; i < kLanes<T>; ++i) all &= below[i];
-  return all;
+  return all_lanes<T>(a < b);
 }
 
 #if ATTN_VEC_BYTES == 64
@@ -103,6 +102,16 @@ ATTN_INLINE bool all_equal<float>(Vec<float> a, Vec<float> b) {
 constexpr int kAbreast = ATTN_VEC_BYTES == 64 ? 4 : 2;
 #define ATTN_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
 
+// p * 2^n, where n is in the low mantissa bits of t; not beyond normal numbers.
+ATTN_INLINE Vec<float> times_power_of_two(Vec<float> p, Vec<float> t) {
+  Vec<uint32_t> bits, exponent;  // unsigned: wraps where the caller replaces the result
+  std::memcpy(&bits, &p, sizeof(bits));
+  std::memcpy(&exponent, &t, sizeof(exponent));
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof(bits));
+  return p;
+}
+
 // x[i] = 2^x[i] = 2^n 2^f with n = floor(x), 2^f by its minimax polynomial: error 1.5e-7 for DEGREE
 // 5; 7.5e-5 for DEGREE 3, for results that are rounded to bfloat16.  -inf gives 0, NaN stays NaN.
 template <int DEGREE, int N>
@@ -133,11 +142,7 @@ ATTN_INLINE void vexp2_each(Vec<float> (&x)[N]) {
       (Vec<float>)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);  // takes the floor of x
 #else
   ATTN_EACH {
-    Vec<uint32_t> bits, exponent;  // unsigned: wraps where the result is replaced below
-    std::memcpy(&bits, &p[i], sizeof(bits));
-    std::memcpy(&exponent, &t[i], sizeof(exponent));
-    bits += exponent << 23;
-    std::memcpy(&p[i], &bits, sizeof(bits));
+    p[i] = times_power_of_two(p[i], t[i]);
     p[i] = x[i] < -126.f ? Vec<float>{} : p[i];
     p[i] = x[i] >= 128.f ? set1(__builtin_inff()) : p[i];
     x[i] = x[i] == x[i] ? p[i] : x[i];
@@ -170,11 +175,7 @@ ATTN_INLINE void vexp_each(Vec<float> (&x)[N]) {
     const __mmask16 visible = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
     x[i] = (Vec<float>)_mm512_maskz_scalef_ps(visible, (__m512)p[i], (__m512)n[i]);
 #else
-    Vec<uint32_t> bits, exponent;  // unsigned: wraps where the result is replaced below
-    std::memcpy(&bits, &p[i], sizeof(bits));
-    std::memcpy(&exponent, &n[i], sizeof(exponent));
-    bits += exponent << 23;
-    std::memcpy(&p[i], &bits, sizeof(bits));
+    p[i] = times_power_of_two(p[i], n[i]);
     p[i] = x[i] < -87.3f ? Vec<float>{} : p[i];
     p[i] = x[i] > 88.7f ? set1(__builtin_inff()) : p[i];
     x[i] = x[i] == x[i] ? p[i] : x[i];

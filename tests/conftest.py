@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 
 import attn_ext
+from attn_ext import _C
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("explore", deadline=None, max_examples=500)
@@ -92,3 +93,11 @@ def calls(monkeypatch):
     from model_checks import Calls, integration
 
     return Calls(monkeypatch, integration())
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request):
+    """Each instruction set of the machine"""
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("")

@@ -11,7 +11,6 @@ from additive_checks import arguments, check
 from torch.library import opcheck
 
 import attn_ext
-from attn_ext import _C
 from attn_ext.testing import random_call
 
 # name -> random_call's options: what each would catch
@@ -44,14 +43,6 @@ CASES = {
 }
 SHORT = ("odd sizes: every tail", "grouped heads", "varlen with an empty sequence", "lengths",
          "bias")  # fmt: skip
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request):
-    """Each instruction set of the machine."""
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa("")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,19 +6,10 @@ import pytest
 import torch
 from inspect_checks import CASES, check
 
-from attn_ext import _C
 from attn_ext.inspect import kernels
 from attn_ext.testing import random_call
 
 ADDITIVE = [name for name, options in CASES.items() if "sink" not in options]
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request):
-    """Each instruction set of the machine."""
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa("")
 
 
 @pytest.mark.parametrize("name", CASES)

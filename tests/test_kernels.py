@@ -17,12 +17,7 @@ from attn_ext.testing import check_call, random_call
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=_C.supported_isas(), autouse=True)
-def isa(request):
-    """Each test once per instruction set"""
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa("")
+pytestmark = pytest.mark.usefixtures("isa")  # each test once per instruction set
 
 
 # (seqlen_q, seqlen_k, head_dim, head_dim_v): what each would catch

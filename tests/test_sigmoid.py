@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 import attn_ext
-from attn_ext import _C, backends
+from attn_ext import backends
 from attn_ext.testing import check_call, random_call
 
 # name -> random_call's options: what each would catch
@@ -32,14 +32,6 @@ CASES = {
     "padded storage": {"seqlen_q": 33, "layout": "padded", "mask": "qk"},
 }
 SHORT = ("odd sizes: every tail", "mask and bias", "varlen")
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request):
-    """Each instruction set of the machine."""
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa("")
 
 
 def call_of(name, dtype=torch.float32, bias=None):

@@ -220,6 +220,90 @@ def test_block_diagonal_biases(name, lead):
     assert torch.equal(dense.exp().bool(), seen.expand(1, 2, sum(LQ), total))
 
 
+PAGE = 2
+TABLES = torch.tensor([[5, 9, 0], [1, 7, 3], [8, 2, 11], [4, 6, 10]], dtype=torch.int32)
+FIRST = [1, 3, 0, 2]  # of the keys that the gappy ones use, in each block's own pages
+
+
+def in_pages(kind):
+    if "Gappy" in kind.__name__:
+        return kind.from_seqlens(LQ, FIRST, LK, TABLES, PAGE)
+    return kind.from_seqlens(LQ, LK, TABLES, PAGE)
+
+
+PAGED = {
+    "padded": (xf.PagedBlockDiagonalPaddedKeysMask, "all"),
+    "padded_causal": (xf.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask, "bottom_right"),
+    "gappy": (xf.PagedBlockDiagonalGappyKeysMask, "all"),
+    "gappy_causal": (xf.PagedBlockDiagonalCausalWithOffsetGappyKeysMask, "bottom_right"),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+@pytest.mark.parametrize("lead", [(2,), (2, 2)], ids=["BMHK", "BMGHK"])
+def test_paged_biases(name, lead):
+    """A key taken from a neighbouring page, from the wrong end of a gap, or from a free place (NaN
+    here); a gradient that does not find its way back into the page."""
+    kind, rule = PAGED[name]
+    attn_bias = in_pages(kind)
+    total = TABLES.numel() * PAGE
+    q, k, v = inputs(*lead, rows=sum(LQ), cols=total, batch=1)
+    seen = torch.zeros(sum(LQ), total, dtype=torch.bool)
+    for b, (q0, q1) in enumerate(spans(LQ)):
+        first = FIRST[b] if "gappy" in name else 0
+        for n in range(LK[b]):
+            page, slot = divmod(first + n, PAGE)
+            seen[q0:q1, int(TABLES[b, page]) * PAGE + slot] = visible(q1 - q0, LK[b], RULES[rule])[
+                :, n
+            ]
+    heads = [x.flatten(2, 3) if len(lead) == 2 else x for x in (q, k, v)]
+    expected, lse = naive(*heads, seen=seen)
+    used = torch.tensor([any(s <= c < e for s, e in slots(name)) for c in range(total)])
+    holes = used.view(1, total, *(1,) * (len(lead) + 1))
+    poisoned = [torch.where(holes, x, torch.nan) for x in (k, v)]
+    out = xf.memory_efficient_attention(q, *poisoned, attn_bias)
+    agree(out, expected.reshape(out.shape), (q, k, v))
+    got = xf.memory_efficient_attention_forward_requires_grad(q, k, v, attn_bias)[1]
+    torch.testing.assert_close(got.reshape(lse.shape), lse)
+    dense = attn_bias.to("cpu").materialize((1, 2, sum(LQ), total))
+    assert torch.equal(dense.exp().bool(), seen.expand(1, 2, sum(LQ), total))
+
+
+def slots(name):
+    """(first, end) of the rows of key and value that are in use, one key each."""
+    for b, table in enumerate(TABLES.tolist()):
+        first = FIRST[b] if "gappy" in name else 0
+        for n in range(first, first + LK[b]):
+            row = table[n // PAGE] * PAGE + n % PAGE
+            yield row, row + 1
+
+
+def test_make_paged():
+    """A bias moved into pages that then sees other keys."""
+    padded = xf.BlockDiagonalPaddedKeysMask.from_seqlens(LQ, PAD, LK)
+    kind = xf.PagedBlockDiagonalPaddedKeysMask
+    shape = (1, 1, sum(LQ), TABLES.numel() * PAGE)
+    moved = padded.make_paged(block_tables=TABLES, page_size=PAGE, paged_type=kind)
+    assert torch.equal(moved.materialize(shape), in_pages(kind).materialize(shape))
+    starts = [b * PAD + first for b, first in enumerate(FIRST)] + [4 * PAD]
+    gappy = xf.BlockDiagonalGappyKeysMask.from_seqlens(LQ, starts, LK)
+    kind = xf.PagedBlockDiagonalGappyKeysMask
+    moved = gappy.make_paged(TABLES, PAGE, notional_padding=PAD, paged_type=kind)
+    assert torch.equal(moved.materialize(shape), in_pages(kind).materialize(shape))
+    local = padded.make_local_attention(2, 1)
+    kind = xf.BlockDiagonalLocalAttentionPaddedKeysMask
+    expected = kind.from_seqlens_local(LQ, PAD, LK, 2, 1)
+    shape = (sum(LQ), 4 * PAD)
+    assert torch.equal(local.materialize(shape), expected.materialize(shape))
+    with pytest.raises(ValueError, match="notional_padding must be a multiple of page_size 2"):
+        gappy.make_paged(TABLES, PAGE, 5, xf.PagedBlockDiagonalGappyKeysMask)
+    with pytest.raises(ValueError, match="block_tables must have pages for the keys of block 2"):
+        xf.PagedBlockDiagonalPaddedKeysMask.from_seqlens(LQ, LK, TABLES[:, :2], PAGE)
+    q, k, v = inputs(2, rows=sum(LQ), cols=22, batch=1)
+    with pytest.raises(ValueError, match="block_tables must hold pages within key's 22 rows"):
+        xf.memory_efficient_attention(q, k, v, in_pages(PAGED["padded"][0]))
+
+
 def test_tensor_lists():
     """Packing, splitting, and batches of several sequences."""
     tensors = [normal(1, 3, 2, 8), normal(2, 4, 2, 8), normal(1, 0, 2, 8)]
@@ -247,6 +331,8 @@ def test_partial_results_merge():
         whole, full = xf.memory_efficient_attention_partial(q, k, v)
         torch.testing.assert_close(lse, full)
         agree(out, whole, (q, k, v))
+    half = xf.merge_attentions(*zip(*parts, strict=True), output_dtype=torch.float16)[0]
+    assert half.dtype == torch.float16
     with pytest.raises(ValueError, match="attn_split must hold"):
         xf.merge_attentions([normal(2, 3, 4)], [normal(2, 3)])
 
@@ -281,10 +367,18 @@ def test_objects_of_the_real_package_are_understood():
     class Mine(LowerTriangularFromBottomRightMask):
         pass
 
+    class LowerTriangularMaskWithTensorBias:
+        """Its tensor is called _bias, before 0.0.32 _subtensor."""
+
     q, k, v = inputs(2)
     seen = visible(M, N, RULES["bottom_right"])
     out = xf.memory_efficient_attention(q, k, v, Mine())
     torch.testing.assert_close(out, naive(q, k, v, seen=seen)[0])
+    for name in ("_bias", "_subtensor"):
+        theirs = LowerTriangularMaskWithTensorBias()
+        setattr(theirs, name, normal(2, 2, M, N))
+        expected = naive(q, k, v, getattr(theirs, name), visible(M, N, RULES["top_left"]))[0]
+        torch.testing.assert_close(xf.memory_efficient_attention(q, k, v, theirs), expected)
 
 
 @pytest.mark.skipif(
@@ -303,6 +397,8 @@ def test_install():
         assert ops.MemoryEfficientAttentionFlashAttentionOp is None
         inner = importlib.import_module("xformers.ops.fmha.attn_bias")
         assert inner.BlockDiagonalCausalMask is xf.BlockDiagonalCausalMask
+        assert isinstance(in_pages(xf.PagedBlockDiagonalPaddedKeysMask), inner.VARLEN_BIASES)
+        assert ops.unbind(torch.arange(4).view(2, 2), 1)[1].tolist() == [1, 3]
     finally:
         xf.uninstall()
     with pytest.raises(ModuleNotFoundError):
@@ -336,3 +432,21 @@ def test_bad_input():
     for call, kind, match in cases:
         with pytest.raises(kind, match=match):
             call()
+
+
+@pytest.mark.parametrize("name", ["none", "lower", "blocks", "padded"])
+def test_compiled(name):
+    """A bias that breaks the graph, or is lost in it."""
+    lengths = [4, 5]
+    biases = {
+        "none": lambda: None,
+        "lower": lambda: xf.LowerTriangularMask(),
+        "blocks": lambda: xf.BlockDiagonalMask.from_seqlens(lengths).make_causal(),
+        "padded": lambda: xf.BlockDiagonalPaddedKeysMask.from_seqlens(lengths, 6, [3, 6]),
+    }
+    q, k, v = inputs(2, rows=9, cols=12 if name == "padded" else 9, batch=1)
+    attn_bias = biases[name]()
+    compiled = torch.compile(xf.memory_efficient_attention, fullgraph=True, backend="aot_eager")
+    agree(
+        compiled(q, k, v, attn_bias), xf.memory_efficient_attention(q, k, v, attn_bias), (q, k, v)
+    )

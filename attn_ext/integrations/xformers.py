@@ -15,10 +15,12 @@ import torch
 from attn_ext import api, validate
 from attn_ext.integrations import importing
 from attn_ext.integrations import xformers_bias as biases
+from attn_ext.integrations import xformers_paged as paged
 from attn_ext.integrations.xformers_bias import *  # noqa: F403
+from attn_ext.integrations.xformers_paged import *  # noqa: F403
 
 VERSION = "0.0.32"
-_BY_NAME = {kind.__name__: kind for kind in biases.PUBLIC}
+_BY_NAME = {kind.__name__: kind for kind in (*biases.PUBLIC, *paged.PUBLIC)}
 
 
 def _rank(query, key, value) -> int:
@@ -81,16 +83,36 @@ def _window_of(attn_bias, kind) -> tuple:
     return kind.causal, window
 
 
-def _packed(x, intervals: list):
-    """x [1, M, ..., K] without the room between the blocks, and its int32 cu_seqlens."""
+def _ends(intervals: list) -> list:
+    """Where the blocks end once they are packed, from 0."""
     ends = [0]
     for first, end in intervals:
         ends.append(ends[-1] + end - first)
-    together = all(first == start for (first, _), start in zip(intervals, ends, strict=False))
-    if not together:
-        rows = [torch.arange(first, end, device=x.device) for first, end in intervals]
-        x = x[:, torch.cat(rows)]
-    return x, torch.tensor(ends, dtype=torch.int32, device=x.device)
+    return ends
+
+
+def _longest(intervals: list) -> int:
+    return max([0, *[end - first for first, end in intervals]])  # torch.compile traces this form
+
+
+def _packed(x, intervals: list):
+    """x [1, M, ..., K] without the room between the blocks."""
+    if all(first == at for (first, _), at in zip(intervals, _ends(intervals), strict=False)):
+        return x
+    return x[:, torch.cat([torch.arange(*block, device=x.device) for block in intervals])]
+
+
+def _from_pages(name: str, x, attn_bias):
+    """x [1, pages * page_size, ..., K] -> the keys of all blocks, one after the other."""
+    rows = torch.cat(paged.rows_of_blocks(attn_bias)).to(x.device)
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} must have shape [1, rows, ...], got {tuple(x.shape)}")
+    if x.device.type == "cpu" and len(rows) and not 0 <= rows.min() <= rows.max() < x.shape[1]:
+        raise ValueError(
+            f"block_tables must hold pages within {name}'s {x.shape[1]} rows, "
+            f"got rows {int(rows.min())} to {int(rows.max())}"
+        )
+    return x[:, rows]
 
 
 def _check_blocks(name: str, x, total: int) -> None:
@@ -104,22 +126,33 @@ def _check_blocks(name: str, x, total: int) -> None:
 def _run_blocks(query, key, value, attn_bias, kind, p, scale):
     """(out [1, total_q, ..., Kv], lse [1, H, total_q]) of packed sequences."""
     q_info, k_info = attn_bias.q_seqinfo, attn_bias.k_seqinfo
+    in_pages = issubclass(kind, paged._Paged)
     _check_blocks("query", query, q_info.seqstart_py[-1])
-    _check_blocks("key", key, k_info.seqstart_py[-1])
-    _check_blocks("value", value, k_info.seqstart_py[-1])
-    k_blocks = list(k_info.intervals())
     shared = _shared(key, value)
-    key, cu_k = _packed(key, k_blocks)
-    value, _ = _packed(value, k_blocks)
-    query, cu_q = _packed(query, list(q_info.intervals()))
+    if shared:  # before anything is gathered: one head a group
+        key, value = key[:, :, :, :1], value[:, :, :, :1]
+    if in_pages:
+        k_blocks = paged.logical(attn_bias)
+        key, value = _from_pages("key", key, attn_bias), _from_pages("value", value, attn_bias)
+    else:
+        k_blocks = list(k_info.intervals())
+        _check_blocks("key", key, k_info.seqstart_py[-1])
+        _check_blocks("value", value, k_info.seqstart_py[-1])
+        key, value = _packed(key, k_blocks), _packed(value, k_blocks)
+    q_blocks = list(q_info.intervals())
+    ends_q, ends_k = _ends(q_blocks), _ends(k_blocks)
+    cu_q = torch.tensor(ends_q, dtype=torch.int32, device=query.device)
+    cu_k = cu_q
+    if ends_k != ends_q:
+        cu_k = torch.tensor(ends_k, dtype=torch.int32, device=query.device)
     q, k, v = (
         _heads_first(x, s)[0].transpose(0, 1)
         for x, s in ((query, False), (key, shared), (value, shared))
     )
     causal, window = _window_of(attn_bias, kind)
     args = api.varlen_args(
-        q, k, v, cu_q, cu_q if k_blocks == list(q_info.intervals()) else cu_k,
-        causal=causal, window=window, dropout_p=p, scale=scale,
+        q, k, v, cu_q, cu_k, _longest(q_blocks), _longest(k_blocks), causal=causal, window=window,
+        dropout_p=p, scale=scale,
     )  # fmt: skip
     out, lse = api.result(args, True, False)
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse[None]
@@ -132,7 +165,8 @@ def _run_dense(query, key, value, attn_bias, kind, p, scale):
     if kind is not None:
         causal, window = _window_of(attn_bias, kind)
         if kind is biases.LowerTriangularMaskWithTensorBias:
-            bias = _dense_bias("attn_bias", attn_bias._subtensor, rank)
+            own = attn_bias._bias if hasattr(attn_bias, "_bias") else attn_bias._subtensor
+            bias = _dense_bias("attn_bias", own, rank)  # _subtensor: xformers before 0.0.32
     elif attn_bias is not None:
         bias = _dense_bias("attn_bias", attn_bias, rank)
     shared = _shared(key, value)
@@ -206,8 +240,14 @@ def memory_efficient_attention_partial(
     return _run(query, key, value, attn_bias, p, scale, output_dtype)
 
 
-def merge_attentions(attn_split, lse_split, write_lse=True):
-    """(out, lse or None) of partial results over different keys.
+def unbind(x, dim):
+    """The slices of x along dim, as torch.unbind gives them: no copy is made on the way back."""
+    return x.unbind(dim)
+
+
+def merge_attentions(attn_split, lse_split, write_lse=True, output_dtype=None):
+    """(out in output_dtype, the parts' if None; lse or None) of partial results over different
+    keys.
 
     attn_split: a list of [B, M, (G, H or H,) K], or one tensor with a first dimension for the
     parts; lse_split: alike of [B, (G, H or H,) M].
@@ -222,7 +262,7 @@ def merge_attentions(attn_split, lse_split, write_lse=True):
     share = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
     weight = share.movedim(-1, 2).unsqueeze(-1)
     out = (outs * weight.to(outs.dtype)).sum(dim=0)
-    return out, lse if write_lse else None
+    return out if output_dtype is None else out.to(output_dtype), lse if write_lse else None
 
 
 def memory_efficient_attention_backward(
@@ -243,7 +283,7 @@ def memory_efficient_attention_backward(
 FUNCTIONS = (
     memory_efficient_attention, memory_efficient_attention_backward,
     memory_efficient_attention_forward, memory_efficient_attention_forward_requires_grad,
-    memory_efficient_attention_partial, merge_attentions,
+    memory_efficient_attention_partial, merge_attentions, unbind,
 )  # fmt: skip
 # what callers pass as `op`; None is xformers' own "choose"
 _OPS = (
@@ -253,7 +293,14 @@ _OPS = (
 
 
 def _bias_module() -> dict:
-    return dict(_BY_NAME)
+    """Besides the biases what callers use to recognise and describe them."""
+    return {
+        **_BY_NAME,
+        "VARLEN_BIASES": (biases._Blocks,),
+        "_GappySeqInfo": biases._PaddedSeqLenInfo,
+        "_PaddedSeqLenInfo": biases._PaddedSeqLenInfo,
+        "_SeqLenInfo": biases._SeqLenInfo,
+    }
 
 
 def _ops() -> dict:

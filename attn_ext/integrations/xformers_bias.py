@@ -65,8 +65,8 @@ class LowerTriangularMask(AttentionBias):
 
     causal = "top_left"
 
-    def __init__(self, *, device="cpu", **ignored):
-        del device, ignored
+    def __init__(self, device=None):
+        del device
 
     def add_bias(self, bias) -> LowerTriangularMaskWithTensorBias:
         """This mask and an additive tensor."""
@@ -77,10 +77,13 @@ class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
     """Causal, aligned top-left, with an additive tensor (differentiable)."""
 
     def __init__(self, bias):
-        self._subtensor = bias
+        self._bias = bias
+
+    def to(self, device):
+        return LowerTriangularMaskWithTensorBias(self._bias.to(device))
 
     def materialize(self, shape, dtype=torch.float32, device="cpu"):
-        return super().materialize(shape, dtype, device) + self._subtensor
+        return super().materialize(shape, dtype, device) + self._bias
 
 
 class LowerTriangularFromBottomRightMask(AttentionBias):
@@ -380,6 +383,16 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
         """Of the lengths of queries, the room of a block of keys and its used lengths."""
         return cls(**cls._infos(q_seqlen, kv_padding, kv_seqlen))
 
+    def make_local_attention(self, window_left: int, window_right: int):
+        """These blocks with a window around the bottom-right diagonal."""
+        return BlockDiagonalLocalAttentionPaddedKeysMask(
+            self.q_seqinfo, self.k_seqinfo, window_left=window_left, window_right=window_right
+        )
+
+    def make_paged(self, block_tables, page_size: int, paged_type):
+        """The same lengths with keys in pages: a `paged_type` of xformers_paged."""
+        return paged_type(self.q_seqinfo, self.k_seqinfo, block_tables, page_size)
+
 
 @dataclass
 class BlockDiagonalCausalWithOffsetPaddedKeysMask(BlockDiagonalPaddedKeysMask):
@@ -444,6 +457,18 @@ class BlockDiagonalGappyKeysMask(_Blocks):
         starts = _integers("kv_seqstarts", kv_seqstarts)
         used = _integers("kv_seqlen", kv_seqlen)
         return cls(_SeqLenInfo.from_seqlens(q_seqlen), _PaddedSeqLenInfo(starts, used))
+
+    def make_paged(self, block_tables, page_size: int, notional_padding: int, paged_type):
+        """The same keys in pages, where block i lies in row i of rows of notional_padding keys."""
+        _at_least("page_size", page_size, 1)
+        if notional_padding % page_size:
+            raise ValueError(
+                f"notional_padding must be a multiple of page_size {page_size}, "
+                f"got {notional_padding}"
+            )
+        starts = [s - i * notional_padding for i, s in enumerate(self.k_seqinfo.seqstart_py[:-1])]
+        lengths = self.k_seqinfo.seqlen_py
+        return paged_type.in_pages(self.q_seqinfo, starts, lengths, block_tables, page_size)
 
 
 @dataclass

@@ -1,28 +1,16 @@
 """Random mixes of all features, forward and backward, on every backend that can run here."""
 
-import importlib.util
 import os
-from pathlib import Path
 
+import emulated_backend as emulated
 import pytest
+import strategies
 import torch
 from hypothesis import HealthCheck, given, settings
 
 from attn_ext import backends
 from attn_ext.problem import Problem
 from attn_ext.testing import check_call, random_call
-
-
-def load(name):
-    """A module of tests/, which is no package (importlib mode)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-strategies = load("strategies")
-emulated = load("emulated_backend")
 
 # not the reference, which would be compared to itself; Triton interpreted has tests of its own
 NAMES = [

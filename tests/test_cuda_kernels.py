@@ -7,10 +7,10 @@ barrier or wait fails here and not on somebody's GPU.
 """
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
+import emulated_backend as emulated
 import pytest
+import test_nonfinite as nonfinite
 import torch
 
 from attn_ext import backends
@@ -21,15 +21,6 @@ from attn_ext.testing import check_call, random_call
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def load(name):
-    """A module of tests/, which is no package (importlib mode)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulated = load("emulated_backend")
 BACKENDS = []
 if emulated.available() == "":
     BACKENDS += [("emulated", "cpu", mode) for mode in emulated.MODES]
@@ -204,9 +195,6 @@ def test_decode_features(check, options):
     """A mask or bias indexed by the packed row instead of its head and position."""
     sizes = {"seqlen_q": 3, "heads_q": 4, "heads_k": 2, "seqlen_k": 300}
     check(cache_seqlens=[300, 77], page_size=16, dtype=BF16, **sizes, **options)
-
-
-nonfinite = load("test_nonfinite")
 
 
 @pytest.mark.parametrize("seqlen", [17, 90])

@@ -5,9 +5,8 @@ On the emulated device of csrc/emulation, and on a GPU where there is one.
 """
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
+import emulated_backend as emulated
 import pytest
 import torch
 
@@ -18,15 +17,6 @@ from attn_ext.testing import check_call, poisoned_memory, random_call
 BF16 = torch.bfloat16
 
 
-def load(name):
-    """A module of tests/, which is no package (importlib mode)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulated = load("emulated_backend")
 MODULES = [(emulated, "cpu")] if emulated.available() == "" else []
 if backends.get("cuda").available() == "":
     MODULES.append((backends.get("cuda"), "cuda"))

@@ -13,13 +13,7 @@ import torch
 
 from attn_ext.integrations import flash_attn as fa
 from attn_ext.integrations import rotary
-from attn_ext.integrations.bert_padding import (
-    index_first_axis,
-    index_put_first_axis,
-    pad_input,
-    unpad_input,
-    unpad_input_for_concatenated_sequences,
-)
+from attn_ext.integrations.bert_padding import unpad_input
 
 
 def normal(*shape, dtype=torch.float64):
@@ -360,55 +354,6 @@ def test_half_precision_and_noncontiguous_inputs():
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_apply_rotary(interleaved):
-    """Offsets of each sequence, packed sequences, the untouched rest, in place."""
-    cos, sin = angles(20, 4)
-    x = normal(2, 5, 3, 12)
-    out = rotary.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=torch.tensor([3, 9]))
-    for b, start in enumerate((3, 9)):
-        torch.testing.assert_close(
-            out[b], spun(x[b], cos, sin, torch.arange(5) + start, interleaved)
-        )
-    flat = x.flatten(0, 1).clone()
-    at = torch.cat((torch.arange(4), torch.arange(6)))
-    expected = spun(flat, cos, sin, at, interleaved)
-    packed = rotary.apply_rotary_emb(
-        flat, cos, sin, interleaved, cu_seqlens=cumulative([4, 6]), max_seqlen=6, inplace=True
-    )
-    assert packed is flat
-    torch.testing.assert_close(flat, expected)
-
-
-def test_padding_round_trip_and_gradients():
-    """Tokens at other places than they came from; a gradient lost at the padding."""
-    x = normal(3, 5, 2, 4).requires_grad_()
-    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
-    unused = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
-    packed, indices, cu, longest, used = unpad_input(x, mask, unused)
-    assert cu.tolist() == [0, 4, 4, 9] and cu.dtype == torch.int32
-    assert longest == 5 and isinstance(longest, int)
-    assert used.tolist() == [3, 0, 5] and indices.tolist() == [0, 1, 2, 4, 10, 11, 12, 13, 14]
-    back = pad_input(packed, indices, 3, 5)
-    kept = (mask + unused).bool()
-    assert torch.equal(back, torch.where(kept[..., None, None], x, 0.0))
-    (grad,) = torch.autograd.grad(back.sum(), x)
-    assert torch.equal(grad, kept[..., None, None].double().expand_as(x))
-    assert torch.equal(index_first_axis(x, torch.tensor([2, 0])), x[[2, 0]])
-    put = index_put_first_axis(x, torch.tensor([4, 0, 1]), 6)
-    assert torch.equal(put[[4, 0, 1]], x) and put[[2, 3, 5]].abs().sum() == 0
-
-
-def test_concatenated_sequences():
-    """Lengths of several sequences in one row."""
-    x = normal(2, 6, 3)
-    in_length = torch.tensor([[2, 3, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
-    packed, indices, cu, longest = unpad_input_for_concatenated_sequences(x, in_length)
-    assert cu.tolist() == [0, 2, 5, 11] and longest == 6
-    assert torch.equal(packed, x.flatten(0, 1)[indices])
-    assert indices.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
-
-
 SIGNATURES = {
     "flash_attn_func": "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes "
     "deterministic return_attn_probs",
@@ -449,6 +394,7 @@ def test_install():
         assert padding.unpad_input is unpad_input
         turned = importlib.import_module("flash_attn.layers.rotary")
         assert turned.apply_rotary_emb is rotary.apply_rotary_emb
+        assert turned.RotaryEmbedding is rotary.RotaryEmbedding
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("flash_attn.ops")
     finally:

@@ -371,10 +371,11 @@ def _padding() -> dict:
 
 
 def _rotary() -> dict:
-    return {
-        "apply_rotary_emb": rotary.apply_rotary_emb,
-        "apply_rotary_emb_func": rotary.apply_rotary_emb,
-    }
+    own = (
+        rotary.RotaryEmbedding, rotary.apply_rotary_emb, rotary.apply_rotary_emb_kv_,
+        rotary.apply_rotary_emb_qkv_, rotary.apply_rotary_emb_torch,
+    )  # fmt: skip
+    return {**{f.__name__: f for f in own}, "apply_rotary_emb_func": rotary.apply_rotary_emb}
 
 
 _STAND_IN = importing.StandIn(

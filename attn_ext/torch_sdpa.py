@@ -9,6 +9,7 @@ allow.
 from __future__ import annotations
 
 import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from attn_ext import validate
 from attn_ext.api import attention, autocast
@@ -22,6 +23,7 @@ def scaled_dot_product_attention(
     query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; leading
     dimensions broadcast, and there may be none.  attn_mask broadcasts to [..., Hq, L, S]: bool
     (True = attend) or floating (added, with gradient).
+    A torch.nn.attention.bias.CausalBias is causal as it says, top-left or bottom-right.
     is_causal aligns top-left and excludes attn_mask.  scale: 1/sqrt(E) if None.  enable_gqa: Hq may
     be a multiple of H.
     A row that sees no key is 0.  ValueError or TypeError where torch raises RuntimeError.
@@ -39,16 +41,19 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         and torch.are_deterministic_algorithms_enabled()
     )
     flags = is_causal.__class__ is enable_gqa.__class__ is bool
+    causal = "top_left" if is_causal else False
     if attn_mask is None and flags and _plain(query, key, value):
         return attention(
-            query, key, value, causal="top_left" if is_causal else False, dropout_p=dropout_p,
-            scale=scale, deterministic=deterministic, backend=backend,
+            query, key, value, causal=causal, dropout_p=dropout_p, scale=scale,
+            deterministic=deterministic, backend=backend,
         )  # fmt: skip
     validate.tensor("query", query)
     validate.tensor("key", key)
     validate.tensor("value", value)
     validate.boolean("is_causal", is_causal)
     validate.boolean("enable_gqa", enable_gqa)
+    if isinstance(attn_mask, CausalBias):
+        attn_mask, causal = None, _alignment(attn_mask, is_causal, query, key)
     if attn_mask is not None:
         validate.tensor("attn_mask", attn_mask)
         if attn_mask.dtype not in (torch.bool, *validate.FLOATING):
@@ -72,11 +77,20 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         folded = _fold_mask(attn_mask, batch, query.shape[-2], key.shape[-2])
         mask, bias = (folded, None) if attn_mask.dtype == torch.bool else (None, folded)
     out = attention(
-        query4, key4, value4, causal="top_left" if is_causal else False, mask=mask, bias=bias,
-        dropout_p=dropout_p, scale=scale, backend=backend,
-        deterministic=deterministic,
+        query4, key4, value4, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale,
+        backend=backend, deterministic=deterministic,
     )  # fmt: skip
     return out if len(batch) == 2 else out.reshape(*batch, query.shape[-2], value.shape[-1])
+
+
+def _alignment(bias, is_causal: bool, query, key) -> str:
+    """What a CausalBias means; its elements are never set, only its description is."""
+    if is_causal:
+        raise ValueError("attn_mask must be None when is_causal=True, got a CausalBias")
+    told, needed = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if told != needed:
+        raise ValueError(f"attn_mask must be a CausalBias of lengths {needed}, got {told}")
+    return "bottom_right" if bias.variant == CausalVariant.LOWER_RIGHT else "top_left"
 
 
 def _plain(query, key, value) -> bool:

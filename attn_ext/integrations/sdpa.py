@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
 from attn_ext import backends, validate
@@ -138,8 +139,11 @@ def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -
     device, dtype = query.device, query.dtype
     if dtype != torch.float64 and autocasting(device.type):
         dtype = torch.get_autocast_dtype(device.type)
+    if isinstance(attn_mask, torch.Tensor) and _foreign(attn_mask):
+        raise NotImplementedError(f"attn_mask is a tensor subclass, {type(attn_mask).__name__}")
+    is_causal = is_causal or isinstance(attn_mask, CausalBias)
     mask = isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool
-    bias = attn_mask is not None and not mask
+    bias = not (attn_mask is None or mask or isinstance(attn_mask, CausalBias))
     grads = torch.is_grad_enabled()
     bias_grad = bias and grads and attn_mask.requires_grad
     grad = grads and (query.requires_grad or key.requires_grad or value.requires_grad)

@@ -66,6 +66,12 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         ("query", "key", "value"),
     )  # fmt: skip
     batch = _batch_shape(query, key, value, enable_gqa)
+    if 0 in batch[-1:]:  # an empty batch without a dimension of heads: give it one
+        if attn_mask is not None and attn_mask.dim() > 2:
+            attn_mask = attn_mask.unsqueeze(-3)
+        wider = [x.unsqueeze(-3) for x in (query, key, value)]
+        out = serve(*wider, attn_mask, dropout_p, is_causal, scale, False, backend)
+        return out.squeeze(-3)
     heads = batch[-1] if batch else 1
     query4, key4, value4 = (
         _fold(query, batch, heads),
@@ -102,7 +108,7 @@ def _plain(query, key, value) -> bool:
     return (
         len(wanted) == 4
         and shape[0] == wanted[0]
-        and shape[1] == wanted[1]
+        and shape[1] == wanted[1] > 0
         and shape[3] == wanted[3]
         and wanted[:3] == value.shape[:3]
         and query.dtype == key.dtype == value.dtype

@@ -156,6 +156,19 @@ def test_takes_its_place_in_a_torch_model():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("floating", [False, True])
+def test_empty_batches(lead, floating):
+    """A batch of nothing refused, or without its gradients."""
+    q, k, v = (torch.randn(*lead, n, 8, requires_grad=True) for n in (4, 7, 7))
+    mask = torch.ones(*lead, 4, 7, dtype=None if floating else torch.bool)
+    for options in (dict(attn_mask=mask), dict(is_causal=True)):
+        out = attn_ext.scaled_dot_product_attention(q, k, v, **options)
+        assert out.shape == (*lead, 4, 8)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
 @pytest.mark.parametrize("make", [causal_lower_right, causal_upper_left])
 @pytest.mark.parametrize("lengths", [(4, 7), (5, 5), (6, 3)], ids=str)
 def test_causal_bias(make, lengths):

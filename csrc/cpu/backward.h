@@ -8,7 +8,7 @@
 // Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
 // before it.
 
-constexpr int64_t kBackwardKeys = 192;  // BLOCK_N; multiple of 16 (transposed masks, dropout words)
+constexpr int64_t kBackwardKeys = kMaskWords * 32;  // BLOCK_N; multiple of 4: dropout's words
 
 template <class Op>
 class Backward {
@@ -83,9 +83,10 @@ class Backward {
     T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
     Item *Qt{}, *dOt{};  // [items of d][kPanel]
     Item *Q{}, *dO{};    // [items of kPanel][d_pad]
-    T *keep{}, *row{};   // [BLOCK_N][kPanel], [max dim]
-    T* dQt{};            // [D][kPanel], of whole rows
-    Item* block{};       // of pack_transposed
+    T* row{};            // [max dim]
+    PanelScratch<T> side{};
+    T* dQt{};       // [D][kPanel], of whole rows
+    Item* block{};  // of pack_transposed
   };
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -137,8 +138,9 @@ class Backward {
 
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
-    return int64_t(sizeof(T)) * (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims +
-                                 kBackwardKeys * kPanel * 7 + kPanel * (2 + d_pad) + dims);
+    return int64_t(sizeof(T)) *
+           (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims + kBackwardKeys * kPanel * 7 +
+            MaskBits<T>::kSize + kPanel * (2 + d_pad) + dims);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
@@ -156,7 +158,8 @@ class Backward {
     k.dK = scratch.take<T>(kBackwardKeys * d_pad), k.dV = scratch.take<T>(kBackwardKeys * dv_pad);
     k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
-    k.S = tile_of(), k.dP = tile_of(), k.keep = tile_of();
+    k.S = tile_of(), k.dP = tile_of();
+    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::kSize)};
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
     k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
@@ -218,8 +221,14 @@ class Backward {
     const Sequence& seq = k.seq;
     const int64_t h = r.h, m0 = r.m0, nq = r.nq, unit = r.unit;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
-    const Panel<T> panel(seq, h, m0, nq, k.keep);
+    const Panel<T> panel(seq, h, m0, nq, k.side);
     const Tile tile = panel.tile(k.n0, k.nk, Op::kPack);
+    panel.prefetch_mask(m0 + kPanel, kPanel, k.n0, k.nk);
+    T* dq = r.whole() ? k.dQt : dQt.get() + unit * d * kPanel;
+    if (tile.empty) {  // by mask or bias
+      begin_dq(k, r, dq);
+      return end_dq(k, r, dq);
+    }
     Segment segments[2 * kGrains + 1];
     const int count = panel.segments(tile, segments);
 
@@ -230,12 +239,11 @@ class Backward {
     pack_transposed<Op>(p.dtype, dout_rows, p.dout.s * bytes(), nq, panel.columns, dv, k.block,
                         k.dOt);
     // What this pair adds to at its end, and what the next one begins with, come from L3 meanwhile.
-    T* dq = r.whole() ? k.dQt : dQt.get() + unit * d * kPanel;
     if (ptr.dq) prefetch_rows(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
     const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
     prefetch_rows(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
     prefetch_rows(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(), dv * bytes());
-    panel.prefetch(tile);
+    panel.prefetch_bias(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,

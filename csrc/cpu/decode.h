@@ -2,11 +2,11 @@
 // once for all query heads of its group and with the head dimension in lanes, as it lies.
 // One task = one K/V head, or a share of its keys when heads are few (split-KV, combined in fixed
 // order).  Rows are ordered by query, then by head of the group: the rows of one query see the
-// same keys, so nothing needs a mask and rows of V that a query does not see are not touched.
+// same keys, so rows of V that a query does not see are not touched.
 
 constexpr int64_t kDecodeKeys = 64;    // keys of a chunk
 constexpr int64_t kDecodeQueries = 4;  // at most
-constexpr int64_t kDecodeRows = 32;    // queries * heads of a group, at most
+constexpr int64_t kDecodeRows = 128;   // queries * heads of a group, at most
 
 // 2 L numbers of storage as float: *a has the first L and *b the rest, but for bfloat16 *a has the
 // even ones and *b the odd ones, which takes one instruction each.
@@ -76,15 +76,17 @@ class Decode {
     return p.dtype == TYPE && p.seqlen_q <= kDecodeQueries && p.seqlen_q > 0 && p.batch > 0 &&
            p.heads_q / p.heads_k * p.seqlen_q <= kDecodeRows && p.seqlen_k >= kDecodeKeys &&
            p.head_dim % (2 * L) == 0 && p.head_dim_v % (2 * L) == 0 && !ptr.cu_seqlens_q &&
-           !ptr.mask && !ptr.bias && !ptr.entropy && p.dropout_p == 0 &&
-           !(TYPE == DType::kFloat16 && ATTN_VEC_BYTES < 32);
+           shared(ptr.mask, p.mask, p) && shared(ptr.bias, p.bias, p) && !ptr.entropy &&
+           p.dropout_p == 0 && !(TYPE == DType::kFloat16 && ATTN_VEC_BYTES < 32);
   }
 
   void run() {
     const int64_t units = p.batch * p.heads_k, state = rows * (p.head_dim_v + 2);
     std::vector<float> partial(units * splits * state);
     parallel_for(units * splits, threads, [&](int64_t task) {
-      attend(task / splits, task % splits, partial.data() + task * state);
+      float* s = partial.data() + task * state;
+      attend(task / splits, task % splits, false, s);
+      if (ptr.bias && !finite(s)) attend(task / splits, task % splits, true, s);
     });
     parallel_for(units, threads, [&](int64_t unit) {
       float* first = partial.data() + unit * splits * state;
@@ -99,22 +101,44 @@ class Decode {
   int threads;
   int64_t group, rows, splits;
 
+  // One query's keys of a chunk, those that mask and bias exclude left out.
+  struct Keys {
+    int64_t n = 0;
+    const char *K[kDecodeKeys], *V[kDecodeKeys];
+    float position[kDecodeKeys], bias[kDecodeKeys];
+    const char* zeros = nullptr;  // if given: a row of V for keys with P = 0
+  };
+
+  // True when there is no mask (or bias), or it is the same for all query heads of a group.
+  template <class S>
+  static bool shared(const void* base, const S& s, const Problem& p) {
+    return !base || s.h == 0 || p.heads_q == p.heads_k;
+  }
+
   // A unit's state: O [rows][Dv] unnormalised, largest logit [rows], sum of exp(s - max) [rows].
   float* max_of(float* state) const { return state + rows * p.head_dim_v; }
   float* sum_of(float* state) const { return max_of(state) + rows; }
 
-  void attend(int64_t unit, int64_t split, float* state) const {
+  bool finite(const float* state) const {
+    return all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
+                                    p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
+  }
+
+  // careful: what V holds where P = 0 does not reach O (0 * inf is NaN).  A bias may be so low;
+  // keys that mask or bias exclude are not touched in any case.
+  void attend(int64_t unit, int64_t split, bool careful, float* state) const {
     const int64_t hk = unit % p.heads_k, d = p.head_dim;
     const Sequence seq(p, ptr, unit / p.heads_k);
     std::fill(state, max_of(state), 0.f);
     std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
     std::fill(sum_of(state), sum_of(state) + rows, 0.f);
-    Scratch scratch((rows * d + kDecodeRows * kDecodeKeys) * int64_t(sizeof(float)) +
-                    2 * kDecodeKeys * int64_t(sizeof(char*)));
+    Scratch scratch((rows * d + 4 * kDecodeKeys + p.head_dim_v) * int64_t(sizeof(float)));
     float* Q = scratch.take<float>(rows * d);
-    float* S = scratch.take<float>(kDecodeRows * kDecodeKeys);
-    const char** K = scratch.take<const char*>(kDecodeKeys);
-    const char** V = scratch.take<const char*>(kDecodeKeys);
+    float* S = scratch.take<float>(4 * kDecodeKeys);
+    float* zeros = scratch.take<float>(p.head_dim_v);
+    std::fill(zeros, zeros + p.head_dim_v, 0.f);
+    Keys keys;
+    if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
       for (int64_t c = 0; c < d; ++c)
@@ -127,39 +151,61 @@ class Decode {
     const int64_t t0 = lo / kDecodeKeys + split * share;
     for (int64_t t = t0; t < std::min(t0 + share, (hi + kDecodeKeys - 1) / kDecodeKeys); ++t) {
       const int64_t n0 = std::max(t * kDecodeKeys, lo), n1 = std::min((t + 1) * kDecodeKeys, hi);
-      for (int64_t j = n0; j < n1; ++j) {
-        K[j - n0] = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kBytes;
-        V[j - n0] = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kBytes;
-      }
       for (int64_t i = 0; i < seq.seqlen_q; ++i) {
         int64_t first, last;
         seq.key_range(i, i + 1, &first, &last);
-        first = std::max(first, n0), last = std::min(last, n1);
-        if (first >= last) continue;
-        const int64_t skip = first - n0, n = last - first;
+        collect(seq, hk, i, std::max(first, n0), std::min(last, n1), &keys);
+        if (keys.n == 0) continue;
         for (int64_t r = i * group; r < (i + 1) * group;) {
           const int64_t left = (i + 1) * group - r;
-          if (left >= 4)
-            rows_of<4>(seq, hk, r, first, n, Q, K + skip, V + skip, S, state), r += 4;
-          else if (left >= 2)
-            rows_of<2>(seq, hk, r, first, n, Q, K + skip, V + skip, S, state), r += 2;
+          if (left >= 4 && !careful)
+            rows_of<4>(seq, hk, r, keys, Q, S, state), r += 4;
+          else if (left >= 2 && !careful)
+            rows_of<2>(seq, hk, r, keys, Q, S, state), r += 2;
           else
-            rows_of<1>(seq, hk, r, first, n, Q, K + skip, V + skip, S, state), r += 1;
+            rows_of<1>(seq, hk, r, keys, Q, S, state), r += 1;
         }
       }
     }
   }
 
-  // R rows from row r against n keys from key n0.
+  // The keys of [first, last) that query i sees.
+  void collect(const Sequence& seq, int64_t hk, int64_t i, int64_t first, int64_t last,
+               Keys* keys) const {
+    const int64_t h = hk * group;
+    const auto* mask = static_cast<const uint8_t*>(ptr.mask);
+    if (mask) mask += seq.b * p.mask.b + h * p.mask.h + i * p.mask.q;
+    const int64_t bias_at = seq.b * p.bias.b + h * p.bias.h + i * p.bias.q;
+    keys->n = 0;
+    for (int64_t j = first; j < last; ++j) {
+      if (mask && !mask[j * p.mask.k]) continue;
+      if (ptr.bias) {
+        const float bias = load_one<float>(p.bias_dtype, ptr.bias, bias_at + j * p.bias.k);
+        if (bias == -std::numeric_limits<float>::infinity()) continue;
+        keys->bias[keys->n] = bias;
+      }
+      keys->position[keys->n] = float(j);
+      keys->K[keys->n] = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kBytes;
+      keys->V[keys->n++] = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kBytes;
+    }
+  }
+
+  // R rows from row r.
   template <int R>
-  void rows_of(const Sequence& seq, int64_t hk, int64_t r, int64_t n0, int64_t n, const float* Q,
-               const char* const* K, const char* const* V, float* S, float* state) const {
-    const int64_t d = p.head_dim;
+  void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q,
+               float* S, float* state) const {
+    const int64_t d = p.head_dim, n = keys.n;
+    const char *const *K = keys.K, *const *V = keys.V;
     products<R>(Q + r * d, K, V, n, S);
     float alpha[R];
     for (int i = 0; i < R; ++i)
-      alpha[i] = softmax(seq, hk * group + (r + i) % group, (r + i) / group, n0, n,
+      alpha[i] = softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys,
                          S + i * kDecodeKeys, max_of(state) + r + i, sum_of(state) + r + i);
+    const char* not_zero[kDecodeKeys];
+    if (R == 1 && keys.zeros) {
+      for (int64_t j = 0; j < n; ++j) not_zero[j] = S[j] == 0.f ? keys.zeros : V[j];
+      V = not_zero;
+    }
     const int64_t dv = p.head_dim_v;
     int64_t c = 0;
     if constexpr (R == 1)
@@ -206,8 +252,9 @@ class Decode {
   }
 
   // One row: S products in, exp(s - max) out; the factor for what was summed before.
-  float softmax(const Sequence& seq, int64_t h, int64_t i, int64_t n0, int64_t n, float* S,
-                float* max, float* sum) const {
+  float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S, float* max,
+                float* sum) const {
+    const int64_t n = keys.n;
     const float ninf = -std::numeric_limits<float>::infinity();
     const float scale = float(p.scale), cap = float(p.softcap);
     const int64_t padded = (n + L - 1) / L * L;
@@ -219,9 +266,10 @@ class Decode {
         const float slope =
             static_cast<const float*>(ptr.alibi_slopes)[seq.b * ptr.alibi_stride_b + h];
         const Vec<float> distance =
-            iota<float>() + float(n0 + j - i - (seq.seqlen_k - seq.seqlen_q));
+            load(keys.position + j) - float(i + seq.seqlen_k - seq.seqlen_q);
         s -= slope * (distance < 0.f ? -distance : distance);
       }
+      if (ptr.bias) s += load(keys.bias + j);
       s = iota<float>() + float(j) < float(n) ? s : set1(ninf);
       store(S + j, s);
       top = vmax(s, top);

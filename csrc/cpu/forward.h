@@ -3,8 +3,8 @@
 // few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
 // row maximum and sum are vertical operations.
 
-constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 16 (transposed masks, dropout words)
-constexpr int64_t kPanels = 4;         // most panels of queries that share the packing of K and V
+constexpr int64_t kForwardKeys = kMaskWords * 32;  // BLOCK_N; multiple of 4: dropout's words
+constexpr int64_t kPanels = 4;  // most panels of queries that share the packing of K and V
 
 // The running state of a panel's queries.
 template <class T>
@@ -115,7 +115,7 @@ class Forward {
   int64_t scratch_bytes() const {
     const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v);
     return int64_t(sizeof(T)) * ((panels * kPanel + L) * d + 2 * kForwardKeys * kPanel +
-                                 kForwardKeys * (d + dv) + (L + 1) * dv);
+                                 MaskBits<T>::kSize + kForwardKeys * (d + dv) + (L + 1) * dv);
   }
 
   // careful: where a tile of V holds inf or NaN, only pairs with P != 0 enter the products.
@@ -132,7 +132,8 @@ class Forward {
     Item* Qt = scratch.take<Item>(panels * kPanel * depth_padded);
     Item* block = scratch.take<Item>(L * depth_padded);
     T* S = scratch.take<T>(kForwardKeys * kPanel);
-    T* keep = scratch.take<T>(kForwardKeys * kPanel);
+    const PanelScratch<T> side{scratch.take<T>(kForwardKeys * kPanel),
+                               scratch.take<typename IntOf<T>::type>(MaskBits<T>::kSize)};
     Item* K_scratch = scratch.take<Item>(kForwardKeys * items<Op>(d));
     Item* V_scratch = scratch.take<Item>(kForwardKeys * dv);
 
@@ -149,20 +150,24 @@ class Forward {
           p.dtype, static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0 + q) * bytes(),
           p.q.s * bytes(), n, (n + kGrain - 1) / kGrain * kGrain, d, block, Qt + q * depth_padded);
     }
-    bool exact[kPanels] = {};
+    bool exact[kPanels] = {}, first = true;
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n0 = t * kForwardKeys, nk = std::min(kForwardKeys, hi - n0);
-      const Operand K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
-      const Operand V = rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
-      if (t + 1 < t1) {
-        prefetch_keys(seq, ptr.k, p.k, hk, n0 + kForwardKeys, kForwardKeys, d);
-        prefetch_keys(seq, ptr.v, p.v, hk, n0 + kForwardKeys, kForwardKeys, dv);
-      }
-      int finite = -1;  // of V; asked for at most once a tile
+      Operand K{}, V{};  // packed for the first panel that needs them
+      int finite = -1;   // of V; asked for at most once a tile
       for (int64_t q = 0; q < nq; q += kPanel) {
-        const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), keep);
+        const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), side);
         const Tile tile = panel.tile(n0, nk, Op::kPack);
+        if (t + 1 < t1) panel.prefetch_mask(panel.m0, panel.nq, n0 + kForwardKeys, kForwardKeys);
         if (tile.empty) continue;
+        if (!K.data) {
+          K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
+          V = rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
+          if (t + 1 < t1) {
+            prefetch_keys(seq, ptr.k, p.k, hk, n0 + kForwardKeys, kForwardKeys, d);
+            prefetch_keys(seq, ptr.v, p.v, hk, n0 + kForwardKeys, kForwardKeys, dv);
+          }
+        }
         Segment segments[2 * kGrains + 1];
         const int count = panel.segments(tile, segments);
         SoftmaxState<T> running = at_panel(state, q / kPanel);
@@ -170,10 +175,11 @@ class Forward {
         const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
         const bool try_lazy = lazy && !exact[q / kPanel] && bases_serve(running, panel.columns);
         T scale = scores(panel, tile, segments, count, K, Q, S);
-        if (t == t0 && q == 0) {
+        if (first) {
           prefetch_output(seq, h, m0, nq);
           if (next != unit) prefetch_inputs(next);
         }
+        first = false;
         if (!try_lazy || !lazy_softmax(panel, tile, S, scale, kept, running)) {
           if (try_lazy) {  // rising logits: not tried again
             exact[q / kPanel] = true;
@@ -226,7 +232,7 @@ class Forward {
   // S^T = K Q^T  [nk, columns], then logits / what is returned.
   T scores(const Panel<T>& panel, const Tile& tile, const Segment* segments, int count,
            const Operand& K, const Item* Q, T* S) const {
-    panel.prefetch(tile);
+    panel.prefetch_bias(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(p.head_dim),

@@ -14,6 +14,7 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #include "cpu/gemm.h"
 #include "cpu/rows.h"
 #include "cpu/dropout.h"
+#include "cpu/mask.h"
 #include "cpu/score.h"
 #include "cpu/forward.h"
 #include "cpu/gradient.h"

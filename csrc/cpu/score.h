@@ -3,18 +3,15 @@
 //   -inf where (i, j) is excluded.
 // Queries lie in lanes: lane q of a panel is query m0 + q.  Also the dropout multipliers.
 
-// What a panel needs of a tile of keys.  Causal and window bands are cut by grain: products with
-// keys that no query of the grain sees are not computed.
-struct Tile {
-  int64_t n0, nk;                    // first key, number of keys
-  int64_t lo[kGrains], hi[kGrains];  // keys that grain g needs, relative to n0
-  bool empty;
-  bool banded;  // some computed pair lies outside the band
-};
-
 struct Segment {
   int64_t lo, hi;      // keys, relative to the tile's first
   int64_t begin, end;  // lanes, multiples of kGrain
+};
+
+template <class T>
+struct PanelScratch {
+  T* keep;                        // [BLOCK_N][kPanel]
+  typename IntOf<T>::type* mask;  // [MaskBits::kSize]
 };
 
 template <class T>
@@ -24,9 +21,8 @@ class Panel {
   int64_t h, m0, nq;  // query head, first query, queries
   int64_t grains, columns;
 
-  // keep_scratch: [BLOCK_N][kPanel]
-  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, T* keep)
-      : seq(s), h(head), m0(first), nq(queries), keep_scratch(keep) {
+  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, PanelScratch<T> scratch)
+      : seq(s), h(head), m0(first), nq(queries), keep_scratch(scratch.keep), mask(scratch.mask) {
     grains = (nq + kGrain - 1) / kGrain;
     columns = grains * kGrain;
     for (int64_t g = 0; g < grains; ++g)
@@ -38,7 +34,8 @@ class Panel {
   int64_t first_key() const { return lo_[0]; }
   int64_t end_key() const { return hi_[grains - 1]; }
 
-  // `pack` keys share an item of a product, so grains begin and end at multiples of it.
+  // `pack` keys share an item of a product, so grains begin and end at multiples of it.  Keys that
+  // no query of the panel sees are left out.
   Tile tile(int64_t n0, int64_t nk, int64_t pack) const {
     Tile t{n0, nk, {}, {}, true, !seq.band_full(m0, m0 + nq, n0, n0 + nk)};
     for (int64_t g = 0; g < grains; ++g) {
@@ -47,6 +44,8 @@ class Panel {
       if (t.hi[g] <= t.lo[g]) t.lo[g] = t.hi[g] = t.hi[g] == 0 ? 0 : t.lo[g];
       t.empty &= t.hi[g] == t.lo[g];
     }
+    if (seq.ptr->mask && !t.empty) mask.read(seq, h, m0, nq, grains, pack, &t);
+    if (seq.ptr->bias && !t.empty && bias_excludes(t)) t.narrow(t.lo[0], t.lo[0], grains);
     return t;
   }
 
@@ -71,15 +70,13 @@ class Panel {
   // True when some computed pair of the tile may be excluded.
   bool partial(const Tile& t) const { return seq.ptr->mask || seq.ptr->bias || t.banded; }
 
-  // Brings the tile's part of mask and bias closer while the products are computed.
-  void prefetch(const Tile& t) const {
-    auto rows = [&](const void* base, int64_t size, const auto& s) {
-      if (!base || s.q == 0 || s.k != 1) return;
-      const int64_t at = seq.b * s.b + h * s.h + m0 * s.q + t.n0;
-      prefetch_rows(static_cast<const char*>(base) + at * size, nq, s.q * size, t.nk * size);
-    };
-    rows(seq.ptr->mask, 1, seq.p->mask);
-    rows(seq.ptr->bias, int64_t(dtype_size(seq.p->bias_dtype)), seq.p->bias);
+  // Brings a mask or bias of these queries and keys closer, while products are computed.
+  void prefetch_mask(int64_t first, int64_t queries, int64_t key, int64_t keys) const {
+    prefetch_pairs(seq.ptr->mask, 1, seq.p->mask, first, queries, key, keys);
+  }
+  void prefetch_bias(const Tile& t) const {
+    prefetch_pairs(seq.ptr->bias, int64_t(dtype_size(seq.p->bias_dtype)), seq.p->bias, m0, nq, t.n0,
+                   t.nk);
   }
 
   // S: products in; logits = factor * S out, with the factor that is returned.  dcap (or null)
@@ -89,7 +86,7 @@ class Panel {
         seq.p->scale > 0 && seq.p->softcap <= 0 && !seq.ptr->alibi_slopes && !seq.ptr->bias;
     if (!plain) compute(t, S, dcap);
     apply_band(t, S);
-    apply_mask(t, S);
+    if (seq.ptr->mask) mask.apply(t, grains, S);
     return plain ? seq.p->scale : 1;
   }
 
@@ -107,10 +104,38 @@ class Panel {
 
  private:
   T* keep_scratch;
+  MaskBits<T> mask;
   PhiloxKey philox{};
   int64_t lo_[kGrains], hi_[kGrains];
 
   int64_t last_query(int64_t g) const { return m0 + std::min((g + 1) * kGrain, nq) - 1; }
+
+  template <class S>
+  void prefetch_pairs(const void* base, int64_t size, const S& s, int64_t first, int64_t queries,
+                      int64_t key, int64_t keys) const {
+    if (!base || s.q == 0 || s.k != 1) return;
+    const int64_t at = seq.b * s.b + h * s.h + first * s.q + key;
+    prefetch_rows(static_cast<const char*>(base) + at * size,
+                  std::min(queries, seq.seqlen_q - first), s.q * size,
+                  std::min(keys, seq.seqlen_k - key) * size);
+  }
+
+  // True when the bias is -inf for all pairs of the tile.
+  bool bias_excludes(const Tile& t) const {
+    const auto& s = seq.p->bias;
+    const int64_t base = seq.b * s.b + h * s.h + m0 * s.q + t.n0 * s.k;
+    const T ninf = -std::numeric_limits<T>::infinity();
+    auto excluded = [&](int64_t q, int64_t j) {
+      return load_one<T>(seq.p->bias_dtype, seq.ptr->bias, base + q * s.q + j * s.k) == ninf;
+    };
+    const int64_t lo = t.lo[0], hi = t.hi[grains - 1], rows = s.q == 0 ? 1 : nq;
+    // The corners first: a bias that is not -inf everywhere mostly shows there.
+    if (!excluded(0, lo) || !excluded(rows - 1, lo) || !excluded(0, hi - 1)) return false;
+    for (int64_t q = 0; q < rows; ++q)
+      for (int64_t j = lo; j < (s.k == 0 ? lo + 1 : hi); ++j)
+        if (!excluded(q, j)) return false;
+    return true;
+  }
 
   // S = -inf outside of the band; nothing else is touched.
   void apply_band(const Tile& t, T* S) const {
@@ -145,56 +170,6 @@ class Panel {
       s = lane > last ? set1(ninf) : s;
       store(row + q, s);
     }
-  }
-
-  // S = -inf where the mask excludes.  A lane holds the mask of its query for 32 keys, as bits.
-  void apply_mask(const Tile& t, T* S) const {
-    if (!seq.ptr->mask) return;
-    using Int = typename IntOf<T>::type;
-    constexpr int L = kLanes<T>;
-    const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t g = 0; g < grains; ++g)
-      for (int64_t j = t.lo[g] / 32 * 32; j < t.hi[g]; j += 32) {
-        const int64_t n = std::min<int64_t>(32, t.nk - j),
-                      begin = std::max(t.lo[g] - j, int64_t(0)), end = std::min(t.hi[g] - j, n);
-        for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
-          Int rows[L];
-          uint32_t all = ~0u;
-          for (int r = 0; r < L; ++r) {
-            const bool same = r > 0 && (seq.p->mask.q == 0 || q + r >= nq);
-            const uint32_t bits = same ? uint32_t(rows[r - 1]) : mask_bits(q + r, t.n0 + j, n);
-            rows[r] = Int(bits);
-            all &= bits;
-          }
-          if (all == ~0u >> (32 - n)) continue;
-          const Mask<T> bits = load(rows);
-          for (int64_t c = begin; c < end; ++c) {
-            T* at = S + (j + c) * kPanel + q;
-            store(at, (bits & Int(1u << c)) == 0 ? set1(ninf) : load(at));
-          }
-        }
-      }
-  }
-
-  // Bit c: lane q of the panel sees key + c as far as the mask goes, c < n.
-  ATTN_INLINE uint32_t mask_bits(int64_t q, int64_t key, int64_t n) const {
-    const auto& s = seq.p->mask;
-    const auto* at = static_cast<const uint8_t*>(seq.ptr->mask) + seq.b * s.b + h * s.h +
-                     (m0 + std::min(q, nq - 1)) * s.q + key * s.k;
-#if ATTN_VEC_BYTES == 64
-    if (s.k == 1 && n == 32) {
-      const __m256i bytes = _mm256_loadu_si256((const __m256i*)at);
-      return _mm256_test_epi8_mask(bytes, bytes);
-    }
-#elif ATTN_VEC_BYTES == 32
-    if (s.k == 1 && n == 32) {
-      const __m256i bytes = _mm256_loadu_si256((const __m256i*)at);
-      return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
-    }
-#endif
-    uint32_t bits = 0;
-    for (int64_t c = 0; c < n; ++c) bits |= uint32_t(at[c * s.k] != 0) << c;
-    return bits;
   }
 
   //   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|

@@ -73,6 +73,10 @@ ATTN_INLINE bool all_below(Vec<T> a, Vec<T> b) {
 
 #if ATTN_VEC_BYTES == 64
 template <>
+ATTN_INLINE bool all_lanes<float>(Mask<float> mask) {
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+}
+template <>
 ATTN_INLINE bool all_below<float>(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) == 0xffff;
 }

@@ -122,18 +122,32 @@ class Panel {
 
   // True when the bias is -inf for all pairs of the tile.
   bool bias_excludes(const Tile& t) const {
+    switch (seq.p->bias_dtype) {
+      case DType::kFloat64:
+        return bias_equals(t, 0xfff0000000000000u);
+      case DType::kFloat32:
+        return bias_equals(t, 0xff800000u);
+      case DType::kBFloat16:
+        return bias_equals(t, uint16_t(0xff80));
+      default:
+        return bias_equals(t, uint16_t(0xfc00));
+    }
+  }
+  template <class Bits>
+  bool bias_equals(const Tile& t, Bits bits) const {
     const auto& s = seq.p->bias;
-    const int64_t base = seq.b * s.b + h * s.h + m0 * s.q + t.n0 * s.k;
-    const T ninf = -std::numeric_limits<T>::infinity();
-    auto excluded = [&](int64_t q, int64_t j) {
-      return load_one<T>(seq.p->bias_dtype, seq.ptr->bias, base + q * s.q + j * s.k) == ninf;
-    };
-    const int64_t lo = t.lo[0], hi = t.hi[grains - 1], rows = s.q == 0 ? 1 : nq;
-    // The corners first: a bias that is not -inf everywhere mostly shows there.
-    if (!excluded(0, lo) || !excluded(rows - 1, lo) || !excluded(0, hi - 1)) return false;
-    for (int64_t q = 0; q < rows; ++q)
-      for (int64_t j = lo; j < (s.k == 0 ? lo + 1 : hi); ++j)
-        if (!excluded(q, j)) return false;
+    const Bits* from = static_cast<const Bits*>(seq.ptr->bias) + seq.b * s.b + h * s.h + m0 * s.q +
+                       (t.n0 + t.lo[0]) * s.k;
+    const int64_t n = s.k == 0 ? 1 : t.hi[grains - 1] - t.lo[0], rows = s.q == 0 ? 1 : nq;
+    for (int64_t q = 0; q < rows; ++q, from += s.q) {
+      if (from[0] != bits || from[(n - 1) * s.k] != bits) return false;  // where most tiles end
+      Bits other = 0;
+      if (s.k == 1)
+        for (int64_t j = 0; j < n; ++j) other |= from[j] ^ bits;
+      else
+        for (int64_t j = 0; j < n; ++j) other |= from[j * s.k] ^ bits;
+      if (other) return false;
+    }
     return true;
   }
 

@@ -20,4 +20,31 @@ struct Grid {
   int x = 1, y = 1, z = 1;
 };
 
+// What the copy engine of sm_90 knows of a tensor of 16-bit elements, as the driver encodes it (a
+// CUtensorMap); opaque to kernels, which take it as part of their __grid_constant__ parameters.
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+// Dimension 0 is contiguous.  A box is what one load brings: box[0] is 64 elements, 128 bytes,
+// whose 16-byte chunks are swizzled; elements outside of the tensor arrive as zeros.
+struct TensorSpec {
+  const void* base;
+  bool is_bf16;       // else fp16
+  int64_t size[4];    // elements
+  int64_t stride[3];  // bytes from one index to the next, of dimensions 1..3
+  int box[4];
+};
+// "" or the rule of cuTensorMapEncodeTiled that the spec breaks.
+inline const char* tensor_problem(const TensorSpec& t) {
+  if (reinterpret_cast<uintptr_t>(t.base) % 16) return "the base is not a multiple of 16 bytes";
+  for (int i = 0; i < 4; ++i) {
+    if (t.size[i] < 1 || t.size[i] > int64_t(1) << 32) return "a size is not in 1 .. 2^32";
+    if (t.box[i] < 1 || t.box[i] > 256) return "a side of the box is not in 1 .. 256";
+  }
+  for (const int64_t stride : t.stride)
+    if (stride % 16 || stride <= 0 || stride >= int64_t(1) << 40)
+      return "a stride is not a multiple of 16 bytes in 16 .. 2^40";
+  return t.box[0] == 64 ? "" : "rows of the box are not 128 bytes";
+}
+
 }  // namespace attn::ptx

@@ -6,6 +6,7 @@
 #include "../cuda/ptx.cuh"
 #include "tests/example.cuh"
 #include "tests/faults.cuh"
+#include "tests/hopper.cuh"
 #include "tests/wrappers.cuh"
 
 namespace py = pybind11;
@@ -97,6 +98,26 @@ py::array_t<float> run_fault(int fault) {
   return out;
 }
 
+// What each thread of a warpgroup gets from one wrapper of sm_90.
+Words run_hopper(int op, bool bf16) {
+  static std::vector<void*> taken;
+  const attn::hopper::Memory memory = {
+      [](size_t bytes) {
+        taken.push_back(std::aligned_alloc(128, (bytes + 127) / 128 * 128));
+        return taken.back();
+      },
+      [](void* to, const void* from, size_t n) { std::memcpy(to, from, n); },
+      [](void* to, const void* from, size_t n) { std::memcpy(to, from, n); }};
+  struct Free {
+    ~Free() {
+      for (void* p : taken) std::free(p);
+      taken.clear();
+    }
+  } free;
+  const std::vector<uint32_t> out = attn::hopper::run(memory, op, bf16);
+  return Words(py::ssize_t(out.size()), out.data());
+}
+
 // A launch whose threads do nothing, to test the checks of its configuration.
 void run_empty(int x, int y, int z, int threads, int smem_bytes) {
   struct Params {};
@@ -110,13 +131,15 @@ PYBIND11_MODULE(_emulated, m) {
         py::arg("smem_limit") = 163 * 1024);
   m.def("bank_conflicts", bank_conflicts, "{source line: (phases, ideal, wavefronts)}");
   m.def("launches", [] { return machine.launches; });
+  m.def("wgmmas", [] { return machine.wgmmas; }, "Warpgroup products since reset_counters, a warp");
   m.def("reset_counters", [] {
     machine.banks.clear();
-    machine.launches = 0;
+    machine.launches = machine.wgmmas = 0;
   });
   m.def("wrapper", run_wrapper, py::arg("op"), py::arg("input"), py::arg("smem"));
   m.def("gemm", run_gemm, py::arg("bf16"), py::arg("a"), py::arg("b"));
   m.def("fault", run_fault, py::arg("fault"));
+  m.def("hopper", run_hopper, py::arg("op"), py::arg("bf16"));
   m.def("empty_launch", run_empty);
   if (attn::cuda::bind) attn::cuda::bind(m);
 }

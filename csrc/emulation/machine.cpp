@@ -78,6 +78,18 @@ const char* name(Kind kind) {
       return "mma";
     case Kind::MMA_TF32:
       return "mma_tf32";
+    case Kind::ELECT:
+      return "elect_one";
+    case Kind::SETMAXNREG:
+      return "setmaxnreg";
+    case Kind::WGMMA:
+      return "wgmma";
+    case Kind::WGMMA_FENCE:
+      return "wgmma_fence";
+    case Kind::WGMMA_COMMIT:
+      return "wgmma_commit";
+    case Kind::WGMMA_WAIT:
+      return "wgmma_wait";
   }
   return "?";
 }
@@ -144,6 +156,8 @@ void Machine::run_block(Grid id) {
   smem_.assign(size_t(smem_bytes) + 16, mode.poison ? 0xff : 0);
   if (mode.race) shadow_.reset(smem_bytes, warp_count_);
   for (Barrier& b : barriers_) b = Barrier{};
+  mbarriers_.clear(), loads_.clear();
+  for (int w = 0; w < warp_count_; ++w) wgmma_[w] = WarpgroupWarp{}, wgmma_log_[w / 4].clear();
   for (int w = 0; w < warp_count_; ++w) {
     Warp& warp = warps_[w];
     warp.arrived = warp.exited = 0;
@@ -157,6 +171,7 @@ void Machine::run_block(Grid id) {
     stacks_.prepare(fibers_[t].context, t, fiber_entry);
     fibers_[t].copies.clear();
     fibers_[t].last = Where{};
+    fibers_[t].mbarrier = -1;
   }
   alive_ = threads;
   current_ = mode.random ? pick_warp() * 32 : 0;
@@ -166,6 +181,13 @@ void Machine::run_block(Grid id) {
     switch_context(main_, fibers_[current_].context);
   } else {
     error_ = std::make_exception_ptr(Error(fault_text_));
+  }
+  if (!error_) {
+    try {
+      check_end_of_block();
+    } catch (...) {
+      error_ = std::current_exception();
+    }
   }
   if (mode.banks && !error_) flush_access_log();
 }
@@ -243,10 +265,12 @@ int Machine::pick_warp() const {
   return best;
 }
 
-// The next thread to run, or -1.
+// The next thread to run, or -1.  When none can, what the copy engine loads lands.
 int Machine::pick() {
   int w = current_ / 32;
+  if (mode.random && !loads_.empty() && (random() & 3) == 0) tma_land_some();
   if (!warps_[w].ready) w = pick_warp();
+  while (w < 0 && tma_land_some()) w = pick_warp();
   if (w < 0) return -1;
   const uint32_t ready = warps_[w].ready;
   if (!mode.random) return w * 32 + __builtin_ctz(ready);
@@ -259,7 +283,8 @@ void Machine::sleep() {
   const int self = current_, next = pick();
   if (next < 0) throw Error(deadlock_report());
   resume(next);
-  switch_context(fibers_[self].context, fibers_[next].context);
+  // A load that landed meanwhile may be what this thread waited for.
+  if (next != self) switch_context(fibers_[self].context, fibers_[next].context);
 }
 
 // In random mode another warp may go first after a collective.
@@ -333,7 +358,7 @@ void Machine::barrier(int id, int count, bool wait, Where where) {
   }
   b.expected = id == 0 ? alive_ : count;
   b.arrived += 32;
-  b.clock.join(warp.clock, warp_count_);
+  b.clock.join(warp.clock, clocks());
   ++warp.clock.warp_syncs;
   if (wait) {
     warp.barrier = id;
@@ -357,10 +382,12 @@ void Machine::release(int id) {
     if (warp.barrier != id) continue;
     warp.barrier = -1;
     warp.ready = FULL_WARP & ~warp.exited;
-    warp.clock.join(b.clock, warp_count_);
+    warp.clock.join(b.clock, clocks());
     ++warp.clock.at[w];
   }
+  const bool result = b.flag;
   b = Barrier{};
+  b.result = result;
 }
 
 std::string Machine::deadlock_report() const {
@@ -369,7 +396,16 @@ std::string Machine::deadlock_report() const {
     const Warp& warp = warps_[w];
     text += "\n  warp " + std::to_string(w) + ": ";
     const int exited = __builtin_popcount(warp.exited);
-    if (warp.barrier >= 0) {
+    int waiting = -1;  // a lane at an mbarrier
+    for (int lane = 0; lane < 32; ++lane)
+      if (fibers_[w * 32 + lane].mbarrier >= 0) waiting = w * 32 + lane;
+    if (waiting >= 0) {
+      const Mbarrier& bar = mbarriers_[fibers_[waiting].mbarrier];
+      text += "waits at " + fibers_[waiting].last.text() + " for the mbarrier of " +
+              bar.where.text() + " at address " + std::to_string(bar.address) + " (" +
+              std::to_string(bar.phase) + " phases are over; " + std::to_string(bar.pending) +
+              " arrivals and " + std::to_string(bar.bytes) + " bytes are missing)";
+    } else if (warp.barrier >= 0) {
       const Barrier& b = barriers_[warp.barrier];
       text += "waits at " + warp.where.text() + " (barrier " + std::to_string(warp.barrier) + ": " +
               std::to_string(b.arrived) + " of " + std::to_string(b.expected) +

@@ -28,6 +28,7 @@
 #include "async_queue.h"
 #include "fiber.h"
 #include "shadow.h"
+#include "warpgroup.h"
 
 namespace attn::emulation {
 
@@ -56,6 +57,12 @@ enum class Kind : uint8_t {
   LDMATRIX_TRANS,
   MMA,
   MMA_TF32,
+  ELECT,
+  SETMAXNREG,
+  WGMMA,
+  WGMMA_FENCE,
+  WGMMA_COMMIT,
+  WGMMA_WAIT,
 };
 const char* name(Kind kind);
 
@@ -73,7 +80,8 @@ struct Copy {
 struct Thread {
   Context context;
   AsyncQueue<Copy> copies;
-  Where last;  // the last wrapper that this thread called
+  Where last;         // the last wrapper that this thread called
+  int mbarrier = -1;  // the one that it waits at
 };
 
 struct Warp {
@@ -88,6 +96,7 @@ struct Warp {
 
 struct Barrier {
   int arrived = 0, expected = 0;
+  bool flag = false, result = false;  // of named_barrier_or: this round's, the last one's
   WarpClock clock;
 };
 
@@ -103,7 +112,7 @@ class Machine {
   Mode mode;
   Grid grid, block;
   int threads = 0, smem_bytes = 0;
-  int64_t launches = 0;
+  int64_t launches = 0, wgmmas = 0;     // wgmmas: of warps
   std::map<uint64_t, BankCount> banks;  // by Where::packed()
 
   // Runs `body` once per thread of the grid.  Throws Error, or what the body threw.
@@ -123,6 +132,21 @@ class Machine {
   void copy_issue(uint32_t address, const void* source, int bytes, bool valid, Where where);
   void copy_commit(Where where);
   void copy_wait(int keep, Where where);
+
+  // ---- sm_90 (machine_sm90.cpp)
+  void mbarrier_init(uint32_t address, int count, Where where);
+  void mbarrier_arrive(uint32_t address, int expect_bytes, Where where);
+  void mbarrier_wait(uint32_t address, uint32_t parity, Where where);
+  void fence_mbarrier_init(Where where);
+  void fence_proxy_async(Where where);
+  void tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar,
+                std::array<int, 4> corner, Where where);
+  bool barrier_or(int id, int threads, bool flag, Where where);
+  void set_registers(int registers, Where where);
+  void wgmma(const WgmmaCall& call, Where where);
+  void wgmma_fence(Where where);
+  void wgmma_commit(Where where);
+  void wgmma_wait(int keep, Where where);
 
   [[noreturn]] void fail(Where where, const std::string& what) const;
   uint64_t random();  // splitmix64
@@ -147,11 +171,27 @@ class Machine {
   void flush_access_log();
   static void on_fault(int signal, siginfo_t* info, void* context);
 
+  Mbarrier& mbarrier_at(uint32_t address, Where where);
+  void settle(int index);       // ends the phase of an mbarrier when nothing is missing
+  void tma_land(size_t index);  // one of the loads that are under way
+  bool tma_land_some();         // false: there is none
+  uint32_t box_address(const TmaLoad& load, int row, int chunk) const;
+  void check_end_of_block();
+  void check_mbarriers(uint32_t address, int bytes, Where where) const;
+  int clocks() const { return warp_count_ + int(mbarriers_.size()); }
+  void issue_wgmma(void* const* calls, Where where);
+  void finish_wgmma(WarpgroupWarp& warp, WgmmaOp& op);
+  const uint8_t* operand(uint32_t address, Where where);
+
   std::mutex mutex_;
   StackPool stacks_;
   std::vector<Thread> fibers_;
   std::array<Warp, MAX_WARPS> warps_;
   std::array<Barrier, BARRIERS> barriers_;
+  std::vector<Mbarrier> mbarriers_;
+  std::vector<TmaLoad> loads_;
+  std::array<WarpgroupWarp, MAX_WARPS> wgmma_;
+  std::array<std::vector<WgmmaSignature>, MAX_WARPS / 4> wgmma_log_;  // what a warpgroup issued
   std::vector<uint8_t> smem_;
   Shadow shadow_;
   Context main_;

@@ -29,6 +29,7 @@ uint8_t* Machine::access(Access access, uint32_t address, int bytes, Where where
                     " bytes) is outside of the block's " + std::to_string(smem_bytes) +
                     " bytes from " + hex(SMEM_BASE));
   }
+  if (!mbarriers_.empty()) check_mbarriers(address, bytes, where);
   const uint32_t offset = address - SMEM_BASE;
   if (mode.race) {
     const Actor who = {current_ / 32, current_ % 32, where};

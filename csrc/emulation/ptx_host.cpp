@@ -1,6 +1,6 @@
 // Warp collectives of ptx_host.h: each `execute` below runs once for 32 lanes.
 // acc, a, b: fragment layouts as written in ../cuda/ptx.cuh.
-#include "../cuda/ptx.cuh"
+#include "../cuda/ptx_sm90.cuh"
 
 namespace attn::ptx {
 namespace {
@@ -140,6 +140,15 @@ uint32_t ballot(bool flag, Where at) {
     for (int lane = 0; lane < 32; ++lane) *static_cast<uint32_t*>(args[lane]) = bits;
   });
   return mine;
+}
+
+// Any lane may be the one; random mode takes any.
+bool elect_one(Where at) {
+  uint32_t mine = 0;
+  machine.collective(Kind::ELECT, &mine, at, [](void* const* args) {
+    *static_cast<uint32_t*>(args[machine.mode.random ? machine.random() & 31 : 0]) = 1;
+  });
+  return mine != 0;
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr, Where at) { ldmatrix(r, addr, 4, false, at); }

@@ -10,8 +10,8 @@ std::string Where::text() const {
   return std::string(tail ? tail : file) + ":" + std::to_string(line);
 }
 
-void WarpClock::join(const WarpClock& other, int warps) {
-  for (int v = 0; v < warps; ++v) at[v] = std::max(at[v], other.at[v]);
+void WarpClock::join(const WarpClock& other, int clocks) {
+  for (int v = 0; v < clocks; ++v) at[v] = std::max(at[v], other.at[v]);
 }
 
 void Shadow::reset(int bytes, int warps) {
@@ -19,10 +19,12 @@ void Shadow::reset(int bytes, int warps) {
   const size_t words = size_t(bytes + 3) / 4;
   cells_.assign(words, Cell{});
   reads_.assign(words * warps, Read{});
+  fences_.assign(size_t(warps) * 32, 0);
 }
 
 namespace {
 std::string lane_text(int warp, int lane) {
+  if (lane == ENGINE) return "the copy engine";
   return "warp " + std::to_string(warp) + (lane < 0 ? "" : " lane " + std::to_string(lane));
 }
 std::string report(const Actor& who, const char* verb, const std::string& other) {
@@ -98,7 +100,8 @@ std::string Shadow::write(const Actor& who, const WarpClock& clock, uint32_t off
                 int8_t(who.lane),
                 false,
                 atomic,
-                bytes < 4};
+                bytes < 4,
+                who.lane < 0 ? uint16_t(0) : fences_[size_t(who.warp) * 32 + who.lane]};
   }
   return "";
 }
@@ -116,9 +119,26 @@ void Shadow::landed(const Actor& who, const WarpClock& clock, uint32_t offset, i
   for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
     Cell& cell = cells_[word];
     cell.in_flight = false;
+    cell.warp = int8_t(who.warp);
     cell.clock = clock.at[who.warp];
     cell.warp_syncs = clock.warp_syncs;
   }
+}
+
+std::string Shadow::unfenced(const Actor& who, uint32_t offset, int bytes) const {
+  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+    const Cell& cell = cells_[word];
+    if (cell.lane < 0 || fences_[size_t(cell.warp) * 32 + cell.lane] != cell.fences) continue;
+    return report(who, "reads",
+                  Where::unpack(cell.where).text() + " (" + lane_text(cell.warp, cell.lane) +
+                      ") stored: no fence_proxy_async in that thread after it");
+  }
+  return "";
+}
+
+void Shadow::hold(int warp, uint32_t offset, int bytes, uint32_t clock) {
+  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word)
+    reads_[word * warps_ + warp].clock = clock;
 }
 
 }  // namespace attn::emulation

@@ -11,7 +11,7 @@
 
 namespace attn::emulation {
 
-constexpr int MAX_WARPS = 32;
+constexpr int MAX_WARPS = 32, MAX_CLOCKS = 64;  // after the warps: one clock an mbarrier
 
 // A source position: that of the wrapper's call.
 struct Where {
@@ -27,9 +27,9 @@ struct Where {
 };
 
 struct WarpClock {
-  uint32_t at[MAX_WARPS] = {};  // at[v]: how far into warp v's past this warp has synchronised
-  uint32_t warp_syncs = 0;      // counts sync_warp and barriers of this warp
-  void join(const WarpClock& other, int warps);
+  uint32_t at[MAX_CLOCKS] = {};  // at[v]: how far into warp v's past this warp has synchronised
+  uint32_t warp_syncs = 0;       // counts sync_warp and barriers of this warp
+  void join(const WarpClock& other, int clocks);
 };
 
 // One access of one lane.  lane == ALL_LANES: made for the whole warp (ldmatrix).
@@ -37,7 +37,7 @@ struct Actor {
   int warp, lane;
   Where where;
 };
-constexpr int ALL_LANES = -1;
+constexpr int ALL_LANES = -1, ENGINE = -2;  // ENGINE: the copy engine, for a load of that warp
 
 class Shadow {
  public:
@@ -50,6 +50,11 @@ class Shadow {
   // An asynchronous write has been issued: the bytes belong to it until landed().
   std::string issue(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
   void landed(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
+  // wgmma and the copy engine see what a thread stored only after its fence_proxy_async.
+  void fence(int thread) { ++fences_[size_t(thread)]; }
+  std::string unfenced(const Actor& who, uint32_t offset, int bytes) const;
+  // The warp's read of these bytes is as late as `clock`.
+  void hold(int warp, uint32_t offset, int bytes, uint32_t clock);
 
  private:
   struct Cell {
@@ -58,6 +63,7 @@ class Shadow {
     uint64_t where = 0;
     int8_t warp = 0, lane = 0;
     bool in_flight = false, atomic = false, partial = false;
+    uint16_t fences = 0;  // of the writing thread, at the write
   };
   struct Read {
     uint32_t clock = 0;
@@ -70,6 +76,7 @@ class Shadow {
   int warps_ = 0;
   std::vector<Cell> cells_;
   std::vector<Read> reads_;  // [words][warps]
+  std::vector<uint16_t> fences_;
 };
 
 }  // namespace attn::emulation

@@ -1,0 +1,223 @@
+// mbarriers, the copy engine and the rest of sm_90 on the emulated device (wgmma: wgmma.cpp).
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace attn::emulation {
+
+namespace {
+std::string hex(uint32_t v) {
+  char text[16];
+  snprintf(text, sizeof(text), "0x%x", v);
+  return text;
+}
+}  // namespace
+
+// ---- mbarriers --------------------------------------------------------------------------------
+void Machine::mbarrier_init(uint32_t address, int count, Where where) {
+  access(Access::WRITE, address, 8, where);
+  if (count < 1 || count >= 1 << 20)
+    fail(where, "mbarrier_init: the count must be in 1 .. 2^20 - 1, got " + std::to_string(count));
+  if (clocks() >= MAX_CLOCKS)
+    fail(where, "mbarrier_init: more mbarriers than the emulator can tell");
+  mbarriers_.push_back({address, count, count, 0, 0, 0, 0, false, current_, 1, {}, {}, where});
+}
+
+Mbarrier& Machine::mbarrier_at(uint32_t address, Where where) {
+  fibers_[current_].last = where;
+  for (Mbarrier& bar : mbarriers_) {
+    if (bar.address != address) continue;
+    if (mode.race) {
+      const Actor who = {current_ / 32, current_ % 32, where};
+      race(shadow_.read(who, warps_[who.warp].clock, address - SMEM_BASE, 8));
+    }
+    return bar;
+  }
+  fail(where, "no mbarrier was initialised at shared address " + hex(address));
+}
+
+// An mbarrier is opaque: its bytes belong to nobody else.
+void Machine::check_mbarriers(uint32_t address, int bytes, Where where) const {
+  for (const Mbarrier& bar : mbarriers_)
+    if (address < bar.address + 8 && bar.address < address + uint32_t(bytes))
+      fail(where, "access to the bytes of the mbarrier that " + bar.where.text() + " initialised");
+}
+
+void Machine::settle(int index) {
+  Mbarrier& bar = mbarriers_[index];
+  if (bar.pending || bar.bytes) return;
+  bar.completed.join(bar.arriving, clocks());
+  bar.completed.at[warp_count_ + index] = bar.clock++;
+  bar.pending = bar.expected;
+  ++bar.phase;
+  for (int t = 0; t < threads; ++t) {
+    if (fibers_[t].mbarrier != index) continue;
+    fibers_[t].mbarrier = -1;
+    warps_[t / 32].ready |= 1u << (t % 32);
+  }
+}
+
+void Machine::mbarrier_arrive(uint32_t address, int expect_bytes, Where where) {
+  Mbarrier& bar = mbarrier_at(address, where);
+  Warp& warp = warps_[current_ / 32];
+  if (!bar.pending) fail(where, "mbarrier: more arrivals than its count in one phase");
+  bar.bytes += expect_bytes;
+  bar.arriving.join(warp.clock, clocks());
+  ++warp.clock.at[current_ / 32];
+  --bar.pending;
+  settle(int(&bar - mbarriers_.data()));
+}
+
+void Machine::mbarrier_wait(uint32_t address, uint32_t parity, Where where) {
+  const int index = int(&mbarrier_at(address, where) - mbarriers_.data());
+  if (parity > 1) fail(where, "mbarrier_wait: parity must be 0 or 1");
+  while ((mbarriers_[index].phase & 1) == parity) {
+    fibers_[current_].mbarrier = index;
+    sleep();
+  }
+  Mbarrier& bar = mbarriers_[index];
+  bar.seen = std::max(bar.seen, bar.phase);
+  warps_[current_ / 32].clock.join(bar.completed, clocks());
+}
+
+void Machine::fence_mbarrier_init(Where where) {
+  fibers_[current_].last = where;
+  for (Mbarrier& bar : mbarriers_)
+    if (bar.thread == current_) bar.fenced = true;
+}
+
+void Machine::fence_proxy_async(Where where) {
+  fibers_[current_].last = where;
+  if (mode.race) shadow_.fence(current_);
+}
+
+// ---- copy engine ------------------------------------------------------------------------------
+// The 16-byte chunks of a row of 128 bytes are swizzled by the address bits of the row.
+uint32_t Machine::box_address(const TmaLoad& load, int row, int chunk) const {
+  const uint32_t address = load.address + uint32_t(row) * 128 + uint32_t(chunk) * 16;
+  return address ^ ((address >> 7 & 7) << 4);
+}
+
+void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar_address,
+                       std::array<int, 4> corner, Where where) {
+  Mbarrier& bar = mbarrier_at(bar_address, where);
+  if (!bar.fenced)
+    fail(where, "tma_load: no fence_mbarrier_init after the mbarrier's initialisation");
+  TmaLoad load = {};
+  std::memcpy(&load.tensor, &map, sizeof(load.tensor));
+  if (const char* why = tensor_problem(load.tensor); *why)
+    fail(where, std::string("tma_load: no tensor map: ") + why);
+  int rows = 1;
+  for (int i = 1; i < 4; ++i) rows *= load.tensor.box[i];
+  if (address % 128 != 0 || address < SMEM_BASE ||
+      uint64_t(address) + uint64_t(rows) * 128 > uint64_t(SMEM_BASE) + smem_bytes)
+    fail(where, "tma_load: shared address " + hex(address) + " must be a multiple of 128, and " +
+                    std::to_string(rows) + " rows of 128 bytes must fit the " +
+                    std::to_string(smem_bytes) + " bytes of shared memory from " + hex(SMEM_BASE));
+  load.address = address;
+  std::copy(corner.begin(), corner.end(), load.corner);
+  load.mbarrier = int(&bar - mbarriers_.data());
+  load.thread = current_, load.where = where;
+  bar.load_phase = bar.phase + 1;
+  const uint32_t offset = address - SMEM_BASE;
+  check_mbarriers(address, rows * 128, where);
+  if (mode.race) {
+    const Actor who = {current_ / 32, ENGINE, where};
+    race(shadow_.issue(who, warps_[who.warp].clock, offset, rows * 128));
+  }
+  if (mode.poison) std::memset(smem_.data() + offset, 0xff, size_t(rows) * 128);
+  loads_.push_back(load);
+  if (!mode.poison && !mode.random) tma_land(0);
+}
+
+void Machine::tma_land(size_t index) {
+  const TmaLoad load = loads_[index];
+  loads_.erase(loads_.begin() + std::ptrdiff_t(index));
+  const ptx::TensorSpec& t = load.tensor;
+  int row = 0;
+  for (int c = 0; c < t.box[3]; ++c)
+    for (int b = 0; b < t.box[2]; ++b)
+      for (int a = 0; a < t.box[1]; ++a, ++row) {
+        const int64_t at[3] = {int64_t(load.corner[1]) + a, int64_t(load.corner[2]) + b,
+                               int64_t(load.corner[3]) + c};
+        bool inside = true;
+        const auto* from = static_cast<const uint8_t*>(t.base);
+        for (int i = 0; i < 3; ++i) {
+          inside = inside && at[i] >= 0 && at[i] < t.size[i + 1];
+          from += at[i] * t.stride[i];
+        }
+        for (int e = 0; e < t.box[0]; e += 8) {
+          uint8_t chunk[16] = {};
+          for (int i = 0; i < 8 && inside; ++i) {
+            const int64_t column = int64_t(load.corner[0]) + e + i;
+            if (column >= 0 && column < t.size[0]) std::memcpy(chunk + 2 * i, from + 2 * column, 2);
+          }
+          std::memcpy(smem_.data() + (box_address(load, row, e / 8) - SMEM_BASE), chunk, 16);
+        }
+      }
+  Mbarrier& bar = mbarriers_[load.mbarrier];
+  if (mode.race) {
+    // Whoever sees the phase end sees the bytes; nobody else.
+    WarpClock clock = {};
+    clock.at[warp_count_ + load.mbarrier] = bar.clock;
+    const Actor who = {warp_count_ + load.mbarrier, ENGINE, load.where};
+    shadow_.landed(who, clock, load.address - SMEM_BASE, row * 128);
+  }
+  bar.bytes -= row * 128;
+  settle(load.mbarrier);
+}
+
+bool Machine::tma_land_some() {
+  if (loads_.empty()) return false;
+  tma_land(mode.random ? size_t(random() % loads_.size()) : 0);
+  return true;
+}
+
+// ---- the rest ---------------------------------------------------------------------------------
+bool Machine::barrier_or(int id, int count, bool flag, Where where) {
+  if (flag) barriers_[id].flag = true;
+  barrier(id, count, true, where);
+  return barriers_[id].result;
+}
+
+void Machine::set_registers(int registers, Where where) {
+  collective(Kind::SETMAXNREG, &registers, where, [](void* const* args) {
+    machine.wgmma_[machine.current_ / 32].registers = *static_cast<const int*>(args[0]);
+  });
+}
+
+void Machine::check_end_of_block() {
+  for (const TmaLoad& load : loads_)
+    throw Error(load.where.text() +
+                ": the block ends while what the copy engine loads here is under "
+                "way");
+  for (const Mbarrier& bar : mbarriers_) {
+    if (bar.bytes)
+      throw Error(bar.where.text() + ": the block ends with " + std::to_string(bar.bytes) +
+                  " bytes announced and not loaded (or loaded and not announced) on this mbarrier");
+    if (bar.load_phase > bar.seen)
+      throw Error(bar.where.text() +
+                  ": the block ends, and no thread has waited for the last load "
+                  "on this mbarrier");
+  }
+  int most = 65536 / threads / 8 * 8 * threads, used = 0;  // of __launch_bounds__(threads, 1)
+  bool all = warp_count_ > 0;
+  for (int w = 0; w < warp_count_; ++w) {
+    if (!wgmma_[w].ops.pending().empty())
+      throw Error(wgmma_[w].ops.pending().front().where.text() +
+                  ": a warp returns while its wgmma is in flight: no wgmma_wait<0>");
+    if (wgmma_[w].issued != wgmma_log_[w / 4].size())
+      throw Error(wgmma_log_[w / 4].back().where.text() +
+                  ": not every warp of the warpgroup issued this wgmma");
+    if (wgmma_[w].registers != wgmma_[w / 4 * 4].registers)
+      throw Error("setmaxnreg differs between the warps of a warpgroup");
+    all = all && wgmma_[w].registers;
+    used += 32 * wgmma_[w].registers;
+  }
+  if (all && used > most)
+    throw Error("setmaxnreg: the warps ask for " + std::to_string(used) +
+                " registers, the block has " + std::to_string(most));
+}
+
+}  // namespace attn::emulation

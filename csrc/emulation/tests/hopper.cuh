@@ -1,0 +1,162 @@
+// One warpgroup, one wrapper of ptx_sm90.cuh: tiles of A and B come by the copy engine, and what
+// the threads get is written out raw.  On the emulator and on a GPU the words must be the same.
+//
+// A [64, 64], B [128, 64] (K-major) or [64, 128] (MN-major), of small integers: sums are exact in
+// any order.  Element i of a tensor is (7919 i + seed) % 9 - 4.
+#pragma once
+#include <vector>
+
+#include "../../cuda/ptx_sm90.cuh"
+
+namespace attn::hopper {
+using namespace ptx;
+
+enum Op : int {
+  BOX,       // 64 rows of 128 bytes of shared memory after a load that crosses every edge
+  SS_K,      // acc + A B^T, both from shared memory
+  SS_MN,     // acc + A B
+  RS_MN,     // acc + A B, A from registers
+  VOTES,     // elect_one, named_barrier_or
+  STORED,    // SS_K of a B that the threads have stored again themselves
+  UNFENCED,  // the same without fence_proxy_async: a fault
+};
+
+constexpr int THREADS = 128, TILES = 16, OUT = THREADS * TILES * 4;
+constexpr int A_BYTES = 64 * 128, B_BYTES = 128 * 128, SMEM = A_BYTES + B_BYTES + 8;
+
+struct Params {
+  int op;
+  TensorMap a, b;
+  const uint32_t* a_registers;  // [THREADS, 4 steps, 4]
+  uint32_t* out;                // [THREADS, TILES, 4]
+};
+
+// Each thread stores its part of B again.
+ATTN_DEVICE void store_again(uint32_t B, bool fence) {
+  for (int i = thread_id(); i < B_BYTES / 4; i += THREADS) sts_32(B + 4 * i, lds_32(B + 4 * i));
+  if (fence) fence_proxy_async();
+  sync_threads();  // all of B is stored
+}
+
+template <class T>
+ATTN_DEVICE void products(const Params& p, uint32_t A, uint32_t B) {
+  float acc[TILES][4];
+  for (int n = 0; n < TILES; ++n)
+    for (int i = 0; i < 4; ++i) acc[n][i] = float(n + i);
+  wgmma_hold(acc);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const uint64_t a = wgmma_descriptor(A + 32 * step);
+    const uint64_t across = wgmma_descriptor(B + 2048 * step, 64 * 128);
+    if (p.op == SS_K || p.op >= STORED)
+      wgmma_ss<T, false>(acc, a, wgmma_descriptor(B + 32 * step), true);
+    if (p.op == SS_MN) wgmma_ss<T, true>(acc, a, across, true);
+    if (p.op == RS_MN) {
+      const uint32_t* from = p.a_registers + 16 * thread_id() + 4 * step;
+      const uint32_t registers[4] = {from[0], from[1], from[2], from[3]};
+      wgmma_rs<T, true>(acc, registers, across, true);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(acc);
+  for (int n = 0; n < TILES; ++n)
+    for (int i = 0; i < 4; ++i) p.out[(thread_id() * TILES + n) * 4 + i] = as_uint(acc[n][i]);
+}
+
+template <class T>
+ATTN_KERNEL(128, 1)
+void wrappers(ATTN_GRID_CONSTANT const Params p) {
+  const uint32_t A = smem_base(), B = A + A_BYTES, bar = B + B_BYTES;
+  if (thread_id() == 0) {
+    mbarrier_init(bar, 1);
+    fence_mbarrier_init();
+    tma_prefetch(p.a);
+  }
+  sync_threads();  // the mbarrier is there
+  if (thread_id() == 0) {
+    mbarrier_arrive_expect_tx(bar, p.op == BOX ? A_BYTES : A_BYTES + B_BYTES);
+    if (p.op == BOX) {
+      tma_load_4d(A, p.a, bar, 40, 30, 2, 1);
+    } else {
+      tma_load_4d(A, p.a, bar, 0, 0, 0, 0);
+      tma_load_4d(B, p.b, bar, 0, 0, 0, 0);
+      if (p.op == SS_MN || p.op == RS_MN) tma_load_4d(B + 64 * 128, p.b, bar, 64, 0, 0, 0);
+    }
+  }
+  mbarrier_wait(bar, 0);
+  if (p.op == BOX) {
+    for (int i = thread_id(); i < A_BYTES / 4; i += THREADS) p.out[i] = lds_32(A + 4 * i);
+  } else if (p.op == VOTES) {
+    uint32_t* out = p.out + 4 * thread_id();
+    out[0] = elect_one();
+    out[1] = named_barrier_or<3>(128, thread_id() == 77);
+    out[2] = named_barrier_or<3>(128, false);
+  } else {
+    if (p.op >= STORED) store_again(B, p.op == STORED);
+    products<T>(p, A, B);
+  }
+}
+
+// ---- host: alloc(bytes), copy_in(to, from, bytes) and copy_out are those of the device
+inline std::vector<uint16_t> tensor(bool is_bf16, int64_t n, int seed) {
+  std::vector<uint16_t> x(n);
+  // -4 .. 4 in each format
+  static const uint16_t BF16[] = {0xc080, 0xc040, 0xc000, 0xbf80, 0,
+                                  0x3f80, 0x4000, 0x4040, 0x4080};
+  static const uint16_t FP16[] = {0xc400, 0xc200, 0xc000, 0xbc00, 0,
+                                  0x3c00, 0x4000, 0x4200, 0x4400};
+  for (int64_t i = 0; i < n; ++i) x[i] = (is_bf16 ? BF16 : FP16)[(7919 * i + seed) % 9];
+  return x;
+}
+
+struct Memory {
+  void* (*alloc)(size_t);
+  void (*copy_in)(void*, const void*, size_t);
+  void (*copy_out)(void*, const void*, size_t);
+};
+
+inline TensorSpec spec(void* base, bool is_bf16, int64_t columns, int64_t rows, int64_t heads,
+                       int64_t batch, int box_rows) {
+  return {base,
+          is_bf16,
+          {columns, rows, heads, batch},
+          {2 * columns, 2 * columns * rows, 2 * columns * rows * heads},
+          {64, box_rows, 1, 1}};
+}
+
+inline std::vector<uint32_t> run(const Memory& memory, int op, bool is_bf16) {
+  const bool box = op == BOX;
+  const auto a = tensor(is_bf16, box ? 72 * 50 * 5 * 3 : 64 * 64, 1);
+  const auto b = tensor(is_bf16, 128 * 64, 2);
+  // A in registers: row 16 w + g (+ 8), columns 16 step + 2 t (+ 8) and the one after
+  std::vector<uint32_t> registers(THREADS * 16), out(OUT);
+  for (int t = 0; t < THREADS && !box; ++t)
+    for (int i = 0; i < 16; ++i) {
+      const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i & 1);
+      const int column = i / 4 * 16 + 2 * (t % 4) + 8 * (i / 2 % 2);
+      registers[t * 16 + i] = a[row * 64 + column] | uint32_t(a[row * 64 + column + 1]) << 16;
+    }
+  void* device[4];
+  const std::pair<const void*, size_t> from[4] = {{a.data(), 2 * a.size()},
+                                                  {b.data(), 2 * b.size()},
+                                                  {registers.data(), 4 * registers.size()},
+                                                  {out.data(), 4 * out.size()}};
+  for (int i = 0; i < 4; ++i) {
+    device[i] = memory.alloc(from[i].second);
+    memory.copy_in(device[i], from[i].first, from[i].second);
+  }
+  const TensorSpec a_spec =
+      box ? spec(device[0], is_bf16, 72, 50, 5, 3, 64) : spec(device[0], is_bf16, 64, 64, 1, 1, 64);
+  const bool across = op == SS_MN || op == RS_MN;
+  const TensorSpec b_spec = across ? spec(device[1], is_bf16, 128, 64, 1, 1, 64)
+                                   : spec(device[1], is_bf16, 64, 128, 1, 1, 128);
+  Params p{op, make_tensor_map(a_spec), make_tensor_map(b_spec),
+           static_cast<const uint32_t*>(device[2]), static_cast<uint32_t*>(device[3])};
+  launch(is_bf16 ? wrappers<bf16> : wrappers<fp16>, {1, 1, 1}, THREADS, SMEM, nullptr, p);
+  memory.copy_out(out.data(), device[3], 4 * out.size());
+  return out;
+}
+
+}  // namespace attn::hopper

@@ -25,16 +25,19 @@ FLAGS = (
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
-    "-Wno-unknown-pragmas -fno-strict-aliasing -DATTN_EMULATED"
+    "-Wno-unknown-pragmas -fno-strict-aliasing -DATTN_EMULATED -DATTN_HAS_SM90"
 )
 # -lineinfo: profilers and compute-sanitizer name source lines; it changes no instruction.
 NVCC_FLAGS = (
     "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xfatbin=-compress-all"
 )
+# Hopper's own instructions are in no other architecture, and not in plain sm_90.
+SM90_GENCODE = "-gencode arch=compute_90a,code=sm_90a"
 CUDA_ARCHS = os.environ.get("ATTN_EXT_CUDA_ARCHS", "80,90a").replace(" ", "")
 # The kernels of one element type and head_dim are one file, generated beside the objects.
 ELEMENTS = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "fp32": "float"}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+SM90_HEAD_DIMS = (64, 96, 128, 192, 256)  # of bf16 and fp16, forward, for sm_90a alone
 
 
 def relative(files) -> list[str]:
@@ -59,21 +62,35 @@ def emulated_sources() -> list[str]:
     return relative(sorted((ROOT / "csrc" / "emulation").glob("*.cpp"))) + cuda_sources()
 
 
-def instantiations(folder: Path) -> list[str]:
-    """Writes the kernels' instantiations, a file a (dtype, head_dim) pair; their paths."""
+def instantiation(arch: str, element: str, head_dim: int) -> str:
+    """The file that instantiates the kernels of one (dtype, head_dim) pair of csrc/cuda/<arch>."""
+    if arch == "sm90":
+        runs = f"template void run_forward<{element}, {head_dim}>(const Params&, void*);\n"
+    else:
+        runs = "".join(
+            f"template void {run}<{element}, {head_dim}>(Params, bool, void*);\n"
+            for run in ("run_forward", "run_backward")
+        )
+    name = f"namespace attn::cuda::{arch}"
+    return f'#include "cuda/{arch}/kernels.cuh"\n\n{name} {{\n{runs}}}  // {name}\n'
+
+
+def instantiations(folder: Path, sm90: bool) -> list[str]:
+    """Writes the kernels' instantiations, a file a (dtype, head_dim) pair; their paths.  sm90: also
+    those for sm_90a."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = [("sm80", e, d) for e in ELEMENTS for d in HEAD_DIMS]
+    if sm90:
+        files += [("sm90", e, d) for e in ("bf16", "fp16") for d in SM90_HEAD_DIMS]
     paths = []
-    for name, element in ELEMENTS.items():
-        for head_dim in HEAD_DIMS:
-            path = folder / f"{name}_{head_dim}.cu"
-            text = '#include "cuda/sm80/kernels.cuh"\n\nnamespace attn::cuda::sm80 {\n' + "".join(
-                f"template void {run}<{element}, {head_dim}>(Params, bool, void*);\n"
-                for run in ("run_forward", "run_backward")
-            )
-            text += "}  // namespace attn::cuda::sm80\n"
-            if not path.exists() or path.read_text() != text:  # ninja goes by the file's time
-                path.write_text(text)
-            paths.append(str(path))
+    for arch, name, head_dim in files:
+        path = folder / (
+            f"sm90_{name}_{head_dim}.cu" if arch == "sm90" else f"{name}_{head_dim}.cu"
+        )
+        text = instantiation(arch, ELEMENTS[name], head_dim)
+        if not path.exists() or path.read_text() != text:  # ninja goes by the file's time
+            path.write_text(text)
+        paths.append(str(path))
     return paths
 
 
@@ -121,6 +138,7 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
     cxx = os.environ.get("CXX", "c++")
     extra = os.environ.get("ATTN_EXT_CXXFLAGS", "")
     cuda, emulated = name == "attn_ext._cuda", name == "attn_ext._emulated"
+    sm90 = emulated or "90a" in CUDA_ARCHS.split(",")
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
     flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes} {extra}"
@@ -130,22 +148,28 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
         f"rule link\n  command = {cxx} -shared -pthread {extra} $in -o $out",
     ]
     if cuda:
-        device = f"{NVCC_FLAGS} {gencode()} {includes} -DATTN_EXT_CUDA_ARCHS='\"{CUDA_ARCHS}\"'"
+        device = f"{NVCC_FLAGS} {includes} -DATTN_EXT_CUDA_ARCHS='\"{CUDA_ARCHS}\"'"
+        device += " -DATTN_HAS_SM90" if sm90 else ""
+        for rule, flags in (("nvcc", gencode()), ("nvcc_sm90", SM90_GENCODE)):
+            lines += [
+                f"rule {rule}\n  command = {nvcc()} -MD -MF $out.d {device} {flags} -Xptxas -v"
+                " -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+                "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
+            ]
         lines += [
-            f"rule nvcc\n  command = {nvcc()} -MD -MF $out.d {device} -Xptxas -v -c $in -o $out"
-            " > $out.log 2>&1 || (cat $out.log; exit 1)",
-            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
             # cudart static: the module imports on a machine without a driver or a toolkit
             f"rule nvlink\n  command = {nvcc()} -shared -cudart static {gencode()} $in -o $out",
         ]
     if cuda or emulated:
-        sources = [*sources, *instantiations(objects / "instantiations")]
+        sources = [*sources, *instantiations(objects / "instantiations", sm90)]
     outputs = []
     for source in sources:
         label = "instantiation_" + Path(source).name if Path(source).is_absolute() else source
         output = objects / (label.replace(os.sep, "_") + ".o")
         outputs.append(str(output))
         rule = "nvcc" if cuda and source.endswith(".cu") else "cxx"
+        if rule == "nvcc" and Path(source).name.startswith("sm90_"):
+            rule = "nvcc_sm90"
         lines.append(f"build {output}: {rule} {ROOT / source}")
     lines.append(f"build {target}: {'nvlink' if cuda else 'link'} {' '.join(outputs)}")
     return "\n".join(lines) + "\n"

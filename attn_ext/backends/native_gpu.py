@@ -7,6 +7,9 @@ on a GPU, attn_ext._emulated (tests only) with the same kernels on CPU tensors.
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 import torch
 
 from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
@@ -82,18 +85,30 @@ class Kernels:
 
     def __init__(self, module, device_type: str):
         self.module, self.device_type = module, device_type
-        self._multiprocessors: dict[int, int] = {}
+        # Hopper's own forward kernels have not been measured on hardware yet: only on request.
+        self.sm90 = os.environ.get("ATTN_EXT_CUDA_SM90", "0") not in ("", "0")
+        self._devices: dict[int, tuple[int, bool]] = {}  # multiprocessors; is a Hopper GPU
         self._plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes, strides
 
-    def _target(self, device: torch.device) -> tuple[int, int, int]:
-        """(device index, current stream, multiprocessors)"""
+    def _target(self, device: torch.device) -> tuple[int, int, int, bool]:
+        """(device index, current stream, multiprocessors, whether sm_90 kernels may serve)"""
         index, stream = 0, 0
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             stream = torch.cuda.current_stream(index).cuda_stream
-        if index not in self._multiprocessors:
-            self._multiprocessors[index] = self.module.multiprocessors(index)
-        return index, stream, self._multiprocessors[index]
+        if index not in self._devices:
+            hopper = self.module.sm90_problem(index) == ""
+            self._devices[index] = (self.module.multiprocessors(index), hopper)
+        multiprocessors, hopper = self._devices[index]
+        return index, stream, multiprocessors, hopper and self.sm90
+
+    @staticmethod
+    def _on(device: torch.device):
+        """The tensors' device is the current one: torch comes back from it without making a CUDA
+        context on the device that was current before, which cudaSetDevice would."""
+        if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+            return contextlib.nullcontext()
+        return torch.cuda.device(device)
 
     def _canonical(self, call: Call) -> dict:
         """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous
@@ -189,9 +204,10 @@ class Kernels:
             return None
         out = torch.empty_permuted(shape, order, dtype=q.dtype, device=q.device)
         lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
-        native.plain_forward(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), *target
-        )
+        with self._on(q.device):
+            native.plain_forward(
+                q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), *target
+            )
         return out, lse, None, None
 
     def forward(self, call: Call):
@@ -214,14 +230,15 @@ class Kernels:
                     x.fill_(value)
         if lse.numel() == 0:
             return out, lse, *stats
-        device, stream, multiprocessors = self._target(q.device)
+        target = self._target(q.device)
         native = self._native(call, t, out, lse)
         if call.need_stats:
             self._point(native, max_logit=stats[0], entropy=stats[1])
-        floats = native.forward_workspace(multiprocessors)
+        floats = native.forward_workspace(target[2])
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device) if floats else None
         address = 0 if scratch is None else scratch.data_ptr()
-        native.forward(address, device, stream, multiprocessors)
+        with self._on(q.device):
+            native.forward(address, *target)
         return out, lse, *stats
 
     def backward(self, call: Call, dout, out, lse, dlse, needs):
@@ -254,5 +271,6 @@ class Kernels:
             )
             self._point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
             delta = torch.empty(native.backward_workspace(), **f32)
-            native.backward(delta.data_ptr(), *self._target(call.q.device))
+            with self._on(call.q.device):
+                native.backward(delta.data_ptr(), *self._target(call.q.device))
         return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink

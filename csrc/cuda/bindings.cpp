@@ -87,8 +87,8 @@ void check(const Problem& p, const Pointers& ptr) {
     throw std::invalid_argument("page_size must be at least 1 with a block_table");
 }
 
-Target target(int device, uintptr_t stream, int multiprocessors) {
-  return {device, stream, multiprocessors};
+Target target(int device, uintptr_t stream, int multiprocessors, bool sm90) {
+  return {device, stream, multiprocessors, sm90};
 }
 
 }  // namespace
@@ -137,9 +137,16 @@ void bind(py::module_& m) {
           "forward_workspace",
           [](const NativeCall& c, int multiprocessors) {
             check(c.p, c.ptr);
-            return forward_workspace(c.p, c.ptr, target(0, 0, multiprocessors));
+            return forward_workspace(c.p, c.ptr, target(0, 0, multiprocessors, false));
           },
           "Floats of scratch that forward needs")
+      .def(
+          "forward_kernel",
+          [](const NativeCall& c, int multiprocessors, bool sm90) {
+            check(c.p, c.ptr);
+            return forward_kernel(c.p, c.ptr, target(0, 0, multiprocessors, sm90));
+          },
+          "What forward launches: 'sm90', 'sm80 plain' or 'sm80 general'")
       .def("backward_workspace",
            [](const NativeCall& c) {
              check(c.p, c.ptr);
@@ -148,17 +155,17 @@ void bind(py::module_& m) {
       .def(
           "forward",
           [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
-             int multiprocessors) {
+             int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             py::gil_scoped_release release;
             forward(c.p, c.ptr, reinterpret_cast<float*>(workspace),
-                    target(device, stream, multiprocessors));
+                    target(device, stream, multiprocessors, sm90));
           },
           "O, LSE (and row statistics); asynchronous on the stream")
       .def(
           "plain_forward",
           [](const NativeCall& shared, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-             uintptr_t lse, int device, uintptr_t stream, int multiprocessors) {
+             uintptr_t lse, int device, uintptr_t stream, int multiprocessors, bool sm90) {
             NativeCall c = shared;  // other threads may be in the same call without the GIL
             c.ptr.q = reinterpret_cast<const void*>(q);
             c.ptr.k = reinterpret_cast<const void*>(k);
@@ -166,17 +173,17 @@ void bind(py::module_& m) {
             c.ptr.o = reinterpret_cast<void*>(o), c.ptr.lse = reinterpret_cast<void*>(lse);
             check(c.p, c.ptr);
             py::gil_scoped_release release;
-            forward(c.p, c.ptr, nullptr, target(device, stream, multiprocessors));
+            forward(c.p, c.ptr, nullptr, target(device, stream, multiprocessors, sm90));
           },
           "forward without scratch or side inputs, of the five addresses given")
       .def(
           "backward",
           [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
-             int multiprocessors) {
+             int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             py::gil_scoped_release release;
             backward(c.p, c.ptr, reinterpret_cast<float*>(workspace),
-                     target(device, stream, multiprocessors));
+                     target(device, stream, multiprocessors, sm90));
           },
           "The gradients whose addresses are set; asynchronous on the stream");
   m.def("device_problem", &device_problem,
@@ -184,6 +191,8 @@ void bind(py::module_& m) {
   m.def("kernel_problem", &kernel_problem,
         "'' when the driver loads a kernel of this build on the device, else CUDA's text");
   m.def("multiprocessors", &multiprocessors);
+  m.def("sm90_problem", &sm90_problem,
+        "'' when this build has Hopper kernels and the device is one, else the reason");
 }
 
 }  // namespace attn::cuda

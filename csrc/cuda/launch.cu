@@ -10,6 +10,7 @@
 #include "sm80/combine.cuh"
 #include "sm80/decode.cuh"
 #include "sm80/kernels.h"
+#include "sm90/kernels.h"
 
 namespace attn::cuda {
 namespace {
@@ -119,16 +120,53 @@ struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 #else
-// The device of the call, for as long as the launches take.
+// The device of the call, for as long as the launches take.  Always set: a thread that has not used
+// CUDA yet (an autograd worker) has no current context, which the driver's own functions need.  Not
+// set back where nothing changed: that would make a context on a device nobody asked for.
 struct DeviceGuard {
-  int before = 0;
-  explicit DeviceGuard(int device) {
+  int before = 0, device;
+  explicit DeviceGuard(int wanted) : device(wanted) {
     check(cudaGetDevice(&before), "cudaGetDevice");
-    if (before != device) check(cudaSetDevice(device), "cudaSetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~DeviceGuard() { cudaSetDevice(before); }
+  ~DeviceGuard() {
+    if (before != device) cudaSetDevice(before);
+  }
 };
 #endif
+
+// The kernels of a forward call.
+enum class Choice { SM90, SM80_PLAIN, SM80_GENERAL };
+
+Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& cut,
+                      const Target& target) {
+  if (is_general(p, ptr) || cut.pack > 1 || cut.splits > 1) return Choice::SM80_GENERAL;
+  return target.sm90 && sm90::forward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
+}
+
+void run_sm90(const Params& x, void* stream) {
+#ifdef ATTN_HAS_SM90
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    switch (sm90::kernel_head_dim(x.p)) {
+      case 64:
+        return sm90::run_forward<T, 64>(x, stream);
+      case 96:
+        return sm90::run_forward<T, 96>(x, stream);
+      case 128:
+        return sm90::run_forward<T, 128>(x, stream);
+      case 192:
+        return sm90::run_forward<T, 192>(x, stream);
+      case 256:
+        return sm90::run_forward<T, 256>(x, stream);
+    }
+  };
+  x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
+#else
+  (void)x, (void)stream;
+  throw std::invalid_argument("this build has no kernels for sm_90a");
+#endif
+}
 
 // One warp a row.
 template <class T>
@@ -159,14 +197,26 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
     x.partial_o = workspace;
     x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;
   }
-  const bool general = is_general(p, ptr) || x.pack > 1 || x.splits > 1;
+  const Choice choice = choose_forward(p, ptr, cut, target);
   void* stream = reinterpret_cast<void*>(target.stream);
+  if (choice == Choice::SM90) return run_sm90(x, stream);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
-    sm80::run_forward<T, P::kHeadDim>(x, general, stream);
+    sm80::run_forward<T, P::kHeadDim>(x, choice == Choice::SM80_GENERAL, stream);
     if (x.splits > 1) run_rows<T>(sm80::combine<T>, x, stream);
   });
+}
+
+std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& target) {
+  switch (choose_forward(p, ptr, plan(p, ptr, target), target)) {
+    case Choice::SM90:
+      return "sm90";
+    case Choice::SM80_PLAIN:
+      return "sm80 plain";
+    default:
+      return "sm80 general";
+  }
 }
 
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
@@ -188,6 +238,7 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
 
 #ifdef ATTN_EMULATED
 std::string device_problem(int) { return ""; }
+std::string sm90_problem(int) { return ""; }
 std::string kernel_problem(int) { return ""; }
 int multiprocessors(int) { return 6; }  // few, so that small tests split their keys
 #else
@@ -223,6 +274,18 @@ std::string device_problem(int device) {
          std::to_string(minor) +
          ", the kernels are built for " ATTN_EXT_CUDA_ARCHS
          " (ATTN_EXT_CUDA_ARCHS) and need 8.0 or newer";
+}
+
+std::string sm90_problem(int device) {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDevAttr");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDevAttr");
+  if (major != 9 || minor != 0) return "the device is no Hopper GPU (compute capability 9.0)";
+#ifdef ATTN_HAS_SM90
+  return "";
+#else
+  return "this build has no kernels for sm_90a (ATTN_EXT_CUDA_ARCHS)";
+#endif
 }
 
 std::string kernel_problem(int device) {

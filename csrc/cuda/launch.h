@@ -13,6 +13,7 @@ struct Target {
   int device = 0;
   uintptr_t stream = 0;
   int multiprocessors = 1;
+  bool sm90 = false;  // the Hopper kernels may serve what they can
 };
 
 // Scratch that the caller allocates on the device, in floats.
@@ -29,5 +30,9 @@ std::string device_problem(int device);
 // "" when the driver loads a kernel of this build on `device`, else CUDA's text.
 std::string kernel_problem(int device);
 int multiprocessors(int device);
+// "" when this build has Hopper kernels and `device` is one (9.0), else the reason.
+std::string sm90_problem(int device);
+// The kernel that forward launches: "sm90", "sm80 plain" or "sm80 general".
+std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& target);
 
 }  // namespace attn::cuda

@@ -10,28 +10,9 @@
 // query heads of one K/V head in one tile of rows (row r = query r % Sq of head r / Sq).
 #pragma once
 #include "../dropout.cuh"
-#include "../score.cuh"
-#include "../softmax.cuh"
+#include "../forward_parts.cuh"
 
 namespace attn::cuda::sm80 {
-
-// Which rows and keys a CTA works on.
-struct ForwardTask {
-  int b, head, split;  // head: first query head of the rows
-  int row0, rows;      // rows of the tile: row0 .. of `rows` in all
-
-  ATTN_DEVICE static ForwardTask of(const Params& p, int block_m) {
-    ForwardTask t;
-    const int heads = int(p.p.heads_q) / p.pack;
-    int x = block_id().x;
-    t.split = x % p.splits, x /= p.splits;
-    const int m = p.m_tiles - 1 - x % p.m_tiles;  // causal tiles grow: the longest first
-    x /= p.m_tiles;
-    t.head = x % heads * p.pack, t.b = x / heads;
-    t.row0 = m * block_m;
-    return t;
-  }
-};
 
 // Keys [lo, hi) that the tile's rows may see.
 template <bool GENERAL>
@@ -62,25 +43,6 @@ ATTN_DEVICE Rows key_rows(const Params& p, const Sequence& seq, const void* base
   return {start + (seq.b * s.b + seq.k_start * s.s) * bytes, s.s * bytes, 0, 0, nullptr};
 }
 
-// S: products in, logits out.  Only for tiles that need it when the call is plain.
-template <bool GENERAL, int TILES>
-ATTN_DEVICE void mask_scores(float (&S)[TILES][4], const Score& score, const Query (&query)[2],
-                             int n0) {
-  ATTN_UNROLL
-  for (int n = 0; n < TILES; ++n) {
-    ATTN_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int j = n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1);
-      const Query& q = query[c >> 1];
-      float derivative;
-      if constexpr (GENERAL)
-        S[n][c] = score.logit(S[n][c], q, j, derivative);
-      else
-        S[n][c] = j < score.seq.seqlen_k && score.band.keep(q.i, j) ? S[n][c] : -kInf;
-    }
-  }
-}
-
 // P: the weights of dropped pairs become 0 (1 / (1 - p) comes with the normalisation)
 template <int TILES>
 ATTN_DEVICE void drop(float (&P)[TILES][4], const Dropout& dropout, const Query (&query)[2],
@@ -94,66 +56,6 @@ ATTN_DEVICE void drop(float (&P)[TILES][4], const Dropout& dropout, const Query 
       if (!first) P[n][2 * r] = 0.0f;
       if (!second) P[n][2 * r + 1] = 0.0f;
     }
-  }
-}
-
-// Columns 8 n + 2 t + {0, 1} of one row, as T or as the floats of a partial result.
-template <class Out, int ACC>
-ATTN_DEVICE void store_row(Out* row, const float (&acc)[ACC][4], int r, float factor, int dim) {
-  const int t = lane_id() & 3;
-  const bool pairs = dim % 2 == 0 && reinterpret_cast<uintptr_t>(row) % (2 * sizeof(Out)) == 0;
-  ATTN_UNROLL
-  for (int n = 0; n < ACC; ++n) {
-    const int d = 8 * n + 2 * t;
-    const float a = factor == 0.0f ? 0.0f : acc[n][2 * r] * factor;
-    const float b = factor == 0.0f ? 0.0f : acc[n][2 * r + 1] * factor;
-    if (pairs && d < dim) {
-      if constexpr (sizeof(Out) == 2)
-        *reinterpret_cast<uint32_t*>(row + d) = pack<Out>(a, b);
-      else
-        stg_64(row + d, {as_uint(a), as_uint(b)});
-    } else {
-      if (d < dim) row[d] = from_float<Out>(a);
-      if (d + 1 < dim) row[d + 1] = from_float<Out>(b);
-    }
-  }
-}
-
-// O, LSE and statistics of a warp's 16 rows, or one share of them.
-template <class T, bool GENERAL, int ACC>
-ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardTask& task,
-                            const float (&acc)[ACC][4], const RowState& state,
-                            const Query (&query)[2], int row, float scale) {
-  const bool stats = GENERAL && p.ptr.entropy;
-  ATTN_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const Query& q = query[r];
-    const bool valid = row + 8 * r < task.rows;
-    const auto* sinks = static_cast<const float*>(p.ptr.sink);
-    const bool partial = GENERAL && p.splits > 1;
-    const RowResult result = finish_row(
-        state, r, scale, GENERAL && sinks && !partial && valid ? sinks + q.h : nullptr, stats);
-    if (!valid) continue;
-    const float factor = GENERAL ? result.inverse * p.keep_scale : result.inverse;
-    const bool writes = (lane_id() & 3) == 0;
-    if (partial) {
-      const int64_t all = p.p.batch * p.p.heads_q * p.p.seqlen_q;
-      const int64_t at = (seq.b * p.p.heads_q + q.h) * p.p.seqlen_q + q.i + task.split * all;
-      store_row(p.partial_o + at * p.p.head_dim_v, acc, r, factor, int(p.p.head_dim_v));
-      if (!writes) continue;
-      p.partial_stats[at] = result.lse;
-      p.partial_stats[at + p.splits * all] = result.max_logit;
-      p.partial_stats[at + 2 * p.splits * all] = result.entropy;
-      continue;
-    }
-    const int64_t at = seq.b * p.p.o.b + q.h * p.p.o.h + (seq.q_start + q.i) * p.p.o.s;
-    store_row(static_cast<T*>(p.ptr.o) + at, acc, r, factor, int(p.p.head_dim_v));
-    if (!writes) continue;
-    const int64_t lse = seq.lse_offset(p, q.h, q.i);
-    static_cast<float*>(p.ptr.lse)[lse] = result.lse;
-    if (!stats) continue;
-    static_cast<float*>(p.ptr.max_logit)[lse] = result.max_logit;
-    static_cast<float*>(p.ptr.entropy)[lse] = result.entropy;
   }
 }
 

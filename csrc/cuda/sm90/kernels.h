@@ -1,0 +1,52 @@
+// Which calls the Hopper kernels serve, and the declaration of what kernels.cuh defines.  Host
+// code.
+#pragma once
+#include <algorithm>
+#include <string>
+
+#include "traits.cuh"
+
+namespace attn::cuda::sm90 {
+
+// HEAD_DIM of the kernel for these sizes, 0: none.
+inline int kernel_head_dim(const Problem& p) {
+  const int64_t dim = std::max(p.head_dim, p.head_dim_v);
+  if (dim <= 32) return 0;  // sm80 has a kernel of its own for 32
+  for (int padded : {64, 96, 128, 192, 256})
+    if (dim <= padded) return padded;
+  return 0;
+}
+
+// [batch, heads, length, dim] as the copy engine sees it; rows: of a box.
+inline TensorSpec tensor_spec(const Problem& p, const void* base, const Strides& s, int64_t heads,
+                              int64_t length, int64_t dim, int rows) {
+  TensorSpec t{
+      base, p.dtype == DType::kBFloat16, {dim, length, heads, p.batch}, {}, {64, rows, 1, 1}};
+  const int64_t strides[3] = {2 * s.s, 2 * s.h, 2 * s.b};
+  for (int i = 0; i < 3; ++i) t.stride[i] = t.size[i + 1] == 1 ? 16 : strides[i];
+  return t;
+}
+inline TensorSpec query_spec(const Problem& p, const Pointers& ptr, int rows) {
+  return tensor_spec(p, ptr.q, p.q, p.heads_q, p.seqlen_q, p.head_dim, rows);
+}
+inline TensorSpec key_spec(const Problem& p, const Pointers& ptr, int rows) {
+  return tensor_spec(p, ptr.k, p.k, p.heads_k, p.seqlen_k, p.head_dim, rows);
+}
+inline TensorSpec value_spec(const Problem& p, const Pointers& ptr, int rows) {
+  return tensor_spec(p, ptr.v, p.v, p.heads_k, p.seqlen_k, p.head_dim_v, rows);
+}
+
+// "" when the kernels serve a plain call (launch.cu: is_general), else what they lack.
+inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
+  if (ptr.cu_seqlens_q || ptr.cu_seqlens_k || ptr.seqlens_k) return "varlen";
+  if (!kernel_head_dim(p)) return "head_dim";
+  for (const TensorSpec& t : {query_spec(p, ptr, 1), key_spec(p, ptr, 1), value_spec(p, ptr, 1)})
+    if (const char* why = tensor_problem(t); *why) return why;
+  return "";
+}
+
+template <class T, int HEAD_DIM>
+void run_forward(const Params& p, void* stream);
+
+}  // namespace attn::cuda::sm90

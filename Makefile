@@ -84,14 +84,18 @@ test-tsan: $(VENV)/installed.done
 # Without torch's caching allocator memcheck sees the end of each tensor.
 test-gpu: $(VENV)/installed.done
 	ATTN_EXT_CUDA=1 ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_limits.py -k "not emulated"
+	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_limits.py tests/test_cuda_sm90.py \
+	  -k "not emulated"
 	$(PY) -m pytest -q tests/test_api.py tests/test_torch_integration.py tests/test_backends_hypothesis.py -k cuda
-	$(PY) -m pytest -q tests/test_golden_bits.py
+	$(PY) -m pytest -q tests/test_golden_bits.py tests/test_emulator_sm90.py
+	ATTN_EXT_CUDA_SM90=1 $(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_api.py \
+	  tests/test_backends_hypothesis.py -k "cuda and not emulated"  # the same on Hopper's kernels
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q tests/test_cuda_kernels.py \
+	    $(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_sm90.py \
 	      -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
 	    || exit 1; done
+	$(PY) bench/sm90.py || test $$? = 2  # speed; 2: not a Hopper GPU
 
 clean:
 	rm -rf build .venv attn_ext/_*.so *.egg-info

@@ -27,8 +27,10 @@ TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 ARCHS = ("80", "90a", "120")
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
-# ("launch", 0) is launch.cu
+SM90_HEAD_DIMS = (64, 96, 128, 192, 256)
+# ("launch", 0) is launch.cu, ("sm90 bf16", 0) all Hopper kernels of one type, for sm_90a alone
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
+UNITS += [("sm90 bf16", 0), ("sm90 fp16", 0)]
 
 
 def find_nvcc() -> str | None:
@@ -56,6 +58,13 @@ def source_text(dtype: str, head_dim: int) -> str:
     """The translation unit of one pair."""
     if dtype == "launch":
         return '#include "cuda/launch.cu"\n'
+    if dtype.startswith("sm90 "):
+        runs = (
+            f"template void run_forward<{dtype[5:]}, {d}>(const Params&, void*);\n"
+            for d in SM90_HEAD_DIMS
+        )
+        head = '#include "cuda/sm90/kernels.cuh"\nnamespace attn::cuda::sm90 {\n'
+        return head + "".join(runs) + "}\n"
     return (
         '#include "cuda/sm80/kernels.cuh"\n'
         "namespace attn::cuda::sm80 {\n"
@@ -74,12 +83,14 @@ def sources_hash() -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """_ZN4attn4cuda4sm807forwardINS_3ptx4bf16ELi64ELb0EEEv... -> forward<bf16, 64, plain>"""
-    found = re.match(r"_ZN4attn4cuda4sm80(\d+)(.*)", mangled)
+    """_ZN4attn4cuda4sm807forwardINS_3ptx4bf16ELi64ELb0EEEv... -> forward<bf16, 64, plain>; those of
+    sm90 are called sm90_forward<bf16, 64>"""
+    found = re.match(r"_ZN4attn4cuda4(sm[89]0)(\d+)(.*)", mangled)
     if not found:
-        raise ValueError(f"kernel outside of attn::cuda::sm80: {mangled}")
-    length = int(found[1])
-    name, rest = found[2][:length], found[2][length:]
+        raise ValueError(f"kernel outside of attn::cuda::sm80 and sm90: {mangled}")
+    length = int(found[2])
+    name, rest = found[3][:length], found[3][length:]
+    name = f"sm90_{name}" if found[1] == "sm90" else name
     words = [re.search(r"bf16|fp16", rest)[0] if re.match(r"INS_3ptx", rest) else "f32"]
     words += re.findall(r"Li(\d+)E", rest)[:1]
     words += [("plain", "general")[int(b)] for b in re.findall(r"Lb([01])E", rest)[:1]]
@@ -101,6 +112,11 @@ def parse(log: str) -> dict[str, dict[str, dict[str, int]]]:
     return out
 
 
+def kernel_archs(kernel: str) -> set[str]:
+    """The architectures that a kernel is compiled for, as in the table."""
+    return {"sm_90a"} if kernel.startswith("sm90_") else {f"sm_{arch}" for arch in ARCHS}
+
+
 def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, dict[str, int]]]:
     """What `parse` finds in one unit; RuntimeError with nvcc's text when it does not compile."""
     keep = ROOT / "build" / "nvcc"
@@ -112,7 +128,8 @@ def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, di
         source = Path(folder) / "unit.cu"
         source.write_text(source_text(dtype, head_dim))
         command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "--fatbin", f"-I{ROOT / 'csrc'}"]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        archs = ("90a",) if dtype.startswith("sm90") else ARCHS
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         command += [f'-DATTN_EXT_CUDA_ARCHS="{",".join(ARCHS)}"', str(source)]
         done = subprocess.run(
             [*command, "-o", str(Path(folder) / "unit.fatbin")], capture_output=True, text=True
@@ -127,7 +144,7 @@ def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, di
 # The tile table printed by itself, so that no size is repeated here.
 SHARED = """
 #include <cstdio>
-#include "cuda/traits.cuh"
+#include "cuda/sm90/traits.cuh"
 using namespace attn::cuda;
 template <class T, int D>
 void print(const char* dtype) {
@@ -141,7 +158,16 @@ void all(const char* dtype) {
   print<T, 32>(dtype), print<T, 64>(dtype), print<T, 96>(dtype), print<T, 128>(dtype);
   print<T, 192>(dtype), print<T, 256>(dtype);
 }
-int main() { all<bf16>("bf16"), all<fp16>("fp16"), all<float>("f32"); }
+template <int D>
+void print_sm90() {
+  using F = sm90::ForwardTile90<D>;
+  for (const char* dtype : {"bf16", "fp16"})
+    printf("sm90_forward %s %d %d %d\\n", dtype, D, F::SMEM, F::THREADS);
+}
+int main() {
+  all<bf16>("bf16"), all<fp16>("fp16"), all<float>("f32");
+  print_sm90<64>(), print_sm90<96>(), print_sm90<128>(), print_sm90<192>(), print_sm90<256>();
+}
 """
 
 
@@ -210,7 +236,7 @@ def differences(table: dict, found: dict) -> list[str]:
     """What compiled kernels use more of, in words, against the table; kernels that it lacks."""
     lines = []
     for kernel, rows in found.items():
-        if set(rows) != {f"sm_{arch}" for arch in ARCHS}:
+        if set(rows) != kernel_archs(kernel):
             lines.append(f"{kernel}: compiled for {', '.join(rows)} only")
         for arch, row in rows.items():
             known = table["kernels"].get(kernel, {}).get(arch)

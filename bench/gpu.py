@@ -75,8 +75,8 @@ class Device:
 
     def tests(self) -> list[str]:
         """The GPU tests of every backend"""
-        names = ("test_cuda_kernels", "test_triton_backend", "test_api", "test_backends_hypothesis",
-                 "test_kernels", "test_nonfinite")  # fmt: skip
+        names = ("test_cuda_sm90", "test_cuda_kernels", "test_triton_backend", "test_api",
+                 "test_backends_hypothesis", "test_kernels", "test_nonfinite")  # fmt: skip
         files = [f"tests/{n}.py" for n in names if (ROOT / "tests" / f"{n}.py").exists()]
         # the emulator and the CPU are tested without a GPU
         return [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p",
@@ -92,6 +92,12 @@ class Device:
     def race(self) -> list[str]:
         """racecheck over the same"""
         return [x if x != "memcheck" else "racecheck" for x in self.sanitize()]
+
+    def sm90(self, probe: dict) -> list[str]:
+        """Hopper's own forward kernel, off by default, against the sm80 one; a table in the log"""
+        if probe["arch"] != "90":
+            raise Skip("not a Hopper GPU")
+        return [sys.executable, "bench/sm90.py"]
 
     def tune(self, out: Path, seconds: float) -> list[str]:
         """The Triton tables"""
@@ -149,6 +155,12 @@ class Fake(Device):
     def sanitize(self) -> list[str]:
         """The sanitizer's calls, without it"""
         return [sys.executable, str(Path(__file__).resolve()), "--calls", "cpu"]
+
+    def sm90(self, probe: dict) -> list[str]:
+        """The same on the emulator"""
+        if importlib.util.find_spec("attn_ext._emulated") is None:
+            raise Skip("attn_ext._emulated is not built")
+        return [sys.executable, "bench/sm90.py", "--fake"]
 
     def cases(self) -> list[tuple]:
         """Three small cases"""
@@ -419,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = (
         ("build", lambda: run.step("build", lambda: device.build(run.probe), 0.4)),
         ("verify", lambda: run.step("verify", device.verify, 0.15)),
+        ("sm90", lambda: run.step("sm90", lambda: device.sm90(run.probe), 0.15)),
         ("bench", lambda: bench(run, 0.35, arguments)),
         ("tests", lambda: run.step("tests", device.tests, 0.2)),
         ("sanitize", lambda: run.step("sanitize", device.sanitize, 0.1, **no_cache)),

@@ -15,10 +15,11 @@ MODES = tuple(os.environ.get("ATTN_EXT_EMULATOR_MODE", ",".join(MODES)).split(",
 
 
 def set_mode(mode: str, seed: int) -> None:
-    """One of MODES, with the least shared memory that a GPU from sm_80 on has."""
+    """One of MODES, with the least shared memory that a GPU from sm_80 on has; with the Hopper
+    kernels that of sm_90."""
     from attn_ext import _emulated
 
-    _emulated.set_mode(mode, seed=seed, smem_limit=99 * 1024)
+    _emulated.set_mode(mode, seed=seed, smem_limit=(227 if _kernels().sm90 else 99) * 1024)
 
 
 @functools.cache

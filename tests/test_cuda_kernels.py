@@ -289,4 +289,4 @@ def test_the_native_side_refuses_what_would_break_memory(check):
         lse = torch.empty(call.q.shape[:3], device=check.device)
         native = kernels._native(call, t, torch.empty_like(call.q), lse)
         with pytest.raises(ValueError, match=message):
-            native.forward(0, 0, 0, 1)
+            native.forward(0, 0, 0, 1, False)

@@ -172,4 +172,4 @@ def test_a_call_with_too_many_tiles_is_refused(kernels):
     call = dataclasses.replace(call, q=many, max_seqlen_q=2**29)
     native = module._kernels()._native(call, module._kernels()._canonical(call), many, many[..., 0])
     with pytest.raises(ValueError, match="blocks, more than a CUDA grid holds"):
-        native.forward(0, 0, 0, 1)
+        native.forward(0, 0, 0, 1, False)

@@ -18,11 +18,13 @@ pytest.importorskip(
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-GEMM, FORWARD, BACKWARD = 0, 1, 2  # PART of mutant.cpp
+GEMM, FORWARD, BACKWARD, HOPPER = 0, 1, 2, 3  # PART of mutant.cpp
+PTX90, FWD90 = "cuda/ptx_sm90.cuh", "cuda/sm90/forward.cuh"
 EXAMPLE, MMA, SMEM = "emulation/tests/example.cuh", "cuda/mma.cuh", "cuda/smem.cuh"
-SOFTMAX, MASK, FWD, BWD = (
+SOFTMAX, MASK, PARTS, FWD, BWD = (
     "cuda/softmax.cuh",
     "cuda/mask.cuh",
+    "cuda/forward_parts.cuh",
     "cuda/sm80/forward.cuh",
     "cuda/sm80/backward.cuh",
 )
@@ -129,13 +131,13 @@ MUTANTS = {
     ),
     "forward: column of the mask's fragment": Mutant(
         FORWARD,
-        FWD,
+        PARTS,
         "const int j = n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1);",
         "const int j = n0 + 8 * n + (lane_id() & 3) + 4 * (c & 1);",
         ALL_MODES,
     ),
     "forward: row of the mask's fragment": Mutant(
-        FORWARD, FWD, "const Query& q = query[c >> 1];", "const Query& q = query[0];", ALL_MODES
+        FORWARD, PARTS, "const Query& q = query[c >> 1];", "const Query& q = query[0];", ALL_MODES
     ),
     "forward: B fragments swapped": Mutant(
         FORWARD,
@@ -209,6 +211,119 @@ MUTANTS = {
         "const uint32_t V_smem = K_smem + Tile::STAGES * N * BYTES;",
         "const uint32_t V_smem = K_smem + 2 * Tile::STAGES * N * BYTES;",
         ALL_MODES,
+    ),
+    # ---- forward of sm_90
+    "sm90: K read before it has landed": Mutant(
+        HOPPER, FWD90, "    K.wait(i);\n    if", "    if", ("poison", "race", "all")
+    ),
+    "sm90: K freed while wgmma reads it": Mutant(
+        HOPPER,
+        FWD90,
+        "    wgmma_wait<0>();\n    wgmma_hold(S);\n    K.release(i);",
+        "    K.release(i);\n    wgmma_wait<0>();\n    wgmma_hold(S);",
+        ("race", "all"),
+        ("plain",),
+    ),
+    "sm90: V freed while wgmma reads it": Mutant(
+        HOPPER,
+        FWD90,
+        "      wgmma_wait<0>();\n      wgmma_hold(O);\n    }\n    V.release(i);",
+        "      V.release(i);\n      wgmma_wait<0>();\n      wgmma_hold(O);\n    }",
+        ("race", "all"),
+    ),
+    "sm90: S read before the wait": Mutant(
+        HOPPER,
+        FWD90,
+        "    wgmma_wait<0>();\n    wgmma_hold(S);",
+        "    wgmma_hold(S);",
+        ("random", "poison", "race", "all"),
+        ("plain",),
+    ),
+    "sm90: O read before the wait": Mutant(
+        HOPPER,
+        FWD90,
+        "      wgmma_wait<0>();\n      wgmma_hold(O);\n    }",
+        "      wgmma_hold(O);\n    }",
+        ALL_MODES,
+    ),
+    "sm90: bytes not announced": Mutant(
+        HOPPER,
+        FWD90,
+        "mbarrier_arrive_expect_tx(full_bar(i), int(bytes));",
+        "mbarrier_arrive(full_bar(i));",
+        ALL_MODES,
+    ),
+    "sm90: half of the bytes announced": Mutant(
+        HOPPER, FWD90, "full_bar(i), int(bytes));", "full_bar(i), int(bytes) / 2);", ALL_MODES
+    ),
+    "sm90: parity of the first round for ever": Mutant(
+        HOPPER,
+        FWD90,
+        "mbarrier_wait(full_bar(i), parity(i));",
+        "mbarrier_wait(full_bar(i), 0);",
+        ("poison", "race", "all"),
+    ),
+    "sm90: parity of the empty mbarrier": Mutant(
+        HOPPER,
+        FWD90,
+        "mbarrier_wait(empty_bar(i), parity(i) ^ 1);",
+        "mbarrier_wait(empty_bar(i), parity(i));",
+        ALL_MODES,
+    ),
+    "sm90: loads into buffers that are still read": Mutant(
+        HOPPER,
+        FWD90,
+        "    mbarrier_wait(empty_bar(i), parity(i) ^ 1);  // every consumer has read the tile "
+        "before\n",
+        "",
+        ("race", "all"),
+    ),
+    "sm90: one warpgroup frees what both read": Mutant(
+        HOPPER,
+        FWD90,
+        "mbarrier_init(empty_bar(s), CONSUMER_WARPS);",
+        "mbarrier_init(empty_bar(s), CONSUMER_WARPS / 2);",
+        ("race", "all"),
+    ),
+    "sm90: no wgmma_fence before P V": Mutant(
+        HOPPER, FWD90, "      wgmma_fence();\n      issue_output", "      issue_output", ALL_MODES
+    ),
+    "sm90: copy engine does not know the mbarriers": Mutant(
+        HOPPER, FWD90, "    fence_mbarrier_init();\n", "", ALL_MODES
+    ),
+    "sm90: mbarriers used before they are there": Mutant(
+        HOPPER, FWD90, "  sync_threads();  // the mbarriers are there\n", "", ("race", "all")
+    ),
+    "sm90: more registers than the block has": Mutant(
+        HOPPER, FWD90, "setmaxnreg_inc<240>", "setmaxnreg_inc<248>", ALL_MODES
+    ),
+    "sm90: stride between groups of 8 rows": Mutant(
+        HOPPER, PTX90, "uint64_t(1024 >> 4) << 32", "uint64_t(512 >> 4) << 32", ALL_MODES
+    ),
+    "sm90: swizzle of the descriptor": Mutant(
+        HOPPER,
+        PTX90,
+        "SWIZZLE_128 = uint64_t(1) << 62",
+        "SWIZZLE_128 = uint64_t(2) << 62",
+        ALL_MODES,
+    ),
+    "sm90: distance of V's slabs": Mutant(
+        HOPPER, FWD90, "STEPS * 16 * 128), true)", "STEPS * 8 * 128), true)", ALL_MODES
+    ),
+    "sm90: a step of 16 columns of K": Mutant(
+        HOPPER, FWD90, "column = step % 4 * 32;", "column = step % 4 * 16;", ALL_MODES
+    ),
+    "sm90: a step of 16 rows of V": Mutant(
+        HOPPER, FWD90, "V + step * 2048,", "V + step * 1024,", ALL_MODES
+    ),
+    "sm90: V taken for K-major": Mutant(
+        HOPPER, FWD90, "wgmma_rs<T, true>", "wgmma_rs<T, false>", ALL_MODES
+    ),
+    "sm90: both warpgroups take the first rows": Mutant(
+        HOPPER, FWD90, "Q_smem + group * 64 * 128", "Q_smem", ALL_MODES
+    ),
+    "sm90: P packed with its tiles exchanged": Mutant(
+        HOPPER, FWD90, "P[n / 2][n % 2 * 2] =", "P[n / 2][2 - n % 2 * 2] =", ALL_MODES
     ),
     # ---- backward
     "backward: barrier before the tile": Mutant(
@@ -286,7 +401,7 @@ def verdicts(emulator, csrc, part, folder):
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("part", [GEMM, FORWARD, BACKWARD])
+@pytest.mark.parametrize("part", [GEMM, FORWARD, BACKWARD, HOPPER])
 def test_kernels_as_they_are_pass_every_mode(part, emulator, tmp_path):
     """Without this, a driver that always complains would pass all tests below."""
     found = verdicts(emulator, ROOT / "csrc", part, tmp_path)
@@ -313,7 +428,8 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 @pytest.mark.parametrize(
-    ("part", "general"), [(FORWARD, False), (FORWARD, True), (BACKWARD, False), (BACKWARD, True)]
+    ("part", "general"),
+    [(FORWARD, False), (FORWARD, True), (BACKWARD, False), (BACKWARD, True), (HOPPER, False)],
 )
 def test_kernels_stay_within_their_tensors(part, general, emulator, tmp_path):
     """Global memory, which the emulator does not check: ragged ends under AddressSanitizer."""

@@ -7,6 +7,8 @@ the table.
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,16 +45,21 @@ def test_table_holds_every_kernel_within_its_budget():
     expected = {f"{k}<{p}, {v}>" for k in names for p in halves for v in ("plain", "general")}
     expected |= {f"{k}<{p}, general>" for k in names for p in floats}
     expected |= {f"backward_bias<{p}>" for p in halves + floats}
+    expected |= {
+        f"sm90_forward<{d}, {n}>" for d in ("bf16", "fp16") for n in resources.SM90_HEAD_DIMS
+    }
     assert expected <= TABLE["kernels"].keys()
     for kernel, rows in TABLE["kernels"].items():
-        assert set(rows) == {f"sm_{a}" for a in resources.ARCHS}, kernel
+        assert set(rows) == resources.kernel_archs(kernel), kernel
 
 
 def test_shared_memory_fits_every_architecture():
     """More than 99 KiB a block would run on sm_80 and fail on sm_86, sm_89 and sm_120."""
     blocks = resources.blocks()
     assert blocks == TABLE["blocks"]
-    assert max(block["shared_memory_bytes"] for block in blocks.values()) <= 99 * 1024
+    for name, block in blocks.items():
+        limit = 227 if name.startswith("sm90_") else 99
+        assert block["shared_memory_bytes"] <= limit * 1024, name
 
 
 def test_the_occupancy_of_the_document_is_that_of_the_table():
@@ -101,6 +108,41 @@ def test_log_parser_reads_names_spills_and_warnings():
     }
     with pytest.raises(ValueError, match="ptxas warns"):
         resources.parse("ptxas info : (C7510) Potential Performance Loss: wgmma serialized")
+
+
+def find_cuobjdump():
+    """The toolkit's, or the one in Triton's wheel."""
+    beside = Path(NVCC).with_name("cuobjdump") if NVCC else None
+    triton = importlib.util.find_spec("triton")
+    places = [beside] + [
+        Path(p) / "backends/nvidia/bin/cuobjdump"
+        for p in (triton.submodule_search_locations if triton else [])
+    ]
+    return next((str(p) for p in places if p and p.exists()), None)
+
+
+@needs_nvcc
+@pytest.mark.skipif(
+    find_cuobjdump() is None, reason="neither CUDA's nor Triton's cuobjdump is here"
+)
+def test_hopper_kernels_use_hoppers_instructions(tmp_path):
+    """wgmma that the compiler waits for one by one, loads that are no copies of the engine, arrays
+    that went to local memory, registers that were not handed over."""
+    source, cubin = tmp_path / "unit.cu", tmp_path / "unit.cubin"
+    source.write_text(
+        '#include "cuda/sm90/kernels.cuh"\ntemplate void attn::cuda::sm90::run_forward<'
+        "attn::ptx::bf16, 128>(const attn::cuda::Params&, void*);\n"
+    )
+    command = [NVCC, "-std=c++17", "-O3", "--cubin", "-gencode=arch=compute_90a,code=sm_90a"]
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", source, "-o", cubin], check=True)
+    sass = subprocess.run(
+        [find_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    for name in ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG.DEALLOC"):
+        assert name in sass, name
+    assert not re.search(r"\b(STL|LDL)\b", sass)
+    # a wait behind each product instead of each group: 16 products, 2 groups a tile
+    assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) * 4 <= len(re.findall(r"\bHGMMA", sass))
 
 
 @needs_nvcc

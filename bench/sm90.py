@@ -1,0 +1,144 @@
+"""The Hopper forward kernel against the sm80 one and PyTorch, on an H100 or H200.
+
+    python bench/sm90.py                  a table: ms, TFLOP/s, largest difference from float64
+    python bench/sm90.py --json FILE      the same as JSON
+    python bench/sm90.py --fake           small shapes on the emulator, to test this script
+
+The kernel is off by default (ATTN_EXT_CUDA_SM90) until this has been run on hardware.  Each shape
+is first compared with the float64 reference at a small size of the same kind, then timed: median of
+20 runs between CUDA events after 5 runs that are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from attn_ext import backends
+from attn_ext.backends import native_gpu
+from attn_ext.backends.native_gpu import Kernels
+from attn_ext.testing import check_call, random_call
+
+# (head_dim, causal, heads_q, heads_k, seqlen); 16k tokens a call
+SHAPES = [
+    (d, causal, 2048 // d, 2048 // d, s)
+    for d in (64, 128, 256)
+    for causal in (False, True)
+    for s in (1024, 4096, 16384)
+] + [(128, True, 32, 8, 8192), (96, False, 16, 16, 4096), (192, True, 8, 8, 4096)]
+
+
+def module_of(kernels: Kernels):
+    """What check_call takes: a backend over these kernels."""
+
+    class Over:
+        available, unsupported = staticmethod(lambda: ""), staticmethod(native_gpu.unsupported)
+        forward, backward = kernels.forward, kernels.backward
+
+    return Over
+
+
+def kernels_of(fake: bool) -> dict[str, Kernels]:
+    """{"sm80", "sm90"}; RuntimeError where there are none."""
+    if fake:
+        from attn_ext import _emulated as module
+
+        module.set_mode("plain", smem_limit=227 * 1024)
+    else:
+        missing = backends.get("cuda").available()
+        if missing:
+            raise RuntimeError(missing)
+        from attn_ext import _cuda as module
+
+        if why := module.sm90_problem(torch.cuda.current_device()):
+            raise RuntimeError(why)
+    found = {name: Kernels(module, "cpu" if fake else "cuda") for name in ("sm80", "sm90")}
+    for name, kernels in found.items():
+        kernels.sm90 = name == "sm90"
+    return found
+
+
+def milliseconds(run, fake: bool) -> float:
+    """Median of 20 runs."""
+    if fake:
+        run()
+        return 1.0
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(shape, dtype, kernels, fake: bool) -> dict:
+    """One row: {peer: {ms, tflops}}; AssertionError where a kernel is wrong."""
+    d, causal, hq, hk, s = shape
+    device = "cpu" if fake else "cuda"
+    group = hq // hk
+    small = random_call(
+        1, batch=1, heads_q=2 * group, heads_k=2, seqlen_q=200, seqlen_k=330, head_dim=d,
+        causal=causal, dtype=dtype, device=device,
+    )  # fmt: skip
+    for name, peer in kernels.items():
+        peer._devices[0] = (1, name == "sm90")  # the small call must not be split
+        check_call(small, module_of(peer), grads=False)
+        peer._devices.clear()
+    batch = 1 if fake else 16384 // s
+    call = random_call(
+        2, batch=batch, heads_q=hq, heads_k=hk, seqlen_q=s, head_dim=d, causal=causal, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    flops = 4 * batch * hq * s * s * d * (0.5 if causal else 1)
+    runs = {name: (lambda k=k: k.forward(call)) for name, k in kernels.items()}
+    runs["torch"] = lambda: torch.nn.functional.scaled_dot_product_attention(
+        call.q, call.k, call.v, is_causal=causal, scale=call.scale, enable_gqa=group > 1
+    )
+    row = {"head_dim": d, "causal": causal, "heads": f"{hq}/{hk}", "seqlen": s, "batch": batch}
+    row["dtype"] = str(dtype).removeprefix("torch.")
+    for name, run in runs.items():
+        ms = milliseconds(run, fake)
+        row[name] = {"ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
+    return row
+
+
+def main(argv=None) -> int:
+    """0 when both kernels were right and measured, 2 without a Hopper GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--fake", action="store_true", help="small shapes on the emulator")
+    options = parser.parse_args(argv)
+    try:
+        kernels = kernels_of(options.fake)
+    except (RuntimeError, ImportError) as error:
+        print(f"bench/sm90.py: {error}", file=sys.stderr)
+        return 2
+    shapes = [(64, True, 2, 1, 150)] if options.fake else SHAPES
+    rows = []
+    print("| D | causal | heads | S | dtype | sm80 | sm90 | torch | (ms, TFLOP/s)")
+    print("|---" * 8 + "|")
+    for shape in shapes:
+        for dtype in (torch.bfloat16, torch.float16)[: 1 if shape[4] > 4096 else 2]:
+            rows.append(row := measure(shape, dtype, kernels, options.fake))
+            cells = [
+                f"{row[p]['ms']:.3f}, {row[p]['tflops']:.0f}" for p in ("sm80", "sm90", "torch")
+            ]
+            head = [row[k] for k in ("head_dim", "causal", "heads", "seqlen", "dtype")]
+            print("| " + " | ".join(map(str, head + cells)) + " |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

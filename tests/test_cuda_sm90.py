@@ -1,0 +1,210 @@
+"""The Hopper forward kernel (csrc/cuda/sm90): on the emulated device in each of its modes, and on a
+Hopper GPU where there is one.
+
+It is off unless ATTN_EXT_CUDA_SM90 asks for it, so that these tests switch it on themselves; what
+it does not serve must go to the sm80 kernels without a word.
+"""
+
+import dataclasses
+import zlib
+
+import pytest
+import torch
+
+import attn_ext
+from attn_ext import backends
+from attn_ext.testing import check_call, random_call
+
+BF16, FP16 = torch.bfloat16, torch.float16
+if "emulated" in backends.ORDER:
+    emulated = backends.get("emulated")
+    BACKENDS = [("emulated", mode) for mode in emulated.MODES]
+else:
+    BACKENDS = []
+if backends.get("cuda").available() == "" and torch.cuda.get_device_capability() == (9, 0):
+    BACKENDS.append(("cuda", ""))
+
+
+class Hopper:
+    """A backend that takes the Hopper kernel wherever that serves a call."""
+
+    def __init__(self, name, mode, seed):
+        self.name, self.module = name, backends.get(name)
+        self.device = "cpu" if mode else "cuda"
+        self.kernels = self.module._kernels()
+        self.before = self.kernels.sm90, dict(self.kernels._devices)
+        self.kernels.sm90 = True
+        # one multiprocessor: no call is small enough to be split
+        self.kernels._devices[0] = (1, True)
+        if mode:
+            self.module.set_mode(mode, seed)
+
+    def restore(self):
+        self.kernels.sm90, self.kernels._devices = self.before
+
+    def call(self, seed=1, **options):
+        options = {"dtype": BF16, "heads_q": 4, "heads_k": 2, "batch": 1, **options}
+        return random_call(seed, device=self.device, **options)
+
+    def kernel(self, call):
+        """Which kernel a call gets."""
+        out = torch.empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.q.dtype)
+        lse = torch.empty(call.q.shape[:3])
+        native = self.kernels._native(call, self.kernels._canonical(call), out, lse)
+        if call.need_stats:
+            self.kernels._point(native, max_logit=lse, entropy=lse)
+        return native.forward_kernel(1, True)
+
+    def check(self, call, grads=False):
+        assert self.kernel(call) == "sm90"
+        check_call(call, self.module, grads=grads)
+
+
+@pytest.fixture(
+    params=BACKENDS or [None], ids=lambda p: "-".join(filter(None, p)) if p else "none built"
+)
+def hopper(request):
+    if request.param is None:
+        pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a Hopper GPU is here")
+    found = Hopper(*request.param, zlib.crc32(request.node.name.encode()))
+    yield found
+    found.restore()
+
+
+# What each would catch.
+CASES = {
+    "whole tiles": {"seqlen_q": 128, "seqlen_k": 256, "head_dim": 64},
+    "one query": {"seqlen_q": 1, "seqlen_k": 129, "head_dim": 64, "heads_k": 4},
+    "one key": {"seqlen_q": 130, "seqlen_k": 1, "head_dim": 128},
+    "rings go round, ragged ends": {"seqlen_q": 100, "seqlen_k": 650, "head_dim": 64},
+    "causal, a tile boundary within": {"seqlen_q": 150, "seqlen_k": 290, "head_dim": 128,
+                                       "causal": True},
+    "causal, first rows and tiles empty": {"seqlen_q": 300, "seqlen_k": 140, "head_dim": 64,
+                                           "causal": True},
+    "causal, top left": {"seqlen_q": 140, "seqlen_k": 280, "head_dim": 64, "causal": True,
+                         "align": 0},
+    "window: tiles that one warpgroup skips": {"seqlen_q": 300, "seqlen_k": 420, "head_dim": 64,
+                                               "window": (40, 10)},
+    "window without a left side": {"seqlen_q": 130, "seqlen_k": 130, "head_dim": 128,
+                                   "window": (-1, 3)},
+    "a slab that is half beyond D": {"seqlen_q": 70, "seqlen_k": 200, "head_dim": 96},
+    "three slabs, tiles of 96": {"seqlen_q": 70, "seqlen_k": 300, "head_dim": 192, "heads_k": 4},
+    "four slabs, tiles of 64": {"seqlen_q": 130, "seqlen_k": 140, "head_dim": 256, "causal": True},
+    "D of no kernel": {"seqlen_q": 70, "seqlen_k": 140, "head_dim": 72, "causal": True},
+    "Dv wider than D": {"seqlen_q": 70, "seqlen_k": 140, "head_dim": 40, "head_dim_v": 128},
+    "D wider than Dv": {"seqlen_q": 70, "seqlen_k": 140, "head_dim": 128, "head_dim_v": 8},
+    "GQA 8:1": {"seqlen_q": 65, "seqlen_k": 65, "head_dim": 64, "heads_q": 8, "heads_k": 1},
+    "layout [B, S, H, D]": {"seqlen_q": 70, "seqlen_k": 140, "head_dim": 64, "layout": "bshd",
+                            "batch": 2},
+    "scale": {"seqlen_q": 70, "seqlen_k": 140, "head_dim": 64, "scale": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_shapes(hopper, name, dtype):
+    """Wrong descriptors or boxes for a head_dim, tails, masks, parities, heads."""
+    hopper.check(hopper.call(dtype=dtype, **CASES[name]))
+
+
+def test_strided_inputs(hopper):
+    """A view whose heads, rows and batches lie far apart, with NaN between them."""
+    call = hopper.call(seqlen_q=70, seqlen_k=140, head_dim=64, batch=2)
+    for name in ("q", "k", "v"):
+        x = getattr(call, name)
+        buffer = x.new_full((2, x.shape[0], x.shape[2] + 3, x.shape[1], 80), torch.nan)
+        view = buffer[1, :, 2 : 2 + x.shape[2], :, 8:72].transpose(1, 2)
+        view.copy_(x)
+        call = dataclasses.replace(call, **{name: view})
+    hopper.check(call)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_bad_values_reach_exactly_who_sees_them(hopper, value):
+    """0 * NaN of a key that causal rows do not see; a visible NaN that is lost."""
+    call = hopper.call(seqlen_q=140, seqlen_k=140, head_dim=64, causal=True)
+    call.k[:, :, 130] = value
+    call.v[:, 0, 77] = value
+    call.v[:, 1, 139] = value
+    hopper.check(call)
+
+
+def test_gradients_follow_from_its_output(hopper):
+    """LSE or O that the backward kernels cannot use; also through the public API."""
+    hopper.check(hopper.call(seqlen_q=70, seqlen_k=140, head_dim=64, causal=True), grads=True)
+    call = hopper.call(seqlen_q=70, seqlen_k=140, head_dim=64)
+    results = {}
+    for name in (hopper.name, "reference"):
+        q, k, v = (x.detach().clone().requires_grad_() for x in (call.q, call.k, call.v))
+        out = attn_ext.attention(q, k, v, backend=name)
+        out.float().square().sum().backward()
+        results[name] = (out, q.grad, k.grad, v.grad)
+    for got, want in zip(results[hopper.name], results["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+
+
+def test_runs_are_bitwise_equal(hopper):
+    """A result that depends on when loads land or which warpgroup is first."""
+    call = hopper.call(seqlen_q=140, seqlen_k=400, head_dim=64, causal=True)
+    first = hopper.module.forward(call)
+    for seed in (1, 2, 3):
+        if hopper.name == "emulated":
+            hopper.module.set_mode("random", seed)
+        again = hopper.module.forward(call)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+OTHERS = {
+    "head_dim 32": {"head_dim": 32},
+    "rows that are no multiple of 16 bytes": {"head_dim": 65},
+    "mask": {"mask": "qk"},
+    "bias": {"bias": "k"},
+    "softcap": {"softcap": 3.0},
+    "sink": {"sink": True},
+    "ALiBi": {"alibi": True},
+    "dropout": {"dropout_p": 0.2},
+    "statistics": {"stats": True},
+    "negative scale": {"scale": -0.2},
+    "no keys": {"seqlen_k": 0},
+    "float32": {"dtype": torch.float32},
+    "heads of a group packed": {"seqlen_q": 2},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_calls_go_to_the_sm80_kernels(hopper, name):
+    """A feature that the Hopper kernel would ignore."""
+    call = hopper.call(**{"seqlen_q": 70, "seqlen_k": 90, "head_dim": 64, **OTHERS[name]})
+    assert hopper.kernel(call).startswith("sm80")
+    check_call(call, hopper.module, grads=False)
+
+
+def test_misaligned_and_broadcast_inputs_go_to_the_sm80_kernels(hopper):
+    """The driver refuses such a tensor map, or the copy engine reads elsewhere."""
+    call = hopper.call(seqlen_q=70, seqlen_k=90, head_dim=64)
+    k = torch.empty(call.k.numel() + 1, dtype=BF16, device=call.k.device)[1:].view_as(call.k)
+    k.copy_(call.k)
+    v = call.v[:, :1].expand_as(call.v)
+    for name, x in (("k", k), ("v", v)):
+        other = dataclasses.replace(call, **{name: x})
+        assert hopper.kernel(other) == "sm80 plain"
+        check_call(other, hopper.module, grads=False)
+
+
+def test_it_is_off_unless_asked_for(hopper):
+    """Kernels that nobody has run on hardware must not be the default."""
+    from attn_ext.backends import native_gpu
+
+    assert native_gpu.Kernels(hopper.kernels.module, hopper.device).sm90 is False
+    call = hopper.call(seqlen_q=70, seqlen_k=140, head_dim=64)
+    hopper.kernels.sm90 = False
+    assert hopper.kernels._target(call.q.device)[3] is False
+    if hopper.name == "emulated":
+        from attn_ext import _emulated
+
+        _emulated.reset_counters()
+        hopper.module.forward(call)
+        assert _emulated.wgmmas() == 0
+        hopper.kernels.sm90 = True
+        hopper.module.forward(call)
+        assert _emulated.wgmmas() > 0

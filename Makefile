@@ -1,4 +1,4 @@
-# make test | demo [TEXT="..."] | fmt | lint | bench | test-asan | test-tsan
+# make test | demo [TEXT="..."] | fmt | lint | bench | test-asan | test-tsan | test-aarch64
 # Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
 # the default is the version that the project is developed with (a CPU build where the index offers one).
 PYTHON ?= python3
@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: test-gpu test-triton-oldest test demo fmt lint bench test-asan test-tsan clean
+.PHONY: test-gpu test-triton-oldest test demo fmt lint bench test-asan test-tsan test-aarch64 clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +79,10 @@ test-asan: $(VENV)/installed.done
 # The thread pool and both kernels under ThreadSanitizer, without Python in the process.
 test-tsan: $(VENV)/installed.done
 	bash tests/tsan.sh
+
+# The CPU kernels for aarch64 against a naive formula, under qemu.
+test-aarch64:
+	bash tests/aarch64.sh
 
 # On a machine with an NVIDIA GPU: the kernels against the reference, then under compute-sanitizer.
 # Without torch's caching allocator memcheck sees the end of each tensor.

@@ -90,7 +90,7 @@ struct Loops {
   double (*read)(const float*, int64_t, float*);
 };
 
-Loops loops_of(const std::string& isa) {
+Loops loops_of([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
   if (isa.rfind("avx512", 0) == 0)
     return {ceilings::avx512::fma, ceilings::avx512::exp, ceilings::avx512::read};

@@ -14,12 +14,12 @@ PATHS = re.compile(r"`((?:csrc|attn_ext|tests|bench|docs|examples|triton_kernels
 def test_paths_and_targets_exist(document):
     """A renamed file or make target that a document still names."""
     text = document.read_text()
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for path in PATHS.findall(text):
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / link).exists(), link
-    for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^ {4}|`)make ([a-z0-9-]+)", text, re.MULTILINE):
         assert target in targets, target
 
 

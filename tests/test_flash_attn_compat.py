@@ -14,6 +14,7 @@ import torch
 from attn_ext.integrations import flash_attn as fa
 from attn_ext.integrations import rotary
 from attn_ext.integrations.bert_padding import unpad_input
+from attn_ext.integrations.flash_attn_modules import FlashCrossAttention, FlashSelfAttention
 
 
 def normal(*shape, dtype=torch.float64):
@@ -354,6 +355,29 @@ def test_half_precision_and_noncontiguous_inputs():
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
 
 
+def test_modules():
+    """An option of the module lost on the way, in one of its two forms."""
+    slopes = torch.rand(4)
+    options = dict(causal=True, softmax_scale=0.3, window_size=(3, -1), alibi_slopes=slopes)
+    both = normal(2, 6, 3, 4, 8)
+    expected = naive(*both.unbind(2), causal=True, window=(3, -1), scale=0.3, slopes=slopes)[0]
+    module = FlashSelfAttention(**options, attention_dropout=0.5).half().eval()
+    module.alibi_slopes = slopes  # rounded by half(), which float64 shows
+    torch.testing.assert_close(module(both), expected)
+    cu = cumulative([6, 6])
+    torch.testing.assert_close(module(both.flatten(0, 1), cu_seqlens=cu, max_seqlen=6),
+                               expected.flatten(0, 1))  # fmt: skip
+    assert not torch.allclose(module.train()(both), expected)
+    q, kv = normal(2, 3, 4, 8), normal(2, 6, 2, 2, 8)
+    expected = naive(q, *kv.unbind(2), causal=True, window=(3, -1), scale=0.3, slopes=slopes)[0]
+    module = FlashCrossAttention(**options)
+    torch.testing.assert_close(module(q, kv), expected)
+    packed = module(q.flatten(0, 1), kv.flatten(0, 1), None, cumulative([3, 3]), 3, cu, 6)
+    torch.testing.assert_close(packed, expected.flatten(0, 1))
+    expected = naive(q, *kv.unbind(2), window=(3, -1), scale=0.3, slopes=slopes)[0]
+    torch.testing.assert_close(module(q, kv, causal=False), expected)
+
+
 SIGNATURES = {
     "flash_attn_func": "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes "
     "deterministic return_attn_probs",
@@ -395,6 +419,8 @@ def test_install():
         turned = importlib.import_module("flash_attn.layers.rotary")
         assert turned.apply_rotary_emb is rotary.apply_rotary_emb
         assert turned.RotaryEmbedding is rotary.RotaryEmbedding
+        mha = importlib.import_module("flash_attn.modules.mha")
+        assert mha.FlashSelfAttention is FlashSelfAttention
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("flash_attn.ops")
     finally:

@@ -378,6 +378,11 @@ def _rotary() -> dict:
     return {**{f.__name__: f for f in own}, "apply_rotary_emb_func": rotary.apply_rotary_emb}
 
 
+def _modules() -> dict:
+    own = importlib.import_module("attn_ext.integrations.flash_attn_modules")
+    return {kind.__name__: kind for kind in (own.FlashCrossAttention, own.FlashSelfAttention)}
+
+
 _STAND_IN = importing.StandIn(
     "flash_attn", "flash-attn", VERSION,
     {
@@ -386,6 +391,8 @@ _STAND_IN = importing.StandIn(
         "flash_attn.bert_padding": _padding,
         "flash_attn.layers": dict,
         "flash_attn.layers.rotary": _rotary,
+        "flash_attn.modules": dict,
+        "flash_attn.modules.mha": _modules,
     },
 )  # fmt: skip
 
@@ -393,8 +400,9 @@ _STAND_IN = importing.StandIn(
 def install() -> bool:
     """Make `import flash_attn` resolve to this module unless the real package is installed.
 
-    Covers flash_attn, flash_attn.flash_attn_interface, flash_attn.bert_padding and
-    flash_attn.layers.rotary.apply_rotary_emb, importlib.util.find_spec and importlib.metadata.
+    Covers flash_attn, flash_attn.flash_attn_interface, flash_attn.bert_padding,
+    flash_attn.layers.rotary, FlashSelfAttention and FlashCrossAttention of flash_attn.modules.mha,
+    importlib.util.find_spec and importlib.metadata.
     Returns True if the stand-in is in place, False if the real package is.
     """
     return _STAND_IN.install()

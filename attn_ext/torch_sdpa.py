@@ -99,6 +99,13 @@ def _alignment(bias, is_causal: bool, query, key) -> str:
     return "bottom_right" if bias.variant == CausalVariant.LOWER_RIGHT else "top_left"
 
 
+def as_mask(bias, device) -> torch.Tensor:
+    """The bool mask [L, S] that a CausalBias stands for."""
+    lengths = (bias.seq_len_q, bias.seq_len_kv)
+    shift = lengths[1] - lengths[0] if bias.variant == CausalVariant.LOWER_RIGHT else 0
+    return torch.ones(lengths, dtype=torch.bool, device=device).tril(shift)
+
+
 def _plain(query, key, value) -> bool:
     """Whether the tensors are [B, H, S, D] of one kind as they come: nothing to check or fold."""
     if not type(query) is type(key) is type(value) is torch.Tensor or query.dim() != 4:

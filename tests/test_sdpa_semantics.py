@@ -5,6 +5,7 @@ meaning.
 """
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -182,6 +183,13 @@ def test_causal_bias(make, lengths):
     torch.testing.assert_close(attn_ext.scaled_dot_product_attention(q, k, v, bias), expected)
     with attn_ext.replace_sdpa(strict=True):
         torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, bias), expected)
+    switch = attn_ext.replace_sdpa().enable()
+    try:  # torch's math, which takes the place of attn_ext
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, bias), expected)
+    finally:
+        switch.undo()
     wide = [torch.stack((x, x)) for x in (q, k, v)]  # more dimensions than CausalBias has
     torch.testing.assert_close(attn_ext.scaled_dot_product_attention(*wide, bias)[1], expected)
     with pytest.raises(ValueError, match="got a CausalBias"):
@@ -208,3 +216,23 @@ def test_a_mask_of_a_foreign_tensor_class_goes_to_torch():
     with attn_ext.replace_sdpa(), pytest.warns(UserWarning, match="attn_mask is a tensor subclass"):
         out = F.scaled_dot_product_attention(q, k, v, mask.as_subclass(Halved))
     torch.testing.assert_close(out, expected)
+
+
+def test_scripts_under_the_switch():
+    """torch.jit.script of a model that calls scaled_dot_product_attention, refused or changed."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    q = torch.randn(2, 3, 5, 8)
+    expected = Attend()(q)
+    switch = attn_ext.replace_sdpa().enable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            scripted = torch.jit.script(Attend())
+        torch.testing.assert_close(scripted(q), expected)
+    finally:
+        switch.undo()
+    torch.testing.assert_close(scripted(q), expected)

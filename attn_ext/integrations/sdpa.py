@@ -27,7 +27,7 @@ from attn_ext import backends, validate
 from attn_ext.api import autocasting
 from attn_ext.integrations import jagged
 from attn_ext.problem import TOP_LEFT, Problem
-from attn_ext.torch_sdpa import serve
+from attn_ext.torch_sdpa import as_mask, serve
 
 _TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 _TORCH_MHA = F.multi_head_attention_forward
@@ -194,6 +194,9 @@ def _call(
                 raise
             reason = str(error)
         _left_to_torch(reason, _to_torch)
+    if isinstance(attn_mask, CausalBias) and not is_causal:
+        # it knows itself by F.scaled_dot_product_attention, a name that enable() takes
+        attn_mask = as_mask(attn_mask, query.device)
     return _TORCH_SDPA(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
         scale=scale, enable_gqa=enable_gqa,
@@ -339,7 +342,8 @@ _switches: list[replace_sdpa] = []
 
 
 def _know_torchs_functions() -> None:
-    """Let torch.overrides and torch.compile note which function F.scaled_dot_product_attention is.
+    """Let torch.overrides, torch.compile and torch.jit.script note which function
+    F.scaled_dot_product_attention is.
 
     They look it up by name once and for all: done while the switch is on, torch.compile would take
     the stand-in for torch's own function, then and after undo().
@@ -350,6 +354,8 @@ def _know_torchs_functions() -> None:
 
         trace_rules.get_torch_obj_rule_map()
         trace_rules.get_tensor_method()
+    with contextlib.suppress(ImportError, AttributeError):  # scripts keep torch's own operator
+        torch.jit._builtins._register_builtin(_everywhere, "aten::scaled_dot_product_attention")
 
 
 def _everywhere(*args, **kwargs):

@@ -92,6 +92,19 @@ def test_layouts_and_additive_tensor(lead, with_bias):
     assert got.shape == (2, *(lead or (1,)), M)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 3, 1, 1), (2, 2, 1, M, N), (2, 1, 3, 1, N), (1, 1, 1, M, 1)]
+)
+def test_a_bias_that_broadcasts_over_groups_or_heads(shape):
+    """The heads of one group taken for the heads of all, or refused."""
+    q, k, v = inputs(2, 3)
+    bias = normal(*shape).requires_grad_()
+    out = xf.memory_efficient_attention(q, k, v, bias)
+    flat = bias.expand(2, 2, 3, M, N).flatten(1, 2)
+    expected, _ = naive(*(x.flatten(2, 3) for x in (q, k, v)), flat)
+    agree(out, expected.reshape(out.shape), (q, k, v, bias))
+
+
 def test_expanded_heads_share_their_keys():
     """The gradient of keys that are expanded over the heads of a group."""
     q = normal(2, M, 2, 3, 8).requires_grad_()
@@ -331,6 +344,13 @@ def test_partial_results_merge():
         whole, full = xf.memory_efficient_attention_partial(q, k, v)
         torch.testing.assert_close(lse, full)
         agree(out, whole, (q, k, v))
+    blind = xf.LowerTriangularFromBottomRightMask()  # rows that see no key of one part, or of both
+    q, k, v = inputs(2, rows=9, cols=4)
+    for second in (None, blind):
+        parts = [xf.memory_efficient_attention_partial(q, k, v, b) for b in (blind, second)]
+        out, _ = xf.merge_attentions(*zip(*parts, strict=True))
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(x.isfinite().all() for x in (out, *grads))
     half = xf.merge_attentions(*zip(*parts, strict=True), output_dtype=torch.float16)[0]
     assert half.dtype == torch.float16
     with pytest.raises(ValueError, match="attn_split must hold"):

@@ -53,8 +53,9 @@ def _shared(key, value) -> bool:
     )
 
 
-def _dense_bias(name: str, bias, rank: int):
+def _dense_bias(name: str, bias, query):
     """An additive tensor as [B | 1, H | 1, Mq | 1, Mk | 1]."""
+    rank = query.dim()
     if not bias.is_floating_point():
         raise TypeError(f"{name} must be floating (it is added), got {bias.dtype}")
     if bias.dim() != rank and not (rank == 5 and bias.dim() == 4):
@@ -63,7 +64,14 @@ def _dense_bias(name: str, bias, rank: int):
         )
     if rank == 3:
         return bias.unsqueeze(1)
-    return bias.flatten(1, 2) if bias.dim() == 5 else bias
+    if bias.dim() == 4:
+        return bias
+    groups = bias.shape[1:3]
+    if tuple(groups) != (1, 1) and all(
+        n in (1, m) for n, m in zip(groups, query.shape[2:4], strict=True)
+    ):
+        bias = bias.expand(-1, *query.shape[2:4], -1, -1)
+    return bias.flatten(1, 2)
 
 
 def _known(attn_bias):
@@ -160,15 +168,14 @@ def _run_blocks(query, key, value, attn_bias, kind, p, scale):
 
 def _run_dense(query, key, value, attn_bias, kind, p, scale):
     """(out [B, Mq, ..., Kv], lse [B, H, Mq])."""
-    rank = query.dim()
     causal, window, bias = False, (None, None), None
     if kind is not None:
         causal, window = _window_of(attn_bias, kind)
         if kind is biases.LowerTriangularMaskWithTensorBias:
             own = attn_bias._bias if hasattr(attn_bias, "_bias") else attn_bias._subtensor
-            bias = _dense_bias("attn_bias", own, rank)  # _subtensor: xformers before 0.0.32
+            bias = _dense_bias("attn_bias", own, query)  # _subtensor: xformers before 0.0.32
     elif attn_bias is not None:
-        bias = _dense_bias("attn_bias", attn_bias, rank)
+        bias = _dense_bias("attn_bias", attn_bias, query)
     shared = _shared(key, value)
     args = api.dense_args(
         _heads_first(query, False), _heads_first(key, shared), _heads_first(value, shared),

@@ -2,8 +2,9 @@
 
     from attn_ext.integrations import diffusers as integration
     integration.register()
-    transformer.set_attention_backend("attn_ext")          # Flux, SD3, Wan, Qwen-Image ...
+    transformer.set_attention_backend("attn_ext")          # Flux, Wan, Qwen-Image, LTX ...
     unet.set_attn_processor(integration.AttnProcessor())   # UNets and VAEs: the old Attention class
+    with attn_ext.replace_sdpa(): ...                      # all that call torch's SDPA: SD3 ...
 
 `attention_backend` takes diffusers' layout, query [B, Sq, Hq, D], key and value [B, Sk, Hk, D].
 """

@@ -214,36 +214,81 @@ MUTANTS = {
     ),
     # ---- forward of sm_90
     "sm90: K read before it has landed": Mutant(
-        HOPPER, FWD90, "    K.wait(i);\n    if", "    if", ("poison", "race", "all")
+        HOPPER,
+        FWD90,
+        "    K.wait(turn);\n    scores(S, turn);",
+        "    scores(S, turn);",
+        ("poison", "race", "all"),
+    ),
+    "sm90: next K read before it has landed": Mutant(
+        HOPPER,
+        FWD90,
+        "      if (turn + 1 < end) K.wait(turn + 1);\n      wgmma_wait<0>();",
+        "      wgmma_wait<0>();",
+        ("race", "all"),
+    ),
+    "sm90: V read before it has landed": Mutant(
+        HOPPER,
+        FWD90,
+        "      V.wait(turn - 1);\n      scores(S, turn);",
+        "      scores(S, turn);",
+        ("race", "all"),
     ),
     "sm90: K freed while wgmma reads it": Mutant(
         HOPPER,
         FWD90,
-        "    wgmma_wait<0>();\n    wgmma_hold(S);\n    K.release(i);",
-        "    K.release(i);\n    wgmma_wait<0>();\n    wgmma_hold(S);",
+        "      wgmma_wait<1>();  // S is there\n      wgmma_hold(S);\n      K.release(turn);",
+        "      K.release(turn);\n      wgmma_wait<1>();  // S is there\n      wgmma_hold(S);",
+        ("race", "all"),
+        ("plain",),
+    ),
+    "sm90: K of an edge freed while wgmma reads it": Mutant(
+        HOPPER,
+        FWD90,
+        "    wgmma_wait<0>();\n    wgmma_hold(S);\n    K.release(turn);",
+        "    K.release(turn);\n    wgmma_wait<0>();\n    wgmma_hold(S);",
         ("race", "all"),
         ("plain",),
     ),
     "sm90: V freed while wgmma reads it": Mutant(
         HOPPER,
         FWD90,
-        "      wgmma_wait<0>();\n      wgmma_hold(O);\n    }\n    V.release(i);",
-        "      V.release(i);\n      wgmma_wait<0>();\n      wgmma_hold(O);\n    }",
+        "      wgmma_wait<0>();  // O is there\n      wgmma_hold(O);\n      V.release(turn - 1);",
+        "      V.release(turn - 1);\n      wgmma_wait<0>();  // O is there\n      wgmma_hold(O);",
         ("race", "all"),
+        ("plain",),
     ),
     "sm90: S read before the wait": Mutant(
         HOPPER,
         FWD90,
-        "    wgmma_wait<0>();\n    wgmma_hold(S);",
-        "    wgmma_hold(S);",
+        "wgmma_wait<1>();  // S is there",
+        "wgmma_wait<2>();  // S is there",
+        ("random", "poison", "all"),
+        ("plain",),
+    ),
+    "sm90: O rescaled while wgmma adds to it": Mutant(
+        HOPPER,
+        FWD90,
+        "      wgmma_wait<0>();  // O is there\n",
+        "",
         ("random", "poison", "race", "all"),
         ("plain",),
     ),
-    "sm90: O read before the wait": Mutant(
+    "sm90: O of an edge read before the wait": Mutant(
         HOPPER,
         FWD90,
-        "      wgmma_wait<0>();\n      wgmma_hold(O);\n    }",
-        "      wgmma_hold(O);\n    }",
+        "      output(turn);\n      wgmma_wait<0>();",
+        "      output(turn);",
+        ALL_MODES,
+    ),
+    "sm90: the order of turns leaves a tile out": Mutant(
+        HOPPER, FWD90, "t : t + whole_end - whole_first;", "t : t;", ALL_MODES
+    ),
+    "sm90: a tile at the edge taken for whole": Mutant(
+        HOPPER,
+        FWD90,
+        "min_int(s.end, whole_hi / block_n)",
+        "min_int(s.end, ceil_div(whole_hi, block_n))",
         ALL_MODES,
     ),
     "sm90: bytes not announced": Mutant(
@@ -286,7 +331,7 @@ MUTANTS = {
         ("race", "all"),
     ),
     "sm90: no wgmma_fence before P V": Mutant(
-        HOPPER, FWD90, "      wgmma_fence();\n      issue_output", "      issue_output", ALL_MODES
+        HOPPER, FWD90, "      wgmma_fence();\n      output(turn);", "      output(turn);", ALL_MODES
     ),
     "sm90: copy engine does not know the mbarriers": Mutant(
         HOPPER, FWD90, "    fence_mbarrier_init();\n", "", ALL_MODES

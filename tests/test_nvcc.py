@@ -143,6 +143,11 @@ def test_hopper_kernels_use_hoppers_instructions(tmp_path):
     assert not re.search(r"\b(STL|LDL)\b", sass)
     # a wait behind each product instead of each group: 16 products, 2 groups a tile
     assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) * 4 <= len(re.findall(r"\bHGMMA", sass))
+    # the softmax of a tile (32 values a row and thread, 2 rows) runs while P V does: it stands
+    # between the wait that leaves one group under way and the next
+    begin = sass.index("WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    end = sass.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", begin)
+    assert sass[begin:end].count("MUFU.EX2") >= 64
 
 
 @needs_nvcc

@@ -136,6 +136,13 @@ ATTN_DEVICE void wgmma_hold(float (&acc)[TILES][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[n][i])::"memory");
 }
+template <int STEPS>  // of A operands
+ATTN_DEVICE void wgmma_hold(uint32_t (&a)[STEPS][4]) {
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[n][i])::"memory");
+}
 
 // Operand lists: 4 tiles are 16 accumulators.
 #define ATTN_A4(t)                                                                         \

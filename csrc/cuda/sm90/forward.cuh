@@ -119,20 +119,149 @@ ATTN_DEVICE void add_visible(float (&O)[ACC][4], const float (&P)[TILES][4], uin
   }
 }
 
-// The key tiles of a CTA.
-struct Span {
-  int first, count;
+// The key tiles of a CTA in the order of their turns: first those at an edge of the band, which
+// need a mask, then those that every row sees whole.
+struct Turns {
+  int first, whole_first, whole_end, end;  // tiles
+  int lo, hi;                              // keys that some row sees
+  ATTN_DEVICE int edges() const { return end - first - (whole_end - whole_first); }
+  ATTN_DEVICE int count() const { return end - first; }
+  ATTN_DEVICE int tile(int turn) const {
+    if (turn >= edges()) return whole_first + turn - edges();
+    const int t = first + turn;
+    return t < whole_first ? t : t + whole_end - whole_first;
+  }
+
+  // Of queries [i0, i1).
+  ATTN_DEVICE static Turns of(const Band& band, int i0, int i1, int seqlen_k, int block_n) {
+    Turns s;
+    band.key_range(i0, i1, seqlen_k, s.lo, s.hi);
+    s.first = s.lo / block_n, s.end = s.hi > s.lo ? ceil_div(s.hi, block_n) : s.first;
+    const int whole_lo = band.left < 0 ? 0 : max_int(0, i1 - 1 + band.diagonal - band.left);
+    const int whole_hi = band.right < 0
+                             ? seqlen_k
+                             : max_int(0, min_int(seqlen_k, i0 + band.diagonal + band.right + 1));
+    s.whole_first = min_int(s.end, max_int(s.first, ceil_div(whole_lo, block_n)));
+    s.whole_end = max_int(s.whole_first, min_int(s.end, whole_hi / block_n));
+    return s;
+  }
+};
+
+// A consumer warpgroup: its registers, and a tile of keys at a time.
+template <class T, int HEAD_DIM>
+struct Consumer {
+  using Tile = ForwardTile90<HEAD_DIM>;
+  static constexpr int N = Tile::BLOCK_N, TILES = N / 8, ACC = HEAD_DIM / 8;
+
+  const Params& p;
+  const Ring<STAGES>&K, &V;
+  uint32_t Q_smem;  // its 64 rows
+  float O[ACC][4] = {};
+  uint32_t P[TILES / 2][4];
+  RowState state;
+
+  ATTN_DEVICE Consumer(const Params& params, const Ring<STAGES>& k, const Ring<STAGES>& v,
+                       uint32_t q)
+      : p(params), K(k), V(v), Q_smem(q) {}
+
+  // S = Q K^T, of the tile whose turn it is and that is there.  Issued.
+  ATTN_DEVICE void scores(float (&S)[TILES][4], int turn) {
+    wgmma_hold(O);
+    wgmma_hold(P);
+    wgmma_fence();
+    issue_scores<T, HEAD_DIM, Tile::BLOCK_M, N>(S, Q_smem, K.tile(turn));
+  }
+  ATTN_DEVICE void output(int turn) { issue_output<T>(O, P, V.tile(turn)); }
+
+  // S becomes P; O must be multiplied by alpha[0][0] (row g) and alpha[0][2] (row g + 8).
+  ATTN_DEVICE void softmax(float (&S)[TILES][4], float (&alpha)[1][4]) {
+    ATTN_UNROLL
+    for (int i = 0; i < 4; ++i) alpha[0][i] = 1.0f;
+    online_softmax<false>(S, alpha, state, p.scale_log2, false);
+  }
+  ATTN_DEVICE void rescale(const float (&alpha)[1][4]) {
+    ATTN_UNROLL
+    for (int n = 0; n < ACC; ++n) ATTN_UNROLL
+    for (int i = 0; i < 4; ++i) O[n][i] *= alpha[0][i];
+  }
+
+  // A tile at an edge, by itself.
+  ATTN_DEVICE void edge(const Score& score, const Query (&query)[2], int group, int turn, int n0) {
+    float S[TILES][4], alpha[1][4];
+    K.wait(turn);
+    scores(S, turn);
+    wgmma_wait<0>();
+    wgmma_hold(S);
+    K.release(turn);
+    mask_scores<false>(S, score, query, n0);
+    softmax(S, alpha);
+    rescale(alpha);
+    V.wait(turn);
+    if (warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(V.tile(turn), group)) {
+      add_visible<T>(O, S, V.tile(turn));
+    } else {
+      pack_weights<T>(P, S);
+      wgmma_hold(O);
+      wgmma_hold(P);
+      wgmma_fence();
+      output(turn);
+      wgmma_wait<0>();
+      wgmma_hold(O);
+    }
+    V.release(turn);
+  }
+
+  // Tiles that every row sees: S of one tile and P V of the tile before are under way together, and
+  // the softmax runs while P V still does.
+  ATTN_DEVICE void whole(int turn, int end) {
+    if (turn >= end) return;
+    float S[TILES][4], alpha[1][4];
+    K.wait(turn);
+    scores(S, turn);
+    wgmma_wait<0>();
+    wgmma_hold(S);
+    K.release(turn);
+    softmax(S, alpha);
+    rescale(alpha);
+    pack_weights<T>(P, S);
+    if (turn + 1 < end) K.wait(turn + 1);
+    ATTN_NO_UNROLL
+    for (++turn; turn < end; ++turn) {
+      V.wait(turn - 1);
+      scores(S, turn);
+      output(turn - 1);
+      wgmma_wait<1>();  // S is there
+      wgmma_hold(S);
+      K.release(turn);
+      softmax(S, alpha);
+      wgmma_hold(S);
+      // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
+      if (turn + 1 < end) K.wait(turn + 1);
+      wgmma_wait<0>();  // O is there
+      wgmma_hold(O);
+      V.release(turn - 1);
+      rescale(alpha);
+      pack_weights<T>(P, S);
+    }
+    V.wait(turn - 1);
+    wgmma_hold(O);
+    wgmma_hold(P);
+    wgmma_fence();
+    output(turn - 1);
+    wgmma_wait<0>();
+    wgmma_hold(O);
+    V.release(turn - 1);
+  }
 };
 
 template <class T, int HEAD_DIM>
-ATTN_DEVICE void consume(const Params& p, const Sequence& seq, ForwardTask task, Span span,
-                         uint32_t Q_smem, uint32_t Q_full, const Ring<STAGES>& K,
-                         const Ring<STAGES>& V) {
-  using Tile = ForwardTile90<HEAD_DIM>;
-  constexpr int N = Tile::BLOCK_N, TILES = N / 8;
+ATTN_DEVICE void consume(const Params& p, const Sequence& seq, const ForwardTask& task,
+                         const Turns& turns, uint32_t Q_smem, uint32_t Q_full,
+                         const Ring<STAGES>& K, const Ring<STAGES>& V) {
+  constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
-  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const int group_end = min_int(group_row + 64, task.rows);
+  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
   Query query[2];
   ATTN_UNROLL
@@ -141,48 +270,23 @@ ATTN_DEVICE void consume(const Params& p, const Sequence& seq, ForwardTask task,
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
   if (group_row < group_end) score.band.key_range(group_row, group_end, seq.seqlen_k, lo, hi);
 
-  float O[HEAD_DIM / 8][4] = {};
-  RowState state;
-  if (span.count) mbarrier_wait(Q_full, 0);
+  Consumer<T, HEAD_DIM> mine(p, K, V, Q_smem + group * 64 * 128);
+  if (turns.count()) mbarrier_wait(Q_full, 0);
+  int turn = 0;
   ATTN_NO_UNROLL
-  for (int i = 0; i < span.count; ++i) {
-    const int n0 = (span.first + i) * N;
-    K.wait(i);
-    if (n0 >= hi || n0 + N <= lo) {  // nothing for this warpgroup, but the buffers are its to free
-      K.release(i);
-      V.wait(i);
-      V.release(i);
-      continue;
+  for (; turn < (lo < hi ? turns.edges() : turns.count()); ++turn) {
+    const int n0 = turns.tile(turn) * N;
+    if (n0 < hi && n0 + N > lo) {
+      mine.edge(score, query, group, turn, n0);
+    } else {  // nothing for this warpgroup, but the buffers are its to free
+      K.wait(turn);
+      K.release(turn);
+      V.wait(turn);
+      V.release(turn);
     }
-    // S = Q K^T
-    float S[TILES][4];
-    wgmma_hold(O);
-    wgmma_fence();
-    issue_scores<T, HEAD_DIM, Tile::BLOCK_M, N>(S, Q_smem + group * 64 * 128, K.tile(i));
-    wgmma_wait<0>();
-    wgmma_hold(S);
-    K.release(i);
-
-    const bool whole = n0 + N <= seq.seqlen_k && score.band.full(group_row, group_end, n0, n0 + N);
-    if (!whole) mask_scores<false>(S, score, query, n0);
-    online_softmax<false>(S, O, state, p.scale_log2, false);
-
-    // O += P V
-    V.wait(i);
-    if (!whole && warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(V.tile(i), group)) {
-      add_visible<T>(O, S, V.tile(i));
-    } else {
-      uint32_t P[TILES / 2][4];
-      pack_weights<T>(P, S);
-      wgmma_hold(O);
-      wgmma_fence();
-      issue_output<T>(O, P, V.tile(i));
-      wgmma_wait<0>();
-      wgmma_hold(O);
-    }
-    V.release(i);
   }
-  store_rows<T, false>(p, seq, task, O, state, query, row, p.scale_log2);
+  mine.whole(turn, turns.count());
+  store_rows<T, false>(p, seq, task, mine.O, mine.state, query, row, p.scale_log2);
 }
 
 template <class T, int HEAD_DIM>
@@ -199,11 +303,8 @@ void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
   ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
   const Sequence seq = Sequence::of(p, task.b);
   task.rows = seq.seqlen_q;
-  int lo, hi;
-  Band::of(p, seq).key_range(task.row0, min_int(task.row0 + Tile::BLOCK_M, task.rows), seq.seqlen_k,
-                             lo, hi);
-  const int first = lo / Tile::BLOCK_N;
-  const Span span{first, hi > lo ? ceil_div(hi, Tile::BLOCK_N) - first : 0};
+  const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
+  const Turns turns = Turns::of(Band::of(p, seq), task.row0, row_end, seq.seqlen_k, Tile::BLOCK_N);
 
   if (thread_id() == 0) {
     mbarrier_init(Q_full, 1);
@@ -215,23 +316,27 @@ void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
 
   if (warp_id() < 4) {
     setmaxnreg_dec<24>();
-    if (warp_id() == 0 && elect_one() && span.count) {
+    if (warp_id() == 0 && elect_one() && turns.count()) {
       mbarrier_arrive_expect_tx(Q_full, Tile::QUERY_BYTES);
       ATTN_UNROLL
       for (int slab = 0; slab < Tile::SLABS; ++slab)
         tma_load_4d(Q_smem + uint32_t(slab * Tile::BLOCK_M * 128), x.Q, Q_full, 64 * slab,
                     task.row0, task.head, task.b);
       const int head_k = task.head / p.group;
+      const auto load = [&](const Ring<STAGES>& ring, const TensorMap& map, int turn) {
+        ring.template load<Tile::SLABS, Tile::BLOCK_N>(turn, map, turns.tile(turn) * Tile::BLOCK_N,
+                                                       head_k, task.b);
+      };
+      load(K, x.K, 0);
       ATTN_NO_UNROLL
-      for (int i = 0; i < span.count; ++i) {
-        const int n0 = (span.first + i) * Tile::BLOCK_N;
-        K.template load<Tile::SLABS, Tile::BLOCK_N>(i, x.K, n0, head_k, task.b);
-        V.template load<Tile::SLABS, Tile::BLOCK_N>(i, x.V, n0, head_k, task.b);
+      for (int i = 0; i < turns.count(); ++i) {
+        if (i + 1 < turns.count()) load(K, x.K, i + 1);  // is needed before V of this turn
+        load(V, x.V, i);
       }
     }
   } else {
     setmaxnreg_inc<240>();
-    consume<T, HEAD_DIM>(p, seq, task, span, Q_smem, Q_full, K, V);
+    consume<T, HEAD_DIM>(p, seq, task, turns, Q_smem, Q_full, K, V);
   }
 }
 

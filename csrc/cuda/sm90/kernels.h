@@ -23,7 +23,12 @@ inline TensorSpec tensor_spec(const Problem& p, const void* base, const Strides&
   TensorSpec t{
       base, p.dtype == DType::kBFloat16, {dim, length, heads, p.batch}, {}, {64, rows, 1, 1}};
   const int64_t strides[3] = {2 * s.s, 2 * s.h, 2 * s.b};
-  for (int i = 0; i < 3; ++i) t.stride[i] = t.size[i + 1] == 1 ? 16 : strides[i];
+  int64_t packed = (2 * dim + 15) / 16 * 16;
+  for (int i = 0; i < 3; ++i) {
+    // torch may say anything where there is one element; the driver gets what a packed tensor has
+    t.stride[i] = t.size[i + 1] == 1 ? packed : strides[i];
+    packed = t.stride[i] * t.size[i + 1] % (int64_t(1) << 40);
+  }
   return t;
 }
 inline TensorSpec query_spec(const Problem& p, const Pointers& ptr, int rows) {

@@ -89,6 +89,16 @@ def test_features(name, dtype):
     check_call(random_call(**{**options, **FEATURES[name]}), "cpu")
 
 
+@pytest.mark.parametrize("seqlen_k", [220, 385, 500])
+@pytest.mark.parametrize("head_dim", [8, 72])
+@pytest.mark.parametrize("name", ["mask with empty rows", "causal, top left", "dropout", "softcap"])
+def test_many_heads(name, head_dim, seqlen_k):
+    """The backward's larger blocks of keys: scratch, words of the mask, whole rows up to 384."""
+    options = {**FEATURES[name], "seqlen_k": seqlen_k}
+    call = random_call(batch=4, heads_q=8, seqlen_q=67, head_dim=head_dim, **options)
+    check_call(call, "cpu")
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_varlen(name):
     """Positions, masks or dropout bits counted from the buffer's start and not the sequence's."""

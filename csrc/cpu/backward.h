@@ -2,13 +2,11 @@
 // key block and query panel in one pass:
 //   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),
 //   delta = rowsum(dO * O) - dLSE,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
-// One task = BLOCK_N keys of one K/V head; it loops over the query heads of the group and their
+// One task = block_n keys of one K/V head; it loops over the query heads of the group and their
 // panels, and owns its rows of dK and dV.  dQ panels are shared: each has a ticket, and key blocks
 // add to it in ascending order, so that the result is the same whatever the number of threads.
 // Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
 // before it.
-
-constexpr int64_t kBackwardKeys = kMaskWords * 32;  // BLOCK_N; multiple of 4: dropout's words
 
 template <class Op>
 class Backward {
@@ -21,7 +19,14 @@ class Backward {
       : p(problem), ptr(pointers), threads(threads) {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
-    n_tiles = (p.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
+    // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
+    // enough of them.  By shape alone: results do not depend on the number of threads.
+    const bool narrow = std::max(p.head_dim, p.head_dim_v) <= 64 && sizeof(T) == 4;
+    for (int64_t keys : {narrow ? 384 : 256, 256, 192}) {
+      block_n = keys;
+      n_tiles = (p.seqlen_k + block_n - 1) / block_n;
+      if (p.batch * p.heads_k * n_tiles >= 32) break;
+    }
     d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
   }
 
@@ -57,6 +62,7 @@ class Backward {
   const Problem& p;
   const Pointers& ptr;
   int threads;
+  int64_t block_n;  // keys of a task; a multiple of 32
   int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
   std::vector<T> delta;                       // [B, Hq, m_tiles, kPanel]
   std::unique_ptr<T[]> dQt;                   // [B, Hq, m_tiles, D, kPanel]
@@ -101,8 +107,8 @@ class Backward {
   void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
     int64_t lo, hi;
     seq.key_range(m0, m0 + nq, &lo, &hi);
-    *t0 = lo / kBackwardKeys;
-    *t1 = hi > lo ? (hi + kBackwardKeys - 1) / kBackwardKeys : *t0;
+    *t0 = lo / block_n;
+    *t1 = hi > lo ? (hi + block_n - 1) / block_n : *t0;
   }
 
   // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.  Panels without keys end here.
@@ -139,27 +145,26 @@ class Backward {
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) *
-           (kBackwardKeys * (3 * dims) + 3 * kPanel * dims + L * dims + kBackwardKeys * kPanel * 7 +
-            MaskBits<T>::kSize + kPanel * (2 + d_pad) + dims);
+           (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 7 +
+            MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) + dims);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
     const Sequence seq(p, ptr, b);
-    const int64_t n0 = t * kBackwardKeys, nk = std::min(kBackwardKeys, seq.seqlen_k - n0);
+    const int64_t n0 = t * block_n, nk = std::min(block_n, seq.seqlen_k - n0);
     if (nk <= 0) return;
     const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
     Scratch scratch(scratch_bytes());
-    auto tile_of = [&] { return scratch.take<T>(kBackwardKeys * kPanel); };
+    auto tile_of = [&] { return scratch.take<T>(block_n * kPanel); };
     auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
-    Item *K_scratch = items_of(kBackwardKeys * d_pad),
-         *V_scratch = items_of(kBackwardKeys * dv_pad);
+    Item *K_scratch = items_of(block_n * d_pad), *V_scratch = items_of(block_n * dv_pad);
     Block k(seq);
     k.t = t, k.n0 = n0, k.nk = nk;
-    k.dK = scratch.take<T>(kBackwardKeys * d_pad), k.dV = scratch.take<T>(kBackwardKeys * dv_pad);
+    k.dK = scratch.take<T>(block_n * d_pad), k.dV = scratch.take<T>(block_n * dv_pad);
     k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
     k.S = tile_of(), k.dP = tile_of();
-    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::kSize)};
+    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
     k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
@@ -168,17 +173,17 @@ class Backward {
     if constexpr (Op::kPack == 1) {
       k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
     } else {
-      k.P_rows = items_of(kBackwardKeys * pairs), k.dS_rows = items_of(kBackwardKeys * pairs);
-      k.dS_by_key = items_of(kBackwardKeys * pairs);
+      k.P_rows = items_of(block_n * pairs), k.dS_rows = items_of(block_n * pairs);
+      k.dS_by_key = items_of(block_n * pairs);
     }
-    std::fill(k.dK, k.dK + kBackwardKeys * d_pad, T(0));
-    std::fill(k.dV, k.dV + kBackwardKeys * dv_pad, T(0));
+    std::fill(k.dK, k.dK + block_n * d_pad, T(0));
+    std::fill(k.dV, k.dV + block_n * dv_pad, T(0));
     k.K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
     k.V = rows_by_depth<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
     if constexpr (Op::kPack == 1) {
       k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
     } else {
-      k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(kBackwardKeys / 2 * d));
+      k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(block_n / 2 * d));
     }
 
     bool first = true;
@@ -203,13 +208,13 @@ class Backward {
 
   // Where memory is touched for the first time: the output of this block, the inputs of the next.
   void prefetch(const Sequence& seq, int64_t hk, int64_t n0, const Next& next) const {
-    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, kBackwardKeys, p.head_dim);
-    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, kBackwardKeys, p.head_dim_v);
+    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, block_n, p.head_dim);
+    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, block_n, p.head_dim_v);
     if (next.t >= n_tiles) return;
     const Sequence other(p, ptr, next.b);
-    const int64_t first = next.t * kBackwardKeys;
-    prefetch_keys(other, ptr.k, p.k, next.hk, first, kBackwardKeys, p.head_dim);
-    prefetch_keys(other, ptr.v, p.v, next.hk, first, kBackwardKeys, p.head_dim_v);
+    const int64_t first = next.t * block_n;
+    prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim);
+    prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v);
     if (n_tiles > 1) return;  // the first panel that sees the block is not known
     prefetch_rows(row_of<char>(ptr.q, other, p.q, next.hk * group, 0),
                   std::min(kPanel, other.seqlen_q), p.q.s * bytes(), p.head_dim * bytes());

@@ -3,8 +3,8 @@
 // few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
 // row maximum and sum are vertical operations.
 
-constexpr int64_t kForwardKeys = kMaskWords * 32;  // BLOCK_N; multiple of 4: dropout's words
-constexpr int64_t kPanels = 4;  // most panels of queries that share the packing of K and V
+constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 4: dropout's words
+constexpr int64_t kPanels = 4;         // most panels of queries that share the packing of K and V
 
 // The running state of a panel's queries.
 template <class T>
@@ -114,8 +114,9 @@ class Forward {
 
   int64_t scratch_bytes() const {
     const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v);
-    return int64_t(sizeof(T)) * ((panels * kPanel + L) * d + 2 * kForwardKeys * kPanel +
-                                 MaskBits<T>::kSize + kForwardKeys * (d + dv) + (L + 1) * dv);
+    return int64_t(sizeof(T)) *
+           ((panels * kPanel + L) * d + 2 * kForwardKeys * kPanel +
+            MaskBits<T>::size(kForwardKeys) + kForwardKeys * (d + dv) + (L + 1) * dv);
   }
 
   // careful: where a tile of V holds inf or NaN, only pairs with P != 0 enter the products.
@@ -132,8 +133,9 @@ class Forward {
     Item* Qt = scratch.take<Item>(panels * kPanel * depth_padded);
     Item* block = scratch.take<Item>(L * depth_padded);
     T* S = scratch.take<T>(kForwardKeys * kPanel);
-    const PanelScratch<T> side{scratch.take<T>(kForwardKeys * kPanel),
-                               scratch.take<typename IntOf<T>::type>(MaskBits<T>::kSize)};
+    const PanelScratch<T> side{
+        scratch.take<T>(kForwardKeys * kPanel),
+        scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))};
     Item* K_scratch = scratch.take<Item>(kForwardKeys * items<Op>(d));
     Item* V_scratch = scratch.take<Item>(kForwardKeys * dv);
 

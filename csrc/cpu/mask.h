@@ -19,16 +19,14 @@ struct Tile {
   }
 };
 
-constexpr int64_t kMaskWords = 6;  // of 32 keys: a tile
-
 // Bit c of word(w)[q]: query q of the panel sees key 32 * w + c of the tile, as far as the mask
 // goes.  Read once a tile: first to leave out keys that no query sees, then for the logits.
 template <class T>
 class MaskBits {
  public:
   using Int = typename IntOf<T>::type;
-  static constexpr int64_t kSize = kMaskWords * kPanel;
-  explicit MaskBits(Int* scratch) : words(scratch) {}  // [kSize]
+  static constexpr int64_t size(int64_t keys) { return (keys + 31) / 32 * kPanel; }
+  explicit MaskBits(Int* scratch) : words(scratch) {}  // [size(keys of a tile)]
 
   // Queries [m0, m0 + nq) of head h; the tile is narrowed to what some of them see.
   void read(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t grains, int64_t pack,

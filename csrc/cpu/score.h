@@ -11,7 +11,7 @@ struct Segment {
 template <class T>
 struct PanelScratch {
   T* keep;                        // [BLOCK_N][kPanel]
-  typename IntOf<T>::type* mask;  // [MaskBits::kSize]
+  typename IntOf<T>::type* mask;  // [MaskBits::size(BLOCK_N)]
 };
 
 template <class T>
@@ -75,8 +75,9 @@ class Panel {
     prefetch_pairs(seq.ptr->mask, 1, seq.p->mask, first, queries, key, keys);
   }
   void prefetch_bias(const Tile& t) const {
-    prefetch_pairs(seq.ptr->bias, int64_t(dtype_size(seq.p->bias_dtype)), seq.p->bias, m0, nq, t.n0,
-                   t.nk);
+    const int64_t lo = t.lo[0], hi = t.hi[grains - 1];
+    prefetch_pairs(seq.ptr->bias, int64_t(dtype_size(seq.p->bias_dtype)), seq.p->bias, m0, nq,
+                   t.n0 + lo, hi - lo);
   }
 
   // S: products in; logits = factor * S out, with the factor that is returned.  dcap (or null)
@@ -188,37 +189,57 @@ class Panel {
 
   //   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|
   void compute(const Tile& t, T* S, T* dcap) const {
+    using True = std::true_type;
+    using False = std::false_type;
+    auto with_cap = [&](auto cap, auto alibi) {
+      if (seq.ptr->bias)
+        compute_some<cap.value, alibi.value, true>(t, S, dcap);
+      else
+        compute_some<cap.value, alibi.value, false>(t, S, dcap);
+    };
+    const bool cap = seq.p->softcap > 0, alibi = seq.ptr->alibi_slopes;
+    if (cap && alibi)
+      with_cap(True{}, True{});
+    else if (cap)
+      with_cap(True{}, False{});
+    else if (alibi)
+      with_cap(False{}, True{});
+    else
+      with_cap(False{}, False{});
+  }
+
+  template <bool kCap, bool kAlibi, bool kBias>
+  void compute_some(const Tile& t, T* S, T* dcap) const {
+    constexpr int L = kLanes<T>, N = 2 * L;
     const Problem& p = *seq.p;
-    constexpr int L = kLanes<T>;
     const T ninf = -std::numeric_limits<T>::infinity();
-    const bool biased = seq.ptr->bias;
     const T scale = T(p.scale), cap = T(p.softcap), inverse_cap = T(1) / cap;
-    const T slope = seq.ptr->alibi_slopes
-                        ? T(static_cast<const float*>(
-                              seq.ptr->alibi_slopes)[seq.b * seq.ptr->alibi_stride_b + h])
-                        : T(0);
-    const int64_t corner = seq.seqlen_k - seq.seqlen_q;
+    const T slope = kAlibi ? T(static_cast<const float*>(
+                                 seq.ptr->alibi_slopes)[seq.b * seq.ptr->alibi_stride_b + h])
+                           : T(0);
+    const int64_t corner = m0 + seq.seqlen_k - seq.seqlen_q - t.n0;
+    T bias[N][L];  // [key][query]
     for (int64_t g = 0; g < grains; ++g)
-      for (int64_t j0 = t.lo[g] / L * L; j0 < t.hi[g]; j0 += L)
+      for (int64_t j0 = t.lo[g] / N * N; j0 < t.hi[g]; j0 += N)
         for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
-          const int64_t end = std::min<int64_t>(t.hi[g], j0 + L);
-          T bias[L][L];  // [key][query]
-          if (biased) load_bias(q, t.n0 + j0, std::min<int64_t>(L, t.nk - j0), bias);
-          for (int64_t j = std::max(t.lo[g], j0); j < end; ++j) {
+          const int64_t begin = std::max(t.lo[g], j0), end = std::min<int64_t>(t.hi[g], j0 + N);
+          if constexpr (kBias) load_bias(q, t.n0 + j0, std::min<int64_t>(N, t.nk - j0), bias);
+          const Vec<T> position = iota<T>() + T(q + corner);
+          for (int64_t j = begin; j < end; ++j) {
             T* at = S + j * kPanel + q;
             Vec<T> s = load(at) * scale;
-            if (cap > 0) {
+            if constexpr (kCap) {
               const Vec<T> u = vtanh(s * inverse_cap);
               s = u * cap;
               if (dcap) store(dcap + j * kPanel + q, T(1) - u * u);
             }
-            if (seq.ptr->alibi_slopes) {
-              const Vec<T> distance = iota<T>() + T(q + m0 + corner - t.n0 - j);
+            if constexpr (kAlibi) {
+              const Vec<T> distance = position - T(j);
               s -= slope * (distance < T(0) ? -distance : distance);
             }
-            if (biased) {
+            if constexpr (kBias) {
               const Vec<T> b = load(bias[j - j0]);
-              s = b == ninf ? set1(ninf) : s + b;
+              s = b == ninf ? b : s + b;
             }
             store(at, s);
           }
@@ -227,40 +248,60 @@ class Panel {
 
   // bias[c][r] = that of lane q + r and key + c, c < n.
   ATTN_INLINE void load_bias(int64_t q, int64_t key, int64_t n,
-                             T (&bias)[kLanes<T>][kLanes<T>]) const {
+                             T (&bias)[2 * kLanes<T>][kLanes<T>]) const {
     const Problem& p = *seq.p;
     constexpr int L = kLanes<T>;
-    Vec<T> block[L];
     if (p.bias.q == 0) {  // a row for all queries
-      T row[L];
-      store(row, bias_row(q, key, n));
-      for (int64_t c = 0; c < n; ++c) store(bias[c], set1(row[c]));
+      for (int64_t c = 0; c < n; c += L) {
+        T row[L];
+        store(row, bias_row(q, key + c, std::min<int64_t>(L, n - c)));
+        for (int64_t i = 0; i < std::min<int64_t>(L, n - c); ++i) store(bias[c + i], set1(row[i]));
+      }
       return;
     }
-    if (p.bias.k == 1 && n == L && q + L <= nq) {  // its rows begin in as many pages: all at once
-      const int64_t size = int64_t(dtype_size(p.bias_dtype));
-      const char* from = static_cast<const char*>(seq.ptr->bias) +
-                         (seq.b * p.bias.b + h * p.bias.h + (m0 + q) * p.bias.q + key) * size;
-      const int64_t step = p.bias.q * size;
-      auto rows = [&](auto load_one_row) {
+    // The rows begin in as many pages: all at once.
+    const bool rows_lie = p.bias.k == 1 && q + L <= nq;
+    const int64_t size = int64_t(dtype_size(p.bias_dtype)), step = p.bias.q * size;
+    const char* from = static_cast<const char*>(seq.ptr->bias) +
+                       (seq.b * p.bias.b + h * p.bias.h + (m0 + q) * p.bias.q + key) * size;
+    if constexpr (sizeof(T) == 4)
+      if (rows_lie && n == 2 * L && p.bias_dtype == DType::kBFloat16) {
+        Vec<T> pairs[L];  // of neighbouring keys, which stay together
 #pragma GCC unroll 16
-        for (int r = 0; r < L; ++r) block[r] = load_one_row(from + r * step);
-      };
-      if (p.bias_dtype == DType::kBFloat16)
-        rows([](const char* at) { return load_bf16<T>(at); });
-      else if (size == int64_t(sizeof(T)))
-        rows([](const char* at) { return load(reinterpret_cast<const T*>(at)); });
-      else
-        rows([&](const char* at) {
-          T row[L] = {};
-          convert_row<T>(p.bias_dtype, at, L, row);
-          return load(row);
-        });
-    } else {
-      for (int r = 0; r < L; ++r) block[r] = bias_row(q + r, key, n);
+        for (int r = 0; r < L; ++r) pairs[r] = load(reinterpret_cast<const T*>(from + r * step));
+        transpose_round<T, 1>(pairs);
+#pragma GCC unroll 16
+        for (int c = 0; c < L; ++c) {
+          const Mask<T> x = (Mask<T>)pairs[c];
+          store(bias[2 * c], (Vec<T>)(x << 16));
+          store(bias[2 * c + 1], (Vec<T>)(x & typename IntOf<T>::type(0xffff0000u)));
+        }
+        return;
+      }
+    for (int64_t c = 0; c < n; c += L) {
+      Vec<T> block[L];
+      if (rows_lie && n - c >= L) {
+        auto rows = [&](auto load_one_row) {
+#pragma GCC unroll 16
+          for (int r = 0; r < L; ++r) block[r] = load_one_row(from + r * step + c * size);
+        };
+        if (p.bias_dtype == DType::kBFloat16)
+          rows([](const char* at) { return load_bf16<T>(at); });
+        else if (size == int64_t(sizeof(T)))
+          rows([](const char* at) { return load(reinterpret_cast<const T*>(at)); });
+        else
+          rows([&](const char* at) {
+            T row[L] = {};
+            convert_row<T>(p.bias_dtype, at, L, row);
+            return load(row);
+          });
+      } else {
+        for (int r = 0; r < L; ++r)
+          block[r] = bias_row(q + r, key + c, std::min<int64_t>(L, n - c));
+      }
+      transpose_round<T, 1>(block);
+      for (int i = 0; i < L; ++i) store(bias[c + i], block[i]);
     }
-    transpose_round<T, 1>(block);
-    for (int c = 0; c < L; ++c) store(bias[c], block[c]);
   }
 
   ATTN_INLINE Vec<T> bias_row(int64_t q, int64_t key, int64_t n) const {
@@ -270,8 +311,13 @@ class Panel {
     const int64_t at = seq.b * p.bias.b + h * p.bias.h + i * p.bias.q + key * p.bias.k;
     T row[L];
     store(row, Vec<T>{});
-    for (int64_t c = 0; c < n; ++c)
-      row[c] = load_one<T>(p.bias_dtype, seq.ptr->bias, at + c * p.bias.k);
+    if (p.bias.k == 1)
+      convert_row<T>(
+          p.bias_dtype,
+          static_cast<const char*>(seq.ptr->bias) + at * int64_t(dtype_size(p.bias_dtype)), n, row);
+    else
+      for (int64_t c = 0; c < n; ++c)
+        row[c] = load_one<T>(p.bias_dtype, seq.ptr->bias, at + c * p.bias.k);
     return load(row);
   }
 };

@@ -220,6 +220,9 @@ def varlen_args(
     )  # fmt: skip
     longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
     longest_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
+    if mask is bias is None and not torch.compiler.is_compiling():
+        # no sequence is longer than all of them: a huge bound must not make work
+        longest_q, longest_k = min(longest_q, q.shape[0]), min(longest_k, k.shape[0])
     if causal is True:
         _equal_lengths(cu_seqlens_q, cu_seqlens_k)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]

@@ -41,7 +41,7 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         and torch.are_deterministic_algorithms_enabled()
     )
     flags = is_causal.__class__ is enable_gqa.__class__ is bool
-    causal = "top_left" if is_causal else False
+    causal = "top_left" if flags and is_causal else False
     if attn_mask is None and flags and _plain(query, key, value):
         return attention(
             query, key, value, causal=causal, dropout_p=dropout_p, scale=scale,
@@ -52,6 +52,7 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     validate.tensor("value", value)
     validate.boolean("is_causal", is_causal)
     validate.boolean("enable_gqa", enable_gqa)
+    causal = "top_left" if is_causal else False
     if isinstance(attn_mask, CausalBias):
         attn_mask, causal = None, _alignment(attn_mask, is_causal, query, key)
     if attn_mask is not None:

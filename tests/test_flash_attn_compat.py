@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from attn_ext import api
 from attn_ext.integrations import flash_attn as fa
 from attn_ext.integrations import rotary
 from attn_ext.integrations.bert_padding import unpad_input
@@ -448,6 +449,20 @@ def test_bad_input(name):
     tensors = [normal(*options.pop(n, (1, 4, 4, 8))) for n in "qkv"]
     with pytest.raises((ValueError, TypeError), match=match):
         fa.flash_attn_func(*tensors, **options)
+
+
+def test_bad_varlen_input():
+    """Lengths that fall, which torch refuses without a name; a bound of lengths that makes work."""
+    q, pages = normal(7, 4, 8), normal(5, 2, 4, 8)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    falling = torch.tensor([0, 4, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_k must"):
+        fa.flash_attn_varlen_func(
+            q, pages, pages, cumulative([3, 4]), falling, 4, 4, block_table=table
+        )
+    cu = cumulative([3, 4])
+    args = api.varlen_args(q, q[:6], q[:6], cu, cumulative([3, 3]), 1 << 40, 1 << 40)
+    assert args[12:14] == (7, 6)  # without the cut the call takes hours
 
 
 def test_bad_kvcache_input():

@@ -194,6 +194,8 @@ def test_causal_bias(make, lengths):
     torch.testing.assert_close(attn_ext.scaled_dot_product_attention(*wide, bias)[1], expected)
     with pytest.raises(ValueError, match="got a CausalBias"):
         attn_ext.scaled_dot_product_attention(q, k, v, bias, is_causal=True)
+    with pytest.raises(TypeError, match="is_causal must be"):
+        attn_ext.scaled_dot_product_attention(q, k, v, is_causal=torch.ones(2))
     with pytest.raises(ValueError, match=r"CausalBias of lengths \(2, "):
         attn_ext.scaled_dot_product_attention(q[:, :, :2], k, v, bias)
 

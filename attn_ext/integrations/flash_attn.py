@@ -205,6 +205,8 @@ def flash_attn_varlen_func(
                 f"block_table must have {cu_seqlens_k.shape[0] - 1} rows, "
                 f"got {block_table.shape[0]}"
             )
+        if cu_seqlens_k.device.type == "cpu":
+            validate.cumulative("cu_seqlens_k", cu_seqlens_k, 1 << 31)  # pages are checked below
         k, v = (_from_pages(x, block_table, cu_seqlens_k) for x in (k, v))
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic

@@ -10,7 +10,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: test-gpu test-triton-oldest test demo fmt lint bench test-asan test-tsan test-aarch64 clean
+.PHONY: test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
+  test-tsan test-aarch64 clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -47,12 +48,24 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 	ATTN_EXT_TEST_AUTO=emulated OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_EMULATOR) -k "not memory"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton_interpreter
 
-# The oldest Triton that the kernels know, beside the one that is installed.
+# The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
+# and what CI compiles for two architectures.
 test-triton-oldest: $(VENV)/installed.done
 	test -d build/triton-3.6/triton || \
 	  $(PY) -m pip install -q --no-deps --target build/triton-3.6 triton==3.6.0
 	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  tests/triton_interpreter -k "test_features or varlen or dropout or deterministic or describable"
+	  tests/triton_interpreter -k "$(OLDEST)"
+	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
+	  tests/test_triton_compile.py -k "what_the_table_says and (sm_80 or sm_90)"
+
+OLDEST ?= test_features or varlen or dropout or deterministic or describable or test_pages or bad_values or mix
+
+# Every row of tests/triton_resources/ compiled again and compared; triton-table writes the tables.
+test-triton-table: $(VENV)/installed.done
+	ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/test_triton_compile.py
+
+triton-table: $(VENV)/installed.done
+	OMP_NUM_THREADS=1 $(PY) tests/triton_offline.py --write
 
 demo: $(VENV)/installed.done
 	$(PY) examples/text_classifier.py --text "$(TEXT)"

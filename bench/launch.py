@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
-from attn_ext.triton_kernels import launch, replay
+from attn_ext.triton_kernels import launch, launch_backward, replay
 
 from attn_ext.testing import random_call
 
@@ -100,7 +100,7 @@ def main() -> None:
             dout = torch.randn_like(out)
             needs = (True, True, True, False, False)
             rows["backward"] = (
-                lambda: launch.backward(call, dout, out, lse, None, needs), []  # noqa: B023
+                lambda: launch_backward.backward(call, dout, out, lse, None, needs), []  # noqa: B023
             )  # fmt: skip
         for direction, (function, kernels) in rows.items():
             figures = [microseconds(function), microseconds(without_memory(function))]

@@ -1,10 +1,13 @@
 """The Triton kernels compile for every architecture, without a GPU, and take what the committed
-table says: a tile that spills, does not fit shared memory or loses its tensor cores shows here.
+tables say: a tile that spills, does not fit shared memory or loses its tensor cores shows here.
 
-`python tests/triton_offline.py --write` compiles every row of the configuration and writes the
-table again; its diff is what a review reads.  Here a selection is compiled afresh.
+tests/triton_resources/ holds every row of the configuration; `make triton-table` compiles all of
+them again and its difference is what a review reads.  Here a selection is compiled afresh, or with
+ATTN_EXT_TRITON_ALL=1 everything, and the tables are held against the configuration and the kernels.
 """
 
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -16,14 +19,24 @@ import pytest
 from attn_ext.triton_kernels import configs
 
 SCRIPT = Path(__file__).with_name("triton_offline.py")
-TABLE = json.loads(SCRIPT.with_name("triton_resources.json").read_text())
+_spec = importlib.util.spec_from_file_location("triton_offline", SCRIPT)
+offline = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(offline)
+
+TABLES = {
+    architecture: json.loads((offline.TABLES / f"{architecture}.json").read_text())
+    for architecture in configs.SHARED_LIMIT
+}
 PRODUCT = {
     "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
     "sm_120": "mma.sync", "gfx942": "v_mfma",
 }  # fmt: skip
-# What another version of Triton than the table's may take beyond it, before a tile must change
-SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 48, 64, 1.25
-FULL = (64, "bf16")  # of which the table holds every case
+# What another version of Triton than the tables' may take beyond them, before a tile must change
+SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 16, 1.25
+# Bytes a thread that float32 calls with every feature at once spill in backward, and nothing else
+SPILLS = {"dkdv 128 fp32 all": 64, "dkdv 256 fp32 all": 200, "dq 256 fp32 all": 8}
+WHOLE = ("sm_80", "sm_90", "sm_100")  # whose tables hold every row; the others bfloat16, 64 and 128
+EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
 
 
 @pytest.mark.parametrize("architecture", configs.SHARED_LIMIT)
@@ -32,54 +45,72 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), architecture],
-        capture_output=True, text=True, env=environment, timeout=600,
+        [sys.executable, str(SCRIPT), architecture, *(["--all"] if EVERYTHING else [])],
+        capture_output=True, text=True, env=environment, timeout=7200 if EVERYTHING else 600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) >= 19
+    table = TABLES[architecture]
+    assert len(found) >= (len(table["rows"]) if EVERYTHING else 12)
     for name, row in found.items():
-        expected = TABLE[architecture][name]
-        registers, spilled, shared, instructions = row
-        if metadata.version("triton") == TABLE["triton"]:
+        if EVERYTHING and name not in table["rows"]:
+            assert row[2] <= SPILLS.get(name, SLACK_SPILLED), (name, row)
+            continue
+        expected = table["rows"][name]
+        if metadata.version("triton") == table["triton"]:
             assert row == expected, name
-        assert registers <= expected[0] + SLACK_REGISTERS, (name, row, expected)
-        assert spilled <= expected[1] + SLACK_SPILLED, (name, row, expected)
-        assert shared <= expected[2] * SLACK_SHARED, (name, row, expected)
+        tile, registers, spilled, shared, instructions = row
+        assert tile == expected[0], name
+        assert registers <= expected[1] + SLACK_REGISTERS, (name, row, expected)
+        assert spilled <= expected[2] + SLACK_SPILLED, (name, row, expected)
+        assert shared <= expected[3] * SLACK_SHARED, (name, row, expected)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, row)
-        assert instructions.split()[:1] == expected[3].split()[:1], (name, row, expected)
-
-
-def rows(architecture):
-    """(kernel, width, dtype, case, resources) of the table."""
-    for name, row in TABLE[architecture].items():
-        kernel, width, dtype, case = name.split(" ", 3)
-        yield kernel, int(width), dtype, case, row
+        assert instructions.split()[:1] == expected[4].split()[:1], (name, row, expected)
 
 
 @pytest.mark.parametrize("architecture", configs.SHARED_LIMIT)
-def test_the_table_has_no_spill(architecture):
-    """A table written again with a tile that spills or does not fit, or without a case."""
-    cases = {case for _, width, dtype, case, _ in rows(architecture) if (width, dtype) == FULL}
-    assert cases >= {"causal", "varlen", "paged", "all", "cache all", "deterministic"}
-    for kernel, width, dtype, case, (_, spilled, shared, _) in rows(architecture):
-        name = f"{kernel} {width} {dtype} {case}"
+def test_the_table_is_that_of_these_kernels(architecture):
+    """Kernels that were changed after the table was written: run `make triton-table`."""
+    assert TABLES[architecture]["kernels"] == offline.digest()
+
+
+@pytest.mark.parametrize("architecture", configs.SHARED_LIMIT)
+def test_every_row_of_the_configuration_is_in_the_table_and_spills_nothing(architecture):
+    """A tile that was changed or added without compiling it, that spills, or that does not fit."""
+    rows = TABLES[architecture]["rows"]
+    directions = {
+        "fwd": ("forward", "causal", "all"), "dkdv": ("dkdv", "causal", "all"),
+        "dq": ("dq", "causal", "all"), "dbias": ("dbias", None, "deterministic"),
+        "decode": ("decode", "paged", "cache all"),
+    }  # fmt: skip
+    dtypes = ("bf16", "fp32") if architecture in WHOLE else ("bf16",)
+    widths = configs.WIDTHS if architecture in WHOLE else (64, 128)
+    for width, dtype, direction in itertools.product(widths, dtypes, directions):
+        kernel, plain, rich = directions[direction]
+        for case in filter(None, (plain, rich)):
+            size = 4 if dtype == "fp32" else 2
+            expected = configs.shipped(architecture, direction, width, size, case == rich)
+            tile = rows[f"{kernel} {width} {dtype} {case}"][0]
+            short = kernel == "decode"  # its tiles hold no more rows than there are
+            assert tile[short:] == list(expected)[short:], (kernel, width, dtype, case)
+    for name, (_, _, spilled, shared, _) in rows.items():
         assert shared <= configs.SHARED_LIMIT[architecture], name
-        assert spilled == 0, (name, spilled)
+        assert spilled <= SPILLS.get(name, 0), (name, spilled)
 
 
 @pytest.mark.parametrize("architecture", configs.SHARED_LIMIT)
 def test_instructions_are_those_that_the_rows_claim(architecture):
     """Products that leave the tensor cores, loads that fall back from TMA."""
-    for kernel, width, dtype, case, (*_, instructions) in rows(architecture):
-        if kernel != "forward" or dtype == "fp32":
+    for name, (tile, _, _, _, instructions) in TABLES[architecture]["rows"].items():
+        kernel, width, dtype, case = name.split(" ", 3)
+        if kernel in ("delta", "combine"):
             continue
-        assert instructions, (width, dtype, case)
-        if case == "causal":
-            tile = configs.shipped(architecture, "fwd", width, 2)
-            assert PRODUCT[architecture] in instructions, (width, dtype)
-            assert ("cp.async.bulk.tensor" in instructions) == (tile.loads > 0), (width, dtype)
-            assert ("setmaxnreg" in instructions) == (tile.loads == 2), (width, dtype)
+        assert instructions, name  # float32 too: three products of TF32, or FMA by matrix cores
+        if kernel == "forward" and case == "causal" and dtype != "fp32":
+            assert ("cp.async.bulk.tensor" in instructions) == (tile[4] > 0), name
+            assert ("setmaxnreg" in instructions) == (tile[4] == 2), name
+            if int(width) in (64, 128):
+                assert PRODUCT[architecture] in instructions, name
 
 
 def test_tuned_tiles_are_stored_and_win(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ SCRIPT = """
 import dataclasses, functools, json, sys
 import torch, triton
 import triton_offline as offline
-from attn_ext.triton_kernels import additive_launch, inspect_launch, launch
+from attn_ext.triton_kernels import additive_launch, inspect_launch, launch, launch_backward
 from attn_ext.testing import random_call
 
 architecture, table = sys.argv[1], {}
@@ -44,7 +44,8 @@ def additive(call):
 def sigmoid(call):
     call = dataclasses.replace(call, normalizer="sigmoid")
     out, lse, _, _ = launch.forward(call)
-    launch.backward(call, out, out, lse, None, (True, True, True, call.bias is not None, False))
+    needs = (True, True, True, call.bias is not None, False)
+    launch_backward.backward(call, out, out, lse, None, needs)
 
 def look(call):
     call.v, call.rng_state, call.dropout_p = call.k[..., :1], None, 0.0

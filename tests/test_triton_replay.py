@@ -55,3 +55,18 @@ def test_copies_and_listeners_take_the_long_way(found):
     """A copy of the first call's values that a second call reads; a profiler that is told
     nothing."""
     assert found["long way"] == {"last stride 2": True, "launch hook": True, "float64 slopes": True}
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_calls_can_be_captured_in_a_cuda_graph(found, which):
+    """A stream that was current when the recipe was made, a value that is read back to the host, an
+    allocation or a copy that a replayed call makes besides its outputs."""
+    seen = found["capture"][which]
+    assert seen["streams"] == [7 if which == "first" else 11]
+    assert seen["launches"] == 4  # forward; delta, dK and dV, dQ
+    assert seen["replayed"] == (0 if which == "first" else 2)
+    assert not any(
+        word in name for name in seen["operators"] for word in ("_local_scalar", "nonzero", "item")
+    )
+    if which == "second":
+        assert seen["operators"] == ["aten.empty_strided.default"]

@@ -11,14 +11,16 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from attn_ext.triton_kernels import configs, launch, replay
+from attn_ext.triton_kernels import configs, launch, launch_backward, replay
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_offline import ALL_FEATURES, StubDriver
 
 from attn_ext.testing import poisoned_memory, random_call
 
 launches = []
-triton.runtime.driver.set_active(StubDriver("sm_90", lambda *args: launches.append(args)))
+driver = StubDriver("sm_90", lambda *args: launches.append(args))
+triton.runtime.driver.set_active(driver)
 launch.architecture = lambda x: "sm_90"
 launch.multiprocessors = lambda x: 132
 SMALL = configs.Tile(16, 32, 4, 1)  # quick to compile
@@ -60,7 +62,7 @@ def run(call, dout=None, forward=None):
         inputs = replay.tensors_of(call)
     else:
         needs = (True, True, True, call.bias is not None, call.sink is not None)
-        results = launch.backward(call, dout, *forward, None, needs)
+        results = launch_backward.backward(call, dout, *forward, None, needs)
         inputs = (*replay.tensors_of(call), dout, *forward)
     return own_pointers_hidden(launches, inputs), results
 
@@ -136,8 +138,44 @@ def takes_the_long_way(base, call) -> str:
     return "long way, same launches as without memory" if after == alone else "other launches"
 
 
+class Operators(TorchDispatchMode):
+    """Notes the name of each operator of torch that runs within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def capture_safety(call) -> dict:
+    """What a CUDA graph's capture depends on, of a first and of a second (replayed) training step:
+    the streams of the launches, and the operators of torch that run."""
+    found = {}
+    replay.forget()
+    out, lse = launch.forward(call)[:2]
+    dout = torch.randn_like(out)
+    replay.forget()
+    for stream, name in ((7, "first"), (11, "second")):
+        driver.stream = stream
+        launches.clear()
+        with Operators() as seen, counting() as used:
+            launch.forward(call)
+            needs = (True, True, True, call.bias is not None, False)
+            launch_backward.backward(call, dout, out, lse, None, needs)
+        found[name] = {
+            "streams": sorted({args[3] for args in launches}), "launches": len(launches),
+            "operators": sorted(seen.names), "replayed": len(used),
+        }  # fmt: skip
+    driver.stream = 0
+    return found
+
+
 def main() -> None:
-    found = {"replayed": {}, "differ": {}, "long way": {}}
+    found = {"capture": capture_safety(random_call(seqlen_q=64, head_dim=64, causal=True))}
+    found |= {"replayed": {}, "differ": {}, "long way": {}}
     shape = {"seqlen_q": 64, "head_dim": 64, "dtype": torch.bfloat16, "batch": 1}
     calls = {
         "causal": shape | {"causal": True, "layout": "bshd"},

@@ -2,15 +2,18 @@
 
     python tests/triton_offline.py sm_90            # the selection that CI compiles, as JSON
     python tests/triton_offline.py sm_90 --all --only "dkdv 128"
-    python tests/triton_offline.py --write          # everything, into tests/triton_resources.json
+    python tests/triton_offline.py --write          # everything, into tests/triton_resources/
     python tests/triton_offline.py --write --only " 64 bf16 "
 
 A stub in place of Triton's driver says which GPU is meant; the launch code runs as it is, on CPU
-tensors, with `warmup` (compile) in place of the launch.  A row is [registers, bytes spilled per
-thread, shared memory in bytes, instructions of matrix products and of TMA].
+tensors, with `warmup` (compile) in place of the launch.  A row is the tile and what it takes:
+[[queries, keys, warps, stages, loads], registers, bytes spilled per thread, bytes of shared memory,
+instructions of matrix products and of TMA].
 """
 
 import argparse
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -18,37 +21,62 @@ import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import triton
 import triton.backends.nvidia
-from attn_ext.triton_kernels import configs, launch, replay
+from attn_ext.triton_kernels import configs, launch, launch_backward, replay
 from triton.backends.compiler import GPUTarget
 
 from attn_ext.testing import random_call
 
-TABLE = Path(__file__).with_name("triton_resources.json")
+TABLES = Path(__file__).with_name("triton_resources")
+KERNELS = Path(__file__).parents[1] / "triton_kernels"
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
-KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "decode", "combine")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Cases whose kernel is that of another case, or all but
-TWICE = {
-    "delta": ("all", "deterministic", *("bias", "mask", "softcap", "alibi", "dropout")),
-    "combine": ("cache all",), "forward": ("deterministic",), "dkdv": ("deterministic",),
-    "dq": ("deterministic",),
+PASSES = ("forward", "dkdv", "dq")
+# case -> the kernels whose rows it gives; a feature's case compiles PASSES
+ROWS = {
+    "causal": (*PASSES, "delta"), "paged": ("decode", "combine"), "all": PASSES,
+    "deterministic": ("dbias",), "cache all": ("decode",),
 }  # fmt: skip
 ONE_FEATURE = {
-    "bias": {"bias": "hqk"}, "mask": {"mask": "bk"}, "softcap": {"softcap": 5.0},
-    "alibi": {"alibi": True}, "dropout": {"dropout_p": 0.2},
+    "varlen": {"seqlens_q": [128]}, "window": {"window": (30, 5)},
+    "sink": {"sink": True, "stats": True}, "bias": {"bias": "hqk"}, "mask": {"mask": "bk"},
+    "softcap": {"softcap": 5.0}, "alibi": {"alibi": True}, "dropout": {"dropout_p": 0.2},
 }  # fmt: skip
 ALL_FEATURES = {
     "window": (30, -1), "mask": "bk", "bias": "hqk", "softcap": 5.0, "alibi": True, "sink": True,
     "dropout_p": 0.2, "stats": True, "heads_q": 4, "heads_k": 2,
 }  # fmt: skip
+# What CI compiles afresh for every architecture
+CI = re.compile(
+    "(forward|dkdv|dq) (64|128) bf16 causal|(decode|combine|delta) 128 bf16 (paged|causal)"
+    "|(forward|dkdv) 64 (bf16 all|fp32 causal)|dbias 64 bf16"
+)
+
+
+def digest() -> str:
+    """Of the kernels' text without comments and docstrings: what committed rows hold for."""
+    found = hashlib.sha256()
+    for name in ("primitives", "dropout", "scores", "fwd", "bwd", "dbias", "decode"):
+        text = (KERNELS / f"{name}.py").read_text()
+        starts_line = True
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            if token.type in (tokenize.INDENT, tokenize.DEDENT):
+                found.update(b"+" if token.type == tokenize.INDENT else b"-")
+                continue
+            if not (token.type == tokenize.STRING and starts_line):
+                found.update(token.string.encode() + b" ")
+            starts_line = token.type == tokenize.NEWLINE
+    return found.hexdigest()[:16]
 
 
 class StubDriver:
@@ -60,6 +88,7 @@ class StubDriver:
         self.target = GPUTarget("hip" if hip else "cuda", name, 64 if hip else 32)
         self.launched = launched
         self.utils = self
+        self.stream = 0
 
     def launcher_cls(self, source, metadata):
         """In place of Triton's launcher in C."""
@@ -85,7 +114,7 @@ class StubDriver:
         pass
 
     def get_current_stream(self, device=None):
-        return 0
+        return self.stream
 
 
 def resources(compiled) -> list:
@@ -110,61 +139,61 @@ def resources(compiled) -> list:
 
 
 def cases():
-    """(label, options of random_call, whether CI compiles it) of what is compiled: each row of the
-    configuration, and for rows of rich calls the call with all features."""
+    """(width and dtype, case, options of random_call, kernels) of what is compiled: each row of the
+    configuration, with all features where it is one of rich calls, and single features."""
     shape = {"seqlen_q": 128, "seqlen_k": 128}
     cache = {"seqlen_q": 1, "seqlen_k": 4096, "heads_q": 8, "heads_k": 2, "cache_seqlens": [4096]}
+    options = {
+        "causal": shape | {"causal": True},
+        "paged": cache | {"page_size": 16},
+        "all": shape | ALL_FEATURES | {"causal": True},
+        "deterministic": shape | ALL_FEATURES | {"deterministic": True},
+        "cache all": ALL_FEATURES | cache,
+    }
     for width, (name, dtype) in itertools.product(configs.WIDTHS, DTYPES.items()):
+        if name == "fp16" and width not in (64, 128):
+            continue  # the rows are those of bf16
         base = {"head_dim": width, "dtype": dtype}
-        label = f"{width} {name}"
-        usual = name == "bf16" and width in (64, 128)
-        yield f"{label} causal", base | shape | {"causal": True}, usual
-        yield f"{label} paged", base | cache | {"page_size": 16}, usual
-        rich = base | shape | ALL_FEATURES
-        if width < 64 or name == "fp16" or (name == "fp32" and width > 64):
-            continue  # the tiles of width 64, of bfloat16
-        yield f"{label} all", rich | {"causal": True}, usual and width == 64
-        if name == "fp32":
-            continue
-        yield f"{label} deterministic", rich | {"deterministic": True}, False
-        yield f"{label} cache all", base | ALL_FEATURES | cache, False
-        yield f"{label} varlen", base | {"seqlens_q": [128], "causal": True}, usual and width == 64
-        if width == 64:
-            for feature, option in ONE_FEATURE.items():
-                yield f"{label} {feature}", base | shape | option | {"causal": True}, False
+        for case, kernels in ROWS.items():
+            yield f"{width} {name}", case, base | options[case], kernels
+        if (width, name) == (64, "bf16"):
+            for case, option in ONE_FEATURE.items():
+                yield f"{width} {name}", case, base | options["causal"] | option, PASSES
 
 
 def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str, list]:
-    """Kernel and case -> resources, for each kernel that the calls launch."""
+    """ "kernel width dtype case" -> row, of what matches `only`, and unless `everything`, CI."""
     table = {}
     triton.runtime.driver.set_active(StubDriver(architecture))
     launch.architecture = lambda x: architecture
     launch.multiprocessors = lambda x: 132
     replay.usable = lambda x: False  # nothing is launched
 
-    for label, options, usual in cases():
-        case = label.split(" ", 2)[2]
+    def wanted(name):
+        return re.search(only, name) and (everything or CI.fullmatch(name))
 
-        def run(kernel, programs, tile, *args, label=label, case=case):
+    for label, case, options, kernels in cases():
+        if not any(wanted(f"{kernel} {label} {case}") for kernel in kernels):
+            continue
+
+        def run(kernel, programs, tile, *args, end=f"{label} {case}", kernels=kernels):
             short = kernel.fn.__name__.removesuffix("_kernel")
-            name = f"{short} {label}"
-            if not re.search(only, name) or case in TWICE.get(short, ()):
+            name = f"{short} {end}"
+            if short not in kernels or not wanted(name):
                 return
             compiled = kernel.warmup(*args, grid=(programs,), **launch.options(tile))
-            table[name] = resources(compiled)
+            table[name] = [list(tile), *resources(compiled)]
             if os.environ.get("SHOW"):
-                print(name, tuple(tile), table[name], file=sys.stderr, flush=True)
+                print(name, *table[name], file=sys.stderr, flush=True)
             tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
             assert tensor_memory <= 512, f"{name}: {tensor_memory} columns of tensor memory"
 
-        if not (usual or everything) or not any(re.search(only, f"{k} {label}") for k in KERNELS):
-            continue
         launch.run = run
         call = random_call(**options)
         out, lse, *_ = launch.forward(call)
         if call.seqlens_k is None:
             needs = (True, True, True, call.bias is not None, call.sink is not None)
-            launch.backward(call, out, out, lse, lse, needs)
+            launch_backward.backward(call, out, out, lse, lse, needs)
     return table
 
 
@@ -173,36 +202,38 @@ def main() -> None:
     parser.add_argument("architecture", nargs="?", choices=configs.SHARED_LIMIT)
     parser.add_argument("--all", action="store_true", help="not only what CI compiles")
     parser.add_argument("--only", default="", help="kernels and cases that match this expression")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="into the committed tables")
     args = parser.parse_args()
     if args.architecture:
-        print(json.dumps(compile_all(args.architecture, args.all, args.only)))
+        found = compile_all(args.architecture, args.all or args.write, args.only)
+        if args.write:
+            write(args.architecture, found)
+        else:
+            print(json.dumps(found))
         return
 
     def in_a_process(architecture):  # Triton remembers its target
-        command = [sys.executable, __file__, architecture, "--all", "--only", args.only]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout)
+        command = [sys.executable, __file__, architecture, "--write", "--only", args.only]
+        subprocess.run(command, check=True)
 
     with ThreadPoolExecutor(2) as pool:
-        write(
-            dict(
-                zip(configs.SHARED_LIMIT, pool.map(in_a_process, configs.SHARED_LIMIT), strict=True)
-            )
-        )
+        list(pool.map(in_a_process, configs.SHARED_LIMIT))
 
 
-def write(found: dict[str, dict]) -> None:
-    """Put rows into the table; rows of the same version of Triton that are not found stay."""
-    table = json.loads(TABLE.read_text())
-    if table["triton"] != triton.__version__:
-        table = {}
-    table = {"triton": triton.__version__} | {
-        architecture: table.get(architecture, {}) | rows for architecture, rows in found.items()
-    }
-    text = json.dumps(table, indent=1)
-    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\"[^\"]*\")\s+\]", r"[\1, \2, \3, \4]", text)
-    TABLE.write_text(text + "\n")
+def write(architecture: str, found: dict[str, list]) -> None:
+    """Put rows into the architecture's table; other rows of the same kernels stay."""
+    path = TABLES / f"{architecture}.json"
+    version = {"triton": triton.__version__, "kernels": digest()}
+    table = json.loads(path.read_text()) if path.exists() else {}
+    rows = table.get("rows", {}) if version.items() <= table.items() else {}
+    order = [
+        f"{kernel} {label} {case}" for label, case, _, kernels in cases() for kernel in kernels
+    ]
+    rows = rows | found
+    lines = [f"  {json.dumps(n)}: {json.dumps(rows[n])}" for n in order if n in rows]
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in version.items())
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + head + ' "rows": {\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
 if __name__ == "__main__":

@@ -16,26 +16,25 @@ are the bottleneck, so every product of matrices may take the way that skips exc
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.bwd import add_dbias, base2_lse, probabilities, score_gradient
+from attn_ext.triton_kernels.dropout import keep, philox_key
 from attn_ext.triton_kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
-    SEQLENS,
     diagonal,
     dot,
     dot_present,
-    keep,
     key_range,
     load_tile,
     logits,
     online_softmax,
-    philox_key,
+    program,
     query_range,
     row_ends,
-    sequence,
+    sequences,
     store_tile,
 )
+from attn_ext.triton_kernels.scores import add_dbias, base2_lse, probabilities, score_gradient
 
 TWICE_LOG2E = tl.constexpr(2.8853900817779268)
 
@@ -67,16 +66,6 @@ def additive_scores(q, q_rows, q_in, k, k_rows, k_in, w, D: tl.constexpr):
     return acc
 
 
-@triton.jit
-def lengths(cu_q, cu_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS: tl.constexpr):
-    """(first query, queries, first key, keys) of batch element b, clamped to what there is."""
-    q_first, length_q = sequence(cu_q, b, total_q, seqlen_q, FLAGS)
-    k_first, length_k = sequence(cu_k, b, total_k, seqlen_k, FLAGS)
-    if SEQLENS & FLAGS:
-        length_k = tl.minimum(tl.maximum(tl.load(seqlens_k + b), 0), seqlen_k)
-    return q_first, length_q, k_first, length_k
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def additive_forward_kernel(
     q, k, v, w, out, lse,
@@ -89,10 +78,9 @@ def additive_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B), the last ones first: with causal they are longest."""
-    pid = tl.program_id(0)
-    h, b = (pid // blocks) % heads_q, pid // blocks // heads_q
-    i_first = (blocks - 1 - pid % blocks) * BLOCK_M
-    q_first, length_q, k_first, length_k = lengths(
+    block, h, b = program(blocks, heads_q)
+    i_first = (blocks - 1 - block) * BLOCK_M
+    q_first, length_q, k_first, length_k = sequences(
         cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
     )
     if i_first >= length_q:
@@ -172,11 +160,9 @@ def additive_dkdv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of keys * Hk * B).  dK, dV [B, Hk, Sk, D | Dv]."""
-    pid = tl.program_id(0)
-    heads_k = heads_q // group
-    hk, b = (pid // blocks) % heads_k, pid // blocks // heads_k
-    j_first = (pid % blocks) * BLOCK_N
-    q_first, length_q, k_first, length_k = lengths(
+    block, hk, b = program(blocks, heads_q // group)
+    j_first = block * BLOCK_N
+    q_first, length_q, k_first, length_k = sequences(
         cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
     )
     if j_first >= length_k:
@@ -246,10 +232,9 @@ def additive_dq_kernel(
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  dQ [B, Hq, Sq, D]; dw float32 [B, Hq, blocks, D], which
     the caller sums; dbias float32, zero before."""
-    pid = tl.program_id(0)
-    h, b = (pid // blocks) % heads_q, pid // blocks // heads_q
-    i_first = (pid % blocks) * BLOCK_M
-    q_first, length_q, k_first, length_k = lengths(
+    block, h, b = program(blocks, heads_q)
+    i_first = block * BLOCK_M
+    q_first, length_q, k_first, length_k = sequences(
         cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
     )
     if i_first >= length_q:
@@ -299,5 +284,5 @@ def additive_dq_kernel(
             dw_row += tl.where(columns == d, tl.sum(tl.sum(ds * (1.0 - 2.0 * r), 1), 0), 0.0)
     dq_rows = dq + b * dq_b + h * dq_h + q_first * dq_s
     store_tile(dq_rows, dq_s, i_first, length_q, dq_tile, D, BLOCK_M, BLOCK_D, FLAGS)
-    place = ((b * heads_q + h) * blocks + pid % blocks) * D
+    place = ((b * heads_q + h) * blocks + block) * D
     tl.store(dw + place + columns, dw_row, mask=columns < D)

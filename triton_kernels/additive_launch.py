@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from attn_ext.triton_kernels import configs, launch
+from attn_ext.triton_kernels import configs, gradients, launch, launch_backward
 from attn_ext.triton_kernels.additive import (
     additive_dkdv_kernel,
     additive_dq_kernel,
@@ -62,7 +62,7 @@ def forward(call: Call, w: torch.Tensor) -> tuple:
 def backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool) -> tuple:
     """(dQ, dK, dV, dbias or None, dw)"""
     plan = launch.Plan(call)
-    grads = [launch.empty_gradient(x, plan) for x in (call.q, call.k, call.v)]
+    grads = [launch_backward.empty_gradient(x, plan) for x in (call.q, call.k, call.v)]
     if call.seqlens_k is not None:  # rows past a length have no program
         for g in grads:
             g.zero_()
@@ -79,7 +79,7 @@ def backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool) -> tuple:
 def _gradients(plan: launch.Plan, w, dout, out, lse, dlse, grads, dbias) -> torch.Tensor:
     """Fill dQ, dK, dV and dbias; returns dw [Hq, D]."""
     (dq, dk, dv), varlen = grads, plan.varlen
-    rows = launch.Backward(plan, dout, out, lse, dlse)
+    rows = launch_backward.Backward(plan, dout, out, lse, dlse)
     rows.preprocess()
     inputs = (plan.q, plan.k, plan.v, w, rows.dout, rows.lse, rows.delta)
     shared = _shared(plan, rows.dout)
@@ -93,7 +93,7 @@ def _gradients(plan: launch.Plan, w, dout, out, lse, dlse, grads, dbias) -> torc
     found = tile(plan)
     blocks = triton.cdiv(plan.seqlen_q, found.block_m)
     parts = w.new_zeros(plan.batch, plan.heads_q, blocks, plan.dim)
-    flags = plan.flags + (0 if dbias is None else launch.dbias_flags(plan, tuple(dbias.shape)))
+    flags = plan.flags + (0 if dbias is None else gradients.dbias_flags(plan, tuple(dbias.shape)))
     launch.run(
         additive_dq_kernel, blocks * plan.heads_q * plan.batch, found, *inputs, dq, parts, dbias,
         *shared, *launch.strides(dq, varlen), *launch.score_strides(dbias, plan.sizes),

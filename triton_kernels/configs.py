@@ -42,7 +42,7 @@ SHARED_LIMIT = {
 
 INTERPRETED = Tile(32, 32, 4, 1)  # under the interpreter
 
-WIDTHS = (16, 32, 64, 128, 256)  # of a head inside the kernels: the next power of two, at least 16
+WIDTHS = (32, 64, 128, 256)  # of a head inside the kernels: the next power of two, at least 32
 DIRECTIONS = ("fwd", "dkdv", "dq", "dbias", "decode")
 
 # Kind of GPU -> (direction, width) -> tile for 16-bit elements.  "large" is sm_80; the others say
@@ -53,7 +53,6 @@ _PLAIN = {
         ("fwd", 64): Tile(128, 64, 8, 2),  # 64 rows, 4 warps: as many registers for half the rows
         ("fwd", 128): Tile(64, 64, 8, 3),  # 128 rows spill
         ("fwd", 256): Tile(32, 32, 8, 2),  # O alone is half the registers
-        ("dkdv", 16): Tile(32, 32, 8, 1),
         ("dkdv", 32): Tile(32, 32, 8, 1),  # the row of 64 spills
         ("dkdv", 64): Tile(64, 32, 4, 2),  # dK, dV, P and dS at once: 64 keys spill
         ("dkdv", 128): Tile(64, 32, 8, 1),  # a second stage spills
@@ -70,7 +69,7 @@ _PLAIN = {
     },
     "hopper": {  # sm_90 and sm_100: wgmma wants 64 keys as its rows
         ("dkdv", 64): Tile(32, 64, 8, 2),
-        ("dkdv", 256): Tile(32, 32, 8, 1),
+        ("dkdv", 256): Tile(32, 16, 8, 1),  # 32 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
     },
     "small": {  # 99 KiB of shared memory on sm_89 and sm_120
@@ -84,6 +83,7 @@ _PLAIN = {
     "sm_120": {
         ("fwd", 64): Tile(128, 32, 8, 2),  # 64 keys spill
         ("dbias", 64): Tile(32, 32, 8, 1),  # 64 queries spill
+        ("dbias", 128): Tile(16, 32, 8, 1),  # 32 queries spill
     },
     "amd": {
         ("fwd", 64): Tile(128, 64, 4, 1),  # a wave has 64 lanes: half the warps; stages cost LDS
@@ -108,6 +108,8 @@ _PLAIN = {
 # the backward spills.  What is not here is the plain row, in one stage.
 _RICH = {
     "large": {
+        ("dkdv", 32): Tile(16, 32, 8, 1),
+        ("dq", 32): Tile(32, 32, 8, 1),
         ("fwd", 64): Tile(64, 64, 8, 1),
         ("fwd", 128): Tile(64, 32, 8, 1),
         ("fwd", 256): Tile(32, 32, 8, 1),
@@ -122,6 +124,11 @@ _RICH = {
     },
     "hopper": {
         ("dkdv", 128): Tile(32, 16, 8, 1),  # 32 keys spill, by 8 bytes
+    },
+    "sm_90": {
+        ("fwd", 256): Tile(32, 16, 8, 1),
+        ("dq", 256): Tile(16, 16, 8, 1),
+        ("decode", 128): Tile(16, 64, 8, 1),
     },
     "small": {
         ("dkdv", 128): Tile(32, 32, 8, 1),  # 16 queries spill
@@ -147,21 +154,25 @@ _DESCRIBED = {
     },
 }
 
-# Rows for 4-byte elements that are not the 16-bit row halved
+# Rows for 4-byte elements of plain and rich calls alike, on NVIDIA GPUs; elsewhere the 16-bit row
+# halved.  Each product of float32 is three of TF32, whose factors are held twice.
 _FLOAT = {
     "large": {
-        ("dkdv", 64): Tile(16, 32, 8, 1),
+        ("fwd", 64): Tile(32, 32, 8, 1),
+        ("fwd", 128): Tile(16, 32, 8, 1),  # from here on read in parts (primitives.STREAM)
+        ("fwd", 256): Tile(16, 16, 8, 1),
+        ("dkdv", 64): Tile(16, 16, 8, 1),
         ("dkdv", 128): Tile(16, 16, 8, 1),
-    },
-    "hopper": {
-        ("fwd", 64): Tile(64, 16, 8, 1),
-        ("fwd", 128): Tile(32, 16, 8, 1),
-        ("dkdv", 64): Tile(32, 16, 8, 1),
-    },
-    "small": {
-        ("fwd", 64): Tile(32, 32, 4, 1),
-        ("fwd", 128): Tile(32, 16, 8, 1),
-        ("dkdv", 64): Tile(32, 16, 8, 1),
+        ("dkdv", 256): Tile(16, 16, 8, 1),
+        ("dq", 64): Tile(16, 32, 8, 1),
+        ("dq", 128): Tile(16, 32, 8, 1),
+        ("dq", 256): Tile(16, 32, 8, 1),
+        ("dbias", 64): Tile(32, 16, 8, 1),
+        ("dbias", 128): Tile(16, 16, 8, 1),
+        ("dbias", 256): Tile(16, 16, 8, 1),
+        ("decode", 64): Tile(16, 32, 8, 1),  # 4 warps spill
+        ("decode", 128): Tile(16, 32, 8, 1),
+        ("decode", 256): Tile(16, 16, 8, 1),
     },
 }
 
@@ -194,10 +205,10 @@ def shipped(
     kinds = _kinds(architecture)
     plain = _row(_PLAIN, kinds, direction, width)
     found = _row(_RICH, kinds, direction, width) or plain._replace(stages=1) if rich else plain
-    if element_size == 4:  # FMA in place of tensor cores, and twice the bytes
-        own = None if rich else _row(_FLOAT, kinds, direction, width)
+    if element_size == 4:
         block_m = max(16, found.block_m // 2) if direction != "decode" else found.block_m
-        found = own or Tile(block_m, max(16, found.block_n // 2), found.warps, 1)
+        half = Tile(block_m, max(16, found.block_n // 2), found.warps, 1)
+        return _row(_FLOAT, kinds, direction, width) or half
     return found
 
 

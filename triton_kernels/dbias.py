@@ -6,19 +6,21 @@ of dbias and computes every dS that belongs to it again, in a fixed order.
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.bwd import base2_lse, probabilities, score_gradient
+from attn_ext.triton_kernels.dropout import keep, philox_key
 from attn_ext.triton_kernels.primitives import (
     DROPOUT,
     LEFT,
     RIGHT,
+    STREAM,
     diagonal,
     dot,
-    keep,
     load_tile,
-    philox_key,
-    sequence,
+    row_pointers,
+    sequences,
+    streamed_dot,
     tile_logits,
 )
+from attn_ext.triton_kernels.scores import base2_lse, probabilities, score_gradient
 
 
 @triton.jit
@@ -65,8 +67,9 @@ def dbias_kernel(
         n_block, m_block = pid_n + step % sum_n, pid_m + step // sum_n % sum_m
         h = (pid_h + step // sum_n // sum_m % sum_h).to(tl.int64)
         b = pid_b + step // sum_n // sum_m // sum_h
-        q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
-        k_first, length_k = sequence(cu_seqlens_k, b, total_k, seqlen_k, FLAGS)
+        q_first, length_q, k_first, length_k = sequences(
+            cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
+        )
         b = b.to(tl.int64)
         i_first, j_first = m_block * BLOCK_M, n_block * BLOCK_N
         off = diagonal(length_q, length_k, FLAGS)
@@ -78,13 +81,21 @@ def dbias_kernel(
             do_rows = dout + b * do_b + h * do_h + q_first * do_s
             k_rows = k + b * k_b + hk * k_h + k_first * k_s
             v_rows = v + b * v_b + hk * v_h + k_first * v_s
-            q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-            k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            qk = dot(q_tile, tl.trans(k_tile), zero)
-            do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-            v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
-            dp = dot(do, tl.trans(v_tile), zero)
+            if STREAM & FLAGS:
+                queries = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
+                keys = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
+                qk = streamed_dot(queries, keys, zero, D, BLOCK_D)
+                queries = row_pointers(do_rows, do_s, i_first, length_q, BLOCK_M)
+                keys = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
+                dp = streamed_dot(queries, keys, zero, DV, BLOCK_DV)
+            else:
+                qt = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+                kt = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+                qk = dot(qt, tl.trans(kt), zero)
+                do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+                vt = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+                dp = dot(do, tl.trans(vt), zero)
             i = i_first + tl.arange(0, BLOCK_M)
             r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
             s, cap = tile_logits(

@@ -9,6 +9,7 @@ maxima and sums.
 
 import triton
 import triton.language as tl
+from attn_ext.triton_kernels.dropout import philox_key
 from attn_ext.triton_kernels.fwd import careful_rows, forward_rows
 from attn_ext.triton_kernels.primitives import (
     DROPOUT,
@@ -17,10 +18,39 @@ from attn_ext.triton_kernels.primitives import (
     SEQLENS,
     SPLIT,
     STATS,
+    STREAM,
     any_nan,
-    philox_key,
     row_ends,
 )
+
+
+@triton.jit
+def store_packed_rows(state, ends, DV: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr):
+    """Write the rows' part of O and of the sums, or where there is one part the results."""
+    acc, row_max, row_sum, e, bad = state
+    (out, o_h, o_s, lse, max_logit, entropy, row, part, sums, sink, inverse_keep, split, splits,
+     m_blocks, heads_q, seqlen_q, heads_k, real, h, i) = ends  # fmt: skip
+    c = tl.arange(0, BLOCK_DV)[None, :]
+    inside = real[:, None] & (c < DV)
+    if SPLIT & FLAGS:
+        count = tl.num_programs(0).to(tl.int64) // (m_blocks * splits * heads_k)
+        count = count * heads_q * seqlen_q
+        place = split * count + row
+        tl.store(part + place[:, None] * DV + c, acc, mask=inside)
+        tl.store(sums + place, row_max, mask=real)
+        tl.store(sums + splits * count + place, row_sum, mask=real)
+        if STATS & FLAGS:
+            tl.store(sums + 2 * splits * count + place, e, mask=real)
+            tl.store(sums + 3 * splits * count + place, bad, mask=real)
+    else:
+        factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
+        o_rows = out + h * o_h + i.to(tl.int64) * o_s
+        o = acc * (factor * inverse_keep)[:, None]
+        tl.store(o_rows[:, None] + c, o.to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + row, row_lse, mask=real)
+        if STATS & FLAGS:
+            tl.store(max_logit + row, largest, mask=real)
+            tl.store(entropy + row, spread, mask=real)
 
 
 @triton.jit(
@@ -60,8 +90,11 @@ def decode_kernel(
 
     d = tl.arange(0, BLOCK_D)[None, :]
     q_rows = q + wide_b * q_b + h * q_h + i.to(tl.int64) * q_s
-    q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
-    q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
+    if STREAM & FLAGS:
+        q_tile = (q_rows, real)
+    else:
+        q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
+        q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
     rng = (0, 0, 0)
     if DROPOUT & FLAGS:
         key0, key1 = philox_key(rng_state)
@@ -79,38 +112,20 @@ def decode_kernel(
         split, splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         0, FLAGS,
     )  # fmt: skip
-    if any_nan(state[0]):
-        q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
-        q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
+    ends = (out + wide_b * o_b, o_h, o_s, lse, max_logit, entropy, wide_b * lse_b + h * lse_h + i,
+            part, sums, sink, inverse_keep, split, splits, m_blocks, heads_q, seqlen_q, heads_k,
+            real, h, i)  # fmt: skip
+    if any_nan(state[0]):  # each way stores its own result, as in the forward kernel
+        again = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
+        again = again.to(tl.float32) if INTERPRETED else again
         state = careful_rows(
-            q_tile, kv, (i - i_first)[:, None], b, h[:, None], i_first, i_last, seqlen_q, length,
+            again, kv, (i - i_first)[:, None], b, h[:, None], i_first, i_last, seqlen_q, length,
             split, splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
             BLOCK_DV, FLAGS,
         )  # fmt: skip
-    acc, row_max, row_sum, e, bad = state
-
-    c = tl.arange(0, BLOCK_DV)[None, :]
-    inside = real[:, None] & (c < DV)
-    row = wide_b * lse_b + h * lse_h + i
-    if SPLIT & FLAGS:
-        count = tl.num_programs(0).to(tl.int64) // (m_blocks * splits * heads_k)
-        count = count * heads_q * seqlen_q
-        place = split * count + row
-        tl.store(part + place[:, None] * DV + c, acc, mask=inside)
-        tl.store(sums + place, row_max, mask=real)
-        tl.store(sums + splits * count + place, row_sum, mask=real)
-        if STATS & FLAGS:
-            tl.store(sums + 2 * splits * count + place, e, mask=real)
-            tl.store(sums + 3 * splits * count + place, bad, mask=real)
+        store_packed_rows(state, ends, DV, BLOCK_DV, FLAGS)
     else:
-        factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
-        o_rows = out + wide_b * o_b + h * o_h + i.to(tl.int64) * o_s
-        o = acc * (factor * inverse_keep)[:, None]
-        tl.store(o_rows[:, None] + c, o.to(out.dtype.element_ty), mask=inside)
-        tl.store(lse + row, row_lse, mask=real)
-        if STATS & FLAGS:
-            tl.store(max_logit + row, largest, mask=real)
-            tl.store(entropy + row, spread, mask=real)
+        store_packed_rows(state, ends, DV, BLOCK_DV, FLAGS)
 
 
 @triton.jit(do_not_specialize=["heads_q", "seqlen_q", "count", "splits"])

@@ -8,24 +8,30 @@ If O has a NaN at the end, the tile is computed again with care (`primitives.any
 
 import triton
 import triton.language as tl
+from attn_ext.triton_kernels.dropout import keep, keep_each, philox_key
 from attn_ext.triton_kernels.primitives import (
-    CAREFUL_BLOCK,
     DROPOUT,
     STATS,
+    STREAM,
     any_nan,
+    careful_rows_at_once,
     diagonal,
     dot,
-    dot_present,
-    keep,
+    key_pointers,
     key_range,
     load_described,
+    load_each,
     load_keys,
     load_tile,
     online_softmax,
-    philox_key,
+    outer_present,
+    product_each,
+    program,
     row_ends,
-    sequence,
+    row_pointers,
+    sequences,
     store_tile,
+    streamed_dot,
     tile_logits,
 )
 
@@ -35,29 +41,33 @@ def forward_tiles(
     state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
     first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, LOADS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, LOADS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles first..end - 1 of keys, of which `skip` from `skip_from` on are left out."""
+    """Tiles first..end - 1 of keys, of which `skip` from `skip_from` on are left out.  q: a tile,
+    or with STREAM the pointers to its rows."""
     acc, row_max, row_sum, e, bad = state
     k, k_s, k_p, v, v_s, v_p, pages, described = kv
-    STAGES: tl.constexpr = 1 if CAREFUL else None
     SPECIALIZED: tl.constexpr = LOADS == 2
-    for step in tl.range(first, end - skip, num_stages=STAGES, warp_specialize=SPECIALIZED):
+    for step in tl.range(first, end - skip, warp_specialize=SPECIALIZED):
         n_block = step
         if EDGE:
             n_block = tl.where(step < skip_from, step, step + skip)
         j_first = n_block * BLOCK_N
         # S = Q @ K^T   [BLOCK_M, BLOCK_N]
-        if LOADS:
+        zero = tl.zeros([r.shape[0], BLOCK_N], tl.float32)
+        if STREAM & FLAGS:
+            keys = key_pointers(k, k_s, j_first, seqlen_k, pages, k_p, BLOCK_N, FLAGS)
+            qk = streamed_dot(q, keys, zero, D, BLOCK_D)
+        elif LOADS:
             k_desc, v_desc, index_b, index_h = described
             k_tile = load_described(k_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_D)
+            qk = dot(q, tl.trans(k_tile), zero)
         else:
             k_tile = load_keys(
                 k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS
             )
-        zero = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-        qk = dot(q, tl.trans(k_tile), zero)
+            qk = dot(q, tl.trans(k_tile), zero)
         c = tl.arange(0, BLOCK_N)[None, :]
         s, _ = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
@@ -74,8 +84,7 @@ def forward_tiles(
             v_tile = load_keys(
                 v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
             )
-        acc = acc * alpha[:, None]
-        acc = dot_present(p, v_tile, acc, False) if CAREFUL else dot(p, v_tile, acc)
+        acc = dot(p, v_tile, acc * alpha[:, None])
     return acc, row_max, row_sum, e, bad
 
 
@@ -110,12 +119,12 @@ def forward_rows(
     state = forward_tiles(
         state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
         full_first, full_first, 0, full_end,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, LOADS, FLAGS,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
     )  # fmt: skip
     state = forward_tiles(
         state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
         first, full_first, full_end - full_first, end,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, LOADS, FLAGS,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOADS, FLAGS,
     )  # fmt: skip
     return state
 
@@ -127,18 +136,54 @@ def careful_rows(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """`forward_rows` again where that has left a NaN, with products that skip excluded pairs."""
+    """`forward_rows` again where that has left a NaN: key by key, with sums that skip excluded
+    pairs."""
+    k, k_s, k_p, v, v_s, v_p, pages, _described = kv
     off = diagonal(seqlen_q, seqlen_k, FLAGS)
-    first, _, _, end = key_range(i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS)
+    first, _full, _full_end, end = key_range(
+        i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
+    )
     share = (end - first + splits - 1) // splits
     first = tl.minimum(first + split * share, end)
-    end = tl.minimum(first + share, end)
-    PARTS: tl.constexpr = BLOCK_N // CAREFUL_BLOCK
-    return forward_tiles(
-        empty_state(BLOCK_M, BLOCK_DV), q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng,
-        scale, left, right, first * PARTS, first * PARTS, 0, end * PARTS,
-        D, DV, CAREFUL_BLOCK, BLOCK_D, BLOCK_DV, True, True, 0, FLAGS,
-    )  # fmt: skip
+    j_first = first * BLOCK_N
+    j_end = tl.minimum(tl.minimum(first + share, end) * BLOCK_N, seqlen_k)
+    acc, row_max, row_sum, e, bad = empty_state(BLOCK_M, BLOCK_DV)
+    c = tl.arange(0, 1)[None, :]
+    for step in tl.range(0, j_end - j_first, num_stages=1):
+        j = j_first + step
+        # s = Q . k_j   [BLOCK_M, 1]
+        k_row = load_each(k, k_s, j, pages, k_p, D, BLOCK_M, BLOCK_D, FLAGS)
+        s, _cap = tile_logits(
+            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, side, scale,
+            left, right, True, FLAGS,
+        )  # fmt: skip
+        p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
+        if DROPOUT & FLAGS:
+            key0, key1, threshold = rng
+            p = tl.where(keep_each(i_first + r, j + c, b, h, key0, key1, threshold), p, 0.0)
+        # O = alpha * O + p v_j   [BLOCK_M, BLOCK_DV]; 0 * inf of keys that no longer count is 0
+        v_row = load_each(v, v_s, j, pages, v_p, DV, BLOCK_M, BLOCK_DV, FLAGS)
+        acc = tl.where(alpha[:, None] != 0, acc * alpha[:, None], 0.0) + outer_present(p, v_row)
+    return acc, row_max, row_sum, e, bad
+
+
+@triton.jit
+def store_rows(
+    state, ends, i_first, seqlen_q, h, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Write O, LSE and the statistics of queries i_first, ... of head h."""
+    acc, row_max, row_sum, e, bad = state
+    o_rows, o_s, lse, max_logit, entropy, row_first, sink, inverse_keep = ends
+    factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
+    o = acc * (factor * inverse_keep)[:, None]
+    store_tile(o_rows, o_s, i_first, seqlen_q, o, DV, BLOCK_M, BLOCK_DV, FLAGS)
+    i = i_first + tl.arange(0, BLOCK_M)
+    row = row_first + i
+    tl.store(lse + row, row_lse, mask=i < seqlen_q)
+    if STATS & FLAGS:
+        tl.store(max_logit + row, largest, mask=i < seqlen_q)
+        tl.store(entropy + row, spread, mask=i < seqlen_q)
 
 
 @triton.jit(
@@ -159,13 +204,11 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid: (m_blocks * Hq * B), the last query tiles first, since with causal they are longest.
     LOADS: 0 by pointers, 1 by descriptors [B, H, S, D], 2 so and with specialized warps."""
-    pid = tl.program_id(0)
-    m_block = m_blocks - 1 - pid % m_blocks
-    head = pid // m_blocks
-    h, b = head % heads_q, head // heads_q
-    q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
-    k_first, length_k = sequence(cu_seqlens_k, b, total_k, seqlen_k, FLAGS)
-    i_first = m_block * BLOCK_M
+    block, h, b = program(m_blocks, heads_q)
+    q_first, length_q, k_first, length_k = sequences(
+        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
+    )
+    i_first = (m_blocks - 1 - block) * BLOCK_M
     if i_first >= length_q:
         return
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
@@ -181,30 +224,31 @@ def forward_kernel(
           v + wide_b * v_b + hk * v_h + k_first * v_s, v_s, 0, 0,
           (k_desc, v_desc, b, h // group))  # fmt: skip
     q_rows = q + wide_b * q_b + wide_h * q_h + q_first * q_s
-    if LOADS:
+    if STREAM & FLAGS:
+        q_tile = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
+    elif LOADS:
         q_tile = load_described(q_desc, b, h, i_first, BLOCK_M, BLOCK_D)
     else:
         q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
     r = tl.arange(0, BLOCK_M)
-    i = i_first + r
     state = forward_rows(
         q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
         scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
     )  # fmt: skip
-    if any_nan(state[0]):  # Q is read again: kept for this, it would cost the fast loops registers
-        q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-        state = careful_rows(
-            q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side,
-            rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
-        )  # fmt: skip
-    acc, row_max, row_sum, e, bad = state
-
-    factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, wide_h, FLAGS)
-    o_rows = out + wide_b * o_b + wide_h * o_h + q_first * o_s
-    o = acc * (factor * inverse_keep)[:, None]
-    store_tile(o_rows, o_s, i_first, length_q, o, DV, BLOCK_M, BLOCK_DV, FLAGS)
-    row = wide_b * lse_b + wide_h * lse_h + q_first + i
-    tl.store(lse + row, row_lse, mask=i < length_q)
-    if STATS & FLAGS:
-        tl.store(max_logit + row, largest, mask=i < length_q)
-        tl.store(entropy + row, spread, mask=i < length_q)
+    ends = (out + wide_b * o_b + wide_h * o_h + q_first * o_s, o_s, lse, max_logit, entropy,
+            wide_b * lse_b + wide_h * lse_h + q_first, sink, inverse_keep)  # fmt: skip
+    # Each way stores its own result: joined, they would share a layout that suits neither.
+    if any_nan(state[0]):
+        ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // BLOCK_D)
+        part_r = tl.arange(0, ROWS)[:, None]
+        for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
+            row = i_first + part * ROWS
+            part_q = load_tile(q_rows, q_s, row, length_q, D, ROWS, BLOCK_D, True, FLAGS)
+            part_state = careful_rows(
+                part_q, kv, part_r, b, wide_h, row, tl.minimum(row + ROWS, length_q) - 1, length_q,
+                length_k, 0, 1, side, rng, scale, left, right, D, DV, ROWS, BLOCK_N, BLOCK_D,
+                BLOCK_DV, FLAGS,
+            )  # fmt: skip
+            store_rows(part_state, ends, row, length_q, wide_h, DV, ROWS, BLOCK_DV, FLAGS)
+    else:
+        store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)

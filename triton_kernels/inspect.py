@@ -9,7 +9,6 @@ Each element of a result belongs to one program, so sums have a fixed order.
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.bwd import base2_lse, probabilities
 from attn_ext.triton_kernels.dbias import tile_is_visible
 from attn_ext.triton_kernels.primitives import (
     INTERPRETED,
@@ -18,8 +17,10 @@ from attn_ext.triton_kernels.primitives import (
     key_range,
     load_tile,
     logits,
+    program,
     query_range,
 )
+from attn_ext.triton_kernels.scores import base2_lse, probabilities
 
 RUNTIME = ("heads_q", "group", "seqlen_q", "seqlen_k", "blocks", "left", "right")
 NOTHING = tl.constexpr(-9223372036854775807)  # of packed logits: less than any
@@ -35,9 +36,9 @@ def column_mass_kernel(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of keys * Hq * B)."""
-    pid = tl.program_id(0)
-    h, b = ((pid // blocks) % heads_q).to(tl.int64), (pid // blocks // heads_q).to(tl.int64)
-    j_first = (pid % blocks) * BLOCK_N
+    block, h, b = program(blocks, heads_q)
+    h, b = h.to(tl.int64), b.to(tl.int64)
+    j_first = block * BLOCK_N
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     k_rows = k + b * k_b + h // group * k_h
@@ -88,9 +89,9 @@ def top_k_kernel(
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  best_out int64 [B, Hq, Sq, BEST], not sorted: packed
     base-2 logits and keys, below NOTHING + BEST + 1 where a row sees fewer keys."""
-    pid = tl.program_id(0)
-    h, b = ((pid // blocks) % heads_q).to(tl.int64), (pid // blocks // heads_q).to(tl.int64)
-    i_first = (pid % blocks) * BLOCK_M
+    block, h, b = program(blocks, heads_q)
+    h, b = h.to(tl.int64), b.to(tl.int64)
+    i_first = block * BLOCK_M
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     q_tile = load_tile(
@@ -167,9 +168,9 @@ def pooled_map_kernel(
     CELLS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks * Hq * B), blocks = row_blocks * blocks of columns."""
-    pid = tl.program_id(0)
-    h, b = ((pid // blocks) % heads_q).to(tl.int64), (pid // blocks // heads_q).to(tl.int64)
-    block = (pid % blocks).to(tl.int64)
+    block, h, b = program(blocks, heads_q)
+    h, b = h.to(tl.int64), b.to(tl.int64)
+    block = block.to(tl.int64)
     r_first, c_first = block % row_blocks * CELLS, block // row_blocks * CELLS
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip

@@ -11,6 +11,7 @@ the kernels: s2 = s * log2(e), P = 2^(s2 - m2).
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,10 +35,10 @@ DBIAS_STORE = tl.constexpr(16384)  # dQ writes dbias, of which each element belo
 DBIAS_ADD = tl.constexpr(32768)  # dQ adds to dbias, which is broadcast over batch or heads
 DBIAS_ONE_QUERY = tl.constexpr(65536)  # dbias has one query row
 DBIAS_ONE_KEY = tl.constexpr(131072)  # dbias has one key column
+STREAM = tl.constexpr(1 << 19)  # rows too wide to be held: products over D read them in parts
 SIGMOID = tl.constexpr(1 << 24)  # P = sigmoid(s + shift) in place of softmax; LSE is 0
 SIGMOID_LENGTH = tl.constexpr(1 << 25)  # shift = -ln(seqlen_k) of each sequence
-
-CAREFUL_BLOCK = tl.constexpr(16)  # keys (for dK and dV: queries) of a step with `dot_present`
+PART = tl.constexpr(64)  # columns of such a part
 
 # The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -45,7 +46,15 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in float32; `a` is rounded to b's dtype, as tensor cores want it."""
+    """acc + a @ b in float32; `a` is rounded to b's dtype, as tensor cores want it.
+
+    float32 on NVIDIA GPUs: each factor as the sum of two TF32 numbers, three products on tensor
+    cores, with an error of 2^-22 a product.  As FMA instructions these products would need
+    registers for whole rows of both factors, and spill."""
+    if INTERPRETED:
+        return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+    if is_cuda():
+        return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
     return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
 
@@ -79,9 +88,47 @@ def dot_present(a, b, acc, SIGNED: tl.constexpr):
     return acc
 
 
+@triton.constexpr_function
+def careful_rows_at_once(block: int, most: int) -> int:
+    """Rows of a tile that are computed again at a time: as many as leave the registers to the fast
+    loops, 8 at least."""
+    return min(block, max(8, most))
+
+
+@triton.jit
+def load_each(
+    base, stride, row, pages, page_stride, DIM: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Row `row` COUNT times over, [COUNT, BLOCK_DIM], pages as in `load_keys`.  A tile of one row
+    would be spread over all threads, and what is computed from it held by each of them."""
+    start = row.to(tl.int64) * stride
+    if PAGED & FLAGS:
+        table, page_size, page_count = pages
+        page = tl.load(table + row // page_size)
+        page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
+        start = page * page_stride + (row % page_size).to(tl.int64) * stride
+    d = tl.arange(0, BLOCK_DIM)[None, :]
+    offsets = tl.zeros([COUNT, 1], tl.int32) + d
+    tile = tl.load(base + start + offsets, mask=(offsets < DIM), other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def product_each(a, b):
+    """Products of the rows of a and b [BLOCK, D], as [BLOCK, 1]."""
+    return tl.sum(a.to(tl.float32) * b, 1)[:, None]
+
+
+@triton.jit
+def outer_present(weight, rows):
+    """weight [BLOCK, 1] times rows [BLOCK, D]; 0, whatever a row holds, where its weight is 0."""
+    return tl.where(weight != 0, weight * rows, 0.0)
+
+
 @triton.jit
 def any_nan(x):
-    """Whether a tile holds a NaN: the sign to compute it again with `dot_present`.
+    """Whether a tile holds a NaN: the sign to compute it again with `outer_present`.
 
     0 * NaN and 0 * inf are the only ways in which an excluded pair reaches a sum, and both leave
     NaN; so the fast loops need not look at their operands.
@@ -142,6 +189,40 @@ def load_keys(
 
 
 @triton.jit
+def row_pointers(base, stride, row, rows, BLOCK_ROWS: tl.constexpr):
+    """(pointers to rows row, row + 1, ... [BLOCK_ROWS], whether they exist)"""
+    r = row + tl.arange(0, BLOCK_ROWS)
+    return base + r.to(tl.int64) * stride, r < rows
+
+
+@triton.jit
+def key_pointers(
+    base, stride, j_first, seqlen_k, pages, page_stride, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr
+):
+    """`row_pointers` of the keys that `load_keys` loads."""
+    if PAGED & FLAGS:
+        table, page_size, page_count = pages
+        j = j_first + tl.arange(0, BLOCK_N)
+        page = tl.load(table + j // page_size, mask=j < seqlen_k, other=0)
+        page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
+        return base + page * page_stride + (j % page_size).to(tl.int64) * stride, j < seqlen_k
+    return row_pointers(base, stride, j_first, seqlen_k, BLOCK_N)
+
+
+@triton.jit
+def streamed_dot(a, b, acc, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """acc + A B^T of rows that `row_pointers` gives, read PART columns at a time."""
+    a_rows, a_inside = a
+    b_rows, b_inside = b
+    for part in tl.range(0, BLOCK_DIM // PART, num_stages=1):
+        d = part * PART + tl.arange(0, PART)[None, :]
+        a_part = tl.load(a_rows[:, None] + d, mask=a_inside[:, None] & (d < DIM), other=0.0)
+        b_part = tl.load(b_rows[:, None] + d, mask=b_inside[:, None] & (d < DIM), other=0.0)
+        acc = dot(a_part, tl.trans(b_part), acc)
+    return acc
+
+
+@triton.jit
 def load_described(descriptor, b, h, row, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Rows row, ... of head h as [ROWS, BLOCK_DIM] through a tensor descriptor, which on sm_90 and
     newer is one TMA instruction; 0 outside the tensor, in both dimensions."""
@@ -171,6 +252,23 @@ def sequence(cu_seqlens, b, total, longest, FLAGS: tl.constexpr):
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total)
         return first.to(tl.int64), tl.minimum(end - first, longest)
     return (b * 0).to(tl.int64), longest
+
+
+@triton.jit
+def program(blocks, heads):
+    """(tile, head, batch element) of this program, in int32: grid x holds all, tiles innermost."""
+    pid = tl.program_id(0)
+    return pid % blocks, pid // blocks % heads, pid // blocks // heads
+
+
+@triton.jit
+def sequences(cu_q, cu_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS: tl.constexpr):
+    """(first query, queries, first key, keys) of batch element b, clamped to what there is."""
+    q_first, length_q = sequence(cu_q, b, total_q, seqlen_q, FLAGS)
+    k_first, length_k = sequence(cu_k, b, total_k, seqlen_k, FLAGS)
+    if SEQLENS & FLAGS:
+        length_k = tl.minimum(tl.maximum(tl.load(seqlens_k + b), 0), seqlen_k)
+    return q_first, length_q, k_first, length_k
 
 
 @triton.jit
@@ -303,39 +401,6 @@ def tile_logits(
             inside = inside & (j <= i + off + right)
         s = tl.where(inside, s, float("-inf"))
     return s, cap
-
-
-@triton.jit
-def philox_key(rng_state):
-    """The two key words: splitmix64 of (seed, offset), as csrc/philox.h."""
-    seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
-    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
-    z = seed + (offset + 1) * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
-    return (z & 0xFFFFFFFF).to(tl.uint32), (z >> 32).to(tl.uint32)
-
-
-@triton.jit
-def keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N: tl.constexpr):
-    """int1 [BLOCK_M, BLOCK_N]: dropout keeps (i, j_first + n); j_first is a multiple of 4.
-
-    Philox4x32-7 of counter (j / 4, i, h, b) gives the words of four neighbouring keys.  Kept iff
-    word > threshold, which is floor(p * 2^32) - 1 in the bits of an int32.
-    """
-    j4 = (j_first // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    zero = (i * 0 + j4 * 0).to(tl.uint32)
-    c0, c1 = zero + j4.to(tl.uint32), zero + i.to(tl.uint32)
-    c2, c3 = zero + h.to(tl.uint32), zero + b.to(tl.uint32)
-    for _ in tl.static_range(7):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0 += 0x9E3779B9
-        key1 += 0xBB67AE85
-    words = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
-    return words > threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit

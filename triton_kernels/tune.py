@@ -47,7 +47,7 @@ def measure(function: Callable[[], object], repeats: int) -> float:
 
 def workload(direction: str, head_dim: int, seqlen: int, dtype, device) -> Callable[[], object]:
     """A call that is ruled by the kernel of `direction`: causal, 16 heads; decode: 8 rows."""
-    from attn_ext.triton_kernels import launch
+    from attn_ext.triton_kernels import launch, launch_backward
 
     from attn_ext.testing import random_call
 
@@ -67,7 +67,7 @@ def workload(direction: str, head_dim: int, seqlen: int, dtype, device) -> Calla
     out, lse, *_ = launch.forward(call)
     dkdv, own_bias = direction == "dkdv", direction == "dbias"
     needs = (direction == "dq", dkdv, dkdv, own_bias, False)
-    return lambda: launch.backward(call, out, out, lse, None, needs)
+    return lambda: launch_backward.backward(call, out, out, lse, None, needs)
 
 
 def tune(

@@ -93,9 +93,9 @@ def forward(call: Call):
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
     dtype."""
-    from attn_ext.triton_kernels import launch
+    from attn_ext.triton_kernels import launch_backward
 
-    return launch.backward(call, dout, out, lse, dlse, needs)
+    return launch_backward.backward(call, dout, out, lse, dlse, needs)
 
 
 def additive_forward(call: Call, w):

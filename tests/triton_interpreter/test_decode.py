@@ -72,7 +72,9 @@ def test_bad_values_in_one_part(where):
 
 def test_wrong_page_numbers_read_nothing_outside():
     """A read outside the cache, which ends the process."""
-    call = random_call(seqlen_q=1, page_size=16, **CACHE)
+    call = random_call(
+        seqlen_q=1, page_size=16, **CACHE | {"seqlen_k": 40, "cache_seqlens": [0, 40]}
+    )
     call.block_table.fill_(2**31 - 1)
     call.seqlens_k.fill_(2**31 - 1)
     launch.forward(call)

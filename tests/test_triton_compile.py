@@ -32,7 +32,7 @@ PRODUCT = {
     "sm_120": "mma.sync", "gfx942": "v_mfma",
 }  # fmt: skip
 # What another version of Triton than the tables' may take beyond them, before a tile must change
-SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 16, 1.25
+SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 64, 1.5
 # Bytes a thread that float32 calls with every feature at once spill in backward, and nothing else
 SPILLS = {"dkdv 128 fp32 all": 64, "dkdv 256 fp32 all": 200, "dq 256 fp32 all": 8}
 WHOLE = ("sm_80", "sm_90", "sm_100")  # whose tables hold every row; the others bfloat16, 64 and 128
@@ -63,7 +63,7 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
         assert tile == expected[0], name
         assert registers <= expected[1] + SLACK_REGISTERS, (name, row, expected)
         assert spilled <= expected[2] + SLACK_SPILLED, (name, row, expected)
-        assert shared <= expected[3] * SLACK_SHARED, (name, row, expected)
+        assert shared <= expected[3] * SLACK_SHARED + 256, (name, row, expected)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, row)
         assert instructions.split()[:1] == expected[4].split()[:1], (name, row, expected)
 

@@ -20,7 +20,9 @@ def tile(plan: launch.Plan) -> configs.Tile:
     if architecture == "interpreter":
         return configs.Tile(32, 32, 4, 1)
     # 4 warps of 32 lanes or 64 queries spill: O and S, or gradients [32, D | Dv], are in registers
-    return configs.Tile(32, 32, 4 if architecture.startswith("gfx") else 8, 1)
+    amd = architecture.startswith("gfx")
+    block_m = 16 if plan.q.element_size() == 4 and not amd else 32  # 32 queries of float32 spill
+    return configs.Tile(block_m, 32, 4 if amd else 8, 1)
 
 
 def _tiles(plan: launch.Plan, found: configs.Tile) -> tuple:

@@ -34,7 +34,8 @@ PRODUCT = {
 # What another version of Triton than the tables' may take beyond them, before a tile must change
 SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 64, 1.5
 # Bytes a thread that float32 calls with every feature at once spill in backward, and nothing else
-SPILLS = {"dkdv 128 fp32 all": 64, "dkdv 256 fp32 all": 200, "dq 256 fp32 all": 8}
+SPILLS = {"dkdv 128 fp32 all": 64, "dkdv 256 fp32 all": 200, "dq 256 fp32 all": 8,
+          "decode 256 fp32 cache all": 8}  # fmt: skip
 WHOLE = ("sm_80", "sm_90", "sm_100")  # whose tables hold every row; the others bfloat16, 64 and 128
 EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
 

@@ -87,3 +87,13 @@ def test_wrong_page_numbers_read_nothing_outside():
 def test_split_count(programs, tiles, processors, expected):
     """Splits of a GPU that is full, of too few tiles, or too many to join."""
     assert launch.split_count(programs, tiles, processors) == expected
+
+
+@pytest.mark.parametrize("page_size", [0, 3])
+def test_wide_rows_that_are_read_in_parts(page_size):
+    """float32 heads wider than 64: a part of another page, columns past the last one."""
+    call = random_call(
+        seqlen_q=2, page_size=page_size, head_dim=100, head_dim_v=72, causal=True,
+        **CACHE | {"seqlen_k": 50, "cache_seqlens": [0, 7, 50]},
+    )  # fmt: skip
+    check_call(call, "triton")

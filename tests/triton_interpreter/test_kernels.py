@@ -231,3 +231,10 @@ def test_offsets_beyond_31_bits(dim, count, stride):
     call = random_call(dtype=torch.float16, **sizes)
     call.k = far_apart(call.k, dim, stride)
     check_call(call, "triton")
+
+
+@pytest.mark.parametrize("options", [{"bias": "hk", "deterministic": True}, {"dropout_p": 0.3}])
+def test_wide_rows_that_are_read_in_parts(options):
+    """float32 heads wider than 64: a part that is left out, or columns past the last one."""
+    call = random_call(seqlen_q=5, seqlen_k=37, head_dim=100, head_dim_v=72, batch=1, **options)
+    check_call(call, "triton")

@@ -1,8 +1,7 @@
 """The emulated CUDA device: each wrapper of csrc/cuda/ptx.cuh against numpy, each planted fault.
 
-The fragment layouts are written out here from the PTX manual, element by element, independently of
-the emulator's loops.  The same `wrapper` kernel run on a GPU must give the same bits for everything
-but mma sums and the approximate functions.
+The fragment layouts are written out here from the PTX manual, element by element, apart from the
+emulator's loops.  On a GPU `wrapper` must give the same bits but for mma sums and approximations.
 """
 
 import re

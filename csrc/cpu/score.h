@@ -30,10 +30,6 @@ class Panel {
     if (seq.p->dropout_p > 0) philox = philox_key(seq.ptr->rng_state[0], seq.ptr->rng_state[1]);
   }
 
-  // The keys that any query of the panel may see.
-  int64_t first_key() const { return lo_[0]; }
-  int64_t end_key() const { return hi_[grains - 1]; }
-
   // `pack` keys share an item of a product, so grains begin and end at multiples of it.  Keys that
   // no query of the panel sees are left out.
   Tile tile(int64_t n0, int64_t nk, int64_t pack) const {
@@ -189,23 +185,15 @@ class Panel {
 
   //   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|
   void compute(const Tile& t, T* S, T* dcap) const {
-    using True = std::true_type;
-    using False = std::false_type;
-    auto with_cap = [&](auto cap, auto alibi) {
-      if (seq.ptr->bias)
-        compute_some<cap.value, alibi.value, true>(t, S, dcap);
-      else
-        compute_some<cap.value, alibi.value, false>(t, S, dcap);
+    const auto with = [](bool flag, auto then) {
+      flag ? then(std::true_type{}) : then(std::false_type{});
     };
-    const bool cap = seq.p->softcap > 0, alibi = seq.ptr->alibi_slopes;
-    if (cap && alibi)
-      with_cap(True{}, True{});
-    else if (cap)
-      with_cap(True{}, False{});
-    else if (alibi)
-      with_cap(False{}, True{});
-    else
-      with_cap(False{}, False{});
+    with(seq.p->softcap > 0, [&](auto cap) {
+      with(seq.ptr->alibi_slopes, [&](auto alibi) {
+        with(seq.ptr->bias,
+             [&](auto bias) { compute_some<cap.value, alibi.value, bias.value>(t, S, dcap); });
+      });
+    });
   }
 
   template <bool kCap, bool kAlibi, bool kBias>

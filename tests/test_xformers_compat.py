@@ -208,6 +208,19 @@ BLOCKS = {
 }  # fmt: skip
 
 
+def check_packed(q, k, v, attn_bias, seen, used):
+    """Output, gradients and LSE where `seen` [queries, keys] says who sees what; keys that are not
+    `used` hold NaN.  The batch dimension of q, k, v is 1, their heads may be in groups."""
+    heads = [x.flatten(2, 3) if q.dim() == 5 else x for x in (q, k, v)]
+    expected, lse = naive(*heads, seen=seen)
+    holes = used.view(1, -1, *(1,) * (q.dim() - 2))
+    poisoned = [torch.where(holes, x, torch.nan) for x in (k, v)]
+    out = xf.memory_efficient_attention(q, *poisoned, attn_bias)
+    agree(out, expected.reshape(out.shape), (q, k, v))
+    got = xf.memory_efficient_attention_forward_requires_grad(q, k, v, attn_bias)[1]
+    torch.testing.assert_close(got.reshape(lse.shape), lse)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("lead", [(2,), (2, 2)], ids=["BMHK", "BMGHK"])
 def test_block_diagonal_biases(name, lead):
@@ -221,14 +234,7 @@ def test_block_diagonal_biases(name, lead):
     for (q0, q1), (k0, k1) in zip(spans(LQ), key_spans, strict=True):
         used[k0:k1] = True
         seen[q0:q1, k0:k1] = visible(q1 - q0, k1 - k0, RULES[rule])
-    heads = [x.flatten(2, 3) if len(lead) == 2 else x for x in (q, k, v)]
-    expected, lse = naive(*heads, seen=seen)
-    holes = used.view(1, total, *(1,) * (len(lead) + 1))
-    poisoned = [torch.where(holes, x, torch.nan) for x in (k, v)]
-    out = xf.memory_efficient_attention(q, *poisoned, attn_bias)
-    agree(out, expected.reshape(out.shape), (q, k, v))
-    got = xf.memory_efficient_attention_forward_requires_grad(q, k, v, attn_bias)[1]
-    torch.testing.assert_close(got.reshape(lse.shape), lse)
+    check_packed(q, k, v, attn_bias, seen, used)
     dense = attn_bias.materialize((1, 2, sum(LQ), total))
     assert torch.equal(dense.exp().bool(), seen.expand(1, 2, sum(LQ), total))
 
@@ -269,15 +275,8 @@ def test_paged_biases(name, lead):
             seen[q0:q1, int(TABLES[b, page]) * PAGE + slot] = visible(q1 - q0, LK[b], RULES[rule])[
                 :, n
             ]
-    heads = [x.flatten(2, 3) if len(lead) == 2 else x for x in (q, k, v)]
-    expected, lse = naive(*heads, seen=seen)
     used = torch.tensor([any(s <= c < e for s, e in slots(name)) for c in range(total)])
-    holes = used.view(1, total, *(1,) * (len(lead) + 1))
-    poisoned = [torch.where(holes, x, torch.nan) for x in (k, v)]
-    out = xf.memory_efficient_attention(q, *poisoned, attn_bias)
-    agree(out, expected.reshape(out.shape), (q, k, v))
-    got = xf.memory_efficient_attention_forward_requires_grad(q, k, v, attn_bias)[1]
-    torch.testing.assert_close(got.reshape(lse.shape), lse)
+    check_packed(q, k, v, attn_bias, seen, used)
     dense = attn_bias.to("cpu").materialize((1, 2, sum(LQ), total))
     assert torch.equal(dense.exp().bool(), seen.expand(1, 2, sum(LQ), total))
 

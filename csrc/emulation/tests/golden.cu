@@ -2,31 +2,12 @@
 //   golden IN OUT     IN: records of {int32 op, uint32 in[32][16], uint32 smem[512]}
 //                     OUT: uint32 out[32][16] for each
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
+#include "device_memory.cuh"
 #include "wrappers.cuh"
 
 using namespace attn::wrappers;
-
-#ifdef ATTN_EMULATED
-static void* device_alloc(size_t bytes) { return malloc(bytes); }
-static void to_device(void* to, const void* from, size_t n) { memcpy(to, from, n); }
-static void to_host(void* to, const void* from, size_t n) { memcpy(to, from, n); }
-#else
-static void* device_alloc(size_t bytes) {
-  void* p = nullptr;
-  check(cudaMalloc(&p, bytes), "cudaMalloc");
-  return p;
-}
-static void to_device(void* to, const void* from, size_t n) {
-  check(cudaMemcpy(to, from, n, cudaMemcpyHostToDevice), "copy to the device");
-}
-static void to_host(void* to, const void* from, size_t n) {
-  check(cudaMemcpy(to, from, n, cudaMemcpyDeviceToHost), "copy from the device");
-}
-#endif
 
 int main(int argc, char** argv) {
   struct Record {

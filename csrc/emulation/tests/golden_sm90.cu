@@ -1,29 +1,9 @@
 // Runs the wrappers of ptx_sm90.cuh: by nvcc on a Hopper GPU, or by g++ on the emulator.
 //   golden_sm90 OUT     OUT: uint32 [2 (fp16, bf16)][6 ops][OUT]
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
+#include "device_memory.cuh"
 #include "hopper.cuh"
-
-#ifdef ATTN_EMULATED
-static void* device_alloc(size_t bytes) { return aligned_alloc(128, (bytes + 127) / 128 * 128); }
-static void to_device(void* to, const void* from, size_t n) { memcpy(to, from, n); }
-static void to_host(void* to, const void* from, size_t n) { memcpy(to, from, n); }
-#else
-using attn::ptx::check;
-static void* device_alloc(size_t bytes) {
-  void* p = nullptr;
-  check(cudaMalloc(&p, bytes), "cudaMalloc");
-  return p;
-}
-static void to_device(void* to, const void* from, size_t n) {
-  check(cudaMemcpy(to, from, n, cudaMemcpyHostToDevice), "copy to the device");
-}
-static void to_host(void* to, const void* from, size_t n) {
-  check(cudaMemcpy(to, from, n, cudaMemcpyDeviceToHost), "copy from the device");
-}
-#endif
 
 int main(int argc, char** argv) {
   if (argc != 2) return fprintf(stderr, "usage: golden_sm90 OUT\n"), 2;

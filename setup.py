@@ -37,7 +37,7 @@ CUDA_ARCHS = os.environ.get("ATTN_EXT_CUDA_ARCHS", "80,90a").replace(" ", "")
 # The kernels of one element type and head_dim are one file, generated beside the objects.
 ELEMENTS = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "fp32": "float"}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-SM90_HEAD_DIMS = (64, 96, 128, 192, 256)  # of bf16 and fp16, forward, for sm_90a alone
+SM90_HEAD_DIMS = (64, 96, 128, 192, 256)  # of bf16 and fp16, for sm_90a alone
 
 
 def relative(files) -> list[str]:
@@ -64,13 +64,11 @@ def emulated_sources() -> list[str]:
 
 def instantiation(arch: str, element: str, head_dim: int) -> str:
     """The file that instantiates the kernels of one (dtype, head_dim) pair of csrc/cuda/<arch>."""
-    if arch == "sm90":
-        runs = f"template void run_forward<{element}, {head_dim}>(const Params&, void*);\n"
-    else:
-        runs = "".join(
-            f"template void {run}<{element}, {head_dim}>(Params, bool, void*);\n"
-            for run in ("run_forward", "run_backward")
-        )
+    arguments = "const Params&, void*" if arch == "sm90" else "Params, bool, void*"
+    runs = "".join(
+        f"template void {run}<{element}, {head_dim}>({arguments});\n"
+        for run in ("run_forward", "run_backward")
+    )
     name = f"namespace attn::cuda::{arch}"
     return f'#include "cuda/{arch}/kernels.cuh"\n\n{name} {{\n{runs}}}  // {name}\n'
 

@@ -28,9 +28,9 @@ ARCHS = ("80", "90a", "120")
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
 SM90_HEAD_DIMS = (64, 96, 128, 192, 256)
-# ("launch", 0) is launch.cu, ("sm90 bf16", 0) all Hopper kernels of one type, for sm_90a alone
+# ("launch", 0) is launch.cu; "sm90 ..." the Hopper kernels of a pair, for sm_90a alone
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
-UNITS += [("sm90 bf16", 0), ("sm90 fp16", 0)]
+UNITS += [(f"sm90 {dtype}", dim) for dtype in ("bf16", "fp16") for dim in SM90_HEAD_DIMS]
 
 
 def find_nvcc() -> str | None:
@@ -60,8 +60,8 @@ def source_text(dtype: str, head_dim: int) -> str:
         return '#include "cuda/launch.cu"\n'
     if dtype.startswith("sm90 "):
         runs = (
-            f"template void run_forward<{dtype[5:]}, {d}>(const Params&, void*);\n"
-            for d in SM90_HEAD_DIMS
+            f"template void {run}<{dtype[5:]}, {head_dim}>(const Params&, void*);\n"
+            for run in ("run_forward", "run_backward")
         )
         head = '#include "cuda/sm90/kernels.cuh"\nnamespace attn::cuda::sm90 {\n'
         return head + "".join(runs) + "}\n"
@@ -160,9 +160,14 @@ void all(const char* dtype) {
 }
 template <int D>
 void print_sm90() {
-  using F = sm90::ForwardTile90<D>;
-  for (const char* dtype : {"bf16", "fp16"})
-    printf("sm90_forward %s %d %d %d\\n", dtype, D, F::SMEM, F::THREADS);
+  for (const char* dtype : {"bf16", "fp16"}) {
+    const auto row = [&](const char* kernel, int bytes) {
+      printf("sm90_%s %s %d %d %d\\n", kernel, dtype, D, bytes, sm90::THREADS);
+    };
+    row("forward", sm90::ForwardTile90<D>::SMEM);
+    row("backward_dq", sm90::QueryGradientTile<D>::SMEM);
+    row("backward_dkdv", sm90::KeyGradientTile<D>::SMEM);
+  }
 }
 int main() {
   all<bf16>("bf16"), all<fp16>("fp16"), all<float>("f32");

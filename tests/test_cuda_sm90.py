@@ -55,8 +55,19 @@ class Hopper:
             self.kernels._point(native, max_logit=lse, entropy=lse)
         return native.forward_kernel(1, True)
 
+    def backward_kernel(self, call, dout=None):
+        """The same of backward; dout: as O where None."""
+        out = torch.empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.q.dtype)
+        lse = torch.empty(call.q.shape[:3])
+        native = self.kernels._native(call, self.kernels._canonical(call), out, lse)
+        dout = out if dout is None else dout
+        native.set_gradient_strides(dout.stride()[:3], *[(0, 0, 0)] * 3, (0, 0, 0, 0))
+        self.kernels._point(native, dout=dout)
+        return native.backward_kernel(1, True)
+
     def check(self, call, grads=False):
         assert self.kernel(call) == "sm90"
+        assert not grads or self.backward_kernel(call) == "sm90"
         check_call(call, self.module, grads=grads)
 
 
@@ -104,7 +115,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_shapes(hopper, name, dtype):
     """Wrong descriptors or boxes for a head_dim, tails, masks, parities, heads."""
-    hopper.check(hopper.call(dtype=dtype, **CASES[name]))
+    hopper.check(hopper.call(dtype=dtype, **CASES[name]), grads=True)
 
 
 def test_strided_inputs(hopper):

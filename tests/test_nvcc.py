@@ -46,7 +46,10 @@ def test_table_holds_every_kernel_within_its_budget():
     expected |= {f"{k}<{p}, general>" for k in names for p in floats}
     expected |= {f"backward_bias<{p}>" for p in halves + floats}
     expected |= {
-        f"sm90_forward<{d}, {n}>" for d in ("bf16", "fp16") for n in resources.SM90_HEAD_DIMS
+        f"sm90_{k}<{d}, {n}>"
+        for k in names
+        for d in ("bf16", "fp16")
+        for n in resources.SM90_HEAD_DIMS
     }
     assert expected <= TABLE["kernels"].keys()
     for kernel, rows in TABLE["kernels"].items():

@@ -147,6 +147,13 @@ void bind(py::module_& m) {
             return forward_kernel(c.p, c.ptr, target(0, 0, multiprocessors, sm90));
           },
           "What forward launches: 'sm90', 'sm80 plain' or 'sm80 general'")
+      .def(
+          "backward_kernel",
+          [](const NativeCall& c, int multiprocessors, bool sm90) {
+            check(c.p, c.ptr);
+            return backward_kernel(c.p, c.ptr, target(0, 0, multiprocessors, sm90));
+          },
+          "What backward launches, in the words of forward_kernel")
       .def("backward_workspace",
            [](const NativeCall& c) {
              check(c.p, c.ptr);

@@ -135,7 +135,7 @@ struct DeviceGuard {
 };
 #endif
 
-// The kernels of a forward call.
+// The kernels of a call.
 enum class Choice { SM90, SM80_PLAIN, SM80_GENERAL };
 
 Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& cut,
@@ -144,26 +144,48 @@ Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& c
   return target.sm90 && sm90::forward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
-void run_sm90(const Params& x, void* stream) {
+Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& target) {
+  if (is_general(p, ptr)) return Choice::SM80_GENERAL;
+  return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
+}
+
+const char* name(Choice choice) {
+  switch (choice) {
+    case Choice::SM90:
+      return "sm90";
+    case Choice::SM80_PLAIN:
+      return "sm80 plain";
+    default:
+      return "sm80 general";
+  }
+}
+
+void run_sm90(const Params& x, bool backward, void* stream) {
 #ifdef ATTN_HAS_SM90
+  const auto run_pair = [&](auto pair) {
+    using P = decltype(pair);
+    using T = typename P::Element;
+    backward ? sm90::run_backward<T, P::kHeadDim>(x, stream)
+             : sm90::run_forward<T, P::kHeadDim>(x, stream);
+  };
   const auto run = [&](auto element) {
     using T = decltype(element);
     switch (sm90::kernel_head_dim(x.p)) {
       case 64:
-        return sm90::run_forward<T, 64>(x, stream);
+        return run_pair(Pair<T, 64>());
       case 96:
-        return sm90::run_forward<T, 96>(x, stream);
+        return run_pair(Pair<T, 96>());
       case 128:
-        return sm90::run_forward<T, 128>(x, stream);
+        return run_pair(Pair<T, 128>());
       case 192:
-        return sm90::run_forward<T, 192>(x, stream);
+        return run_pair(Pair<T, 192>());
       case 256:
-        return sm90::run_forward<T, 256>(x, stream);
+        return run_pair(Pair<T, 256>());
     }
   };
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
 #else
-  (void)x, (void)stream;
+  (void)x, (void)backward, (void)stream;
   throw std::invalid_argument("this build has no kernels for sm_90a");
 #endif
 }
@@ -199,7 +221,7 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
   }
   const Choice choice = choose_forward(p, ptr, cut, target);
   void* stream = reinterpret_cast<void*>(target.stream);
-  if (choice == Choice::SM90) return run_sm90(x, stream);
+  if (choice == Choice::SM90) return run_sm90(x, false, stream);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
@@ -209,14 +231,11 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
 }
 
 std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& target) {
-  switch (choose_forward(p, ptr, plan(p, ptr, target), target)) {
-    case Choice::SM90:
-      return "sm90";
-    case Choice::SM80_PLAIN:
-      return "sm80 plain";
-    default:
-      return "sm80 general";
-  }
+  return name(choose_forward(p, ptr, plan(p, ptr, target), target));
+}
+
+std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target& target) {
+  return name(choose_backward(p, ptr, target));
 }
 
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
@@ -229,7 +248,9 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     using P = decltype(pair);
     using T = typename P::Element;
     run_rows<T>(sm80::backward_delta<T>, x, stream);
-    sm80::run_backward<T, P::kHeadDim>(x, is_general(p, ptr), stream);
+    const Choice choice = choose_backward(p, ptr, target);
+    if (choice == Choice::SM90) return run_sm90(x, true, stream);
+    sm80::run_backward<T, P::kHeadDim>(x, choice == Choice::SM80_GENERAL, stream);
     if (ptr.dsink)
       launch(sm80::backward_sink<T>, sm80::grid_of(p.heads_q), sm80::kRowThreads,
              4 * sm80::kRowThreads, stream, x);

@@ -150,13 +150,16 @@ ATTN_DEVICE void wgmma_hold(uint32_t (&a)[STEPS][4]) {
       "+f"(acc[t + 1][1]), "+f"(acc[t + 1][2]), "+f"(acc[t + 1][3]), "+f"(acc[t + 2][0]),  \
       "+f"(acc[t + 2][1]), "+f"(acc[t + 2][2]), "+f"(acc[t + 2][3]), "+f"(acc[t + 3][0]),  \
       "+f"(acc[t + 3][1]), "+f"(acc[t + 3][2]), "+f"(acc[t + 3][3])
-#define ATTN_A8 ATTN_A4(0), ATTN_A4(4)
+#define ATTN_A4T ATTN_A4(0)
+#define ATTN_A8 ATTN_A4T, ATTN_A4(4)
 #define ATTN_A12 ATTN_A8, ATTN_A4(8)
 #define ATTN_A16 ATTN_A12, ATTN_A4(12)
 #define ATTN_A24 ATTN_A16, ATTN_A4(16), ATTN_A4(20)
 #define ATTN_A32 ATTN_A24, ATTN_A4(24), ATTN_A4(28)
-#define ATTN_R8                                                                 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
+#define ATTN_R4T "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define ATTN_R8 \
+  ATTN_R4T      \
+  ", %16, "     \
   "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define ATTN_R12                                                                  \
   ATTN_R8                                                                         \
@@ -203,7 +206,11 @@ ATTN_DEVICE void wgmma_hold(uint32_t (&a)[STEPS][4]) {
 template <class T, bool TRANS_B, bool FROM_REGISTERS, int TILES>
 ATTN_DEVICE void wgmma(float (&acc)[TILES][4], const uint32_t* a, uint64_t a_smem, uint64_t b,
                        bool accumulate) {
-  static_assert(TILES == 8 || TILES == 12 || TILES == 16 || TILES == 24 || TILES == 32);
+  static_assert(TILES == 4 || TILES == 8 || TILES == 12 || TILES == 16 || TILES == 24 ||
+                TILES == 32);
+  if constexpr (TILES == 4) {
+    ATTN_WGMMA_TYPES(4T, 32, "16", "17", "18", "19", "20", "21", "22")
+  }
   if constexpr (TILES == 8) {
     ATTN_WGMMA_TYPES(8, 64, "32", "33", "34", "35", "36", "37", "38")
   }

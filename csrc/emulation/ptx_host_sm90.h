@@ -57,13 +57,15 @@ void wgmma_hold(uint32_t (&)[STEPS][4]) {}
 
 template <class T, bool TRANS_B, int TILES>
 void wgmma_ss(float (&acc)[TILES][4], uint64_t a, uint64_t b, bool accumulate, ATTN_AT) {
-  static_assert(TILES == 8 || TILES == 12 || TILES == 16 || TILES == 24 || TILES == 32);
+  static_assert(TILES == 4 || TILES == 8 || TILES == 12 || TILES == 16 || TILES == 24 ||
+                TILES == 32);
   machine.wgmma({acc[0], nullptr, a, b, TILES, accumulate, TRANS_B, std::is_same_v<T, bf16>}, at);
 }
 template <class T, bool TRANS_B, int TILES>
 void wgmma_rs(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, bool accumulate,
               ATTN_AT) {
-  static_assert(TILES == 8 || TILES == 12 || TILES == 16 || TILES == 24 || TILES == 32);
+  static_assert(TILES == 4 || TILES == 8 || TILES == 12 || TILES == 16 || TILES == 24 ||
+                TILES == 32);
   machine.wgmma({acc[0], a, 0, b, TILES, accumulate, TRANS_B, std::is_same_v<T, bf16>}, at);
 }
 

@@ -8,23 +8,10 @@
 // is always the column of a fragment, so P and dS go from registers straight into the second
 // product (mma.cuh).
 #pragma once
+#include "../backward_parts.cuh"
 #include "forward.cuh"
 
 namespace attn::cuda::sm80 {
-
-// What a query brings to dS: LSE in units of log2(e), +inf where no pair counts; delta.
-struct RowGradient {
-  float lse, delta;
-
-  ATTN_DEVICE static RowGradient of(float lse, float delta) {
-    return {lse == -kInf ? kInf : lse * kLog2e, delta};  // -inf: an empty row
-  }
-  ATTN_DEVICE static RowGradient of(const Params& p, const Sequence& seq, int h, int i) {
-    if (i >= seq.seqlen_q) return {kInf, 0.0f};
-    const int64_t at = seq.lse_offset(p, h, i);
-    return of(static_cast<const float*>(p.ptr.lse)[at], p.delta[at]);
-  }
-};
 
 // One pair: product and dP in; P (as it weighs V) and dS (as it reaches the product) out.  Returns
 // dS before softcap, the gradient of the bias.

@@ -2,6 +2,8 @@
 // compiled for sm_90a only.
 #pragma once
 #include "../sm80/kernels.h"
+#include "backward_dkdv.cuh"
+#include "backward_dq.cuh"
 #include "forward.cuh"
 #include "kernels.h"
 
@@ -17,8 +19,38 @@ void run_forward(const Params& params, void* stream) {
   x.Q = make_tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));
   x.K = make_tensor_map(key_spec(p, params.ptr, Tile::BLOCK_N));
   x.V = make_tensor_map(value_spec(p, params.ptr, Tile::BLOCK_N));
-  launch(forward<T, HEAD_DIM>, sm80::grid_of(p.batch * p.heads_q * x.p.m_tiles), Tile::THREADS,
+  launch(forward<T, HEAD_DIM>, sm80::grid_of(p.batch * p.heads_q * x.p.m_tiles), THREADS,
          Tile::SMEM, stream, x);
+}
+
+// dQ, dK, dV, each where its pointer is not null; p.delta is filled.
+template <class T, int HEAD_DIM>
+void run_backward(const Params& params, void* stream) {
+  const Problem& p = params.p;
+  const Pointers& ptr = params.ptr;
+  const auto maps = [&](int rows_q, int rows_k) {
+    BackwardParams x{};
+    x.p = params;
+    x.p.m_tiles = int((p.seqlen_q + rows_q - 1) / rows_q);
+    x.p.n_tiles = int((p.seqlen_k + rows_k - 1) / rows_k);
+    x.Q = make_tensor_map(query_spec(p, ptr, rows_q));
+    x.K = make_tensor_map(key_spec(p, ptr, rows_k));
+    x.V = make_tensor_map(value_spec(p, ptr, rows_k));
+    x.dO = make_tensor_map(dout_spec(p, ptr, rows_q));
+    return x;
+  };
+  if (ptr.dq) {
+    using Tile = QueryGradientTile<HEAD_DIM>;
+    const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
+    launch(backward_dq<T, HEAD_DIM>, sm80::grid_of(p.batch * p.heads_q * x.p.m_tiles), THREADS,
+           Tile::SMEM, stream, x);
+  }
+  if (ptr.dk || ptr.dv) {
+    using Tile = KeyGradientTile<HEAD_DIM>;
+    const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
+    launch(backward_dkdv<T, HEAD_DIM>, sm80::grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
+           Tile::SMEM, stream, x);
+  }
 }
 
 }  // namespace attn::cuda::sm90

@@ -41,6 +41,10 @@ inline TensorSpec value_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr.v, p.v, p.heads_k, p.seqlen_k, p.head_dim_v, rows);
 }
 
+inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
+  return tensor_spec(p, ptr.dout, p.dout, p.heads_q, p.seqlen_q, p.head_dim_v, rows);
+}
+
 // "" when the kernels serve a plain call (launch.cu: is_general), else what they lack.
 inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
@@ -51,7 +55,14 @@ inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   return "";
 }
 
+inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
+  const std::string why = forward_problem(p, ptr);
+  return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
+}
+
 template <class T, int HEAD_DIM>
 void run_forward(const Params& p, void* stream);
+template <class T, int HEAD_DIM>
+void run_backward(const Params& p, void* stream);
 
 }  // namespace attn::cuda::sm90

@@ -5,22 +5,58 @@
 
 namespace attn::cuda::sm90 {
 
-constexpr int STAGES = 2, CONSUMER_WARPS = 8;
+constexpr int STAGES = 2, CONSUMER_WARPS = 8, THREADS = 384;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+constexpr int RING_BARS = 16 * STAGES;  // bytes of the mbarriers of one ring
+
+constexpr int slabs_of(int head_dim) { return (head_dim + 63) / 64; }  // of 64 columns
 
 // 64 rows a consumer warpgroup.  BLOCK_N: what 227 KiB of shared memory and 240 registers a thread
 // hold; of O, S and P, HEAD_DIM = 192 has 96 + 48 + 24, 256 has 128 + 32 + 16.
 template <int HEAD_DIM>
 struct ForwardTile90 {
-  static constexpr int BLOCK_M = 128, THREADS = 384;
+  static constexpr int BLOCK_M = 128;
   static constexpr int BLOCK_N = HEAD_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 96 : 64;
-  static constexpr int SLABS = (HEAD_DIM + 63) / 64;  // of 64 columns
+  static constexpr int SLABS = slabs_of(HEAD_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
-  static constexpr int SMEM = QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * STAGES * 16;
+  static constexpr int SMEM = QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
+};
+
+// dQ: 64 queries a consumer warpgroup, their rows of Q and dO resident.  Registers of dQ, S, dP and
+// packed dS: 32 + 64 + 64 + 32 (64), 64 + 32 + 32 + 16 (128), 96 + 32 + 32 + 16 (192), 128 + 16 +
+// 16 + 8 (256: 128 KiB of Q and dO leave room for 32 keys twice).
+template <int HEAD_DIM>
+struct QueryGradientTile {
+  static constexpr int BLOCK_M = 128;
+  static constexpr int BLOCK_N = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 192 ? 64 : 32;
+  static constexpr int SLABS = slabs_of(HEAD_DIM);
+  static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
+  static constexpr int SMEM = 2 * QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
+};
+
+// dK and dV: K and V of BLOCK_N keys resident, BLOCK_M queries at a time.  Up to 128 a consumer
+// warpgroup has 64 keys and both accumulators: 64 + 64 registers, S and dP 32 + 32, P and dS packed
+// 16 + 16.  Wider (SPLIT), both have the same 64 keys, one dV and the other dK, 128 registers, and
+// P goes from one to the other through shared memory.
+template <int HEAD_DIM>
+struct KeyGradientTile {
+  static constexpr bool SPLIT = HEAD_DIM > 128;
+  static constexpr int BLOCK_M = 64, BLOCK_N = SPLIT ? 64 : 128;
+  static constexpr int SLABS = slabs_of(HEAD_DIM);
+  static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
+  static constexpr int ROW_BYTES = 8 * BLOCK_M;  // LSE and delta
+  static constexpr int WEIGHT_BYTES = SPLIT ? 4 * BLOCK_M * BLOCK_N : 0;
+  static constexpr int SMEM = 2 * KEY_BYTES + 2 * STAGES * QUERY_BYTES + WEIGHT_BYTES +
+                              STAGES * ROW_BYTES + 8 + 2 * RING_BARS;
 };
 
 struct ForwardParams {
   Params p;
   TensorMap Q, K, V;
+};
+struct BackwardParams {
+  Params p;
+  TensorMap Q, K, V, dO;
 };
 
 }  // namespace attn::cuda::sm90

@@ -17,6 +17,8 @@
 #elif PART == 3
 #include "../../cuda/sm90/forward.cuh"
 #include "../../cuda/sm90/kernels.h"
+#elif PART >= 4
+#include "../../cuda/sm90/kernels.cuh"
 #else
 #include "../../cuda/sm80/backward.cuh"
 #endif
@@ -72,7 +74,7 @@ double run_all() {
 }
 #else
 using attn::cuda::Params;
-constexpr int D = PART == 3 ? 128 : 64, HQ = 2;
+constexpr int D = PART == 5 ? 192 : PART >= 3 ? 128 : 64, HQ = 2;
 
 struct Case {
   int sq, sk;
@@ -80,8 +82,10 @@ struct Case {
 };
 // Ragged and causal with several tiles of keys; more queries than keys, so that the first tile
 // sees nothing; whole tiles only.
-#if PART == 3  // tiles of 128: each ring goes round twice, and one warpgroup rests
+#if PART == 3    // tiles of 128: each ring goes round twice, and one warpgroup rests
 constexpr Case CASES[] = {{70, 500, true}, {200, 70, true}, {128, 512, false}};
+#elif PART >= 4  // likewise, of 64 queries and 64 or 128 keys
+constexpr Case CASES[] = {{70, 270, true}, {200, 70, true}, {64, 256, false}};
 #else
 constexpr Case CASES[] = {{70, 201, true}, {140, 70, true}, {64, 192, false}};
 #endif
@@ -156,7 +160,7 @@ double run_case(const Case& c) {
                         make_tensor_map(sm90::value_spec(p.p, p.ptr, Tile::BLOCK_N))};
   x.p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   machine.mode.smem_limit = 227 * 1024;
-  launch(sm90::forward<bf16, D>, {HQ * x.p.m_tiles, 1, 1}, Tile::THREADS, Tile::SMEM, nullptr, x);
+  launch(sm90::forward<bf16, D>, {HQ * x.p.m_tiles, 1, 1}, sm90::THREADS, Tile::SMEM, nullptr, x);
   return worse(distance(out, want.o), distance(lse.data(), want.lse.data(), HQ * c.sq));
 #elif PART == 1
   using Tile = ForwardTile<bf16, D>;
@@ -166,10 +170,14 @@ double run_case(const Case& c) {
          Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
   return worse(distance(out, want.o), distance(lse.data(), want.lse.data(), HQ * c.sq));
 #else
-  using Tile = BackwardTile<bf16, D>;
   std::copy(want.lse.begin(), want.lse.end(), lse.begin());
   p.ptr.dout = dout.data(), p.delta = delta.data();
   p.ptr.dq = out.data(), p.ptr.dk = dk.data(), p.ptr.dv = dv.data();
+#if PART >= 4
+  machine.mode.smem_limit = 227 * 1024;
+  sm90::run_backward<bf16, D>(p, nullptr);
+#else
+  using Tile = BackwardTile<bf16, D>;
   const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
   p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   launch(sm80::backward_dq<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS, smem,
@@ -177,6 +185,7 @@ double run_case(const Case& c) {
   p.n_tiles = (c.sk + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
          nullptr, p);
+#endif
   // of numbers of size 1 (dQ) to 20 (dV), rounded to bf16
   return worse(distance(out, want.dq), worse(distance(dk, want.dk) / 4, distance(dv, want.dv) / 4));
 #endif

@@ -1,0 +1,363 @@
+// dV = P^T dO and dK = scale * dS^T Q on Hopper, for the calls of forward.cuh.  Q, dO [B, Hq, Sq, D
+// or Dv], K, V, dK, dV [B, Hk, Sk, D or Dv].
+//
+// One CTA = BLOCK_N keys of one K/V head, three warpgroups.  A producer thread has the copy engine
+// bring K and V, then tiles of Q and dO, head after head of the group, through rings; another warp
+// of that warpgroup brings LSE and delta.  The two consumers compute S^T = K Q^T and dP^T = V dO^T
+// by wgmma from shared memory; P and dS are A operands where they lie, of dV += P^T dO and dK +=
+// dS^T Q.  Who does what: KeyGradientTile in traits.cuh.
+#pragma once
+#include "backward_parts.cuh"
+
+namespace attn::cuda::sm90 {
+
+// The keys of a CTA and the tiles of queries that see some of them.
+struct KeyTask {
+  int b, head_k, n0, first, tiles;  // tiles: of one head, from tile `first` on
+
+  ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n) {
+    const int x = block_id().x / p.n_tiles, heads_k = int(p.p.heads_k);
+    KeyTask t{x / heads_k, x % heads_k, block_id().x % p.n_tiles * block_n, 0, 0};
+    const Sequence seq = Sequence::of(p, t.b);
+    int lo, hi;
+    Band::of(p, seq).query_range(t.n0, min_int(t.n0 + block_n, seq.seqlen_k), seq.seqlen_q, lo, hi);
+    t.first = lo / block_m;
+    t.tiles = hi > lo ? ceil_div(hi, block_m) - t.first : 0;
+    return t;
+  }
+};
+
+// Addresses in shared memory.
+template <int HEAD_DIM>
+struct KeyMemory {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  uint32_t K, V, weights, rows, keys_full;
+  Ring<STAGES> Q, dO;  // Q's full mbarrier stands for LSE and delta too
+
+  ATTN_DEVICE static KeyMemory of(uint32_t base) {
+    KeyMemory m;
+    m.K = base, m.V = m.K + Tile::KEY_BYTES;
+    const uint32_t Q_smem = m.V + Tile::KEY_BYTES, dO_smem = Q_smem + STAGES * Tile::QUERY_BYTES;
+    m.weights = dO_smem + STAGES * Tile::QUERY_BYTES;
+    m.rows = m.weights + Tile::WEIGHT_BYTES;
+    m.keys_full = m.rows + STAGES * Tile::ROW_BYTES;
+    m.Q = {Q_smem, m.keys_full + 8, Tile::QUERY_BYTES};
+    m.dO = {dO_smem, m.keys_full + 8 + RING_BARS, Tile::QUERY_BYTES};
+    return m;
+  }
+  // LSE [BLOCK_M] and delta [BLOCK_M] of the tile whose turn it is.
+  ATTN_DEVICE uint32_t lse(int turn) const {
+    return rows + uint32_t(turn % STAGES) * Tile::ROW_BYTES;
+  }
+  ATTN_DEVICE uint32_t delta(int turn) const { return lse(turn) + 4 * Tile::BLOCK_M; }
+};
+
+// P^T in place of S^T   [64 keys, BLOCK_M]: keys `key` and key + 8 of this thread, queries m0..
+template <int TILES>
+ATTN_DEVICE void key_weights(float (&S)[TILES][4], const Score& score, uint32_t lse, int key,
+                             int m0, bool edge) {
+  const int column = 2 * (lane_id() & 3);
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) {
+    const U32x2 pair = lds_64(lse + 4 * (8 * n + column));
+    ATTN_UNROLL
+    for (int c = 0; c < 4; ++c)
+      S[n][c] = weight_of(S[n][c], score.p.scale_log2, as_float(c & 1 ? pair.y : pair.x));
+  }
+  if (edge) mask_weights(S, {Columns::of_key(score, key, m0), Columns::of_key(score, key + 8, m0)});
+}
+
+// dS^T in place of dP^T.
+template <int TILES>
+ATTN_DEVICE void key_gradients(float (&dP)[TILES][4], const float (&P)[TILES][4], uint32_t delta) {
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) {
+    const U32x2 pair = lds_64(delta + 4 * (8 * n + 2 * (lane_id() & 3)));
+    ATTN_UNROLL
+    for (int c = 0; c < 4; ++c)
+      dP[n][c] = gradient_of(P[n][c], dP[n][c], as_float(c & 1 ? pair.y : pair.x));
+  }
+}
+
+// acc += C B   [64, HEAD_DIM], C [64, 8 * TILES] in registers; until it is there.
+template <class T, int TILE_BYTES, int TILES, int ACC>
+ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], uint32_t B,
+                             bool edge, int group) {
+  if (edge && warpgroup_finds_nonfinite<T, TILE_BYTES>(B, group)) return add_visible<T>(acc, C, B);
+  uint32_t A[TILES / 2][4];
+  pack_weights<T>(A, C);
+  wgmma_hold(acc);
+  wgmma_hold(A);
+  wgmma_fence();
+  issue_sum<T>(acc, A, B);
+  wgmma_wait<0>();
+  wgmma_hold(acc);
+}
+
+// A consumer warpgroup with 64 keys of its own: registers, and a tile of queries at a time.
+template <class T, int HEAD_DIM>
+struct KeyGradients {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = HEAD_DIM / 8;
+
+  const Score& score;
+  const KeyMemory<HEAD_DIM>& smem;
+  int key, group;
+  float dK[ACC][4] = {}, dV[ACC][4] = {};
+
+  // S^T = K Q^T and dP^T = V dO^T   [64, BLOCK_M].  Issued.
+  ATTN_DEVICE void scores(float (&S)[TILES][4], int turn) {
+    smem.Q.wait(turn);
+    wgmma_fence();
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(S, smem.K + group * 64 * 128, smem.Q.tile(turn));
+  }
+  ATTN_DEVICE void value_products(float (&dP)[TILES][4], int turn) {
+    smem.dO.wait(turn);
+    wgmma_fence();  // for each, else ptxas finds the wait's loop in the way of dP's registers
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(dP, smem.V + group * 64 * 128, smem.dO.tile(turn));
+  }
+
+  // A tile with pairs that do not count: one after the other, which needs fewer registers.
+  ATTN_DEVICE void edge(int turn, int m0) {
+    float S[TILES][4], dP[TILES][4];
+    scores(S, turn);
+    wgmma_wait<0>();
+    wgmma_hold(S);
+    key_weights(S, score, smem.lse(turn), key, m0, true);
+    smem.dO.wait(turn);
+    add_product<T, Tile::QUERY_BYTES>(dV, S, smem.dO.tile(turn), true, group);
+    value_products(dP, turn);
+    wgmma_wait<0>();
+    wgmma_hold(dP);
+    smem.dO.release(turn);
+    key_gradients(dP, S, smem.delta(turn));
+    add_product<T, Tile::QUERY_BYTES>(dK, dP, smem.Q.tile(turn), true, group);
+    smem.Q.release(turn);
+  }
+
+  // A tile whose every pair counts: P is computed while dP is, dS while dV is.
+  ATTN_DEVICE void whole(int turn, int m0) {
+    float S[TILES][4], dP[TILES][4];
+    uint32_t A[TILES / 2][4], A_dS[TILES / 2][4];
+    scores(S, turn);
+    value_products(dP, turn);
+    wgmma_wait<1>();  // S is there
+    wgmma_hold(S);
+    key_weights(S, score, smem.lse(turn), key, m0, false);
+    pack_weights<T>(A, S);
+    wgmma_hold(dV);
+    wgmma_hold(A);
+    wgmma_fence();
+    issue_sum<T>(dV, A, smem.dO.tile(turn));
+    wgmma_wait<1>();  // dP is there
+    wgmma_hold(dP);
+    key_gradients(dP, S, smem.delta(turn));
+    pack_weights<T>(A_dS, dP);
+    wgmma_hold(dK);
+    wgmma_hold(A_dS);
+    wgmma_fence();
+    issue_sum<T>(dK, A_dS, smem.Q.tile(turn));
+    wgmma_wait<1>();  // dV is there
+    wgmma_hold(dV);
+    smem.dO.release(turn);
+    wgmma_wait<0>();  // dK is there
+    wgmma_hold(dK);
+    smem.Q.release(turn);
+  }
+
+  ATTN_DEVICE void add(int turn, int m0, bool check) { check ? edge(turn, m0) : whole(turn, m0); }
+  ATTN_DEVICE void skip(int turn) const {  // nothing for this warpgroup, but it frees the buffers
+    smem.Q.wait(turn);
+    smem.Q.release(turn);
+    smem.dO.wait(turn);
+    smem.dO.release(turn);
+  }
+};
+
+// One of two consumer warpgroups with the same 64 keys (Tile::SPLIT): the first has P^T and dV, the
+// second dP^T and dK, and gets P through shared memory, [tile][thread] 16 bytes of a fragment.
+template <class T, int HEAD_DIM>
+struct SplitGradient {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = HEAD_DIM / 8;
+  static constexpr int WEIGHTS_FULL = 3, WEIGHTS_EMPTY = 4;  // named barriers
+
+  const Score& score;
+  const KeyMemory<HEAD_DIM>& smem;
+  int key, count;  // count: of turns
+  float acc[ACC][4] = {};
+
+  ATTN_DEVICE uint32_t weight(int n) const {
+    return smem.weights + uint32_t(n * 128 + thread_id() % 128) * 16;
+  }
+  // C = A B^T   [64, BLOCK_M], both resident; until it is there.
+  ATTN_DEVICE void product(float (&C)[TILES][4], uint32_t A, uint32_t B) {
+    wgmma_hold(acc);
+    wgmma_fence();
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(C, A, B);
+    wgmma_wait<0>();
+    wgmma_hold(C);
+  }
+  ATTN_DEVICE void release(int turn) const {
+    smem.Q.release(turn);
+    smem.dO.release(turn);
+  }
+
+  // The first: S^T = K Q^T, dV += P^T dO.
+  ATTN_DEVICE void add_values(int turn, int m0, bool edge) {
+    float P[TILES][4];
+    smem.Q.wait(turn);
+    product(P, smem.K, smem.Q.tile(turn));
+    key_weights(P, score, smem.lse(turn), key, m0, edge);
+    if (turn) named_barrier_sync<WEIGHTS_EMPTY>(256);  // the second has read P of the turn before
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n)
+      sts_128(weight(n), {as_uint(P[n][0]), as_uint(P[n][1]), as_uint(P[n][2]), as_uint(P[n][3])});
+    named_barrier_arrive<WEIGHTS_FULL>(256);
+    smem.dO.wait(turn);
+    add_product<T, Tile::QUERY_BYTES>(acc, P, smem.dO.tile(turn), edge, 0);
+    release(turn);
+  }
+
+  // The second: dP^T = V dO^T, dK += dS^T Q.
+  ATTN_DEVICE void add_keys(int turn, bool edge) {
+    float P[TILES][4], dP[TILES][4];
+    smem.dO.wait(turn);
+    product(dP, smem.V, smem.dO.tile(turn));
+    named_barrier_sync<WEIGHTS_FULL>(256);  // P of this turn is there
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) {
+      const U32x4 w = lds_128(weight(n));
+      P[n][0] = as_float(w.x), P[n][1] = as_float(w.y);
+      P[n][2] = as_float(w.z), P[n][3] = as_float(w.w);
+    }
+    if (turn + 1 < count) named_barrier_arrive<WEIGHTS_EMPTY>(256);
+    smem.Q.wait(turn);
+    key_gradients(dP, P, smem.delta(turn));
+    add_product<T, Tile::QUERY_BYTES>(acc, dP, smem.Q.tile(turn), edge, 1);
+    release(turn);
+  }
+};
+
+// rows key and key + 8 of dK or dV from fragments
+template <class T, int ACC>
+ATTN_DEVICE void store_keys(const Params& p, const KeyTask& task, void* out, const Strides& stride,
+                            const float (&acc)[ACC][4], int key, float factor, int64_t dim) {
+  if (!out) return;
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int j = key + 8 * r;
+    if (j >= int(p.p.seqlen_k)) continue;
+    store_row(static_cast<T*>(out) + task.b * stride.b + task.head_k * stride.h + j * stride.s, acc,
+              r, factor, int(dim));
+  }
+}
+
+// add(turn, first query) for each tile of queries of each head of the group.
+template <int BLOCK_M, class Add>
+ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add& add) {
+  int turn = 0;
+  ATTN_NO_UNROLL
+  for (int h = 0; h < p.group; ++h) {
+    ATTN_NO_UNROLL
+    for (int t = 0; t < task.tiles; ++t, ++turn) add(turn, h, (task.first + t) * BLOCK_M);
+  }
+}
+
+template <class T, int HEAD_DIM>
+ATTN_DEVICE void consume_queries(const Params& p, const Sequence& seq, const KeyTask& task,
+                                 const KeyMemory<HEAD_DIM>& smem) {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  constexpr int M = Tile::BLOCK_M;
+  const int group = warp_id() / 4 - 1, first_key = task.n0 + (Tile::SPLIT ? 0 : 64 * group);
+  const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const Score score(p, seq);
+  if (task.tiles) mbarrier_wait(smem.keys_full, 0);
+  if constexpr (Tile::SPLIT) {
+    SplitGradient<T, HEAD_DIM> mine{score, smem, key, p.group * task.tiles};
+    each_query_tile<M>(p, task, [&](int turn, int, int m0) {
+      const bool edge = has_edge(score, m0, m0 + M, first_key, first_key + 64);
+      group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
+    });
+    if (group)
+      store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.acc, key, p.scale, p.p.head_dim);
+    else
+      store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.acc, key, 1.0f, p.p.head_dim_v);
+  } else {
+    int lo = 0, hi = 0;  // queries that see some key of the warpgroup
+    const int end_key = min_int(first_key + 64, seq.seqlen_k);
+    if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
+    KeyGradients<T, HEAD_DIM> mine{score, smem, key, group};
+    each_query_tile<M>(p, task, [&](int turn, int, int m0) {
+      if (m0 < hi && m0 + M > lo)
+        mine.add(turn, m0, has_edge(score, m0, m0 + M, first_key, first_key + 64));
+      else
+        mine.skip(turn);
+    });
+    store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
+    store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
+  }
+}
+
+// The producer's thread: K and V, then all tiles of queries.
+template <int HEAD_DIM>
+ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
+                                 const KeyMemory<HEAD_DIM>& smem) {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
+  mbarrier_arrive_expect_tx(smem.keys_full, 2 * Tile::KEY_BYTES);
+  load_rows<S, N>(smem.K, x.K, smem.keys_full, task.n0, task.head_k, task.b);
+  load_rows<S, N>(smem.V, x.V, smem.keys_full, task.n0, task.head_k, task.b);
+  each_query_tile<M>(x.p, task, [&](int turn, int h, int m0) {
+    const int head = task.head_k * x.p.group + h;
+    smem.Q.template load<S, M>(turn, x.Q, m0, head, task.b);
+    smem.dO.template load<S, M>(turn, x.dO, m0, head, task.b);
+  });
+}
+
+// The producer's second warp: LSE and delta of all tiles of queries.
+template <int HEAD_DIM>
+ATTN_DEVICE void produce_rows(const Params& p, const Sequence& seq, const KeyTask& task,
+                              const KeyMemory<HEAD_DIM>& smem) {
+  constexpr int M = KeyGradientTile<HEAD_DIM>::BLOCK_M;
+  each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
+    smem.Q.wait_empty(turn);
+    ATTN_NO_UNROLL
+    for (int r = lane_id(); r < M; r += 32) {
+      const RowGradient row = RowGradient::of(p, seq, task.head_k * p.group + h, m0 + r);
+      sts_f32(smem.lse(turn) + 4 * r, row.lse);
+      sts_f32(smem.delta(turn) + 4 * r, row.delta);
+    }
+    sync_warp();  // every lane has stored
+    if (lane_id() == 0) mbarrier_arrive(smem.Q.full_bar(turn));
+  });
+}
+
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(THREADS, 1)
+void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  const Params& p = x.p;
+  const auto smem = KeyMemory<HEAD_DIM>::of(smem_base());
+  const KeyTask task = KeyTask::of(p, Tile::BLOCK_M, Tile::BLOCK_N);
+  const Sequence seq = Sequence::of(p, task.b);
+
+  if (thread_id() == 0) {
+    mbarrier_init(smem.keys_full, 1);
+    smem.Q.init(2);  // the copy engine's thread, and the warp of LSE and delta
+    smem.dO.init();
+    fence_mbarrier_init();
+  }
+  sync_threads();  // the mbarriers are there
+
+  if (warp_id() < 4) {
+    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    if (warp_id() == 0 && elect_one() && task.tiles) produce_queries<HEAD_DIM>(x, task, smem);
+    if (warp_id() == 1) produce_rows<HEAD_DIM>(p, seq, task, smem);
+  } else {
+    setmaxnreg_inc<CONSUMER_REGISTERS>();
+    consume_queries<T, HEAD_DIM>(p, seq, task, smem);
+  }
+}
+
+}  // namespace attn::cuda::sm90

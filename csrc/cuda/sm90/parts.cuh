@@ -1,0 +1,129 @@
+// What the Hopper kernels share: rings of buffers between the copy engine and the consumers,
+// products of tiles by wgmma, and the slow products that step around NaN.
+//
+// Tiles in shared memory are slabs of 64 columns, [slab][row][128 bytes], swizzled; columns beyond
+// D and rows beyond the tensor are the engine's zeros.
+#pragma once
+#include "../forward_parts.cuh"
+#include "traits.cuh"
+
+namespace attn::cuda::sm90 {
+
+// All slabs of rows r0.. of one head, announced on `bar` by the caller.
+template <int SLABS, int ROWS>
+ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, int r0, int head,
+                           int b) {
+  ATTN_UNROLL
+  for (int slab = 0; slab < SLABS; ++slab)
+    tma_load_4d(tile + uint32_t(slab * ROWS * 128), map, bar, 64 * slab, r0, head, b);
+}
+
+// A ring of STAGES buffers: full and empty mbarriers, 8 bytes each.
+template <int STAGES>
+struct Ring {
+  uint32_t tiles, full, bytes;
+  ATTN_DEVICE uint32_t tile(int i) const { return tiles + uint32_t(i % STAGES) * bytes; }
+  ATTN_DEVICE uint32_t full_bar(int i) const { return full + uint32_t(i % STAGES) * 8; }
+  ATTN_DEVICE uint32_t empty_bar(int i) const { return full_bar(i) + 8 * STAGES; }
+  ATTN_DEVICE static uint32_t parity(int i) { return uint32_t(i / STAGES) & 1; }
+
+  ATTN_DEVICE void init(int producers = 1) const {
+    for (int s = 0; s < STAGES; ++s) {
+      mbarrier_init(full_bar(s), producers);
+      mbarrier_init(empty_bar(s), CONSUMER_WARPS);
+    }
+  }
+  // Producer: all slabs of rows r0.. of one head into buffer i.
+  template <int SLABS, int ROWS>
+  ATTN_DEVICE void load(int i, const TensorMap& map, int r0, int head, int b) const {
+    wait_empty(i);
+    mbarrier_arrive_expect_tx(full_bar(i), int(bytes));
+    load_rows<SLABS, ROWS>(tile(i), map, full_bar(i), r0, head, b);
+  }
+  // Producers, before they write buffer i.
+  ATTN_DEVICE void wait_empty(int i) const {
+    mbarrier_wait(empty_bar(i), parity(i) ^ 1);  // every consumer has read the tile before
+  }
+  ATTN_DEVICE void wait(int i) const { mbarrier_wait(full_bar(i), parity(i)); }
+  // Consumers, once a warp: it reads buffer i no more.
+  ATTN_DEVICE void release(int i) const {
+    sync_warp();  // every lane has read
+    if (lane_id() == 0) mbarrier_arrive(empty_bar(i));
+  }
+};
+
+// C = A B^T   [64, 8 * TILES] a warpgroup, over HEAD_DIM columns.  A: its first row, in a tile of
+// A_ROWS; B: a tile of 8 * TILES rows.  Issued, not waited for.
+template <class T, int HEAD_DIM, int A_ROWS, int TILES>
+ATTN_DEVICE void issue_rows(float (&C)[TILES][4], uint32_t A, uint32_t B) {
+  ATTN_UNROLL
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    const uint32_t slab = step / 4, column = step % 4 * 32;
+    wgmma_ss<T, false>(C, wgmma_descriptor(A + slab * A_ROWS * 128 + column),
+                       wgmma_descriptor(B + slab * (8 * TILES) * 128 + column), step > 0);
+  }
+  wgmma_commit();
+}
+
+// acc += P V   [64, HEAD_DIM] a warpgroup: P [STEPS] as A operands, V a tile of 16 * STEPS rows.
+// Issued, not waited for.
+template <class T, int ACC, int STEPS>
+ATTN_DEVICE void issue_sum(float (&acc)[ACC][4], const uint32_t (&P)[STEPS][4], uint32_t V) {
+  ATTN_UNROLL
+  for (int step = 0; step < STEPS; ++step)
+    wgmma_rs<T, true>(acc, P[step], wgmma_descriptor(V + step * 2048, STEPS * 16 * 128), true);
+  wgmma_commit();
+}
+
+// C fragments of P as A operands (mma.cuh): two neighbouring tiles each.
+template <class T, int TILES>
+ATTN_DEVICE void pack_weights(uint32_t (&P)[TILES / 2][4], const float (&S)[TILES][4]) {
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) {
+    P[n / 2][n % 2 * 2] = pack<T>(S[n][0], S[n][1]);
+    P[n / 2][n % 2 * 2 + 1] = pack<T>(S[n][2], S[n][3]);
+  }
+}
+
+// True in the whole warpgroup when the tile holds NaN or infinities.
+template <class T, int BYTES>
+ATTN_DEVICE bool warpgroup_finds_nonfinite(uint32_t tile, int group) {
+  bool bad = false;
+  ATTN_NO_UNROLL
+  for (int at = 16 * (thread_id() % 128); at < BYTES; at += 16 * 128) {
+    const U32x4 v = lds_128(tile + at);
+    bad |= !(word_is_finite(T{}, v.x) && word_is_finite(T{}, v.y) && word_is_finite(T{}, v.z) &&
+             word_is_finite(T{}, v.w));
+  }
+  return group == 0 ? named_barrier_or<1>(128, bad) : named_barrier_or<2>(128, bad);
+}
+
+// O += P V key by key, only where P != 0: what excluded rows of V hold is not touched.  Slow.
+template <class T, int TILES, int ACC>
+ATTN_DEVICE void add_visible(float (&O)[ACC][4], const float (&P)[TILES][4], uint32_t V) {
+  const int quad = lane_id() & 28, t = lane_id() & 3;
+  ATTN_UNROLL
+  for (int tile = 0; tile < TILES; ++tile) {  // unrolled: P in registers
+    ATTN_NO_UNROLL
+    for (int key = 0; key < 8; ++key) {
+      float weight[2];
+      ATTN_UNROLL
+      for (int r = 0; r < 2; ++r)
+        weight[r] = shfl(key & 1 ? P[tile][2 * r + 1] : P[tile][2 * r], quad | key >> 1);
+      const uint32_t row = V + uint32_t(8 * tile + key) * 128 + 4 * t;
+      ATTN_UNROLL
+      for (int n = 0; n < ACC; ++n) {
+        const uint32_t word =
+            lds_32(row + uint32_t(n / 8 * 8 * TILES * 128) + uint32_t((n % 8 ^ key) << 4));
+        ATTN_UNROLL
+        for (int r = 0; r < 2; ++r)
+          if (weight[r] != 0.0f) {
+            O[n][2 * r] = fmaf(weight[r], unpack_lo<T>(word), O[n][2 * r]);
+            O[n][2 * r + 1] = fmaf(weight[r], unpack_hi<T>(word), O[n][2 * r + 1]);
+          }
+      }
+    }
+  }
+}
+
+}  // namespace attn::cuda::sm90

@@ -1,0 +1,108 @@
+"""Bugs that test_emulator_mutations.py plants in the Hopper backward kernels."""
+
+from planted_bugs import ALL_MODES, Mutant
+
+DQ, DKDV, PARTS = (f"cuda/sm90/{n}.cuh" for n in ("backward_dq", "backward_dkdv", "backward_parts"))
+HOPPER_BACKWARD, HOPPER_SPLIT = (
+    4,
+    5,
+)  # PART of mutant.cpp: D = 128; D = 192, dK and dV by different warpgroups
+
+ROWS = {  # as the fields of Mutant
+    "Q read before it has landed": (
+        HOPPER_BACKWARD, DKDV,
+        "    smem.Q.wait(turn);\n    wgmma_fence();\n", "    wgmma_fence();\n",
+        ("poison", "race", "all"),
+    ),
+    "dO read before it has landed": (
+        HOPPER_BACKWARD, DKDV,
+        "    smem.dO.wait(turn);\n    wgmma_fence();  //", "    wgmma_fence();  //",
+        ("race", "all"),
+    ),
+    "Q freed while wgmma reads it": (
+        HOPPER_BACKWARD, DKDV,
+        "    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n    smem.Q.release(turn);",
+        "    smem.Q.release(turn);\n    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);",
+        ("race", "all"), ("plain",),
+    ),
+    "S read before the wait": (
+        HOPPER_BACKWARD, DKDV,
+        "wgmma_wait<1>();  // S is there", "wgmma_wait<2>();  // S is there",
+        ("poison", "all"),
+    ),
+    "dP read before the wait": (
+        HOPPER_BACKWARD, DKDV,
+        "wgmma_wait<1>();  // dP is there", "wgmma_wait<2>();  // dP is there",
+        ("poison", "all"),
+    ),
+    "dK stored before the wait": (
+        HOPPER_BACKWARD, DKDV,
+        "wgmma_wait<0>();  // dK is there", "wgmma_wait<1>();  // dK is there",
+        ("all",),
+    ),
+    "LSE read before it is there": (
+        HOPPER_BACKWARD, DKDV, "smem.Q.init(2);", "smem.Q.init(1);", ALL_MODES,
+    ),
+    "LSE overwritten while it is read": (
+        HOPPER_BACKWARD, DKDV, "    smem.Q.wait_empty(turn);\n", "", ("race", "all"),
+    ),
+    "LSE announced before every lane has stored": (
+        HOPPER_BACKWARD, DKDV, "    sync_warp();  // every lane has stored\n", "", ("race", "all"),
+    ),
+    "delta taken from LSE": (
+        HOPPER_BACKWARD, DKDV, "lse(turn) + 4 * Tile::BLOCK_M", "lse(turn)", ALL_MODES,
+    ),
+    "K, V not waited for": (
+        HOPPER_BACKWARD, DKDV, "  if (task.tiles) mbarrier_wait(smem.keys_full, 0);\n", "",
+        ("poison", "race", "all"),
+    ),
+    "bytes of V not announced": (
+        HOPPER_BACKWARD, DKDV,
+        "2 * Tile::KEY_BYTES);\n  load_rows", "Tile::KEY_BYTES);\n  load_rows",
+        ALL_MODES,
+    ),
+    "both warpgroups take V of the first keys": (
+        HOPPER_BACKWARD, DKDV, "smem.V + group * 64 * 128", "smem.V", ALL_MODES,
+    ),
+    "rows of the mask": (
+        HOPPER_BACKWARD, DKDV,
+        "Columns::of_key(score, key + 8, m0)", "Columns::of_key(score, key, m0)",
+        ALL_MODES,
+    ),
+    "keys beyond the last query's band": (
+        HOPPER_BACKWARD, PARTS, "(8 * n + c < hi)", "(8 * n + c <= hi)", ALL_MODES,
+    ),
+    "an edge taken for whole": (
+        HOPPER_BACKWARD, PARTS,
+        "!score.band.full(i0, i1, j0, j1)", "!score.band.full(i1 - 1, i1, j0, j1)",
+        ALL_MODES,
+    ),
+    "one head of the group for all": (
+        HOPPER_BACKWARD, DKDV,
+        "task.head_k * x.p.group + h;", "task.head_k * x.p.group;", ALL_MODES,
+    ),
+    "stride between slabs of K": (
+        HOPPER_BACKWARD, DKDV,
+        "issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(S,", "issue_rows<T, HEAD_DIM, M>(S,",
+        ALL_MODES,
+    ),
+    "dQ: K freed while wgmma reads it": (
+        HOPPER_BACKWARD, DQ,
+        "      issue_sum<T>(dQ, A, K.tile(turn));\n      wgmma_wait<0>();\n",
+        "      issue_sum<T>(dQ, A, K.tile(turn));\n", ALL_MODES,
+    ),
+    "dQ: no fence between dS and its product": (
+        HOPPER_BACKWARD, DQ, "      wgmma_fence();\n      issue_sum", "      issue_sum", ALL_MODES,
+    ),
+    "split: P read before it is there": (
+        HOPPER_SPLIT, DKDV,
+        "    named_barrier_sync<WEIGHTS_FULL>(256);  // P of this turn is there\n",
+        "    named_barrier_arrive<WEIGHTS_FULL>(256);\n", ("race", "all"),
+    ),
+    "split: P overwritten while it is read": (
+        HOPPER_SPLIT, DKDV,
+        "    if (turn) named_barrier_sync<WEIGHTS_EMPTY>(256);",
+        "    if (turn) named_barrier_arrive<WEIGHTS_EMPTY>(256);", ("race", "all"),
+    ),
+}  # fmt: skip
+MUTANTS = {f"sm90 backward: {name}": Mutant(*row) for name, row in ROWS.items()}

@@ -93,7 +93,10 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
 def _alignment(bias, is_causal: bool, query, key) -> str:
     """What a CausalBias means; its elements are never set, only its description is."""
     if is_causal:
-        raise ValueError("attn_mask must be None when is_causal=True, got a CausalBias")
+        raise ValueError(
+            "attn_mask must be None when is_causal=True: CausalBias should not be used with "
+            "causal=True"
+        )
     told, needed = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
     if told != needed:
         raise ValueError(f"attn_mask must be a CausalBias of lengths {needed}, got {told}")
@@ -195,7 +198,7 @@ def _fold_mask(mask, batch: tuple, seqlen_q, seqlen_k):
     full = (*batch, seqlen_q, seqlen_k)
     if mask.dim() > len(full) or any(
         size not in (1, want)
-        for size, want in zip(reversed(mask.shape), reversed(full), strict=False)
+        for size, want in zip(mask.shape, full[len(full) - mask.dim() :], strict=True)
     ):
         raise ValueError(
             f"attn_mask must be broadcastable to {full}, got shape {tuple(mask.shape)}"

@@ -192,7 +192,7 @@ def scores(
     shape = value.shape
     if len(shape) > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got shape {tuple(shape)}")
-    for size, want in zip(reversed(shape), reversed(full), strict=False):
+    for size, want in zip(shape, full[4 - len(shape) :], strict=True):
         if size != want and size != 1:
             raise ValueError(f"{name} must be broadcastable to {full}, got shape {tuple(shape)}")
     return value if len(shape) == 4 else value[(None,) * (4 - len(shape))]
@@ -290,7 +290,7 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *scalars) -> tuple:
 def decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table) -> None:
     """Check q [B, Hq, Sq, D] against a contiguous or paged cache."""
     names = ("q", "k_cache", "v_cache")
-    for name, value in zip(names, (q, k_cache, v_cache), strict=False):
+    for name, value in zip(names, (q, k_cache, v_cache), strict=True):
         if value.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(value.shape)}")
     same_kind(

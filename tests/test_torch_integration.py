@@ -2,8 +2,10 @@
 tensors, pickling.
 """
 
+import ast
 import copy
 import io
+import pathlib
 import pickle
 
 import pytest
@@ -447,3 +449,20 @@ def test_flop_counter():
     with FlopCounterMode(display=False) as counter:
         attn_ext.attention(q, q, q).sum().backward()
     assert counter.get_total_flops() == forward * 7 // 2  # forward 2 matmuls, backward 5
+
+
+def test_traced_code_zips_what_is_equally_long():
+    """torch 2.6's torch.compile takes every zip as strict: a mask of two dimensions, zipped with
+    the four that it broadcasts to, could not be compiled.  (CI has one torch only.)
+    """
+    package = pathlib.Path(attn_ext.__file__).parent
+    files = [package / f"{n}.py" for n in ("api", "decode", "torch_sdpa", "validate", "functions")]
+    files += [*package.glob("integrations/*.py"), *package.glob("nn/*.py")]
+    loose = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
+                strict = [k.value.value for k in node.keywords if k.arg == "strict"]
+                if strict != [True] and "tolist" not in ast.unparse(node):  # tolist is eager only
+                    loose.append(f"{file.name}:{node.lineno}")
+    assert len(files) > 15 and loose == []

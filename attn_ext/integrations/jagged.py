@@ -11,6 +11,10 @@ import torch
 from attn_ext import validate
 from attn_ext.api import attention_varlen
 
+# torch 2.6 cannot trace the lengths that a nested tensor keeps ("Unexpected type in sourceless
+# builder torch.SymInt").
+_LENGTHS_ARE_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+
 
 def is_jagged(*tensors) -> bool:
     """Whether all are nested tensors of the jagged layout."""
@@ -37,6 +41,13 @@ def values(query, key, value) -> tuple:
     return tuple(_packed(name, x)[0] for name, x in named)
 
 
+def _known_lengths(query, key) -> tuple:
+    """(shortest, longest query sequence, longest key sequence), each None where it is not known."""
+    if torch.compiler.is_compiling() and not _LENGTHS_ARE_TRACED:
+        return None, None, None
+    return query._maybe_min_seqlen, query._maybe_max_seqlen, key._maybe_max_seqlen
+
+
 def serve(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
 ) -> torch.Tensor:
@@ -57,12 +68,13 @@ def serve(
         )
     cu_q = offsets_q.to(torch.int32)
     cu_k = cu_q if offsets_k is offsets_q else offsets_k.to(torch.int32)
+    shortest, longest, longest_k = _known_lengths(query, key)
     out = attention_varlen(
-        q, k, v, cu_q, cu_k, query._maybe_max_seqlen, key._maybe_max_seqlen,
+        q, k, v, cu_q, cu_k, longest, longest_k,
         causal="top_left" if is_causal else False, dropout_p=dropout_p, scale=scale,
         backend=backend,
     )  # fmt: skip
     nested = torch.nested.nested_tensor_from_jagged(
-        out, offsets_q, min_seqlen=query._maybe_min_seqlen, max_seqlen=query._maybe_max_seqlen
+        out, offsets_q, min_seqlen=shortest, max_seqlen=longest
     )
     return nested.transpose(1, 2)

@@ -141,9 +141,10 @@ def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -
         dtype = torch.get_autocast_dtype(device.type)
     if isinstance(attn_mask, torch.Tensor) and _foreign(attn_mask):
         raise NotImplementedError(f"attn_mask is a tensor subclass, {type(attn_mask).__name__}")
-    is_causal = is_causal or isinstance(attn_mask, CausalBias)
-    mask = isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool
-    bias = not (attn_mask is None or mask or isinstance(attn_mask, CausalBias))
+    described = isinstance(attn_mask, CausalBias)  # torch 2.6: even its dtype raises
+    is_causal = is_causal or described
+    mask = isinstance(attn_mask, torch.Tensor) and not described and attn_mask.dtype == torch.bool
+    bias = not (attn_mask is None or mask or described)
     grads = torch.is_grad_enabled()
     bias_grad = bias and grads and attn_mask.requires_grad
     grad = grads and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -190,7 +191,7 @@ def _call(
         try:
             return _eager(backend, query, key, value, *options)
         except (NotImplementedError, ValueError, TypeError) as error:
-            if strict:
+            if strict or (isinstance(attn_mask, CausalBias) and is_causal):  # torch's error too
                 raise
             reason = str(error)
         _left_to_torch(reason, _to_torch)

@@ -100,12 +100,15 @@ def _ends(intervals: list) -> list:
 
 
 def _longest(intervals: list) -> int:
-    return max([0, *[end - first for first, end in intervals]])  # torch.compile traces this form
+    longest = 0
+    for first, end in intervals:  # torch 2.6's torch.compile cannot trace max() of a list
+        longest = max(longest, end - first)
+    return longest
 
 
 def _packed(x, intervals: list):
     """x [1, M, ..., K] without the room between the blocks."""
-    if all(first == at for (first, _), at in zip(intervals, _ends(intervals), strict=False)):
+    if all(first == at for (first, _), at in zip(intervals, _ends(intervals)[:-1], strict=True)):
         return x
     return x[:, torch.cat([torch.arange(*block, device=x.device) for block in intervals])]
 

@@ -163,7 +163,7 @@ class _SeqLenInfo:
 
     def intervals(self) -> list[tuple[int, int]]:
         """(first, end) of each block."""
-        return list(zip(self.seqstart_py, self.seqstart_py[1:], strict=False))
+        return list(zip(self.seqstart_py[:-1], self.seqstart_py[1:], strict=True))
 
     def split(self, x, batch_sizes=None) -> list[torch.Tensor]:
         """x [1, total, ...] as a list of [batch, length, ...]."""
@@ -202,7 +202,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
     def intervals(self):
         return [
             (start, start + used)
-            for start, used in zip(self.seqstart_py, self.seqlen_py, strict=False)
+            for start, used in zip(self.seqstart_py[:-1], self.seqlen_py, strict=True)
         ]
 
     def split(self, x, batch_sizes=None):

@@ -68,7 +68,7 @@ def logical(attn_bias) -> list[tuple[int, int]]:
     """
     info = attn_bias.k_seqinfo
     if "Gappy" in type(attn_bias).__name__:  # there seqlen is where a block ends
-        return list(zip(info.seqstart_py, info.seqlen_py, strict=False))
+        return list(zip(info.seqstart_py[: len(info.seqlen_py)], info.seqlen_py, strict=True))
     return [(0, used) for used in info.seqlen_py]
 
 

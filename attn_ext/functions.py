@@ -18,6 +18,13 @@ _BIAS, _SINK = 4, 6
 _UNFOLDABLE = (8, 9, 10, 11)  # cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table
 
 
+def _batched(tensor) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) or jacobian(vectorize=True) gave it: many
+    gradients at once, without memory of their own, outside of torch.func.
+    """
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def _scatter(needs, results) -> tuple:
     grads: list = [None] * (TENSORS + 1)
     for index, need, grad in zip(GRADS, needs, results, strict=True):
@@ -50,7 +57,12 @@ class EagerAttention(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[i] for i in GRADS)
         if dout is None:
             dout = torch.zeros_like(out)
-        if torch.is_grad_enabled():  # create_graph: the gradients must refuse to be differentiated
+        if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
+            args = (*tensors, *ctx.rest, needs)
+            results = torch.ops.attn_ext.backward(dout, dlse, out, lse, *args)
+        elif (
+            torch.is_grad_enabled()
+        ):  # create_graph: the gradients must refuse to be differentiated
             results = EagerBackward.apply(needs, ctx.rest, dout, dlse, out, lse, *tensors)
         else:
             results = ops.backward_eager(dout, dlse, out, lse, (*tensors, *ctx.rest), needs)

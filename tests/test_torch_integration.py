@@ -466,3 +466,26 @@ def test_traced_code_zips_what_is_equally_long():
                 if strict != [True] and "tolist" not in ast.unparse(node):  # tolist is eager only
                     loose.append(f"{file.name}:{node.lineno}")
     assert len(files) > 15 and loose == []
+
+
+@pytest.mark.parametrize("case", ["everything", "dropout", "varlen", "additive"])
+def test_batched_gradients(case, device):
+    """Many gradients at once outside of torch.func (jacobian(vectorize=True), gradcheck's
+    check_batched_grad), which come without memory of their own.
+    """
+    options = OPTIONS.get(case, dict(causal=True))
+    call = random_call(seqlen_q=4, seqlen_k=4, head_dim=3, device=device, **options)
+    leaves = [x for x in (call.q, call.k, call.v, call.bias, call.sink) if x is not None]
+    leaves = [x.requires_grad_() for x in leaves]
+    if case == "additive":
+        leaves.append(torch.randn(call.q.shape[1], 3, device=device, requires_grad=True))
+        outs = attn_ext.additive_attention(call.q, call.k, call.v, leaves[-1], return_lse=True)
+    else:
+        fields = [getattr(call, name) for name in call.__dataclass_fields__]
+        outs = attn_ext.ops.run((*fields, True, call.bias is not None, "auto"))[:2]
+    seeds = [torch.randn(3, *x.shape, device=device) for x in outs]
+    together = torch.autograd.grad(outs, leaves, seeds, is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        one = torch.autograd.grad(outs, leaves, [s[n] for s in seeds], retain_graph=True)
+        for got, want in zip(together, one, strict=True):
+            torch.testing.assert_close(got[n], want)

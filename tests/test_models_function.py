@@ -226,6 +226,31 @@ def test_descriptions_mean_what_the_mask_means(kind):
     assert described == 0 if unknown else described > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_of_transformers_that_give_positions(monkeypatch, kind):
+    """transformers 4.57 and 5.0 pass cache_position, and neither q_length nor q_offset."""
+    masking = transformers().masking_utils
+    new = masking.sdpa_mask
+
+    def old(batch_size, cache_position, kv_length, kv_offset=0, **rest):
+        given = dict(q_length=len(cache_position), q_offset=cache_position[0])
+        return new(batch_size, kv_length=kv_length, kv_offset=kv_offset, **given, **rest)
+
+    monkeypatch.setattr(masking, "sdpa_mask", old)
+    for padded, offset in ((None, 0), ("left", 5)):
+        if kind.startswith("packed"):
+            padded, offset = None, 0
+        arguments = mask_arguments(kind, padded, offset)
+        true = new(**arguments)
+        length, first = arguments.pop("q_length"), arguments.pop("q_offset")
+        positions = torch.arange(first, first + length)
+        mask = mask_function(**arguments, cache_position=positions)
+        assert isinstance(mask, LazyMask) == (kind not in ("chunks", "prefix"))
+        assert mask.device == true.device and torch.equal(mask & True, true)
+    gap = positions + (positions > first + 2)  # a description by lengths alone would be wrong
+    assert not isinstance(mask_function(**arguments, cache_position=gap), LazyMask)
+
+
 def test_a_lazy_mask_is_a_tensor_to_everybody_else():
     """Slices, arithmetic, copies and printing that see no mask."""
     mask = mask_function(**mask_arguments("window", "left", 0))

@@ -167,6 +167,14 @@ def _computes_attention_itself(config) -> bool:
     return _never_asks(type(text))
 
 
+def _is_tracing(tensor) -> bool:
+    try:
+        from transformers.utils.import_utils import is_tracing
+    except ImportError:  # transformers 4
+        return torch.jit.is_tracing()
+    return is_tracing(tensor)
+
+
 _warned: set = set()  # configurations whose models compute attention themselves
 
 
@@ -186,10 +194,22 @@ def _never_asks(config_class: type) -> bool:
     return True
 
 
+def _positions(cache_position: torch.Tensor, tracing: bool) -> tuple:
+    """(q_length, q_offset) of the positions that older transformers (4.57, 5.0) give instead;
+    q_offset is None where they do not rise by one, or cannot be read.
+    """
+    length = cache_position.shape[0]
+    if tracing or length == 0:
+        return length, None
+    first = int(cache_position[0])
+    rows = torch.arange(first, first + length, device=cache_position.device)
+    return length, first if torch.equal(cache_position, rows.to(cache_position.dtype)) else None
+
+
 def mask_function(
     batch_size,
-    q_length,
-    kv_length,
+    q_length=None,
+    kv_length=None,
     q_offset=0,
     kv_offset=0,
     mask_function=None,
@@ -204,25 +224,27 @@ def mask_function(
     gives the same result, a LazyMask or a bool [B, 1, Sq, Sk] (True = attend) otherwise.
     """
     from transformers import masking_utils
-    from transformers.utils.import_utils import is_tracing
 
-    if _computes_attention_itself(kwargs.get("config")):
-        return masking_utils.eager_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset,
-            mask_function or masking_utils.causal_mask_function, attention_mask,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip, **kwargs,
-        )  # fmt: skip
     mask_function = mask_function or masking_utils.causal_mask_function
     arguments = dict(
         batch_size=batch_size,
-        q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         **kwargs,
     )
+    tracing = torch.compiler.is_compiling() or _is_tracing(attention_mask)
+    cache_position = kwargs.get("cache_position")
+    if cache_position is None:
+        arguments |= dict(q_length=q_length, q_offset=q_offset)
+    else:
+        kwargs.setdefault("device", cache_position.device)
+        q_length, q_offset = _positions(cache_position, tracing)
+    if _computes_attention_itself(kwargs.get("config")):
+        return masking_utils.eager_mask(
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip, **arguments
+        )
 
     def build(causal_skip=False, bidirectional_skip=False):
         return masking_utils.sdpa_mask(
@@ -231,7 +253,6 @@ def mask_function(
             **arguments,
         )
 
-    tracing = torch.compiler.is_compiling() or is_tracing(attention_mask)
     structure = None
     if not tracing and not kwargs.get("use_vmap"):
         structure = _structure(

@@ -167,6 +167,7 @@ void print_sm90() {
     row("forward", sm90::ForwardTile90<D>::SMEM);
     row("backward_dq", sm90::QueryGradientTile<D>::SMEM);
     row("backward_dkdv", sm90::KeyGradientTile<D>::SMEM);
+    if constexpr (D <= 128) row("backward_fused", sm90::FusedTile<D>::SMEM);
   }
 }
 int main() {

@@ -1,17 +1,19 @@
-"""The Hopper forward kernel against the sm80 one and PyTorch, on an H100 or H200.
+"""The Hopper kernels against those of sm80 and PyTorch, forward and backward, on an H100 or H200.
 
-    python bench/sm90.py                  a table: ms, TFLOP/s, largest difference from float64
+    python bench/sm90.py                  two tables: ms, TFLOP/s
     python bench/sm90.py --json FILE      the same as JSON
     python bench/sm90.py --fake           small shapes on the emulator, to test this script
 
-The kernel is off by default (ATTN_EXT_CUDA_SM90) until this has been run on hardware.  Each shape
-is first compared with the float64 reference at a small size of the same kind, then timed: median of
-20 runs between CUDA events after 5 runs that are not counted.
+The kernels are off by default (ATTN_EXT_CUDA_SM90) until this has been run on hardware.  Each
+shape is first compared with the float64 reference at a small size of the same kind, then timed:
+median of 20 runs between CUDA events after 5 runs that are not counted.  Backward is dQ, dK and dV
+from O, LSE and dO that are there; "sm90 det." the same with deterministic=True.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -81,32 +83,58 @@ def milliseconds(run, fake: bool) -> float:
     return statistics.median(times)
 
 
-def measure(shape, dtype, kernels, fake: bool) -> dict:
+def runs_of(call, kernels, backward: bool) -> dict:
+    """{peer: what is timed}"""
+    group = call.q.shape[1] // call.k.shape[1]
+    causal = call.window_right == 0
+
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=call.scale, enable_gqa=group > 1
+        )
+
+    if not backward:
+        runs = {name: (lambda k=k: k.forward(call)) for name, k in kernels.items()}
+        return {**runs, "torch": lambda: sdpa(call.q, call.k, call.v)}
+    out, lse = kernels["sm80"].forward(call)[:2]
+    dout = torch.randn_like(out.float()).to(out)
+    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    graph = sdpa(*leaves)
+
+    def gradients(kernels, call):
+        return lambda: kernels.backward(
+            call, dout, out, lse, None, (True, True, True, False, False)
+        )
+
+    runs = {name: gradients(k, call) for name, k in kernels.items()}
+    runs["sm90 det."] = gradients(kernels["sm90"], dataclasses.replace(call, deterministic=True))
+    runs["torch"] = lambda: torch.autograd.grad(graph, leaves, dout, retain_graph=True)
+    return runs
+
+
+def measure(shape, dtype, kernels, backward: bool, fake: bool) -> dict:
     """One row: {peer: {ms, tflops}}; AssertionError where a kernel is wrong."""
     d, causal, hq, hk, s = shape
     device = "cpu" if fake else "cuda"
     group = hq // hk
-    small = random_call(
-        1, batch=1, heads_q=2 * group, heads_k=2, seqlen_q=200, seqlen_k=330, head_dim=d,
-        causal=causal, dtype=dtype, device=device,
-    )  # fmt: skip
-    for name, peer in kernels.items():
-        peer._devices[0] = (1, name == "sm90")  # the small call must not be split
-        check_call(small, module_of(peer), grads=False)
-        peer._devices.clear()
+    for deterministic in (False, True)[: 1 + backward]:
+        small = random_call(
+            1, batch=1, heads_q=2 * group, heads_k=2, seqlen_q=200, seqlen_k=330, head_dim=d,
+            causal=causal, dtype=dtype, device=device, deterministic=deterministic,
+        )  # fmt: skip
+        for name, peer in kernels.items():
+            peer._devices[0] = (1, name == "sm90")  # the small call must not be split
+            check_call(small, module_of(peer), grads=backward)
+            peer._devices.clear()
     batch = 1 if fake else 16384 // s
     call = random_call(
         2, batch=batch, heads_q=hq, heads_k=hk, seqlen_q=s, head_dim=d, causal=causal, dtype=dtype,
         device=device,
     )  # fmt: skip
-    flops = 4 * batch * hq * s * s * d * (0.5 if causal else 1)
-    runs = {name: (lambda k=k: k.forward(call)) for name, k in kernels.items()}
-    runs["torch"] = lambda: torch.nn.functional.scaled_dot_product_attention(
-        call.q, call.k, call.v, is_causal=causal, scale=call.scale, enable_gqa=group > 1
-    )
+    flops = 4 * batch * hq * s * s * d * (0.5 if causal else 1) * (2.5 if backward else 1)
     row = {"head_dim": d, "causal": causal, "heads": f"{hq}/{hk}", "seqlen": s, "batch": batch}
-    row["dtype"] = str(dtype).removeprefix("torch.")
-    for name, run in runs.items():
+    row |= {"dtype": str(dtype).removeprefix("torch."), "backward": backward}
+    for name, run in runs_of(call, kernels, backward).items():
         ms = milliseconds(run, fake)
         row[name] = {"ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
     return row
@@ -125,16 +153,17 @@ def main(argv=None) -> int:
         return 2
     shapes = [(64, True, 2, 1, 150)] if options.fake else SHAPES
     rows = []
-    print("| D | causal | heads | S | dtype | sm80 | sm90 | torch | (ms, TFLOP/s)")
-    print("|---" * 8 + "|")
-    for shape in shapes:
-        for dtype in (torch.bfloat16, torch.float16)[: 1 if shape[4] > 4096 else 2]:
-            rows.append(row := measure(shape, dtype, kernels, options.fake))
-            cells = [
-                f"{row[p]['ms']:.3f}, {row[p]['tflops']:.0f}" for p in ("sm80", "sm90", "torch")
-            ]
-            head = [row[k] for k in ("head_dim", "causal", "heads", "seqlen", "dtype")]
-            print("| " + " | ".join(map(str, head + cells)) + " |", flush=True)
+    for backward in (False, True):
+        peers = ("sm80", "sm90", "sm90 det.", "torch") if backward else ("sm80", "sm90", "torch")
+        title = "backward" if backward else "forward"
+        print(f"\n| {title}: D | causal | heads | S | dtype | {' | '.join(peers)} | (ms, TFLOP/s)")
+        print("|---" * (5 + len(peers)) + "|")
+        for shape in shapes:
+            for dtype in (torch.bfloat16, torch.float16)[: 1 if shape[4] > 4096 else 2]:
+                rows.append(row := measure(shape, dtype, kernels, backward, options.fake))
+                cells = [f"{row[p]['ms']:.3f}, {row[p]['tflops']:.0f}" for p in peers]
+                head = [row[k] for k in ("head_dim", "causal", "heads", "seqlen", "dtype")]
+                print("| " + " | ".join(map(str, head + cells)) + " |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

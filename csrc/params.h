@@ -41,6 +41,7 @@ struct Problem {
   // offset = seqlen_k(b) - seqlen_q(b) when bottom_right, else 0.  causal is window_right = 0.
   int64_t window_left = kUnbounded, window_right = kUnbounded;
   int32_t bottom_right = 1;
+  bool deterministic = false;  // backward: the same bits from run to run
   int64_t num_splits = 0;  // decode: parts of the keys that are worked on at a time; 0: not said
 };
 

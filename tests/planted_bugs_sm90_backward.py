@@ -2,11 +2,12 @@
 
 from planted_bugs import ALL_MODES, Mutant
 
-DQ, DKDV, PARTS = (f"cuda/sm90/{n}.cuh" for n in ("backward_dq", "backward_dkdv", "backward_parts"))
-HOPPER_BACKWARD, HOPPER_SPLIT = (
-    4,
-    5,
-)  # PART of mutant.cpp: D = 128; D = 192, dK and dV by different warpgroups
+DQ, DKDV, FUSED, PARTS, LAUNCH = (
+    f"cuda/sm90/{name}.cuh"
+    for name in ("backward_dq", "backward_dkdv", "backward_fused", "backward_parts", "kernels")
+)
+# PART of mutant.cpp: dQ by itself, D = 128; the same, D = 192; all in one kernel, D = 128
+HOPPER_BACKWARD, HOPPER_SPLIT, HOPPER_FUSED = 4, 5, 6
 
 ROWS = {  # as the fields of Mutant
     "Q read before it has landed": (
@@ -103,6 +104,70 @@ ROWS = {  # as the fields of Mutant
         HOPPER_SPLIT, DKDV,
         "    if (turn) named_barrier_sync<WEIGHTS_EMPTY>(256);",
         "    if (turn) named_barrier_arrive<WEIGHTS_EMPTY>(256);", ("race", "all"),
+    ),
+    "fused: dS stored without a fence": (
+        HOPPER_FUSED, FUSED, "    fence_proxy_async();  // wgmma reads it\n", "", ("race", "all"),
+        ("plain",),
+    ),
+    "fused: dQ stored without a fence": (
+        HOPPER_FUSED, FUSED, "    fence_proxy_async();  // the copy engine reads it\n", "",
+        ("race", "all"), ("plain",),
+    ),
+    "fused: a fence of one thread for all": (
+        HOPPER_FUSED, FUSED, "    fence_proxy_async();  // the copy engine reads it\n",
+        "    if (issues()) fence_proxy_async();\n", ("race", "all"), ("plain",),
+    ),
+    "fused: dS of the other warpgroup not waited for": (
+        HOPPER_FUSED, FUSED, "    named_barrier_sync<BOTH>(256);\n", "", ("race", "all"),
+    ),
+    "fused: dQ overwritten while the engine reads it": (
+        HOPPER_FUSED, FUSED, "    if (issues()) bulk_wait_read<0>();\n", "", ("race", "all"),
+    ),
+    "fused: dQ added before all of it is there": (
+        HOPPER_FUSED, FUSED,
+        "    group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);", "",
+        ("race", "all"),
+    ),
+    "fused: one buffer for dS": (
+        HOPPER_FUSED, FUSED, "uint32_t(turn % 2) * 2 * Tile", "uint32_t(turn % 1) * 2 * Tile",
+        ("race", "all"),
+    ),
+    "fused: tiles of stmatrix exchanged": (
+        HOPPER_FUSED, FUSED, "(lane >> 3 & 1)", "(lane >> 4 & 1)", ALL_MODES,
+    ),
+    "fused: dS not swizzled": (
+        HOPPER_FUSED, FUSED, "((chunk ^ (lane & 7)) << 4)", "(chunk << 4)", ALL_MODES,
+    ),
+    "fused: dS of the second warpgroup": (
+        HOPPER_FUSED, FUSED, "step / 4 * Tile::SCORE_BYTES + step % 4", "step % 4", ALL_MODES,
+    ),
+    "fused: columns of dQ": (
+        HOPPER_FUSED, FUSED, "smem.K + column_slab() * SLAB + step * 2048, SLAB)",
+        "smem.K + step * 2048, SLAB)", ALL_MODES,
+    ),
+    "fused: K taken for K-major": (
+        HOPPER_FUSED, FUSED, "wgmma_ss<T, true>(", "wgmma_ss<T, false>(", ALL_MODES,
+    ),
+    "fused: dQ read before the wait": (
+        HOPPER_FUSED, FUSED, "wgmma_wait<0>();  // dQ is there", "wgmma_wait<1>();", ALL_MODES,
+    ),
+    "fused: half of dQ added": (
+        HOPPER_FUSED, FUSED, "staging(), Tile::SUM_BYTES);", "staging(), Tile::SUM_BYTES / 2);",
+        ALL_MODES,
+    ),
+    "fused: dQ of another head": (
+        HOPPER_FUSED, FUSED, "heads_q + head) * p.m_tiles", "heads_q) * p.m_tiles", ALL_MODES,
+    ),
+    "fused: sums not cleared": (
+        HOPPER_FUSED, LAUNCH, "      launch(clear_dq<T, HEAD_DIM>, tiles, 128, 0, stream, x.p);\n",
+        "", ALL_MODES,
+    ),
+    "fused: shared memory given back while it is read": (
+        HOPPER_FUSED, FUSED, "  if (mine.issues()) bulk_wait_read<0>();", "", ALL_MODES,
+    ),
+    "fused: Q freed while dK is under way": (
+        HOPPER_FUSED, FUSED, "      wgmma_wait<1>();  // dV and dK are there\n", "",
+        ("random", "race", "all"), ("plain",),
     ),
 }  # fmt: skip
 MUTANTS = {f"sm90 backward: {name}": Mutant(*row) for name, row in ROWS.items()}

@@ -1,8 +1,8 @@
-"""The Hopper forward kernel (csrc/cuda/sm90): on the emulated device in each of its modes, and on a
-Hopper GPU where there is one.
+"""The Hopper kernels (csrc/cuda/sm90), forward and backward: on the emulated device in each of its
+modes, and on a Hopper GPU where there is one.
 
-It is off unless ATTN_EXT_CUDA_SM90 asks for it, so that these tests switch it on themselves; what
-it does not serve must go to the sm80 kernels without a word.
+They are off unless ATTN_EXT_CUDA_SM90 asks for them, so that these tests switch them on themselves;
+what they do not serve must go to the sm80 kernels without a word.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 
 import attn_ext
 from attn_ext import backends
-from attn_ext.testing import check_call, random_call
+from attn_ext.testing import assert_close_to_reference, check_call, random_call, to_float64
 
 BF16, FP16 = torch.bfloat16, torch.float16
 if "emulated" in backends.ORDER:
@@ -61,7 +61,7 @@ class Hopper:
         lse = torch.empty(call.q.shape[:3])
         native = self.kernels._native(call, self.kernels._canonical(call), out, lse)
         dout = out if dout is None else dout
-        native.set_gradient_strides(dout.stride()[:3], *[(0, 0, 0)] * 3, (0, 0, 0, 0))
+        native.set_gradients(dout.stride()[:3], *[(0, 0, 0)] * 3, (0, 0, 0, 0), False)
         self.kernels._point(native, dout=dout)
         return native.backward_kernel(1, True)
 
@@ -130,14 +130,49 @@ def test_strided_inputs(hopper):
     hopper.check(call)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_bad_values_reach_exactly_who_sees_them(hopper, value):
-    """0 * NaN of a key that causal rows do not see; a visible NaN that is lost."""
-    call = hopper.call(seqlen_q=140, seqlen_k=140, head_dim=64, causal=True)
+@pytest.mark.parametrize("name", [n for n in CASES if "slabs" not in n])
+def test_deterministic_gradients(hopper, name):
+    """dQ of its own kernel, which other calls up to head_dim 128 do not run."""
+    hopper.check(hopper.call(deterministic=True, **CASES[name]), grads=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("value", "head_dim"), [(torch.nan, 64), (torch.inf, 128), (-torch.inf, 192)]
+)
+def test_bad_values_reach_exactly_who_sees_them(hopper, value, head_dim, deterministic):
+    """0 * NaN of a pair that does not count, in one of the products; a visible NaN that is lost."""
+    options = {"seqlen_q": 140, "seqlen_k": 140, "head_dim": head_dim, "causal": True}
+    call = hopper.call(deterministic=deterministic, **options)
     call.k[:, :, 130] = value
     call.v[:, 0, 77] = value
     call.v[:, 1, 139] = value
-    hopper.check(call)
+    hopper.check(call, grads=True)
+    call = hopper.call(deterministic=deterministic, **options)
+    call.q[:, :, 9] = value
+    hopper.check(call, grads=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_bad_output_gradients_reach_exactly_who_is_seen(hopper, head_dim, deterministic):
+    """0 * NaN in dV: a row of dO that a key's causal band excludes."""
+    call = hopper.call(
+        seqlen_q=140, seqlen_k=140, head_dim=head_dim, causal=True, deterministic=deterministic
+    )
+    out, lse = hopper.module.forward(call)[:2]
+    dout = torch.randn_like(out.float()).to(out)
+    dout[:, :, 9] = torch.nan
+    assert hopper.backward_kernel(call, dout) == "sm90"
+    needs = (True, True, True, False, False)
+    results = hopper.module.backward(call, dout, out, lse, None, needs)
+    reference = backends.get("reference")
+    exact = reference.backward(to_float64(call), dout.double(), None, None, None, needs)
+    naive = reference.backward(call, dout, None, None, None, needs)
+    for name, got, truth, near in zip(("dq", "dk", "dv"), results, exact, naive, strict=False):
+        if name != "dq":
+            assert got[:, :, 10:].isfinite().all() and not got[:, :, :9].isfinite().any()
+        assert_close_to_reference(got, truth, near, "grad", name, BF16)
 
 
 def test_gradients_follow_from_its_output(hopper):
@@ -154,15 +189,51 @@ def test_gradients_follow_from_its_output(hopper):
         torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
 
 
-def test_runs_are_bitwise_equal(hopper):
-    """A result that depends on when loads land or which warpgroup is first."""
-    call = hopper.call(seqlen_q=140, seqlen_k=400, head_dim=64, causal=True)
-    first = hopper.module.forward(call)
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_runs_are_bitwise_equal(hopper, head_dim):
+    """A result that depends on when loads land, which warpgroup or which CTA is first."""
+    call = hopper.call(
+        seqlen_q=140, seqlen_k=400, head_dim=head_dim, causal=True, deterministic=True
+    )
+    first = None
     for seed in (1, 2, 3):
         if hopper.name == "emulated":
             hopper.module.set_mode("random", seed)
-        again = hopper.module.forward(call)
-        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+        out, lse = hopper.module.forward(call)[:2]
+        needs = (True, True, True, False, False)
+        again = (out, lse, *hopper.module.backward(call, out, out, lse, None, needs)[:3])
+        first = first or again
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_some_gradients_only(hopper):
+    """A null pointer that is written to; dQ's own kernel where nothing else is wanted."""
+    call = hopper.call(seqlen_q=140, seqlen_k=200, head_dim=64, causal=True, deterministic=True)
+    out, lse = hopper.module.forward(call)[:2]
+    every = hopper.module.backward(call, out, out, lse, None, (True, True, True, False, False))
+    for deterministic in (False, True):
+        call = dataclasses.replace(call, deterministic=deterministic)
+        for needs in ((True, False, False), (False, True, False), (False, False, True)):
+            some = hopper.module.backward(call, out, out, lse, None, (*needs, False, False))
+            for need, got, want in zip(needs, some, every, strict=False):
+                # all gradients are computed by the same instructions but the sums of dQ
+                assert (got is None) == (not need)
+                assert got is None or torch.equal(got, want)
+
+
+def test_sums_of_dq_are_for_calls_that_may_have_them(hopper):
+    """One kernel for all where deterministic was asked for, or two where it was not."""
+    for head_dim, deterministic, expected in (
+        (64, False, True), (128, False, True), (128, True, False), (192, False, False)
+    ):  # fmt: skip
+        call = hopper.call(seqlen_q=70, seqlen_k=70, head_dim=head_dim)
+        out, lse = hopper.module.forward(call)[:2]
+        native = hopper.kernels._native(call, hopper.kernels._canonical(call), out, lse)
+        strides = out.stride()[:3]
+        native.set_gradients(*[strides] * 4, (0, 0, 0, 0), deterministic)
+        hopper.kernels._point(native, dout=out, dq=out, dk=call.k, dv=call.v)
+        more = native.backward_workspace(True) - native.backward_workspace(False)
+        assert more == (4 * 128 * head_dim if expected else 0)
 
 
 OTHERS = {
@@ -187,6 +258,8 @@ def test_other_calls_go_to_the_sm80_kernels(hopper, name):
     """A feature that the Hopper kernel would ignore."""
     call = hopper.call(**{"seqlen_q": 70, "seqlen_k": 90, "head_dim": 64, **OTHERS[name]})
     assert hopper.kernel(call).startswith("sm80")
+    if name not in ("statistics", "heads of a group packed"):  # backward knows neither
+        assert hopper.backward_kernel(call).startswith("sm80")
     check_call(call, hopper.module, grads=False)
 
 
@@ -198,8 +271,10 @@ def test_misaligned_and_broadcast_inputs_go_to_the_sm80_kernels(hopper):
     v = call.v[:, :1].expand_as(call.v)
     for name, x in (("k", k), ("v", v)):
         other = dataclasses.replace(call, **{name: x})
-        assert hopper.kernel(other) == "sm80 plain"
+        assert hopper.kernel(other) == hopper.backward_kernel(other) == "sm80 plain"
         check_call(other, hopper.module, grads=False)
+    dout = torch.ones(1, 1, 1, 64, dtype=BF16, device=call.q.device).expand(1, 4, 70, 64)
+    assert hopper.backward_kernel(call, dout) == "sm80 plain"
 
 
 def test_it_is_off_unless_asked_for(hopper):

@@ -14,7 +14,7 @@ import planted_bugs
 import planted_bugs_sm90_backward
 import pytest
 from planted_bugs import ALL_MODES, BACKWARD, FORWARD, GEMM, HOPPER, SMEM
-from planted_bugs_sm90_backward import HOPPER_BACKWARD, HOPPER_SPLIT
+from planted_bugs_sm90_backward import HOPPER_BACKWARD, HOPPER_FUSED, HOPPER_SPLIT
 
 pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
@@ -22,7 +22,7 @@ pytest.importorskip(
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = {**planted_bugs.MUTANTS, **planted_bugs_sm90_backward.MUTANTS}
-PARTS = [GEMM, FORWARD, BACKWARD, HOPPER, HOPPER_BACKWARD, HOPPER_SPLIT]
+PARTS = [GEMM, FORWARD, BACKWARD, HOPPER, HOPPER_BACKWARD, HOPPER_SPLIT, HOPPER_FUSED]
 FLAGS = [
     "-O1",
     "-std=c++17",
@@ -104,6 +104,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
         (BACKWARD, True),
         (HOPPER, False),
         (HOPPER_BACKWARD, False),
+        (HOPPER_FUSED, False),
     ],
 )
 def test_kernels_stay_within_their_tensors(part, general, emulator, tmp_path):

@@ -51,6 +51,13 @@ def test_table_holds_every_kernel_within_its_budget():
         for d in ("bf16", "fp16")
         for n in resources.SM90_HEAD_DIMS
     }
+    expected |= {
+        f"sm90_{k}<{d}, {n}>"
+        for k in ("backward_fused", "clear_dq", "convert_dq")
+        for d in ("bf16", "fp16")
+        for n in resources.SM90_HEAD_DIMS
+        if n <= 128
+    }
     assert expected <= TABLE["kernels"].keys()
     for kernel, rows in TABLE["kernels"].items():
         assert set(rows) == resources.kernel_archs(kernel), kernel
@@ -124,33 +131,67 @@ def find_cuobjdump():
     return next((str(p) for p in places if p and p.exists()), None)
 
 
-@needs_nvcc
-@pytest.mark.skipif(
-    find_cuobjdump() is None, reason="neither CUDA's nor Triton's cuobjdump is here"
-)
-def test_hopper_kernels_use_hoppers_instructions(tmp_path):
-    """wgmma that the compiler waits for one by one, loads that are no copies of the engine, arrays
-    that went to local memory, registers that were not handed over."""
-    source, cubin = tmp_path / "unit.cu", tmp_path / "unit.cubin"
-    source.write_text(
-        '#include "cuda/sm90/kernels.cuh"\ntemplate void attn::cuda::sm90::run_forward<'
-        "attn::ptx::bf16, 128>(const attn::cuda::Params&, void*);\n"
-    )
+@pytest.fixture(scope="module")
+def hopper_sass(tmp_path_factory):
+    """{kernel: machine code} of the Hopper kernels for bf16 and head_dim 128."""
+    if NVCC is None or find_cuobjdump() is None:
+        pytest.skip("nvcc, or both CUDA's and Triton's cuobjdump, are missing")
+    folder = tmp_path_factory.mktemp("sass")
+    source, cubin = folder / "unit.cu", folder / "unit.cubin"
+    source.write_text(resources.source_text("sm90 bf16", 128))
     command = [NVCC, "-std=c++17", "-O3", "--cubin", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run([*command, f"-I{ROOT / 'csrc'}", source, "-o", cubin], check=True)
     sass = subprocess.run(
         [find_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
-    for name in ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG.DEALLOC"):
+    parts = sass.split("Function : ")[1:]
+    return {resources.kernel_name(part.split()[0]).split("<")[0]: part for part in parts}
+
+
+INSTRUCTIONS = ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG.DEALLOC")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "more"),
+    [
+        ("sm90_forward", ()),
+        ("sm90_backward_dq", ()),
+        ("sm90_backward_dkdv", ()),
+        ("sm90_backward_fused", ("STSM.16.MT88.4", "UBLKRED.G.S.ADD.F32")),
+    ],
+)
+def test_hopper_kernels_use_hoppers_instructions(hopper_sass, kernel, more):
+    """wgmma that the compiler waits for one by one, loads that are no copies of the engine, arrays
+    that went to local memory, registers that were not handed over."""
+    sass = hopper_sass[kernel]
+    for name in (*INSTRUCTIONS, *more):
         assert name in sass, name
     assert not re.search(r"\b(STL|LDL)\b", sass)
-    # a wait behind each product instead of each group: 16 products, 2 groups a tile
+    # a wait behind each product instead of each group: 4 or 8 products a group
     assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) * 4 <= len(re.findall(r"\bHGMMA", sass))
-    # the softmax of a tile (32 values a row and thread, 2 rows) runs while P V does: it stands
-    # between the wait that leaves one group under way and the next
-    begin = sass.index("WARPGROUP.DEPBAR.LE gsb0, 0x1")
-    end = sass.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", begin)
-    assert sass[begin:end].count("MUFU.EX2") >= 64
+
+
+def until_the_next_wait(sass, before):
+    """The code behind the first wait for all but one group that follows `before`."""
+    begin = sass.index("WARPGROUP.DEPBAR.LE gsb0, 0x1", sass.index(before))
+    return sass[begin : sass.index("WARPGROUP.DEPBAR", begin + 16)]
+
+
+def test_hopper_kernels_compute_while_the_tensor_cores_do(hopper_sass):
+    """ptxas moves arithmetic behind a wait that it need not wait for."""
+    # softmax of a tile (32 values a row and thread, 2 rows) while P V is under way
+    overlapped = until_the_next_wait(hopper_sass["sm90_forward"], "HGMMA")
+    assert overlapped.count("MUFU.EX2") >= 64
+    # P (16 values, 2 rows) while dP is
+    overlapped = until_the_next_wait(hopper_sass["sm90_backward_dq"], "HGMMA")
+    assert overlapped.count("MUFU.EX2") >= 32
+    for name in ("sm90_backward_dkdv", "sm90_backward_fused"):
+        sass = hopper_sass[name]
+        overlapped = until_the_next_wait(sass, "HGMMA")
+        assert overlapped.count("MUFU.EX2") >= 32
+        # dS packed, 16 words, while dV is
+        sass = sass[sass.index(overlapped) + len(overlapped) :]
+        assert sass[: sass.index("WARPGROUP.DEPBAR", 16)].count("F2FP.BF16") >= 16
 
 
 @needs_nvcc

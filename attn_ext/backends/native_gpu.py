@@ -85,7 +85,7 @@ class Kernels:
 
     def __init__(self, module, device_type: str):
         self.module, self.device_type = module, device_type
-        # Hopper's own forward kernels have not been measured on hardware yet: only on request.
+        # Hopper's own kernels have not been measured on hardware yet: only on request.
         self.sm90 = os.environ.get("ATTN_EXT_CUDA_SM90", "0") not in ("", "0")
         self._devices: dict[int, tuple[int, bool]] = {}  # multiprocessors; is a Hopper GPU
         self._plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes, strides
@@ -264,13 +264,15 @@ class Kernels:
         if call.q.numel() and call.k.numel() and call.v.numel():
             native = self._native(call, t, out, lse)
             none = (0, 0, 0)
-            native.set_gradient_strides(
+            native.set_gradients(
                 _strides(dout, varlen),
                 *(none if g is None else _strides(g, varlen) for g in grads),
                 _gradient_strides(dbias),
+                call.deterministic,
             )
             self._point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
-            delta = torch.empty(native.backward_workspace(), **f32)
+            target = self._target(call.q.device)
+            scratch = torch.empty(native.backward_workspace(target[3]), **f32)
             with self._on(call.q.device):
-                native.backward(delta.data_ptr(), *self._target(call.q.device))
+                native.backward(scratch.data_ptr(), *target)
         return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink

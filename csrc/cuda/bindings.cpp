@@ -121,10 +121,12 @@ void bind(py::module_& m) {
            py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
            py::arg("dropout_p"), py::arg("window_left"), py::arg("window_right"),
            py::arg("bottom_right"), py::arg("num_splits"), py::arg("alibi_stride_b"))
-      .def("set_gradient_strides",
-           [](NativeCall& c, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias) {
+      .def("set_gradients",
+           [](NativeCall& c, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias,
+              bool deterministic) {
              c.p.dout = strides(dout), c.p.dq = strides(dq), c.p.dk = strides(dk);
              c.p.dv = strides(dv), c.p.dbias = score_strides(dbias);
+             c.p.deterministic = deterministic;
            })
       .def(
           "set_addresses",
@@ -154,11 +156,13 @@ void bind(py::module_& m) {
             return backward_kernel(c.p, c.ptr, target(0, 0, multiprocessors, sm90));
           },
           "What backward launches, in the words of forward_kernel")
-      .def("backward_workspace",
-           [](const NativeCall& c) {
-             check(c.p, c.ptr);
-             return backward_workspace(c.p, c.ptr);
-           })
+      .def(
+          "backward_workspace",
+          [](const NativeCall& c, bool sm90) {
+            check(c.p, c.ptr);
+            return backward_workspace(c.p, c.ptr, target(0, 0, 1, sm90));
+          },
+          "Floats of scratch that backward needs, once all addresses are set")
       .def(
           "forward",
           [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,

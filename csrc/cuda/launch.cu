@@ -149,6 +149,16 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
   return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
+// delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of the Hopper kernels.
+int64_t delta_floats(const Problem& p, const Pointers& ptr) {
+  const int64_t rows =
+      ptr.cu_seqlens_q ? p.heads_q * p.lse_stride_h : p.batch * p.heads_q * p.seqlen_q;
+  return (rows + 31) / 32 * 32;
+}
+int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
+  return choose_backward(p, ptr, target) == Choice::SM90 ? sm90::query_sums(p, ptr) : 0;
+}
+
 const char* name(Choice choice) {
   switch (choice) {
     case Choice::SM90:
@@ -204,9 +214,8 @@ int64_t forward_workspace(const Problem& p, const Pointers& ptr, const Target& t
   return splits > 1 ? splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 3) : 0;
 }
 
-int64_t backward_workspace(const Problem& p, const Pointers& ptr) {
-  if (ptr.cu_seqlens_q) return p.heads_q * p.lse_stride_h;  // LSE is [Hq, total_q]
-  return p.batch * p.heads_q * p.seqlen_q;
+int64_t backward_workspace(const Problem& p, const Pointers& ptr, const Target& target) {
+  return delta_floats(p, ptr) + sums_floats(p, ptr, target);
 }
 
 void forward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
@@ -243,6 +252,7 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
   const DeviceGuard guard(target.device);
   Params x = make_params(p, ptr);
   x.delta = workspace;
+  if (sums_floats(p, ptr, target)) x.dq_sums = workspace + delta_floats(p, ptr);
   void* stream = reinterpret_cast<void*>(target.stream);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);

@@ -18,7 +18,7 @@ struct Target {
 
 // Scratch that the caller allocates on the device, in floats.
 int64_t forward_workspace(const Problem& p, const Pointers& ptr, const Target& target);
-int64_t backward_workspace(const Problem& p, const Pointers& ptr);
+int64_t backward_workspace(const Problem& p, const Pointers& ptr, const Target& target);
 
 // Asynchronous.  std::invalid_argument for a problem that no kernel serves, std::runtime_error with
 // CUDA's text for a launch that fails.

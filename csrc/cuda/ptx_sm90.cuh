@@ -6,10 +6,13 @@
 //                 mbarrier_wait(bar, parity)    until the phase of that parity is complete
 //   copy engine   tma_load_4d(smem, map, bar, c0, c1, c2, c3): a box to shared memory, its rows of
 //                 128 bytes swizzled; the bytes are counted on bar.  tma_prefetch(map)
+//                 bulk_add(gmem, smem, bytes): floats of shared memory are added to global ones;
+//                 bulk_commit() bulk_wait_read<N>(): until this thread's groups but N are read
 //   matrices      wgmma_ss<T, TRANS_B>(acc, a, b, accumulate), wgmma_rs(acc, a_regs, b, ...)
 //                 acc[TILES][4]: 64 x 8 * TILES of a warpgroup, warp w rows 16 w .. 16 w + 15, each
 //                 lane as in mma (mma.cuh).  a, b: wgmma_descriptor(...) or registers as mma's A
 //                 wgmma_fence() wgmma_commit() wgmma_wait<N>() wgmma_hold(acc)
+//                 stmatrix_x4_trans(addr, r): the reverse of ldmatrix_x4_trans
 //   the rest      fence_proxy_async() setmaxnreg_inc/dec<N>() elect_one()
 //                 named_barrier_or<ID>(threads, flag)
 //
@@ -81,6 +84,19 @@ ATTN_DEVICE void tma_load_4d(uint32_t smem, const TensorMap& map, uint32_t bar, 
       "l"(&map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// Both addresses and the size are multiples of 16 bytes.  In what order additions to one place are
+// made is not said.
+ATTN_DEVICE void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem),
+      "r"(smem), "r"(bytes)
+      : "memory");
+}
+ATTN_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int N>
+ATTN_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
 ATTN_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -120,6 +136,13 @@ ATTN_DEVICE bool named_barrier_or(int threads, bool flag) {
 }
 
 // ---- matrices ---------------------------------------------------------------------------------
+// Lane l gives the address of row l % 8 of tile l / 8 (16 bytes, aligned) and holds in r[t]
+// elements (l / 4, 2 * (l % 4) + {0, 1}) of the transpose of tile t.
+ATTN_DEVICE void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 // Before the first wgmma, and whenever its registers were touched since the last wait.
 ATTN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 ATTN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -40,6 +40,7 @@ struct Params {
   int pass;                            // backward for wide heads: 0 = dV, 1 = dK
   bool q_vec, k_vec, v_vec, dout_vec;  // rows can be copied 16 bytes at a time
   float* delta;                        // as LSE: rowsum(dO * O) - dLSE
+  float* dq_sums;                      // of sm90/backward_fused.cuh, or null
   float* partial_o;                    // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
   float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE, largest logit, entropy
 };

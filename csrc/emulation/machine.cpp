@@ -74,6 +74,8 @@ const char* name(Kind kind) {
       return "ldmatrix";
     case Kind::LDMATRIX_TRANS:
       return "ldmatrix_trans";
+    case Kind::STMATRIX_TRANS:
+      return "stmatrix_trans";
     case Kind::MMA:
       return "mma";
     case Kind::MMA_TF32:
@@ -170,6 +172,7 @@ void Machine::run_block(Grid id) {
   for (int t = 0; t < threads; ++t) {
     stacks_.prepare(fibers_[t].context, t, fiber_entry);
     fibers_[t].copies.clear();
+    fibers_[t].additions.clear();
     fibers_[t].last = Where{};
     fibers_[t].mbarrier = -1;
   }
@@ -241,6 +244,10 @@ void Machine::on_exit() {
          "a thread returns while what it copies here is in "
          "flight: no cp_async_commit and cp_async_wait<0>");
   }
+  if (!self.additions.pending().empty())
+    fail(self.additions.pending().front().where,
+         "a thread returns while what it adds here is still being read: no bulk_commit and "
+         "bulk_wait_read<0>");
   Warp& warp = warps_[current_ / 32];
   warp.exited |= 1u << (current_ % 32);
   --alive_;

@@ -55,6 +55,7 @@ enum class Kind : uint8_t {
   BALLOT,
   LDMATRIX,
   LDMATRIX_TRANS,
+  STMATRIX_TRANS,
   MMA,
   MMA_TF32,
   ELECT,
@@ -80,6 +81,7 @@ struct Copy {
 struct Thread {
   Context context;
   AsyncQueue<Copy> copies;
+  AsyncQueue<BulkAdd> additions;
   Where last;         // the last wrapper that this thread called
   int mbarrier = -1;  // the one that it waits at
 };
@@ -125,6 +127,8 @@ class Machine {
   void collective(Kind kind, void* argument, Where where, void (*execute)(void* const* arguments));
   // ldmatrix reads for the whole warp: 8 rows of 16 bytes a phase.
   const uint8_t* matrix_row(uint32_t address, Where where);
+  // stmatrix writes so, each row for the lane that gave its address.
+  void store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], Where where);
   void count_phase(const uint32_t* addresses, int lanes, int bytes, Where where);
   void sync_warp(Where where);
   void barrier(int id, int threads, bool wait, Where where);
@@ -141,6 +145,9 @@ class Machine {
   void fence_proxy_async(Where where);
   void tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar,
                 std::array<int, 4> corner, Where where);
+  void bulk_add(float* gmem, uint32_t address, int bytes, Where where);
+  void bulk_commit(Where where);
+  void bulk_wait_read(int keep, Where where);
   bool barrier_or(int id, int threads, bool flag, Where where);
   void set_registers(int registers, Where where);
   void wgmma(const WgmmaCall& call, Where where);
@@ -176,6 +183,7 @@ class Machine {
   void tma_land(size_t index);  // one of the loads that are under way
   bool tma_land_some();         // false: there is none
   uint32_t box_address(const TmaLoad& load, int row, int chunk) const;
+  void finish_bulk_add(BulkAdd& op);
   void check_end_of_block();
   void check_mbarriers(uint32_t address, int bytes, Where where) const;
   int clocks() const { return warp_count_ + int(mbarriers_.size()); }

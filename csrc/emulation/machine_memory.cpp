@@ -56,6 +56,20 @@ const uint8_t* Machine::matrix_row(uint32_t address, Where where) {
   return smem_.data() + offset;
 }
 
+void Machine::store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], Where where) {
+  if (address % 16 != 0 || address < SMEM_BASE ||
+      uint64_t(address) + 16 > uint64_t(SMEM_BASE) + smem_bytes)
+    fail(where, "stmatrix: row address " + hex(address) + " must be a multiple of 16 within the " +
+                    std::to_string(smem_bytes) + " bytes of shared memory from " + hex(SMEM_BASE));
+  if (!mbarriers_.empty()) check_mbarriers(address, 16, where);
+  const uint32_t offset = address - SMEM_BASE;
+  if (mode.race) {
+    const Actor who = {current_ / 32, lane, where};
+    race(shadow_.write(who, warps_[who.warp].clock, offset, 16, false));
+  }
+  std::memcpy(smem_.data() + offset, row, 16);
+}
+
 // ---- asynchronous copies ----------------------------------------------------------------------
 void Machine::copy_issue(uint32_t address, const void* source, int bytes, bool valid, Where where) {
   fibers_[current_].last = where;

@@ -1,6 +1,7 @@
 // mbarriers, the copy engine and the rest of sm_90 on the emulated device (wgmma: wgmma.cpp).
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "machine.h"
 
@@ -172,6 +173,52 @@ bool Machine::tma_land_some() {
   if (loads_.empty()) return false;
   tma_land(mode.random ? size_t(random() % loads_.size()) : 0);
   return true;
+}
+
+// ---- additions to global memory ---------------------------------------------------------------
+void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
+  fibers_[current_].last = where;
+  if (address % 16 || bytes % 16 || bytes <= 0 || reinterpret_cast<uintptr_t>(gmem) % 16 ||
+      address < SMEM_BASE || uint64_t(address) + uint64_t(bytes) > uint64_t(SMEM_BASE) + smem_bytes)
+    fail(where, "bulk_add: shared address " + hex(address) + ", global address and " +
+                    std::to_string(bytes) +
+                    " bytes must be multiples of 16, within the block's shared memory");
+  check_mbarriers(address, bytes, where);
+  if (mode.race) {
+    // The engine reads until the wait: nobody may overwrite it before.
+    const Actor who = {current_ / 32, current_ % 32, where};
+    const uint32_t offset = address - SMEM_BASE;
+    race(shadow_.read(who, warps_[who.warp].clock, offset, bytes));
+    race(shadow_.unfenced(who, offset, bytes));
+    shadow_.hold(who.warp, offset, bytes, std::numeric_limits<uint32_t>::max());
+  }
+  BulkAdd op = {gmem, address, bytes, false, where};
+  if (!mode.poison && !(mode.random && (random() & 1))) finish_bulk_add(op);
+  fibers_[current_].additions.issue(op);
+}
+
+void Machine::finish_bulk_add(BulkAdd& op) {
+  if (op.done) return;
+  op.done = true;
+  for (int i = 0; i < op.bytes / 4; ++i) {
+    float value;
+    std::memcpy(&value, smem_.data() + (op.address - SMEM_BASE) + 4 * i, 4);
+    op.gmem[i] += value;
+  }
+}
+
+void Machine::bulk_commit(Where where) {
+  fibers_[current_].last = where;
+  fibers_[current_].additions.commit();
+}
+
+void Machine::bulk_wait_read(int keep, Where where) {
+  fibers_[current_].last = where;
+  const int w = current_ / 32;
+  fibers_[current_].additions.wait(size_t(keep), [&](BulkAdd& op) {
+    finish_bulk_add(op);
+    if (mode.race) shadow_.hold(w, op.address - SMEM_BASE, op.bytes, warps_[w].clock.at[w]);
+  });
 }
 
 // ---- the rest ---------------------------------------------------------------------------------

@@ -62,6 +62,30 @@ void ldmatrix(uint32_t* r, uint32_t addr, int tiles, bool trans, Where at) {
   machine.collective(trans ? Kind::LDMATRIX_TRANS : Kind::LDMATRIX, &mine, at, execute_ldmatrix);
 }
 
+struct MatrixStore {
+  uint32_t address;
+  const uint32_t* r;
+  Where at;
+};
+
+void execute_stmatrix_trans(void* const* args) {
+  const Where at = static_cast<const MatrixStore*>(args[0])->at;
+  for (int tile = 0; tile < 4; ++tile) {
+    uint16_t rows[8][8];
+    uint32_t addresses[8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t word = static_cast<const MatrixStore*>(args[lane])->r[tile];
+      rows[2 * (lane % 4)][lane / 4] = uint16_t(word);
+      rows[2 * (lane % 4) + 1][lane / 4] = uint16_t(word >> 16);
+    }
+    for (int row = 0; row < 8; ++row) {
+      addresses[row] = static_cast<const MatrixStore*>(args[tile * 8 + row])->address;
+      machine.store_matrix_row(tile * 8 + row, addresses[row], rows[row], at);
+    }
+    machine.count_phase(addresses, 8, 16, at);
+  }
+}
+
 struct Mma {
   float* acc;
   const uint32_t* a;
@@ -158,6 +182,11 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr, Where at) {
 void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr, Where at) { ldmatrix(r, addr, 2, false, at); }
 void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr, Where at) {
   ldmatrix(r, addr, 2, true, at);
+}
+
+void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4], Where at) {
+  MatrixStore mine = {addr, r, at};
+  machine.collective(Kind::STMATRIX_TRANS, &mine, at, execute_stmatrix_trans);
 }
 
 template <>

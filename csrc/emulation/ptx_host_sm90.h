@@ -24,6 +24,14 @@ inline void tma_load_4d(uint32_t smem, const TensorMap& map, uint32_t bar, int c
                         int c3, ATTN_AT) {
   machine.tma_load(smem, map, bar, {c0, c1, c2, c3}, at);
 }
+inline void bulk_add(float* gmem, uint32_t smem, int bytes, ATTN_AT) {
+  machine.bulk_add(gmem, smem, bytes, at);
+}
+inline void bulk_commit(ATTN_AT) { machine.bulk_commit(at); }
+template <int N>
+void bulk_wait_read(ATTN_AT) {
+  machine.bulk_wait_read(N, at);
+}
 inline void fence_proxy_async(ATTN_AT) { machine.fence_proxy_async(at); }
 
 // Registers are counted against what the launch gave each thread.
@@ -44,6 +52,7 @@ bool named_barrier_or(int threads, bool flag, ATTN_AT) {
   return machine.barrier_or(ID, threads, flag, at);
 }
 
+void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4], ATTN_AT);
 inline void wgmma_fence(ATTN_AT) { machine.wgmma_fence(at); }
 inline void wgmma_commit(ATTN_AT) { machine.wgmma_commit(at); }
 template <int N>

@@ -36,6 +36,16 @@ struct TmaLoad {
   Where where;
 };
 
+// Floats of shared memory on their way to be added to global memory; read at once, at random, or
+// (poison) only at the wait.
+struct BulkAdd {
+  float* gmem;
+  uint32_t address;
+  int bytes;
+  bool done;
+  Where where;
+};
+
 // One lane's call.
 struct WgmmaCall {
   float* acc;         // [tiles][4]

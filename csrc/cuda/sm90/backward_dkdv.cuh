@@ -28,18 +28,17 @@ struct KeyTask {
 };
 
 // Addresses in shared memory.
-template <int HEAD_DIM>
+template <class Tile>
 struct KeyMemory {
-  using Tile = KeyGradientTile<HEAD_DIM>;
-  uint32_t K, V, weights, rows, keys_full;
+  uint32_t K, V, extra, rows, keys_full;
   Ring<STAGES> Q, dO;  // Q's full mbarrier stands for LSE and delta too
 
   ATTN_DEVICE static KeyMemory of(uint32_t base) {
     KeyMemory m;
     m.K = base, m.V = m.K + Tile::KEY_BYTES;
     const uint32_t Q_smem = m.V + Tile::KEY_BYTES, dO_smem = Q_smem + STAGES * Tile::QUERY_BYTES;
-    m.weights = dO_smem + STAGES * Tile::QUERY_BYTES;
-    m.rows = m.weights + Tile::WEIGHT_BYTES;
+    m.extra = dO_smem + STAGES * Tile::QUERY_BYTES;
+    m.rows = m.extra + Tile::EXTRA_BYTES;
     m.keys_full = m.rows + STAGES * Tile::ROW_BYTES;
     m.Q = {Q_smem, m.keys_full + 8, Tile::QUERY_BYTES};
     m.dO = {dO_smem, m.keys_full + 8 + RING_BARS, Tile::QUERY_BYTES};
@@ -95,13 +94,13 @@ ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], u
 }
 
 // A consumer warpgroup with 64 keys of its own: registers, and a tile of queries at a time.
-template <class T, int HEAD_DIM>
+template <class T, class Tile>
 struct KeyGradients {
-  using Tile = KeyGradientTile<HEAD_DIM>;
+  static constexpr int HEAD_DIM = Tile::HEAD_DIM;
   static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = HEAD_DIM / 8;
 
   const Score& score;
-  const KeyMemory<HEAD_DIM>& smem;
+  const KeyMemory<Tile>& smem;
   int key, group;
   float dK[ACC][4] = {}, dV[ACC][4] = {};
 
@@ -176,19 +175,19 @@ struct KeyGradients {
 
 // One of two consumer warpgroups with the same 64 keys (Tile::SPLIT): the first has P^T and dV, the
 // second dP^T and dK, and gets P through shared memory, [tile][thread] 16 bytes of a fragment.
-template <class T, int HEAD_DIM>
+template <class T, class Tile>
 struct SplitGradient {
-  using Tile = KeyGradientTile<HEAD_DIM>;
+  static constexpr int HEAD_DIM = Tile::HEAD_DIM;
   static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = HEAD_DIM / 8;
   static constexpr int WEIGHTS_FULL = 3, WEIGHTS_EMPTY = 4;  // named barriers
 
   const Score& score;
-  const KeyMemory<HEAD_DIM>& smem;
+  const KeyMemory<Tile>& smem;
   int key, count;  // count: of turns
   float acc[ACC][4] = {};
 
   ATTN_DEVICE uint32_t weight(int n) const {
-    return smem.weights + uint32_t(n * 128 + thread_id() % 128) * 16;
+    return smem.extra + uint32_t(n * 128 + thread_id() % 128) * 16;
   }
   // C = A B^T   [64, BLOCK_M], both resident; until it is there.
   ATTN_DEVICE void product(float (&C)[TILES][4], uint32_t A, uint32_t B) {
@@ -264,17 +263,16 @@ ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add
   }
 }
 
-template <class T, int HEAD_DIM>
+template <class T, class Tile>
 ATTN_DEVICE void consume_queries(const Params& p, const Sequence& seq, const KeyTask& task,
-                                 const KeyMemory<HEAD_DIM>& smem) {
-  using Tile = KeyGradientTile<HEAD_DIM>;
+                                 const KeyMemory<Tile>& smem) {
   constexpr int M = Tile::BLOCK_M;
   const int group = warp_id() / 4 - 1, first_key = task.n0 + (Tile::SPLIT ? 0 : 64 * group);
   const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
   if (task.tiles) mbarrier_wait(smem.keys_full, 0);
   if constexpr (Tile::SPLIT) {
-    SplitGradient<T, HEAD_DIM> mine{score, smem, key, p.group * task.tiles};
+    SplitGradient<T, Tile> mine{score, smem, key, p.group * task.tiles};
     each_query_tile<M>(p, task, [&](int turn, int, int m0) {
       const bool edge = has_edge(score, m0, m0 + M, first_key, first_key + 64);
       group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
@@ -287,7 +285,7 @@ ATTN_DEVICE void consume_queries(const Params& p, const Sequence& seq, const Key
     int lo = 0, hi = 0;  // queries that see some key of the warpgroup
     const int end_key = min_int(first_key + 64, seq.seqlen_k);
     if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
-    KeyGradients<T, HEAD_DIM> mine{score, smem, key, group};
+    KeyGradients<T, Tile> mine{score, smem, key, group};
     each_query_tile<M>(p, task, [&](int turn, int, int m0) {
       if (m0 < hi && m0 + M > lo)
         mine.add(turn, m0, has_edge(score, m0, m0 + M, first_key, first_key + 64));
@@ -300,10 +298,9 @@ ATTN_DEVICE void consume_queries(const Params& p, const Sequence& seq, const Key
 }
 
 // The producer's thread: K and V, then all tiles of queries.
-template <int HEAD_DIM>
+template <class Tile>
 ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
-                                 const KeyMemory<HEAD_DIM>& smem) {
-  using Tile = KeyGradientTile<HEAD_DIM>;
+                                 const KeyMemory<Tile>& smem) {
   constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
   mbarrier_arrive_expect_tx(smem.keys_full, 2 * Tile::KEY_BYTES);
   load_rows<S, N>(smem.K, x.K, smem.keys_full, task.n0, task.head_k, task.b);
@@ -316,10 +313,10 @@ ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
 }
 
 // The producer's second warp: LSE and delta of all tiles of queries.
-template <int HEAD_DIM>
+template <class Tile>
 ATTN_DEVICE void produce_rows(const Params& p, const Sequence& seq, const KeyTask& task,
-                              const KeyMemory<HEAD_DIM>& smem) {
-  constexpr int M = KeyGradientTile<HEAD_DIM>::BLOCK_M;
+                              const KeyMemory<Tile>& smem) {
+  constexpr int M = Tile::BLOCK_M;
   each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
     smem.Q.wait_empty(turn);
     ATTN_NO_UNROLL
@@ -333,15 +330,10 @@ ATTN_DEVICE void produce_rows(const Params& p, const Sequence& seq, const KeyTas
   });
 }
 
-template <class T, int HEAD_DIM>
-ATTN_KERNEL(THREADS, 1)
-void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
-  using Tile = KeyGradientTile<HEAD_DIM>;
-  const Params& p = x.p;
-  const auto smem = KeyMemory<HEAD_DIM>::of(smem_base());
-  const KeyTask task = KeyTask::of(p, Tile::BLOCK_M, Tile::BLOCK_N);
-  const Sequence seq = Sequence::of(p, task.b);
-
+// The mbarriers, by one thread, and then the three roles.
+template <class Tile, class Consume>
+ATTN_DEVICE void run_key_task(const BackwardParams& x, const Sequence& seq, const KeyTask& task,
+                              const KeyMemory<Tile>& smem, const Consume& consume) {
   if (thread_id() == 0) {
     mbarrier_init(smem.keys_full, 1);
     smem.Q.init(2);  // the copy engine's thread, and the warp of LSE and delta
@@ -352,12 +344,22 @@ void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
 
   if (warp_id() < 4) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (warp_id() == 0 && elect_one() && task.tiles) produce_queries<HEAD_DIM>(x, task, smem);
-    if (warp_id() == 1) produce_rows<HEAD_DIM>(p, seq, task, smem);
+    if (warp_id() == 0 && elect_one() && task.tiles) produce_queries(x, task, smem);
+    if (warp_id() == 1) produce_rows(x.p, seq, task, smem);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume_queries<T, HEAD_DIM>(p, seq, task, smem);
+    consume();
   }
+}
+
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(THREADS, 1)
+void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
+  using Tile = KeyGradientTile<HEAD_DIM>;
+  const auto smem = KeyMemory<Tile>::of(smem_base());
+  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
+  const Sequence seq = Sequence::of(x.p, task.b);
+  run_key_task(x, seq, task, smem, [&] { consume_queries<T>(x.p, seq, task, smem); });
 }
 
 }  // namespace attn::cuda::sm90

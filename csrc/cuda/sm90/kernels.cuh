@@ -2,8 +2,8 @@
 // compiled for sm_90a only.
 #pragma once
 #include "../sm80/kernels.h"
-#include "backward_dkdv.cuh"
 #include "backward_dq.cuh"
+#include "backward_fused.cuh"
 #include "forward.cuh"
 #include "kernels.h"
 
@@ -23,7 +23,6 @@ void run_forward(const Params& params, void* stream) {
          Tile::SMEM, stream, x);
 }
 
-// dQ, dK, dV, each where its pointer is not null; p.delta is filled.
 template <class T, int HEAD_DIM>
 void run_backward(const Params& params, void* stream) {
   const Problem& p = params.p;
@@ -39,6 +38,17 @@ void run_backward(const Params& params, void* stream) {
     x.dO = make_tensor_map(dout_spec(p, ptr, rows_q));
     return x;
   };
+  if constexpr (HEAD_DIM <= 128) {
+    if (params.dq_sums) {
+      using Tile = FusedTile<HEAD_DIM>;
+      const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
+      const Grid tiles = sm80::grid_of(p.batch * p.heads_q * x.p.m_tiles);
+      launch(clear_dq<T, HEAD_DIM>, tiles, 128, 0, stream, x.p);
+      launch(backward_fused<T, HEAD_DIM>, sm80::grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
+             Tile::SMEM, stream, x);
+      return launch(convert_dq<T, HEAD_DIM>, tiles, 128, 0, stream, x.p);
+    }
+  }
   if (ptr.dq) {
     using Tile = QueryGradientTile<HEAD_DIM>;
     const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);

@@ -60,8 +60,16 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
+// Floats of the sums that backward_fused adds dQ up in; 0: dQ has a kernel of its own.
+inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
+  const int head_dim = kernel_head_dim(p);
+  if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
+  return p.batch * p.heads_q * ((p.seqlen_q + 63) / 64) * 64 * head_dim;
+}
+
 template <class T, int HEAD_DIM>
 void run_forward(const Params& p, void* stream);
+// dQ, dK, dV, each where its pointer is not null; p.delta is filled, p.dq_sums where query_sums().
 template <class T, int HEAD_DIM>
 void run_backward(const Params& p, void* stream);
 

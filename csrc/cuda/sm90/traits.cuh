@@ -38,16 +38,35 @@ struct QueryGradientTile {
 // warpgroup has 64 keys and both accumulators: 64 + 64 registers, S and dP 32 + 32, P and dS packed
 // 16 + 16.  Wider (SPLIT), both have the same 64 keys, one dV and the other dK, 128 registers, and
 // P goes from one to the other through shared memory.
-template <int HEAD_DIM>
+template <int HEAD_DIM_>
 struct KeyGradientTile {
+  static constexpr int HEAD_DIM = HEAD_DIM_;
   static constexpr bool SPLIT = HEAD_DIM > 128;
   static constexpr int BLOCK_M = 64, BLOCK_N = SPLIT ? 64 : 128;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
-  static constexpr int ROW_BYTES = 8 * BLOCK_M;  // LSE and delta
-  static constexpr int WEIGHT_BYTES = SPLIT ? 4 * BLOCK_M * BLOCK_N : 0;
-  static constexpr int SMEM = 2 * KEY_BYTES + 2 * STAGES * QUERY_BYTES + WEIGHT_BYTES +
-                              STAGES * ROW_BYTES + 8 + 2 * RING_BARS;
+  static constexpr int ROW_BYTES = 8 * BLOCK_M;                          // LSE and delta
+  static constexpr int EXTRA_BYTES = SPLIT ? 4 * BLOCK_M * BLOCK_N : 0;  // P
+  static constexpr int smem(int extra) {
+    return 2 * KEY_BYTES + 2 * STAGES * QUERY_BYTES + extra + STAGES * ROW_BYTES + 8 +
+           2 * RING_BARS;
+  }
+  static constexpr int SMEM = smem(EXTRA_BYTES);
+};
+
+// The same, and dQ: dS of a tile [64, BLOCK_N] goes through shared memory, a slab a warpgroup, and
+// dQ is added up in global memory.  Of dQ [64, HEAD_DIM] a warpgroup has one slab of columns, 32
+// registers (BY_COLUMNS), or, where there is no slab for each, all columns of every other tile.
+template <int HEAD_DIM>
+struct FusedTile : KeyGradientTile<HEAD_DIM> {
+  using Base = KeyGradientTile<HEAD_DIM>;
+  static_assert(!Base::SPLIT);
+  static constexpr bool BY_COLUMNS = HEAD_DIM == 128;
+  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;          // 8 columns each
+  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;                  // dS, a slab
+  static constexpr int SUM_BYTES = 32 * SUM_TILES * Base::BLOCK_M;         // dQ, a warpgroup
+  static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 8;  // dS of two turns
+  static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
 
 struct ForwardParams {

@@ -1,5 +1,5 @@
 // Runs the wrappers of ptx_sm90.cuh: by nvcc on a Hopper GPU, or by g++ on the emulator.
-//   golden_sm90 OUT     OUT: uint32 [2 (fp16, bf16)][6 ops][OUT]
+//   golden_sm90 OUT     OUT: uint32 [2 (fp16, bf16)][9 ops][OUT]
 #include <cstdio>
 
 #include "device_memory.cuh"
@@ -10,7 +10,7 @@ int main(int argc, char** argv) {
   FILE* output = fopen(argv[1], "wb");
   if (!output) return fprintf(stderr, "cannot open %s\n", argv[1]), 2;
   for (int type = 0; type < 2; ++type)
-    for (int op = 0; op <= attn::hopper::STORED; ++op) {
+    for (int op = 0; op < attn::hopper::UNFENCED; ++op) {
       const auto out = attn::hopper::run({device_alloc, to_device, to_host}, op, type == 1);
       if (fwrite(out.data(), 4, out.size(), output) != out.size()) return 1;
     }

@@ -18,7 +18,13 @@ enum Op : int {
   RS_MN,     // acc + A B, A from registers
   VOTES,     // elect_one, named_barrier_or
   STORED,    // SS_K of a B that the threads have stored again themselves
-  UNFENCED,  // the same without fence_proxy_async: a fault
+  N32,       // SS_K of the first 32 rows of B
+  TURNED,    // stmatrix_x4_trans of 16-bit numbers that say where they come from
+  ADDED,     // bulk_add of 512 floats, and of the first 256 once more
+  // Faults from here on.
+  UNFENCED,      // STORED without fence_proxy_async
+  ADD_UNFENCED,  // ADDED without it
+  ADD_REUSED,    // the floats overwritten while they are read
 };
 
 constexpr int THREADS = 128, TILES = 16, OUT = THREADS * TILES * 4;
@@ -38,6 +44,53 @@ ATTN_DEVICE void store_again(uint32_t B, bool fence) {
   sync_threads();  // all of B is stored
 }
 
+ATTN_DEVICE void turned(uint32_t A, uint32_t* out) {
+  uint32_t r[4];
+  for (int t = 0; t < 4; ++t) {
+    const uint32_t first = thread_id() * 8 + 2 * t;
+    r[t] = first | (first + 1) << 16;
+  }
+  stmatrix_x4_trans(A + 16 * thread_id(), r);
+  sync_threads();  // every warp has stored
+  for (int i = 0; i < 4; ++i)
+    out[4 * thread_id() + i] = lds_32(A + 16 * (THREADS - 1 - thread_id()) + 4 * i);
+}
+
+ATTN_DEVICE void added(int op, uint32_t A, float* out) {
+  const auto store = [&](float first) {
+    for (int i = 0; i < 4; ++i)
+      sts_f32(A + 16 * thread_id() + 4 * i, first + float(4 * thread_id() + i));
+  };
+  store(1.0f);
+  if (op != ADD_UNFENCED) fence_proxy_async();
+  sync_threads();  // every thread has stored
+  if (thread_id() == 0) {
+    bulk_add(out, A, 2048);
+    bulk_commit();
+    bulk_add(out, A, 1024);
+    bulk_commit();
+    if (op != ADD_REUSED) bulk_wait_read<0>();
+  }
+  sync_threads();  // the floats have been read
+  store(7.0f);
+  if (op == ADD_REUSED && thread_id() == 0) bulk_wait_read<0>();
+}
+
+template <class T>
+ATTN_DEVICE void narrow_product(const Params& p, uint32_t A, uint32_t B) {
+  float acc[4][4] = {};
+  wgmma_hold(acc);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma_ss<T, false>(acc, wgmma_descriptor(A + 32 * step), wgmma_descriptor(B + 32 * step), true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(acc);
+  for (int n = 0; n < 4; ++n)
+    for (int i = 0; i < 4; ++i) p.out[(thread_id() * TILES + n) * 4 + i] = as_uint(acc[n][i]);
+}
+
 template <class T>
 ATTN_DEVICE void products(const Params& p, uint32_t A, uint32_t B) {
   float acc[TILES][4];
@@ -49,7 +102,7 @@ ATTN_DEVICE void products(const Params& p, uint32_t A, uint32_t B) {
   for (int step = 0; step < 4; ++step) {
     const uint64_t a = wgmma_descriptor(A + 32 * step);
     const uint64_t across = wgmma_descriptor(B + 2048 * step, 64 * 128);
-    if (p.op == SS_K || p.op >= STORED)
+    if (p.op == SS_K || p.op == STORED || p.op == UNFENCED)
       wgmma_ss<T, false>(acc, a, wgmma_descriptor(B + 32 * step), true);
     if (p.op == SS_MN) wgmma_ss<T, true>(acc, a, across, true);
     if (p.op == RS_MN) {
@@ -93,8 +146,16 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
     out[0] = elect_one();
     out[1] = named_barrier_or<3>(128, thread_id() == 77);
     out[2] = named_barrier_or<3>(128, false);
+  } else if (p.op == TURNED) {
+    sync_threads();  // every thread has waited for the loads
+    turned(A, p.out);
+  } else if (p.op == ADDED || p.op > UNFENCED) {
+    sync_threads();  // every thread has waited for the loads
+    added(p.op, A, reinterpret_cast<float*>(p.out));
+  } else if (p.op == N32) {
+    narrow_product<T>(p, A, B);
   } else {
-    if (p.op >= STORED) store_again(B, p.op == STORED);
+    if (p.op == STORED || p.op == UNFENCED) store_again(B, p.op == STORED);
     products<T>(p, A, B);
   }
 }

@@ -175,6 +175,10 @@ double run_case(const Case& c) {
   p.ptr.dq = out.data(), p.ptr.dk = dk.data(), p.ptr.dv = dv.data();
 #if PART >= 4
   machine.mode.smem_limit = 227 * 1024;
+#if PART == 6
+  std::vector<float> sums(sm90::query_sums(p.p, p.ptr) + 4, NAN);
+  p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
+#endif
   sm90::run_backward<bf16, D>(p, nullptr);
 #else
   using Tile = BackwardTile<bf16, D>;

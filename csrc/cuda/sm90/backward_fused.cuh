@@ -1,0 +1,250 @@
+// dQ, dK and dV in one kernel on Hopper: backward_dkdv.cuh, and dQ of each tile of queries, added
+// up in global memory.  Five products of tiles where two kernels need seven; the order of the
+// additions to dQ, and with it the last bits, is not said (deterministic: backward_dq.cuh).
+//
+// dS goes from registers to shared memory as [query][key], by stmatrix, a slab of 64 keys a
+// warpgroup.  When both are there, dQ = dS K, both operands from shared memory, and the fragments
+// of dQ go to a staging buffer that the copy engine adds to the sums:
+//   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][128 threads][4], float, fragments as they are
+// convert_dq makes dQ of them.
+#pragma once
+#include "backward_dkdv.cuh"
+
+namespace attn::cuda::sm90 {
+
+template <class T, class Tile>
+struct FusedGradients : KeyGradients<T, Tile> {
+  using Base = KeyGradients<T, Tile>;
+  static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = Base::ACC;
+  static constexpr int SUM_TILES = Tile::SUM_TILES, SLAB = Tile::BLOCK_N * 128;
+  static constexpr int BOTH = 3;  // the named barrier of both consumers
+  using Base::dK, Base::dV, Base::group, Base::key, Base::score, Base::smem;
+
+  ATTN_DEVICE uint32_t scores_at(int turn) const {
+    return smem.extra + uint32_t(turn % 2) * 2 * Tile::SCORE_BYTES;
+  }
+  ATTN_DEVICE uint32_t staging() const {
+    return smem.extra + 4 * Tile::SCORE_BYTES + uint32_t(group) * Tile::SUM_BYTES;
+  }
+  // A word that says whether K of this CTA holds NaN or infinities; no register is left for it.
+  ATTN_DEVICE uint32_t bad_keys() const {
+    return smem.extra + 4 * Tile::SCORE_BYTES + 2 * Tile::SUM_BYTES + 4 * uint32_t(group);
+  }
+  ATTN_DEVICE void look_at_keys() const {
+    const bool bad = warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(smem.K, group);
+    if (issues()) sts_32(bad_keys(), bad);  // read after the first meet()
+  }
+  // The columns of dQ that this warpgroup computes: K from this slab on, and whether in this turn.
+  ATTN_DEVICE int column_slab() const { return Tile::BY_COLUMNS ? group : 0; }
+  ATTN_DEVICE bool computes(int turn) const { return Tile::BY_COLUMNS || turn % 2 == group; }
+  ATTN_DEVICE bool issues() const { return thread_id() % 128 == 0; }
+
+  // dS of this warpgroup's keys as [query][key]: a fragment of dS^T is four tiles of 8 x 8, which
+  // stmatrix turns over.
+  ATTN_DEVICE void store_scores(const uint32_t (&dS)[TILES / 2][4], int turn) const {
+    const int lane = lane_id(), chunk = 2 * (warp_id() % 4) + (lane >> 3 & 1);
+    const int row = (lane >> 4) * 8 + (lane & 7);
+    const uint32_t at = scores_at(turn) + uint32_t(group) * Tile::SCORE_BYTES +
+                        uint32_t(row * 128 + ((chunk ^ (lane & 7)) << 4));
+    ATTN_UNROLL
+    for (int step = 0; step < TILES / 2; ++step) stmatrix_x4_trans(at + step * 16 * 128, dS[step]);
+    fence_proxy_async();  // wgmma reads it
+  }
+  // dS of both warpgroups is there, and the staging buffer may be written again.
+  ATTN_DEVICE void meet() const {
+    if (issues()) bulk_wait_read<0>();
+    named_barrier_sync<BOTH>(256);
+  }
+
+  // dQ = dS K   [64, 8 * SUM_TILES], K [BLOCK_N, ..] read across.  Issued.
+  ATTN_DEVICE void issue_queries(float (&dQ)[SUM_TILES][4], int turn) const {
+    ATTN_UNROLL
+    for (int step = 0; step < Tile::BLOCK_N / 16; ++step)
+      wgmma_ss<T, true>(
+          dQ, wgmma_descriptor(scores_at(turn) + step / 4 * Tile::SCORE_BYTES + step % 4 * 32),
+          wgmma_descriptor(smem.K + column_slab() * SLAB + step * 2048, SLAB), step > 0);
+    wgmma_commit();
+  }
+  // The same key by key, only where dS != 0.  Slow.
+  ATTN_DEVICE void visible_queries(float (&dQ)[SUM_TILES][4], int turn) const {
+    const int lane = lane_id(), row = 16 * (warp_id() % 4) + (lane >> 2);
+    ATTN_UNROLL
+    for (int n = 0; n < SUM_TILES; ++n) dQ[n][0] = dQ[n][1] = dQ[n][2] = dQ[n][3] = 0.0f;
+    ATTN_NO_UNROLL
+    for (int j = 0; j < Tile::BLOCK_N; ++j) {
+      const uint32_t dS = scores_at(turn) + j / 64 * Tile::SCORE_BYTES +
+                          uint32_t(row * 128 + ((j % 64 / 8 ^ (row & 7)) << 4) + j % 8 * 2);
+      const float weight[2] = {to_float(T{lds_16(dS)}), to_float(T{lds_16(dS + 8 * 128)})};
+      const uint32_t K = smem.K + column_slab() * SLAB + uint32_t(j * 128 + 4 * (lane & 3));
+      ATTN_UNROLL
+      for (int n = 0; n < SUM_TILES; ++n) {
+        const uint32_t word = lds_32(K + n / 8 * SLAB + uint32_t((n % 8 ^ (j & 7)) << 4));
+        ATTN_UNROLL
+        for (int r = 0; r < 2; ++r)
+          if (weight[r] != 0.0f) {
+            dQ[n][2 * r] = fmaf(weight[r], unpack_lo<T>(word), dQ[n][2 * r]);
+            dQ[n][2 * r + 1] = fmaf(weight[r], unpack_hi<T>(word), dQ[n][2 * r + 1]);
+          }
+      }
+    }
+  }
+  // dQ to the staging buffer, and from there to the sums of this tile.
+  ATTN_DEVICE void add_queries(const float (&dQ)[SUM_TILES][4], int head, int m0) const {
+    const uint32_t at = staging() + uint32_t(thread_id() % 128) * 16;
+    ATTN_UNROLL
+    for (int n = 0; n < SUM_TILES; ++n)
+      sts_128(at + n * 128 * 16,
+              {as_uint(dQ[n][0]), as_uint(dQ[n][1]), as_uint(dQ[n][2]), as_uint(dQ[n][3])});
+    fence_proxy_async();  // the copy engine reads it
+    group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);  // all of dQ is there
+    if (!issues()) return;
+    const Params& p = score.p;
+    const int64_t tile = (score.seq.b * p.p.heads_q + head) * p.m_tiles + m0 / M;
+    bulk_add(p.dq_sums + tile * (M * Tile::HEAD_DIM) + column_slab() * (Tile::SUM_BYTES / 4),
+             staging(), Tile::SUM_BYTES);
+    bulk_commit();
+  }
+
+  ATTN_DEVICE void edge(int turn, int head, int m0) {
+    float S[TILES][4], dP[TILES][4], dQ[SUM_TILES][4];
+    uint32_t dS[TILES / 2][4];
+    this->scores(S, turn);
+    wgmma_wait<0>();
+    wgmma_hold(S);
+    key_weights(S, score, smem.lse(turn), key, m0, true);
+    smem.dO.wait(turn);
+    add_product<T, Tile::QUERY_BYTES>(dV, S, smem.dO.tile(turn), true, group);
+    this->value_products(dP, turn);
+    wgmma_wait<0>();
+    wgmma_hold(dP);
+    smem.dO.release(turn);
+    key_gradients(dP, S, smem.delta(turn));
+    pack_weights<T>(dS, dP);
+    store_scores(dS, turn);
+    add_product<T, Tile::QUERY_BYTES>(dK, dP, smem.Q.tile(turn), true, group);
+    smem.Q.release(turn);
+    meet();
+    if (!computes(turn)) return;
+    if (lds_32(bad_keys())) {
+      visible_queries(dQ, turn);
+    } else {
+      wgmma_fence();
+      issue_queries(dQ, turn);
+      wgmma_wait<0>();
+      wgmma_hold(dQ);
+    }
+    add_queries(dQ, head, m0);
+  }
+
+  ATTN_DEVICE void whole(int turn, int head, int m0) {
+    float S[TILES][4], dP[TILES][4], dQ[SUM_TILES][4];
+    uint32_t P[TILES / 2][4], dS[TILES / 2][4];
+    this->scores(S, turn);
+    this->value_products(dP, turn);
+    wgmma_wait<1>();  // S is there
+    wgmma_hold(S);
+    key_weights(S, score, smem.lse(turn), key, m0, false);
+    pack_weights<T>(P, S);
+    wgmma_hold(dV);
+    wgmma_hold(P);
+    wgmma_fence();
+    issue_sum<T>(dV, P, smem.dO.tile(turn));
+    wgmma_wait<1>();  // dP is there
+    wgmma_hold(dP);
+    key_gradients(dP, S, smem.delta(turn));
+    pack_weights<T>(dS, dP);
+    store_scores(dS, turn);
+    wgmma_hold(dK);
+    wgmma_hold(dS);
+    wgmma_fence();
+    issue_sum<T>(dK, dS, smem.Q.tile(turn));
+    meet();
+    if constexpr (Tile::BY_COLUMNS) {
+      wgmma_fence();
+      issue_queries(dQ, turn);
+      wgmma_wait<1>();  // dV and dK are there
+    } else {
+      wgmma_wait<0>();  // dV and dK are there
+    }
+    wgmma_hold(dV);
+    wgmma_hold(dK);
+    smem.Q.release(turn);
+    smem.dO.release(turn);
+    if (!computes(turn)) return;
+    if constexpr (!Tile::BY_COLUMNS) {
+      wgmma_fence();
+      issue_queries(dQ, turn);
+    }
+    wgmma_wait<0>();  // dQ is there
+    wgmma_hold(dQ);
+    add_queries(dQ, head, m0);
+  }
+};
+
+template <class T, class Tile>
+ATTN_DEVICE void consume_all(const Params& p, const Sequence& seq, const KeyTask& task,
+                             const KeyMemory<Tile>& smem) {
+  constexpr int M = Tile::BLOCK_M;
+  const int group = warp_id() / 4 - 1, first_key = task.n0 + 64 * group;
+  const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const Score score(p, seq);
+  FusedGradients<T, Tile> mine{{score, smem, key, group}};
+  if (task.tiles) {
+    mbarrier_wait(smem.keys_full, 0);
+    mine.look_at_keys();
+  }
+  each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
+    const int head = task.head_k * p.group + h;
+    if (has_edge(score, m0, m0 + M, first_key, first_key + 64))
+      mine.edge(turn, head, m0);
+    else
+      mine.whole(turn, head, m0);
+  });
+  if (mine.issues()) bulk_wait_read<0>();  // shared memory must last until it is read
+  store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
+  store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
+}
+
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(THREADS, 1)
+void backward_fused(ATTN_GRID_CONSTANT const BackwardParams x) {
+  using Tile = FusedTile<HEAD_DIM>;
+  const auto smem = KeyMemory<Tile>::of(smem_base());
+  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
+  const Sequence seq = Sequence::of(x.p, task.b);
+  run_key_task(x, seq, task, smem, [&] { consume_all<T>(x.p, seq, task, smem); });
+}
+
+// sums = 0, one CTA a tile of 64 queries.
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(128)
+void clear_dq(ATTN_GRID_CONSTANT const Params p) {
+  float* sums = p.dq_sums + int64_t(block_id().x) * 64 * HEAD_DIM + 4 * thread_id();
+  ATTN_UNROLL
+  for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
+}
+
+// dQ = scale * sums, one CTA a tile of 64 queries.
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(128)
+void convert_dq(ATTN_GRID_CONSTANT const Params p) {
+  const int64_t tile = block_id().x;
+  const int64_t head = tile / p.m_tiles % p.p.heads_q, b = tile / p.m_tiles / p.p.heads_q;
+  const float* sums = p.dq_sums + tile * 64 * HEAD_DIM + 4 * thread_id();
+  float acc[HEAD_DIM / 8][4];
+  ATTN_UNROLL
+  for (int n = 0; n < HEAD_DIM / 8; ++n) {
+    const U32x4 v = ldg_128(sums + n * 128 * 4);
+    acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
+    acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
+  }
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int i = int(tile % p.m_tiles) * 64 + 16 * warp_id() + (lane_id() >> 2) + 8 * r;
+    if (i >= int(p.p.seqlen_q)) continue;
+    store_row(static_cast<T*>(p.ptr.dq) + b * p.p.dq.b + head * p.p.dq.h + i * p.p.dq.s, acc, r,
+              p.scale, int(p.p.head_dim));
+  }
+}
+
+}  // namespace attn::cuda::sm90

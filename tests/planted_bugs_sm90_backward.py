@@ -22,8 +22,9 @@ ROWS = {  # as the fields of Mutant
     ),
     "Q freed while wgmma reads it": (
         HOPPER_BACKWARD, DKDV,
-        "    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n    smem.Q.release(turn);",
-        "    smem.Q.release(turn);\n    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);",
+        "    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n    wgmma_hold(A_dS);\n"
+        "    smem.Q.release(turn);",
+        "    smem.Q.release(turn);\n    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n",
         ("race", "all"), ("plain",),
     ),
     "S read before the wait": (
@@ -149,7 +150,8 @@ ROWS = {  # as the fields of Mutant
         HOPPER_FUSED, FUSED, "wgmma_ss<T, true>(", "wgmma_ss<T, false>(", ALL_MODES,
     ),
     "fused: dQ read before the wait": (
-        HOPPER_FUSED, FUSED, "wgmma_wait<0>();  // dQ is there", "wgmma_wait<1>();", ALL_MODES,
+        HOPPER_FUSED, FUSED, "wgmma_wait<0>();  // dQ is there", "wgmma_wait<1>();",
+        ("random", "poison", "all"), ("plain",),
     ),
     "fused: half of dQ added": (
         HOPPER_FUSED, FUSED, "staging(), Tile::SUM_BYTES);", "staging(), Tile::SUM_BYTES / 2);",

@@ -91,6 +91,7 @@ ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], u
   issue_sum<T>(acc, A, B);
   wgmma_wait<0>();
   wgmma_hold(acc);
+  wgmma_hold(A);  // the tensor cores have read it only now
 }
 
 // A consumer warpgroup with 64 keys of its own: registers, and a tile of queries at a time.
@@ -158,9 +159,11 @@ struct KeyGradients {
     issue_sum<T>(dK, A_dS, smem.Q.tile(turn));
     wgmma_wait<1>();  // dV is there
     wgmma_hold(dV);
+    wgmma_hold(A);  // the tensor cores have read it only now
     smem.dO.release(turn);
     wgmma_wait<0>();  // dK is there
     wgmma_hold(dK);
+    wgmma_hold(A_dS);
     smem.Q.release(turn);
   }
 

@@ -64,6 +64,7 @@ struct QueryGradient {
       issue_sum<T>(dQ, A, K.tile(turn));
       wgmma_wait<0>();
       wgmma_hold(dQ);
+      wgmma_hold(A);  // the tensor cores have read it only now
     }
     K.release(turn);
   }

@@ -168,6 +168,8 @@ struct FusedGradients : KeyGradients<T, Tile> {
     }
     wgmma_hold(dV);
     wgmma_hold(dK);
+    wgmma_hold(P);  // the tensor cores have read them only now
+    wgmma_hold(dS);
     smem.Q.release(turn);
     smem.dO.release(turn);
     if (!computes(turn)) return;

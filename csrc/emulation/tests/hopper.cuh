@@ -12,15 +12,15 @@ namespace attn::hopper {
 using namespace ptx;
 
 enum Op : int {
-  BOX,       // 64 rows of 128 bytes of shared memory after a load that crosses every edge
-  SS_K,      // acc + A B^T, both from shared memory
-  SS_MN,     // acc + A B
-  RS_MN,     // acc + A B, A from registers
-  VOTES,     // elect_one, named_barrier_or
-  STORED,    // SS_K of a B that the threads have stored again themselves
-  N32,       // SS_K of the first 32 rows of B
-  TURNED,    // stmatrix_x4_trans of 16-bit numbers that say where they come from
-  ADDED,     // bulk_add of 512 floats, and of the first 256 once more
+  BOX,     // 64 rows of 128 bytes of shared memory after a load that crosses every edge
+  SS_K,    // acc + A B^T, both from shared memory
+  SS_MN,   // acc + A B
+  RS_MN,   // acc + A B, A from registers
+  VOTES,   // elect_one, named_barrier_or
+  STORED,  // SS_K of a B that the threads have stored again themselves
+  N32,     // SS_K of the first 32 rows of B
+  TURNED,  // stmatrix_x4_trans of 16-bit numbers that say where they come from
+  ADDED,   // bulk_add of 512 floats, and of the first 256 once more
   // Faults from here on.
   UNFENCED,      // STORED without fence_proxy_async
   ADD_UNFENCED,  // ADDED without it

@@ -2,6 +2,7 @@
 its layouts, against a naive formula in float64 whose masks are written out pair by pair.
 """
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -453,7 +454,25 @@ def test_bad_input():
             call()
 
 
-@pytest.mark.parametrize("name", ["none", "lower", "blocks", "padded"])
+class Theirs:
+    """Stand-ins for xformers' own objects, which are told by their names and fields."""
+
+    class AttentionBias:
+        pass
+
+    class LowerTriangularMask(AttentionBias):
+        def __init__(self, device=None):
+            pass
+
+    @dataclasses.dataclass
+    class LocalAttentionFromBottomRightMask:
+        window_left: int
+        window_right: int
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "lower", "blocks", "padded", "window", "their lower", "their window"]
+)
 def test_compiled(name):
     """A bias that breaks the graph, or is lost in it."""
     lengths = [4, 5]
@@ -462,6 +481,9 @@ def test_compiled(name):
         "lower": lambda: xf.LowerTriangularMask(),
         "blocks": lambda: xf.BlockDiagonalMask.from_seqlens(lengths).make_causal(),
         "padded": lambda: xf.BlockDiagonalPaddedKeysMask.from_seqlens(lengths, 6, [3, 6]),
+        "window": lambda: xf.LocalAttentionFromBottomRightMask(2, 1),
+        "their lower": lambda: Theirs.LowerTriangularMask(),
+        "their window": lambda: Theirs.LocalAttentionFromBottomRightMask(2, 1),
     }
     q, k, v = inputs(2, rows=9, cols=12 if name == "padded" else 9, batch=1)
     attn_bias = biases[name]()

@@ -76,6 +76,9 @@ def _dense_bias(name: str, bias, query):
 
 def _known(attn_bias):
     """The class of `xformers_bias` that an object is or, being xformers' own, is named after."""
+    found = _BY_NAME.get(type(attn_bias).__name__)  # torch.compile cannot always trace __mro__
+    if found is not None and found is not biases.AttentionBias:
+        return found
     for kind in type(attn_bias).__mro__:
         found = _BY_NAME.get(kind.__name__)
         if found is not None and found is not biases.AttentionBias:
@@ -86,8 +89,11 @@ def _known(attn_bias):
 def _window_of(attn_bias, kind) -> tuple:
     """(causal, window) of a bias of that kind; xformers' own objects have the same fields."""
     window = kind.window
-    if isinstance(window, property):
-        window = window.fget(attn_bias)
+    if isinstance(window, property):  # torch.compile cannot trace a call of its fget
+        if hasattr(attn_bias, "window_left"):
+            window = (attn_bias.window_left, attn_bias.window_right)
+        else:
+            window = (attn_bias._window_size - 1, None)
     return kind.causal, window
 
 

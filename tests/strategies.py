@@ -23,16 +23,22 @@ def windows():
 
 
 @st.composite
-def call_options(draw, kinds=("dense", "varlen", "decode")):
-    """Keyword arguments of random_call: any sizes with any mix of features."""
-    heads_k = draw(st.sampled_from((1, 2, 3)))
+def call_options(
+    draw, kinds=("dense", "varlen", "decode"), dtypes=DTYPES, lengths=LENGTHS, head_dims=HEAD_DIMS,
+    heads=(1, 2, 3), groups=(1, 2, 4), most=4,
+):  # fmt: skip
+    """Keyword arguments of random_call: any sizes with any mix of features.
+
+    heads: of K and V; groups: query heads of each; most: sequences of a varlen or decode call, and
+    one more than a dense batch has."""
+    heads_k = draw(st.sampled_from(heads))
     options = {
         "seed": draw(st.integers(0, 1000)),
-        "dtype": draw(st.sampled_from(DTYPES)),
+        "dtype": draw(st.sampled_from(dtypes)),
         "heads_k": heads_k,
-        "heads_q": heads_k * draw(st.sampled_from((1, 2, 4))),
-        "head_dim": draw(st.sampled_from(HEAD_DIMS)),
-        "head_dim_v": draw(st.sampled_from((None, *HEAD_DIMS))),
+        "heads_q": heads_k * draw(st.sampled_from(groups)),
+        "head_dim": draw(st.sampled_from(head_dims)),
+        "head_dim_v": draw(st.sampled_from((None, *head_dims))),
         "causal": draw(st.booleans()),
         "window": draw(windows()),
         "align": draw(st.sampled_from((BOTTOM_RIGHT, TOP_LEFT))),
@@ -47,20 +53,22 @@ def call_options(draw, kinds=("dense", "varlen", "decode")):
         "deterministic": draw(st.booleans()),
     }
     kind = draw(st.sampled_from(kinds))
-    length = st.sampled_from(LENGTHS)
+    length = st.sampled_from(lengths)
     if kind == "varlen":
-        pairs = draw(st.lists(st.tuples(length, length), max_size=4))
+        pairs = draw(st.lists(st.tuples(length, length), max_size=most))
         options["seqlens_q"] = [q for q, _ in pairs]
         options["seqlens_k"] = [k for _, k in pairs]
     elif kind == "decode":
         capacity = draw(length)
         options["seqlen_q"] = draw(st.integers(1, 5))
         options["seqlen_k"] = capacity
-        options["cache_seqlens"] = draw(st.lists(st.integers(0, capacity), min_size=1, max_size=4))
+        options["cache_seqlens"] = draw(
+            st.lists(st.integers(0, capacity), min_size=1, max_size=most)
+        )
         options["page_size"] = draw(st.sampled_from((0, 1, 3, 16, 64)))
         options["num_splits"] = draw(st.sampled_from((0, 0, 1, 2, 3, 100)))
     else:
-        options["batch"] = draw(st.integers(0, 3))
+        options["batch"] = draw(st.integers(0, most - 1))
         options["seqlen_q"] = draw(length)
         options["seqlen_k"] = draw(length)
     return options

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from attn_ext.triton_kernels import configs
 
 # Compiles in a process of its own, since Triton remembers its target.
 SCRIPT = """
@@ -23,8 +24,7 @@ launch.architecture = lambda x: architecture
 launch.multiprocessors = lambda x: 132
 
 def run(label, kernel, programs, tile, *args):
-    compiled = kernel.warmup(*args, grid=(programs,), num_warps=tile.warps,
-                             num_stages=tile.stages, enable_fp_fusion=True)
+    compiled = kernel.warmup(*args, grid=(programs,), **launch.options(tile))
     table[f"{kernel.fn.__name__} {label}"] = offline.resources(compiled)
 
 shape = {"seqlen_q": 128, "seqlen_k": 128, "heads_q": 4, "heads_k": 2}
@@ -63,7 +63,7 @@ print(json.dumps(table))
 """
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("architecture", configs.SHARED_LIMIT)
 def test_kernels_compile_without_spills(architecture, tmp_path):
     """A kernel that Triton refuses, that spills, or that asks for more shared memory than is."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
@@ -75,12 +75,9 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     table = json.loads(done.stdout)
-    from attn_ext.triton_kernels import configs
-
     assert len(table) >= 20, table.keys()
     for name, (registers, spilled, shared, products) in table.items():
-        # a few bytes: ptxas itself trades them for registers, of which it may leave many unused
-        assert spilled <= 40, (name, registers, spilled)
+        assert spilled == 0, (name, registers, spilled)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, shared)
         if "delta" not in name and "float32" not in name:  # those multiply by FMA
             assert products, name

@@ -12,6 +12,7 @@ instructions of matrix products and of TMA].
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import itertools
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.backends.nvidia
-from attn_ext.triton_kernels import configs, launch, launch_backward, replay
+from attn_ext.triton_kernels import configs, fwd, launch, launch_backward, replay
 from triton.backends.compiler import GPUTarget
 
 from attn_ext.testing import random_call
@@ -38,11 +39,13 @@ KERNELS = Path(__file__).parents[1] / "triton_kernels"
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
+OLDEST = "3.6"  # the oldest Triton that is served; it has tables of its own,
+OLDEST_FOR = ("sm_80", "sm_90", "sm_120")  # for these, of the rows of the configuration
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "dkdv", "dq")
 # case -> the kernels whose rows it gives; a feature's case compiles PASSES
 ROWS = {
-    "causal": (*PASSES, "delta"), "paged": ("decode", "combine"), "all": PASSES,
+    "causal": (*PASSES, "delta"), "paged": ("decode", "combine"), "all": PASSES, "plain": PASSES,
     "deterministic": ("dbias",), "cache all": ("decode",),
 }  # fmt: skip
 ONE_FEATURE = {
@@ -54,11 +57,25 @@ ALL_FEATURES = {
     "window": (30, -1), "mask": "bk", "bias": "hqk", "softcap": 5.0, "alibi": True, "sink": True,
     "dropout_p": 0.2, "stats": True, "heads_q": 4, "heads_k": 2,
 }  # fmt: skip
+PLAIN_FEATURES = {  # all that the rows of plain calls serve
+    "window": (30, 5), "sink": True, "stats": True, "heads_q": 4, "heads_k": 2, "seqlens_q": [128],
+}  # fmt: skip
 # What CI compiles afresh for every architecture
 CI = re.compile(
     "(forward|dkdv|dq) (64|128) bf16 causal|(decode|combine|delta) 128 bf16 (paged|causal)"
-    "|(forward|dkdv) 64 (bf16 all|fp32 causal)|dbias 64 bf16"
+    "|(forward|dkdv) 64 (bf16 all|fp32 causal)|dbias 64 bf16|forward 128 bf16 specialized"
 )
+
+
+CONFIGURATION = re.compile(
+    r"\S+ \d+ (bf16|fp32) (causal|paged|plain|specialized|all|deterministic|cache all)"
+)
+
+
+def table_path(architecture: str, version: str = triton.__version__) -> Path:
+    """The committed table of an architecture for this Triton."""
+    oldest = version.startswith(OLDEST + ".") and architecture in OLDEST_FOR
+    return TABLES / (f"{architecture}-triton-{OLDEST}.json" if oldest else f"{architecture}.json")
 
 
 def digest() -> str:
@@ -117,6 +134,12 @@ class StubDriver:
         return self.stream
 
 
+def cuobjdump(what: str, name: str) -> str:
+    """What Triton's own cuobjdump prints of a cubin."""
+    command = [BINARIES / "cuobjdump", what, name]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def resources(compiled) -> list:
     """[registers, bytes spilled, shared memory, instructions]"""
     if "amdgcn" in compiled.asm:
@@ -131,9 +154,11 @@ def resources(compiled) -> list:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [BINARIES / "cuobjdump", "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+            usage = cuobjdump("-res-usage", file.name)
+            registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+            # ptxas also leaves an unused stack frame of 8 bytes here and there: no spill
+            if spilled and not re.search(r"\b(STL|LDL)\b", cuobjdump("-sass", file.name)):
+                spilled = 0
     found = [name for name in INSTRUCTIONS if name in text]
     return [registers, spilled, compiled.metadata.shared, " ".join(found)]
 
@@ -146,6 +171,7 @@ def cases():
     options = {
         "causal": shape | {"causal": True},
         "paged": cache | {"page_size": 16},
+        "plain": shape | PLAIN_FEATURES,
         "all": shape | ALL_FEATURES | {"causal": True},
         "deterministic": shape | ALL_FEATURES | {"deterministic": True},
         "cache all": ALL_FEATURES | cache,
@@ -156,7 +182,8 @@ def cases():
         base = {"head_dim": width, "dtype": dtype}
         for case, kernels in ROWS.items():
             yield f"{width} {name}", case, base | options[case], kernels
-        if (width, name) == (64, "bf16"):
+        if width in (64, 128) and name == "bf16":
+            yield f"{width} {name}", "specialized", base | options["causal"], ("forward", "repair")
             for case, option in ONE_FEATURE.items():
                 yield f"{width} {name}", case, base | options["causal"] | option, PASSES
 
@@ -169,15 +196,29 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
     launch.multiprocessors = lambda x: 132
     replay.usable = lambda x: False  # nothing is launched
 
+    chosen = CI
+    if everything:
+        old = OLDEST in table_path(architecture).stem
+        chosen = CONFIGURATION if old else re.compile(".*")
+
     def wanted(name):
-        return re.search(only, name) and (everything or CI.fullmatch(name))
+        return re.search(only, name) and chosen.fullmatch(name)
 
     for label, case, options, kernels in cases():
         if not any(wanted(f"{kernel} {label} {case}") for kernel in kernels):
             continue
+        asked = contextlib.nullcontext()
+        if case == "specialized":
+            width = options["head_dim"]
+            tile = configs.SPECIALIZED.get(architecture, {}).get(("fwd", width))
+            if tile is None:
+                continue
+            asked = configs.using(configs.key("fwd", width, 2), tile)
 
         def run(kernel, programs, tile, *args, end=f"{label} {case}", kernels=kernels):
             short = kernel.fn.__name__.removesuffix("_kernel")
+            if short == "forward" and args[-2] == fwd.REPAIR.value:
+                short = "repair"
             name = f"{short} {end}"
             if short not in kernels or not wanted(name):
                 return
@@ -190,7 +231,8 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
 
         launch.run = run
         call = random_call(**options)
-        out, lse, *_ = launch.forward(call)
+        with asked:
+            out, lse, *_ = launch.forward(call)
         if call.seqlens_k is None:
             needs = (True, True, True, call.bias is not None, call.sink is not None)
             launch_backward.backward(call, out, out, lse, lse, needs)
@@ -216,13 +258,14 @@ def main() -> None:
         command = [sys.executable, __file__, architecture, "--write", "--only", args.only]
         subprocess.run(command, check=True)
 
+    oldest = triton.__version__.startswith(OLDEST + ".")
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(in_a_process, configs.SHARED_LIMIT))
+        list(pool.map(in_a_process, OLDEST_FOR if oldest else configs.SHARED_LIMIT))
 
 
 def write(architecture: str, found: dict[str, list]) -> None:
     """Put rows into the architecture's table; other rows of the same kernels stay."""
-    path = TABLES / f"{architecture}.json"
+    path = table_path(architecture)
     version = {"triton": triton.__version__, "kernels": digest()}
     table = json.loads(path.read_text()) if path.exists() else {}
     rows = table.get("rows", {}) if version.items() <= table.items() else {}

@@ -12,19 +12,21 @@ dQ: one program = BLOCK_M queries of one head.
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.dropout import keep, keep_each, philox_key
+from attn_ext.triton_kernels.dropout import dropout_state, keep, keep_each
 from attn_ext.triton_kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
     STREAM,
-    any_nan,
     careful_rows_at_once,
     diagonal,
     dot,
+    head_rows,
     key_range,
     load_each,
+    load_rows,
     load_tile,
+    nan_count,
     outer_present,
     product_each,
     program,
@@ -35,6 +37,7 @@ from attn_ext.triton_kernels.primitives import (
     store_tile,
     streamed_dot,
     tile_logits,
+    unknown_zero,
 )
 from attn_ext.triton_kernels.scores import (
     add_dbias,
@@ -95,7 +98,8 @@ def key_gradient_tiles(
         # S^T = K @ Q^T   [BLOCK_N, BLOCK_M]
         zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if STREAM & FLAGS:
-            kq = streamed_dot(k, row_pointers(q, q_s, i_first, seqlen_q, BLOCK_M), zero, D, BLOCK_D)
+            q_rows = row_pointers(q, q_s, i_first, seqlen_q, BLOCK_M)
+            kq = streamed_dot(k, q_rows, zero, D, BLOCK_D)
         else:
             q_tile = load_tile(q, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
             kq = dot(k, tl.trans(q_tile), zero)
@@ -121,14 +125,14 @@ def key_gradient_tiles(
             dp = tl.where(kept, dp * inverse_keep, 0.0)
         if STREAM & FLAGS:
             tl.debug_barrier()  # no hazard: keeps this read from moving up, into more registers
-            do_tile = load_tile(do, do_s, i_first, seqlen_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+            do_tile = load_rows(do_rows, DV, BLOCK_DV)
         dv = dot(used, do_tile, dv)
         # dK += dS^T @ Q   [BLOCK_N, BLOCK_D]
         row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
         _, ds = score_gradient(p, dp, row_delta[None, :], cap, False, FLAGS)
         if STREAM & FLAGS:
             tl.debug_barrier()
-            q_tile = load_tile(q, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+            q_tile = load_rows(q_rows, D, BLOCK_D)
         dk = dot(ds, q_tile, dk)
     return dk, dv
 
@@ -245,16 +249,13 @@ def dkdv_kernel(
     if j_first >= length_k:
         return
     b, hk = b.to(tl.int64), hk.to(tl.int64)
-    rng = (0, 0, 0, 0)
-    if DROPOUT & FLAGS:
-        key0, key1 = philox_key(rng_state)
-        rng = (key0, key1, threshold, inverse_keep)
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     pointers = (q, dout, lse, delta)
     strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h)
-    k_rows = k + b * k_b + hk * k_h + k_first * k_s
-    v_rows = v + b * v_b + hk * v_h + k_first * v_s
+    k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
+    v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
     if STREAM & FLAGS:
         k_tile = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
         v_tile = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
@@ -267,15 +268,15 @@ def dkdv_kernel(
         side, rng, scale, left, right,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
     )  # fmt: skip
-    ends = (
-        dk + b * dk_b + hk * dk_h + k_first * dk_s,
-        dk_s,
-        dv + b * dv_b + hk * dv_h + k_first * dv_s,
-        dv_s,
-        softmax_scale,
-        inverse_keep,
-    )
-    if any_nan(dk_tile) | any_nan(dv_tile):  # each way stores its own result, as in fwd.py
+    bad = nan_count(dk_tile) + nan_count(dv_tile)
+    zero = unknown_zero(bad)
+    b, hk, k_first, j_first = b + zero, hk + zero, k_first + zero, j_first + zero
+    dk_rows = head_rows(dk, b, hk, k_first, dk_b, dk_h, dk_s)
+    dv_rows = head_rows(dv, b, hk, k_first, dv_b, dv_h, dv_s)
+    ends = (dk_rows, dk_s, dv_rows, dv_s, softmax_scale, inverse_keep)
+    if bad > 0:  # each way stores its own result, as in fwd.py
+        k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
+        v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
         ROWS: tl.constexpr = careful_rows_at_once(BLOCK_N, 4096 // (BLOCK_D + BLOCK_DV))
         part_c = tl.arange(0, ROWS)[:, None]
         for part in tl.range(0, BLOCK_N // ROWS, num_stages=1):
@@ -312,11 +313,12 @@ def query_gradient_tiles(
             n_block = tl.where(step < skip_from, step, step + skip)
         j_first = n_block * BLOCK_N
         # S = Q @ K^T, dP = dO @ V^T   [BLOCK_M, BLOCK_N]
-        k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
         zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if STREAM & FLAGS:
-            qk = streamed_dot(q, row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N), zero, D, BLOCK_D)
+            k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N)
+            qk = streamed_dot(q, k_rows, zero, D, BLOCK_D)
         else:
+            k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
             v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS)
             qk = dot(q, tl.trans(k_tile), zero)
         c = tl.arange(0, BLOCK_N)[None, :]
@@ -338,6 +340,9 @@ def query_gradient_tiles(
         if DBIAS:
             add_dbias(ds, i_first + r, j_first + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
         # dQ += dS @ K   [BLOCK_M, BLOCK_D]
+        if STREAM & FLAGS:
+            tl.debug_barrier()
+            k_tile = load_rows(k_rows, D, BLOCK_D)
         dq = dot(raw, k_tile, dq)
     return dq
 
@@ -394,17 +399,14 @@ def dq_kernel(
         return
     b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
-    rng = (0, 0, 0, 0)
-    if DROPOUT & FLAGS:
-        key0, key1 = philox_key(rng_state)
-        rng = (key0, key1, threshold, inverse_keep)
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     grad = (dbias, g_b, g_h, g_q, g_k)
-    kv = (k + b * k_b + hk * k_h + k_first * k_s, k_s,
-          v + b * v_b + hk * v_h + k_first * v_s, v_s)  # fmt: skip
-    q_rows = q + b * q_b + h * q_h + q_first * q_s
-    do_rows = dout + b * do_b + h * do_h + q_first * do_s
+    kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
+          head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
+    q_rows = head_rows(q, b, h, q_first, q_b, q_h, q_s)
+    do_rows = head_rows(dout, b, h, q_first, do_b, do_h, do_s)
     if STREAM & FLAGS:
         q_tile = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
         do_tile = row_pointers(do_rows, do_s, i_first, length_q, BLOCK_M)
@@ -432,12 +434,19 @@ def dq_kernel(
         side, rng, grad, scale, left, right, first, full_first, full_end - full_first, end,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
     )  # fmt: skip
-    dq_rows = dq + b * dq_b + h * dq_h + q_first * dq_s
-    if any_nan(acc):  # each way stores its own result, as in fwd.py
+    bad = nan_count(acc)
+    if bad > 0:  # each way stores its own result, as in fwd.py
+        zero = unknown_zero(bad)
+        b, h, hk, q_first, k_first = b + zero, h + zero, hk + zero, q_first + zero, k_first + zero
+        q_rows = head_rows(q, b, h, q_first, q_b, q_h, q_s)
+        do_rows = head_rows(dout, b, h, q_first, do_b, do_h, do_s)
+        dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
+        kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
+              head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
         ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // (BLOCK_D + BLOCK_DV))
         part_r = tl.arange(0, ROWS)[:, None]
         for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
-            i_part = i_first + part * ROWS
+            i_part = i_first + zero + part * ROWS
             part_q = load_tile(q_rows, q_s, i_part, length_q, D, ROWS, BLOCK_D, True, FLAGS)
             part_do = load_tile(do_rows, do_s, i_part, length_q, DV, ROWS, BLOCK_DV, True, FLAGS)
             part_i = i_part + tl.arange(0, ROWS)
@@ -453,5 +462,6 @@ def dq_kernel(
             part_acc = part_acc * softmax_scale
             store_tile(dq_rows, dq_s, i_part, length_q, part_acc, D, ROWS, BLOCK_D, FLAGS)
     else:
+        dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
         acc = acc * softmax_scale
         store_tile(dq_rows, dq_s, i_first, length_q, acc, D, BLOCK_M, BLOCK_D, FLAGS)

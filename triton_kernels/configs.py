@@ -73,15 +73,15 @@ _PLAIN = {
         ("decode", 256): Tile(16, 32, 4, 2),
     },
     "small": {  # 99 KiB of shared memory on sm_89 and sm_120
+        ("fwd", 64): Tile(128, 32, 8, 2),  # 64 keys spill
         ("fwd", 128): Tile(64, 64, 8, 2),  # three stages take 112 KiB
-        ("dkdv", 64): Tile(32, 64, 8, 2),  # 4 warps spill
+        ("dkdv", 64): Tile(64, 32, 8, 2),  # 4 warps spill, and 64 keys with Triton 3.6
         ("dkdv", 256): Tile(32, 32, 8, 1),
         ("dq", 128): Tile(32, 64, 8, 2),
         ("decode", 64): Tile(16, 32, 4, 2),  # 64 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
     },
     "sm_120": {
-        ("fwd", 64): Tile(128, 32, 8, 2),  # 64 keys spill
         ("dbias", 64): Tile(32, 32, 8, 1),  # 64 queries spill
         ("dbias", 128): Tile(16, 32, 8, 1),  # 32 queries spill
     },
@@ -120,7 +120,11 @@ _RICH = {
         ("dq", 128): Tile(32, 64, 8, 1),
         ("dq", 256): Tile(16, 32, 8, 1),
         ("decode", 64): Tile(16, 64, 4, 1),
-        ("decode", 256): Tile(16, 32, 4, 1),
+        ("decode", 128): Tile(16, 64, 8, 1),  # 4 warps spill with Triton 3.6, here and at 256
+        ("decode", 256): Tile(16, 32, 8, 1),
+    },
+    "sm_80": {
+        ("fwd", 64): Tile(64, 32, 8, 1),  # 64 keys spill with Triton 3.6
     },
     "hopper": {
         ("dkdv", 128): Tile(32, 16, 8, 1),  # 32 keys spill, by 8 bytes
@@ -128,10 +132,11 @@ _RICH = {
     "sm_90": {
         ("fwd", 256): Tile(32, 16, 8, 1),
         ("dq", 256): Tile(16, 16, 8, 1),
-        ("decode", 128): Tile(16, 64, 8, 1),
     },
     "small": {
-        ("dkdv", 128): Tile(32, 32, 8, 1),  # 16 queries spill
+        ("fwd", 64): Tile(64, 32, 8, 1),  # 64 keys spill with a mask alone
+        ("fwd", 256): Tile(32, 16, 8, 1),  # 32 keys spill
+        ("dkdv", 128): Tile(32, 16, 8, 1),  # 32 keys spill
     },
     "amd": {
         ("dkdv", 64): Tile(16, 64, 4, 1),
@@ -174,6 +179,21 @@ _FLOAT = {
         ("decode", 128): Tile(16, 32, 8, 1),
         ("decode", 256): Tile(16, 16, 8, 1),
     },
+    "sm_80": {
+        ("decode", 128): Tile(16, 16, 8, 1),  # 32 keys spill with Triton 3.6
+    },
+    "small": {
+        ("dq", 128): Tile(16, 16, 8, 1),  # 32 keys spill on sm_89
+    },
+}
+
+# Forward with specialized warps (`loads` = 2), which `tune` measures besides the rows above.
+# Triton takes a loop apart for 4 warps, and adds 8; with 3.9 128 queries fail to compile.
+SPECIALIZED = {
+    "sm_90": {
+        ("fwd", 64): Tile(64, 128, 4, 2, 2),
+        ("fwd", 128): Tile(64, 128, 4, 2, 2),
+    },
 }
 
 
@@ -198,6 +218,15 @@ def shipped(
     descriptors: bool = True,
 ) -> Tile:  # fmt: skip
     """The table's tile; without `descriptors` that of the kernels which load by pointers."""
+    if architecture in ("sm_100", "sm_103") and direction in ("fwd", "dq") and _triton() < (3, 7):
+        # Triton 3.6 fails to compile these for tcgen05; 32 queries take mma.sync
+        row = _shipped(architecture, direction, width, element_size, rich, False)
+        return row._replace(block_m=min(32, row.block_m))
+    return _shipped(architecture, direction, width, element_size, rich, descriptors)
+
+
+def _shipped(architecture, direction, width, element_size, rich, descriptors) -> Tile:
+    """The row of the tables."""
     if descriptors and element_size == 2 and not rich:
         described = _row(_DESCRIBED, (architecture,), direction, width)
         if described:
@@ -210,6 +239,14 @@ def shipped(
         half = Tile(block_m, max(16, found.block_n // 2), found.warps, 1)
         return _row(_FLOAT, kinds, direction, width) or half
     return found
+
+
+@functools.cache
+def _triton() -> tuple[int, ...]:
+    """Triton's version, (major, minor)."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def _row(tables: dict, kinds: tuple, direction: str, width: int) -> Tile | None:

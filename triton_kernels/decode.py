@@ -9,48 +9,62 @@ maxima and sums.
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.dropout import philox_key
+from attn_ext.triton_kernels.dropout import dropout_state
 from attn_ext.triton_kernels.fwd import careful_rows, forward_rows
 from attn_ext.triton_kernels.primitives import (
-    DROPOUT,
     INTERPRETED,
     PAGED,
     SEQLENS,
     SPLIT,
     STATS,
     STREAM,
-    any_nan,
+    nan_count,
     row_ends,
+    unknown_zero,
 )
+
+
+@triton.jit
+def store_results(
+    state, out_rows, lse, max_logit, entropy, row, real, sink, h, inverse_keep,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Write O to out_rows (pointers [BLOCK_M]), LSE and the statistics to place `row` of theirs, of
+    the rows that are `real`; h [BLOCK_M] are their heads."""
+    acc, row_max, row_sum, e, bad = state
+    factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
+    c = tl.arange(0, BLOCK_DV)[None, :]
+    o = acc * (factor * inverse_keep)[:, None]
+    inside = real[:, None] & (c < DV)
+    tl.store(out_rows[:, None] + c, o.to(out_rows.dtype.element_ty), mask=inside)
+    tl.store(lse + row, row_lse, mask=real)
+    if STATS & FLAGS:
+        tl.store(max_logit + row, largest, mask=real)
+        tl.store(entropy + row, spread, mask=real)
 
 
 @triton.jit
 def store_packed_rows(state, ends, DV: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr):
     """Write the rows' part of O and of the sums, or where there is one part the results."""
-    acc, row_max, row_sum, e, bad = state
     (out, o_h, o_s, lse, max_logit, entropy, row, part, sums, sink, inverse_keep, split, splits,
      m_blocks, heads_q, seqlen_q, heads_k, real, h, i) = ends  # fmt: skip
-    c = tl.arange(0, BLOCK_DV)[None, :]
-    inside = real[:, None] & (c < DV)
     if SPLIT & FLAGS:
+        acc, row_max, row_sum, e, bad = state
+        c = tl.arange(0, BLOCK_DV)[None, :]
         count = tl.num_programs(0).to(tl.int64) // (m_blocks * splits * heads_k)
         count = count * heads_q * seqlen_q
         place = split * count + row
-        tl.store(part + place[:, None] * DV + c, acc, mask=inside)
+        tl.store(part + place[:, None] * DV + c, acc, mask=real[:, None] & (c < DV))
         tl.store(sums + place, row_max, mask=real)
         tl.store(sums + splits * count + place, row_sum, mask=real)
         if STATS & FLAGS:
             tl.store(sums + 2 * splits * count + place, e, mask=real)
             tl.store(sums + 3 * splits * count + place, bad, mask=real)
     else:
-        factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
-        o_rows = out + h * o_h + i.to(tl.int64) * o_s
-        o = acc * (factor * inverse_keep)[:, None]
-        tl.store(o_rows[:, None] + c, o.to(out.dtype.element_ty), mask=inside)
-        tl.store(lse + row, row_lse, mask=real)
-        if STATS & FLAGS:
-            tl.store(max_logit + row, largest, mask=real)
-            tl.store(entropy + row, spread, mask=real)
+        store_results(
+            state, out + h * o_h + i.to(tl.int64) * o_s, lse, max_logit, entropy, row, real, sink,
+            h, inverse_keep, DV, BLOCK_DV, FLAGS,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -95,10 +109,7 @@ def decode_kernel(
     else:
         q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
         q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
-    rng = (0, 0, 0)
-    if DROPOUT & FLAGS:
-        key0, key1 = philox_key(rng_state)
-        rng = (key0, key1, threshold)
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     if PAGED & FLAGS:  # k_b and v_b are the strides of pages
@@ -115,13 +126,15 @@ def decode_kernel(
     ends = (out + wide_b * o_b, o_h, o_s, lse, max_logit, entropy, wide_b * lse_b + h * lse_h + i,
             part, sums, sink, inverse_keep, split, splits, m_blocks, heads_q, seqlen_q, heads_k,
             real, h, i)  # fmt: skip
-    if any_nan(state[0]):  # each way stores its own result, as in the forward kernel
-        again = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
+    bad = nan_count(state[0])
+    if bad > 0:  # each way stores its own result, as in the forward kernel
+        zero = unknown_zero(bad)
+        again = tl.load(zero + q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
         again = again.to(tl.float32) if INTERPRETED else again
         state = careful_rows(
-            again, kv, (i - i_first)[:, None], b, h[:, None], i_first, i_last, seqlen_q, length,
-            split, splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
-            BLOCK_DV, FLAGS,
+            again, kv, (i - i_first)[:, None], b + zero, h[:, None], i_first + zero, i_last,
+            seqlen_q, length, split, splits, side, rng, scale, left, right,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
         )  # fmt: skip
         store_packed_rows(state, ends, DV, BLOCK_DV, FLAGS)
     else:
@@ -164,11 +177,7 @@ def combine_kernel(
         acc = old_share[:, None] * acc + new_share[:, None] * tile
         row_max = new_max
         place += count
-    factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
-    o_rows = out + b * o_b + h * o_h + i * o_s
-    o = acc * (factor * inverse_keep)[:, None]
-    tl.store(o_rows[:, None] + c, o.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + row, row_lse, mask=real)
-    if STATS & FLAGS:
-        tl.store(max_logit + row, largest, mask=real)
-        tl.store(entropy + row, spread, mask=real)
+    store_results(
+        (acc, row_max, row_sum, e, bad), out + b * o_b + h * o_h + i * o_s, lse, max_logit, entropy,
+        row, real, sink, h, inverse_keep, DV, BLOCK_DV, FLAGS,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from attn_ext.triton_kernels.primitives import DROPOUT
 
 
 @triton.jit
@@ -14,6 +15,17 @@ def philox_key(rng_state):
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
     return (z & 0xFFFFFFFF).to(tl.uint32), (z >> 32).to(tl.uint32)
+
+
+@triton.jit
+def dropout_state(rng_state, threshold, inverse_keep, FLAGS: tl.constexpr):
+    """(key word, key word, threshold, 1 / (1 - p)), which `keep` and the products take; zeros
+    without dropout."""
+    state = (0, 0, 0, 0)
+    if DROPOUT & FLAGS:
+        key0, key1 = philox_key(rng_state)
+        state = (key0, key1, threshold, inverse_keep)
+    return state
 
 
 @triton.jit

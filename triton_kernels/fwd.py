@@ -3,17 +3,16 @@
 Q, O [B, Hq, Sq, D | Dv], K, V [B, Hk, Sk, D | Dv], LSE [B, Hq, Sq]; varlen: [total, H, D],
 LSE [Hq, total_q].  One program = BLOCK_M queries of one head of one sequence; it walks over the
 tiles of BLOCK_N keys that its queries see: first the tiles without an edge, then the cut ones.
-If O has a NaN at the end, the tile is computed again with care (`primitives.any_nan`).
+If O has a NaN at the end, the tile is computed again with care (`primitives.nan_count`).
 """
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.dropout import keep, keep_each, philox_key
+from attn_ext.triton_kernels.dropout import dropout_state, keep, keep_each
 from attn_ext.triton_kernels.primitives import (
     DROPOUT,
     STATS,
     STREAM,
-    any_nan,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -22,7 +21,9 @@ from attn_ext.triton_kernels.primitives import (
     load_described,
     load_each,
     load_keys,
+    load_rows,
     load_tile,
+    nan_count,
     online_softmax,
     outer_present,
     product_each,
@@ -33,7 +34,11 @@ from attn_ext.triton_kernels.primitives import (
     store_tile,
     streamed_dot,
     tile_logits,
+    unknown_zero,
 )
+
+SPECIALIZED = tl.constexpr(2)  # LOADS: by descriptors, in warps of their own
+REPAIR = tl.constexpr(3)  # LOADS: by pointers, and only for tiles of O that hold a NaN
 
 
 @triton.jit
@@ -48,10 +53,9 @@ def forward_tiles(
     or with STREAM the pointers to its rows."""
     acc, row_max, row_sum, e, bad = state
     k, k_s, k_p, v, v_s, v_p, pages, described = kv
-    SPECIALIZED: tl.constexpr = LOADS == 2
-    for step in tl.range(first, end - skip, warp_specialize=SPECIALIZED):
+    for step in tl.range(first, end - skip, warp_specialize=LOADS == SPECIALIZED):
         n_block = step
-        if EDGE:
+        if EDGE and LOADS != SPECIALIZED:
             n_block = tl.where(step < skip_from, step, step + skip)
         j_first = n_block * BLOCK_N
         # S = Q @ K^T   [BLOCK_M, BLOCK_N]
@@ -75,10 +79,13 @@ def forward_tiles(
         )  # fmt: skip
         p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
         if DROPOUT & FLAGS:
-            key0, key1, threshold = rng
+            key0, key1, threshold, _ = rng
             p = tl.where(keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
-        if LOADS:
+        if STREAM & FLAGS:
+            values = key_pointers(v, v_s, j_first, seqlen_k, pages, v_p, BLOCK_N, FLAGS)
+            v_tile = load_rows(values, DV, BLOCK_DV)
+        elif LOADS:
             v_tile = load_described(v_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_DV)
         else:
             v_tile = load_keys(
@@ -116,11 +123,14 @@ def forward_rows(
     full_end = tl.minimum(tl.maximum(full_end, full_first), end)
 
     state = empty_state(BLOCK_M, BLOCK_DV)
-    state = forward_tiles(
-        state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
-        full_first, full_first, 0, full_end,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
-    )  # fmt: skip
+    if LOADS == SPECIALIZED:  # Triton takes one loop apart: all its tiles count as cut
+        full_first, full_end = first, first
+    else:
+        state = forward_tiles(
+            state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+            full_first, full_first, 0, full_end,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
+        )  # fmt: skip
     state = forward_tiles(
         state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
         first, full_first, full_end - full_first, end,
@@ -159,7 +169,7 @@ def careful_rows(
         )  # fmt: skip
         p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
         if DROPOUT & FLAGS:
-            key0, key1, threshold = rng
+            key0, key1, threshold, _ = rng
             p = tl.where(keep_each(i_first + r, j + c, b, h, key0, key1, threshold), p, 0.0)
         # O = alpha * O + p v_j   [BLOCK_M, BLOCK_DV]; 0 * inf of keys that no longer count is 0
         v_row = load_each(v, v_s, j, pages, v_p, DV, BLOCK_M, BLOCK_DV, FLAGS)
@@ -203,21 +213,20 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (m_blocks * Hq * B), the last query tiles first, since with causal they are longest.
-    LOADS: 0 by pointers, 1 by descriptors [B, H, S, D], 2 so and with specialized warps."""
+    LOADS: 0 by pointers, 1 by descriptors [B, H, S, D], SPECIALIZED, which needs REPAIR after it
+    since Triton specializes no kernel that has more than one loop."""
     block, h, b = program(m_blocks, heads_q)
     q_first, length_q, k_first, length_k = sequences(
         cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
     )
     i_first = (m_blocks - 1 - block) * BLOCK_M
-    if i_first >= length_q:
-        return
+    if LOADS != SPECIALIZED:  # noqa: SIM102 - which has no idle programs, and no branches
+        if i_first >= length_q:
+            return
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
     hk = wide_h // group
-    rng = (0, 0, 0)
-    if DROPOUT & FLAGS:
-        key0, key1 = philox_key(rng_state)
-        rng = (key0, key1, threshold)
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     kv = (k + wide_b * k_b + hk * k_h + k_first * k_s, k_s, 0,
@@ -226,29 +235,37 @@ def forward_kernel(
     q_rows = q + wide_b * q_b + wide_h * q_h + q_first * q_s
     if STREAM & FLAGS:
         q_tile = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
-    elif LOADS:
+    elif LOADS and LOADS != REPAIR:
         q_tile = load_described(q_desc, b, h, i_first, BLOCK_M, BLOCK_D)
     else:
         q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-    r = tl.arange(0, BLOCK_M)
-    state = forward_rows(
-        q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
-        scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
-    )  # fmt: skip
     ends = (out + wide_b * o_b + wide_h * o_h + q_first * o_s, o_s, lse, max_logit, entropy,
             wide_b * lse_b + wide_h * lse_h + q_first, sink, inverse_keep)  # fmt: skip
+    if LOADS == REPAIR:
+        o = load_tile(ends[0], o_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+        bad = nan_count(o)
+    else:
+        r = tl.arange(0, BLOCK_M)
+        state = forward_rows(
+            q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
+            scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
+        )  # fmt: skip
+        bad = nan_count(state[0])
     # Each way stores its own result: joined, they would share a layout that suits neither.
-    if any_nan(state[0]):
+    if LOADS == SPECIALIZED:
+        store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)
+    elif bad > 0:
+        zero = unknown_zero(bad)
         ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // BLOCK_D)
         part_r = tl.arange(0, ROWS)[:, None]
         for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
-            row = i_first + part * ROWS
+            row = i_first + zero + part * ROWS
             part_q = load_tile(q_rows, q_s, row, length_q, D, ROWS, BLOCK_D, True, FLAGS)
             part_state = careful_rows(
-                part_q, kv, part_r, b, wide_h, row, tl.minimum(row + ROWS, length_q) - 1, length_q,
-                length_k, 0, 1, side, rng, scale, left, right, D, DV, ROWS, BLOCK_N, BLOCK_D,
-                BLOCK_DV, FLAGS,
+                part_q, kv, part_r, b + zero, wide_h, row, tl.minimum(row + ROWS, length_q) - 1,
+                length_q, length_k, 0, 1, side, rng, scale, left, right,
+                D, DV, ROWS, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
             )  # fmt: skip
             store_rows(part_state, ends, row, length_q, wide_h, DV, ROWS, BLOCK_DV, FLAGS)
-    else:
+    elif LOADS != REPAIR:
         store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)

@@ -14,7 +14,7 @@ import triton
 from attn_ext.triton_kernels import configs, primitives, replay
 from attn_ext.triton_kernels.decode import combine_kernel, decode_kernel
 from attn_ext.triton_kernels.descriptors import describable, describe
-from attn_ext.triton_kernels.fwd import forward_kernel
+from attn_ext.triton_kernels.fwd import REPAIR, SPECIALIZED, forward_kernel
 
 from attn_ext.problem import BOTTOM_RIGHT, Call, empty_like_layout
 
@@ -29,9 +29,20 @@ _FLAG = {name: getattr(primitives, name).value for name in (
 _RICH = sum(_FLAG[name] for name in ("MASK", "BIAS", "ALIBI", "SOFTCAP", "DROPOUT"))
 
 
+# As triton.cdiv and triton.next_power_of_2, which take microseconds
+def ceil_div(n: int, size: int) -> int:
+    """How many blocks of `size` hold n."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def width(dim: int) -> int:
     """The width of a tile that holds rows of `dim` elements: a power of two, at least 32."""
-    return max(configs.WIDTHS[0], triton.next_power_of_2(dim))
+    return max(configs.WIDTHS[0], power_of_2(dim))
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -189,13 +200,19 @@ class Plan:
 
     def tile(self, direction: str) -> configs.Tile:
         """The tile of this call's kernels."""
+        found = configs.tile(*self._row(direction))
+        if found.loads and not all(map(describable, (self.q, self.k, self.v))):
+            found = self.pointer_tile(direction)
+        return found
+
+    def pointer_tile(self, direction: str) -> configs.Tile:
+        """The table's tile of kernels that load by pointers."""
+        return configs.shipped(*self._row(direction), False)
+
+    def _row(self, direction: str) -> tuple:
         wide = max(self.block_d, self.block_dv)
         rich = bool(self.flags & _RICH)
-        size = self.q.element_size()
-        found = configs.tile(architecture(self.q), direction, wide, size, rich)
-        if found.loads and not all(map(describable, (self.q, self.k, self.v))):
-            found = configs.shipped(architecture(self.q), direction, wide, size, rich, False)
-        return found
+        return (architecture(self.q), direction, wide, self.q.element_size(), rich)
 
 
 def architecture(x: torch.Tensor) -> str:
@@ -281,10 +298,10 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
     tile = plan.tile("decode")
     group = plan.heads_q // plan.heads_k
     rows_of_group = group * plan.seqlen_q
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows_of_group)))
-    m_blocks = triton.cdiv(rows_of_group, block_m)
+    block_m = min(tile.block_m, max(16, power_of_2(rows_of_group)))
+    m_blocks = ceil_div(rows_of_group, block_m)
     programs = m_blocks * plan.heads_k * plan.batch
-    tiles = triton.cdiv(plan.seqlen_k, tile.block_n)
+    tiles = ceil_div(plan.seqlen_k, tile.block_n)
     asked = min(plan.call.num_splits, tiles, 128)
     splits = asked or split_count(programs, tiles, multiprocessors(plan.q))
     part = sums = None
@@ -309,7 +326,7 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
     if splits > 1:
         block = configs.Tile(16, 0, 4, 1)
         plan.run(
-            combine_kernel, triton.cdiv(lse.numel(), block.block_m), block,
+            combine_kernel, ceil_div(lse.numel(), block.block_m), block,
             part, sums, out, lse, max_logit, entropy, plan.sink,
             *strides(out, False), plan.heads_q, plan.seqlen_q, lse.numel(), splits,
             plan.inverse_keep, plan.dim_v, block.block_m, plan.block_dv, plan.flags,
@@ -341,19 +358,27 @@ def forward(call: Call):
     return results
 
 
-def attend(plan: Plan, out, lse, max_logit, entropy) -> None:
+def attend(plan: Plan, *results) -> None:
     """Forward of dense and varlen calls."""
     tile = plan.tile("fwd")
-    m_blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+    attend_by(plan, results, tile, tile.loads, describe(tile, plan))
+    if tile.loads == SPECIALIZED.value:
+        attend_by(plan, results, plan.pointer_tile("fwd"), REPAIR.value, (None, None, None))
+
+
+def attend_by(plan: Plan, results: tuple, tile: configs.Tile, loads: int, described) -> None:
+    """One launch of the forward kernel."""
+    out, lse, max_logit, entropy = results
+    m_blocks = ceil_div(plan.seqlen_q, tile.block_m)
     varlen = plan.varlen
     plan.run(
         forward_kernel, m_blocks * plan.heads_q * plan.batch, tile,
-        plan.q, plan.k, plan.v, *describe(tile, plan), out, lse, max_logit, entropy,
+        plan.q, plan.k, plan.v, *described, out, lse, max_logit, entropy,
         *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
         *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
         *strides(out, varlen), *plan.lse_strides(), *plan.score_strides(),
         plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
         plan.seqlen_k, m_blocks, *plan.scalars(),
         plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
-        tile.loads, plan.flags,
+        loads, plan.flags,
     )  # fmt: skip

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from attn_ext.triton_kernels import configs, launch, replay
 from attn_ext.triton_kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
 from attn_ext.triton_kernels.dbias import dbias_kernel
 from attn_ext.triton_kernels.gradients import dbias_flags, sink_gradient
-from attn_ext.triton_kernels.launch import Plan, rows, score_strides, strides
+from attn_ext.triton_kernels.launch import Plan, ceil_div, rows, score_strides, strides
 
 from attn_ext.problem import Call, empty_like_layout
 
@@ -52,7 +51,7 @@ class Backward:
     def preprocess(self) -> None:
         """delta = rowsum(dO * O) - dLSE"""
         plan, tile = self.plan, configs.Tile(32, 0, 4, 1)
-        blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+        blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             delta_kernel, blocks * plan.heads_q * plan.batch, tile,
             self.out, self.dout, self.dlse, self.delta, plan.cu_seqlens_q,
@@ -66,7 +65,7 @@ class Backward:
         plan, tile = self.plan, self.plan.tile("dkdv")
         dk = plan.own(torch.empty_like(plan.k)) if dk is None else dk
         dv = plan.own(torch.empty_like(plan.v)) if dv is None else dv
-        blocks = triton.cdiv(plan.seqlen_k, tile.block_n)
+        blocks = ceil_div(plan.seqlen_k, tile.block_n)
         plan.run(
             dkdv_kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv,
             *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen),
@@ -78,7 +77,7 @@ class Backward:
         plan, tile = self.plan, self.plan.tile("dq")
         dq = plan.own(torch.empty_like(plan.q)) if dq is None else dq
         flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
-        blocks = triton.cdiv(plan.seqlen_q, tile.block_m)
+        blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             dq_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq, dbias,
             *self.shared, *strides(dq, plan.varlen), *score_strides(dbias, plan.sizes),
@@ -88,8 +87,8 @@ class Backward:
     def shared_dbias(self, dbias) -> None:
         """dbias of a broadcast bias in a fixed order of additions."""
         plan, tile = self.plan, self.plan.tile("dbias")
-        full = (*plan.sizes[:2], triton.cdiv(plan.seqlen_q, tile.block_m),
-                triton.cdiv(plan.seqlen_k, tile.block_n))  # fmt: skip
+        full = (*plan.sizes[:2], ceil_div(plan.seqlen_q, tile.block_m),
+                ceil_div(plan.seqlen_k, tile.block_n))  # fmt: skip
         summed = [n == 1 for n in dbias.shape]
         own = [1 if one else n for one, n in zip(summed, full, strict=True)]
         sums = [n if one else 1 for one, n in zip(summed, full, strict=True)]

@@ -38,7 +38,6 @@ DBIAS_ONE_KEY = tl.constexpr(131072)  # dbias has one key column
 STREAM = tl.constexpr(1 << 19)  # rows too wide to be held: products over D read them in parts
 SIGMOID = tl.constexpr(1 << 24)  # P = sigmoid(s + shift) in place of softmax; LSE is 0
 SIGMOID_LENGTH = tl.constexpr(1 << 25)  # shift = -ln(seqlen_k) of each sequence
-PART = tl.constexpr(64)  # columns of such a part
 
 # The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -127,13 +126,20 @@ def outer_present(weight, rows):
 
 
 @triton.jit
-def any_nan(x):
-    """Whether a tile holds a NaN: the sign to compute it again with `outer_present`.
+def nan_count(x):
+    """How many NaN a tile holds: the sign to compute it again with `outer_present`.
 
     0 * NaN and 0 * inf are the only ways in which an excluded pair reaches a sum, and both leave
     NaN; so the fast loops need not look at their operands.
     """
-    return tl.max(tl.max(tl.where(x != x, 1, 0), 1), 0) > 0
+    return tl.sum(tl.sum(tl.where(x != x, 1, 0), 1), 0)
+
+
+@triton.jit
+def unknown_zero(count):
+    """0, of which the compiler knows nothing: what is computed from it by the rare careful way is
+    not computed before the fast loops and held in registers through them."""
+    return count & (1 << 30)
 
 
 @triton.jit
@@ -189,6 +195,12 @@ def load_keys(
 
 
 @triton.jit
+def head_rows(base, b, h, first, b_s, h_s, s):
+    """Pointer to row `first` of head h of batch element b, all int64."""
+    return base + b * b_s + h * h_s + first * s
+
+
+@triton.jit
 def row_pointers(base, stride, row, rows, BLOCK_ROWS: tl.constexpr):
     """(pointers to rows row, row + 1, ... [BLOCK_ROWS], whether they exist)"""
     r = row + tl.arange(0, BLOCK_ROWS)
@@ -210,8 +222,20 @@ def key_pointers(
 
 
 @triton.jit
+def load_rows(rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The whole rows that `row_pointers` or `key_pointers` gives, [BLOCK_ROWS, BLOCK_DIM].  In a
+    loop its addresses are computed each time, where those of `load_tile` would hold registers."""
+    pointers, inside = rows
+    d = tl.arange(0, BLOCK_DIM)[None, :]
+    tile = tl.load(pointers[:, None] + d, mask=inside[:, None] & (d < DIM), other=0.0)
+    return tile.to(tl.float32) if INTERPRETED else tile
+
+
+@triton.jit
 def streamed_dot(a, b, acc, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """acc + A B^T of rows that `row_pointers` gives, read PART columns at a time."""
+    """acc + A B^T of rows that `row_pointers` gives, read PART columns at a time: as few as leave
+    the registers to what else is wide."""
+    PART: tl.constexpr = 32 if BLOCK_DIM <= 128 else 16
     a_rows, a_inside = a
     b_rows, b_inside = b
     for part in tl.range(0, BLOCK_DIM // PART, num_stages=1):

@@ -26,6 +26,7 @@ MOST = 4096  # recipes; then all are forgotten, which costs each call the long w
 # Triton's launcher is no public interface: other versions take the long way
 LAUNCHER_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
+_NUMBERS = {int, float, bool, type(None)}
 TENSORS = (
     "q", "k", "v", "mask", "bias", "alibi_slopes", "sink", "rng_state", "cu_seqlens_q",
     "cu_seqlens_k", "seqlens_k", "block_table",
@@ -107,19 +108,21 @@ def remember(key: tuple, inputs: Sequence, taken: Sequence, owned: Sequence, lau
     for compiled, programs, args in launched:
         if compiled is None:  # compiled only, or refused by a hook of Triton's
             return
-        pointers, described = [], []
+        pointers, described, kept = [], [], list(args)
         for at, arg in enumerate(args):
+            if type(arg) in _NUMBERS:
+                continue
             base = arg.base if isinstance(arg, TensorDescriptor) else arg
             if not isinstance(base, torch.Tensor):
                 continue
             slot = slots.get(id(base))
             if slot is None:  # a temporary of the launching code
                 return
+            kept[at] = None
             if base is arg:
                 pointers.append((at, slot))
             else:
                 described.append((at, slot, arg.shape, arg.strides, arg.block_shape))
-        kept = [None if isinstance(x, (torch.Tensor, TensorDescriptor)) else x for x in args]
         launches.append(Launch(compiled, programs, kept, tuple(pointers), tuple(described)))
     if len(_recipes) >= MOST:
         _recipes.clear()

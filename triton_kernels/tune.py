@@ -19,8 +19,9 @@ from attn_ext.triton_kernels import configs
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def candidates(direction: str, width: int) -> list[configs.Tile]:
-    """The tiles worth measuring for a direction and a width of the head."""
+def candidates(direction: str, width: int, architecture: str, size: int) -> list[configs.Tile]:
+    """The tiles worth measuring for a direction, a width of the head and bytes of an element."""
+    specialized = configs.SPECIALIZED.get(architecture, {}).get((direction, width))
     if direction == "decode":
         space = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3))
     elif direction == "dbias":
@@ -28,7 +29,8 @@ def candidates(direction: str, width: int) -> list[configs.Tile]:
     else:
         space = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
     most = 64 * 1024 // max(width, 64) * 16  # elements of S: above, nothing fits the registers
-    return [configs.Tile(*row) for row in space if row[0] * row[1] <= most]
+    found = [configs.Tile(*row) for row in space if row[0] * row[1] <= most]
+    return [specialized, *found] if specialized and size == 2 else found
 
 
 def measure(function: Callable[[], object], repeats: int) -> float:
@@ -80,14 +82,15 @@ def tune(
     from attn_ext.triton_kernels import launch
 
     best: dict[str, configs.Tile] = {}
+    architecture = launch.architecture(torch.empty(0, device=device))
     size = torch.finfo(dtype).bits // 8
     for direction, head_dim in itertools.product(directions, head_dims):
         width = launch.width(head_dim)
         call = workload(direction, head_dim, seqlen, dtype, device)
         key = configs.key(direction, width, size)
         results = []
-        for tile in [configs.tile(launch.architecture(torch.empty(0, device=device)), direction,
-                                  width, size), *candidates(direction, width)]:  # fmt: skip
+        first = configs.tile(architecture, direction, width, size)
+        for tile in [first, *candidates(direction, width, architecture, size)]:
             with configs.using(key, tile):
                 try:
                     results.append((measure(call, repeats), tile))
@@ -97,8 +100,8 @@ def tune(
                     continue
         seconds, tile = min(results)
         best[key] = tile
-        first = results[0][0]
-        report(f"{key}: {tuple(tile)} {seconds * 1e6:.1f} us (before {first * 1e6:.1f} us)")
+        before = results[0][0]
+        report(f"{key}: {tuple(tile)} {seconds * 1e6:.1f} us (before {before * 1e6:.1f} us)")
     configs.store(torch.cuda.get_device_name(device), best)
     return best
 

@@ -30,6 +30,7 @@ EXAMPLES = int(os.environ.get("ATTN_EXT_EXAMPLES", "0"))
 # around the edges of the interpreter's tiles of 32 x 32
 LENGTHS = (0, 1, 2, 7, 31, 32, 33, 50, 65)
 HEAD_DIMS = (1, 3, 8, 16, 24, 33, 64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the backend refuses float64
 
 
 class PublicFunctions:
@@ -91,27 +92,18 @@ class PublicFunctions:
 @st.composite
 def small_options(draw, kind):
     """Keyword arguments of random_call that the public functions can say, in small sizes."""
-    options = draw(strategies.call_options(kinds=(kind,)))
-    if options["dtype"] == torch.float64:  # which the backend refuses
-        options["dtype"] = torch.float32
-    options["heads_k"] = draw(st.sampled_from((1, 2)))
-    options["heads_q"] = options["heads_k"] * draw(st.sampled_from((1, 2)))
-    options["head_dim"] = draw(st.sampled_from(HEAD_DIMS))
-    options["head_dim_v"] = draw(st.sampled_from((None, *HEAD_DIMS)))
+    options = draw(
+        strategies.call_options(
+            kinds=(kind,), dtypes=DTYPES, lengths=LENGTHS, head_dims=HEAD_DIMS, heads=(1, 2),
+            groups=(1, 2, 2, 7), most=3,
+        )
+    )  # fmt: skip
     if not options["causal"]:
         options["align"] = BOTTOM_RIGHT
-    length = st.sampled_from(LENGTHS)
-    if kind == "varlen":
-        pairs = draw(st.lists(st.tuples(length, length), max_size=3))
-        options["seqlens_q"] = [q for q, _ in pairs]
-        options["seqlens_k"] = [k for _, k in pairs]
-    elif kind == "decode":
+    if kind == "decode":
         options |= {"dropout_p": 0.0, "stats": False, "align": BOTTOM_RIGHT}
         size = options["page_size"] or 1  # masks reach over whole pages
         options["seqlen_k"] = -(-options["seqlen_k"] // size) * size
-    else:
-        options |= {"batch": draw(st.sampled_from((1, 2, 1, 0)))}
-        options |= {"seqlen_q": draw(length), "seqlen_k": draw(length)}
     return options
 
 

@@ -29,6 +29,7 @@ PRODUCT = {
     "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
     "sm_120": "mma.sync", "gfx942": "v_mfma",
 }  # fmt: skip
+NO_TCGEN05 = ("sm_100-triton-3.6",)  # which that version fails to compile the forward for
 # What another version of Triton than the tables' may take beyond them, before a tile must change
 SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 64, 1.5
 EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
@@ -118,7 +119,8 @@ def test_instructions_are_those_that_the_rows_claim(table):
             assert ("cp.async.bulk.tensor" in instructions) == (tile[4] > 0), name
             assert ("setmaxnreg" in instructions) == (tile[4] == 2), name
             if int(width) in (64, 128):
-                assert PRODUCT[architecture] in instructions, name
+                product = "mma.sync" if table in NO_TCGEN05 else PRODUCT[architecture]
+                assert product in instructions, name
 
 
 def test_triton_3_6_gets_no_tcgen05(monkeypatch):

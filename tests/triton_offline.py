@@ -40,7 +40,7 @@ BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
 OLDEST = "3.6"  # the oldest Triton that is served; it has tables of its own,
-OLDEST_FOR = ("sm_80", "sm_90", "sm_120")  # for these, of the rows of the configuration
+OLDEST_FOR = ("sm_80", "sm_90", "sm_100", "sm_120")  # for these, of the rows of the configuration
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "dkdv", "dq")
 # case -> the kernels whose rows it gives; a feature's case compiles PASSES

@@ -93,6 +93,7 @@ class Backward {
     PanelScratch<T> side{};
     T* dQt{};       // [D][kPanel], of whole rows
     Item* block{};  // of pack_transposed
+    Prefetch soon;
   };
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -198,28 +199,29 @@ class Backward {
         if (rows.nq <= 0) break;
         key_tiles(seq, rows.m0, rows.nq, &rows.t0, &rows.t1);
         if (t < rows.t0 || t >= rows.t1) continue;
-        panel_pair(k, rows);
-        if (first) prefetch(seq, hk, n0, next);
+        if (first) prefetch(seq, hk, n0, next, k.soon);
         first = false;
+        panel_pair(k, rows);
       }
     store_rows(seq, ptr.dk, p.dk, hk, n0, nk, d, d_pad, k.dK, T(p.scale));
     store_rows(seq, ptr.dv, p.dv, hk, n0, nk, dv, dv_pad, k.dV, T(1));
   }
 
   // Where memory is touched for the first time: the output of this block, the inputs of the next.
-  void prefetch(const Sequence& seq, int64_t hk, int64_t n0, const Next& next) const {
-    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, block_n, p.head_dim);
-    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, block_n, p.head_dim_v);
+  void prefetch(const Sequence& seq, int64_t hk, int64_t n0, const Next& next,
+                Prefetch& soon) const {
+    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, block_n, p.head_dim, soon);
+    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, block_n, p.head_dim_v, soon);
     if (next.t >= n_tiles) return;
     const Sequence other(p, ptr, next.b);
     const int64_t first = next.t * block_n;
-    prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim);
-    prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v);
+    prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim, soon);
+    prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v, soon);
     if (n_tiles > 1) return;  // the first panel that sees the block is not known
-    prefetch_rows(row_of<char>(ptr.q, other, p.q, next.hk * group, 0),
-                  std::min(kPanel, other.seqlen_q), p.q.s * bytes(), p.head_dim * bytes());
-    prefetch_rows(row_of<char>(ptr.dout, other, p.dout, next.hk * group, 0),
-                  std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
+    soon.add(row_of<char>(ptr.q, other, p.q, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
+             p.q.s * bytes(), p.head_dim * bytes());
+    soon.add(row_of<char>(ptr.dout, other, p.dout, next.hk * group, 0),
+             std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
   }
 
   void panel_pair(Block& k, const Rows& r) {
@@ -244,19 +246,22 @@ class Backward {
     pack_transposed<Op>(p.dtype, dout_rows, p.dout.s * bytes(), nq, panel.columns, dv, k.block,
                         k.dOt);
     // What this pair adds to at its end, and what the next one begins with, come from L3 meanwhile.
-    if (ptr.dq) prefetch_rows(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
     const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
-    prefetch_rows(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
-    prefetch_rows(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(), dv * bytes());
+    k.soon.add_first(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(),
+                     dv * bytes());
+    k.soon.add_first(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
+    if (ptr.dq && k.t + 1 == r.t1)
+      k.soon.add_first(row_of<char>(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
+    if (ptr.dq) k.soon.add_first(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
     panel.prefetch_bias(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,
                      k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + s.lo * kPanel + s.begin,
-                     false);
+                     false, &k.soon);
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(dv), k.V.data + s.lo * k.V.row_step,
                      k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + s.lo * kPanel + s.begin,
-                     false);
+                     false, &k.soon);
     }
     const T scale = T(panel.logits(tile, k.S, k.dcap));
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
@@ -289,8 +294,10 @@ class Backward {
 
     // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
     if (ptr.dv)
-      add_keys(dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count);
-    if (ptr.dk) add_keys(q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count);
+      add_keys(dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count,
+               k.soon);
+    if (ptr.dk)
+      add_keys(q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count, k.soon);
     if (!ptr.dq) return;
     // dQ^T += K^T dS^T   [d, columns]
     begin_dq(k, r, dq);
@@ -300,7 +307,7 @@ class Backward {
       gemm_panel<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
                      k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
                      k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, dq + s.begin,
-                     true);
+                     true, &k.soon);
     }
     end_dq(k, r, dq);
   }
@@ -344,8 +351,8 @@ class Backward {
 
   // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO.
   void add_keys(const char* rows, int64_t row_stride, const Panel<T>& panel, int64_t dim,
-                int64_t pad, const Item* A, Item* packed, T* C, const Segment* segments,
-                int count) const {
+                int64_t pad, const Item* A, Item* packed, T* C, const Segment* segments, int count,
+                Prefetch& soon) const {
     constexpr int64_t pairs = kPanel / Op::kPack;
     const Item* B = packed;
     int64_t ldb = pad, depth = (panel.nq + Op::kPack - 1) / Op::kPack;
@@ -374,7 +381,7 @@ class Backward {
       gemm<Op>(s.hi - s.lo, pad, end - begin,
                reinterpret_cast<const char*>(A + s.lo * pairs + begin),
                pairs * int64_t(sizeof(Item)), int64_t(sizeof(Item)), B + begin * ldb, ldb,
-               C + s.lo * pad, pad, true);
+               C + s.lo * pad, pad, true, &soon);
     }
   }
 

@@ -152,6 +152,7 @@ class Forward {
           p.dtype, static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0 + q) * bytes(),
           p.q.s * bytes(), n, (n + kGrain - 1) / kGrain * kGrain, d, block, Qt + q * depth_padded);
     }
+    Prefetch soon;
     bool exact[kPanels] = {}, first = true;
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n0 = t * kForwardKeys, nk = std::min(kForwardKeys, hi - n0);
@@ -166,9 +167,12 @@ class Forward {
           K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
           V = rows_by_key<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
           if (t + 1 < t1) {
-            prefetch_keys(seq, ptr.k, p.k, hk, n0 + kForwardKeys, kForwardKeys, d);
-            prefetch_keys(seq, ptr.v, p.v, hk, n0 + kForwardKeys, kForwardKeys, dv);
+            prefetch_keys(seq, ptr.k, p.k, hk, n0 + kForwardKeys, kForwardKeys, d, soon);
+            prefetch_keys(seq, ptr.v, p.v, hk, n0 + kForwardKeys, kForwardKeys, dv, soon);
           }
+          if (first) prefetch_output(seq, h, m0, nq, soon);
+          if (first && next != unit) prefetch_inputs(next, soon);
+          first = false;
         }
         Segment segments[2 * kGrains + 1];
         const int count = panel.segments(tile, segments);
@@ -176,16 +180,11 @@ class Forward {
         const Item* Q = Qt + q * depth_padded;
         const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
         const bool try_lazy = lazy && !exact[q / kPanel] && bases_serve(running, panel.columns);
-        T scale = scores(panel, tile, segments, count, K, Q, S);
-        if (first) {
-          prefetch_output(seq, h, m0, nq);
-          if (next != unit) prefetch_inputs(next);
-        }
-        first = false;
+        T scale = scores(panel, tile, segments, count, K, Q, S, soon);
         if (!try_lazy || !lazy_softmax(panel, tile, S, scale, kept, running)) {
           if (try_lazy) {  // rising logits: not tried again
             exact[q / kPanel] = true;
-            scale = scores(panel, tile, segments, count, K, Q, S);
+            scale = scores(panel, tile, segments, count, K, Q, S, soon);
           }
           for (int64_t g = 0; g < panel.grains; ++g)
             for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
@@ -206,7 +205,7 @@ class Forward {
           gemm_panel<Op>(dv, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
                          V.data + first * V.depth_step, V.row_step, V.depth_step,
                          reinterpret_cast<const Item*>(S) + first * kPanel + s.begin,
-                         running.O + s.begin, true);
+                         running.O + s.begin, true, &soon);
         }
       }
     }
@@ -214,32 +213,33 @@ class Forward {
 
   // Memory that is touched for the first time comes closer while products are computed: a unit's
   // output, and the inputs of the next.
-  void prefetch_output(const Sequence& seq, int64_t h, int64_t m0, int64_t nq) const {
-    const char* o = static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes();
-    prefetch_rows(o, nq, p.o.s * bytes(), p.head_dim_v * bytes());
+  void prefetch_output(const Sequence& seq, int64_t h, int64_t m0, int64_t nq,
+                       Prefetch& soon) const {
+    soon.add(static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(), nq, p.o.s * bytes(),
+             p.head_dim_v * bytes());
   }
-  void prefetch_inputs(int64_t unit) const {
+  void prefetch_inputs(int64_t unit, Prefetch& soon) const {
     const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
     const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
     const int64_t nq = std::min(block_m, seq.seqlen_q - m0), hk = h / (p.heads_q / p.heads_k);
     if (nq <= 0) return;
-    const char* q = static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes();
-    prefetch_rows(q, nq, p.q.s * bytes(), p.head_dim * bytes());
+    soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
+             p.q.s * bytes(), p.head_dim * bytes());
     int64_t lo, hi;
     seq.key_range(m0, m0 + nq, &lo, &hi);
-    prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim);
-    prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v);
+    prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim, soon);
+    prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v, soon);
   }
 
   // S^T = K Q^T  [nk, columns], then logits / what is returned.
   T scores(const Panel<T>& panel, const Tile& tile, const Segment* segments, int count,
-           const Operand& K, const Item* Q, T* S) const {
+           const Operand& K, const Item* Q, T* S, Prefetch& soon) const {
     panel.prefetch_bias(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(p.head_dim),
                      K.data + s.lo * K.row_step, K.row_step, K.depth_step, Q + s.begin,
-                     S + s.lo * kPanel + s.begin, false);
+                     S + s.lo * kPanel + s.begin, false, &soon);
     }
     return T(panel.logits(tile, S, nullptr));
   }

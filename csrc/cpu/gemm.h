@@ -93,19 +93,22 @@ template <class Op, int ROWS, int NV, int64_t LD>
 __attribute__((noinline)) void gemm_rows(int64_t blocks, int64_t depth, const char* A,
                                          int64_t row_step, int64_t depth_step,
                                          const typename Op::Item* B, int64_t ldb,
-                                         typename Op::Acc* C, int64_t ldc, bool accumulate) {
+                                         typename Op::Acc* C, int64_t ldc, bool accumulate,
+                                         Prefetch* soon) {
   if (LD) ldb = ldc = LD;
-  for (; blocks > 0; --blocks, A += ROWS * row_step, C += ROWS * ldc)
+  for (; blocks > 0; --blocks, A += ROWS * row_step, C += ROWS * ldc) {
+    if (soon) soon->some();
     if (accumulate)
       gemm_block<Op, ROWS, NV, true>(depth, A, row_step, depth_step, B, ldb, C, ldc);
     else
       gemm_block<Op, ROWS, NV, false>(depth, A, row_step, depth_step, B, ldb, C, ldc);
+  }
 }
 
 template <class Op, int NV, int64_t LD>
 inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row_step,
                          int64_t depth_step, const typename Op::Item* B, int64_t ldb,
-                         typename Op::Acc* C, int64_t ldc, bool accumulate) {
+                         typename Op::Acc* C, int64_t ldc, bool accumulate, Prefetch* soon) {
   // Fewer vectors leave registers for more rows: the chains of additions must cover their latency.
   constexpr int kRows = NV == ATTN_NV                 ? ATTN_MR
                         : ATTN_MR * ATTN_NV / NV > 16 ? 16
@@ -114,7 +117,7 @@ inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row
   auto take = [&](auto count, int64_t blocks) {
     if (blocks == 0) return;
     gemm_rows<Op, count.value, NV, LD>(blocks, depth, A + r * row_step, row_step, depth_step, B,
-                                       ldb, C + r * ldc, ldc, accumulate);
+                                       ldb, C + r * ldc, ldc, accumulate, soon);
     r += blocks * count.value;
   };
   // Not down to the last full block when 2 rows would be left: 4 + 4 beat 6 + 2.
@@ -126,16 +129,16 @@ inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row
   take(std::integral_constant<int, 1>{}, rows - r);
 }
 
-// columns is a multiple of kLanes<Acc>.
+// columns is a multiple of kLanes<Acc>.  soon: what to prefetch meanwhile, or null.
 template <class Op, int64_t LD = 0>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, const char* A, int64_t row_step,
                  int64_t depth_step, const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
-                 int64_t ldc, bool accumulate) {
+                 int64_t ldc, bool accumulate, Prefetch* soon = nullptr) {
   constexpr int L = kLanes<typename Op::Acc>;
   int64_t q = 0;
   auto columns_of = [&](auto vectors) {
     gemm_columns<Op, vectors.value, LD>(rows, depth, A, row_step, depth_step, B + q, ldb, C + q,
-                                        ldc, accumulate);
+                                        ldc, accumulate, soon);
     q += vectors.value * L;
   };
   while (columns - q >= ATTN_NV * L) columns_of(std::integral_constant<int, ATTN_NV>{});
@@ -150,6 +153,7 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, const char* A, in
 template <class Op>
 inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const char* A,
                        int64_t row_step, int64_t depth_step, const typename Op::Item* B,
-                       typename Op::Acc* C, bool accumulate) {
-  gemm<Op, kPanel>(rows, columns, depth, A, row_step, depth_step, B, kPanel, C, kPanel, accumulate);
+                       typename Op::Acc* C, bool accumulate, Prefetch* soon = nullptr) {
+  gemm<Op, kPanel>(rows, columns, depth, A, row_step, depth_step, B, kPanel, C, kPanel, accumulate,
+                   soon);
 }

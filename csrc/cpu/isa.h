@@ -11,6 +11,7 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 
 // clang-format off: the order of use
 #include "cpu/transpose.h"
+#include "cpu/prefetch.h"
 #include "cpu/gemm.h"
 #include "cpu/rows.h"
 #include "cpu/dropout.h"

@@ -136,21 +136,14 @@ inline void pack_transposed(DType type, const char* base, int64_t row_bytes, int
   }
 }
 
-// Brings n rows of `bytes` each towards the second-level cache.
-inline void prefetch_rows(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
-  const char* row = static_cast<const char*>(base);
-  for (int64_t i = 0; i < n; ++i, row += row_step)
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
-// The same for n rows of K or V from n0, which may lie beyond the end.
+// n rows of K or V from n0, which may lie beyond the end, are needed soon.
 inline void prefetch_keys(const Sequence& seq, const void* base, const Strides& s, int64_t h,
-                          int64_t n0, int64_t n, int64_t dim) {
+                          int64_t n0, int64_t n, int64_t dim, Prefetch& soon) {
   if (seq.ptr->block_table) return;
   const int64_t size = int64_t(dtype_size(seq.p->dtype));
   n = std::min(n, seq.seqlen_k - n0);
-  prefetch_rows(static_cast<const char*>(base) + seq.k_offset(s, h, n0) * size, n, s.s * size,
-                dim * size);
+  soon.add(static_cast<const char*>(base) + seq.k_offset(s, h, n0) * size, n, s.s * size,
+           dim * size);
 }
 
 // An operand of broadcasts: element (row, depth) at data + row * row_step + depth * depth_step, in

@@ -60,9 +60,7 @@ class EagerAttention(torch.autograd.Function):
         if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
             args = (*tensors, *ctx.rest, needs)
             results = torch.ops.attn_ext.backward(dout, dlse, out, lse, *args)
-        elif (
-            torch.is_grad_enabled()
-        ):  # create_graph: the gradients must refuse to be differentiated
+        elif torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
             results = EagerBackward.apply(needs, ctx.rest, dout, dlse, out, lse, *tensors)
         else:
             results = ops.backward_eager(dout, dlse, out, lse, (*tensors, *ctx.rest), needs)

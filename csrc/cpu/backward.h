@@ -81,7 +81,7 @@ class Backward {
 
   // What the loop over panels keeps of a key block, and its scratch.
   struct Block : GradientTile<Op> {
-    explicit Block(const Sequence& s) : seq(s) {}
+    explicit Block(const Sequence& s) : seq(s), soon(s.seqlen_q < kPanel) {}
     const Sequence& seq;
     int64_t t{}, n0{}, nk{};
     Operand K{}, V{}, K_by_key{};

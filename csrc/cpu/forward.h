@@ -152,7 +152,7 @@ class Forward {
           p.dtype, static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0 + q) * bytes(),
           p.q.s * bytes(), n, (n + kGrain - 1) / kGrain * kGrain, d, block, Qt + q * depth_padded);
     }
-    Prefetch soon;
+    Prefetch soon(nq < kPanel && t1 - t0 == 1);
     bool exact[kPanels] = {}, first = true;
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n0 = t * kForwardKeys, nk = std::min(kForwardKeys, hi - n0);

@@ -97,7 +97,7 @@ __attribute__((noinline)) void gemm_rows(int64_t blocks, int64_t depth, const ch
                                          Prefetch* soon) {
   if (LD) ldb = ldc = LD;
   for (; blocks > 0; --blocks, A += ROWS * row_step, C += ROWS * ldc) {
-    if (soon) soon->some();
+    if (NV == ATTN_NV && soon) soon->some();  // narrower blocks are too short to be interrupted
     if (accumulate)
       gemm_block<Op, ROWS, NV, true>(depth, A, row_step, depth_step, B, ldb, C, ldc);
     else

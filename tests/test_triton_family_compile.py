@@ -63,11 +63,7 @@ print(json.dumps(table))
 """
 
 
-# Bytes that a row may spill; on sm_120 and gfx942 the rows were not brought to 0 yet
-SPILLS = {"sm_80": 0, "sm_90": 0, "sm_120": 40, "gfx942": 40}
-
-
-@pytest.mark.parametrize("architecture", SPILLS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_kernels_compile_without_spills(architecture, tmp_path):
     """A kernel that Triton refuses, that spills, or that asks for more shared memory than is."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
@@ -81,7 +77,7 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     table = json.loads(done.stdout)
     assert len(table) >= 20, table.keys()
     for name, (registers, spilled, shared, products) in table.items():
-        assert spilled <= SPILLS[architecture], (name, registers, spilled)
+        assert spilled == 0, (name, registers, spilled)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, shared)
         if "delta" not in name and "float32" not in name:  # those multiply by FMA
             assert products, name

@@ -81,7 +81,8 @@ def pooled_map(call: Call, rows: int, cols: int, lse: torch.Tensor) -> torch.Ten
     plan = launch.Plan(call)
     out = torch.zeros(plan.batch, plan.heads_q, rows, cols, device=plan.q.device)
     if out.numel() and plan.seqlen_q and plan.seqlen_k:
-        found = tile(plan)._replace(block_m=32, block_n=32, warps=8)  # larger ones spill
+        queries = 16 if launch.architecture(plan.q).startswith("gfx") else 32
+        found = tile(plan)._replace(block_m=queries, block_n=32, warps=8)  # larger ones spill
         row_blocks = triton.cdiv(rows, CELLS)
         blocks = row_blocks * triton.cdiv(cols, CELLS)
         with launch.on_device(plan.q):

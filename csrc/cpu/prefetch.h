@@ -9,7 +9,7 @@ inline void prefetch_rows(const void* base, int64_t n, int64_t row_step, int64_t
 // blocks of products: all at once they would fill the queue of misses, and the next loads wait.
 class Prefetch {
  public:
-  // at_once: there are few blocks, and less to fetch than a list costs.
+  // at_once: for units whose blocks are too narrow to be interrupted (gemm.h).
   explicit Prefetch(bool at_once = false) : at_once_(at_once) {}
 
   // n rows of `bytes` each, after what was added before ...

@@ -92,11 +92,9 @@ ATTN_DEVICE void consume_keys(const Params& p, const Sequence& seq, const Forwar
     const int n0 = (t0 + turn) * N;
     if (n0 < hi && n0 + N > lo) {
       mine.add(turn, n0, has_edge(score, group_row, group_end, n0, n0 + N));
-    } else {  // nothing for this warpgroup, but the buffers are its to free
-      K.wait(turn);
-      K.release(turn);
-      V.wait(turn);
-      V.release(turn);
+    } else {  // nothing for this warpgroup
+      K.skip(turn);
+      V.skip(turn);
     }
   }
   ATTN_UNROLL

@@ -168,11 +168,9 @@ ATTN_DEVICE void consume(const Params& p, const Sequence& seq, const ForwardTask
     const int n0 = turns.tile(turn) * N;
     if (n0 < hi && n0 + N > lo) {
       mine.edge(score, query, group, turn, n0);
-    } else {  // nothing for this warpgroup, but the buffers are its to free
-      K.wait(turn);
-      K.release(turn);
-      V.wait(turn);
-      V.release(turn);
+    } else {  // nothing for this warpgroup
+      K.skip(turn);
+      V.skip(turn);
     }
   }
   mine.whole(turn, turns.count());
@@ -188,7 +186,7 @@ void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
   const uint32_t V_smem = K_smem + STAGES * Tile::KEY_BYTES;
   const uint32_t Q_full = V_smem + STAGES * Tile::KEY_BYTES;
   const Ring<STAGES> K{K_smem, Q_full + 8, Tile::KEY_BYTES};
-  const Ring<STAGES> V{V_smem, Q_full + 8 + 16 * STAGES, Tile::KEY_BYTES};
+  const Ring<STAGES> V{V_smem, Q_full + 8 + RING_BARS, Tile::KEY_BYTES};
 
   ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
   const Sequence seq = Sequence::of(p, task.b);

@@ -50,6 +50,11 @@ struct Ring {
     sync_warp();  // every lane has read
     if (lane_id() == 0) mbarrier_arrive(empty_bar(i));
   }
+  // Consumers that need nothing of buffer i: it is theirs to free all the same.
+  ATTN_DEVICE void skip(int i) const {
+    wait(i);
+    release(i);
+  }
 };
 
 // C = A B^T   [64, 8 * TILES] a warpgroup, over HEAD_DIM columns.  A: its first row, in a tile of

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/amx.h"
 #include "cpu/ceilings.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -213,4 +214,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &attn::cpu::supported_isas);
   m.def("isa", &attn::cpu::isa);
   m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
+  m.def("emulate_amx", &attn::cpu::amx::emulate,
+        "For tests: take AMX for supported, since an emulator of its instructions is installed");
 }

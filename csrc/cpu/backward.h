@@ -45,6 +45,7 @@ class Backward {
     const int64_t keys = by_key ? n_tiles : 1, batches = by_batch ? p.batch : 1,
                   heads = by_head ? p.heads_k : 1;
     parallel_for(n_tiles ? keys * batches * heads : 0, threads, [&](int64_t task) {
+      [[maybe_unused]] typename Op::Unit held;
       const int64_t key = task / (batches * heads), b = task / heads % batches, h = task % heads;
       const int64_t after = task + threads;  // probably this thread's next one
       const bool all = keys * batches * heads == n_tiles * p.batch * p.heads_k;
@@ -184,7 +185,8 @@ class Backward {
     if constexpr (Op::kPack == 1) {
       k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
     } else {
-      k.K_by_key = rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(block_n / 2 * d));
+      k.K_by_key =
+          rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(by_key_items<Op>(block_n, d)));
     }
 
     bool first = true;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/amx.h"
 #include "cpu/scratch.h"
 
 namespace attn::cpu {
@@ -23,6 +24,9 @@ ATTN_DECLARE(baseline)
 ATTN_DECLARE(avx2)
 ATTN_DECLARE(avx512)
 ATTN_DECLARE(avx512_bf16)
+#ifdef ATTN_HAS_AMX
+ATTN_DECLARE(avx512_amx)
+#endif
 #endif
 #undef ATTN_DECLARE
 
@@ -36,6 +40,14 @@ void forward_bf16(const Problem& p, const Pointers& ptr, int threads) {
 void backward_bf16(const Problem& p, const Pointers& ptr, int threads) {
   (p.dtype == DType::kBFloat16 ? avx512_bf16::backward : avx512::backward)(p, ptr, threads);
 }
+#ifdef ATTN_HAS_AMX
+void forward_amx(const Problem& p, const Pointers& ptr, int threads) {
+  (p.dtype == DType::kBFloat16 ? avx512_amx::forward : avx512::forward)(p, ptr, threads);
+}
+void backward_amx(const Problem& p, const Pointers& ptr, int threads) {
+  (p.dtype == DType::kBFloat16 ? avx512_amx::backward : avx512::backward)(p, ptr, threads);
+}
+#endif
 #endif
 
 struct Isa {
@@ -47,7 +59,11 @@ struct Isa {
   void (*inspect)(const Problem&, const Pointers&, const FamilyOptions&, const InspectOptions&,
                   int);
   bool supported;
+  // On AMX's tiles.  Used only when it is asked for by its name: no machine has run it so far.
+  bool tiles = false;
 };
+
+bool usable(const Isa& isa) { return isa.supported && (!isa.tiles || amx::present()); }
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
@@ -67,6 +83,11 @@ const std::vector<Isa>& isas() {
     list.push_back({"avx512_bf16", forward_bf16, backward_bf16, avx512::family_forward,
                     avx512::family_backward, avx512::inspect,
                     has_avx512 && __builtin_cpu_supports("avx512bf16")});
+#ifdef ATTN_HAS_AMX
+    list.push_back({"avx512_amx", forward_amx, backward_amx, avx512::family_forward,
+                    avx512::family_backward, avx512::inspect,
+                    has_avx512 && __builtin_cpu_supports("avx512bf16"), true});
+#endif
 #endif
     return list;
   }();
@@ -77,13 +98,16 @@ const Isa* find(const std::string& name) {
   const Isa* best = nullptr;
   std::string names;
   for (const Isa& isa : isas()) {
-    if (!isa.supported) continue;
+    if (!usable(isa)) continue;
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
-    if (name.empty() || name == isa.name) best = &isa;
+    if (name.empty() ? !isa.tiles : name == isa.name) best = &isa;
   }
   if (!best)
     throw std::invalid_argument("ATTN_EXT_ISA must be one that this machine supports (" + names +
                                 "), got '" + name + "'");
+  if (best->tiles && !amx::permitted())
+    throw std::invalid_argument("ATTN_EXT_ISA must be one that this machine supports, got '" +
+                                name + "', whose tile registers Linux refused to this process");
   return best;
 }
 
@@ -123,7 +147,7 @@ void set_isa(const std::string& name) { current.store(find(name), std::memory_or
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : isas())
-    if (isa.supported) names.emplace_back(isa.name);
+    if (usable(isa)) names.emplace_back(isa.name);
   return names;
 }
 

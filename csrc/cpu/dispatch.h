@@ -16,10 +16,10 @@ void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions&
 void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions& o,
              const InspectOptions& wanted, int threads);
 
-std::vector<std::string> supported_isas();  // of this machine, best last
+std::vector<std::string> supported_isas();  // of this machine
 std::string isa();                          // the one in use
 // Throws std::invalid_argument for a name that is unknown or that this machine lacks; "" is the
-// best one.
+// default: the best one, but never avx512_amx, which has run on no machine so far.
 void set_isa(const std::string& name);
 
 }  // namespace attn::cpu

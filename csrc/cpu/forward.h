@@ -48,6 +48,7 @@ class Forward {
     const int64_t state = panels * SoftmaxState<T>::size(p.head_dim_v);
     std::vector<T> partial(splits > 1 ? units * splits * state : 0);
     parallel_for(units * splits, threads, [&](int64_t task) {
+      [[maybe_unused]] typename Op::Unit held;
       // Causal tiles grow with the query: the last ones first leaves no long task for the end.
       const int64_t unit = units - 1 - task / splits, split = task % splits;
       const int64_t after = task + threads;  // probably this thread's next one
@@ -192,8 +193,11 @@ class Forward {
         }
         // O^T += V^T P^T   [dv, columns]
         if (careful && panel.partial(tile)) {
-          if (finite < 0)
+          if constexpr (Op::kDepthContiguous) {
+            if (finite < 0) finite = all_finite<Op>(V.data, V.row_step, dv, items<Op>(nk));
+          } else if (finite < 0) {
             finite = all_finite<Op>(V.data, V.depth_step, (nk + Op::kPack - 1) / Op::kPack, dv);
+          }
           if (!finite) {
             add_visible(V, S, panel, tile, running.O);
             continue;

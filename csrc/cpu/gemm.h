@@ -12,7 +12,9 @@ template <class T>
 struct Plain {
   using Acc = T;
   using Item = T;
-  static constexpr int kPack = 1;  // numbers of the depth in an item
+  static constexpr int kPack = 1;                  // numbers of the depth in an item
+  static constexpr bool kDepthContiguous = false;  // A's items must lie side by side
+  struct Unit {};                                  // what a thread holds during its tasks
   static ATTN_INLINE Vec<T> broadcast(Item a) { return set1(a); }
   static ATTN_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) { return acc + a * b; }
 };
@@ -23,6 +25,8 @@ struct Bf16Pairs {
   using Acc = float;
   using Item = uint32_t;
   static constexpr int kPack = 2;
+  static constexpr bool kDepthContiguous = false;
+  struct Unit {};
   static ATTN_INLINE Vec<uint32_t> broadcast(Item a) { return (Vec<uint32_t>)_mm512_set1_epi32(a); }
   static ATTN_INLINE Vec<float> fma(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);

@@ -13,6 +13,10 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #include "cpu/transpose.h"
 #include "cpu/prefetch.h"
 #include "cpu/gemm.h"
+#ifdef ATTN_AMX
+#include "cpu/tiles.h"
+#include "cpu/gemm_amx.h"
+#endif
 #include "cpu/rows.h"
 #include "cpu/dropout.h"
 #include "cpu/mask.h"
@@ -30,7 +34,18 @@ constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 #endif
 // clang-format on
 
-#ifdef ATTN_BF16_DOT
+#if defined(ATTN_AMX)
+void forward(const Problem& p, const Pointers& ptr, int threads) {
+  if (Decode<DType::kBFloat16>::serves(p, ptr))  // too thin for tiles
+    avx512_bf16::forward(p, ptr, threads);
+  else
+    Forward<AmxPairs>(p, ptr, threads).run();
+}
+
+void backward(const Problem& p, const Pointers& ptr, int threads) {
+  Backward<AmxPairs>(p, ptr, threads).run();
+}
+#elif defined(ATTN_BF16_DOT)
 void forward(const Problem& p, const Pointers& ptr, int threads) {
   if (!decode<DType::kBFloat16>(p, ptr, threads)) Forward<Bf16Pairs>(p, ptr, threads).run();
 }

@@ -177,6 +177,46 @@ inline Operand rows_by_depth(const Sequence& seq, const void* base, const Stride
           int64_t(sizeof(Item))};
 }
 
+#ifdef ATTN_AMX
+// Bytes between the dimensions of rows_by_key: an odd number of cache lines, so that the rows of a
+// tile spread over the sets.
+inline int64_t by_key_step(int64_t n) { return ((n + 31) / 32 | 1) * 64; }
+
+// out[d][pair of keys]: 16 x 16 pairs at a time, transposed in registers.  What lies beyond the
+// last key is 0.
+inline Operand pairs_by_dimension(const Sequence& seq, const char* bytes, const Strides& s,
+                                  int64_t h, int64_t n0, int64_t n, int64_t dim, uint32_t* out) {
+  const int64_t step = by_key_step(n) / 4;
+  for (int64_t j = 0; j < n; j += 32)
+    for (int64_t d = 0; d < dim; d += 16) {
+      const auto lanes = __mmask16(dim - d >= 16 ? 0xffff : (1 << (dim - d)) - 1);
+      auto row = [&](int64_t key) {
+        const char* from = key < n ? bytes + (seq.k_offset(s, h, n0 + key) + d) * 2 : nullptr;
+        return _mm512_cvtepu16_epi32(from ? _mm256_maskz_loadu_epi16(lanes, from)
+                                          : _mm256_setzero_si256());
+      };
+      Vec<float> block[16];
+      for (int i = 0; i < 16; ++i)
+        block[i] =
+            (Vec<float>)_mm512_or_si512(row(j + 2 * i), _mm512_slli_epi32(row(j + 2 * i + 1), 16));
+      transpose_round<float, 1>(block);
+      for (int i = 0; i < 16 && d + i < dim; ++i)
+        store(reinterpret_cast<float*>(out) + (d + i) * step + j / 2, block[i]);
+    }
+  return {reinterpret_cast<const char*>(out), step * 4, 4};
+}
+#endif
+
+// Items that rows_by_key needs for n keys, an even number.
+template <class Op>
+inline int64_t by_key_items(int64_t n, int64_t dim) {
+#ifdef ATTN_AMX
+  return by_key_step(n) / 4 * dim;
+#else
+  return n / Op::kPack * dim;
+#endif
+}
+
 // The same rows with the keys as depth: bf16 pairs hold two keys, so they are always interleaved.
 template <class Op>
 inline Operand rows_by_key(const Sequence& seq, const void* base, const Strides& s, int64_t h,
@@ -186,6 +226,9 @@ inline Operand rows_by_key(const Sequence& seq, const void* base, const Strides&
     return {rows.data, rows.depth_step, rows.row_step};
   } else {
     const auto* bytes = static_cast<const char*>(base);
+#ifdef ATTN_AMX
+    return pairs_by_dimension(seq, bytes, s, h, n0, n, dim, scratch);
+#else
     for (int64_t j = 0; j < n; j += 2) {
       const auto* even = reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j) * 2);
       uint32_t* out = scratch + j / 2 * dim;
@@ -198,6 +241,7 @@ inline Operand rows_by_key(const Sequence& seq, const void* base, const Strides&
       }
     }
     return {reinterpret_cast<const char*>(scratch), 4, dim * 4};
+#endif
   }
 }
 

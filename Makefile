@@ -105,7 +105,7 @@ test-aarch64:
 test-gpu: $(VENV)/installed.done
 	ATTN_EXT_CUDA=1 ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_limits.py tests/test_cuda_sm90.py \
-	  -k "not emulated"
+	  tests/test_cuda_sm90_varlen.py -k "not emulated"
 	$(PY) -m pytest -q tests/test_api.py tests/test_torch_integration.py tests/test_backends_hypothesis.py -k cuda
 	$(PY) -m pytest -q tests/test_golden_bits.py tests/test_emulator_sm90.py
 	ATTN_EXT_CUDA_SM90=1 $(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_api.py \
@@ -113,7 +113,7 @@ test-gpu: $(VENV)/installed.done
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_sm90.py \
-	      -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
+	      tests/test_cuda_sm90_varlen.py -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
 	    || exit 1; done
 	$(PY) bench/sm90.py || test $$? = 2  # speed; 2: not a Hopper GPU
 

@@ -75,8 +75,9 @@ class Device:
 
     def tests(self) -> list[str]:
         """The GPU tests of every backend"""
-        names = ("test_cuda_sm90", "test_cuda_kernels", "test_triton_backend", "test_api",
-                 "test_backends_hypothesis", "test_kernels", "test_nonfinite")  # fmt: skip
+        names = ("test_cuda_sm90", "test_cuda_sm90_varlen", "test_cuda_kernels",
+                 "test_triton_backend", "test_api", "test_backends_hypothesis", "test_kernels",
+                 "test_nonfinite")  # fmt: skip
         files = [f"tests/{n}.py" for n in names if (ROOT / "tests" / f"{n}.py").exists()]
         # the emulator and the CPU are tested without a GPU
         return [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p",

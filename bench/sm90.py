@@ -6,8 +6,9 @@
 
 The kernels are off by default (ATTN_EXT_CUDA_SM90) until this has been run on hardware.  Each
 shape is first compared with the float64 reference at a small size of the same kind, then timed:
-median of 20 runs between CUDA events after 5 runs that are not counted.  Backward is dQ, dK and dV
-from O, LSE and dO that are there; "sm90 det." the same with deterministic=True.
+median of 20 runs between CUDA events after 5 runs that are not counted.  S with a plus: sequences
+of these lengths one behind the other (cu_seqlens), which PyTorch's SDPA does not take.  Backward
+is dQ, dK and dV from O, LSE and dO that are there; "sm90 det." the same with deterministic=True.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from attn_ext.backends import native_gpu
 from attn_ext.backends.native_gpu import Kernels
 from attn_ext.testing import check_call, random_call
 
-# (head_dim, causal, heads_q, heads_k, seqlen); 16k tokens a call
+# (head_dim, causal, heads_q, heads_k, seqlen or lengths of sequences); 16k tokens a call
+PACKED = (8192, 4096, 2048, 1024, 512, 300, 130, 82)
 SHAPES = [
     (d, causal, 2048 // d, 2048 // d, s)
     for d in (64, 128, 256)
     for causal in (False, True)
     for s in (1024, 4096, 16384)
 ] + [(128, True, 32, 8, 8192), (96, False, 16, 16, 4096), (192, True, 8, 8, 4096)]
+SHAPES += [(64, True, 32, 32, PACKED), (128, True, 32, 8, PACKED), (256, True, 8, 8, PACKED)]
 
 
 def module_of(kernels: Kernels):
@@ -93,13 +96,12 @@ def runs_of(call, kernels, backward: bool) -> dict:
             q, k, v, is_causal=causal, scale=call.scale, enable_gqa=group > 1
         )
 
+    packed = call.cu_seqlens_q is not None
     if not backward:
         runs = {name: (lambda k=k: k.forward(call)) for name, k in kernels.items()}
-        return {**runs, "torch": lambda: sdpa(call.q, call.k, call.v)}
+        return runs if packed else {**runs, "torch": lambda: sdpa(call.q, call.k, call.v)}
     out, lse = kernels["sm80"].forward(call)[:2]
     dout = torch.randn_like(out.float()).to(out)
-    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
-    graph = sdpa(*leaves)
 
     def gradients(kernels, call):
         return lambda: kernels.backward(
@@ -108,7 +110,10 @@ def runs_of(call, kernels, backward: bool) -> dict:
 
     runs = {name: gradients(k, call) for name, k in kernels.items()}
     runs["sm90 det."] = gradients(kernels["sm90"], dataclasses.replace(call, deterministic=True))
-    runs["torch"] = lambda: torch.autograd.grad(graph, leaves, dout, retain_graph=True)
+    if not packed:
+        leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+        graph = sdpa(*leaves)
+        runs["torch"] = lambda: torch.autograd.grad(graph, leaves, dout, retain_graph=True)
     return runs
 
 
@@ -116,23 +121,27 @@ def measure(shape, dtype, kernels, backward: bool, fake: bool) -> dict:
     """One row: {peer: {ms, tflops}}; AssertionError where a kernel is wrong."""
     d, causal, hq, hk, s = shape
     device = "cpu" if fake else "cuda"
-    group = hq // hk
+    group, packed = hq // hk, isinstance(s, tuple)
+    lengths = {"seqlens_q": (130, 70), "seqlens_k": (200, 130)} if packed else {}
     for deterministic in (False, True)[: 1 + backward]:
         small = random_call(
             1, batch=1, heads_q=2 * group, heads_k=2, seqlen_q=200, seqlen_k=330, head_dim=d,
-            causal=causal, dtype=dtype, device=device, deterministic=deterministic,
+            causal=causal, dtype=dtype, device=device, deterministic=deterministic, **lengths,
         )  # fmt: skip
         for name, peer in kernels.items():
             peer._devices[0] = (1, name == "sm90")  # the small call must not be split
             check_call(small, module_of(peer), grads=backward)
             peer._devices.clear()
-    batch = 1 if fake else 16384 // s
+    batch = 1 if fake or packed else 16384 // s
+    lengths = {"seqlens_q": s} if packed else {"seqlen_q": s}
     call = random_call(
-        2, batch=batch, heads_q=hq, heads_k=hk, seqlen_q=s, head_dim=d, causal=causal, dtype=dtype,
-        device=device,
+        2, batch=batch, heads_q=hq, heads_k=hk, head_dim=d, causal=causal, dtype=dtype,
+        device=device, **lengths,
     )  # fmt: skip
-    flops = 4 * batch * hq * s * s * d * (0.5 if causal else 1) * (2.5 if backward else 1)
-    row = {"head_dim": d, "causal": causal, "heads": f"{hq}/{hk}", "seqlen": s, "batch": batch}
+    pairs = sum(n * n for n in s) if packed else batch * s * s
+    flops = 4 * hq * pairs * d * (0.5 if causal else 1) * (2.5 if backward else 1)
+    shown = "+".join(map(str, s)) if packed else s
+    row = {"head_dim": d, "causal": causal, "heads": f"{hq}/{hk}", "seqlen": shown, "batch": batch}
     row |= {"dtype": str(dtype).removeprefix("torch."), "backward": backward}
     for name, run in runs_of(call, kernels, backward).items():
         ms = milliseconds(run, fake)
@@ -151,7 +160,7 @@ def main(argv=None) -> int:
     except (RuntimeError, ImportError) as error:
         print(f"bench/sm90.py: {error}", file=sys.stderr)
         return 2
-    shapes = [(64, True, 2, 1, 150)] if options.fake else SHAPES
+    shapes = [(64, True, 2, 1, 150), (64, True, 2, 1, (70, 40))] if options.fake else SHAPES
     rows = []
     for backward in (False, True):
         peers = ("sm80", "sm90", "sm90 det.", "torch") if backward else ("sm80", "sm90", "torch")
@@ -159,9 +168,11 @@ def main(argv=None) -> int:
         print(f"\n| {title}: D | causal | heads | S | dtype | {' | '.join(peers)} | (ms, TFLOP/s)")
         print("|---" * (5 + len(peers)) + "|")
         for shape in shapes:
-            for dtype in (torch.bfloat16, torch.float16)[: 1 if shape[4] > 4096 else 2]:
+            few = isinstance(shape[4], tuple) or shape[4] > 4096
+            for dtype in (torch.bfloat16, torch.float16)[: 1 if few else 2]:
                 rows.append(row := measure(shape, dtype, kernels, backward, options.fake))
-                cells = [f"{row[p]['ms']:.3f}, {row[p]['tflops']:.0f}" for p in peers]
+                found = [row.get(p) for p in peers]
+                cells = [f"{x['ms']:.3f}, {x['tflops']:.0f}" if x else "-" for x in found]
                 head = [row[k] for k in ("head_dim", "causal", "heads", "seqlen", "dtype")]
                 print("| " + " | ".join(map(str, head + cells)) + " |", flush=True)
     if options.json:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 GEMM, FORWARD, BACKWARD, HOPPER = 0, 1, 2, 3  # PART of mutant.cpp
 PTX90, FWD90, PARTS90 = "cuda/ptx_sm90.cuh", "cuda/sm90/forward.cuh", "cuda/sm90/parts.cuh"
 DQ90, DKDV90 = "cuda/sm90/backward_dq.cuh", "cuda/sm90/backward_dkdv.cuh"
+TRAITS, HOST90 = "cuda/traits.cuh", "cuda/sm90/kernels.h"
 EXAMPLE, MMA, SMEM = "emulation/tests/example.cuh", "cuda/mma.cuh", "cuda/smem.cuh"
 SOFTMAX, MASK, PARTS, BWD_PARTS, FWD, BWD = (
     "cuda/softmax.cuh",
@@ -320,13 +321,13 @@ MUTANTS = {
         HOPPER, FWD90, "    wgmma_fence();\n    output(turn);", "    output(turn);", ALL_MODES
     ),
     "sm90: copy engine does not know the mbarriers": Mutant(
-        HOPPER, FWD90, "    fence_mbarrier_init();\n", "", ALL_MODES
+        HOPPER, PARTS90, "    fence_mbarrier_init();\n", "", ALL_MODES
     ),
     "sm90: mbarriers used before they are there": Mutant(
-        HOPPER, FWD90, "  sync_threads();  // the mbarriers are there\n", "", ("race", "all")
+        HOPPER, PARTS90, "  sync_threads();  // the mbarriers are there\n", "", ("race", "all")
     ),
     "sm90: more registers than the block has": Mutant(
-        HOPPER, FWD90, "setmaxnreg_inc<CONSUMER_REGISTERS>", "setmaxnreg_inc<248>", ALL_MODES
+        HOPPER, PARTS90, "setmaxnreg_inc<CONSUMER_REGISTERS>", "setmaxnreg_inc<248>", ALL_MODES
     ),
     "sm90: stride between groups of 8 rows": Mutant(
         HOPPER, PTX90, "uint64_t(1024 >> 4) << 32", "uint64_t(512 >> 4) << 32", ALL_MODES
@@ -351,7 +352,7 @@ MUTANTS = {
         HOPPER, PARTS90, "wgmma_rs<T, true>", "wgmma_rs<T, false>", ALL_MODES
     ),
     "sm90: both warpgroups take the first rows": Mutant(
-        HOPPER, FWD90, "Q_smem + group * 64 * 128", "Q_smem", ALL_MODES
+        HOPPER, FWD90, "smem.Q + group * 64 * 128", "smem.Q", ALL_MODES
     ),
     "sm90: P packed with its tiles exchanged": Mutant(
         HOPPER, PARTS90, "P[n / 2][n % 2 * 2] =", "P[n / 2][2 - n % 2 * 2] =", ALL_MODES
@@ -384,5 +385,42 @@ MUTANTS = {
     ),
     "backward: group of one K/V head not summed": Mutant(
         BACKWARD, BWD, "last = per_head * p.group;", "last = per_head;", ALL_MODES
+    ),
+    # ---- several sequences, one behind the other
+    "sm90: varlen: keys masked by the longest length": Mutant(
+        HOPPER, PARTS, "j < score.seq.seqlen_k", "j < score.p.p.seqlen_k", ALL_MODES
+    ),
+    "sm90: varlen: tiles taken for whole by the longest length": Mutant(
+        HOPPER,
+        FWD90,
+        "task.row0, task.end, task.seq.seqlen_k",
+        "task.row0, task.end, x.p.p.seqlen_k",
+        ALL_MODES,
+    ),
+    "sm90: varlen: O and LSE stored over the next sequence": Mutant(
+        HOPPER, PARTS90, "t.rows = t.seq.seqlen_q;", "t.rows = int(p.p.seqlen_q);", ALL_MODES
+    ),
+    "sm90: varlen: LSE of every sequence in the first one's place": Mutant(
+        HOPPER, TRAITS, "h * p.p.lse_stride_h + q_start + i", "h * p.p.lse_stride_h + i", ALL_MODES
+    ),
+    "sm90: varlen: keys of the first sequence for all": Mutant(
+        HOPPER, FWD90, "at.k + turns.tile(turn) * N", "turns.tile(turn) * N", ALL_MODES
+    ),
+    "sm90: varlen: a batch that the tensor map does not have": Mutant(
+        HOPPER, PARTS90, "b(p.ptr.cu_seqlens_q ? 0 : seq.b)", "b(seq.b)", ALL_MODES
+    ),
+    "sm90: varlen: the tensor map ends with the longest sequence": Mutant(
+        HOPPER,
+        HOST90,
+        "return ptr.cu_seqlens_k ? p.rows_k : p.seqlen_k;",
+        "return p.seqlen_k;",
+        ALL_MODES,
+    ),
+    "sm90: varlen: only consumers leave tiles beyond the end": Mutant(
+        HOPPER,
+        FWD90,
+        "if (task.row0 >= task.rows) return;",
+        "if (task.row0 >= task.rows && warp_id() >= 4) return;",
+        ALL_MODES,
     ),
 }

@@ -22,7 +22,7 @@ ROWS = {  # as the fields of Mutant
     ),
     "Q freed while wgmma reads it": (
         HOPPER_BACKWARD, DKDV,
-        "    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n    wgmma_hold(A_dS);\n"
+        "    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n    wgmma_hold(dS);\n"
         "    smem.Q.release(turn);",
         "    smem.Q.release(turn);\n    wgmma_wait<0>();  // dK is there\n    wgmma_hold(dK);\n",
         ("race", "all"), ("plain",),
@@ -43,7 +43,7 @@ ROWS = {  # as the fields of Mutant
         ("all",),
     ),
     "LSE read before it is there": (
-        HOPPER_BACKWARD, DKDV, "smem.Q.init(2);", "smem.Q.init(1);", ALL_MODES,
+        HOPPER_BACKWARD, DKDV, "    Q.init(2);", "    Q.init(1);", ALL_MODES,
     ),
     "LSE overwritten while it is read": (
         HOPPER_BACKWARD, DKDV, "    smem.Q.wait_empty(turn);\n", "", ("race", "all"),
@@ -60,8 +60,8 @@ ROWS = {  # as the fields of Mutant
     ),
     "bytes of V not announced": (
         HOPPER_BACKWARD, DKDV,
-        "2 * Tile::KEY_BYTES);\n  load_rows", "Tile::KEY_BYTES);\n  load_rows",
-        ALL_MODES,
+        "expect_tx(smem.keys_full, 2 * Tile::KEY_BYTES);",
+        "expect_tx(smem.keys_full, Tile::KEY_BYTES);", ALL_MODES,
     ),
     "both warpgroups take V of the first keys": (
         HOPPER_BACKWARD, DKDV, "smem.V + group * 64 * 128", "smem.V", ALL_MODES,
@@ -126,8 +126,16 @@ ROWS = {  # as the fields of Mutant
     ),
     "fused: dQ added before all of it is there": (
         HOPPER_FUSED, FUSED,
-        "    group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);", "",
-        ("race", "all"),
+        "    group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);  // all of dQ",
+        "    // all of dQ", ("race", "all"),
+    ),
+    "fused: NaN in keys of the other warpgroup": (
+        HOPPER_FUSED, FUSED, "(lds_32(mine.bad_keys()) &&", "(false &&", ALL_MODES,
+    ),
+    "fused: read before the look at the keys is done": (
+        HOPPER_FUSED, FUSED,
+        "group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);  // it is",
+        "// it is", ("race", "all"),
     ),
     "fused: one buffer for dS": (
         HOPPER_FUSED, FUSED, "uint32_t(turn % 2) * 2 * Tile", "uint32_t(turn % 1) * 2 * Tile",
@@ -158,11 +166,11 @@ ROWS = {  # as the fields of Mutant
         ALL_MODES,
     ),
     "fused: dQ of another head": (
-        HOPPER_FUSED, FUSED, "heads_q + head) * p.m_tiles", "heads_q) * p.m_tiles", ALL_MODES,
+        HOPPER_FUSED, FUSED, "heads_q + head) * p.m_tiles;", "heads_q) * p.m_tiles;", ALL_MODES,
     ),
     "fused: sums not cleared": (
-        HOPPER_FUSED, LAUNCH, "      launch(clear_dq<T, HEAD_DIM>, tiles, 128, 0, stream, x.p);\n",
-        "", ALL_MODES,
+        HOPPER_FUSED, LAUNCH, "sm80::grid_of(p.heads_q * sum_tiles(p, ptr)), 128", "{1, 1, 1}, 128",
+        ALL_MODES,
     ),
     "fused: shared memory given back while it is read": (
         HOPPER_FUSED, FUSED, "  if (mine.issues()) bulk_wait_read<0>();", "", ALL_MODES,
@@ -170,6 +178,39 @@ ROWS = {  # as the fields of Mutant
     "fused: Q freed while dK is under way": (
         HOPPER_FUSED, FUSED, "      wgmma_wait<1>();  // dV and dK are there\n", "",
         ("random", "race", "all"), ("plain",),
+    ),
+    "varlen: dK, dV stored over the next sequence": (
+        HOPPER_BACKWARD, DKDV, "if (j >= task.seq.seqlen_k) continue;",
+        "if (j >= p.p.seqlen_k) continue;", ALL_MODES,
+    ),
+    "varlen: queries of the next sequence count": (
+        HOPPER_BACKWARD, PARTS, "query_range(j, j + 1, score.seq.seqlen_q",
+        "query_range(j, j + 1, int(score.p.p.seqlen_q)", ALL_MODES,
+    ),
+    "varlen: keys of the next sequence count": (
+        HOPPER_BACKWARD, PARTS, "key_range(i, i + 1, score.seq.seqlen_k",
+        "key_range(i, i + 1, int(score.p.p.seqlen_k)", ALL_MODES,
+    ),
+    "varlen: a tile behind the end taken for whole": (
+        HOPPER_BACKWARD, PARTS, "i1 > score.seq.seqlen_q || j1 > score.seq.seqlen_k",
+        "i1 > score.p.p.seqlen_q || j1 > score.p.p.seqlen_k", ALL_MODES,
+    ),
+    "varlen: dO of the first sequence for all": (
+        HOPPER_BACKWARD, DKDV, "x.dO, at.q + m0", "x.dO, m0", ALL_MODES,
+    ),
+    "varlen: dQ in the first sequence's place": (
+        HOPPER_BACKWARD, DQ, "(seq.q_start + row + 8 * r)", "(row + 8 * r)", ALL_MODES,
+    ),
+    "varlen: only consumers leave tiles beyond the end": (
+        HOPPER_BACKWARD, DKDV, "if (task.n0 >= task.seq.seqlen_k) return;",
+        "if (task.n0 >= task.seq.seqlen_k && warp_id() >= 4) return;", ALL_MODES,
+    ),
+    "varlen: sequences share sums of dQ": (
+        HOPPER_FUSED, FUSED, "seq.q_start / 64 + seq.b;", "seq.q_start / 64;", ALL_MODES,
+    ),
+    "varlen: dQ stored over the next sequence": (
+        HOPPER_FUSED, FUSED, "if (i >= seq.seqlen_q) continue;",
+        "if (i >= p.p.seqlen_q) continue;", ALL_MODES,
     ),
 }  # fmt: skip
 MUTANTS = {f"sm90 backward: {name}": Mutant(*row) for name, row in ROWS.items()}

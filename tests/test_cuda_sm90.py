@@ -13,6 +13,7 @@ import torch
 
 import attn_ext
 from attn_ext import backends
+from attn_ext.backends.native_gpu import _strides
 from attn_ext.testing import assert_close_to_reference, check_call, random_call, to_float64
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -61,7 +62,8 @@ class Hopper:
         lse = torch.empty(call.q.shape[:3])
         native = self.kernels._native(call, self.kernels._canonical(call), out, lse)
         dout = out if dout is None else dout
-        native.set_gradients(dout.stride()[:3], *[(0, 0, 0)] * 3, (0, 0, 0, 0), False)
+        strides = _strides(dout, call.cu_seqlens_q is not None)
+        native.set_gradients(strides, *[(0, 0, 0)] * 3, (0, 0, 0, 0), False)
         self.kernels._point(native, dout=dout)
         return native.backward_kernel(1, True)
 
@@ -161,6 +163,15 @@ def test_bad_values_reach_exactly_who_sees_them(hopper, value, head_dim, determi
     hopper.check(call, grads=True)
     call = hopper.call(deterministic=deterministic, **options)
     call.q[:, :, 9] = value
+    hopper.check(call, grads=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bad_keys_of_the_other_warpgroup(hopper, head_dim):
+    """dQ is of the keys of both warpgroups: of tile 2 one sees all of its own, and multiplies a NaN
+    among those of the other by dS = 0."""
+    call = hopper.call(seqlen_q=256, seqlen_k=256, head_dim=head_dim, causal=True, heads_q=2)
+    call.k[:, :, [100, 230]] = torch.nan
     hopper.check(call, grads=True)
 
 

@@ -152,6 +152,7 @@ class Kernels:
                 problem.head_dim,
                 problem.head_dim_v,
             ),
+            rows=(t["q"].shape[0], t["k"].shape[0]) if varlen else (0, 0),
             q=_strides(t["q"], varlen),
             k=_strides(t["k"], varlen),
             v=_strides(t["v"], varlen),

@@ -95,8 +95,9 @@ Target target(int device, uintptr_t stream, int multiprocessors, bool sm90) {
 
 void bind(py::module_& m) {
   py::class_<NativeCall>(m, "Call", py::module_local())
-      .def(py::init([](int dtype, int bias_dtype, std::array<int64_t, 7> sizes, Triple q, Triple k,
-                       Triple v, Triple o, Quad mask, Quad bias, std::array<int64_t, 2> lse,
+      .def(py::init([](int dtype, int bias_dtype, std::array<int64_t, 7> sizes,
+                       std::array<int64_t, 2> rows, Triple q, Triple k, Triple v, Triple o,
+                       Quad mask, Quad bias, std::array<int64_t, 2> lse,
                        std::array<int64_t, 2> pages, double scale, double softcap, double dropout_p,
                        int64_t window_left, int64_t window_right, int bottom_right,
                        int64_t num_splits, int64_t alibi_stride_b) {
@@ -106,6 +107,7 @@ void bind(py::module_& m) {
              p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
              p.seqlen_q = sizes[3], p.seqlen_k = sizes[4];
              p.head_dim = sizes[5], p.head_dim_v = sizes[6];
+             p.rows_q = rows[0], p.rows_k = rows[1];
              p.q = strides(q), p.k = strides(k), p.v = strides(v), p.o = strides(o);
              p.mask = score_strides(mask), p.bias = score_strides(bias);
              p.lse_stride_b = lse[0], p.lse_stride_h = lse[1];
@@ -116,9 +118,9 @@ void bind(py::module_& m) {
              c.ptr.alibi_stride_b = alibi_stride_b;
              return c;
            }),
-           py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"), py::arg("q"),
-           py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
-           py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
+           py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"),
+           py::arg("rows"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
+           py::arg("bias"), py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
            py::arg("dropout_p"), py::arg("window_left"), py::arg("window_right"),
            py::arg("bottom_right"), py::arg("num_splits"), py::arg("alibi_stride_b"))
       .def("set_gradients",

@@ -13,12 +13,13 @@ namespace attn::cuda::sm90 {
 
 // The keys of a CTA and the tiles of queries that see some of them.
 struct KeyTask {
-  int b, head_k, n0, first, tiles;  // tiles: of one head, from tile `first` on
+  int head_k, n0, first, tiles;  // tiles: of one head, from tile `first` on
+  Sequence seq;
 
   ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n) {
     const int x = block_id().x / p.n_tiles, heads_k = int(p.p.heads_k);
-    KeyTask t{x / heads_k, x % heads_k, block_id().x % p.n_tiles * block_n, 0, 0};
-    const Sequence seq = Sequence::of(p, t.b);
+    KeyTask t{x % heads_k, block_id().x % p.n_tiles * block_n, 0, 0, Sequence::of(p, x / heads_k)};
+    const Sequence& seq = t.seq;
     int lo, hi;
     Band::of(p, seq).query_range(t.n0, min_int(t.n0 + block_n, seq.seqlen_k), seq.seqlen_q, lo, hi);
     t.first = lo / block_m;
@@ -43,6 +44,11 @@ struct KeyMemory {
     m.Q = {Q_smem, m.keys_full + 8, Tile::QUERY_BYTES};
     m.dO = {dO_smem, m.keys_full + 8 + RING_BARS, Tile::QUERY_BYTES};
     return m;
+  }
+  ATTN_DEVICE void init() const {
+    mbarrier_init(keys_full, 1);
+    Q.init(2);  // the copy engine's thread, and the warp of LSE and delta
+    dO.init();
   }
   // LSE [BLOCK_M] and delta [BLOCK_M] of the tile whose turn it is.
   ATTN_DEVICE uint32_t lse(int turn) const {
@@ -117,9 +123,10 @@ struct KeyGradients {
     issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(dP, smem.V + group * 64 * 128, smem.dO.tile(turn));
   }
 
-  // A tile with pairs that do not count: one after the other, which needs fewer registers.
-  ATTN_DEVICE void edge(int turn, int m0) {
-    float S[TILES][4], dP[TILES][4];
+  // dS^T of a tile with pairs that do not count, and dV: one product after the other, which needs
+  // fewer registers.
+  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
+    float S[TILES][4];
     scores(S, turn);
     wgmma_wait<0>();
     wgmma_hold(S);
@@ -131,48 +138,59 @@ struct KeyGradients {
     wgmma_hold(dP);
     smem.dO.release(turn);
     key_gradients(dP, S, smem.delta(turn));
-    add_product<T, Tile::QUERY_BYTES>(dK, dP, smem.Q.tile(turn), true, group);
+  }
+  ATTN_DEVICE void edge(int turn, int m0) {
+    float dS[TILES][4];
+    edge_scores(dS, turn, m0);
+    add_product<T, Tile::QUERY_BYTES>(dK, dS, smem.Q.tile(turn), true, group);
     smem.Q.release(turn);
   }
 
-  // A tile whose every pair counts: P is computed while dP is, dS while dV is.
-  ATTN_DEVICE void whole(int turn, int m0) {
+  // P^T and dS^T, packed, of a tile whose every pair counts: P is computed while dP is, dS while dV
+  // is.  dV is under way, P in use.
+  ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
+                                int m0) {
     float S[TILES][4], dP[TILES][4];
-    uint32_t A[TILES / 2][4], A_dS[TILES / 2][4];
     scores(S, turn);
     value_products(dP, turn);
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
     key_weights(S, score, smem.lse(turn), key, m0, false);
-    pack_weights<T>(A, S);
+    pack_weights<T>(P, S);
     wgmma_hold(dV);
-    wgmma_hold(A);
+    wgmma_hold(P);
     wgmma_fence();
-    issue_sum<T>(dV, A, smem.dO.tile(turn));
+    issue_sum<T>(dV, P, smem.dO.tile(turn));
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
     key_gradients(dP, S, smem.delta(turn));
-    pack_weights<T>(A_dS, dP);
+    pack_weights<T>(dS, dP);
+  }
+  // dK += dS^T Q.  Issued.
+  ATTN_DEVICE void key_sums(uint32_t (&dS)[TILES / 2][4], int turn) {
     wgmma_hold(dK);
-    wgmma_hold(A_dS);
+    wgmma_hold(dS);
     wgmma_fence();
-    issue_sum<T>(dK, A_dS, smem.Q.tile(turn));
+    issue_sum<T>(dK, dS, smem.Q.tile(turn));
+  }
+  ATTN_DEVICE void whole(int turn, int m0) {
+    uint32_t P[TILES / 2][4], dS[TILES / 2][4];
+    whole_scores(P, dS, turn, m0);
+    key_sums(dS, turn);
     wgmma_wait<1>();  // dV is there
     wgmma_hold(dV);
-    wgmma_hold(A);  // the tensor cores have read it only now
+    wgmma_hold(P);  // the tensor cores have read it only now
     smem.dO.release(turn);
     wgmma_wait<0>();  // dK is there
     wgmma_hold(dK);
-    wgmma_hold(A_dS);
+    wgmma_hold(dS);
     smem.Q.release(turn);
   }
 
   ATTN_DEVICE void add(int turn, int m0, bool check) { check ? edge(turn, m0) : whole(turn, m0); }
-  ATTN_DEVICE void skip(int turn) const {  // nothing for this warpgroup, but it frees the buffers
-    smem.Q.wait(turn);
-    smem.Q.release(turn);
-    smem.dO.wait(turn);
-    smem.dO.release(turn);
+  ATTN_DEVICE void skip(int turn) const {
+    smem.Q.skip(turn);
+    smem.dO.skip(turn);
   }
 };
 
@@ -249,9 +267,10 @@ ATTN_DEVICE void store_keys(const Params& p, const KeyTask& task, void* out, con
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int j = key + 8 * r;
-    if (j >= int(p.p.seqlen_k)) continue;
-    store_row(static_cast<T*>(out) + task.b * stride.b + task.head_k * stride.h + j * stride.s, acc,
-              r, factor, int(dim));
+    if (j >= task.seq.seqlen_k) continue;
+    const int64_t at =
+        task.seq.b * stride.b + task.head_k * stride.h + (task.seq.k_start + j) * stride.s;
+    store_row(static_cast<T*>(out) + at, acc, r, factor, int(dim));
   }
 }
 
@@ -267,9 +286,10 @@ ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add
 }
 
 template <class T, class Tile>
-ATTN_DEVICE void consume_queries(const Params& p, const Sequence& seq, const KeyTask& task,
+ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
                                  const KeyMemory<Tile>& smem) {
   constexpr int M = Tile::BLOCK_M;
+  const Sequence& seq = task.seq;
   const int group = warp_id() / 4 - 1, first_key = task.n0 + (Tile::SPLIT ? 0 : 64 * group);
   const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
@@ -306,25 +326,25 @@ ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
                                  const KeyMemory<Tile>& smem) {
   constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
   mbarrier_arrive_expect_tx(smem.keys_full, 2 * Tile::KEY_BYTES);
-  load_rows<S, N>(smem.K, x.K, smem.keys_full, task.n0, task.head_k, task.b);
-  load_rows<S, N>(smem.V, x.V, smem.keys_full, task.n0, task.head_k, task.b);
+  const Coordinates at(x.p, task.seq);
+  load_rows<S, N>(smem.K, x.K, smem.keys_full, at.k + task.n0, task.head_k, at.b);
+  load_rows<S, N>(smem.V, x.V, smem.keys_full, at.k + task.n0, task.head_k, at.b);
   each_query_tile<M>(x.p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * x.p.group + h;
-    smem.Q.template load<S, M>(turn, x.Q, m0, head, task.b);
-    smem.dO.template load<S, M>(turn, x.dO, m0, head, task.b);
+    smem.Q.template load<S, M>(turn, x.Q, at.q + m0, head, at.b);
+    smem.dO.template load<S, M>(turn, x.dO, at.q + m0, head, at.b);
   });
 }
 
 // The producer's second warp: LSE and delta of all tiles of queries.
 template <class Tile>
-ATTN_DEVICE void produce_rows(const Params& p, const Sequence& seq, const KeyTask& task,
-                              const KeyMemory<Tile>& smem) {
+ATTN_DEVICE void produce_rows(const Params& p, const KeyTask& task, const KeyMemory<Tile>& smem) {
   constexpr int M = Tile::BLOCK_M;
   each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
     smem.Q.wait_empty(turn);
     ATTN_NO_UNROLL
     for (int r = lane_id(); r < M; r += 32) {
-      const RowGradient row = RowGradient::of(p, seq, task.head_k * p.group + h, m0 + r);
+      const RowGradient row = RowGradient::of(p, task.seq, task.head_k * p.group + h, m0 + r);
       sts_f32(smem.lse(turn) + 4 * r, row.lse);
       sts_f32(smem.delta(turn) + 4 * r, row.delta);
     }
@@ -333,36 +353,26 @@ ATTN_DEVICE void produce_rows(const Params& p, const Sequence& seq, const KeyTas
   });
 }
 
-// The mbarriers, by one thread, and then the three roles.
+// A kernel with a task of keys; consume(task, smem): what its consumers do.
 template <class Tile, class Consume>
-ATTN_DEVICE void run_key_task(const BackwardParams& x, const Sequence& seq, const KeyTask& task,
-                              const KeyMemory<Tile>& smem, const Consume& consume) {
-  if (thread_id() == 0) {
-    mbarrier_init(smem.keys_full, 1);
-    smem.Q.init(2);  // the copy engine's thread, and the warp of LSE and delta
-    smem.dO.init();
-    fence_mbarrier_init();
-  }
-  sync_threads();  // the mbarriers are there
-
-  if (warp_id() < 4) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
+ATTN_DEVICE void run_key_task(const BackwardParams& x, const Consume& consume) {
+  const auto smem = KeyMemory<Tile>::of(smem_base());
+  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
+  if (task.n0 >= task.seq.seqlen_k) return;  // a shorter sequence has fewer tiles
+  const auto produce = [&] {
     if (warp_id() == 0 && elect_one() && task.tiles) produce_queries(x, task, smem);
-    if (warp_id() == 1) produce_rows(x.p, seq, task, smem);
-  } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume();
-  }
+    if (warp_id() == 1) produce_rows(x.p, task, smem);
+  };
+  run_roles(smem, produce, [&] { consume(task, smem); });
 }
 
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(THREADS, 1)
 void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = KeyGradientTile<HEAD_DIM>;
-  const auto smem = KeyMemory<Tile>::of(smem_base());
-  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
-  const Sequence seq = Sequence::of(x.p, task.b);
-  run_key_task(x, seq, task, smem, [&] { consume_queries<T>(x.p, seq, task, smem); });
+  run_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
+    consume_queries<T>(x.p, task, smem);
+  });
 }
 
 }  // namespace attn::cuda::sm90

@@ -71,37 +71,55 @@ struct QueryGradient {
 };
 
 template <class T, int HEAD_DIM>
-ATTN_DEVICE void consume_keys(const Params& p, const Sequence& seq, const ForwardTask& task, int t0,
-                              int t1, uint32_t Q_smem, uint32_t dO_smem, uint32_t queries_full,
-                              const Ring<STAGES>& K, const Ring<STAGES>& V) {
+ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, int t1,
+                              const QueryMemory<QueryGradientTile<HEAD_DIM>>& smem) {
   constexpr int N = QueryGradientTile<HEAD_DIM>::BLOCK_N;
+  const Sequence& seq = task.seq;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
   QueryGradient<T, HEAD_DIM> mine{
-      score, K, V, Q_smem + group * 64 * 128, dO_smem + group * 64 * 128, row, group, {}};
+      score, smem.K, smem.V, smem.Q + group * 64 * 128, smem.dO + group * 64 * 128, row, group, {}};
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) mine.gradient[r] = RowGradient::of(p, seq, task.head, row + 8 * r);
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
   if (group_row < group_end) score.band.key_range(group_row, group_end, seq.seqlen_k, lo, hi);
 
-  if (t0 < t1) mbarrier_wait(queries_full, 0);
+  if (t0 < t1) mbarrier_wait(smem.queries_full, 0);
   ATTN_NO_UNROLL
   for (int turn = 0; turn < t1 - t0; ++turn) {
     const int n0 = (t0 + turn) * N;
     if (n0 < hi && n0 + N > lo) {
       mine.add(turn, n0, has_edge(score, group_row, group_end, n0, n0 + N));
     } else {  // nothing for this warpgroup
-      K.skip(turn);
-      V.skip(turn);
+      smem.K.skip(turn);
+      smem.V.skip(turn);
     }
   }
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= seq.seqlen_q) continue;
-    const int64_t at = seq.b * p.p.dq.b + task.head * p.p.dq.h + (row + 8 * r) * p.p.dq.s;
+    const int64_t at =
+        seq.b * p.p.dq.b + task.head * p.p.dq.h + (seq.q_start + row + 8 * r) * p.p.dq.s;
     store_row(static_cast<T*>(p.ptr.dq) + at, mine.dQ, r, p.scale, int(p.p.head_dim));
+  }
+}
+
+// The producer's thread: Q and dO, then K and V of tiles t0 .. t1.
+template <class Tile>
+ATTN_DEVICE void produce_keys(const BackwardParams& x, const QueryTask& task, int t0, int t1,
+                              const QueryMemory<Tile>& smem) {
+  constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
+  mbarrier_arrive_expect_tx(smem.queries_full, 2 * Tile::QUERY_BYTES);
+  const Coordinates at(x.p, task.seq);
+  load_rows<S, M>(smem.Q, x.Q, smem.queries_full, at.q + task.row0, task.head, at.b);
+  load_rows<S, M>(smem.dO, x.dO, smem.queries_full, at.q + task.row0, task.head, at.b);
+  const int head_k = task.head / x.p.group;
+  ATTN_NO_UNROLL
+  for (int turn = 0; turn < t1 - t0; ++turn) {
+    smem.K.template load<S, N>(turn, x.K, at.k + (t0 + turn) * N, head_k, at.b);
+    smem.V.template load<S, N>(turn, x.V, at.k + (t0 + turn) * N, head_k, at.b);
   }
 }
 
@@ -110,48 +128,16 @@ ATTN_KERNEL(THREADS, 1)
 void backward_dq(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = QueryGradientTile<HEAD_DIM>;
   constexpr int N = Tile::BLOCK_N;
-  const Params& p = x.p;
-  const uint32_t Q_smem = smem_base(), dO_smem = Q_smem + Tile::QUERY_BYTES;
-  const uint32_t K_smem = dO_smem + Tile::QUERY_BYTES;
-  const uint32_t V_smem = K_smem + STAGES * Tile::KEY_BYTES;
-  const uint32_t queries_full = V_smem + STAGES * Tile::KEY_BYTES;
-  const Ring<STAGES> K{K_smem, queries_full + 8, Tile::KEY_BYTES};
-  const Ring<STAGES> V{V_smem, queries_full + 8 + RING_BARS, Tile::KEY_BYTES};
-
-  ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
-  const Sequence seq = Sequence::of(p, task.b);
-  task.rows = seq.seqlen_q;
-  const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
+  const auto smem = QueryMemory<Tile>::of(smem_base());
+  const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
+  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
   int lo, hi;
-  Band::of(p, seq).key_range(task.row0, row_end, seq.seqlen_k, lo, hi);
+  Band::of(x.p, task.seq).key_range(task.row0, task.end, task.seq.seqlen_k, lo, hi);
   const int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
-
-  if (thread_id() == 0) {
-    mbarrier_init(queries_full, 1);
-    K.init();
-    V.init();
-    fence_mbarrier_init();
-  }
-  sync_threads();  // the mbarriers are there
-
-  if (warp_id() < 4) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (warp_id() == 0 && elect_one() && t0 < t1) {
-      constexpr int S = Tile::SLABS, M = Tile::BLOCK_M;
-      mbarrier_arrive_expect_tx(queries_full, 2 * Tile::QUERY_BYTES);
-      load_rows<S, M>(Q_smem, x.Q, queries_full, task.row0, task.head, task.b);
-      load_rows<S, M>(dO_smem, x.dO, queries_full, task.row0, task.head, task.b);
-      const int head_k = task.head / p.group;
-      ATTN_NO_UNROLL
-      for (int turn = 0; turn < t1 - t0; ++turn) {
-        K.template load<S, N>(turn, x.K, (t0 + turn) * N, head_k, task.b);
-        V.template load<S, N>(turn, x.V, (t0 + turn) * N, head_k, task.b);
-      }
-    }
-  } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume_keys<T, HEAD_DIM>(p, seq, task, t0, t1, Q_smem, dO_smem, queries_full, K, V);
-  }
+  const auto load = [&] {
+    if (warp_id() == 0 && elect_one() && t0 < t1) produce_keys(x, task, t0, t1, smem);
+  };
+  run_roles(smem, load, [&] { consume_keys<T, HEAD_DIM>(x.p, task, t0, t1, smem); });
 }
 
 }  // namespace attn::cuda::sm90

@@ -6,11 +6,18 @@
 // warpgroup.  When both are there, dQ = dS K, both operands from shared memory, and the fragments
 // of dQ go to a staging buffer that the copy engine adds to the sums:
 //   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][128 threads][4], float, fragments as they are
-// convert_dq makes dQ of them.
+// (varlen: [Hq, tiles of all sequences]).  convert_dq makes dQ of them.
 #pragma once
 #include "backward_dkdv.cuh"
 
 namespace attn::cuda::sm90 {
+
+// The first tile of a sequence in the sums.  Varlen: sequences share no tile, total_q / 64 + B
+// tiles are enough for all.
+ATTN_DEVICE int64_t sum_tile(const Params& p, const Sequence& seq, int head) {
+  if (p.ptr.cu_seqlens_q) return head * (p.p.rows_q / 64 + p.p.batch) + seq.q_start / 64 + seq.b;
+  return (seq.b * p.p.heads_q + head) * p.m_tiles;
+}
 
 template <class T, class Tile>
 struct FusedGradients : KeyGradients<T, Tile> {
@@ -32,7 +39,8 @@ struct FusedGradients : KeyGradients<T, Tile> {
   }
   ATTN_DEVICE void look_at_keys() const {
     const bool bad = warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(smem.K, group);
-    if (issues()) sts_32(bad_keys(), bad);  // read after the first meet()
+    if (issues()) sts_32(bad_keys(), bad);
+    group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);  // it is there
   }
   // The columns of dQ that this warpgroup computes: K from this slab on, and whether in this turn.
   ATTN_DEVICE int column_slab() const { return Tile::BY_COLUMNS ? group : 0; }
@@ -99,26 +107,16 @@ struct FusedGradients : KeyGradients<T, Tile> {
     group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);  // all of dQ is there
     if (!issues()) return;
     const Params& p = score.p;
-    const int64_t tile = (score.seq.b * p.p.heads_q + head) * p.m_tiles + m0 / M;
+    const int64_t tile = sum_tile(p, score.seq, head) + m0 / M;
     bulk_add(p.dq_sums + tile * (M * Tile::HEAD_DIM) + column_slab() * (Tile::SUM_BYTES / 4),
              staging(), Tile::SUM_BYTES);
     bulk_commit();
   }
 
   ATTN_DEVICE void edge(int turn, int head, int m0) {
-    float S[TILES][4], dP[TILES][4], dQ[SUM_TILES][4];
+    float dP[TILES][4], dQ[SUM_TILES][4];
     uint32_t dS[TILES / 2][4];
-    this->scores(S, turn);
-    wgmma_wait<0>();
-    wgmma_hold(S);
-    key_weights(S, score, smem.lse(turn), key, m0, true);
-    smem.dO.wait(turn);
-    add_product<T, Tile::QUERY_BYTES>(dV, S, smem.dO.tile(turn), true, group);
-    this->value_products(dP, turn);
-    wgmma_wait<0>();
-    wgmma_hold(dP);
-    smem.dO.release(turn);
-    key_gradients(dP, S, smem.delta(turn));
+    this->edge_scores(dP, turn, m0);
     pack_weights<T>(dS, dP);
     store_scores(dS, turn);
     add_product<T, Tile::QUERY_BYTES>(dK, dP, smem.Q.tile(turn), true, group);
@@ -137,27 +135,11 @@ struct FusedGradients : KeyGradients<T, Tile> {
   }
 
   ATTN_DEVICE void whole(int turn, int head, int m0) {
-    float S[TILES][4], dP[TILES][4], dQ[SUM_TILES][4];
+    float dQ[SUM_TILES][4];
     uint32_t P[TILES / 2][4], dS[TILES / 2][4];
-    this->scores(S, turn);
-    this->value_products(dP, turn);
-    wgmma_wait<1>();  // S is there
-    wgmma_hold(S);
-    key_weights(S, score, smem.lse(turn), key, m0, false);
-    pack_weights<T>(P, S);
-    wgmma_hold(dV);
-    wgmma_hold(P);
-    wgmma_fence();
-    issue_sum<T>(dV, P, smem.dO.tile(turn));
-    wgmma_wait<1>();  // dP is there
-    wgmma_hold(dP);
-    key_gradients(dP, S, smem.delta(turn));
-    pack_weights<T>(dS, dP);
+    this->whole_scores(P, dS, turn, m0);
     store_scores(dS, turn);
-    wgmma_hold(dK);
-    wgmma_hold(dS);
-    wgmma_fence();
-    issue_sum<T>(dK, dS, smem.Q.tile(turn));
+    this->key_sums(dS, turn);
     meet();
     if constexpr (Tile::BY_COLUMNS) {
       wgmma_fence();
@@ -184,12 +166,11 @@ struct FusedGradients : KeyGradients<T, Tile> {
 };
 
 template <class T, class Tile>
-ATTN_DEVICE void consume_all(const Params& p, const Sequence& seq, const KeyTask& task,
-                             const KeyMemory<Tile>& smem) {
+ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemory<Tile>& smem) {
   constexpr int M = Tile::BLOCK_M;
   const int group = warp_id() / 4 - 1, first_key = task.n0 + 64 * group;
   const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
-  const Score score(p, seq);
+  const Score score(p, task.seq);
   FusedGradients<T, Tile> mine{{score, smem, key, group}};
   if (task.tiles) {
     mbarrier_wait(smem.keys_full, 0);
@@ -197,7 +178,9 @@ ATTN_DEVICE void consume_all(const Params& p, const Sequence& seq, const KeyTask
   }
   each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * p.group + h;
-    if (has_edge(score, m0, m0 + M, first_key, first_key + 64))
+    // dQ is of the keys of both: what the other warpgroup excludes must not reach it either.
+    if (has_edge(score, m0, m0 + M, first_key, first_key + 64) ||
+        (lds_32(mine.bad_keys()) && has_edge(score, m0, m0 + M, task.n0, task.n0 + Tile::BLOCK_N)))
       mine.edge(turn, head, m0);
     else
       mine.whole(turn, head, m0);
@@ -211,10 +194,9 @@ template <class T, int HEAD_DIM>
 ATTN_KERNEL(THREADS, 1)
 void backward_fused(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = FusedTile<HEAD_DIM>;
-  const auto smem = KeyMemory<Tile>::of(smem_base());
-  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
-  const Sequence seq = Sequence::of(x.p, task.b);
-  run_key_task(x, seq, task, smem, [&] { consume_all<T>(x.p, seq, task, smem); });
+  run_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
+    consume_all<T>(x.p, task, smem);
+  });
 }
 
 // sums = 0, one CTA a tile of 64 queries.
@@ -226,13 +208,15 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
   for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries.
+// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)
 void convert_dq(ATTN_GRID_CONSTANT const Params p) {
-  const int64_t tile = block_id().x;
-  const int64_t head = tile / p.m_tiles % p.p.heads_q, b = tile / p.m_tiles / p.p.heads_q;
-  const float* sums = p.dq_sums + tile * 64 * HEAD_DIM + 4 * thread_id();
+  const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
+  const int head = block_id().x / p.m_tiles % heads;
+  const Sequence seq = Sequence::of(p, block_id().x / p.m_tiles / heads);
+  if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
+  const float* sums = p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM) + 4 * thread_id();
   float acc[HEAD_DIM / 8][4];
   ATTN_UNROLL
   for (int n = 0; n < HEAD_DIM / 8; ++n) {
@@ -242,10 +226,10 @@ void convert_dq(ATTN_GRID_CONSTANT const Params p) {
   }
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const int i = int(tile % p.m_tiles) * 64 + 16 * warp_id() + (lane_id() >> 2) + 8 * r;
-    if (i >= int(p.p.seqlen_q)) continue;
-    store_row(static_cast<T*>(p.ptr.dq) + b * p.p.dq.b + head * p.p.dq.h + i * p.p.dq.s, acc, r,
-              p.scale, int(p.p.head_dim));
+    const int i = 64 * m + 16 * warp_id() + (lane_id() >> 2) + 8 * r;
+    if (i >= seq.seqlen_q) continue;
+    const int64_t at = seq.b * p.p.dq.b + head * p.p.dq.h + (seq.q_start + i) * p.p.dq.s;
+    store_row(static_cast<T*>(p.ptr.dq) + at, acc, r, p.scale, int(p.p.head_dim));
   }
 }
 

@@ -1,5 +1,6 @@
-// O = softmax(scale * Q K^T) V and LSE on Hopper: dense, 16 bits, at most a causal or window band.
-// Q [B, Hq, Sq, D], K [B, Hk, Sk, D], V [B, Hk, Sk, Dv], O [B, Hq, Sq, Dv]; D, Dv at most HEAD_DIM.
+// O = softmax(scale * Q K^T) V and LSE on Hopper: 16 bits, at most a causal or window band.
+// Q [B, Hq, Sq, D], K [B, Hk, Sk, D], V [B, Hk, Sk, Dv], O [B, Hq, Sq, Dv]; varlen: [total, H, D].
+// D, Dv at most HEAD_DIM.
 // After FlashAttention-3 (Shah et al. 2024).
 //
 // One CTA = 128 query rows of one head, three warpgroups.  The first is the producer: one thread of
@@ -92,14 +93,20 @@ struct Consumer {
     for (int n = 0; n < ACC; ++n) ATTN_UNROLL
     for (int i = 0; i < 4; ++i) O[n][i] *= alpha[0][i];
   }
+  // From Q K^T to P of a tile by itself, O rescaled; mask(S): -inf where a pair does not count.
+  template <class Mask>
+  ATTN_DEVICE void weights_alone(float (&S)[TILES][4], int turn, const Mask& mask) {
+    float alpha[1][4];
+    scores_alone(S, turn);
+    mask(S);
+    softmax(S, alpha);
+    rescale(alpha);
+  }
 
   // A tile at an edge, by itself.
   ATTN_DEVICE void edge(const Score& score, const Query (&query)[2], int group, int turn, int n0) {
-    float S[TILES][4], alpha[1][4];
-    scores_alone(S, turn);
-    mask_scores<false>(S, score, query, n0);
-    softmax(S, alpha);
-    rescale(alpha);
+    float S[TILES][4];
+    weights_alone(S, turn, [&](float (&x)[TILES][4]) { mask_scores<false>(x, score, query, n0); });
     V.wait(turn);
     if (warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(V.tile(turn), group)) {
       add_visible<T>(O, S, V.tile(turn));
@@ -115,9 +122,7 @@ struct Consumer {
   ATTN_DEVICE void whole(int turn, int end) {
     if (turn >= end) return;
     float S[TILES][4], alpha[1][4];
-    scores_alone(S, turn);
-    softmax(S, alpha);
-    rescale(alpha);
+    weights_alone(S, turn, [](float (&)[TILES][4]) {});
     pack_weights<T>(P, S);
     if (turn + 1 < end) K.wait(turn + 1);
     ATTN_NO_UNROLL
@@ -145,23 +150,22 @@ struct Consumer {
 };
 
 template <class T, int HEAD_DIM>
-ATTN_DEVICE void consume(const Params& p, const Sequence& seq, const ForwardTask& task,
-                         const Turns& turns, uint32_t Q_smem, uint32_t Q_full,
-                         const Ring<STAGES>& K, const Ring<STAGES>& V) {
+ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& turns,
+                         const QueryMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
-  const Score score(p, seq);
+  const Score score(p, task.seq);
   Query query[2];
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r)
     query[r] = Query{min_int(row + 8 * r, task.rows - 1), task.head, 0.0f, 0, 0};
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
-  if (group_row < group_end) score.band.key_range(group_row, group_end, seq.seqlen_k, lo, hi);
+  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
-  Consumer<T, HEAD_DIM> mine(p, K, V, Q_smem + group * 64 * 128);
-  if (turns.count()) mbarrier_wait(Q_full, 0);
+  Consumer<T, HEAD_DIM> mine(p, smem.K, smem.V, smem.Q + group * 64 * 128);
+  if (turns.count()) mbarrier_wait(smem.queries_full, 0);
   int turn = 0;
   ATTN_NO_UNROLL
   for (; turn < (lo < hi ? turns.edges() : turns.count()); ++turn) {
@@ -169,60 +173,47 @@ ATTN_DEVICE void consume(const Params& p, const Sequence& seq, const ForwardTask
     if (n0 < hi && n0 + N > lo) {
       mine.edge(score, query, group, turn, n0);
     } else {  // nothing for this warpgroup
-      K.skip(turn);
-      V.skip(turn);
+      smem.K.skip(turn);
+      smem.V.skip(turn);
     }
   }
   mine.whole(turn, turns.count());
-  store_rows<T, false>(p, seq, task, mine.O, mine.state, query, row, p.scale_log2);
+  store_rows<T, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
+}
+
+// The producer's thread: Q, then K and V of all turns.
+template <class Tile>
+ATTN_DEVICE void produce(const ForwardParams& x, const QueryTask& task, const Turns& turns,
+                         const QueryMemory<Tile>& smem) {
+  constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
+  mbarrier_arrive_expect_tx(smem.queries_full, Tile::QUERY_BYTES);
+  const Coordinates at(x.p, task.seq);
+  load_rows<S, M>(smem.Q, x.Q, smem.queries_full, at.q + task.row0, task.head, at.b);
+  const int head_k = task.head / x.p.group;
+  const auto load = [&](const Ring<STAGES>& ring, const TensorMap& map, int turn) {
+    ring.template load<S, N>(turn, map, at.k + turns.tile(turn) * N, head_k, at.b);
+  };
+  load(smem.K, x.K, 0);
+  ATTN_NO_UNROLL
+  for (int i = 0; i < turns.count(); ++i) {
+    if (i + 1 < turns.count()) load(smem.K, x.K, i + 1);  // is needed before V of this turn
+    load(smem.V, x.V, i);
+  }
 }
 
 template <class T, int HEAD_DIM>
 ATTN_KERNEL((THREADS), 1)
 void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
   using Tile = ForwardTile90<HEAD_DIM>;
-  const Params& p = x.p;
-  const uint32_t Q_smem = smem_base(), K_smem = Q_smem + Tile::QUERY_BYTES;
-  const uint32_t V_smem = K_smem + STAGES * Tile::KEY_BYTES;
-  const uint32_t Q_full = V_smem + STAGES * Tile::KEY_BYTES;
-  const Ring<STAGES> K{K_smem, Q_full + 8, Tile::KEY_BYTES};
-  const Ring<STAGES> V{V_smem, Q_full + 8 + RING_BARS, Tile::KEY_BYTES};
-
-  ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
-  const Sequence seq = Sequence::of(p, task.b);
-  task.rows = seq.seqlen_q;
-  const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
-  const Turns turns = Turns::of(Band::of(p, seq), task.row0, row_end, seq.seqlen_k, Tile::BLOCK_N);
-
-  if (thread_id() == 0) {
-    mbarrier_init(Q_full, 1);
-    K.init();
-    V.init();
-    fence_mbarrier_init();
-  }
-  sync_threads();  // the mbarriers are there
-
-  if (warp_id() < 4) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (warp_id() == 0 && elect_one() && turns.count()) {
-      mbarrier_arrive_expect_tx(Q_full, Tile::QUERY_BYTES);
-      load_rows<Tile::SLABS, Tile::BLOCK_M>(Q_smem, x.Q, Q_full, task.row0, task.head, task.b);
-      const int head_k = task.head / p.group;
-      const auto load = [&](const Ring<STAGES>& ring, const TensorMap& map, int turn) {
-        ring.template load<Tile::SLABS, Tile::BLOCK_N>(turn, map, turns.tile(turn) * Tile::BLOCK_N,
-                                                       head_k, task.b);
-      };
-      load(K, x.K, 0);
-      ATTN_NO_UNROLL
-      for (int i = 0; i < turns.count(); ++i) {
-        if (i + 1 < turns.count()) load(K, x.K, i + 1);  // is needed before V of this turn
-        load(V, x.V, i);
-      }
-    }
-  } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume<T, HEAD_DIM>(p, seq, task, turns, Q_smem, Q_full, K, V);
-  }
+  const auto smem = QueryMemory<Tile>::of(smem_base());
+  const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
+  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
+  const Turns turns =
+      Turns::of(Band::of(x.p, task.seq), task.row0, task.end, task.seq.seqlen_k, Tile::BLOCK_N);
+  const auto load = [&] {
+    if (warp_id() == 0 && elect_one() && turns.count()) produce(x, task, turns, smem);
+  };
+  run_roles(smem, load, [&] { consume<T, HEAD_DIM>(x.p, task, turns, smem); });
 }
 
 }  // namespace attn::cuda::sm90

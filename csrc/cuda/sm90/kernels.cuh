@@ -43,7 +43,8 @@ void run_backward(const Params& params, void* stream) {
       using Tile = FusedTile<HEAD_DIM>;
       const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
       const Grid tiles = sm80::grid_of(p.batch * p.heads_q * x.p.m_tiles);
-      launch(clear_dq<T, HEAD_DIM>, tiles, 128, 0, stream, x.p);
+      launch(clear_dq<T, HEAD_DIM>, sm80::grid_of(p.heads_q * sum_tiles(p, ptr)), 128, 0, stream,
+             x.p);
       launch(backward_fused<T, HEAD_DIM>, sm80::grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
              Tile::SMEM, stream, x);
       return launch(convert_dq<T, HEAD_DIM>, tiles, 128, 0, stream, x.p);

@@ -17,11 +17,14 @@ inline int kernel_head_dim(const Problem& p) {
   return 0;
 }
 
-// [batch, heads, length, dim] as the copy engine sees it; rows: of a box.
-inline TensorSpec tensor_spec(const Problem& p, const void* base, const Strides& s, int64_t heads,
-                              int64_t length, int64_t dim, int rows) {
+// [batch, heads, length, dim] as the copy engine sees it; rows: of a box.  Varlen: one batch, all
+// sequences one behind the other.
+inline TensorSpec tensor_spec(const Problem& p, const Pointers& ptr, const void* base,
+                              const Strides& s, int64_t heads, int64_t length, int64_t dim,
+                              int rows) {
+  const int64_t batch = ptr.cu_seqlens_q ? 1 : p.batch;
   TensorSpec t{
-      base, p.dtype == DType::kBFloat16, {dim, length, heads, p.batch}, {}, {64, rows, 1, 1}};
+      base, p.dtype == DType::kBFloat16, {dim, length, heads, batch}, {}, {64, rows, 1, 1}};
   const int64_t strides[3] = {2 * s.s, 2 * s.h, 2 * s.b};
   int64_t packed = (2 * dim + 15) / 16 * 16;
   for (int i = 0; i < 3; ++i) {
@@ -31,24 +34,29 @@ inline TensorSpec tensor_spec(const Problem& p, const void* base, const Strides&
   }
   return t;
 }
+inline int64_t query_rows(const Problem& p, const Pointers& ptr) {
+  return ptr.cu_seqlens_q ? p.rows_q : p.seqlen_q;
+}
+inline int64_t key_rows(const Problem& p, const Pointers& ptr) {
+  return ptr.cu_seqlens_k ? p.rows_k : p.seqlen_k;
+}
 inline TensorSpec query_spec(const Problem& p, const Pointers& ptr, int rows) {
-  return tensor_spec(p, ptr.q, p.q, p.heads_q, p.seqlen_q, p.head_dim, rows);
+  return tensor_spec(p, ptr, ptr.q, p.q, p.heads_q, query_rows(p, ptr), p.head_dim, rows);
 }
 inline TensorSpec key_spec(const Problem& p, const Pointers& ptr, int rows) {
-  return tensor_spec(p, ptr.k, p.k, p.heads_k, p.seqlen_k, p.head_dim, rows);
+  return tensor_spec(p, ptr, ptr.k, p.k, p.heads_k, key_rows(p, ptr), p.head_dim, rows);
 }
 inline TensorSpec value_spec(const Problem& p, const Pointers& ptr, int rows) {
-  return tensor_spec(p, ptr.v, p.v, p.heads_k, p.seqlen_k, p.head_dim_v, rows);
+  return tensor_spec(p, ptr, ptr.v, p.v, p.heads_k, key_rows(p, ptr), p.head_dim_v, rows);
 }
-
 inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
-  return tensor_spec(p, ptr.dout, p.dout, p.heads_q, p.seqlen_q, p.head_dim_v, rows);
+  return tensor_spec(p, ptr, ptr.dout, p.dout, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
 }
 
 // "" when the kernels serve a plain call (launch.cu: is_general), else what they lack.
 inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
-  if (ptr.cu_seqlens_q || ptr.cu_seqlens_k || ptr.seqlens_k) return "varlen";
+  if (!ptr.cu_seqlens_q != !ptr.cu_seqlens_k) return "one of cu_seqlens_q and cu_seqlens_k";
   if (!kernel_head_dim(p)) return "head_dim";
   for (const TensorSpec& t : {query_spec(p, ptr, 1), key_spec(p, ptr, 1), value_spec(p, ptr, 1)})
     if (const char* why = tensor_problem(t); *why) return why;
@@ -60,11 +68,15 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
-// Floats of the sums that backward_fused adds dQ up in; 0: dQ has a kernel of its own.
+// Tiles of 64 queries of a head in the sums that backward_fused adds dQ up in (sum_tile there).
+inline int64_t sum_tiles(const Problem& p, const Pointers& ptr) {
+  return ptr.cu_seqlens_q ? p.rows_q / 64 + p.batch : p.batch * ((p.seqlen_q + 63) / 64);
+}
+// Floats of those sums; 0: dQ has a kernel of its own.
 inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
   const int head_dim = kernel_head_dim(p);
   if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
-  return p.batch * p.heads_q * ((p.seqlen_q + 63) / 64) * 64 * head_dim;
+  return p.heads_q * sum_tiles(p, ptr) * 64 * head_dim;
 }
 
 template <class T, int HEAD_DIM>

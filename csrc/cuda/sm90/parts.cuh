@@ -9,6 +9,16 @@
 
 namespace attn::cuda::sm90 {
 
+// A sequence as the copy engine knows it: where its queries and keys begin, and the last
+// coordinate. Boxes are cut at the end of the tensor, not of the sequence: kernels mask, and do not
+// store, what lies behind it.
+struct Coordinates {
+  int q, k, b;
+
+  ATTN_DEVICE explicit Coordinates(const Params& p, const Sequence& seq)
+      : q(int(seq.q_start)), k(int(seq.k_start)), b(p.ptr.cu_seqlens_q ? 0 : seq.b) {}
+};
+
 // All slabs of rows r0.. of one head, announced on `bar` by the caller.
 template <int SLABS, int ROWS>
 ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, int r0, int head,
@@ -54,6 +64,61 @@ struct Ring {
   ATTN_DEVICE void skip(int i) const {
     wait(i);
     release(i);
+  }
+};
+
+// The mbarriers, by one thread, and then the roles: one warpgroup produces, the others consume.
+template <class Memory, class Produce, class Consume>
+ATTN_DEVICE void run_roles(const Memory& smem, const Produce& produce, const Consume& consume) {
+  if (thread_id() == 0) {
+    smem.init();
+    fence_mbarrier_init();
+  }
+  sync_threads();  // the mbarriers are there
+
+  if (warp_id() < 4) {
+    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    produce();
+  } else {
+    setmaxnreg_inc<CONSUMER_REGISTERS>();
+    consume();
+  }
+}
+
+// The rows of a CTA that owns queries, of one head: row0 .. end.
+struct QueryTask : ForwardTask {
+  Sequence seq;
+  int end;
+
+  ATTN_DEVICE static QueryTask of(const Params& p, int block_m) {
+    QueryTask t{ForwardTask::of(p, block_m), {}, 0};
+    t.seq = Sequence::of(p, t.b);
+    t.rows = t.seq.seqlen_q;
+    t.end = min_int(t.row0 + block_m, t.rows);
+    return t;
+  }
+};
+
+// Shared memory of a CTA that owns queries: Q (and dO), and rings of K and V.
+template <class Tile>
+struct QueryMemory {
+  uint32_t Q, dO, queries_full;
+  Ring<STAGES> K, V;
+
+  ATTN_DEVICE static QueryMemory of(uint32_t base) {
+    const uint32_t K_smem = base + Tile::RESIDENT * Tile::QUERY_BYTES;
+    const uint32_t V_smem = K_smem + STAGES * Tile::KEY_BYTES;
+    const uint32_t bars = V_smem + STAGES * Tile::KEY_BYTES;
+    return {base,
+            base + Tile::QUERY_BYTES,
+            bars,
+            {K_smem, bars + 8, Tile::KEY_BYTES},
+            {V_smem, bars + 8 + RING_BARS, Tile::KEY_BYTES}};
+  }
+  ATTN_DEVICE void init() const {
+    mbarrier_init(queries_full, 1);
+    K.init();
+    V.init();
   }
 };
 

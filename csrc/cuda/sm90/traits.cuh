@@ -19,6 +19,7 @@ struct ForwardTile90 {
   static constexpr int BLOCK_N = HEAD_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 96 : 64;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
+  static constexpr int RESIDENT = 1;  // tiles of queries: Q
   static constexpr int SMEM = QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
 };
 
@@ -31,7 +32,8 @@ struct QueryGradientTile {
   static constexpr int BLOCK_N = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 192 ? 64 : 32;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
-  static constexpr int SMEM = 2 * QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
+  static constexpr int RESIDENT = 2;  // Q and dO
+  static constexpr int SMEM = RESIDENT * QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
 };
 
 // dK and dV: K and V of BLOCK_N keys resident, BLOCK_M queries at a time.  Up to 128 a consumer

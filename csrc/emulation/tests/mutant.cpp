@@ -14,10 +14,7 @@
 #include "example.cuh"
 #elif PART == 1
 #include "../../cuda/sm80/forward.cuh"
-#elif PART == 3
-#include "../../cuda/sm90/forward.cuh"
-#include "../../cuda/sm90/kernels.h"
-#elif PART >= 4
+#elif PART >= 3
 #include "../../cuda/sm90/kernels.cuh"
 #else
 #include "../../cuda/sm80/backward.cuh"
@@ -76,25 +73,36 @@ double run_all() {
 using attn::cuda::Params;
 constexpr int D = PART == 5 ? 192 : PART >= 3 ? 128 : 64, HQ = 2;
 
-struct Case {
+// Lengths of a sequence; bad: all that it holds is NaN, and what becomes of it is not looked at.
+struct Length {
   int sq, sk;
+  bool bad = false;
+};
+struct Case {  // dense where there is one sequence, else varlen
+  std::vector<Length> lengths;
   bool causal;
 };
 // Ragged and causal with several tiles of keys; more queries than keys, so that the first tile
-// sees nothing; whole tiles only.
+// sees nothing; whole tiles only.  Hopper: several sequences, NaN behind and between them.
 #if PART == 3    // tiles of 128: each ring goes round twice, and one warpgroup rests
-constexpr Case CASES[] = {{70, 500, true}, {200, 70, true}, {128, 512, false}};
+const Case CASES[] = {{{{70, 500}}, true},
+                      {{{200, 70}}, true},
+                      {{{128, 512}}, false},
+                      {{{70, 130}, {0, 3}, {33, 40, true}, {129, 1}, {2, 0}}, false}};
 #elif PART >= 4  // whole tiles and edges of both kinds, heads of a group, empty rows
-constexpr Case CASES[] = {{70, 200, true}, {40, 20, true}};
+const Case CASES[] = {
+    {{{70, 200}}, true},
+    {{{40, 20}}, true},
+    {{{64, 100}, {2, 0}, {0, 3}, {33, 40, true}, {20, 1}, {90, 30, true}, {5, 2}}, false}};
 #else
-constexpr Case CASES[] = {{70, 201, true}, {140, 70, true}, {64, 192, false}};
+const Case CASES[] = {{{{70, 201}}, true}, {{{140, 70}}, true}, {{{64, 192}}, false}};
 #endif
 
 // Everything in float64, one K/V head, [H, S, D] tensors.
 struct Reference {
   std::vector<double> o, lse, delta, dq, dk, dv;
-  Reference(const Case& c, double scale, const std::vector<bf16>& q, const std::vector<bf16>& k,
-            const std::vector<bf16>& v, const std::vector<bf16>& dout)
+  Reference(const Length& c, bool causal, double scale, const std::vector<bf16>& q,
+            const std::vector<bf16>& k, const std::vector<bf16>& v, const std::vector<bf16>& dout)
       : o(q.size()), lse(HQ * c.sq), delta(HQ * c.sq), dq(q.size()), dk(k.size()), dv(k.size()) {
     const auto dot = [](const bf16* a, const bf16* b) {
       double sum = 0;
@@ -104,7 +112,7 @@ struct Reference {
     std::vector<double> P(c.sk);
     for (int row = 0; row < HQ * c.sq; ++row) {
       const int i = row % c.sq;
-      const int end = c.causal ? std::min(c.sk, std::max(0, i + c.sk - c.sq + 1)) : c.sk;
+      const int end = causal ? std::min(c.sk, std::max(0, i + c.sk - c.sq + 1)) : c.sk;
       double top = -INFINITY, sum = 0;
       for (int j = 0; j < end; ++j) {
         P[j] = scale * dot(&q[row * D], &k[j * D]);
@@ -129,50 +137,148 @@ struct Reference {
   }
 };
 
-double run_case(const Case& c) {
+constexpr bf16 NO_NUMBER = {0xffff};
+
+// [heads, rows, D]
+struct Tensor {
+  int heads, rows;
+  std::vector<bf16> data;
+  Tensor(int h, int r) : heads(h), rows(r), data(size_t(h) * r * D, NO_NUMBER) {}
+
+  // Rows start.. of each head from x, or the other way round.
+  void put(const std::vector<bf16>& x, int start) {
+    const size_t n = x.size() / heads;
+    for (int h = 0; h < heads; ++h)
+      std::copy_n(&x[h * n], n, &data[(size_t(h) * rows + start) * D]);
+  }
+  std::vector<bf16> get(int start, int length) const {
+    std::vector<bf16> x;
+    for (int h = 0; h < heads; ++h) {
+      const auto from = data.begin() + (int64_t(h) * rows + start) * D;
+      x.insert(x.end(), from, from + int64_t(length) * D);
+    }
+    return x;
+  }
+  attn::Strides strides() const { return {0, int64_t(rows) * D, D}; }
+};
+
+// All that a launch gets and gives: sequences one behind the other, then rows that are nobody's.
+struct Run {
+  static constexpr int NOBODYS = 140;  // as many as a wrong length may write to
+  const Case& c;
   const double scale = 0.125;
-  const auto q = random_tensor(HQ * c.sq * D, 1), k = random_tensor(c.sk * D, 2);
-  const auto v = random_tensor(c.sk * D, 3), dout = random_tensor(HQ * c.sq * D, 4);
-  const Reference want(c, scale, q, k, v, dout);
-  const bf16 nan = {0xffff};
-  std::vector<bf16> out(q.size(), nan), dk(k.size(), nan), dv(k.size(), nan);
-  std::vector<float> lse(HQ * c.sq, NAN), delta(want.delta.begin(), want.delta.end());
-  Params p{};
-  p.p.dtype = attn::DType::kBFloat16;
-  p.p.batch = 1, p.p.heads_q = HQ, p.p.heads_k = 1;
-  p.p.seqlen_q = c.sq, p.p.seqlen_k = c.sk, p.p.head_dim = p.p.head_dim_v = D;
-  p.p.q = p.p.o = p.p.dout = p.p.dq = {0, int64_t(c.sq) * D, D};
-  p.p.k = p.p.v = p.p.dk = p.p.dv = {0, int64_t(c.sk) * D, D};
-  p.p.lse_stride_h = c.sq;
-  p.p.scale = scale;
-  p.ptr.q = q.data(), p.ptr.k = k.data(), p.ptr.v = v.data(), p.ptr.lse = lse.data();
-  p.scale = float(scale), p.scale_log2 = float(scale * 1.4426950408889634);
-  p.keep_scale = 1.0f;
-  p.window_left = -1, p.window_right = c.causal ? 0 : -1;
-  p.group = HQ, p.pack = p.splits = 1;
-  p.q_vec = p.k_vec = p.v_vec = p.dout_vec = true;
+  int total_q = 0, total_k = 0;
+  std::vector<int32_t> begin_q, begin_k;
+  std::vector<Reference> want;
+  Tensor q, k, v, dout, out, dk, dv;  // out: O or dQ
+  std::vector<float> lse, delta;
+
+  static int rows(const Case& c, int Length::* side) {
+    int n = c.lengths.size() > 1 ? NOBODYS : 0;
+    for (const Length& x : c.lengths) n += x.*side;
+    return n;
+  }
+  explicit Run(const Case& of)
+      : c(of),
+        q(HQ, rows(c, &Length::sq)),
+        k(1, rows(c, &Length::sk)),
+        v(k),
+        dout(q),
+        out(q),
+        dk(k),
+        dv(k),
+        lse(size_t(HQ) * q.rows, NAN),
+        delta(lse) {
+    for (const Length& x : c.lengths) {
+      const uint32_t seed = 5 * uint32_t(want.size());
+      const auto Q = random_tensor(HQ * x.sq * D, seed + 1), K = random_tensor(x.sk * D, seed + 2);
+      const auto V = random_tensor(x.sk * D, seed + 3);
+      const auto dO = random_tensor(HQ * x.sq * D, seed + 4);
+      want.emplace_back(x, c.causal, scale, Q, K, V, dO);
+      if (!x.bad) q.put(Q, total_q), k.put(K, total_k), v.put(V, total_k), dout.put(dO, total_q);
+      begin_q.push_back(total_q), begin_k.push_back(total_k);
+      total_q += x.sq, total_k += x.sk;
+    }
+    begin_q.push_back(total_q), begin_k.push_back(total_k);
+  }
+  // What backward needs of forward.
+  void give_rows() {
+    for (size_t s = 0; s < want.size(); ++s)
+      for (int r = 0; r < HQ * c.lengths[s].sq && !c.lengths[s].bad; ++r) {
+        const int at = r / c.lengths[s].sq * q.rows + begin_q[s] + r % c.lengths[s].sq;
+        lse[at] = float(want[s].lse[r]), delta[at] = float(want[s].delta[r]);
+      }
+  }
+  Params params() {
+    Params p{};
+    p.p.dtype = attn::DType::kBFloat16;
+    p.p.batch = int64_t(want.size()), p.p.heads_q = HQ, p.p.heads_k = 1;
+    for (const Length& x : c.lengths) {
+      p.p.seqlen_q = std::max<int64_t>(p.p.seqlen_q, x.sq);
+      p.p.seqlen_k = std::max<int64_t>(p.p.seqlen_k, x.sk);
+    }
+    p.p.head_dim = p.p.head_dim_v = D;
+    p.p.q = p.p.o = p.p.dout = p.p.dq = q.strides();
+    p.p.k = p.p.v = p.p.dk = p.p.dv = k.strides();
+    p.p.lse_stride_h = q.rows;
+    p.p.scale = scale;
+    if (want.size() > 1) {
+      p.p.rows_q = q.rows, p.p.rows_k = k.rows;
+      p.ptr.cu_seqlens_q = begin_q.data(), p.ptr.cu_seqlens_k = begin_k.data();
+    }
+    p.ptr.q = q.data.data(), p.ptr.k = k.data.data(), p.ptr.v = v.data.data();
+    p.ptr.lse = lse.data();
+    p.scale = float(scale), p.scale_log2 = float(scale * 1.4426950408889634);
+    p.keep_scale = 1.0f;
+    p.window_left = -1, p.window_right = c.causal ? 0 : -1;
+    p.group = HQ, p.pack = p.splits = 1;
+    p.q_vec = p.k_vec = p.v_vec = p.dout_vec = true;
+    return p;
+  }
+  // The largest error of `got`; infinite where rows that are nobody's were written to.
+  double error(const Tensor& got, const std::vector<double> Reference::* field,
+               const std::vector<int32_t>& begin) const {
+    double worst = 0;
+    for (size_t s = 0; s < want.size(); ++s)
+      if (!c.lengths[s].bad)
+        worst = worse(worst, distance(got.get(begin[s], begin[s + 1] - begin[s]), want[s].*field));
+    for (const bf16 x : got.get(begin.back(), got.rows - begin.back()))
+      if (x.bits != NO_NUMBER.bits) return INFINITY;
+    return worst;
+  }
+  double lse_error() const {
+    double worst = 0;
+    for (size_t s = 0; s < want.size(); ++s)
+      for (int h = 0; h < HQ && !c.lengths[s].bad; ++h)
+        worst = worse(worst, distance(&lse[size_t(h) * q.rows + begin_q[s]],
+                                      &want[s].lse[size_t(h) * c.lengths[s].sq], c.lengths[s].sq));
+    for (int h = 0; h < HQ; ++h)
+      for (int i = total_q; i < q.rows; ++i)
+        if (!std::isnan(lse[size_t(h) * q.rows + i])) return INFINITY;
+    return worst;
+  }
+};
+
+double run_case(const Case& c) {
+  Run run(c);
+  Params p = run.params();
   using namespace attn::cuda;
 #if PART == 3
-  using Tile = sm90::ForwardTile90<D>;
-  p.ptr.o = out.data();
-  sm90::ForwardParams x{p, make_tensor_map(sm90::query_spec(p.p, p.ptr, Tile::BLOCK_M)),
-                        make_tensor_map(sm90::key_spec(p.p, p.ptr, Tile::BLOCK_N)),
-                        make_tensor_map(sm90::value_spec(p.p, p.ptr, Tile::BLOCK_N))};
-  x.p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  p.ptr.o = run.out.data.data();
   machine.mode.smem_limit = 227 * 1024;
-  launch(sm90::forward<bf16, D>, {HQ * x.p.m_tiles, 1, 1}, sm90::THREADS, Tile::SMEM, nullptr, x);
-  return worse(distance(out, want.o), distance(lse.data(), want.lse.data(), HQ * c.sq));
+  sm90::run_forward<bf16, D>(p, nullptr);
+  return worse(run.error(run.out, &Reference::o, run.begin_q), run.lse_error());
 #elif PART == 1
   using Tile = ForwardTile<bf16, D>;
-  p.ptr.o = out.data();
-  p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  p.ptr.o = run.out.data.data();
+  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   launch(sm80::forward<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS,
          Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
-  return worse(distance(out, want.o), distance(lse.data(), want.lse.data(), HQ * c.sq));
+  return worse(run.error(run.out, &Reference::o, run.begin_q), run.lse_error());
 #else
-  std::copy(want.lse.begin(), want.lse.end(), lse.begin());
-  p.ptr.dout = dout.data(), p.delta = delta.data();
-  p.ptr.dq = out.data(), p.ptr.dk = dk.data(), p.ptr.dv = dv.data();
+  run.give_rows();
+  p.ptr.dout = run.dout.data.data(), p.delta = run.delta.data();
+  p.ptr.dq = run.out.data.data(), p.ptr.dk = run.dk.data.data(), p.ptr.dv = run.dv.data.data();
 #if PART >= 4
   machine.mode.smem_limit = 227 * 1024;
 #if PART == 6
@@ -183,15 +289,17 @@ double run_case(const Case& c) {
 #else
   using Tile = BackwardTile<bf16, D>;
   const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
-  p.m_tiles = (c.sq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   launch(sm80::backward_dq<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS, smem,
          nullptr, p);
-  p.n_tiles = (c.sk + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  p.n_tiles = int(p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
          nullptr, p);
 #endif
   // of numbers of size 1 (dQ) to 20 (dV), rounded to bf16
-  return worse(distance(out, want.dq), worse(distance(dk, want.dk) / 4, distance(dv, want.dv) / 4));
+  return worse(run.error(run.out, &Reference::dq, run.begin_q),
+               worse(run.error(run.dk, &Reference::dk, run.begin_k) / 4,
+                     run.error(run.dv, &Reference::dv, run.begin_k) / 4));
 #endif
 }
 

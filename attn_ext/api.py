@@ -148,6 +148,7 @@ def attention(
     if (
         mask is bias is alibi_slopes is sink is sigmoid_bias is None
         and not (return_lse or return_stats or dropout_p)
+        and dropout_p.__class__ in (float, int)
         and normalizer == "softmax" and isinstance(q, torch.Tensor)
     ):  # fmt: skip
         key = fast.key_of(q, k, v, causal, window, softcap, scale, deterministic, backend)

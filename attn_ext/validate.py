@@ -39,13 +39,21 @@ def boolean(name: str, value) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
 
+def switch(name: str, value) -> bool:
+    """A switch that the other library takes by its truth: bool, None, 0 and 1; else TypeError."""
+    if value is None or isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+
+
 def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
     """TypeError unless `value` is an int or float; ValueError unless it is finite and within [low,
     high].
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not (low <= value <= high) or value in (math.inf, -math.inf):
+    too_big = isinstance(value, int) and abs(value) > 10**308  # no float holds it
+    if not (low <= value <= high) or value in (math.inf, -math.inf) or too_big:
         bounds = "finite" if low == -math.inf else f"at least {low:g} and finite"
         if high != math.inf:
             bounds = f"between {low:g} and {high:g}"
@@ -53,11 +61,27 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> 
 
 
 def integer(name: str, value, low: int = 0) -> None:
-    """TypeError unless `value` is an int; ValueError below `low`."""
+    """TypeError unless `value` is an int; ValueError below `low`, or beyond an int64."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    if type(value) is int and value > MAX_ELEMENTS:
+        raise ValueError(f"{name} must be at most {MAX_ELEMENTS}, got {value}")
+
+
+def module_dtype(name: str, value, weight) -> None:
+    """TypeError unless an input is floating and of its module's dtype, where that must be so."""
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    kind = value.device.type
+    if (
+        plain
+        and value.dtype != weight.dtype
+        and not (kind != "meta" and torch.is_autocast_enabled(kind))
+    ):
+        raise TypeError(f"{name} must have the module's dtype {weight.dtype}, got {value.dtype}")
 
 
 def window_pair(window) -> tuple:
@@ -90,8 +114,11 @@ def options(causal, left, right, softcap, dropout_p, scale, deterministic, backe
     boolean("deterministic", deterministic)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")
-    window_left = UNBOUNDED if left is None else left
-    window_right = UNBOUNDED if right is None else right
+    # Past any distance there is a side is no bound, and no kernel has to add to it.
+    window_left, window_right = (
+        UNBOUNDED if side is None or (type(side) is int and side > 2 * MAX_SEQLEN) else side
+        for side in (left, right)
+    )
     if causal is not False:
         window_right = 0
     return (TOP_LEFT if causal == "top_left" else BOTTOM_RIGHT), window_left, window_right
@@ -173,8 +200,16 @@ def dense(
     return canonical
 
 
-# The same checks for plain eager tensors; typed, so that 1 and True are not taken for each other.
-dense_cached = functools.lru_cache(maxsize=1024, typed=True)(dense)
+# typed, so that 1 and True are not taken for each other
+_dense_remembered = functools.lru_cache(maxsize=1024, typed=True)(dense)
+
+
+def dense_cached(*arguments) -> tuple:
+    """`dense` for plain eager tensors, from memory where it has accepted the same before."""
+    try:
+        return _dense_remembered(*arguments)
+    except TypeError:  # also of an argument that has no hash, which is then named
+        return dense(*arguments)
 
 
 def scores(
@@ -350,6 +385,8 @@ def cumulative(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
     lengths.
     """
     ends = cu_seqlens.tolist()
+    if not ends:
+        raise ValueError(f"{name} must have batch + 1 entries, got 0")
     if ends[0] != 0:
         raise ValueError(f"{name} must start at 0, got {ends[0]}")
     lengths = [b - a for a, b in itertools.pairwise(ends)]

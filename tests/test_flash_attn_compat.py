@@ -475,8 +475,11 @@ def test_bad_kvcache_input():
         (dict(k=k, cache_seqlens=1), "v_new"),
         (dict(cache_seqlens=index[:1]), "cache_seqlens must be int32"),
         (dict(cache_batch_idx=index, block_table=index[:, None]), "cache_batch_idx must be None"),
-        (dict(cache_batch_idx=index + 1), "page"),
-        (dict(block_table=index[:, None], cache_seqlens=7), "block_table must have pages for 7"),
+        (dict(cache_batch_idx=index + 1), "cache_batch_idx must be between 0 and 1, got 2 at 1"),
+        (
+            dict(block_table=index[:, None], cache_seqlens=7),
+            "block_table must have pages for cache_seqlens' 7",
+        ),
         (dict(rotary_cos=cache[0, :, 0]), "rotary_cos needs"),
         (
             dict(k=k, v=k, cache_seqlens=3, rotary_cos=normal(4, 4), rotary_sin=normal(4, 4)),

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import torch
 
+from attn_ext import validate
 from attn_ext.api import attention
+from attn_ext.integrations import _checks
 
 __all__ = ["AttnProcessor", "attention_backend", "register"]
 
@@ -76,12 +78,19 @@ def attention_backend(
     """
     if _parallel_config is not None:
         raise NotImplementedError(
-            "context parallelism of diffusers is not supported by attn_ext: use the native backend"
+            "_parallel_config (context parallelism) is not supported by attn_ext: use the native "
+            "backend"
         )
+    _checks.heads_last(query, key, value)
+    is_causal = validate.switch("is_causal", is_causal)
+    return_lse = validate.switch("return_lse", return_lse)
+    if attn_mask is not None:
+        validate.tensor("attn_mask", attn_mask)
     if attn_mask is not None and tuple(attn_mask.shape) == (query.shape[0], key.shape[1]):
         attn_mask = attn_mask[:, None, None, :]  # diffusers' padding masks
     mask = bias = None
     if attn_mask is not None:
+        attn_mask = _checks.scores("attn_mask", attn_mask, query.transpose(1, 2), key.shape[1])
         mask, bias = (None, attn_mask) if attn_mask.is_floating_point() else (attn_mask, None)
     result = attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask=mask, bias=bias,

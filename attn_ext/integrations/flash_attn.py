@@ -13,8 +13,8 @@ import importlib
 
 import torch
 
-from attn_ext import api, decode, reference, validate
-from attn_ext.integrations import bert_padding, importing, rotary
+from attn_ext import api, decode, ops, reference, validate
+from attn_ext.integrations import _checks, bert_padding, importing, rotary
 
 VERSION = "2.8.3"  # the version whose signatures these are
 
@@ -32,11 +32,11 @@ def _window(window_size, causal: bool) -> tuple:
 
 
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
-    validate.boolean("causal", causal)
+    causal = validate.switch("causal", causal)
     return dict(
         dropout_p=dropout_p, scale=softmax_scale, causal="bottom_right" if causal else False,
         window=_window(window_size, causal), softcap=softcap, alibi_slopes=alibi_slopes,
-        deterministic=bool(deterministic),
+        deterministic=validate.switch("deterministic", deterministic),
     )  # fmt: skip
 
 
@@ -134,9 +134,10 @@ def flash_attn_func(
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
+    return_attn_probs = validate.switch("return_attn_probs", return_attn_probs)
     args = api.dense_args(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        need_stats=bool(return_attn_probs), **options,
+        need_stats=return_attn_probs, **options,
     )  # fmt: skip
     return _run(args, return_attn_probs, lambda out: out.transpose(1, 2))
 
@@ -146,8 +147,10 @@ def flash_attn_qkvpacked_func(
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """`flash_attn_func` of qkv [B, S, 3, H, D]."""
+    q, k, v = _packed("qkv", qkv, 2, 3, "[B, S, 3, H, D]")
+    _checks.heads_last(q, k, v, ("qkv", "qkv", "qkv"))
     return flash_attn_func(
-        *_packed("qkv", qkv, 2, 3, "[B, S, 3, H, D]"), dropout_p, softmax_scale, causal,
+        q, k, v, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -157,8 +160,10 @@ def flash_attn_kvpacked_func(
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """`flash_attn_func` of q [B, Sq, H, D] and kv [B, Sk, 2, Hk, D]."""
+    k, v = _packed("kv", kv, 2, 2, "[B, Sk, 2, Hk, D]")
+    _checks.heads_last(q, k, v, ("q", "kv", "kv"))
     return flash_attn_func(
-        q, *_packed("kv", kv, 2, 2, "[B, Sk, 2, Hk, D]"), dropout_p, softmax_scale, causal,
+        q, k, v, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -196,10 +201,18 @@ def flash_attn_varlen_func(
     """
     _rank("q", q, "[total_q, H, D]")
     if block_table is not None:
-        for name, value in (("k", k), ("v", v)):
-            _rank(name, value, "[num_blocks, page_size, Hk, D]")
         validate.index_tensor("block_table", block_table, q.device, 2)
         validate.index_tensor("cu_seqlens_k", cu_seqlens_k, q.device, 1)
+        for name, value in (("k", k), ("v", v)):
+            _rank(name, value, "[num_blocks, page_size, Hk, D] with a block_table")
+            if value.device != q.device:
+                raise ValueError(f"{name} must be on q's device {q.device}, got {value.device}")
+        if v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"v must have k's first three sizes {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}"
+            )
+        if cu_seqlens_k.shape[0] < 1:
+            raise ValueError("cu_seqlens_k must have batch + 1 entries, got 0")
         if block_table.shape[0] != cu_seqlens_k.shape[0] - 1:
             raise ValueError(
                 f"block_table must have {cu_seqlens_k.shape[0] - 1} rows, "
@@ -211,9 +224,10 @@ def flash_attn_varlen_func(
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
+    return_attn_probs = validate.switch("return_attn_probs", return_attn_probs)
     args = api.varlen_args(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        need_stats=bool(return_attn_probs), **options,
+        need_stats=return_attn_probs, **options,
     )  # fmt: skip
     return _run(args, return_attn_probs, lambda out: out)
 
@@ -224,8 +238,10 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs=False,
 ):  # fmt: skip
     """`flash_attn_varlen_func` of qkv [total, 3, H, D]."""
+    q, k, v = _packed("qkv", qkv, 1, 3, "[total, 3, H, D]")
+    _checks.rows(q, k, v, ("qkv", "qkv", "qkv"))
     return flash_attn_varlen_func(
-        *_packed("qkv", qkv, 1, 3, "[total, 3, H, D]"), cu_seqlens, cu_seqlens, max_seqlen,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen,
         max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
     )  # fmt: skip
@@ -237,17 +253,19 @@ def flash_attn_varlen_kvpacked_func(
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """`flash_attn_varlen_func` of q [total_q, H, D] and kv [total_k, 2, Hk, D]."""
+    k, v = _packed("kv", kv, 1, 2, "[total_k, 2, Hk, D]")
+    _checks.rows(q, k, v, ("q", "kv", "kv"))
     return flash_attn_varlen_func(
-        q, *_packed("kv", kv, 1, 2, "[total_k, 2, Hk, D]"), cu_seqlens_q, cu_seqlens_k,
+        q, k, v, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
-def _per_batch(name: str, value, batch: int, device):
-    """An int or an integer tensor [B] as int32 [B]."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return torch.full((batch,), value, dtype=torch.int32, device=device)
+def _per_batch(name: str, value, batch: int, device, low: int = 0, high: int = (1 << 31) - 1):
+    """An integer tensor [B] as int32 [B], its values within [low, high] where reading them costs no
+    device sync (CPU); on a GPU they are the caller's promise, as the lengths are.
+    """
     validate.tensor(name, value)
     if value.dtype not in (torch.int32, torch.int64) or tuple(value.shape) != (batch,):
         raise ValueError(
@@ -255,23 +273,80 @@ def _per_batch(name: str, value, batch: int, device):
         )
     if value.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
+    if _readable(value):
+        for index, entry in enumerate(value.tolist()):
+            if not low <= entry <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, got {entry} at {index}")
     return value.to(torch.int32)
+
+
+def _readable(value) -> bool:
+    """Whether the elements may be looked at: on CPU, and not while a graph is traced."""
+    tracing = torch.compiler.is_compiling()
+    return not tracing and value.device.type == "cpu" and ops.is_plain(value, value, value)
+
+
+def _lengths(value, batch: int, device, capacity: int, added: int):
+    """cache_seqlens, an int or a tensor [B], as int32 [B]."""
+    high = capacity - added
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value <= high:
+            raise ValueError(
+                f"cache_seqlens must be between 0 and {high} (capacity {capacity}, {added} new "
+                f"rows), got {value}"
+            )
+        return torch.full((batch,), value, dtype=torch.int32, device=device)
+    return _per_batch("cache_seqlens", value, batch, device, high=high)
+
+
+def _leftpad(value, batch: int, device, capacity: int, cache_seqlens):
+    """bool [B, 1, 1, capacity]: from cache_leftpad [B] on, which is at most what is in the cache
+    before new rows are appended.
+    """
+    first = _per_batch("cache_leftpad", value, batch, device, high=capacity)
+    if cache_seqlens is not None and _readable(first):
+        pairs = zip(first.tolist(), cache_seqlens.tolist(), strict=True)
+        for index, (left, used) in enumerate(pairs):
+            if left > used:
+                raise ValueError(
+                    f"cache_leftpad must be at most cache_seqlens, got {left} for {used} at {index}"
+                )
+    return torch.arange(capacity, device=device) >= first[:, None, None, None]
+
+
+def _enough_pages(block_table, cache_seqlens, added: int, page_size: int) -> None:
+    """RuntimeError, flash-attn's type for this one, where lengths on the CPU need more pages."""
+    if not cache_seqlens.numel() or not _readable(cache_seqlens):
+        return
+    needed = int(cache_seqlens.max()) + added
+    if needed > block_table.shape[1] * page_size:
+        raise RuntimeError(
+            f"block_table must have pages for cache_seqlens' {needed} keys, got "
+            f"{block_table.shape[1]} of {page_size}"
+        )
+
+
+def _paged_capacity(block_table, batch: int, device, k_cache) -> int:
+    """Keys that the pages of a sequence hold."""
+    if block_table is None:
+        return k_cache.shape[1]
+    validate.index_tensor("block_table", block_table, device, 2)
+    if block_table.shape[0] != batch:
+        raise ValueError(f"block_table must have {batch} rows, got {block_table.shape[0]}")
+    return block_table.shape[1] * k_cache.shape[1]
 
 
 def _rotated(q, k, cos, sin, seqlens, interleaved: bool, moving: bool):
     """q and k rotated at the positions that they take in the cache; all queries at the first new
     position where neither causal nor a window tells them apart (`moving` False).
     """
-    for name, value in (("rotary_cos", cos), ("rotary_sin", sin)):
-        validate.tensor(name, value)
     device = q.device
-    last = int(seqlens.max()) if seqlens.numel() else 0
-    rows = max(k.shape[1], q.shape[1] if moving else 1)
-    rotary.check("rotary", cos, sin, q.shape[-1], last + rows - 1)
     starts = seqlens.long()[:, None]
     steps = torch.arange(q.shape[1], device=device)
     q_at = starts + (steps if moving else torch.zeros_like(steps))
     k_at = starts + torch.arange(k.shape[1], device=device)
+    for positions in (q_at, k_at):
+        rotary.check("rotary_cos", cos, "rotary_sin", sin, q, positions)
     return (
         rotary.rotate(q, cos, sin, q_at, interleaved),
         rotary.rotate(k, cos, sin, k_at, interleaved),
@@ -291,9 +366,11 @@ def flash_attn_with_kvcache(
     k_cache, v_cache [B_cache, S_cache, Hk, D], or [num_blocks, page_size, Hk, D] with block_table
     int32 [B, max_pages] (any page size).  k, v [B, Snew, Hk, D]: written at cache_seqlens[b].
     cache_seqlens: an int or int32 [B], the lengths before appending.  cache_batch_idx int32 [B]:
-    rows of the cache.  cache_leftpad int32 [B]: the first valid position.  rotary_cos, rotary_sin
-    [S, rotary_dim / 2] rotate k at cache_seqlens + i, and q there too if causal or windowed, else
-    all of q at cache_seqlens.  num_splits is a hint.
+    rows of the cache.  cache_leftpad int32 [B]: the first valid position, at most cache_seqlens[b].
+    rotary_cos, rotary_sin [S, rotary_dim / 2] rotate k at cache_seqlens + i, and q there too if
+    causal or windowed, else all of q at cache_seqlens.  num_splits is a hint.  Lengths, rows and
+    pages out of range are errors on CPU and the caller's promise on a GPU, where reading them
+    would wait for the device.
     Returns out [B, Sq, H, D]; with return_softmax_lse also softmax_lse float32 [B, H, Sq].
     """
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -301,16 +378,26 @@ def flash_attn_with_kvcache(
     for name, value in (("k", k), ("v", v)):
         if value is not None:
             _rank(name, value, "[B, Snew, Hk, D]")
-    validate.boolean("causal", causal)
+    causal = validate.switch("causal", causal)
+    rotary_interleaved = validate.switch("rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = validate.switch("return_softmax_lse", return_softmax_lse)
     batch, device = q.shape[0], q.device
     window = _window(window_size, causal)
+    capacity = _paged_capacity(block_table, batch, device, k_cache)
     if cache_seqlens is not None:
-        cache_seqlens = _per_batch("cache_seqlens", cache_seqlens, batch, device)
+        added = 0 if k is None else k.shape[1]
+        room = capacity if block_table is None else 1 << 30  # pages: an error type of their own
+        cache_seqlens = _lengths(cache_seqlens, batch, device, room, added)
+        if block_table is not None:
+            _enough_pages(block_table, cache_seqlens, added, k_cache.shape[1])
     elif k is not None:
         raise ValueError("cache_seqlens must be given with k and v, got None")
+    if rotary_cos is None and rotary_sin is not None:
+        raise ValueError("rotary_cos must be given with rotary_sin, got None")
     if rotary_cos is not None:
-        if k is None or rotary_sin is None:
+        if k is None or v is None or rotary_sin is None:
             raise ValueError("rotary_cos needs k, v and rotary_sin, got None for one of them")
+        _checks.heads_last(q, k, v, ("q", "k", "v"))
         moving = causal or window != (None, None)
         q, k = _rotated(q, k, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, moving)
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
@@ -318,22 +405,14 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             raise ValueError("cache_batch_idx must be None with a block_table")
         # a row of the cache is a page as long as the cache: no copy
-        block_table = _per_batch("cache_batch_idx", cache_batch_idx, batch, device)[:, None]
+        high = k_cache.shape[0] - 1
+        block_table = _per_batch("cache_batch_idx", cache_batch_idx, batch, device, high=high)
+        block_table = block_table[:, None]
         if cache_seqlens is None:
-            cache_seqlens = _per_batch("cache_seqlens", k_cache.shape[1], batch, device)
-    elif block_table is not None and cache_seqlens is not None and device.type == "cpu":
-        needed = int(cache_seqlens.max()) if batch else 0
-        needed += 0 if k is None else k.shape[1]
-        if needed > block_table.shape[-1] * keys.shape[2]:
-            raise RuntimeError(  # flash-attn's type for this one
-                f"block_table must have pages for {needed} keys, got {block_table.shape[-1]} of "
-                f"{keys.shape[2]}"
-            )
-    capacity = keys.shape[2] if block_table is None else block_table.shape[-1] * keys.shape[2]
+            cache_seqlens = _lengths(capacity, batch, device, capacity, 0)
     mask = None
     if cache_leftpad is not None:
-        first = _per_batch("cache_leftpad", cache_leftpad, batch, device)
-        mask = torch.arange(capacity, device=device) >= first[:, None, None, None]
+        mask = _leftpad(cache_leftpad, batch, device, capacity, cache_seqlens)
     result = decode.attention_decode(
         q.transpose(1, 2), keys, values, cache_seqlens,
         k_new=None if k is None else k.transpose(1, 2),

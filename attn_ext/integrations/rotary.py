@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from attn_ext import validate
+
 
 def rotate(x, cos, sin, positions, interleaved: bool):
     """x [B, S, H, D] rotated by rows `positions` [B or 1, S] of cos and sin, in float32."""
@@ -28,20 +30,37 @@ def _turned(x, cos, sin, interleaved: bool):
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def check(name: str, cos, sin, head_dim: int, last: int) -> None:
-    """ValueError unless cos and sin fit a head of `head_dim` and hold position `last`."""
+def check(cos_name: str, cos, sin_name: str, sin, x, positions) -> None:
+    """TypeError or ValueError unless cos and sin fit x and hold `positions`."""
+    for name, table in ((cos_name, cos), (sin_name, sin)):
+        validate.tensor(name, table)
+        if table.dtype not in validate.FLOATING:
+            raise TypeError(f"{name} must be floating, got {table.dtype}")
+        if table.device != x.device:
+            raise ValueError(f"{name} must be on device {x.device}, got {table.device}")
     if cos.dim() != 2 or cos.shape != sin.shape:
         raise ValueError(
-            f"{name}_cos and {name}_sin must have one shape [S, rotary_dim / 2], "
+            f"{cos_name} and {sin_name} must have one shape [S, rotary_dim / 2], "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
-    if 2 * cos.shape[1] > head_dim:
+    if 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(
-            f"{name}_cos must have at most head_dim / 2 = {head_dim // 2} columns, "
+            f"{cos_name} must have at most head_dim / 2 = {x.shape[-1] // 2} columns, "
             f"got {cos.shape[1]}"
         )
+    last = _last(positions)
     if last >= cos.shape[0]:
-        raise ValueError(f"{name}_cos must have at least {last + 1} rows, got {cos.shape[0]}")
+        raise ValueError(f"{cos_name} must have at least {last + 1} rows, got {cos.shape[0]}")
+
+
+def _rotatable(name: str, x, *ranks: int) -> None:
+    """TypeError or ValueError unless x is a floating tensor with one of these ranks."""
+    validate.tensor(name, x)
+    if x.dtype not in validate.FLOATING:
+        raise TypeError(f"{name} must be floating, got {x.dtype}")
+    if x.dim() not in ranks:
+        wanted = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {wanted} dimensions, got shape {tuple(x.shape)}")
 
 
 def _views(whole, kind: str, heads_q: int | None) -> list:
@@ -93,14 +112,36 @@ def _in_place(whole, *options):
     return whole
 
 
-def _positions(seqlen: int, seqlen_offsets, device):
-    """int64 [1 or B, seqlen]"""
-    offsets = torch.as_tensor(seqlen_offsets, device=device).long().reshape(-1)
-    return offsets[:, None] + torch.arange(seqlen, device=device)
+def _offsets(seqlen_offsets, batch: int, device):
+    """int64 [1 or batch]; a negative one is a ValueError where reading it is free (CPU)."""
+    if isinstance(seqlen_offsets, torch.Tensor):
+        kind = seqlen_offsets.dtype
+        if kind not in (torch.int32, torch.int64) or seqlen_offsets.numel() not in (1, batch):
+            raise ValueError(
+                f"seqlen_offsets must be an int or an integer tensor [{batch}], got {kind} "
+                f"{tuple(seqlen_offsets.shape)}"
+            )
+        if seqlen_offsets.device != device:
+            raise ValueError(
+                f"seqlen_offsets must be on device {device}, got {seqlen_offsets.device}"
+            )
+        offsets = seqlen_offsets.long().reshape(-1)
+        if device.type == "cpu" and len(offsets) and int(offsets.min()) < 0:
+            raise ValueError(f"seqlen_offsets must be at least 0, got {int(offsets.min())}")
+        return offsets
+    validate.integer("seqlen_offsets", seqlen_offsets)
+    return torch.full((1,), seqlen_offsets, dtype=torch.int64, device=device)
+
+
+def _positions(x, seqlen_offsets):
+    """int64 [1 or B, S] of x [B, S, ...]"""
+    offsets = _offsets(seqlen_offsets, x.shape[0], x.device)
+    return offsets[:, None] + torch.arange(x.shape[1], device=x.device)
 
 
 def _last(positions) -> int:
-    return int(positions.max()) if positions.numel() else -1
+    """The largest position; -1 where there is none, or none that can be read."""
+    return int(positions.max()) if positions.numel() and not positions.is_meta else -1
 
 
 def apply_rotary_emb(
@@ -113,18 +154,23 @@ def apply_rotary_emb(
     Returns the rotated tensor; where inplace, x itself, which may be a leaf that requires a
     gradient.
     """
+    _rotatable("x", x, 4 if cu_seqlens is None else 3)
+    interleaved = validate.switch("interleaved", interleaved)
     if cu_seqlens is None:
-        positions = _positions(x.shape[1], seqlen_offsets, x.device)
+        positions = _positions(x, seqlen_offsets)
         kind, out = "x", x
     else:
+        validate.index_tensor("cu_seqlens", cu_seqlens, x.device, 1)
+        if cu_seqlens.device.type == "cpu":
+            validate.cumulative("cu_seqlens", cu_seqlens, x.shape[0])
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        offsets = torch.as_tensor(seqlen_offsets, device=x.device).long().reshape(-1)
+        offsets = _offsets(seqlen_offsets, lengths.shape[0], x.device)
         shift = offsets.expand(lengths.shape[0]) - starts
         row_shift = torch.repeat_interleave(shift, lengths)
         positions = (torch.arange(row_shift.shape[0], device=x.device) + row_shift)[None]
         kind, out = "rows", x[None, : row_shift.shape[0]]
-    check("rotary", cos, sin, x.shape[-1], _last(positions))
-    if inplace:
+    check("cos", cos, "sin", sin, x, positions)
+    if validate.switch("inplace", inplace):
         return _in_place(x, positions, interleaved, kind, None, cos, sin)
     out = rotate(out, cos, sin, positions, interleaved)
     return out if cu_seqlens is None else torch.cat((out[0], x[out.shape[1] :]))
@@ -132,7 +178,15 @@ def apply_rotary_emb(
 
 def apply_rotary_emb_torch(x, cos, sin, interleaved=False):
     """x [B, S, H, D] rotated by cos and sin [S, rotary_dim / 2], or [B, S, rotary_dim / 2]."""
-    check("rotary", cos.flatten(0, -2), sin.flatten(0, -2), x.shape[-1], x.shape[1] - 1)
+    _rotatable("x", x, 4)
+    for name, table in (("cos", cos), ("sin", sin)):
+        _rotatable(name, table, 2, 3)
+        if table.dim() == 3 and table.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"{name} must have x's {tuple(x.shape[:2])} rows, got shape {tuple(table.shape)}"
+            )
+    interleaved = validate.switch("interleaved", interleaved)
+    check("cos", cos.flatten(0, -2), "sin", sin.flatten(0, -2), x, torch.tensor(x.shape[1] - 1))
     cos, sin = (t if t.dim() == 3 else t[None, : x.shape[1]] for t in (cos, sin))
     return _turned(x, cos, sin, interleaved)
 
@@ -143,26 +197,38 @@ def apply_rotary_emb_qkv_(
     """Rotate the queries and keys of qkv [B, S, 3, H, D], or [B, S, Hq + 2 Hk, D] with
     num_heads_q = Hq, in place; the keys by cos_k and sin_k where they are given.  Returns qkv.
     """
+    _rotatable("qkv", qkv, 4, 5)
+    interleaved = validate.switch("interleaved", interleaved)
+    if num_heads_q is not None:
+        validate.integer("num_heads_q", num_heads_q, 1)
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         pass
-    elif qkv.dim() != 4 or num_heads_q is None or (qkv.shape[2] - num_heads_q) % 2:
+    elif (
+        qkv.dim() != 4
+        or num_heads_q is None
+        or num_heads_q >= qkv.shape[2]
+        or (qkv.shape[2] - num_heads_q) % 2
+    ):
         raise ValueError(
             "qkv must have shape [B, S, 3, H, D], or [B, S, num_heads_q + 2 Hk, D] with "
             f"num_heads_q, got {tuple(qkv.shape)} and num_heads_q {num_heads_q}"
         )
-    positions = _positions(qkv.shape[1], seqlen_offsets, qkv.device)
+    positions = _positions(qkv, seqlen_offsets)
     tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
-    for pair in (tables[:2], tables[2:]):
-        check("rotary", *pair, qkv.shape[-1], _last(positions))
+    check("cos", cos, "sin", sin, qkv, positions)
+    if cos_k is not None or sin_k is not None:
+        check("cos_k", tables[2], "sin_k", tables[3], qkv, positions)
     return _in_place(qkv, positions, interleaved, "qkv", num_heads_q, *tables)
 
 
 def apply_rotary_emb_kv_(kv, cos, sin, interleaved=False, seqlen_offsets=0):
     """Rotate the keys of kv [B, S, 2, H, D] in place.  Returns kv."""
-    if kv.dim() != 5 or kv.shape[2] != 2:
+    _rotatable("kv", kv, 5)
+    interleaved = validate.switch("interleaved", interleaved)
+    if kv.shape[2] != 2:
         raise ValueError(f"kv must have shape [B, S, 2, H, D], got {tuple(kv.shape)}")
-    positions = _positions(kv.shape[1], seqlen_offsets, kv.device)
-    check("rotary", cos, sin, kv.shape[-1], _last(positions))
+    positions = _positions(kv, seqlen_offsets)
+    check("cos", cos, "sin", sin, kv, positions)
     return _in_place(kv, positions, interleaved, "kv", None, cos, sin)
 
 
@@ -176,6 +242,12 @@ class RotaryEmbedding(torch.nn.Module):
 
     def __init__(self, dim, base=10000.0, interleaved=False, scale_base=None, device=None):
         super().__init__()
+        validate.integer("dim", dim, 1)
+        for name, value in (("base", base), ("scale_base", scale_base)):
+            if name == "base" or value is not None:
+                validate.number(name, value)
+                if value <= 0:
+                    raise ValueError(f"{name} must be above 0, got {value!r}")
         self.dim, self.base = dim, float(base)
         self.interleaved, self.scale_base = interleaved, scale_base
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
@@ -218,7 +290,13 @@ class RotaryEmbedding(torch.nn.Module):
         the queries [B, S, H, D] and the result (queries, kv).  seqlen_offset: an int, or a tensor
         [B] together with max_seqlen, the number of positions that the tables shall hold.
         """
+        _rotatable("qkv", qkv, *((4, 5) if kv is None else (4,)))
+        if max_seqlen is not None:
+            validate.integer("max_seqlen", max_seqlen)
+        if isinstance(seqlen_offset, int):
+            validate.integer("seqlen_offset", seqlen_offset)
         if max_seqlen is None and not isinstance(seqlen_offset, int):
+            validate.tensor("seqlen_offset", seqlen_offset)
             max_seqlen = qkv.shape[1] + _last(seqlen_offset)
         length = qkv.shape[1] + seqlen_offset if max_seqlen is None else max_seqlen
         self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)

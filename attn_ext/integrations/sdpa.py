@@ -278,6 +278,8 @@ class replace_sdpa(TorchFunctionMode):
     def __init__(self, strict: bool = False, backend: str = "auto"):
         super().__init__()
         validate.boolean("strict", strict)
+        if not isinstance(backend, str):
+            raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")
         if backend != "auto":
             backends.get(backend)
             if (strict, backend) not in _MHA:

@@ -11,11 +11,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 
 import torch
 
+from attn_ext import validate
 from attn_ext.api import attention, attention_varlen
+from attn_ext.integrations import _checks
 from attn_ext.integrations._masks import LazyMask, mask_function
 
 __all__ = ["attention_forward", "mask_function", "register"]
@@ -91,12 +94,19 @@ def attention_forward(
         raise TypeError(
             f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}"
         )
+    if attention_mask is not None and not 2 <= len(attention_mask.shape) <= 4:
+        raise ValueError(
+            "attention_mask must have 2 to 4 dimensions, those of [B, Hq, Sq, Sk], got shape "
+            f"{tuple(attention_mask.shape)}"
+        )
     if kwargs.get("cache") is not None:  # paged cache: appends, and gives all keys to attend to
         key, value = kwargs["cache"].update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
     query, key, value = _one_batch(query, key, value)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
+    _checks.heads_first(query, key, value)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = validate.switch("is_causal", is_causal)
     mask, indices, seqlen_q = attention_mask, kwargs.get("indices"), query.shape[2]
     if mask is None:
         causal = seqlen_q > 1 and is_causal
@@ -104,18 +114,26 @@ def attention_forward(
             key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
             position_bias = None if position_bias is None else position_bias[..., :seqlen_q]
         # a lone query is the last position: nothing is to its right
-        left = None if sliding_window is None else int(sliding_window) - 1
+        if sliding_window is not None:
+            sliding_window = int(_number("sliding_window", sliding_window, 1))
+        left = None if sliding_window is None else sliding_window - 1
         window = (left, 0 if causal else left)
     else:
         mask, window = _mask_and_window(mask, query, key, indices)
+        if not isinstance(mask, LazyMask):
+            mask = _checks.scores("attention_mask", mask, query, key.shape[2])
+    if position_bias is not None:
+        position_bias = _checks.scores("position_bias", position_bias, query, key.shape[2])
+        if position_bias.dtype == torch.bool:
+            raise TypeError("position_bias must be floating (it is added), got torch.bool")
     if indices is not None:
         mask = _chosen(mask, indices, query, key)
     options = {
         "window": window,  # aligned bottom-right; causal is right = 0
-        "scale": None if scaling is None else float(scaling),
-        "softcap": float(softcap or 0.0),
-        "dropout_p": float(dropout) if dropout and getattr(module, "training", True) else 0.0,
-        "sink": None if s_aux is None else s_aux.flatten(),
+        "scale": None if scaling is None else _number("scaling", scaling),
+        "softcap": 0.0 if softcap is None else _number("softcap", softcap, 0.0),
+        "dropout_p": _dropout(dropout, getattr(module, "training", True)),
+        "sink": None if s_aux is None else _sinks(s_aux, query),
     }
     row_sinks, simple = kwargs.get("sinks"), mask is None or isinstance(mask, LazyMask)
     if position_bias is None and row_sinks is None and simple:
@@ -125,6 +143,38 @@ def attention_forward(
     if kwargs.get("cu_seq_lens_q") is not None:
         mask = _within_sequences(mask, query, key, kwargs["cu_seq_lens_q"])
     return _dense(query, key, value, mask, position_bias, row_sinks, options), None
+
+
+def _number(name: str, value, low: float = -math.inf, high: float = math.inf) -> float:
+    """A float of a number, or of a tensor or array that holds one."""
+    if not isinstance(value, (int, float)) and getattr(value, "shape", None) in ((), (1,)):
+        value = value.item()
+    validate.number(name, value, low, high)
+    return float(value)
+
+
+def _dropout(dropout, training: bool) -> float:
+    dropout = 0.0 if dropout is None else _number("dropout", dropout, 0.0, 1.0)
+    return dropout if training else 0.0
+
+
+def _floating(name: str, value, query) -> None:
+    validate.tensor(name, value)
+    if value.dtype not in validate.FLOATING:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if value.device != query.device:
+        raise ValueError(f"{name} must be on {query.device}, got {value.device}")
+
+
+def _sinks(s_aux, query):
+    """[Hq] of one logit a head, of whatever shape."""
+    _floating("s_aux", s_aux, query)
+    if s_aux.numel() != query.shape[1]:
+        raise ValueError(
+            f"s_aux must hold a logit for each of the {query.shape[1]} heads, "
+            f"got shape {tuple(s_aux.shape)}"
+        )
+    return s_aux.flatten()
 
 
 @functools.cache
@@ -138,6 +188,7 @@ def _warn_no_weights() -> None:
 
 def _one_batch(query, key, value):
     """Batch sizes of 1 beside a larger one broadcast, as in torch's SDPA."""
+    _checks.tensors(dict(query=query, key=key, value=value), 4, "[B, H, S, D]")
     batch = max(query.shape[0], key.shape[0])
     if query.shape[0] == key.shape[0] == value.shape[0]:
         return query, key, value
@@ -161,6 +212,16 @@ def _mask_and_window(mask, query, key, indices):
 def _chosen(mask, indices, query, key):
     """`mask` with only the keys whose numbers are in indices [B, Sq, n] (negative: none)."""
     seqlen_k = key.shape[2]
+    validate.tensor("indices", indices)
+    shape = (query.shape[0], query.shape[2])
+    if indices.dtype not in (torch.int32, torch.int64) or indices.shape[:-1] != shape:
+        raise ValueError(
+            f"indices must be int32 or int64 of shape [{shape[0]}, {shape[1]}, n], got "
+            f"{indices.dtype} {tuple(indices.shape)}"
+        )
+    tracing = torch.compiler.is_compiling()
+    if not tracing and indices.device.type == "cpu" and (indices >= seqlen_k).any():
+        raise ValueError(f"indices must be below {seqlen_k}, got {int(indices.max())}")
     shape = (query.shape[0], query.shape[2], seqlen_k + 1)  # one more for the negative ones
     numbers = torch.where(indices < 0, seqlen_k, indices).long()
     keep = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, numbers, True)
@@ -178,6 +239,10 @@ def _packed_bounds(mask, kwargs):
         return None
     if cu_q is not None:
         cu_k = cu_q if cu_k is None else cu_k
+        for name, cu in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
+            validate.tensor(name, cu)
+            if cu.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
         longest = [kwargs.get(name) for name in ("max_length_q", "max_length_k")]
         return (
             cu_q.to(torch.int32),
@@ -234,7 +299,12 @@ def _dense(query, key, value, mask, position_bias, row_sinks, options):
     if row_sinks is None:
         out = attention(query, key, value, mask=mask, bias=bias, **options)
     else:
+        _floating("sinks", row_sinks, query)
         out, lse = attention(query, key, value, mask=mask, bias=bias, return_lse=True, **options)
+        if tuple(row_sinks.shape) != (*lse.shape, 1):
+            raise ValueError(
+                f"sinks must have shape {(*lse.shape, 1)}, got {tuple(row_sinks.shape)}"
+            )
         # one more term exp(sink) in each row's sum
         share = torch.sigmoid(lse[..., None] - row_sinks.to(lse.dtype))
         out = (out * share).to(out.dtype)

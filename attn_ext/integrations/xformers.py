@@ -13,7 +13,7 @@ import importlib
 import torch
 
 from attn_ext import api, validate
-from attn_ext.integrations import importing
+from attn_ext.integrations import _checks, importing
 from attn_ext.integrations import xformers_bias as biases
 from attn_ext.integrations import xformers_paged as paged
 from attn_ext.integrations.xformers_bias import *  # noqa: F403
@@ -56,7 +56,8 @@ def _shared(key, value) -> bool:
 def _dense_bias(name: str, bias, query):
     """An additive tensor as [B | 1, H | 1, Mq | 1, Mk | 1]."""
     rank = query.dim()
-    if not bias.is_floating_point():
+    validate.tensor(name, bias)
+    if bias.dtype not in validate.FLOATING:
         raise TypeError(f"{name} must be floating (it is added), got {bias.dtype}")
     if bias.dim() != rank and not (rank == 5 and bias.dim() == 4):
         raise ValueError(
@@ -166,6 +167,7 @@ def _run_blocks(query, key, value, attn_bias, kind, p, scale):
         _heads_first(x, s)[0].transpose(0, 1)
         for x, s in ((query, False), (key, shared), (value, shared))
     )
+    _checks.rows(q, k, v)
     causal, window = _window_of(attn_bias, kind)
     args = api.varlen_args(
         q, k, v, cu_q, cu_k, _longest(q_blocks), _longest(k_blocks), causal=causal, window=window,
@@ -186,16 +188,35 @@ def _run_dense(query, key, value, attn_bias, kind, p, scale):
     elif attn_bias is not None:
         bias = _dense_bias("attn_bias", attn_bias, query)
     shared = _shared(key, value)
+    folded = (_heads_first(query, False), _heads_first(key, shared), _heads_first(value, shared))
+    _checks.heads_first(*folded)
+    if bias is not None:
+        bias = _checks.scores("attn_bias", bias, folded[0], folded[1].shape[2])
     args = api.dense_args(
-        _heads_first(query, False), _heads_first(key, shared), _heads_first(value, shared),
-        causal=causal, window=window, bias=bias, dropout_p=p, scale=scale,
+        *folded, causal=causal, window=window, bias=bias, dropout_p=p, scale=scale,
     )  # fmt: skip
     out, lse = api.result(args, True, False)
     return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]), lse
 
 
+def _output_dtype(output_dtype) -> None:
+    if output_dtype is not None and output_dtype not in validate.FLOATING:
+        raise TypeError(
+            "output_dtype must be None, torch.float16, bfloat16, float32 or float64, "
+            f"got {output_dtype!r}"
+        )
+
+
+def _no_dropout(p, advice: str) -> None:
+    validate.number("p", p, 0.0, 1.0)
+    if p != 0.0:
+        raise NotImplementedError(f"p must be 0 {advice}, got {p}")
+
+
 def _run(query, key, value, attn_bias, p, scale, output_dtype):
     _rank(query, key, value)
+    validate.number("p", p, 0.0, 1.0)
+    _output_dtype(output_dtype)
     kind = None if attn_bias is None else _known(attn_bias)
     if kind is None and attn_bias is not None and not isinstance(attn_bias, torch.Tensor):
         raise TypeError(
@@ -236,8 +257,7 @@ def memory_efficient_attention_forward_requires_grad(
     """(out, lse [B, (G, H or H,) Mq], [1, ..., total_q] with blocks), without gradients; p must
     be 0.
     """
-    if p != 0.0:
-        raise NotImplementedError(f"p must be 0 here: use memory_efficient_attention, got {p}")
+    _no_dropout(p, "here: use memory_efficient_attention")
     with torch.no_grad():
         return _run(query, key, value, attn_bias, p, scale, output_dtype)
 
@@ -249,8 +269,7 @@ def memory_efficient_attention_partial(
 
     output_dtype None is float32 (float64 for float64 inputs).
     """
-    if p != 0.0:
-        raise NotImplementedError(f"p must be 0 for a partial result, got {p}")
+    _no_dropout(p, "for a partial result")
     if output_dtype is None and isinstance(query, torch.Tensor):
         output_dtype = torch.promote_types(query.dtype, torch.float32)
     return _run(query, key, value, attn_bias, p, scale, output_dtype)
@@ -261,6 +280,31 @@ def unbind(x, dim):
     return x.unbind(dim)
 
 
+def _parts(name: str, split) -> torch.Tensor:
+    """One tensor, or a list of tensors of one shape, with a first dimension for the parts."""
+    if not isinstance(split, (torch.Tensor, list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(split).__name__}")
+    if isinstance(split, torch.Tensor):
+        split = [split] if split.dim() == 0 else split
+    parts = list(split)
+    for part in parts:
+        validate.tensor(name, part)
+        if part.dtype not in validate.FLOATING:
+            raise TypeError(f"{name} must be floating, got {part.dtype}")
+        if (part.shape, part.dtype, part.device) != (
+            parts[0].shape,
+            parts[0].dtype,
+            parts[0].device,
+        ):
+            raise ValueError(
+                f"{name} must hold tensors of one shape, dtype and device, got "
+                f"{tuple(part.shape)} {part.dtype} beside {tuple(parts[0].shape)} {parts[0].dtype}"
+            )
+    if not parts:
+        raise ValueError(f"{name} must hold at least one part, got none")
+    return torch.stack(parts)
+
+
 def merge_attentions(attn_split, lse_split, write_lse=True, output_dtype=None):
     """(out in output_dtype, the parts' if None; lse or None) of partial results over different
     keys.
@@ -268,11 +312,25 @@ def merge_attentions(attn_split, lse_split, write_lse=True, output_dtype=None):
     attn_split: a list of [B, M, (G, H or H,) K], or one tensor with a first dimension for the
     parts; lse_split: alike of [B, (G, H or H,) M].
     """
-    outs, lses = torch.stack(list(attn_split)), torch.stack(list(lse_split))
+    outs, lses = _parts("attn_split", attn_split), _parts("lse_split", lse_split)
+    write_lse = validate.switch("write_lse", write_lse)
+    _output_dtype(output_dtype)
+    if outs.shape[0] != lses.shape[0] or not outs.shape[0]:
+        raise ValueError(
+            f"lse_split must have attn_split's number of parts, at least 1, got {lses.shape[0]} "
+            f"for {outs.shape[0]}"
+        )
     if outs.dim() not in (5, 6) or lses.dim() != outs.dim() - 1:
         raise ValueError(
             "attn_split must hold [B, M, (G, H or H,) K] and lse_split [B, (G, H or H,) M], "
             f"got shapes {tuple(outs.shape[1:])} and {tuple(lses.shape[1:])}"
+        )
+    # [B, M, ..., K] -> [B, ..., M]
+    wanted = (outs.shape[1], *outs.shape[3:-1], outs.shape[2])
+    if tuple(lses.shape[1:]) != wanted or lses.device != outs.device:
+        raise ValueError(
+            f"lse_split must hold {wanted} on {outs.device}, got {tuple(lses.shape[1:])} on "
+            f"{lses.device}"
         )
     lse = torch.logsumexp(lses, dim=0)
     share = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
@@ -288,11 +346,19 @@ def memory_efficient_attention_backward(
 
     The forward pass is run again: output and lse are not needed here.
     """
-    if p != 0.0:
-        raise NotImplementedError(f"p must be 0 here: use memory_efficient_attention, got {p}")
+    _no_dropout(p, "here: use memory_efficient_attention")
+    _rank(query, key, value)
+    validate.tensor("grad", grad)
+    if grad.dtype not in validate.FLOATING or grad.device != query.device:
+        raise TypeError(f"grad must be floating on {query.device}, got {grad.dtype} {grad.device}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype not in validate.FLOATING:
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         out = _run(*leaves, attn_bias, p, scale, None)[0]
+    if grad.shape != out.shape:
+        raise ValueError(f"grad must have the shape {tuple(out.shape)}, got {tuple(grad.shape)}")
     return torch.autograd.grad(out, leaves, grad)
 
 

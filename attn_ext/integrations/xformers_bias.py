@@ -19,14 +19,16 @@ UNBOUNDED = (None, None)
 def _integers(name: str, values: Sequence[int], low: int = 0) -> list[int]:
     if isinstance(values, torch.Tensor):
         raise TypeError(f"{name} must be a sequence of ints, got a tensor")
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
     for value in values:
-        if not isinstance(value, int) or value < low:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must hold ints of at least {low}, got {value!r}")
     return list(values)
 
 
 def _at_least(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or value < low:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
@@ -244,6 +246,9 @@ class BlockDiagonalMask(_Blocks):
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
         """Of the lengths of queries and keys (the same if None)."""
+        _integers("q_seqlen", q_seqlen)
+        if kv_seqlen is not None:
+            _integers("kv_seqlen", kv_seqlen)
         q_seqinfo = _SeqLenInfo.from_seqlens(q_seqlen)
         if kv_seqlen is None or list(q_seqlen) == list(kv_seqlen):
             return cls(q_seqinfo=q_seqinfo, k_seqinfo=q_seqinfo)
@@ -367,6 +372,8 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
 
     @classmethod
     def _infos(cls, q_seqlen, kv_padding, kv_seqlen) -> dict:
+        _integers("q_seqlen", q_seqlen)
+        _integers("kv_seqlen", kv_seqlen)
         if len(q_seqlen) != len(kv_seqlen):
             raise ValueError(
                 f"kv_seqlen must have q_seqlen's {len(q_seqlen)} entries, got {len(kv_seqlen)}"

@@ -33,6 +33,8 @@ class _Paged(_Blocks):
         if not isinstance(tables, torch.Tensor) or tables.dim() != 2 or len(tables) != blocks:
             got = tuple(tables.shape) if isinstance(tables, torch.Tensor) else type(tables).__name__
             raise ValueError(f"block_tables must be a tensor [{blocks}, pages], got {got}")
+        if tables.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"block_tables must be int32 or int64, got {tables.dtype}")
         room = tables.shape[1] * self.page_size
         for index, (first, end) in enumerate(logical(self)):
             if not 0 <= first <= end <= room:
@@ -91,6 +93,8 @@ class PagedBlockDiagonalPaddedKeysMask(_Paged):
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen, block_tables, page_size: int, *, device=None):
         """Of the lengths of queries and keys."""
+        _integers("q_seqlen", q_seqlen)
+        _integers("kv_seqlen", kv_seqlen)
         if len(q_seqlen) != len(kv_seqlen):
             raise ValueError(
                 f"kv_seqlen must have q_seqlen's {len(q_seqlen)} entries, got {len(kv_seqlen)}"

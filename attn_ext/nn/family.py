@@ -19,13 +19,26 @@ def _sizes(**sizes: int) -> None:
         validate.integer(name, value, 1)
 
 
-def _features(name: str, x, dims: int, width: int) -> None:
-    """ValueError unless x has `dims` dimensions and `width` features."""
+def _features(name: str, x, dims: int, width: int, weight=None) -> None:
+    """ValueError unless x has `dims` dimensions and `width` features, TypeError unless it has the
+    dtype of `weight`.
+    """
     validate.tensor(name, x)
     if x.dim() != dims or x.shape[-1] != width:
         raise ValueError(
             f"{name} must have {dims} dimensions and {width} features, got shape {tuple(x.shape)}"
         )
+    if weight is not None:
+        validate.module_dtype(name, x, weight)
+
+
+def _bounds(name: str, cu_seqlens, x, rows: int | None = None) -> None:
+    """int32 [N + 1] of `rows` (x's) rows; the values where reading them is free (CPU)."""
+    validate.index_tensor(name, cu_seqlens, x.device, 1)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have N + 1 entries, got 0")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        validate.cumulative(name, cu_seqlens, x.shape[0] if rows is None else rows)
 
 
 def _heads(embed_dim: int, num_heads: int) -> None:
@@ -36,19 +49,23 @@ def _heads(embed_dim: int, num_heads: int) -> None:
         )
 
 
-def _key_mask(mask, lengths, batch: int, length: int, device):
+def _key_mask(mask, lengths, batch: int, length: int, device, name: str = "mask"):
     """[N, 1, 1, S] or None, of a mask [N, S] or lengths [N]."""
     if mask is not None and lengths is not None:
         raise ValueError("mask must be None where lengths are given, got both")
     if lengths is not None:
         validate.index_tensor("lengths", lengths, device, 1)
+        if lengths.shape[0] != batch:
+            raise ValueError(f"lengths must have {batch} entries, got {lengths.shape[0]}")
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            validate.lengths("lengths", lengths, length)
         mask = torch.arange(length, device=device) < lengths[:, None]
     if mask is None:
         return None
-    validate.tensor("mask", mask)
+    validate.tensor(name, mask)
     if mask.dtype != torch.bool or tuple(mask.shape) != (batch, length):
         raise ValueError(
-            f"mask must be bool {(batch, length)}, got {mask.dtype} {tuple(mask.shape)}"
+            f"{name} must be bool {(batch, length)}, got {mask.dtype} {tuple(mask.shape)}"
         )
     return mask[:, None, None, :]
 
@@ -79,8 +96,17 @@ class AdditiveAttention(nn.Module):
         lengths: int32 [N], used keys.  Weights are dropped out in training mode.
         """
         value = key if value is None else value
-        _features("query", query, 3, self.query_dim)
-        _features("key", key, 3, self.key_dim)
+        _features("query", query, 3, self.query_dim, self.query_proj.weight)
+        _features("key", key, 3, self.key_dim, self.key_proj.weight)
+        validate.tensor("value", value)
+        _features("value", value, 3, value.shape[-1] if value.dim() else 1, self.w)
+        for name, x in (("key", key), ("value", value)):
+            if x.shape[0] != query.shape[0] or x.shape[1] != key.shape[1]:
+                wanted = f"[{query.shape[0]}, {key.shape[1]}, E]"
+                raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
+        for name, x in (("mask", mask), ("bias", bias)):
+            if x is not None:
+                validate.tensor(name, x)
         mask, bias = (x.unsqueeze(1) if x is not None and x.dim() == 3 else x for x in (mask, bias))
         q, k = self.query_proj(query).unsqueeze(1), self.key_proj(key).unsqueeze(1)
         out = additive_attention(
@@ -92,6 +118,7 @@ class AdditiveAttention(nn.Module):
     @torch.no_grad()
     def weights(self, query, key, **options) -> torch.Tensor:
         """The weights [N, L, S] themselves: O(L * S) memory, for looking at a few queries."""
+        _features("key", key, 3, self.key_dim, self.key_proj.weight)
         eye = torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
         training = self.training
         try:
@@ -150,7 +177,7 @@ class AttentionPooling(nn.Module):
         return values.unflatten(-1, (self.num_heads, -1))
 
     def _dense(self, x, mask, lengths):
-        _features("x", x, 3, self.embed_dim)
+        _features("x", x, 3, self.embed_dim, self.key_proj.weight)
         mask = _key_mask(mask, lengths, x.shape[0], x.shape[1], x.device)
         k, v = self.keys(x).transpose(1, 2), self._values(x).transpose(1, 2)
         q = self.query.to(k.dtype).transpose(0, 1).expand(x.shape[0], -1, -1, -1)
@@ -161,8 +188,8 @@ class AttentionPooling(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def _packed(self, x, cu_seqlens, max_seqlen):
-        _features("x", x, 2, self.embed_dim)
-        validate.index_tensor("cu_seqlens", cu_seqlens, x.device, 1)
+        _features("x", x, 2, self.embed_dim, self.key_proj.weight)
+        _bounds("cu_seqlens", cu_seqlens, x)
         count, n = cu_seqlens.shape[0] - 1, self.num_queries
         k, v = self.keys(x), self._values(x)
         q = self.query.to(k.dtype).repeat(count, 1, 1)
@@ -210,9 +237,10 @@ class HierarchicalAttention(nn.Module):
         the words; cu_sentences int32 [documents + 1]: where the documents begin among the
         sentences.  Returns [documents, E]; with return_sentences also [sentences, E].
         """
-        _features("words", words, 2, self.embed_dim)
-        for name, cu in (("cu_words", cu_words), ("cu_sentences", cu_sentences)):
-            validate.index_tensor(name, cu, words.device, 1)
+        _features("words", words, 2, self.embed_dim, self.word_pooling.key_proj.weight)
+        _bounds("cu_words", cu_words, words)
+        _bounds("cu_sentences", cu_sentences, words, rows=cu_words.shape[0] - 1)
+        return_sentences = validate.switch("return_sentences", return_sentences)
         if self.word_encoder is not None:
             words = self.word_encoder(words, cu_words)
         sentences = self.word_pooling(words, cu_words)
@@ -244,12 +272,12 @@ class CrossModalAttention(nn.Module):
         """a [N, La, dim_a], b [N, Lb, dim_b] -> the two of the same shapes.  mask_a [N, La],
         mask_b [N, Lb]: True where a position may be attended to.
         """
-        _features("a", a, 3, self.dim_a)
-        _features("b", b, 3, self.dim_b)
+        _features("a", a, 3, self.dim_a, self.norm_a.weight)
+        _features("b", b, 3, self.dim_b, self.norm_b.weight)
         if a.shape[0] != b.shape[0]:
             raise ValueError(f"b must have a's batch size {a.shape[0]}, got {b.shape[0]}")
-        mask_a = _key_mask(mask_a, None, a.shape[0], a.shape[1], a.device)
-        mask_b = _key_mask(mask_b, None, b.shape[0], b.shape[1], b.device)
+        mask_a = _key_mask(mask_a, None, a.shape[0], a.shape[1], a.device, "mask_a")
+        mask_b = _key_mask(mask_b, None, b.shape[0], b.shape[1], b.device, "mask_b")
         a_in, b_in = self.norm_a(a), self.norm_b(b)
         from_b = self._attend(self.q_a(a_in), self.kv_b(b_in), mask_b)
         from_a = self._attend(self.q_b(b_in), self.kv_a(a_in), mask_a)

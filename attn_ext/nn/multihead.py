@@ -27,6 +27,29 @@ class MultiheadAttention(nn.MultiheadAttention):
     `weights_rows` limits the returned weights to some queries.
     """
 
+    def __init__(
+        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
+        kdim=None, vdim=None, batch_first=False, device=None, dtype=None,
+    ):  # fmt: skip
+        sizes = dict(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
+        for name, size in sizes.items():
+            if size is not None or name in ("embed_dim", "num_heads"):
+                validate.integer(name, size, 1)
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+            )
+        validate.number("dropout", dropout, 0.0, 1.0)
+        switches = dict(
+            bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=batch_first
+        )
+        for name, value in switches.items():
+            switches[name] = validate.switch(name, value)
+        super().__init__(
+            embed_dim, num_heads, dropout, kdim=kdim, vdim=vdim, device=device, dtype=dtype,
+            **switches,
+        )  # fmt: skip
+
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
         average_attn_weights=True, is_causal=False, *, weights_rows=None,
@@ -35,6 +58,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         returned, all if None.  is_causal: a hint that attn_mask is the causal mask, as in torch.
         """
         batched = self._check(query, key, value)
+        need_weights = validate.switch("need_weights", need_weights)
+        average_attn_weights = validate.switch("average_attn_weights", average_attn_weights)
+        is_causal = validate.switch("is_causal", is_causal)
         same = (query is key, key is value)
         query, key, value = (self._batch_of(x, batched) for x in (query, key, value))  # [N, L, E]
         if not batched and key_padding_mask is not None:
@@ -62,6 +88,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
+            _check_rows(weights_rows, seqlen_q)
             weights = _weights(args, lse, weights_rows, average_attn_weights)
             weights = weights if batched else weights[0]
         if not batched:
@@ -88,6 +115,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 )
             if x.shape[-1] != width:
                 raise ValueError(f"{name} must have a last dimension of {width}, got {x.shape[-1]}")
+            same = self._qkv_same_embed_dim
+            validate.module_dtype(name, x, self.in_proj_weight if same else self.q_proj_weight)
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"value must have key's leading sizes {tuple(key.shape[:-1])}, "
@@ -132,6 +161,28 @@ class MultiheadAttention(nn.MultiheadAttention):
                 for x, extra in ((k, self.bias_k), (v, self.bias_v))
             )
         return q, k, v
+
+
+def _check_rows(rows, seqlen_q: int) -> None:
+    """None, a slice, or the numbers of queries in a list or an int64 tensor."""
+    if rows is None or isinstance(rows, slice):
+        return
+    if isinstance(rows, torch.Tensor):
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise TypeError(
+                f"weights_rows must be int64 [R], got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        if rows.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        rows = rows.tolist()
+    if not isinstance(rows, (list, tuple)):
+        raise TypeError(
+            f"weights_rows must be a slice, a list or an int64 tensor, got {type(rows).__name__}"
+        )
+    for row in rows:
+        validate.integer("weights_rows", row, -seqlen_q)
+        if row >= seqlen_q:
+            raise ValueError(f"weights_rows must be below {seqlen_q}, got {row}")
 
 
 def _scores(attn_mask, batch: int, heads: int, seqlen_q: int, seqlen_k: int):

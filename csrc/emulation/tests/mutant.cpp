@@ -149,7 +149,7 @@ struct Tensor {
   void put(const std::vector<bf16>& x, int start) {
     const size_t n = x.size() / heads;
     for (int h = 0; h < heads; ++h)
-      std::copy_n(&x[h * n], n, &data[(size_t(h) * rows + start) * D]);
+      std::copy_n(x.data() + h * n, n, data.data() + (size_t(h) * rows + start) * D);
   }
   std::vector<bf16> get(int start, int length) const {
     std::vector<bf16> x;
@@ -250,8 +250,9 @@ struct Run {
     double worst = 0;
     for (size_t s = 0; s < want.size(); ++s)
       for (int h = 0; h < HQ && !c.lengths[s].bad; ++h)
-        worst = worse(worst, distance(&lse[size_t(h) * q.rows + begin_q[s]],
-                                      &want[s].lse[size_t(h) * c.lengths[s].sq], c.lengths[s].sq));
+        worst = worse(worst,
+                      distance(lse.data() + size_t(h) * q.rows + begin_q[s],
+                               want[s].lse.data() + size_t(h) * c.lengths[s].sq, c.lengths[s].sq));
     for (int h = 0; h < HQ; ++h)
       for (int i = total_q; i < q.rows; ++i)
         if (!std::isnan(lse[size_t(h) * q.rows + i])) return INFINITY;

@@ -131,6 +131,7 @@ LEVELS = {
     "leaping: exp overflows on the old base": lambda j: torch.where(j < 400, 1.0, 100.0),
     "falling": lambda j: 15 - j / 50,
     "one late key": lambda j: torch.where(j == 690, 100.0, 1.0),
+    "first tile: large where its base is not looked for": lambda j: 1 + 99 * (j % 4 == 1),
     "small, then large, then small": lambda j: 1 + 40 * ((j > 200) & (j < 500)),
 }
 
@@ -159,14 +160,16 @@ def test_rows_of_the_smallest_number_stay_finite(dtype):
         torch.testing.assert_close(out[0, 0, 3].float(), mean, atol=4e-3, rtol=0)
 
 
-def test_overflow_on_an_old_base_does_not_reach_the_output():
-    """A tile that is not computed again: O = inf where the old base is far too small."""
+@pytest.mark.parametrize("keys", [slice(300, 400), slice(1, 400, 4)], ids=["old", "guessed"])
+def test_overflow_on_a_small_base_does_not_reach_the_output(keys):
+    """A tile that is not computed again: O = inf where the base is far too small, whether it is
+    that of an earlier tile or was found among every fourth key."""
     call = random_call(batch=1, heads_q=1, seqlen_q=65, seqlen_k=400, head_dim=4, scale=1.0)
     call.q.fill_(1.0)
     call.k.zero_()
-    call.k[:, :, 300:] = 60.0  # logits of 0, then of 240
+    call.k[:, :, keys] = 60.0  # logits of 0, and of 240
     out, lse, *_ = cpu.forward(call)
-    torch.testing.assert_close(out, call.v[:, :, 300:].mean(2, keepdim=True).expand_as(out))
+    torch.testing.assert_close(out, call.v[:, :, keys].mean(2, keepdim=True).expand_as(out))
     torch.testing.assert_close(lse, torch.full_like(lse, 240 + math.log(100)))
 
 

@@ -87,6 +87,7 @@ class Backward {
     int64_t t{}, n0{}, nk{};
     Operand K{}, V{}, K_by_key{};
     int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
+    bool begun = false;  // dK and dV hold something
     T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
     Item *Qt{}, *dOt{};  // [items of d][kPanel]
     Item *Q{}, *dO{};    // [items of kPanel][d_pad]
@@ -178,8 +179,6 @@ class Backward {
       k.P_rows = items_of(block_n * pairs), k.dS_rows = items_of(block_n * pairs);
       k.dS_by_key = items_of(block_n * pairs);
     }
-    std::fill(k.dK, k.dK + block_n * d_pad, T(0));
-    std::fill(k.dV, k.dV + block_n * dv_pad, T(0));
     k.K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
     k.V = rows_by_depth<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
     if constexpr (Op::kPack == 1) {
@@ -205,6 +204,7 @@ class Backward {
         first = false;
         panel_pair(k, rows);
       }
+    if (!k.begun) clear_keys(k);
     store_rows(seq, ptr.dk, p.dk, hk, n0, nk, d, d_pad, k.dK, T(p.scale));
     store_rows(seq, ptr.dv, p.dv, hk, n0, nk, dv, dv_pad, k.dV, T(1));
   }
@@ -235,7 +235,7 @@ class Backward {
     panel.prefetch_mask(m0 + kPanel, kPanel, k.n0, k.nk);
     T* dq = r.whole() ? k.dQt : dQt.get() + unit * d * kPanel;
     if (tile.empty) {  // by mask or bias
-      begin_dq(k, r, dq);
+      if (begin_dq(k, r)) clear_dq(dq);
       return end_dq(k, r, dq);
     }
     Segment segments[2 * kGrains + 1];
@@ -286,7 +286,9 @@ class Backward {
       if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
       if (k.dcap) k.through_softcap(panel, tile);
       if (!safe) {
-        begin_dq(k, r, dq);
+        if (!k.begun) clear_keys(k);
+        k.begun = true;
+        if (begin_dq(k, r)) clear_dq(dq);
         add_visible(k, panel, tile, h, dq);
         return end_dq(k, r, dq);
       }
@@ -296,31 +298,39 @@ class Backward {
 
     // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
     if (ptr.dv)
-      add_keys(dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count,
-               k.soon);
-    if (ptr.dk)
-      add_keys(q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count, k.soon);
+      add_keys(k, dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count);
+    if (ptr.dk) add_keys(k, q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count);
+    k.begun = true;
     if (!ptr.dq) return;
-    // dQ^T += K^T dS^T   [d, columns]
-    begin_dq(k, r, dq);
+    // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
+    bool begins = begin_dq(k, r);
+    if (begins && !segments[0].covers(panel.columns)) {
+      clear_dq(dq);
+      begins = false;
+    }
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       const int64_t first = s.lo / Op::kPack;
       gemm_panel<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
                      k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
                      k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, dq + s.begin,
-                     true, &k.soon);
+                     i > 0 || !begins, &k.soon);
     }
     end_dq(k, r, dq);
   }
 
-  // Key blocks add to a panel of dQ in ascending order: the first one clears it, the last one
-  // writes it out.
-  void begin_dq(const Block& k, const Rows& r, T* dq) {
-    if (!ptr.dq) return;
+  // Key blocks add to a panel of dQ in ascending order: the first one (true) finds nothing in it,
+  // the last one writes it out.
+  bool begin_dq(const Block& k, const Rows& r) {
+    if (!ptr.dq) return false;
     if (!r.whole())
       while (tickets[r.unit].load(std::memory_order_acquire) != k.t) std::this_thread::yield();
-    if (k.t == r.t0) std::fill(dq, dq + p.head_dim * kPanel, T(0));
+    return k.t == r.t0;
+  }
+  void clear_dq(T* dq) const { std::fill(dq, dq + p.head_dim * kPanel, T(0)); }
+  void clear_keys(Block& k) const {
+    std::fill(k.dK, k.dK + k.nk * d_pad, T(0));
+    std::fill(k.dV, k.dV + k.nk * dv_pad, T(0));
   }
 
   void end_dq(const Block& k, const Rows& r, const T* dq) {
@@ -351,10 +361,10 @@ class Backward {
     return k.finite;
   }
 
-  // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO.
-  void add_keys(const char* rows, int64_t row_stride, const Panel<T>& panel, int64_t dim,
-                int64_t pad, const Item* A, Item* packed, T* C, const Segment* segments, int count,
-                Prefetch& soon) const {
+  // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO; = where nothing has begun.
+  void add_keys(Block& k, const char* rows, int64_t row_stride, const Panel<T>& panel, int64_t dim,
+                int64_t pad, const Item* A, Item* packed, T* C, const Segment* segments,
+                int count) const {
     constexpr int64_t pairs = kPanel / Op::kPack;
     const Item* B = packed;
     int64_t ldb = pad, depth = (panel.nq + Op::kPack - 1) / Op::kPack;
@@ -370,21 +380,25 @@ class Backward {
           convert_row(p.dtype, from, dim, row);
         } else {
           const auto* even = reinterpret_cast<const uint16_t*>(from);
-          const bool last = 2 * i + 1 == panel.nq;
-          const uint16_t* odd = last ? even : even + row_stride;
-          const uint32_t mask = last ? 0 : 0xffffu;
-          for (int64_t d = 0; d < dim; ++d) row[d] = even[d] | (odd[d] & mask) << 16;
+          interleave_rows(even, 2 * i + 1 < panel.nq ? even + row_stride : nullptr, dim, row);
         }
       }
     }
+    int64_t key = 0;  // segments ascend and do not overlap
+    auto clear_to = [&](int64_t end) {
+      if (!k.begun && key < end) std::fill(C + key * pad, C + end * pad, T(0));
+    };
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       const int64_t begin = s.begin / Op::kPack, end = std::min(s.end / Op::kPack, depth);
+      clear_to(s.lo);
       gemm<Op>(s.hi - s.lo, pad, end - begin,
                reinterpret_cast<const char*>(A + s.lo * pairs + begin),
                pairs * int64_t(sizeof(Item)), int64_t(sizeof(Item)), B + begin * ldb, ldb,
-               C + s.lo * pad, pad, true, &soon);
+               C + s.lo * pad, pad, k.begun, &k.soon);
+      key = s.hi;
     }
+    clear_to(k.nk);
   }
 
   // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.

@@ -9,18 +9,21 @@ constexpr int64_t kPanels = 4;         // most panels of queries that share the 
 // The running state of a panel's queries.
 template <class T>
 struct SoftmaxState {
-  T* O;         // [Dv][kPanel], unnormalised
+  T* O;         // [Dv][kPanel], unnormalised; nothing before the first product
   T* max;       // [kPanel] largest logit s, or a number near it (see `lazy`)
   T* sum;       // [kPanel] sum of exp(s - max)
   T* weighted;  // [kPanel] sum of exp(s - max) * (s - max)
   static int64_t size(int64_t dv) { return (dv + 3) * kPanel; }
   SoftmaxState(T* base, int64_t dv)
       : O(base), max(base + dv * kPanel), sum(max + kPanel), weighted(sum + kPanel) {}
-  void clear() {
-    std::fill(O, max, T(0));
-    std::fill(max, sum, -std::numeric_limits<T>::infinity());
-    std::fill(sum, weighted + kPanel, T(0));
+  void begin() {
+    for (int64_t q = 0; q < kPanel; q += kLanes<T>) {
+      store(max + q, set1(-std::numeric_limits<T>::infinity()));
+      store(sum + q, Vec<T>{});
+      store(weighted + q, Vec<T>{});
+    }
   }
+  void clear_output() { std::fill(O, max, T(0)); }
 };
 
 template <class Op>
@@ -50,28 +53,30 @@ class Forward {
     parallel_for(units * splits, threads, [&](int64_t task) {
       [[maybe_unused]] typename Op::Unit held;
       // Causal tiles grow with the query: the last ones first leaves no long task for the end.
-      const int64_t unit = units - 1 - task / splits, split = task % splits;
+      const int64_t index = units - 1 - task / splits, split = task % splits;
       const int64_t after = task + threads;  // probably this thread's next one
-      const int64_t next = after < units * splits ? units - 1 - after / splits : unit;
+      const int64_t next = after < units * splits ? units - 1 - after / splits : index;
       Scratch scratch(scratch_bytes() + state * int64_t(sizeof(T)));
-      T* s = splits > 1 ? partial.data() + (unit * splits + split) * state : scratch.take<T>(state);
+      T* s =
+          splits > 1 ? partial.data() + (index * splits + split) * state : scratch.take<T>(state);
+      const Unit unit = unit_at(index);
       const size_t mark = scratch.used();
-      attend(unit, split, next, false, s, scratch);
-      if (excludes() && !finite(s)) {
+      const int64_t soon = next == index ? -1 : next;
+      attend(unit, split, soon, false, s, scratch);
+      if (excludes() && !finite(unit, s)) {
         scratch.rewind(mark);
-        attend(unit, split, next, true, s, scratch);
+        attend(unit, split, soon, true, s, scratch);
       }
       if (splits == 1) finish(unit, s, scratch);
     });
     if (splits == 1) return;
-    parallel_for(units, threads, [&](int64_t unit) {
-      T* first = partial.data() + unit * splits * state;
+    parallel_for(units, threads, [&](int64_t index) {
+      T* first = partial.data() + index * splits * state;
       for (int64_t i = 1; i < splits; ++i)
         for (int64_t panel = 0; panel < panels; ++panel)
-          merge(at_panel(first, panel),
-                at_panel(partial.data() + (unit * splits + i) * state, panel));
+          merge(at_panel(first, panel), at_panel(first + i * state, panel));
       Scratch scratch(scratch_bytes());
-      finish(unit, first, scratch);
+      finish(unit_at(index), first, scratch);
     });
   }
 
@@ -80,6 +85,20 @@ class Forward {
   const Pointers& ptr;
   int threads;
   int64_t block_m, m_tiles, panels, splits;
+
+  // Up to kPanels panels of queries of one head.
+  struct Unit {
+    Sequence seq;
+    int64_t h, hk, m0, nq;  // query head, its K/V head, first query, queries (0 or less: none)
+  };
+  Unit unit_at(int64_t index) const {
+    const int64_t head = index / m_tiles, b = head / p.heads_q, h = head - b * p.heads_q;
+    const int64_t m0 = (index - head * m_tiles) * block_m;
+    Unit unit{Sequence(p, ptr, b), h, h / (p.heads_q / p.heads_k), m0, 0};
+    unit.nq = std::min(block_m, unit.seq.seqlen_q - m0);
+    return unit;
+  }
+
   // The base of the exponentials need not be the largest logit, only near enough: as long as that
   // of earlier tiles serves, a tile's maxima are not looked for.  Not where they are asked for.
   bool lazy;
@@ -101,10 +120,11 @@ class Forward {
   bool excludes() const {
     return ptr.mask || ptr.bias || p.window_left != kUnbounded || p.window_right != kUnbounded;
   }
-  bool finite(T* state) const {
-    for (int64_t panel = 0; panel < panels; ++panel)
-      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, panel).O),
-                                kPanel * int64_t(sizeof(T)), p.head_dim_v, kPanel))
+  bool finite(const Unit& unit, T* state) const {
+    for (int64_t q = 0; q < unit.nq; q += kPanel)
+      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, q / kPanel).O),
+                                kPanel * int64_t(sizeof(T)), p.head_dim_v,
+                                std::min(kPanel, unit.nq - q)))
         return false;
     return true;
   }
@@ -120,16 +140,22 @@ class Forward {
             MaskBits<T>::size(kForwardKeys) + kForwardKeys * (d + dv) + (L + 1) * dv);
   }
 
-  // careful: where a tile of V holds inf or NaN, only pairs with P != 0 enter the products.
-  void attend(int64_t unit, int64_t split, int64_t next, bool careful, T* state,
+  // The state of a unit after its share of the keys.  next: a unit to prefetch, or -1.  careful:
+  // where a tile of V holds inf or NaN, only pairs with P != 0 enter the products.
+  void attend(const Unit& unit, int64_t split, int64_t next, bool careful, T* state,
               Scratch& scratch) const {
-    const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
-    const int64_t hk = h / (p.heads_q / p.heads_k), d = p.head_dim, dv = p.head_dim_v;
-    const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
-    for (int64_t panel = 0; panel < panels; ++panel) at_panel(state, panel).clear();
-    const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
-    if (nq <= 0) return;
+    bool begun[kPanels] = {};
+    for (int64_t panel = 0; panel < panels; ++panel) at_panel(state, panel).begin();
+    if (unit.nq > 0) add_tiles(unit, split, next, careful, state, begun, scratch);
+    for (int64_t panel = 0; panel < panels; ++panel)
+      if (!begun[panel]) at_panel(state, panel).clear_output();
+  }
 
+  // begun: the panels whose O holds something; set.
+  void add_tiles(const Unit& unit, int64_t split, int64_t next, bool careful, T* state,
+                 bool (&begun)[kPanels], Scratch& scratch) const {
+    const auto& [seq, h, hk, m0, nq] = unit;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
     const int64_t depth_padded = round_up(items<Op>(d));
     Item* Qt = scratch.take<Item>(panels * kPanel * depth_padded);
     Item* block = scratch.take<Item>(L * depth_padded);
@@ -171,8 +197,8 @@ class Forward {
             prefetch_keys(seq, ptr.k, p.k, hk, n0 + kForwardKeys, kForwardKeys, d, soon);
             prefetch_keys(seq, ptr.v, p.v, hk, n0 + kForwardKeys, kForwardKeys, dv, soon);
           }
-          if (first) prefetch_output(seq, h, m0, nq, soon);
-          if (first && next != unit) prefetch_inputs(next, soon);
+          if (first) prefetch_output(unit, soon);
+          if (first && next >= 0) prefetch_inputs(unit_at(next), soon);
           first = false;
         }
         Segment segments[2 * kGrains + 1];
@@ -180,18 +206,22 @@ class Forward {
         SoftmaxState<T> running = at_panel(state, q / kPanel);
         const Item* Q = Qt + q * depth_padded;
         const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
-        const bool try_lazy = lazy && !exact[q / kPanel] && bases_serve(running, panel.columns);
         T scale = scores(panel, tile, segments, count, K, Q, S, soon);
+        bool try_lazy = lazy && !exact[q / kPanel];
+        if (try_lazy && !begun[q / kPanel]) guess_bases(panel, tile, S, scale, running);
+        try_lazy = try_lazy && bases_serve(running, panel.columns);
         if (!try_lazy || !lazy_softmax(panel, tile, S, scale, kept, running)) {
-          if (try_lazy) {  // rising logits: not tried again
-            exact[q / kPanel] = true;
+          if (try_lazy) {
+            exact[q / kPanel] = begun[q / kPanel];  // rising logits: not tried again
             scale = scores(panel, tile, segments, count, K, Q, S, soon);
           }
+          if (!begun[q / kPanel]) running.begin();  // forgets the guess
           for (int64_t g = 0; g < panel.grains; ++g)
             for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
               softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
         }
-        // O^T += V^T P^T   [dv, columns]
+        // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
+        const bool begins = !begun[q / kPanel] && segments[0].covers(panel.columns);
         if (careful && panel.partial(tile)) {
           if constexpr (Op::kDepthContiguous) {
             if (finite < 0) finite = all_finite<Op>(V.data, V.row_step, dv, items<Op>(nk));
@@ -199,17 +229,21 @@ class Forward {
             finite = all_finite<Op>(V.data, V.depth_step, (nk + Op::kPack - 1) / Op::kPack, dv);
           }
           if (!finite) {
+            if (!begun[q / kPanel]) running.clear_output();
+            begun[q / kPanel] = true;
             add_visible(V, S, panel, tile, running.O);
             continue;
           }
         }
+        if (!begun[q / kPanel] && !begins) running.clear_output();
+        begun[q / kPanel] = true;
         for (int i = 0; i < count; ++i) {
           const Segment& s = segments[i];
           const int64_t first = s.lo / Op::kPack;
           gemm_panel<Op>(dv, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
                          V.data + first * V.depth_step, V.row_step, V.depth_step,
                          reinterpret_cast<const Item*>(S) + first * kPanel + s.begin,
-                         running.O + s.begin, true, &soon);
+                         running.O + s.begin, i > 0 || !begins, &soon);
         }
       }
     }
@@ -217,15 +251,12 @@ class Forward {
 
   // Memory that is touched for the first time comes closer while products are computed: a unit's
   // output, and the inputs of the next.
-  void prefetch_output(const Sequence& seq, int64_t h, int64_t m0, int64_t nq,
-                       Prefetch& soon) const {
-    soon.add(static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(), nq, p.o.s * bytes(),
-             p.head_dim_v * bytes());
+  void prefetch_output(const Unit& unit, Prefetch& soon) const {
+    soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, unit.h, unit.m0) * bytes(), unit.nq,
+             p.o.s * bytes(), p.head_dim_v * bytes());
   }
-  void prefetch_inputs(int64_t unit, Prefetch& soon) const {
-    const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
-    const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
-    const int64_t nq = std::min(block_m, seq.seqlen_q - m0), hk = h / (p.heads_q / p.heads_k);
+  void prefetch_inputs(const Unit& unit, Prefetch& soon) const {
+    const auto& [seq, h, hk, m0, nq] = unit;
     if (nq <= 0) return;
     soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
              p.q.s * bytes(), p.head_dim * bytes());
@@ -246,6 +277,22 @@ class Forward {
                      S + s.lo * kPanel + s.begin, false, &soon);
     }
     return T(panel.logits(tile, S, nullptr));
+  }
+
+  // The largest logit of every fourth key is near enough to that of all, as a rule.
+  static void guess_bases(const Panel<T>& panel, const Tile& tile, const T* S, T scale,
+                          SoftmaxState<T>& state) {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+        Vec<T> top[2] = {set1(-std::numeric_limits<T>::infinity()),
+                         set1(-std::numeric_limits<T>::infinity())};
+        int64_t j = tile.lo[g];
+        for (; j + 4 < tile.hi[g]; j += 8)
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) top[i] = vmax(load(S + (j + 4 * i) * kPanel + v), top[i]);
+        if (j < tile.hi[g]) top[0] = vmax(load(S + j * kPanel + v), top[0]);
+        store(state.max + v, vmax(top[0], top[1]) * scale);
+      }
   }
 
   static bool bases_serve(const SoftmaxState<T>& state, int64_t columns) {
@@ -395,14 +442,11 @@ class Forward {
   }
 
   // Normalises, adds the sink's share, writes O, LSE and the statistics.
-  void finish(int64_t unit, T* state, Scratch& scratch) const {
-    const int64_t h = unit / m_tiles % p.heads_q, m0 = unit % m_tiles * block_m;
-    const Sequence seq(p, ptr, unit / m_tiles / p.heads_q);
-    const int64_t nq = std::min(block_m, seq.seqlen_q - m0);
+  void finish(const Unit& unit, T* state, Scratch& scratch) const {
     T* rows = scratch.take<T>(L * round_up(p.head_dim_v));
-    for (int64_t q = 0; q < nq; q += L)
-      finish_rows(seq, h, m0 + q, std::min<int64_t>(L, nq - q), at_panel(state, q / kPanel),
-                  q % kPanel, rows);
+    for (int64_t q = 0; q < unit.nq; q += L)
+      finish_rows(unit.seq, unit.h, unit.m0 + q, std::min<int64_t>(L, unit.nq - q),
+                  at_panel(state, q / kPanel), q % kPanel, rows);
   }
 
   void finish_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t n,

@@ -102,6 +102,14 @@ ATTN_INLINE void item_row(DType type, const void* src, int64_t dim, typename Op:
   }
 }
 
+// out[d] = (even[d], odd[d]): two rows of bfloat16 as pairs.  No odd row: pairs with 0.
+inline void interleave_rows(const uint16_t* even, const uint16_t* odd, int64_t dim, uint32_t* out) {
+  if (odd)
+    for (int64_t d = 0; d < dim; ++d) out[d] = even[d] | uint32_t(odd[d]) << 16;
+  else
+    for (int64_t d = 0; d < dim; ++d) out[d] = even[d];
+}
+
 template <class Op>
 constexpr int64_t items(int64_t dim) {
   return (dim + Op::kPack - 1) / Op::kPack;
@@ -229,17 +237,11 @@ inline Operand rows_by_key(const Sequence& seq, const void* base, const Strides&
 #ifdef ATTN_AMX
     return pairs_by_dimension(seq, bytes, s, h, n0, n, dim, scratch);
 #else
-    for (int64_t j = 0; j < n; j += 2) {
-      const auto* even = reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j) * 2);
-      uint32_t* out = scratch + j / 2 * dim;
-      if (j + 1 < n) {
-        const auto* odd =
-            reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j + 1) * 2);
-        for (int64_t d = 0; d < dim; ++d) out[d] = even[d] | uint32_t(odd[d]) << 16;
-      } else {
-        for (int64_t d = 0; d < dim; ++d) out[d] = even[d];
-      }
-    }
+    auto row = [&](int64_t j) {
+      return reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j) * 2);
+    };
+    for (int64_t j = 0; j < n; j += 2)
+      interleave_rows(row(j), j + 1 < n ? row(j + 1) : nullptr, dim, scratch + j / 2 * dim);
     return {reinterpret_cast<const char*>(scratch), 4, dim * 4};
 #endif
   }

@@ -6,6 +6,7 @@
 struct Segment {
   int64_t lo, hi;      // keys, relative to the tile's first
   int64_t begin, end;  // lanes, multiples of kGrain
+  bool covers(int64_t columns) const { return begin == 0 && end == columns; }
 };
 
 template <class T>

@@ -177,7 +177,7 @@ ROWS = {  # as the fields of Mutant
     ),
     "fused: Q freed while dK is under way": (
         HOPPER_FUSED, FUSED, "      wgmma_wait<1>();  // dV and dK are there\n", "",
-        ("random", "race", "all"), ("plain",),
+        ("race", "all"), ("plain",),
     ),
     "varlen: dK, dV stored over the next sequence": (
         HOPPER_BACKWARD, DKDV, "if (j >= task.seq.seqlen_k) continue;",

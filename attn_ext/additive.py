@@ -29,7 +29,8 @@ def additive_attention(
     Returns out [B, Hq, Sq, Dv], with return_lse also lse [B, Hq, Sq].  A row that sees no key: out
     0, lse -inf, gradients 0.  Errors: as `attn_ext.attention`.
     """
-    q, k, v, w, bias = _prepared(q, k, v, w, b, bias)
+    q, k, v, w, bias = _prepared(4, q, k, v, w, b, bias)
+    validate.boolean("return_lse", return_lse)
     left, right = validate.window_pair(window)
     canonical = validate.dense(
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
@@ -59,7 +60,8 @@ def additive_attention_varlen(
     """`additive_attention` over packed sequences: q [total_q, Hq, D], k [total_k, Hk, D],
     v [total_k, Hk, Dv] and cu_seqlens as in `attn_ext.attention_varlen`.
     """
-    q, k, v, w, bias = _prepared(q, k, v, w, b, bias)
+    q, k, v, w, bias = _prepared(3, q, k, v, w, b, bias)
+    validate.boolean("return_lse", return_lse)
     left, right = validate.window_pair(window)
     canonical = validate.varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, left, right, 0.0, dropout_p, None, False,
@@ -80,8 +82,8 @@ def additive_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _prepared(q, k, v, w, b, bias) -> tuple:
-    """Tensors in autocast's dtype, b added to q."""
+def _prepared(dims: int, q, k, v, w, b, bias) -> tuple:
+    """Tensors in autocast's dtype, b added to q, which has `dims` dimensions."""
     for name, value in (("q", q), ("k", k), ("v", v), ("w", w)):
         validate.tensor(name, value)
     if bias is not None:
@@ -90,9 +92,13 @@ def _prepared(q, k, v, w, b, bias) -> tuple:
     if b is None:
         return q, k, v, w, bias
     validate.tensor("b", b)
-    heads, dim = q.shape[1] if q.dim() > 2 else 0, q.shape[-1]
-    _vector("b", b, heads, dim, q.device)
-    if b.dim() == 2 and q.dim() == 4:
+    layout = "[B, H, S, D]" if dims == 4 else "[total, H, D]"
+    if q.dim() != dims:
+        raise ValueError(f"q must have {dims} dimensions {layout}, got shape {tuple(q.shape)}")
+    if q.dtype not in validate.FLOATING:
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    _vector("b", b, q.shape[1], q.shape[-1], q.device)
+    if b.dim() == 2 and dims == 4:
         b = b.unsqueeze(1)
     return q + b.to(q.dtype), k, v, w, bias
 

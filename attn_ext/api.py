@@ -101,6 +101,8 @@ def dense_args(
 
 def result(args: tuple, return_lse: bool, return_stats: bool):
     """Run the call and shape what the user asked for."""
+    validate.boolean("return_lse", return_lse)
+    validate.boolean("return_stats", return_stats)
     out, lse, max_logit, entropy = ops.run(args)
     if return_stats:
         stats = RowStats(lse.detach(), max_logit, entropy)
@@ -147,8 +149,8 @@ def attention(
     key = None
     if (
         mask is bias is alibi_slopes is sink is sigmoid_bias is None
-        and not (return_lse or return_stats or dropout_p)
-        and dropout_p.__class__ in (float, int)
+        and return_lse is return_stats is False
+        and dropout_p.__class__ in (float, int) and dropout_p == 0
         and normalizer == "softmax" and isinstance(q, torch.Tensor)
     ):  # fmt: skip
         key = fast.key_of(q, k, v, causal, window, softcap, scale, deterministic, backend)

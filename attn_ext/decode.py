@@ -147,6 +147,7 @@ def attention_decode(
     page out of range is a ValueError; on GPU these values are not read back (it would cost a device
     sync), they are the caller's promise.
     """
+    validate.boolean("return_lse", return_lse)  # before anything is written into the caches
     args = decode_args(
         q, k_cache, v_cache, cache_seqlens, k_new=k_new, v_new=v_new, block_table=block_table,
         causal=causal,

@@ -34,11 +34,15 @@ def key_of(q, k, v, causal, window, softcap, scale, deterministic, backend) -> t
         or q.is_neg() or k.is_neg() or v.is_neg()
     ):  # fmt: skip
         return None
-    return (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype,
-        causal, type(causal), window, *map(type, window), softcap, type(softcap),
-        scale, type(scale), deterministic, type(deterministic), backend,
-    )  # fmt: skip
+    try:
+        return (
+            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
+            q.dtype, k.dtype, v.dtype,
+            causal, type(causal), window, *map(type, window), softcap, type(softcap),
+            scale, type(scale), deterministic, type(deterministic), backend,
+        )  # fmt: skip
+    except RuntimeError:  # of a nested tensor, which has no shape
+        return None
 
 
 def run(key: tuple | None, q, k, v):

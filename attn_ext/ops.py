@@ -240,6 +240,11 @@ def is_plain(q, k, v) -> bool:
     )
 
 
+def _sides_are_plain(args: tuple) -> bool:
+    """Whether mask, bias, slopes, sink, ... are plain too: a subclass may have no memory."""
+    return all(x is None or type(x) in _PLAIN for x in args[3:TENSORS])
+
+
 def wants_grad(q, k, v, bias, sink) -> bool:
     """Whether autograd will ask for a gradient of this call."""
     return torch.is_grad_enabled() and (
@@ -266,7 +271,7 @@ def run(args: tuple) -> tuple:
         return TransformableAttention.apply(*args[:TENSORS], args[TENSORS:])
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(args)
-    if not is_plain(args[0], args[1], args[2]):
+    if not is_plain(args[0], args[1], args[2]) or not _sides_are_plain(args):
         if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
             from attn_ext import sharding
 

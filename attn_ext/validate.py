@@ -31,6 +31,9 @@ def tensor(name: str, value) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
 
 
 def boolean(name: str, value) -> None:
@@ -156,7 +159,9 @@ def _sizes(batch, heads_q, seqlen_q, seqlen_k, head_dim, head_dim_v, names) -> N
     if head_dim_v == 0:
         raise ValueError(f"{v_name}'s head_dim must be at least 1, got {head_dim_v}")
     for name, length in ((q_name, seqlen_q), (k_name, seqlen_k)):
-        if length > MAX_SEQLEN:
+        # a traced length has no value yet, and a check would bound it for torch.export
+        traced = torch.compiler.is_compiling() or isinstance(length, torch.SymInt)
+        if not traced and length > MAX_SEQLEN:
             raise ValueError(f"{name}'s length must be at most {MAX_SEQLEN}, got {length}")
     elements = batch * heads_q * seqlen_q * max(head_dim, head_dim_v)
     if elements > MAX_ELEMENTS:
@@ -425,7 +430,7 @@ def pages(block_table: torch.Tensor, used: list[int], page_size: int, num_pages:
                 )
 
 
-def values(call) -> None:
+def values(call, lengths_name: str = "cache_seqlens") -> None:
     """Check the values that a kernel takes for addresses, where reading them costs no device sync
     (CPU).
     """
@@ -442,6 +447,6 @@ def values(call) -> None:
                     f"max_{name[3:-3]}_{name[-1]} must be at least {most}, got {longest}"
                 )
     if call.seqlens_k is not None:
-        used = lengths("cache_seqlens", call.seqlens_k, call.max_seqlen_k)
+        used = lengths(lengths_name, call.seqlens_k, call.max_seqlen_k)
         if call.block_table is not None:
             pages(call.block_table, used, call.k.shape[2], call.k.shape[0])

@@ -267,6 +267,24 @@ def forward(call: Call):
     return out, lse, *stats
 
 
+def _bias_sums(call: Call, dtype) -> torch.Tensor:
+    """Zeros that the kernels add dS to: of the bias' shape, but a row for each query where one
+    element takes a whole head, whose millions of terms one float32 sum would not hold."""
+    shape = list(call.bias.shape)
+    if shape[2:] == [1, 1]:
+        shape[2] = min(call.max_seqlen_q, call.q.shape[-2 if call.cu_seqlens_q is None else 0])
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _bias_gradient(call: Call, sums: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient of the bias, in its shape and dtype."""
+    if sums is None:
+        return None
+    if sums.shape != call.bias.shape:
+        sums = sums.sum(2, keepdim=True)
+    return sums.to(call.bias.dtype)
+
+
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
     dtype."""
@@ -287,7 +305,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             g.zero_()
         grads.append(g)
     dq, dk, dv = grads
-    dbias = torch.zeros(call.bias.shape, dtype=statistics, device="cpu") if needs[3] else None
+    dbias = _bias_sums(call, statistics) if needs[3] else None
     dsink = torch.zeros(call.sink.shape, dtype=statistics, device="cpu") if needs[4] else None
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
@@ -312,7 +330,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             _address(dlse),
             *map(_address, (dq, dk, dv, dbias, dsink)),
         )
-    return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink
+    return dq, dk, dv, _bias_gradient(call, dbias), dsink
 
 
 def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
@@ -360,7 +378,7 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
     grads = [empty_like_layout(x, x.shape[-1]) for x in (call.q, call.k, call.v)]
     for g in grads if blank else ():
         g.zero_()
-    dbias = torch.zeros(call.bias.shape, dtype=statistics, device="cpu") if needs[3] else None
+    dbias = _bias_sums(call, statistics) if needs[3] else None
     dw = None if w is None else torch.zeros_like(w)
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
@@ -370,7 +388,7 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
             _strides(dout, varlen), *(_strides(g, varlen) for g in grads), _scores(dbias, sizes)
         )
         _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
-    return *grads, None if dbias is None else dbias.to(call.bias.dtype), dw
+    return *grads, _bias_gradient(call, dbias), dw
 
 
 ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What

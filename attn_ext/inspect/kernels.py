@@ -40,6 +40,8 @@ def select(name: str, call: Call, w=None, n: int = 0) -> str:
         return next(
             b for b in BACKENDS if backends.automatic(b, problem) and not reasons(b, call, w, n)
         )
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a str, got {type(name).__name__} {name!r}")
     why = reasons(name, call, w, n)
     if why:
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_ext import api, ops, reference
+from attn_ext import api, ops, reference, validate
 from attn_ext.problem import BOTTOM_RIGHT, Call
 
 BUDGET = 1 << 21  # elements of a tile: 8 MiB of float32
@@ -34,10 +34,13 @@ def call_of(q, k, **options) -> Call:
     """The canonical dense `Call` of q, k and the options of `attn_ext.attention`; v is a column
     of k, for what needs no values.
     """
-    ops_args = api.dense_args(q, k, k[..., :1] if isinstance(k, torch.Tensor) else k, **options)
+    for name, value in (("q", q), ("k", k)):
+        validate.tensor(name, value)
+    ops_args = api.dense_args(q, k, k[..., :1] if k.dim() else k, **options)
     call = api.call_of(ops_args)
     if call.scale is None:
         call.scale = q.shape[-1] ** -0.5
+    call.scale, call.softcap = float(call.scale), float(call.softcap)  # ints of any size
     return call
 
 

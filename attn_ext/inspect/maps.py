@@ -81,9 +81,15 @@ def _positions(name: str, chosen, size: int, device) -> torch.Tensor:
         return torch.arange(size, device=device)
     if isinstance(chosen, slice):
         return torch.arange(size, device=device)[chosen]
-    index = torch.as_tensor(chosen, device=device)
+    wrong_kind = f"{name} must be a slice or a list of positions, got {chosen!r:.80}"
+    try:
+        index = torch.as_tensor(chosen, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(wrong_kind) from None
+    if isinstance(chosen, (list, tuple)) and not chosen:  # torch makes floats of no positions
+        index = index.to(torch.int64)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise TypeError(f"{name} must be a slice or a list of positions, got {chosen!r}")
+        raise TypeError(wrong_kind)
     index = index.to(torch.int64)
     wrong = (index < -size) | (index >= size)
     if bool(wrong.any()):
@@ -130,9 +136,13 @@ def pooled_map(q, k, size=256, *, lse=None, backend="auto", **options) -> torch.
     the mean of P over its block, as torch's adaptive_avg_pool2d cuts it.  lse, backend and options:
     as `top_k`.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(
+            f"size must be an int or (rows, cols), got {type(size).__name__} {size!r:.80}"
+        )
     if len(pair) != 2:
-        raise ValueError(f"size must be an int or (rows, cols), got {size!r}")
+        raise ValueError(f"size must be an int or (rows, cols), got {size!r:.80}")
     for value in pair:
         validate.integer("size", value, 1)
     call = _call(q, k, options)

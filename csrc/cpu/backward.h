@@ -439,10 +439,15 @@ class Backward {
           const int64_t n = std::min<int64_t>(L, tile.hi[g] - j);
           for (int i = 0; i < L && v + i < panel.nq; ++i) {
             T* at = out + (v + i) * p.dbias.q + j * p.dbias.k;
-            if (p.dbias.k == 1 && n == L)
+            if (p.dbias.k == 1 && n == L) {
               store(at, load(at) + block[i]);
-            else
+            } else if (p.dbias.k == 0) {  // short sums first: one of thousands of keys is inexact
+              T sum = 0;
+              for (int64_t c = 0; c < n; ++c) sum += block[i][c];
+              at[0] += sum;
+            } else {
               for (int64_t c = 0; c < n; ++c) at[c * p.dbias.k] += block[i][c];
+            }
           }
         }
   }

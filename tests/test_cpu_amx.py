@@ -41,7 +41,7 @@ def helpers(folder):
     library = ctypes.CDLL(
         str(
             amx_unit.compile_cpp(
-                "csrc/tests/amx_products.cpp", folder / "amx_products.so", "-shared"
+                "csrc/tests/amx_products.cpp", folder / "amx_products.so", "-shared", "-O1"
             )
         )
     )
@@ -125,18 +125,21 @@ def test_wrappers_are_the_instructions_meant(helpers, folder):
     assert found["amx_wrapped"] == found["amx_intrinsic"]
 
 
-def test_products_run_on_the_unit(unit):
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_products_run_on_the_unit(unit, head_dim):
     """A path that leaves the work to vdpbf16ps: right, and no faster."""
     if unit is None:
         pytest.skip("the processor does not count its products")
-    call = call_of(batch=1, heads_q=1, seqlen_q=128, head_dim=64)
+    call = call_of(batch=1, heads_q=1, seqlen_q=128, head_dim=head_dim)
+    whole = (head_dim + 31) // 32 * 32  # K Q^T and V dO^T by whole steps
     before = unit.products()
     out, lse, *_ = cpu.forward(call)
     forward = unit.products() - before
     cpu.backward(call, torch.ones_like(out), out, lse, None, (True, True, True, False, False))
-    one = 128 * 128 * 64 // (16 * 16 * 32)
-    assert forward == 2 * one
-    assert unit.products() - before == 7 * one
+    backward = unit.products() - before - forward
+    one = 16 * 16 * 32
+    assert forward * one == 128 * 128 * (whole + head_dim)
+    assert backward * one == 128 * 128 * (2 * whole + 3 * head_dim)
 
 
 def test_only_on_request(unit):
@@ -144,6 +147,13 @@ def test_only_on_request(unit):
     assert amx_unit.ISA in _C.supported_isas()
     _C.set_isa("")
     assert _C.isa() != amx_unit.ISA
+
+
+def test_ceiling(unit):
+    """The rate of vdpbf16ps as the ceiling of kernels that are not bound by it."""
+    before = 0 if unit is None else unit.products()
+    assert _C.ceilings("bf16", amx_unit.ISA, 1, 0.005) > 0
+    assert unit is None or unit.products() > before
 
 
 @pytest.mark.skipif(NATIVE, reason="the processor has AMX")

@@ -258,10 +258,10 @@ class Backward {
     panel.prefetch_bias(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
-      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(d), k.K.data + s.lo * k.K.row_step,
+      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, depth_of<Op>(d), k.K.data + s.lo * k.K.row_step,
                      k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + s.lo * kPanel + s.begin,
                      false, &k.soon);
-      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(dv), k.V.data + s.lo * k.V.row_step,
+      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, depth_of<Op>(dv), k.V.data + s.lo * k.V.row_step,
                      k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + s.lo * kPanel + s.begin,
                      false, &k.soon);
     }

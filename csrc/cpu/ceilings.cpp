@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/dispatch.h"
 
 #if defined(__x86_64__)
@@ -50,8 +51,35 @@
 #pragma GCC pop_options
 #endif
 
+#ifdef ATTN_HAS_AMX
+namespace attn::cpu::ceilings {
+#include "cpu/tiles.h"
+}
+#endif
+
 namespace attn::cpu {
 namespace {
+
+#ifdef ATTN_HAS_AMX
+// tdpbf16ps on four tiles of sums: one every 16 cycles, for a latency of 52 (Intel's figures)
+double amx_dot(float* sink) {
+  using ceilings::Tiles;
+  constexpr int64_t kRounds = 2000;
+  alignas(64) float ones[256], sums[256];
+  for (float& x : ones) x = sink[0] + 1.00390625f;  // both halves are numbers as bfloat16
+  ceilings::TileUnit unit;
+  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+  Tiles::load<4>(ones, 64), Tiles::load<5>(ones, 64);
+  Tiles::load<6>(ones, 64), Tiles::load<7>(ones, 64);
+  for (int64_t r = 0; r < kRounds; ++r) {
+    Tiles::dot<0, 4, 6>(), Tiles::dot<1, 4, 7>();
+    Tiles::dot<2, 5, 6>(), Tiles::dot<3, 5, 7>();
+  }
+  Tiles::store<0>(sums, 64);
+  sink[0] += sums[0] * 0.f;
+  return 2.0 * kRounds * 4 * 16 * 16 * 32;
+}
+#endif
 
 #if defined(__x86_64__)
 // vdpbf16ps in 24 chains: with 12 it is bound by latency and 8 % low (Zen 5)
@@ -164,8 +192,14 @@ double ceiling(const std::string& name, const std::string& isa, int threads, dou
     work = [&](int id) { return loops.exp(sinks[id].value); };
   } else if (name == "bf16") {
     if (used.rfind("avx512", 0) != 0 || !has_bf16()) return 0;
+#ifdef ATTN_HAS_AMX
+    if (used == "avx512_amx") {
+      if (!amx::permitted()) return 0;
+      work = [&](int id) { return amx_dot(sinks[id].value); };
+    } else
+#endif
 #if defined(__x86_64__)
-    work = [&](int id) { return bf16_dot(sinks[id].value); };
+      work = [&](int id) { return bf16_dot(sinks[id].value); };
 #endif
   } else if (name == "read") {
     // beyond every cache, also of a large server's share: 192 MiB a thread, 1 GiB in all

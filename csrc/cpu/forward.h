@@ -163,7 +163,7 @@ class Forward {
     const PanelScratch<T> side{
         scratch.take<T>(kForwardKeys * kPanel),
         scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))};
-    Item* K_scratch = scratch.take<Item>(kForwardKeys * items<Op>(d));
+    Item* K_scratch = scratch.take<Item>(kForwardKeys * depth_of<Op>(d));
     Item* V_scratch = scratch.take<Item>(kForwardKeys * dv);
 
     int64_t lo, hi;
@@ -223,7 +223,7 @@ class Forward {
         // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
         const bool begins = !begun[q / kPanel] && segments[0].covers(panel.columns);
         if (careful && panel.partial(tile)) {
-          if constexpr (Op::kDepthContiguous) {
+          if constexpr (Op::kStep > 1) {
             if (finite < 0) finite = all_finite<Op>(V.data, V.row_step, dv, items<Op>(nk));
           } else if (finite < 0) {
             finite = all_finite<Op>(V.data, V.depth_step, (nk + Op::kPack - 1) / Op::kPack, dv);
@@ -272,7 +272,7 @@ class Forward {
     panel.prefetch_bias(tile);
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
-      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, items<Op>(p.head_dim),
+      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, depth_of<Op>(p.head_dim),
                      K.data + s.lo * K.row_step, K.row_step, K.depth_step, Q + s.begin,
                      S + s.lo * kPanel + s.begin, false, &soon);
     }

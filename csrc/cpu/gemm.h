@@ -12,9 +12,9 @@ template <class T>
 struct Plain {
   using Acc = T;
   using Item = T;
-  static constexpr int kPack = 1;                  // numbers of the depth in an item
-  static constexpr bool kDepthContiguous = false;  // A's items must lie side by side
-  struct Unit {};                                  // what a thread holds during its tasks
+  static constexpr int kPack = 1;  // numbers of the depth in an item
+  static constexpr int kStep = 1;  // items of A taken at once; they lie side by side if above 1
+  struct Unit {};                  // what a thread holds during its tasks
   static ATTN_INLINE Vec<T> broadcast(Item a) { return set1(a); }
   static ATTN_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) { return acc + a * b; }
 };
@@ -25,7 +25,7 @@ struct Bf16Pairs {
   using Acc = float;
   using Item = uint32_t;
   static constexpr int kPack = 2;
-  static constexpr bool kDepthContiguous = false;
+  static constexpr int kStep = 1;
   struct Unit {};
   static ATTN_INLINE Vec<uint32_t> broadcast(Item a) { return (Vec<uint32_t>)_mm512_set1_epi32(a); }
   static ATTN_INLINE Vec<float> fma(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {

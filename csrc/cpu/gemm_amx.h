@@ -9,10 +9,10 @@
 
 struct AmxPairs : Bf16Pairs {
   using Unit = TileUnit;
-  static constexpr bool kDepthContiguous = true;
+  static constexpr int kStep = 16;
 };
 
-constexpr int64_t kTile = 16;  // rows of a tile, and 32-bit items in one of them
+constexpr int64_t kTile = AmxPairs::kStep;  // rows of a tile, and pairs or numbers in each of them
 
 // C (+)= A * B of RT x CT tiles.
 template <int RT, int CT>
@@ -87,7 +87,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t rows, int64_t columns, int64_t
                         C + whole * ldc, ldc, accumulate, soon);
 }
 
-// depth_step is 4: kDepthContiguous.
+// depth_step is 4: see kStep.
 template <>
 inline void gemm<AmxPairs, 0>(int64_t rows, int64_t columns, int64_t depth, const char* A,
                               int64_t row_step, int64_t, const uint32_t* B, int64_t ldb, float* C,

@@ -115,6 +115,13 @@ constexpr int64_t items(int64_t dim) {
   return (dim + Op::kPack - 1) / Op::kPack;
 }
 
+// The depth of products over the head dimension: whole steps, as pack_transposed (whose padding is
+// to whole vectors) and rows_by_depth fill with 0.
+template <class Op>
+constexpr int64_t depth_of(int64_t dim) {
+  return (items<Op>(dim) + Op::kStep - 1) / Op::kStep * Op::kStep;
+}
+
 // X^T [items of dim][kPanel] of n <= kPanel storage rows `row_bytes` apart; the padding queries up
 // to `columns` are 0.  `block` holds kLanes rows of items, padded to whole vectors.
 template <class Op>
@@ -174,13 +181,16 @@ inline Operand rows_by_depth(const Sequence& seq, const void* base, const Stride
                              int64_t n0, int64_t n, int64_t dim, typename Op::Item* scratch) {
   using Item = typename Op::Item;
   const DType type = seq.p->dtype;
-  const int64_t size = int64_t(dtype_size(type)), depth = items<Op>(dim);
+  const int64_t size = int64_t(dtype_size(type)), depth = depth_of<Op>(dim);
   const auto* bytes = static_cast<const char*>(base);
-  const bool same = Op::kPack == 2 ? dim % 2 == 0 : size == int64_t(sizeof(Item));
+  const bool same = Op::kPack == 2 ? dim % (2 * Op::kStep) == 0 : size == int64_t(sizeof(Item));
   if (same && evenly_spaced(seq, n0, n) && (s.s * size < 1024 || s.s == dim))
     return {bytes + seq.k_offset(s, h, n0) * size, s.s * size, int64_t(sizeof(Item))};
-  for (int64_t j = 0; j < n; ++j)
-    item_row<Op>(type, bytes + seq.k_offset(s, h, n0 + j) * size, dim, scratch + j * depth);
+  for (int64_t j = 0; j < n; ++j) {
+    Item* row = scratch + j * depth;
+    item_row<Op>(type, bytes + seq.k_offset(s, h, n0 + j) * size, dim, row);
+    if constexpr (Op::kStep > 1) std::fill(row + items<Op>(dim), row + depth, Item(0));
+  }
   return {reinterpret_cast<const char*>(scratch), depth * int64_t(sizeof(Item)),
           int64_t(sizeof(Item))};
 }

@@ -13,25 +13,23 @@ static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
 struct Tiles {
   static constexpr int64_t kRows = 16, kRowBytes = 64;
 
-  static ATTN_INLINE void configure(const TileConfig& config) {
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  static ATTN_INLINE void release() { asm volatile("tilerelease"); }
+  static void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
+  static void release() { asm volatile("tilerelease"); }
   template <int TILE>
-  static ATTN_INLINE void zero() {
+  static void zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
   }
   template <int TILE>
-  static ATTN_INLINE void load(const void* base, int64_t row_step) {
+  static void load(const void* base, int64_t row_step) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(row_step), "i"(TILE) : "memory");
   }
   template <int TILE>
-  static ATTN_INLINE void store(void* base, int64_t row_step) {
+  static void store(void* base, int64_t row_step) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(base), "r"(row_step), "i"(TILE) : "memory");
   }
   // C[m][n] += sum over pairs k of A[m][k] . B[k][n], pairs of bfloat16 and sums in float.
   template <int C, int A, int B>
-  static ATTN_INLINE void dot() {
+  static void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };

@@ -45,7 +45,7 @@ class Backward {
     const int64_t keys = by_key ? n_tiles : 1, batches = by_batch ? p.batch : 1,
                   heads = by_head ? p.heads_k : 1;
     parallel_for(n_tiles ? keys * batches * heads : 0, threads, [&](int64_t task) {
-      [[maybe_unused]] typename Op::Unit held;
+      [[maybe_unused]] typename Op::PerThread held;
       const int64_t key = task / (batches * heads), b = task / heads % batches, h = task % heads;
       const int64_t after = task + threads;  // probably this thread's next one
       const bool all = keys * batches * heads == n_tiles * p.batch * p.heads_k;

@@ -51,7 +51,7 @@ class Forward {
     const int64_t state = panels * SoftmaxState<T>::size(p.head_dim_v);
     std::vector<T> partial(splits > 1 ? units * splits * state : 0);
     parallel_for(units * splits, threads, [&](int64_t task) {
-      [[maybe_unused]] typename Op::Unit held;
+      [[maybe_unused]] typename Op::PerThread held;
       // Causal tiles grow with the query: the last ones first leaves no long task for the end.
       const int64_t index = units - 1 - task / splits, split = task % splits;
       const int64_t after = task + threads;  // probably this thread's next one

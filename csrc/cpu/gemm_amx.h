@@ -8,7 +8,7 @@
 //       latency A 5   C 2    C 3          of 52 (Intel's figures)
 
 struct AmxPairs : Bf16Pairs {
-  using Unit = TileUnit;
+  using PerThread = TileUnit;
   static constexpr int kStep = 16;
 };
 

@@ -2,6 +2,10 @@
 were accepted or named nothing, tensor subclasses in side inputs, sums too long for float32.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -169,3 +173,12 @@ def test_gradient_of_a_bias_that_many_pairs_share(shape, normalizer):
     error = (gradient(torch.float32, "auto") - exact).abs().max()
     naive = (gradient(torch.float32, "reference") - exact).abs().max()
     assert error <= 8 * naive + 1e-6 * exact.abs().max(), (error, naive)
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "0"}])
+def test_command_line_on_a_terminal_of_little_help(environment):
+    """A UnicodeEncodeError of a table's borders; nothing at all printed in a width of 0."""
+    command = [sys.executable, "-m", "attn_ext.cli", "doctor"]
+    ran = subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert b"reference" in ran.stdout

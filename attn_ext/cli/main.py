@@ -6,6 +6,7 @@ A further command is one more function here: `@app.command()`.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -190,8 +191,18 @@ def _line(message: str) -> str:
     return " ".join(str(message).split())
 
 
+def _fit_output() -> None:
+    """Tables on any terminal: `?` for what its encoding lacks, and a width of 0 means unknown"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and "utf" not in (stream.encoding or "").lower():
+            stream.reconfigure(errors="replace")
+    if os.environ.get("COLUMNS", "").strip("0") == "":
+        os.environ.pop("COLUMNS", None)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `attn-ext` with `argv` (sys.argv if None) and return the exit code"""
+    _fit_output()
     try:
         return int(app(args=argv, prog_name="attn-ext", standalone_mode=False) or 0)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ number, an internal error of a helper, or silence.
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -233,3 +234,16 @@ def test_unpad_counts_nonzero_tokens():
     packed, indices, bounds, longest, used = padding.unpad_input(rows, mask)
     assert indices.tolist() == [0, 2, 4, 5, 6, 7] and bounds.tolist() == [0, 2, 6]
     assert (longest, used.tolist(), packed.shape[0]) == (4, [2, 4], 6)
+
+
+def test_numbers_of_numpy_and_tensors():
+    """A longest length or a scale that transformers hands over as a tensor, refused by its type."""
+    rows, one = normal(7, H, D), np.float32(0.5)
+    plain = fa.flash_attn_varlen_func(
+        rows, rows, rows, CU, CU, 4, 4, softmax_scale=0.5, causal=True
+    )
+    given = fa.flash_attn_varlen_func(
+        rows, rows, rows, CU, CU, torch.tensor(4, dtype=torch.int32), np.int64(4),
+        softmax_scale=one, causal=True, window_size=(np.int64(-1), torch.tensor(-1)),
+    )  # fmt: skip
+    assert torch.equal(plain, given)

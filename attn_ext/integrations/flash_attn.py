@@ -19,12 +19,18 @@ from attn_ext.integrations import _checks, bert_padding, importing, rotary
 VERSION = "2.8.3"  # the version whose signatures these are
 
 
+def _plain(value):
+    """A number out of numpy or a tensor without dimensions, which flash-attn takes for one."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _window(window_size, causal: bool) -> tuple:
     """flash-attn's (left, right) as attn_ext's: negative is unbounded; causal closes the right."""
     if isinstance(window_size, torch.Tensor):
         window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
+    window_size = [_plain(side) for side in window_size]
     for side in window_size:
         validate.integer("window_size", side, low=-(1 << 31))
     left, right = (None if side < 0 else side for side in window_size)
@@ -34,8 +40,9 @@ def _window(window_size, causal: bool) -> tuple:
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
     causal = validate.switch("causal", causal)
     return dict(
-        dropout_p=dropout_p, scale=softmax_scale, causal="bottom_right" if causal else False,
-        window=_window(window_size, causal), softcap=softcap, alibi_slopes=alibi_slopes,
+        dropout_p=_plain(dropout_p), scale=_plain(softmax_scale),
+        causal="bottom_right" if causal else False, window=_window(window_size, causal),
+        softcap=_plain(softcap), alibi_slopes=alibi_slopes,
         deterministic=validate.switch("deterministic", deterministic),
     )  # fmt: skip
 
@@ -226,7 +233,7 @@ def flash_attn_varlen_func(
     )
     return_attn_probs = validate.switch("return_attn_probs", return_attn_probs)
     args = api.varlen_args(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, _plain(max_seqlen_q), _plain(max_seqlen_k),
         need_stats=return_attn_probs, **options,
     )  # fmt: skip
     return _run(args, return_attn_probs, lambda out: out)
@@ -282,8 +289,8 @@ def _per_batch(name: str, value, batch: int, device, low: int = 0, high: int = (
 
 def _readable(value) -> bool:
     """Whether the elements may be looked at: on CPU, and not while a graph is traced."""
-    tracing = torch.compiler.is_compiling()
-    return not tracing and value.device.type == "cpu" and ops.is_plain(value, value, value)
+    known = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    return known and ops.is_plain(value, value, value)
 
 
 def _lengths(value, batch: int, device, capacity: int, added: int):
@@ -340,11 +347,10 @@ def _rotated(q, k, cos, sin, seqlens, interleaved: bool, moving: bool):
     """q and k rotated at the positions that they take in the cache; all queries at the first new
     position where neither causal nor a window tells them apart (`moving` False).
     """
-    device = q.device
     starts = seqlens.long()[:, None]
-    steps = torch.arange(q.shape[1], device=device)
+    steps = torch.arange(q.shape[1], device=q.device)
     q_at = starts + (steps if moving else torch.zeros_like(steps))
-    k_at = starts + torch.arange(k.shape[1], device=device)
+    k_at = starts + torch.arange(k.shape[1], device=q.device)
     for positions in (q_at, k_at):
         rotary.check("rotary_cos", cos, "rotary_sin", sin, q, positions)
     return (
@@ -417,8 +423,8 @@ def flash_attn_with_kvcache(
         q.transpose(1, 2), keys, values, cache_seqlens,
         k_new=None if k is None else k.transpose(1, 2),
         v_new=None if v is None else v.transpose(1, 2),
-        block_table=block_table, causal=causal, window=window, mask=mask, softcap=softcap,
-        alibi_slopes=alibi_slopes, scale=softmax_scale, num_splits=num_splits,
+        block_table=block_table, causal=causal, window=window, mask=mask, softcap=_plain(softcap),
+        alibi_slopes=alibi_slopes, scale=_plain(softmax_scale), num_splits=_plain(num_splits),
         return_lse=return_softmax_lse,
     )  # fmt: skip
     if return_softmax_lse:

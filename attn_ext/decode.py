@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from attn_ext import ops, validate
-from attn_ext.api import autocast, result
+from attn_ext.api import autocast, call_of, result
 from attn_ext.problem import BOTTOM_RIGHT
 
 
@@ -94,21 +94,15 @@ def decode_args(
     _refuse_grad(
         q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, bias=bias, sink=sink
     )
-    if added:
-        if (
-            not torch.compiler.is_compiling()
-            and q.device.type == "cpu"
-            and ops.is_plain(q, k_cache, v_cache)
-        ):
-            starts = validate.lengths("cache_seqlens", cache_seqlens, capacity, added)
-            if block_table is not None:
-                validate.pages(
-                    block_table, [n + added for n in starts], k_cache.shape[2], k_cache.shape[0]
-                )
-        if append:
-            _append(k_cache, v_cache, k_new, v_new, cache_seqlens, block_table)
-        cache_seqlens = cache_seqlens + added
-    return (
+    compiling = torch.compiler.is_compiling()
+    if added and not compiling and q.device.type == "cpu" and ops.is_plain(q, k_cache, v_cache):
+        lengths = validate.lengths("cache_seqlens", cache_seqlens, capacity, added)
+        if block_table is not None:
+            validate.pages(
+                block_table, [n + added for n in lengths], k_cache.shape[2], k_cache.shape[0]
+            )
+    starts, cache_seqlens = cache_seqlens, cache_seqlens + added if added else cache_seqlens
+    args = (
         q, k_cache, v_cache, mask, bias, alibi_slopes, sink, None, None, None,
         None if cache_seqlens is None else cache_seqlens.contiguous(),
         None if block_table is None else block_table.contiguous(),
@@ -116,6 +110,11 @@ def decode_args(
         need_stats, False, "softmax", None, num_splits,
         False, False, backend,
     )  # fmt: skip
+    if added and append:
+        if not compiling:  # nothing is written for a call that none serves
+            ops.backend_of(call_of(args), False, False, backend)
+        _append(k_cache, v_cache, k_new, v_new, starts, block_table)
+    return args
 
 
 def attention_decode(

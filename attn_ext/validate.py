@@ -20,6 +20,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CAUSAL = (False, True, "top_left", "bottom_right")
 MAX_SEQLEN = 2**31 - 1  # positions are 32-bit counters of the dropout mask
 MAX_ELEMENTS = 2**63 - 1
+SMALLEST = torch.finfo(torch.float32).tiny  # positive normal float32
 
 
 def tensor(name: str, value) -> None:
@@ -43,8 +44,11 @@ def boolean(name: str, value) -> None:
 
 
 def switch(name: str, value) -> bool:
-    """A switch that the other library takes by its truth: bool, None, 0 and 1; else TypeError."""
-    if value is None or isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+    """A switch that the other library takes by its truth: bool, None, 0 and 1, numpy's and torch's
+    bool; else TypeError.
+    """
+    one = getattr(value, "shape", None) == () and str(value.dtype) in ("bool", "torch.bool")
+    if value is None or isinstance(value, bool) or one or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
@@ -111,6 +115,8 @@ def options(causal, left, right, softcap, dropout_p, scale, deterministic, backe
         if side is not None:
             integer(f"{name} (None = unbounded)", side)
     number("softcap", softcap, 0.0)
+    if 0 < softcap < SMALLEST:  # as a float32 it would be 0: no cap at all
+        raise ValueError(f"softcap must be 0 (none) or at least {SMALLEST:g}, got {softcap!r}")
     number("dropout_p", dropout_p, 0.0, 1.0)
     if scale is not None:
         number("scale", scale)

@@ -92,6 +92,7 @@ BAD = {
     "scale_bool": (attend, dict(scale=True), TypeError, "scale must", "True"),
     "scale_tensor": (attend, dict(scale=torch.tensor(1.0)), TypeError, "scale must", "Tensor"),
     "softcap_negative": (attend, dict(softcap=-1.0), ValueError, "softcap must", "-1.0"),
+    "softcap_tiny": (attend, dict(softcap=1e-320), ValueError, "softcap must", "1e-320"),
     "softcap_nan": (attend, dict(softcap=NAN), ValueError, "softcap must", "nan"),
     "softcap_inf": (attend, dict(softcap=INF), ValueError, "softcap must", "inf"),
     "softcap_none": (attend, dict(softcap=None), TypeError, "softcap must", "None"),

@@ -247,3 +247,14 @@ def test_numbers_of_numpy_and_tensors():
         softmax_scale=one, causal=True, window_size=(np.int64(-1), torch.tensor(-1)),
     )  # fmt: skip
     assert torch.equal(plain, given)
+
+
+def test_module_takes_numbers_of_numpy():
+    """What torch.nn.MultiheadAttention accepts refused as no int, float or bool."""
+    module = family.MultiheadAttention(
+        np.int64(8), np.int32(2), dropout=np.float32(0.0), batch_first=np.bool_(True)
+    )
+    assert module.batch_first is True and type(module.dropout) is float
+    x = normal(B, S, 8)
+    out, weights = module(x, x, x, need_weights=torch.tensor(False))
+    assert out.shape == x.shape and weights is None

@@ -95,6 +95,18 @@ def test_no_flag_is_checked_after_the_cache_is_written():
     assert not cache.any()
 
 
+def test_nothing_is_appended_for_a_call_that_no_backend_serves():
+    """Keys of a call that fails, in the cache twice after the caller tries again."""
+    cache, new = torch.zeros(1, 2, 5, 8), x(1, 2, 1, 8)
+    length = torch.tensor([2], dtype=torch.int32)
+    for backend, error in (("nowhere", ValueError), ("cuda", NotImplementedError)):
+        with pytest.raises(error):
+            attn_ext.attention_decode(
+                new, cache, cache, length, k_new=new, v_new=new, backend=backend
+            )
+        assert not cache.any()
+
+
 def test_windows_and_scales_near_64_bits():
     """OverflowError, or a window that wraps round to a narrow one."""
     q, k = x(), x()

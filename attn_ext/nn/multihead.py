@@ -7,6 +7,8 @@ and the LSE of the attention call, for the rows asked for only.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,6 +33,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
         kdim=None, vdim=None, batch_first=False, device=None, dtype=None,
     ):  # fmt: skip
+        def plain(x, kind, convert):  # numbers of numpy, which torch takes too
+            return convert(x) if isinstance(x, kind) and not isinstance(x, bool) else x
+
+        embed_dim, num_heads, kdim, vdim = (
+            plain(x, numbers.Integral, int) for x in (embed_dim, num_heads, kdim, vdim)
+        )
+        dropout = plain(dropout, numbers.Real, float)
         sizes = dict(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
         for name, size in sizes.items():
             if size is not None or name in ("embed_dim", "num_heads"):

@@ -131,7 +131,7 @@ LEVELS = {
     "leaping: exp overflows on the old base": lambda j: torch.where(j < 400, 1.0, 100.0),
     "falling": lambda j: 15 - j / 50,
     "one late key": lambda j: torch.where(j == 690, 100.0, 1.0),
-    "first tile: large where its base is not looked for": lambda j: 1 + 99 * (j % 4 == 1),
+    "every fourth key large": lambda j: 1 + 99 * (j % 4 == 1),  # bases of a part of the keys
     "small, then large, then small": lambda j: 1 + 40 * ((j > 200) & (j < 500)),
 }
 
@@ -160,10 +160,11 @@ def test_rows_of_the_smallest_number_stay_finite(dtype):
         torch.testing.assert_close(out[0, 0, 3].float(), mean, atol=4e-3, rtol=0)
 
 
-@pytest.mark.parametrize("keys", [slice(300, 400), slice(1, 400, 4)], ids=["old", "guessed"])
+@pytest.mark.parametrize("keys", [slice(300, 400), slice(1, 400, 4)], ids=["late", "scattered"])
 def test_overflow_on_a_small_base_does_not_reach_the_output(keys):
     """A tile that is not computed again: O = inf where the base is far too small, whether it is
-    that of an earlier tile or was found among every fourth key."""
+    that of an earlier tile or was found among some keys only.
+    """
     call = random_call(batch=1, heads_q=1, seqlen_q=65, seqlen_k=400, head_dim=4, scale=1.0)
     call.q.fill_(1.0)
     call.k.zero_()

@@ -206,16 +206,13 @@ class Forward {
         SoftmaxState<T> running = at_panel(state, q / kPanel);
         const Item* Q = Qt + q * depth_padded;
         const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
+        const bool try_lazy = lazy && !exact[q / kPanel] && bases_serve(running, panel.columns);
         T scale = scores(panel, tile, segments, count, K, Q, S, soon);
-        bool try_lazy = lazy && !exact[q / kPanel];
-        if (try_lazy && !begun[q / kPanel]) guess_bases(panel, tile, S, scale, running);
-        try_lazy = try_lazy && bases_serve(running, panel.columns);
         if (!try_lazy || !lazy_softmax(panel, tile, S, scale, kept, running)) {
-          if (try_lazy) {
-            exact[q / kPanel] = begun[q / kPanel];  // rising logits: not tried again
+          if (try_lazy) {  // rising logits: not tried again
+            exact[q / kPanel] = true;
             scale = scores(panel, tile, segments, count, K, Q, S, soon);
           }
-          if (!begun[q / kPanel]) running.begin();  // forgets the guess
           for (int64_t g = 0; g < panel.grains; ++g)
             for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
               softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
@@ -277,22 +274,6 @@ class Forward {
                      S + s.lo * kPanel + s.begin, false, &soon);
     }
     return T(panel.logits(tile, S, nullptr));
-  }
-
-  // The largest logit of every fourth key is near enough to that of all, as a rule.
-  static void guess_bases(const Panel<T>& panel, const Tile& tile, const T* S, T scale,
-                          SoftmaxState<T>& state) {
-    for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
-        Vec<T> top[2] = {set1(-std::numeric_limits<T>::infinity()),
-                         set1(-std::numeric_limits<T>::infinity())};
-        int64_t j = tile.lo[g];
-        for (; j + 4 < tile.hi[g]; j += 8)
-#pragma GCC unroll 2
-          for (int i = 0; i < 2; ++i) top[i] = vmax(load(S + (j + 4 * i) * kPanel + v), top[i]);
-        if (j < tile.hi[g]) top[0] = vmax(load(S + j * kPanel + v), top[0]);
-        store(state.max + v, vmax(top[0], top[1]) * scale);
-      }
   }
 
   static bool bases_serve(const SoftmaxState<T>& state, int64_t columns) {

@@ -218,22 +218,22 @@ class Forward {
               softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
         }
         // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
-        const bool begins = !begun[q / kPanel] && segments[0].covers(panel.columns);
-        if (careful && panel.partial(tile)) {
-          if constexpr (Op::kStep > 1) {
-            if (finite < 0) finite = all_finite<Op>(V.data, V.row_step, dv, items<Op>(nk));
-          } else if (finite < 0) {
-            finite = all_finite<Op>(V.data, V.depth_step, (nk + Op::kPack - 1) / Op::kPack, dv);
-          }
-          if (!finite) {
-            if (!begun[q / kPanel]) running.clear_output();
-            begun[q / kPanel] = true;
-            add_visible(V, S, panel, tile, running.O);
-            continue;
-          }
+        const bool may_exclude = careful && panel.partial(tile);
+        if (may_exclude && finite < 0) {
+          if constexpr (Op::kStep > 1)
+            finite = all_finite<Op>(V.data, V.row_step, dv, items<Op>(nk));
+          else
+            finite = all_finite<Op>(V.data, V.depth_step, items<Op>(nk), dv);
         }
+        const bool visible_only = may_exclude && !finite;
+        const bool begins =
+            !begun[q / kPanel] && !visible_only && segments[0].covers(panel.columns);
         if (!begun[q / kPanel] && !begins) running.clear_output();
         begun[q / kPanel] = true;
+        if (visible_only) {
+          add_visible(V, S, panel, tile, running.O);
+          continue;
+        }
         for (int i = 0; i < count; ++i) {
           const Segment& s = segments[i];
           const int64_t first = s.lo / Op::kPack;

@@ -13,7 +13,7 @@ import subprocess
 import amx_unit
 import pytest
 import torch
-from test_kernels import FEATURES, LEVELS, SHAPES
+from test_kernels import FEATURES, LEVELS, SHAPES, check_threads, random_features
 
 from attn_ext import _C
 from attn_ext.backends import cpu
@@ -240,22 +240,8 @@ def test_excluded_values_reach_nothing(where, value, key):
 @pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "own threads"])
 def test_bitwise_equal_for_any_number_of_threads(options, openmp):
     """Threads whose tiles are not configured, an order of additions that depends on scheduling."""
-    _C.use_openmp(cpu._torch_openmp() if openmp else 0)
     call = call_of(seqlen_q=300, head_dim=32, batch=1, **options)
-    needs = (True, True, True, call.bias is not None, False)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            out, lse, *_ = cpu.forward(call)
-            grads = cpu.backward(call, torch.ones_like(out), out, lse, None, needs)
-            results.append([out, lse, *(g for g in grads if g is not None)])
-    finally:
-        torch.set_num_threads(before)
-        _C.use_openmp(cpu._torch_openmp())
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+    check_threads(call, openmp, (1, 2, 5))
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -272,16 +258,6 @@ def test_random_mixes(seed):
         seqlen_k=r.choice([31, 128, 129, 200]),
         head_dim=r.choice([32, 40, 64, 65]),
         head_dim_v=r.choice([None, 31, 48]),
-        causal=r.random() < 0.4,
-        align=r.choice([0, 1]),
-        window=r.choice([(-1, -1), (-1, -1), (0, 9), (50, -1)]),
-        mask=r.choice([False, "k", "bqk", "hq"]),
-        bias=r.choice([False, "qk", "bhqk", "bk", ""]),
-        softcap=r.choice([0.0, 0.0, 4.0]),
-        alibi=r.choice([False, True]),
-        sink=r.random() < 0.3,
-        dropout_p=r.choice([0.0, 0.0, 0.4]),
-        stats=r.random() < 0.5,
-        layout=r.choice(["bhsd", "bshd", "padded"]),
+        **random_features(r),
     )
     check_call(call, "cpu")

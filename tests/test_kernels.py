@@ -183,16 +183,13 @@ def test_excluded_values_reach_nothing(where, value):
     check_call(call, "cpu")
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"bias": "k"}, {"heads_q": 4, "heads_k": 1}])
-@pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "own threads"])
-def test_bitwise_equal_for_any_number_of_threads(options, openmp):
-    """An order of additions that depends on scheduling."""
+def check_threads(call, openmp: bool, counts: tuple) -> None:
+    """Outputs and gradients are bitwise equal for these numbers of threads, torch's or our own."""
     _C.use_openmp(cpu._torch_openmp() if openmp else 0)
-    call = random_call(seqlen_q=300, dtype=torch.float32, batch=1, **options)
     needs = (True, True, True, call.bias is not None, False)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 5):
+        for threads in counts:
             torch.set_num_threads(threads)
             out, lse, *_ = cpu.forward(call)
             grads = cpu.backward(call, torch.ones_like(out), out, lse, None, needs)
@@ -205,10 +202,35 @@ def test_bitwise_equal_for_any_number_of_threads(options, openmp):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [{"causal": True}, {"bias": "k"}, {"heads_q": 4, "heads_k": 1}])
+@pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "own threads"])
+def test_bitwise_equal_for_any_number_of_threads(options, openmp):
+    """An order of additions that depends on scheduling."""
+    call = random_call(seqlen_q=300, dtype=torch.float32, batch=1, **options)
+    check_threads(call, openmp, (1, 2, 3, 5))
+
+
 def test_isas_are_chosen_and_refused():
     """An unknown name that falls back in silence."""
     with pytest.raises(ValueError, match=r"ATTN_EXT_ISA must be one .* got 'sse9'"):
         _C.set_isa("sse9")
+
+
+def random_features(r: random.Random) -> dict:
+    """Options of random_call besides sizes and dtype."""
+    return dict(
+        causal=r.random() < 0.4,
+        align=r.choice([0, 1]),
+        window=r.choice([(-1, -1), (-1, -1), (0, 9), (50, -1)]),
+        mask=r.choice([False, "k", "bqk", "hq"]),
+        bias=r.choice([False, "qk", "bhqk", "bk", ""]),
+        softcap=r.choice([0.0, 0.0, 4.0]),
+        alibi=r.choice([False, True]),
+        sink=r.random() < 0.3,
+        dropout_p=r.choice([0.0, 0.0, 0.4]),
+        stats=r.random() < 0.5,
+        layout=r.choice(["bhsd", "bshd", "padded"]),
+    )
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -226,17 +248,7 @@ def test_random_mixes(seed):
         head_dim=r.choice([1, 8, 40, 64]),
         head_dim_v=r.choice([None, 5, 72]),
         dtype=r.choice([torch.float32, torch.float64]),
-        causal=r.random() < 0.4,
-        align=r.choice([0, 1]),
-        window=r.choice([(-1, -1), (-1, -1), (0, 9), (50, -1)]),
-        mask=r.choice([False, "k", "bqk", "hq"]),
-        bias=r.choice([False, "qk", "bhqk", "bk", ""]),
-        softcap=r.choice([0.0, 0.0, 4.0]),
-        alibi=r.choice([False, True]),
-        sink=r.random() < 0.3,
-        dropout_p=r.choice([0.0, 0.0, 0.4]),
-        stats=r.random() < 0.5,
-        layout=r.choice(["bhsd", "bshd", "padded"]),
+        **random_features(r),
     )
     check_call(call, "cpu")
 

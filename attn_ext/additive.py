@@ -113,8 +113,7 @@ def _scores(q, mask, bias, *sizes) -> tuple:
 
 
 def _vector(name: str, value, heads: int, dim: int, device) -> None:
-    if value.dtype not in validate.FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    validate.floating(name, value)
     if value.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
     if tuple(value.shape) not in ((dim,), (heads, dim)):

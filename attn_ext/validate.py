@@ -77,10 +77,15 @@ def integer(name: str, value, low: int = 0) -> None:
         raise ValueError(f"{name} must be at most {MAX_ELEMENTS}, got {value}")
 
 
-def module_dtype(name: str, value, weight) -> None:
-    """TypeError unless an input is floating and of its module's dtype, where that must be so."""
+def floating(name: str, value) -> None:
+    """TypeError unless the tensor `value` is of a floating dtype that the kernels know."""
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
+
+
+def module_dtype(name: str, value, weight) -> None:
+    """TypeError unless an input is floating and of its module's dtype, where that must be so."""
+    floating(name, value)
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
     kind = value.device.type
     if (
@@ -247,8 +252,7 @@ def scores(
 def alibi(value, device, batch, heads) -> torch.Tensor:
     """Check alibi_slopes [Hq] or [B, Hq]; return them in float32."""
     tensor("alibi_slopes", value)
-    if value.dtype not in FLOATING:
-        raise TypeError(f"alibi_slopes must be floating, got {value.dtype}")
+    floating("alibi_slopes", value)
     if value.device != device:
         raise ValueError(f"alibi_slopes must be on q's device {device}, got {value.device}")
     shape = tuple(value.shape)
@@ -266,8 +270,7 @@ def alibi(value, device, batch, heads) -> torch.Tensor:
 def sink_logits(value, device, dtype, heads) -> torch.Tensor:
     """Check sink [Hq]; return it in float32 (float64 for float64 inputs)."""
     tensor("sink", value)
-    if value.dtype not in FLOATING:
-        raise TypeError(f"sink must be floating, got {value.dtype}")
+    floating("sink", value)
     if value.device != device:
         raise ValueError(f"sink must be on q's device {device}, got {value.device}")
     if tuple(value.shape) != (heads,):

@@ -34,8 +34,7 @@ def check(cos_name: str, cos, sin_name: str, sin, x, positions) -> None:
     """TypeError or ValueError unless cos and sin fit x and hold `positions`."""
     for name, table in ((cos_name, cos), (sin_name, sin)):
         validate.tensor(name, table)
-        if table.dtype not in validate.FLOATING:
-            raise TypeError(f"{name} must be floating, got {table.dtype}")
+        validate.floating(name, table)
         if table.device != x.device:
             raise ValueError(f"{name} must be on device {x.device}, got {table.device}")
     if cos.dim() != 2 or cos.shape != sin.shape:
@@ -56,8 +55,7 @@ def check(cos_name: str, cos, sin_name: str, sin, x, positions) -> None:
 def _rotatable(name: str, x, *ranks: int) -> None:
     """TypeError or ValueError unless x is a floating tensor with one of these ranks."""
     validate.tensor(name, x)
-    if x.dtype not in validate.FLOATING:
-        raise TypeError(f"{name} must be floating, got {x.dtype}")
+    validate.floating(name, x)
     if x.dim() not in ranks:
         wanted = " or ".join(map(str, ranks))
         raise ValueError(f"{name} must have {wanted} dimensions, got shape {tuple(x.shape)}")

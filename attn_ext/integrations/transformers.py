@@ -160,8 +160,7 @@ def _dropout(dropout, training: bool) -> float:
 
 def _floating(name: str, value, query) -> None:
     validate.tensor(name, value)
-    if value.dtype not in validate.FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    validate.floating(name, value)
     if value.device != query.device:
         raise ValueError(f"{name} must be on {query.device}, got {value.device}")
 

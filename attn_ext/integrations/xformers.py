@@ -289,8 +289,7 @@ def _parts(name: str, split) -> torch.Tensor:
     parts = list(split)
     for part in parts:
         validate.tensor(name, part)
-        if part.dtype not in validate.FLOATING:
-            raise TypeError(f"{name} must be floating, got {part.dtype}")
+        validate.floating(name, part)
         if (part.shape, part.dtype, part.device) != (
             parts[0].shape,
             parts[0].dtype,
@@ -352,8 +351,7 @@ def memory_efficient_attention_backward(
     if grad.dtype not in validate.FLOATING or grad.device != query.device:
         raise TypeError(f"grad must be floating on {query.device}, got {grad.dtype} {grad.device}")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype not in validate.FLOATING:
-            raise TypeError(f"{name} must be floating, got {x.dtype}")
+        validate.floating(name, x)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         out = _run(*leaves, attn_bias, p, scale, None)[0]

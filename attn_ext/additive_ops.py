@@ -136,13 +136,30 @@ ops.lib.define(
 )
 
 
+def _checked(args: tuple) -> tuple:
+    """The flat arguments of a call by the dispatcher with their true lengths: see
+    `ops.checked_lengths`.
+    """
+    q, k, v, w, mask, bias, rng_state, cu_seqlens_q, cu_seqlens_k, lengths = args[:TENSORS]
+    true = ops.checked_lengths(
+        q, k, v, mask, bias, rng_state, cu_seqlens_q, cu_seqlens_k, lengths, None, *args[10:13]
+    )
+    want = (q.shape[1], q.shape[-1])
+    if tuple(w.shape) != want:
+        raise ValueError(f"w must have shape {want}, got {tuple(w.shape)}")
+    return (*args[:10], *true, *args[12:])
+
+
 def _forward_kernel(*args):
+    args = _checked(args)
     return tuple(_conform(t, p) for t, p in zip(forward(*args), _outputs(args), strict=True))
 
 
 def _backward_kernel(dout, dlse, out, lse, *rest):
-    promised = _gradients(rest[:-1], rest[-1])
-    found = backward(dout, dlse, out, lse, *rest)
+    args, bias_grad = _checked(rest[:-1]), rest[-1]
+    ops.check_results(args[0], args[2], dout, dlse, out, lse, args[7] is not None)
+    promised = _gradients(args, bias_grad)
+    found = backward(dout, dlse, out, lse, *args, bias_grad)
     return tuple(_conform(t, p) for t, p in zip(found, promised, strict=True))
 
 

@@ -16,6 +16,7 @@ LIMIT = 4096
 _plans: dict[tuple, tuple] = {}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+_jit_tracing = torch._C._is_tracing
 
 
 def key_of(q, k, v, causal, window, softcap, scale, deterministic, backend) -> tuple | None:
@@ -27,6 +28,7 @@ def key_of(q, k, v, causal, window, softcap, scale, deterministic, backend) -> t
         or not (q.is_cpu and k.is_cpu and v.is_cpu)
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or ops.observers
+        or _jit_tracing()
         or _dispatch_modes()
         or _transforms() is not None
         or torch.autograd.forward_ad._current_level >= 0

@@ -162,14 +162,77 @@ def _backward_outputs(args: tuple, needs) -> tuple:
     return dq, dk, dv, dbias, dsink
 
 
+def checked_lengths(
+    q, k, v, mask, bias, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table, seqlen_q,
+    seqlen_k, dropout_p,
+) -> tuple:  # fmt: skip
+    """(Sq, Sk) as the tensors have them, and the tensors checked against each other.
+
+    A call by the dispatcher may come from a program that was traced for other sizes, so that no
+    check of `attn_ext.api` has seen these; a kernel would read and write past their ends.
+    """
+    if cu_seqlens_q is not None:
+        options = (False, None, None, 0.0, 0.0, None, False, "auto")
+        validate.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        batch = cu_seqlens_q.shape[0] - 1
+    elif seqlens_k is not None or block_table is not None:
+        validate.decode_shapes(q, k, v, seqlens_k, block_table)
+        batch, seqlen_q = q.shape[0], q.shape[2]
+        seqlen_k = k.shape[2] * (1 if block_table is None else block_table.shape[1])
+    else:
+        validate.dense_cached(
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            False, None, None, 0.0, 0.0, None, False, "auto",
+        )  # fmt: skip
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
+    for name, value in (("mask", mask), ("bias", bias)):
+        if value is not None:
+            is_mask = name == "mask"
+            validate.scores(name, value, is_mask, q.device, batch, q.shape[1], seqlen_q, seqlen_k)
+    if dropout_p > 0 and (rng_state is None or rng_state.shape != (2,)):
+        raise ValueError("rng_state must have shape (2,) with dropout_p above 0")
+    return seqlen_q, seqlen_k
+
+
+def check_results(q, v, dout, dlse, out, lse, varlen: bool) -> None:
+    """ValueError unless what goes into a backward has the shapes that its forward gave."""
+    rows = (q.shape[1], q.shape[0]) if varlen else tuple(q.shape[:3])
+    want_out = (*q.shape[:-1], v.shape[-1])
+    given = (
+        ("out", out, want_out),
+        ("dout", dout, want_out),
+        ("lse", lse, rows),
+        ("dlse", dlse, rows),
+    )
+    for name, value, want in given:
+        if value is not None and tuple(value.shape) != want:
+            raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+
+
+def _checked(args: tuple) -> tuple:
+    """The flat arguments of a call by the dispatcher with their true lengths."""
+    q, k, v, mask, bias, alibi_slopes, sink, *rest = args[:TENSORS]
+    lengths = checked_lengths(q, k, v, mask, bias, *rest, *args[12:14], args[16])
+    heads, batches = q.shape[1], (q.shape[0] if rest[1] is None else rest[1].shape[0] - 1)
+    for name, value, shapes in (
+        ("alibi_slopes", alibi_slopes, ((heads,), (batches, heads))), ("sink", sink, ((heads,),)),
+    ):  # fmt: skip
+        if value is not None and tuple(value.shape) not in shapes:
+            rule = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} must have shape {rule}, got {tuple(value.shape)}")
+    return (*args[:12], *lengths, *args[14:])
+
+
 def _forward_kernel(*args):
+    args = _checked(args)
     return tuple(
         _conform(t, p) for t, p in zip(forward_eager(args), _forward_outputs(args), strict=True)
     )
 
 
 def _backward_kernel(dout, dlse, out, lse, *rest):
-    args, needs = rest[:-1], rest[-1]
+    args, needs = _checked(rest[:-1]), rest[-1]
+    check_results(args[0], args[2], dout, dlse, out, lse, args[8] is not None)
     grads = backward_eager(dout, dlse, out, lse, args, needs)
     return tuple(_conform(t, p) for t, p in zip(grads, _backward_outputs(args, needs), strict=True))
 
@@ -224,16 +287,18 @@ torch.library.register_autograd("attn_ext::backward", _no_double_backward, lib=l
 observers: list = []  # functions of (call, w or None) that see each eager call (inspect.record)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_jit_tracing = torch._C._is_tracing
 
 
 def is_plain(q, k, v) -> bool:
-    """Whether nothing (compiler, dispatch mode, transform, subclass, meta) needs to see this
-    call.
+    """Whether nothing (compiler, torch.jit.trace, dispatch mode, transform, subclass, meta) needs
+    to see this call.
     """
     return (
         type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(v) in _PLAIN
+        and not _jit_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not q.is_meta
@@ -256,18 +321,28 @@ def wants_grad(q, k, v, bias, sink) -> bool:
     )
 
 
+def _differentiable(args: tuple) -> tuple:
+    """The arguments of a call that may be differentiated, whatever its tensors say now; a decode
+    call never is.
+    """
+    decode = args[10] is not None or args[11] is not None
+    return (*args[:CALL_FIELDS], not decode, not decode and args[4] is not None, args[-1])
+
+
 def run(args: tuple) -> tuple:
     """(out, lse, max_logit, entropy) of flat op arguments; statistics are None or empty where not
     asked for.
     """
     if torch.compiler.is_compiling():
         return torch.ops.attn_ext.forward(*args)
+    if _jit_tracing():
+        return torch.ops.attn_ext.forward(*_differentiable(args))
     for observe in observers:
         observe(_call(args), None)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         from attn_ext.functions import TransformableAttention
 
-        args = (*args[:CALL_FIELDS], True, args[4] is not None, args[-1])
+        args = _differentiable(args)
         return TransformableAttention.apply(*args[:TENSORS], args[TENSORS:])
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(args)

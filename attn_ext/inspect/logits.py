@@ -36,6 +36,8 @@ def call_of(q, k, **options) -> Call:
     """
     for name, value in (("q", q), ("k", k)):
         validate.tensor(name, value)
+    if torch.jit.is_tracing():  # the trace would hold the results' memory, and not what fills it
+        raise NotImplementedError("attn_ext.inspect cannot be recorded by torch.jit.trace")
     ops_args = api.dense_args(q, k, k[..., :1] if k.dim() else k, **options)
     call = api.call_of(ops_args)
     if call.scale is None:

@@ -173,3 +173,25 @@ def test_a_call_with_too_many_tiles_is_refused(kernels):
     native = module._kernels()._native(call, module._kernels()._canonical(call), many, many[..., 0])
     with pytest.raises(ValueError, match="blocks, more than a CUDA grid holds"):
         native.forward(0, 0, 0, 1, False)
+
+
+def test_scratch_of_a_single_head(kernels):
+    """Scratch sized by the stride of a dimension of size 1, of which torch may say anything: delta
+    is written beyond its end.
+    """
+    module, device = kernels
+    call = random_call(dtype=BF16, heads_q=1, seqlens_q=[170, 130], device=device)
+    lse, odd = torch.empty(1, 300, device=device), torch.empty(300, 1, device=device).t()
+    assert odd.is_contiguous() and odd.stride() != lse.stride()
+    native = module._kernels()
+    inputs = native._canonical(call)
+    for x in (lse, odd):
+        assert native._native(call, inputs, call.q, x).backward_workspace(False) >= 300
+
+
+def test_a_scale_that_is_zero_as_a_float(kernels):
+    """0 * -inf in the kernels that mask before they scale."""
+    check_call(
+        random_call(dtype=BF16, seqlen_q=40, causal=True, scale=1e-50, device=kernels[1]),
+        kernels[0],
+    )

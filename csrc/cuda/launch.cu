@@ -73,15 +73,16 @@ bool rows_are_vectors(const void* base, const Strides& s, int64_t dim, int bytes
          fits(dim);
 }
 
+float scale_log2(const Problem& p) { return float(p.scale * 1.4426950408889634); }
+
 Params make_params(const Problem& p, const Pointers& ptr) {
   for (int64_t n : {p.seqlen_q, p.seqlen_k})
     if (n >= kLongest)
       throw std::invalid_argument("sequence lengths must be below 2^30 on cuda, got " +
                                   std::to_string(n));
-  constexpr double log2e = 1.4426950408889634;
   Params x{};
   x.p = p, x.ptr = ptr;
-  x.scale = float(p.scale), x.scale_log2 = float(p.scale * log2e);
+  x.scale = float(p.scale), x.scale_log2 = scale_log2(p);
   x.softcap = float(p.softcap);
   x.inverse_softcap = p.softcap > 0 ? float(1 / p.softcap) : 0.0f;
   x.keep_scale = p.dropout_p < 1 ? float(1 / (1 - p.dropout_p)) : 0.0f;
@@ -98,10 +99,11 @@ Params make_params(const Problem& p, const Pointers& ptr) {
   return x;
 }
 
-// What the plain kernels do not know.
+// What the plain kernels do not know.  They mask before they scale: the scale is above 0 as a
+// float.
 bool is_general(const Problem& p, const Pointers& ptr) {
   return ptr.mask || ptr.bias || ptr.alibi_slopes || ptr.sink || ptr.entropy || ptr.block_table ||
-         p.softcap > 0 || p.dropout_p > 0 || !(p.scale > 0);
+         p.softcap > 0 || p.dropout_p > 0 || !(scale_log2(p) > 0);
 }
 
 sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -151,8 +153,8 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
 
 // delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of the Hopper kernels.
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
-  const int64_t rows =
-      ptr.cu_seqlens_q ? p.heads_q * p.lse_stride_h : p.batch * p.heads_q * p.seqlen_q;
+  // not lse_stride_h: torch may say anything of a single head
+  const int64_t rows = p.heads_q * (ptr.cu_seqlens_q ? p.rows_q : p.batch * p.seqlen_q);
   return (rows + 31) / 32 * 32;
 }
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {

@@ -272,9 +272,14 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
                                            cudaEnableDefault, &status),
           "cuTensorMapEncodeTiled");
+#else  // the same, but the driver must be as new as the toolkit
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status),
+          "cuTensorMapEncodeTiled");
+#endif
     if (status != cudaDriverEntryPointSuccess || !found)
       throw std::runtime_error("the driver has no cuTensorMapEncodeTiled: CUDA 12.0 is needed");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);

@@ -90,7 +90,8 @@ bench: $(VENV)/installed.done
 # The kernels under AddressSanitizer + UndefinedBehaviorSanitizer, in a build of their own.
 test-asan: $(VENV)/installed.done
 	bash tests/sanitize.sh address,undefined tests/test_kernels.py tests/test_masked_tiles.py \
-	  tests/test_additive.py::test_dtypes tests/test_inspect_kernels.py::test_dtypes
+	  tests/test_additive.py::test_dtypes tests/test_inspect_kernels.py::test_dtypes \
+	  tests/test_cpu_amx.py
 
 # The thread pool and both kernels under ThreadSanitizer, without Python in the process.
 test-tsan: $(VENV)/installed.done

@@ -80,8 +80,11 @@ float sum_of(float c, const float (&even)[16], const float (&odd)[16], float fac
   alignas(64) float C[256];
   uint16_t A[512], B[512];
   for (float& x : C) x = c;
-  for (int i = 0; i < 512; ++i)
-    A[i] = bf16(i / 2 % 16 < 16 ? (i % 2 ? odd : even)[i / 2 % 16] : 0), B[i] = bf16(factor);
+  for (int i = 0; i < 512; ++i) {
+    // not (i % 2 ? odd : even)[..]: with -fsanitize=bounds g++ 12 reads neither
+    const float pair[2] = {even[i / 2 % 16], odd[i / 2 % 16]};
+    A[i] = bf16(pair[i % 2]), B[i] = bf16(factor);
+  }
   TileUnit unit;
   Tiles::load<0>(C, 64);
   Tiles::load<4>(A, 64);

@@ -133,7 +133,7 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
     """The text of build.ninja for one shared library made of the sources."""
     import pybind11
 
-    cxx = os.environ.get("CXX", "c++")
+    cxx = compiler()
     extra = os.environ.get("ATTN_EXT_CXXFLAGS", "")
     cuda, emulated = name == "attn_ext._cuda", name == "attn_ext._emulated"
     sm90 = emulated or "90a" in CUDA_ARCHS.split(",")
@@ -173,10 +173,32 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
     return "\n".join(lines) + "\n"
 
 
+def compiler() -> str:
+    """The C++ compiler, perhaps with a wrapper or options before it: `ccache g++`."""
+    return os.environ.get("CXX", "").strip() or "c++"
+
+
+def check_tools() -> None:
+    """SystemExit, with what to install, where the compiler or Python's headers are missing."""
+    cxx = compiler()
+    if shutil.which(shlex.split(cxx)[0]) is None:
+        raise SystemExit(
+            f"attn_ext needs a C++17 compiler, but CXX={cxx!r} is not on PATH: install g++ "
+            "(`apt install g++`, `dnf install gcc-c++`) or clang, or name one in CXX"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise SystemExit(
+            f"attn_ext needs Python's headers, but there is no {header}: "
+            "`apt install python3-dev` or `dnf install python3-devel`"
+        )
+
+
 class NinjaBuild(build_ext):
     """Hands each extension to ninja."""
 
     def build_extension(self, ext):
+        check_tools()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         objects = Path(self.build_temp).resolve() / ext.name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,9 @@ out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, 
 
 from importlib.metadata import PackageNotFoundError, version
 
+import attn_ext._requires  # noqa: F401  says what to do where torch is missing or too old
+
+# isort: split
 from attn_ext import backends, flops, inspect, nn  # noqa: F401
 from attn_ext.additive import additive_attention, additive_attention_varlen
 from attn_ext.api import RowStats, attention, attention_varlen

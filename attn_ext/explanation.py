@@ -32,6 +32,16 @@ class Explanation:
         return "\n".join(lines)
 
 
+def of(problem: Problem, backend: str = "auto") -> Explanation:
+    """What `explain` says of a problem."""
+    reasons = {candidate: registry.reasons(candidate, problem) for candidate in registry.ORDER}
+    if backend != "auto":
+        registry.get(backend)  # an unknown name is an error here too
+        return Explanation(problem, reasons, None if reasons[backend] else backend)
+    able = (c for c in reasons if not reasons[c] and registry.automatic(c, problem))
+    return Explanation(problem, reasons, next(able, None))
+
+
 def explain(q, k, v, *args, **kwargs) -> Explanation:
     """Say which backend would serve the call, and each other backend's reasons; nothing is
     computed.
@@ -50,12 +60,4 @@ def explain(q, k, v, *args, **kwargs) -> Explanation:
     else:
         flat = dense_args(q, k, v, backend=backend, **kwargs)
     grad, bias_grad, name = flat[ops.CALL_FIELDS :]
-    problem = Problem.of(call_of(flat), grad, bias_grad)
-    reasons = {candidate: registry.reasons(candidate, problem) for candidate in registry.ORDER}
-    if name != "auto":
-        registry.get(name)  # an unknown name is an error here too
-        chosen = None if reasons[name] else name
-    else:
-        able = (c for c in reasons if not reasons[c] and registry.automatic(c, problem))
-        chosen = next(able, None)
-    return Explanation(problem, reasons, chosen)
+    return of(Problem.of(call_of(flat), grad, bias_grad), name)

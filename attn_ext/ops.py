@@ -68,7 +68,10 @@ def _call(args: tuple) -> Call:
 
 def backend_of(call: Call, grad: bool, bias_grad: bool, name: str):
     """The backend module that serves `call`."""
-    return backends.get(backends.select(name, Problem.of(call, grad, bias_grad)))
+    problem = Problem.of(call, grad, bias_grad)
+    chosen = backends.select(name, problem)
+    backends.warn_of_reference(name, chosen, problem)
+    return backends.get(chosen)
 
 
 _serving: dict = {}  # what a call looks like -> the backend module that serves it

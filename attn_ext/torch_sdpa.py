@@ -9,7 +9,6 @@ allow.
 from __future__ import annotations
 
 import torch
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from attn_ext import validate
 from attn_ext.api import attention, autocast
@@ -53,7 +52,7 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     validate.boolean("is_causal", is_causal)
     validate.boolean("enable_gqa", enable_gqa)
     causal = "top_left" if is_causal else False
-    if isinstance(attn_mask, CausalBias):
+    if is_causal_bias(attn_mask):
         attn_mask, causal = None, _alignment(attn_mask, is_causal, query, key)
     if attn_mask is not None:
         validate.tensor("attn_mask", attn_mask)
@@ -61,6 +60,10 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
         if is_causal:
             raise ValueError("attn_mask must be None when is_causal=True, got a mask")
+        if attn_mask.device != query.device:
+            raise ValueError(
+                f"attn_mask must be on query's device {query.device}, got {attn_mask.device}"
+            )
     query, key, value = autocast(query, key, value)
     validate.same_kind(
         query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
@@ -90,6 +93,24 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     return out if len(batch) == 2 else out.reshape(*batch, query.shape[-2], value.shape[-1])
 
 
+def is_causal_bias(mask) -> bool:
+    """Whether `mask` is a torch.nn.attention.bias.CausalBias.  That module brings the compiler, a
+    second of `import attn_ext`, so it is imported for masks only that may be one.
+    """
+    if mask is None or type(mask) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    from torch.nn.attention.bias import CausalBias
+
+    return isinstance(mask, CausalBias)
+
+
+def _lower_right(bias) -> bool:
+    """Whether a CausalBias is aligned bottom-right."""
+    from torch.nn.attention.bias import CausalVariant
+
+    return bias.variant == CausalVariant.LOWER_RIGHT
+
+
 def _alignment(bias, is_causal: bool, query, key) -> str:
     """What a CausalBias means; its elements are never set, only its description is."""
     if is_causal:
@@ -100,18 +121,20 @@ def _alignment(bias, is_causal: bool, query, key) -> str:
     told, needed = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
     if told != needed:
         raise ValueError(f"attn_mask must be a CausalBias of lengths {needed}, got {told}")
-    return "bottom_right" if bias.variant == CausalVariant.LOWER_RIGHT else "top_left"
+    return "bottom_right" if _lower_right(bias) else "top_left"
 
 
 def as_mask(bias, device) -> torch.Tensor:
     """The bool mask [L, S] that a CausalBias stands for."""
     lengths = (bias.seq_len_q, bias.seq_len_kv)
-    shift = lengths[1] - lengths[0] if bias.variant == CausalVariant.LOWER_RIGHT else 0
+    shift = lengths[1] - lengths[0] if _lower_right(bias) else 0
     return torch.ones(lengths, dtype=torch.bool, device=device).tril(shift)
 
 
 def _plain(query, key, value) -> bool:
-    """Whether the tensors are [B, H, S, D] of one kind as they come: nothing to check or fold."""
+    """Whether the tensors are [B, H, S, D] of one kind as they come: nothing to check (`attention`
+    would name its own arguments, not torch's) or to fold.
+    """
     if not type(query) is type(key) is type(value) is torch.Tensor or query.dim() != 4:
         return False
     shape = query.shape
@@ -120,9 +143,12 @@ def _plain(query, key, value) -> bool:
         len(wanted) == 4
         and shape[0] == wanted[0]
         and shape[1] == wanted[1] > 0
-        and shape[3] == wanted[3]
+        and shape[3] == wanted[3] > 0
         and wanted[:3] == value.shape[:3]
+        and value.shape[3] > 0
         and query.dtype == key.dtype == value.dtype
+        and query.dtype in validate.FLOATING
+        and query.device == key.device == value.device
         and query.layout == torch.strided
     )
 
@@ -136,6 +162,9 @@ def _batch_shape(query, key, value, enable_gqa: bool) -> tuple:
                 f"{name} must have at least 2 dimensions, got shape {tuple(tensor.shape)}"
             )
         shapes.append(tuple(tensor.shape[:-2]))
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name}'s head_dim must be at least 1, got 0")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have query's E {query.shape[-1]}, got {key.shape[-1]}")
     if key.shape[-2] != value.shape[-2]:

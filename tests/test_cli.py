@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attn_ext
 from attn_ext import backends
 from attn_ext.backends import reference
 from attn_ext.cli import matrix
@@ -395,6 +396,23 @@ def test_tune_hands_over_to_the_tuner(capsys, monkeypatch, tmp_path):
     tuned.clear()
     code, text, _ = run(capsys, "tune", "--minutes", "1e-9", "--head-dims", "96")
     assert code == 0 and not tuned and "the time is up" in text
+
+
+def test_version(capsys):
+    """No such option."""
+    assert run(capsys, "--version")[:2] == (0, f"attn_ext {attn_ext.__version__}\n")
+
+
+def test_look_at_what_is_no_recording(capsys, tmp_path):
+    """A traceback of the unpickler, about a path that was mistaken."""
+    for content in (b"root:x:0:0\n", b"\x7fELF", b"PK\x03\x04", b""):
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        code, out, err = run(capsys, "look", path)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert "FILE must be written by attn_ext.inspect.record.save" in err
+    code, _, err = run(capsys, "look", tmp_path / "none.pt")
+    assert code == 2 and "FILE must be there" in err
 
 
 def documented():

@@ -5,6 +5,9 @@ meaning.
 """
 
 import inspect
+import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -238,3 +241,25 @@ def test_scripts_under_the_switch():
     finally:
         switch.undo()
     torch.testing.assert_close(scripted(q), expected)
+
+
+def test_messages_name_torchs_arguments():
+    """An error about q, k, v or mask, which are not what the caller wrote."""
+    q = k = v = torch.randn(2, 4, 16, 8)
+    square, meta = torch.ones(16, 16, dtype=torch.bool), {"device": "meta"}
+    for wrong in (
+        (q.int(), k.int(), v.int()), (q, k.half(), v), (q, k, v.half()), (q, k, v.to(**meta)),
+        (q[..., :0], k[..., :0], v), (q, k, v[..., :0]), (q, k[..., :4], v), (q, k, v[:, :, :3]),
+        (q, k[:, :3], v[:, :3]), (q, k, v, square.to(**meta)), (q, k, v, square[1:]),
+        (q, k, v, square.int()), (q, k, v, square[1:].float()), (q, k, [1]),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=r"query|key|value|attn_mask") as caught:
+            attn_ext.scaled_dot_product_attention(*wrong)
+        assert not re.search(r"\b[qkv]\b|(?<!_)mask|bias", str(caught.value)), caught.value
+
+
+def test_import_leaves_the_compiler_alone():
+    """A second more for every `import attn_ext`, which torch._dynamo takes."""
+    code = "import sys, attn_ext; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

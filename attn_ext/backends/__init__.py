@@ -20,6 +20,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 from attn_ext.problem import Problem
@@ -76,6 +77,20 @@ def select(name: str, problem: Problem) -> str:
             return candidate
     why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
     raise NotImplementedError(f"no backend can serve this call: {why}")
+
+
+def warn_of_reference(name: str, chosen: str, problem: Problem) -> None:
+    """RuntimeWarning, once a reason, where "auto" found nothing but the reference."""
+    if name == "auto" and chosen == "reference":
+        able = [c for c in ORDER if automatic(c, problem) and c != "reference"]
+        own = [c for c in able if problem.device == "cpu" or c != "cpu"]
+        _warn_once("; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in own))
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    message = f"attn_ext computes this by its reference, slowly and in O(N^2) memory: {why}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class _Registry(ModuleType):

@@ -8,6 +8,7 @@ This module checks what a pointer means before it leaves Python: dtype, device, 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,7 +20,13 @@ try:
     from attn_ext import _C
 except ImportError as error:
     _C = None
-    _WHY = f"attn_ext._C is not built ({error}); run `pip install .` in the source tree"
+    if importlib.util.find_spec("attn_ext._C") is None:
+        _WHY = (
+            f"attn_ext._C is not built in {Path(__file__).parents[2]}: run `pip install -e .` "
+            "in the source tree, or leave that folder, which hides an installed attn_ext"
+        )
+    else:
+        _WHY = f"attn_ext._C does not load ({error}): install attn_ext again for this Python"
 
 
 def _torch_openmp() -> int:

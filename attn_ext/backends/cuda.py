@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import torch
 
@@ -31,10 +32,10 @@ def _device_problem(index: int) -> str:
 def available() -> str:
     """ "" when a CUDA device of this machine can run the kernels, else reason and remedy."""
     if _cuda is None:
-        return (
-            "attn_ext was built without its CUDA kernels: install nvcc and reinstall with "
-            f"ATTN_EXT_CUDA=1 ({_import_error})"
-        )
+        built = importlib.util.find_spec("attn_ext._cuda") is not None
+        why = f"attn_ext._cuda does not load here ({_import_error})" if built else \
+            "attn_ext was built without its CUDA kernels"  # fmt: skip
+        return f"{why}: install nvcc and reinstall with ATTN_EXT_CUDA=1"
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else "; this torch was built without CUDA"
         return f"torch sees no CUDA device{built}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from attn_ext import backends
 from attn_ext.cli.main import BadArgument
 from attn_ext.profiling import ceilings, timing
 from attn_ext.profiling.cases import PRESETS, Case, make
@@ -68,6 +69,8 @@ def run(wanted: list[Case], peer_names, budget: float, out: Path | None, as_json
     from rich.table import Table
 
     device = wanted[0].device
+    if device == "cpu" and backends.get("cpu").available():
+        raise BadArgument("no backend of attn_ext works here; see attn-ext doctor")
     console = Console(highlight=False, stderr=as_json)
     begun = time.perf_counter()
     report = Report("attn-ext bench", machine(device))

@@ -130,7 +130,7 @@ def advice(name: str, why: str) -> str:
     if name == "cuda":
         return "build it where nvcc is: ATTN_EXT_CUDA=1 pip install ."
     if name == "cpu":
-        return "pip install . in the source tree builds attn_ext._C"
+        return "pip install -e . in the source tree builds attn_ext._C"
     return ""
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from attn_ext import backends
 from attn_ext.cli.main import BadArgument
-from attn_ext.explanation import Explanation
+from attn_ext.explanation import of
 from attn_ext.problem import Problem
 from attn_ext.profiling.cases import make
 
@@ -32,10 +31,10 @@ def run(shape, dtype, device, causal, backward, features, kind, as_json) -> int:
         bias_grad=backward and "bias" in (features or ()),
         **dict.fromkeys(features or (), True),
     )  # fmt: skip
-    reasons = {name: backends.reasons(name, problem) for name in backends.ORDER}
-    chosen = next((name for name, why in reasons.items() if not why), None)
+    found = of(problem)
     if as_json:
-        print(json.dumps({"shape": case.shape, "chosen": chosen, "reasons": reasons}, indent=1))
+        answer = {"shape": case.shape, "chosen": found.chosen, "reasons": found.reasons}
+        print(json.dumps(answer, indent=1))
     else:
-        print(Explanation(problem, reasons, chosen))
-    return 0 if chosen else 1
+        print(found)
+    return 0 if found.chosen else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 from attn_ext.cli.main import BadArgument
@@ -12,10 +11,12 @@ from attn_ext.inspect import load, look
 def run(file: Path, tokens: str | None, out: Path, title: str) -> int:
     """Write attention.png and attention.html of the records in `file` into `out`."""
     if not file.is_file():
-        raise BadArgument(f"FILE must be written by attn_ext.inspect.record.save, got {file}")
+        raise BadArgument(f"FILE must be there, got {file}")
     try:
         records = load(file)
-    except (ValueError, TypeError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+    except Exception as error:  # torch.load raises whatever its unpickler meets in other files
+        if isinstance(error, OSError):
+            raise BadArgument(f"FILE cannot be read: {error}") from None
         message = f"FILE must be written by attn_ext.inspect.record.save, got {file}"
         raise BadArgument(message) from None
     try:

@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Exact attention, verified and measured on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,6 +42,26 @@ def writable(path: Path | None, option: str, folder: bool = False) -> Path | Non
     if not folder and path.is_dir():
         raise BadArgument(f"{option} must be a file, got the folder {path}")
     return path
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import attn_ext
+
+        print(f"attn_ext {attn_ext.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Exact attention, verified and measured on this machine."""
 
 
 @app.command()

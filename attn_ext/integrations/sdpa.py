@@ -20,14 +20,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
 from attn_ext import backends, validate
 from attn_ext.api import autocasting
 from attn_ext.integrations import jagged
 from attn_ext.problem import TOP_LEFT, Problem
-from attn_ext.torch_sdpa import as_mask, serve
+from attn_ext.torch_sdpa import as_mask, is_causal_bias, serve
 
 _TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 _TORCH_MHA = F.multi_head_attention_forward
@@ -69,11 +68,11 @@ def reset() -> None:
 
 def _left_to_torch(reason: str, counter: Counter) -> None:
     """Count a call that torch serves and warn the first time that this reason is met."""
-    reason = re.sub(r"\d+", "N", reason)  # one entry a rule, not one a shape
+    rule = re.sub(r"(?<![=\w])\d+", "N", reason)  # one entry a rule, not one a shape
     with _lock:
-        counter[reason] += 1
-        new = reason not in _warned
-        _warned.add(reason)
+        counter[rule] += 1
+        new = rule not in _warned
+        _warned.add(rule)
     if new:
         warnings.warn(
             f"replace_sdpa leaves scaled_dot_product_attention to torch: {reason}", stacklevel=4
@@ -141,7 +140,7 @@ def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -
         dtype = torch.get_autocast_dtype(device.type)
     if isinstance(attn_mask, torch.Tensor) and _foreign(attn_mask):
         raise NotImplementedError(f"attn_mask is a tensor subclass, {type(attn_mask).__name__}")
-    described = isinstance(attn_mask, CausalBias)  # torch 2.6: even its dtype raises
+    described = is_causal_bias(attn_mask)  # torch 2.6: even its dtype raises
     is_causal = is_causal or described
     mask = isinstance(attn_mask, torch.Tensor) and not described and attn_mask.dtype == torch.bool
     bias = not (attn_mask is None or mask or described)
@@ -155,7 +154,6 @@ def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -
     )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
 def _traced_reason(backend: str, device: str, dtype: torch.dtype) -> str:
     """Runs while torch.compile traces: why this call stays torch's, "" if attn_ext takes it."""
     why = MATH_ONLY if _only_math() else ""
@@ -172,6 +170,10 @@ def _traced_reason(backend: str, device: str, dtype: torch.dtype) -> str:
         with _lock:
             _compiled["attn_ext"] += 1
     return why
+
+
+# torch.compiler.assume_constant_result by hand: it imports the compiler, a second of every import.
+_traced_reason._dynamo_marked_constant = True
 
 
 def _call(
@@ -191,11 +193,11 @@ def _call(
         try:
             return _eager(backend, query, key, value, *options)
         except (NotImplementedError, ValueError, TypeError) as error:
-            if strict or (isinstance(attn_mask, CausalBias) and is_causal):  # torch's error too
+            if strict or (is_causal_bias(attn_mask) and is_causal):  # torch's error too
                 raise
             reason = str(error)
         _left_to_torch(reason, _to_torch)
-    if isinstance(attn_mask, CausalBias) and not is_causal:
+    if is_causal_bias(attn_mask) and not is_causal:
         # it knows itself by F.scaled_dot_product_attention, a name that enable() takes
         attn_mask = as_mask(attn_mask, query.device)
     return _TORCH_SDPA(

@@ -253,15 +253,17 @@ def _dense(call: Call, w, q, k, v, mask, bias, first_batch: int):
     row_sum = torch.exp(s - m).sum(dim=-1, keepdim=True)
     if call.sink is not None:
         row_sum = row_sum + torch.exp(sink - m)
-    lse = m + torch.log(torch.where(empty, torch.ones_like(row_sum), row_sum))
-    # a NaN row has exp(-inf - NaN) = NaN at its excluded keys; they must stay out of dV
-    p = torch.where(visible, torch.exp(s - lse), torch.zeros_like(s))
+    row_sum = torch.where(empty, torch.ones_like(row_sum), row_sum)
+    lse = m + torch.log(row_sum)
+    # not exp(s - lse): beside logits of finfo.min, as additive masks have them, LSE loses ln
+    # row_sum.  A NaN row has exp(-inf - NaN) = NaN at its excluded keys; they must stay out of dV
+    p = torch.where(visible, torch.exp(s - m) / row_sum, torch.zeros_like(s))
     lse = torch.where(empty, torch.full_like(lse, -torch.inf), lse)
 
     entropy = None
     if call.need_stats:
-        # -sum P ln P with 0 ln 0 = 0; ln P = s - LSE
-        log_p = torch.where(p != 0, s - lse, torch.zeros_like(s)).detach()
+        # -sum P ln P with 0 ln 0 = 0
+        log_p = torch.where(p != 0, s - m - torch.log(row_sum), torch.zeros_like(s)).detach()
         entropy = -(p.detach() * log_p).sum(dim=-1)
 
     if call.dropout_p > 0:

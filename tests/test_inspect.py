@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import attn_ext
 from attn_ext import inspect, reference
-from attn_ext.inspect import logits
+from attn_ext.inspect import blocked, logits
 from attn_ext.testing import assert_close_to_reference
 
 # name -> (Hq, Hk, Sq, Sk, options): each would miss a feature of the tiles
@@ -145,6 +146,34 @@ def test_rollout():
     close(inspect.rollout(layers, causal=True), total.mean(1), "mean")
     with_options = [(q, k, {"causal": True}) for q, k in layers]
     close(inspect.rollout(with_options), total.mean(1), "options of a layer")
+    assert inspect.rollout(layers, rows=[]).shape == (2, 0, 14)
+    empty = torch.zeros(2, 4, 0, 8)
+    assert inspect.rollout([(empty, empty)], rows=[]).shape == (2, 0, 0)
+
+
+def test_a_row_of_the_smallest_number_weighs_its_keys_alike():
+    """exp(S - LSE) where LSE has lost ln(number of keys): weights of 1, their gradients too."""
+    q, k = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 9, 8)
+    bias = torch.zeros(1, 1, 5, 9)
+    bias[:, :, 2] = torch.finfo(torch.float32).min
+    bias.requires_grad_()
+    ninth = torch.full((1, 2, 9), 1 / 9)
+    torch.testing.assert_close(inspect.weights(q, k, bias=bias)[:, :, 2], ninth)
+    stats = inspect.row_stats(q, k, bias=bias)
+    torch.testing.assert_close(stats.entropy[:, :, 2], torch.full((1, 2), 9.0).log())
+    (dbias,) = torch.autograd.grad(stats.lse.sum(), bias)
+    torch.testing.assert_close(dbias[0, 0, 2], 2 * ninth[0, 0])
+
+
+def test_sigmoid_weights_that_are_all_0_have_no_entropy():
+    """0 / 0: NaN in the statistics of a layer whose logits fell below float32's exp."""
+    q, k = torch.full((1, 1, 3, 4), 8.0), torch.full((1, 1, 5, 4), -8.0)
+    with inspect.record() as seen:
+        attn_ext.attention(q, k, k, normalizer="sigmoid")
+    assert seen.calls[0].entropy.eq(0).all() and seen.calls[0].lse.eq(-torch.inf).all()
+    call = logits.call_of(q, k, normalizer="sigmoid")
+    lse, _, entropy = blocked.row_stats(call)
+    assert entropy.eq(0).all() and lse.eq(-torch.inf).all()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -164,6 +164,16 @@ def test_empty_rows_are_zero_also_with_weights():
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_weights_of_a_row_masked_by_the_smallest_number():
+    """Weights of 1 instead of 1 / S: an LSE beside finfo.min has no room for ln S."""
+    theirs, ours = modules()
+    tensors = inputs(ours)
+    mask = torch.zeros(L, S, dtype=tensors[0].dtype)
+    mask[1] = torch.finfo(torch.float32).min
+    want, got = (m(*tensors, attn_mask=mask)[1] for m in (theirs, ours))
+    torch.testing.assert_close(got, want)
+
+
 def test_dropout_weights_are_those_used():
     """Dropout in evaluation, or weights of another mask than the output's."""
     _, ours = modules(dropout=0.5, bias=False)

@@ -7,6 +7,7 @@ check_call demands NaN exactly where the reference has it, in O, LSE and every g
 import pytest
 import torch
 
+import attn_ext
 from attn_ext.testing import check_call, random_call
 
 NAN, INF = torch.nan, torch.inf
@@ -69,3 +70,17 @@ def test_extreme_sinks(value):
     call = random_call(7, sink=True, stats=True)
     call.sink[:] = value
     check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_row_of_the_smallest_number_weighs_its_keys_alike(backend, dtype):
+    """finfo.min, as additive masks have it, over a whole row: an excluding -inf in other units
+    (O = 0), and a P = exp(S - LSE) whose LSE has lost ln(number of keys) (O = the sum of V).
+    """
+    call = random_call(7, dtype=dtype, bias="qk", seqlen_q=5, seqlen_k=70)
+    call.bias[:, :, 2] = torch.finfo(dtype).min
+    out = attn_ext.attention(call.q, call.k, call.v, bias=call.bias, backend=backend)
+    assert out.isfinite().all()
+    mean = call.v.float().mean(2).repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+    torch.testing.assert_close(out[:, :, 2].float(), mean, atol=4e-3, rtol=0)

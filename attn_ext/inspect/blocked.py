@@ -41,11 +41,12 @@ def row_stats(call: Call, w=None) -> tuple:
         at = (tile.b, tile.h, rows)
         if call.normalizer == "sigmoid":
             p = weights_of(call, s, None)
-            lse[at] = p.sum(-1).log()
-            p = p / p.sum(-1, keepdim=True)
+            total = p.sum(-1, keepdim=True)
+            lse[at] = total.squeeze(-1).log()
+            p = p / total.masked_fill(total == 0, 1.0)  # weights that are all 0
         else:
             lse[at] = logits.row_lse(call, tile, s)
-            p = logits.probabilities(s, lse[at])
+            p = logits.row_probabilities(call, tile, s)
         largest[at] = s.amax(-1)
         seen = (s != -torch.inf).any(-1)
         entropy[at] = torch.where(seen, torch.special.entr(p).sum(-1), 0.0)

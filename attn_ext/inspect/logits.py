@@ -200,6 +200,18 @@ def row_lse(call: Call, tile: Tile, s: torch.Tensor) -> torch.Tensor:
     return torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
 
 
+def row_probabilities(call: Call, tile: Tile, s: torch.Tensor) -> torch.Tensor:
+    """P [b, h, r, c] of a tile that holds all keys of its rows.  It needs no LSE, which loses the
+    number of keys beside logits of finfo.min, as additive masks have them.
+    """
+    if call.sink is not None:
+        sink = call.sink[tile.h].to(s.dtype)[None, :, None, None]
+        s = torch.cat((s, sink.expand(*s.shape[:3], 1)), dim=-1)
+    p = torch.softmax(s, dim=-1)[..., : s.shape[-1] - (call.sink is not None)]
+    s = s[..., : p.shape[-1]]
+    return torch.where(s == -torch.inf, 0.0, p)
+
+
 def probabilities(s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """P = exp(S - LSE) [b, h, r, c]; 0 at excluded pairs, also of rows that are empty or NaN."""
     p = torch.exp(s - lse.unsqueeze(-1))

@@ -120,7 +120,7 @@ def weights(q, k, *, rows=None, cols=None, **options) -> torch.Tensor:
         first = done.get(key, 0)
         done[key] = first + len(tile.rows)
         s = logits.scores(call, tile)
-        p = logits.probabilities(s, logits.row_lse(call, tile, s))
+        p = logits.row_probabilities(call, tile, s)
         reached = (cols >= tile.c0) & (cols < tile.c1)
         block = torch.zeros(*p.shape[:3], len(cols), dtype=p.dtype, device=device)
         block[..., reached] = p[..., cols[reached] - tile.c0]
@@ -196,7 +196,8 @@ def rollout_of(calls: Sequence[Call], rows, residual: float) -> torch.Tensor:
         x = last.q.new_full((batch, length, 1), 1 / max(length, 1))
     else:
         index = _positions("rows", rows, length, last.q.device)
-        x = torch.nn.functional.one_hot(index, length).to(last.q.dtype).T
+        # [S, n]: a column is 1 at its row (one_hot refuses S = 0)
+        x = (torch.arange(length, device=index.device)[:, None] == index).to(last.q.dtype)
         x = x.expand(batch, *x.shape)
     for call in reversed(calls):
         x = residual * x + (1 - residual) * _transposed_mean(call, x.to(call.q.dtype))
@@ -205,6 +206,8 @@ def rollout_of(calls: Sequence[Call], rows, residual: float) -> torch.Tensor:
 
 def _transposed_mean(call: Call, x: torch.Tensor) -> torch.Tensor:
     """(mean over heads of P)^T x, x [B, S, n]; columns 64 at a time."""
+    if x.shape[-1] == 0:  # no row was chosen
+        return x
     heads, lse, parts = call.q.shape[1], logits.forward(call)[1], []
     for n in range(0, x.shape[-1], 64):
         dout = x[..., n : n + 64].unsqueeze(1).expand(-1, heads, -1, -1).contiguous() / heads

@@ -82,12 +82,12 @@ def _gradients(call: Call, needs, stats, douts) -> list:
         dlse, dmax, dentropy = (
             None if d is None else d[tile.b, tile.h][..., tile.rows].to(dtype) for d in douts
         )
-        p = logits.probabilities(s, lse)
+        p = logits.row_probabilities(call, tile, s)
         ds = torch.zeros_like(p)
         if dlse is not None:
             ds += p * dlse.unsqueeze(-1)
         if dentropy is not None:
-            log_p = torch.where(p != 0, s - lse.unsqueeze(-1), 0.0)
+            log_p = torch.where(p != 0, torch.log(p), 0.0)
             rest = (entropy - p.sum(-1)).unsqueeze(-1)
             ds -= p * (log_p + 1 + rest) * dentropy.unsqueeze(-1)
         if dmax is not None:

@@ -93,12 +93,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             q, k, v, causal="top_left" if hinted else False, mask=mask, bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        out, lse = api.result(args, True, False)
+        out = api.result(args, False, False)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
             _check_rows(weights_rows, seqlen_q)
-            weights = _weights(args, lse, weights_rows, average_attn_weights)
+            weights = _weights(args, weights_rows, average_attn_weights)
             weights = weights if batched else weights[0]
         if not batched:
             return out[0], weights
@@ -236,8 +236,8 @@ def _merge(masks: list, extra: int) -> tuple:
     return mask, bias
 
 
-def _weights(args: tuple, lse, rows, average: bool):
-    """exp(scale Q K^T + bias - LSE) of query rows `rows`: [N, R, S], or [N, H, R, S].
+def _weights(args: tuple, rows, average: bool):
+    """softmax(scale Q K^T + bias) of query rows `rows`: [N, R, S], or [N, H, R, S].
 
     Head by head where the average is asked for, so that memory is that of the result (without
     gradients).
@@ -246,11 +246,11 @@ def _weights(args: tuple, lse, rows, average: bool):
     q, heads = call.q, call.q.shape[1]
     if rows is None:
         rows = slice(None)
-    q, lse = q[:, :, rows], lse[:, :, rows]
+    q = q[:, :, rows]
     keep = None
     if call.dropout_p > 0:
         keep = _kept(call)[:, :, rows]
-    wide = lse.dtype
+    wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
 
     def of_head(h: int):
@@ -261,8 +261,9 @@ def _weights(args: tuple, lse, rows, average: bool):
             part = given[:, h if given.shape[1] > 1 else 0]
             part = part[:, rows] if part.shape[1] > 1 else part
             s = s.masked_fill(~part, -torch.inf) if is_mask else s + part.to(wide)
-        row = lse[:, h, :, None]
-        p = torch.exp(s - row.masked_fill(row == -torch.inf, 0.0))
+        # not exp(s - LSE): beside a mask of finfo.min over a whole row LSE loses the number of keys
+        empty = (s == -torch.inf).all(-1, keepdim=True)  # rows that see no key give 0
+        p = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         if keep is not None:
             factor = 1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0
             p = torch.where(keep[:, h], p * factor, 0.0)

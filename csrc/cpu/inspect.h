@@ -172,7 +172,8 @@ class Inspect : FamilyTiles<T> {
     });
     for (int64_t i = 0; i < nq; ++i) {
       const int64_t at = seq.lse_offset(h, m0 + i);
-      const bool empty = top[i] == ninf && sum[i] == sum[i];
+      // no key, or sigmoid weights that are all 0
+      const bool empty = (top[i] == ninf && sum[i] == sum[i]) || sum[i] == T(0);
       const T base = options.sigmoid ? T(0) : top[i], l = sum[i];
       static_cast<T*>(ptr.lse)[at] = empty ? ninf : base + std::log(l);
       static_cast<T*>(wanted.out)[at] = l == l ? top[i] : l;

@@ -26,12 +26,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from attn_ext.integrations import transformers as integration
 from attn_ext.testing import assert_close_to_reference
+
+try:
+    import transformers
+except ModuleNotFoundError:
+    raise SystemExit('finetune.py needs transformers: pip install ".[integrations]"') from None
 
 BATCH = 4
 RUNS = {"attn_ext": torch.float32, "sdpa": torch.float32, "float64": torch.float64}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import resource
 import statistics
@@ -124,6 +125,8 @@ def arguments():
 def main() -> None:
     """Measure both cases in each way and print the table."""
     args = arguments()
+    if importlib.util.find_spec("transformers") is None:
+        raise SystemExit('replace_sdpa.py needs transformers: pip install ".[integrations]"')
     torch.set_num_threads(args.threads)
     if args.measure:
         print(json.dumps(measure(*args.measure, args.length, args.repeats)))

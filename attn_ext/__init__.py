@@ -6,7 +6,7 @@ out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, 
 
 from importlib.metadata import PackageNotFoundError, version
 
-import attn_ext._requires  # noqa: F401  says what to do where torch is missing or too old
+import attn_ext._requires as _requires  # noqa: F401  says what to do where torch is missing or too old
 
 # isort: split
 from attn_ext import backends, flops, inspect, nn  # noqa: F401

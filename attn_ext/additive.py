@@ -92,11 +92,9 @@ def _prepared(dims: int, q, k, v, w, b, bias) -> tuple:
     if b is None:
         return q, k, v, w, bias
     validate.tensor("b", b)
-    layout = "[B, H, S, D]" if dims == 4 else "[total, H, D]"
-    if q.dim() != dims:
-        raise ValueError(f"q must have {dims} dimensions {layout}, got shape {tuple(q.shape)}")
-    if q.dtype not in validate.FLOATING:
-        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    # the sum would not show what q was
+    validate.dimensions("q", q.shape, dims, "[B, H, S, D]" if dims == 4 else "[total, H, D]")
+    validate.floating("q", q)
     _vector("b", b, q.shape[1], q.shape[-1], q.device)
     if b.dim() == 2 and dims == 4:
         b = b.unsqueeze(1)

@@ -221,12 +221,7 @@ def run(args: tuple) -> tuple:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return TransformableAdditive.apply(*args[:TENSORS], args[TENSORS:])
     if torch.autograd.forward_ad._current_level >= 0:
-        for index in GRADS:
-            value = args[index]
-            if value is None:
-                continue
-            if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
-                raise NotImplementedError(ops.FORWARD_AD)
+        ops.refuse_tangents(args[index] for index in GRADS)
     return torch.ops.attn_ext.additive(*args)
 
 
@@ -246,17 +241,7 @@ def _folded(dims, tensors, n: int) -> tuple:
     )  # fmt: skip
 
 
-def _one_by_one(function, values, dims, rest, n: int) -> tuple:
-    parts = [
-        function.apply(
-            *(functions._slice(x, d, i) for x, d in zip(values, dims, strict=True)), *rest
-        )
-        for i in range(n)
-    ]
-    return tuple(torch.stack(p) for p in zip(*parts, strict=True))
-
-
-class TransformableAdditive(torch.autograd.Function):
+class TransformableAdditive(functions.WithoutForwardMode):
     """The way under torch.func: ten tensors and a tuple with the rest of the flat arguments."""
 
     @staticmethod
@@ -280,22 +265,18 @@ class TransformableAdditive(torch.autograd.Function):
         return _scatter(ctx.needs_input_grad, found, TENSORS + 1)
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(ops.FORWARD_AD)
-
-    @staticmethod
     def vmap(info, in_dims, *inputs):
         n, tensors, rest, dims = info.batch_size, inputs[:TENSORS], inputs[TENSORS], in_dims
         if not _foldable(dims, tensors, rest):
-            found = _one_by_one(TransformableAdditive, tensors, dims[:TENSORS], (rest,), n)
+            found = functions.one_by_one(TransformableAdditive, tensors, dims[:TENSORS], (rest,), n)
             return found, (0, 0)
         outs = TransformableAdditive.apply(*_folded(dims, tensors, n), rest)
         return tuple(o.unflatten(0, (n, o.shape[0] // n)) for o in outs), (0, 0)
 
 
-class TransformableGradients(torch.autograd.Function):
-    """The gradients as a Function of their own, so that vmap(grad(f)) maps them: example by
-    example, since each has a gradient of w of its own.  No second derivative.
+class TransformableGradients(functions.Gradients):
+    """The gradients with a rule by which vmap(grad(f)) maps them: example by example, since each
+    has a gradient of w of its own.
     """
 
     @staticmethod
@@ -310,17 +291,9 @@ class TransformableGradients(torch.autograd.Function):
         return None
 
     @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(ops.DOUBLE_BACKWARD)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(ops.FORWARD_AD)
-
-    @staticmethod
     def vmap(info, in_dims, *inputs):
         count = 4 + TENSORS
-        found = _one_by_one(
+        found = functions.one_by_one(
             TransformableGradients, inputs[:count], in_dims[:count], inputs[count:],
             info.batch_size,
         )  # fmt: skip

@@ -33,6 +33,22 @@ def _scatter(needs, results) -> tuple:
     return tuple(grads)
 
 
+class WithoutForwardMode(torch.autograd.Function):
+    """A Function whose forward-mode derivative raises."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(ops.FORWARD_AD)
+
+
+class Gradients(WithoutForwardMode):
+    """Gradients as a Function of their own, whose derivative raises."""
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(ops.DOUBLE_BACKWARD)
+
+
 class EagerAttention(torch.autograd.Function):
     """The plain eager way: forward(ctx, ...) without setup_context is the cheapest that torch
     offers in Python.
@@ -67,20 +83,26 @@ class EagerAttention(torch.autograd.Function):
         return _scatter(needs, results)
 
 
-class EagerBackward(torch.autograd.Function):
-    """The backward under create_graph=True: its own backward raises."""
+class EagerBackward(Gradients):
+    """The backward under create_graph=True."""
 
     @staticmethod
     def forward(ctx, needs, rest, dout, dlse, out, lse, *tensors):
         return ops.backward_eager(dout, dlse, out, lse, (*tensors, *rest), needs)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(ops.DOUBLE_BACKWARD)
-
 
 def _slice(value, dim, n):
     return value if value is None or dim is None else value.select(dim, n)
+
+
+def one_by_one(function, values, dims, rest, n: int) -> tuple:
+    """The outputs of a Function for each of n examples, stacked: the vmap rule of what cannot be
+    folded."""
+    parts = [
+        function.apply(*(_slice(x, d, i) for x, d in zip(values, dims, strict=True)), *rest)
+        for i in range(n)
+    ]
+    return tuple(torch.stack(p) for p in zip(*parts, strict=True))
 
 
 def _to_front(value, dim, n: int):
@@ -125,7 +147,7 @@ def _batch_size(q, dim) -> int:
     return q.shape[0] if dim is None or dim > 0 else q.shape[1]
 
 
-class TransformableAttention(torch.autograd.Function):
+class TransformableAttention(WithoutForwardMode):
     """The way under torch.func: setup_context apart, a vmap rule, outputs all tensors (empty where
     absent).
     """
@@ -154,10 +176,6 @@ class TransformableAttention(torch.autograd.Function):
         return _scatter(needs, results)
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(ops.FORWARD_AD)
-
-    @staticmethod
     def vmap(info, in_dims, *inputs):
         tensors, rest, dims = inputs[:TENSORS], inputs[TENSORS], in_dims[:TENSORS]
         n, batch = info.batch_size, _batch_size(inputs[0], in_dims[0])
@@ -167,19 +185,11 @@ class TransformableAttention(torch.autograd.Function):
                 o.unflatten(0, (n, batch)) if o.dim() > 1 else o.expand(n, 0) for o in outs
             )
             return outs, (0,) * 4
-        parts = [
-            TransformableAttention.apply(
-                *(_slice(t, d, i) for t, d in zip(tensors, dims, strict=True)), rest
-            )
-            for i in range(n)
-        ]
-        return tuple(torch.stack(p) for p in zip(*parts, strict=True)), (0,) * 4
+        return one_by_one(TransformableAttention, tensors, dims, (rest,), n), (0,) * 4
 
 
-class TransformableBackward(torch.autograd.Function):
-    """The gradients as a Function of their own, so that vmap(grad(f)) batches them; no second
-    derivative.
-    """
+class TransformableBackward(Gradients):
+    """The gradients with a rule by which vmap(grad(f)) batches them."""
 
     @staticmethod
     def forward(dout, dlse, out, lse, *inputs):
@@ -191,31 +201,14 @@ class TransformableBackward(torch.autograd.Function):
         return None
 
     @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(ops.DOUBLE_BACKWARD)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(ops.FORWARD_AD)
-
-    @staticmethod
     def vmap(info, in_dims, *inputs):
         n = info.batch_size
         rows, tensors, (rest, needs) = inputs[:4], inputs[4 : 4 + TENSORS], inputs[4 + TENSORS :]
         row_dims, dims = in_dims[:4], in_dims[4 : 4 + TENSORS]
         if not _foldable(dims, tensors, rest[4], needs[4]):
-            parts = [
-                TransformableBackward.apply(
-                    *(
-                        _slice(t, d, i)
-                        for t, d in zip((*rows, *tensors), (*row_dims, *dims), strict=True)
-                    ),
-                    rest,
-                    needs,
-                )
-                for i in range(n)
-            ]
-            return tuple(torch.stack(p) for p in zip(*parts, strict=True)), (0,) * 5
+            every, every_dim = (*rows, *tensors), (*row_dims, *dims)
+            found = one_by_one(TransformableBackward, every, every_dim, (rest, needs), n)
+            return found, (0,) * 5
         batch = _batch_size(tensors[0], dims[0])
         folded_rows = [
             None if r is None else _fold(r, d, n) for r, d in zip(rows, row_dims, strict=True)

@@ -348,7 +348,7 @@ def run(args: tuple) -> tuple:
         args = _differentiable(args)
         return TransformableAttention.apply(*args[:TENSORS], args[TENSORS:])
     if torch.autograd.forward_ad._current_level >= 0:
-        _refuse_tangents(args)
+        refuse_tangents(args[index] for index in GRADS)
     if not is_plain(args[0], args[1], args[2]) or not _sides_are_plain(args):
         if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
             from attn_ext import sharding
@@ -362,8 +362,8 @@ def run(args: tuple) -> tuple:
     return forward_eager(args)
 
 
-def _refuse_tangents(args: tuple) -> None:
-    for index in GRADS:
-        value = args[index]
-        if value is not None and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+def refuse_tangents(tensors) -> None:
+    """NotImplementedError where one of the tensors is a dual number of forward-mode AD."""
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(FORWARD_AD)

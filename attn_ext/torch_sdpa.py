@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext import validate
+from attn_ext import jagged, validate
 from attn_ext.api import attention, autocast
 
 
@@ -21,7 +21,8 @@ def scaled_dot_product_attention(
 
     query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; leading
     dimensions broadcast, and there may be none.  attn_mask broadcasts to [..., Hq, L, S]: bool
-    (True = attend) or floating (added, with gradient).
+    (True = attend) or floating (added, with gradient).  All three may be nested tensors of the
+    jagged layout, [B, H, ragged, E].
     A torch.nn.attention.bias.CausalBias is causal as it says, top-left or bottom-right.
     is_causal aligns top-left and excludes attn_mask.  scale: 1/sqrt(E) if None.  enable_gqa: Hq may
     be a multiple of H.
@@ -46,6 +47,10 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             query, key, value, causal=causal, dropout_p=dropout_p, scale=scale,
             deterministic=deterministic, backend=backend,
         )  # fmt: skip
+    if jagged.is_jagged(query, key, value):
+        return jagged.serve(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend
+        )
     validate.tensor("query", query)
     validate.tensor("key", key)
     validate.tensor("value", value)

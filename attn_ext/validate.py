@@ -30,11 +30,14 @@ def tensor(name: str, value) -> None:
         raise TypeError(
             f"{name} must be a torch.Tensor, got {type(value).__name__} {shown}".rstrip()
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
-    if value.is_nested or value.is_quantized:
-        kind = "nested" if value.is_nested else "quantized"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense (strided) tensor, got a nested one: attention_varlen takes "
+            "packed values, scaled_dot_product_attention three jagged tensors"
+        )
+    if value.layout is not torch.strided or value.is_quantized:
+        kind = "a quantized one" if value.is_quantized else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
 
 
 def boolean(name: str, value) -> None:
@@ -94,6 +97,12 @@ def module_dtype(name: str, value, weight) -> None:
         and not (kind != "meta" and torch.is_autocast_enabled(kind))
     ):
         raise TypeError(f"{name} must have the module's dtype {weight.dtype}, got {value.dtype}")
+
+
+def dimensions(name: str, shape, count: int, layout: str) -> None:
+    """ValueError unless a shape has `count` dimensions, those of `layout`."""
+    if len(shape) != count:
+        raise ValueError(f"{name} must have {count} dimensions {layout}, got shape {tuple(shape)}")
 
 
 def window_pair(window) -> tuple:
@@ -188,10 +197,7 @@ def dense(
     """Check a dense call; return (align, window_left, window_right)."""
     canonical = options(causal, left, right, softcap, dropout_p, scale, deterministic, backend)
     for name, shape in zip(names, (q_shape, k_shape, v_shape), strict=True):
-        if len(shape) != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions [B, H, S, D], got shape {tuple(shape)}"
-            )
+        dimensions(name, shape, 4, "[B, H, S, D]")
     same_kind(q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, names)
     for name, shape in ((names[1], k_shape), (names[2], v_shape)):
         if shape[0] != q_shape[0]:
@@ -311,10 +317,7 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *scalars) -> tuple:
     """Check a varlen call (q [total_q, Hq, D]); return (align, window_left, window_right)."""
     canonical = options(causal, *scalars)
     for name, value in (("q", q), ("k", k), ("v", v)):
-        if value.dim() != 3:
-            raise ValueError(
-                f"{name} must have 3 dimensions [total, H, D], got shape {tuple(value.shape)}"
-            )
+        dimensions(name, value.shape, 3, "[total, H, D]")
     same_kind(q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(
@@ -339,9 +342,10 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *scalars) -> tuple:
 def decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table) -> None:
     """Check q [B, Hq, Sq, D] against a contiguous or paged cache."""
     names = ("q", "k_cache", "v_cache")
-    for name, value in zip(names, (q, k_cache, v_cache), strict=True):
-        if value.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(value.shape)}")
+    cache = "[B, H, S, D]" if block_table is None else "[pages, H, page_size, D]"
+    layouts = ("[B, H, S, D]", cache, cache)
+    for name, value, layout in zip(names, (q, k_cache, v_cache), layouts, strict=True):
+        dimensions(name, value.shape, 4, layout)
     same_kind(
         q.dtype, k_cache.dtype, v_cache.dtype, q.device, k_cache.device, v_cache.device, names
     )

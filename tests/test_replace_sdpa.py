@@ -395,6 +395,10 @@ def test_jagged_nested_tensors(causal, cross):
         )
     assert sdpa.report().served == {"cpu": 1}
     assert out.is_nested and out.shape == q.transpose(1, 2).shape
+    called = attn_ext.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
+    )
+    torch.testing.assert_close(called.values(), out.values(), rtol=0, atol=0)
     grads = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), (q, k))
     rows = zip(*(x.detach().unbind() for x in (q, k, v)), strict=True)
     for i, parts in enumerate(rows):

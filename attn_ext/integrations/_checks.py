@@ -17,10 +17,7 @@ def tensors(named: dict, dims: int, layout: str) -> None:
     """Dense tensors of `dims` dimensions."""
     for name, value in named.items():
         validate.tensor(name, value)
-        if value.dim() != dims:
-            raise ValueError(
-                f"{name} must have {dims} dimensions {layout}, got shape {tuple(value.shape)}"
-            )
+        validate.dimensions(name, value.shape, dims, layout)
 
 
 def heads_first(query, key, value, names=NAMES) -> None:

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attn_ext import backends, validate
+from attn_ext import backends, jagged, validate
 from attn_ext.api import autocasting
-from attn_ext.integrations import jagged
 from attn_ext.problem import TOP_LEFT, Problem
 from attn_ext.torch_sdpa import as_mask, is_causal_bias, serve
 
@@ -185,8 +184,7 @@ def _call(
     if torch.compiler.is_compiling():
         why = _traced_reason(backend, query.device.type, query.dtype)
         if not why:
-            function = jagged.serve if jagged.is_jagged(query, key, value) else serve
-            return function(query, key, value, *options, backend)
+            return serve(query, key, value, *options, backend)
         if strict:
             raise NotImplementedError(why)
     elif not (isinstance(query, torch.Tensor) and query.is_meta):  # nothing is computed on meta
@@ -207,11 +205,11 @@ def _call(
 
 
 def _eager(backend, query, key, value, *options):
-    function, probe = serve, (query, key, value)
-    if jagged.is_jagged(query, key, value):
-        function, probe = jagged.serve, jagged.values(query, key, value)
+    probe = (query, key, value)
+    if jagged.is_jagged(*probe):
+        probe = jagged.values(*probe)
     name = _backend(backend, *probe, *options[:3])
-    out = function(query, key, value, *options, backend)
+    out = serve(query, key, value, *options, backend)
     with _lock:
         _served[name] += 1
     return out

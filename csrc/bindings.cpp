@@ -6,15 +6,14 @@
 
 #include <array>
 #include <optional>
-
 #include <stdexcept>
 #include <string>
 
+#include "binding_parts.h"
 #include "cpu/amx.h"
 #include "cpu/ceilings.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
-#include "params.h"
 
 namespace py = pybind11;
 using attn::Pointers;
@@ -22,32 +21,14 @@ using attn::Problem;
 
 namespace {
 
-using Triple = std::array<int64_t, 3>;
-using Quad = std::array<int64_t, 4>;
-
-attn::Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
-attn::ScoreStrides score_strides(const Quad& t) { return {t[0], t[1], t[2], t[3]}; }
-
 template <class T>
 const T* in(uintptr_t address) {
   return reinterpret_cast<const T*>(address);
 }
 
 void check(const Problem& p, const Pointers& ptr, int threads) {
-  auto at_least = [](const char* name, int64_t value, int64_t least) {
-    if (value < least)
-      throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) +
-                                  ", got " + std::to_string(value));
-  };
-  at_least("batch", p.batch, 0), at_least("seqlen_q", p.seqlen_q, 0);
-  at_least("seqlen_k", p.seqlen_k, 0), at_least("heads_k", p.heads_k, 1);
-  at_least("heads_q", p.heads_q, 1), at_least("head_dim", p.head_dim, 1);
-  at_least("head_dim_v", p.head_dim_v, 1), at_least("num_threads", threads, 1);
-  if (p.heads_q % p.heads_k) throw std::invalid_argument("heads_q must be a multiple of heads_k");
-  if (p.dropout_p > 0 && !ptr.rng_state)
-    throw std::invalid_argument("rng_state is needed when dropout_p > 0");
-  if (ptr.block_table && p.page_size < 1)
-    throw std::invalid_argument("page_size must be at least 1 with a block_table");
+  attn::check(p, ptr);
+  attn::check_at_least("num_threads", threads, 1);
 }
 
 // q k v mask bias alibi rng_state cu_seqlens_q cu_seqlens_k seqlens_k block_table o lse dout dlse
@@ -73,35 +54,12 @@ Pointers pointers(const Addresses& a, int64_t alibi_stride_b) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Problem>(m, "Problem")
-      .def(py::init([](int dtype, int bias_dtype, std::array<int64_t, 7> sizes, Triple q, Triple k,
-                       Triple v, Triple o, Quad mask, Quad bias, std::array<int64_t, 2> lse,
-                       std::array<int64_t, 2> pages, double scale, double softcap, double dropout_p,
-                       int64_t window_left, int64_t window_right, int bottom_right,
-                       int64_t num_splits) {
-             Problem p;
-             p.dtype = attn::DType(dtype), p.bias_dtype = attn::DType(bias_dtype);
-             p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
-             p.seqlen_q = sizes[3], p.seqlen_k = sizes[4];
-             p.head_dim = sizes[5], p.head_dim_v = sizes[6];
-             p.q = strides(q), p.k = strides(k), p.v = strides(v), p.o = strides(o);
-             p.mask = score_strides(mask), p.bias = score_strides(bias);
-             p.lse_stride_b = lse[0], p.lse_stride_h = lse[1];
-             p.block_table_stride = pages[0], p.page_size = pages[1];
-             p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
-             p.window_left = window_left, p.window_right = window_right;
-             p.bottom_right = bottom_right, p.num_splits = num_splits;
-             return p;
-           }),
-           py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"), py::arg("q"),
-           py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
-           py::arg("lse"), py::arg("pages"), py::arg("scale"), py::arg("softcap"),
-           py::arg("dropout_p"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("bottom_right"), py::arg("num_splits"))
-      .def("set_gradient_strides",
-           [](Problem& p, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias) {
-             p.dout = strides(dout), p.dq = strides(dq), p.dk = strides(dk), p.dv = strides(dv);
-             p.dbias = score_strides(dbias);
-           });
+      .def(py::init(&attn::make_problem), py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"),
+           py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"),
+           py::arg("mask"), py::arg("bias"), py::arg("lse"), py::arg("pages"), py::arg("scale"),
+           py::arg("softcap"), py::arg("dropout_p"), py::arg("window_left"),
+           py::arg("window_right"), py::arg("bottom_right"), py::arg("num_splits"))
+      .def("set_gradient_strides", &attn::set_gradient_strides);
 
   m.def(
       "cpu_forward",

@@ -4,21 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <stdexcept>
-
+#include "../binding_parts.h"
 #include "launch.h"
 
 namespace py = pybind11;
 
 namespace attn::cuda {
 namespace {
-
-using Triple = std::array<int64_t, 3>;
-using Quad = std::array<int64_t, 4>;
-
-Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
-ScoreStrides score_strides(const Quad& t) { return {t[0], t[1], t[2], t[3]}; }
 
 // Problem and addresses of one call.
 struct NativeCall {
@@ -70,23 +62,6 @@ void set_address(Pointers& x, const std::string& name, uintptr_t address) {
   throw std::invalid_argument("no pointer is called " + name);
 }
 
-void check(const Problem& p, const Pointers& ptr) {
-  auto at_least = [](const char* name, int64_t value, int64_t least) {
-    if (value < least)
-      throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) +
-                                  ", got " + std::to_string(value));
-  };
-  at_least("batch", p.batch, 0), at_least("seqlen_q", p.seqlen_q, 0);
-  at_least("seqlen_k", p.seqlen_k, 0), at_least("heads_k", p.heads_k, 1);
-  at_least("heads_q", p.heads_q, 1), at_least("head_dim", p.head_dim, 1);
-  at_least("head_dim_v", p.head_dim_v, 1);
-  if (p.heads_q % p.heads_k) throw std::invalid_argument("heads_q must be a multiple of heads_k");
-  if (p.dropout_p > 0 && !ptr.rng_state)
-    throw std::invalid_argument("rng_state is needed when dropout_p > 0");
-  if (ptr.block_table && p.page_size < 1)
-    throw std::invalid_argument("page_size must be at least 1 with a block_table");
-}
-
 Target target(int device, uintptr_t stream, int multiprocessors, bool sm90) {
   return {device, stream, multiprocessors, sm90};
 }
@@ -102,19 +77,10 @@ void bind(py::module_& m) {
                        int64_t window_left, int64_t window_right, int bottom_right,
                        int64_t num_splits, int64_t alibi_stride_b) {
              NativeCall c;
-             Problem& p = c.p;
-             p.dtype = DType(dtype), p.bias_dtype = DType(bias_dtype);
-             p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
-             p.seqlen_q = sizes[3], p.seqlen_k = sizes[4];
-             p.head_dim = sizes[5], p.head_dim_v = sizes[6];
-             p.rows_q = rows[0], p.rows_k = rows[1];
-             p.q = strides(q), p.k = strides(k), p.v = strides(v), p.o = strides(o);
-             p.mask = score_strides(mask), p.bias = score_strides(bias);
-             p.lse_stride_b = lse[0], p.lse_stride_h = lse[1];
-             p.block_table_stride = pages[0], p.page_size = pages[1];
-             p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
-             p.window_left = window_left, p.window_right = window_right;
-             p.bottom_right = bottom_right, p.num_splits = num_splits;
+             c.p = make_problem(dtype, bias_dtype, sizes, q, k, v, o, mask, bias, lse, pages, scale,
+                                softcap, dropout_p, window_left, window_right, bottom_right,
+                                num_splits);
+             c.p.rows_q = rows[0], c.p.rows_k = rows[1];
              c.ptr.alibi_stride_b = alibi_stride_b;
              return c;
            }),
@@ -126,8 +92,7 @@ void bind(py::module_& m) {
       .def("set_gradients",
            [](NativeCall& c, Triple dout, Triple dq, Triple dk, Triple dv, Quad dbias,
               bool deterministic) {
-             c.p.dout = strides(dout), c.p.dq = strides(dq), c.p.dk = strides(dk);
-             c.p.dv = strides(dv), c.p.dbias = score_strides(dbias);
+             set_gradient_strides(c.p, dout, dq, dk, dv, dbias);
              c.p.deterministic = deterministic;
            })
       .def(

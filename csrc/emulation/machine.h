@@ -66,6 +66,7 @@ enum class Kind : uint8_t {
   WGMMA_WAIT,
 };
 const char* name(Kind kind);
+std::string hex(uint64_t v);  // "0x..."
 
 enum class Access : uint8_t { READ, WRITE, ATOMIC };
 
@@ -173,6 +174,9 @@ class Machine {
   void release(int id);
   std::string deadlock_report() const;
   void race(const std::string& report) const;
+  // From the base of shared memory; Error by the name `what` where the bytes do not lie within.
+  uint32_t offset_of(const char* what, uint32_t address, int bytes, int multiple,
+                     Where where) const;
   void land(Copy& copy);
   void log_access(uint32_t address, int bytes, Where where);
   void flush_access_log();

@@ -10,13 +10,22 @@ void Machine::race(const std::string& report) const {
   if (!report.empty()) fail(fibers_[current_].last, report);
 }
 
-namespace {
 std::string hex(uint64_t v) {
   char text[32];
   snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(v));
   return text;
 }
-}  // namespace
+
+uint32_t Machine::offset_of(const char* what, uint32_t address, int bytes, int multiple,
+                            Where where) const {
+  if (address % uint32_t(multiple) != 0 || address < SMEM_BASE ||
+      uint64_t(address) + uint64_t(bytes) > uint64_t(SMEM_BASE) + smem_bytes)
+    fail(where, std::string(what) + " " + hex(address) + " must be a multiple of " +
+                    std::to_string(multiple) + ", with all " + std::to_string(bytes) +
+                    " bytes within the " + std::to_string(smem_bytes) +
+                    " bytes of shared memory from " + hex(SMEM_BASE));
+  return address - SMEM_BASE;
+}
 
 uint8_t* Machine::access(Access access, uint32_t address, int bytes, Where where) {
   fibers_[current_].last = where;
@@ -43,12 +52,7 @@ uint8_t* Machine::access(Access access, uint32_t address, int bytes, Where where
 }
 
 const uint8_t* Machine::matrix_row(uint32_t address, Where where) {
-  if (address % 16 != 0 || address < SMEM_BASE ||
-      uint64_t(address) + 16 > uint64_t(SMEM_BASE) + smem_bytes) {
-    fail(where, "ldmatrix: row address " + hex(address) + " must be a multiple of 16 within the " +
-                    std::to_string(smem_bytes) + " bytes of shared memory from " + hex(SMEM_BASE));
-  }
-  const uint32_t offset = address - SMEM_BASE;
+  const uint32_t offset = offset_of("ldmatrix: row address", address, 16, 16, where);
   if (mode.race) {
     const Actor who = {current_ / 32, ALL_LANES, where};
     race(shadow_.read(who, warps_[who.warp].clock, offset, 16));
@@ -57,12 +61,8 @@ const uint8_t* Machine::matrix_row(uint32_t address, Where where) {
 }
 
 void Machine::store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], Where where) {
-  if (address % 16 != 0 || address < SMEM_BASE ||
-      uint64_t(address) + 16 > uint64_t(SMEM_BASE) + smem_bytes)
-    fail(where, "stmatrix: row address " + hex(address) + " must be a multiple of 16 within the " +
-                    std::to_string(smem_bytes) + " bytes of shared memory from " + hex(SMEM_BASE));
+  const uint32_t offset = offset_of("stmatrix: row address", address, 16, 16, where);
   if (!mbarriers_.empty()) check_mbarriers(address, 16, where);
-  const uint32_t offset = address - SMEM_BASE;
   if (mode.race) {
     const Actor who = {current_ / 32, lane, where};
     race(shadow_.write(who, warps_[who.warp].clock, offset, 16, false));
@@ -73,12 +73,7 @@ void Machine::store_matrix_row(int lane, uint32_t address, const uint16_t (&row)
 // ---- asynchronous copies ----------------------------------------------------------------------
 void Machine::copy_issue(uint32_t address, const void* source, int bytes, bool valid, Where where) {
   fibers_[current_].last = where;
-  if (address % uint32_t(bytes) != 0 || address < SMEM_BASE ||
-      uint64_t(address) + bytes > uint64_t(SMEM_BASE) + smem_bytes) {
-    fail(where, "cp_async: shared address " + hex(address) + " must be a multiple of " +
-                    std::to_string(bytes) + " within the " + std::to_string(smem_bytes) +
-                    " bytes of shared memory from " + hex(SMEM_BASE));
-  }
+  const uint32_t offset = offset_of("cp_async: shared address", address, bytes, bytes, where);
   if (reinterpret_cast<uintptr_t>(source) % bytes != 0) {
     fail(where, "cp_async: global address " + hex(reinterpret_cast<uintptr_t>(source)) +
                     " is not a multiple of " + std::to_string(bytes));
@@ -88,10 +83,10 @@ void Machine::copy_issue(uint32_t address, const void* source, int bytes, bool v
   if (valid) std::memcpy(copy.data, source, size_t(bytes));
   if (mode.race) {
     const Actor who = {current_ / 32, current_ % 32, where};
-    race(shadow_.issue(who, warps_[who.warp].clock, address - SMEM_BASE, bytes));
+    race(shadow_.issue(who, warps_[who.warp].clock, offset, bytes));
   }
   if (mode.poison) {
-    std::memset(smem_.data() + (address - SMEM_BASE), 0xff, size_t(bytes));
+    std::memset(smem_.data() + offset, 0xff, size_t(bytes));
   } else if (!mode.random || (random() & 1)) {
     land(copy);
   }

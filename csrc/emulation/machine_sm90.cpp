@@ -7,14 +7,6 @@
 
 namespace attn::emulation {
 
-namespace {
-std::string hex(uint32_t v) {
-  char text[16];
-  snprintf(text, sizeof(text), "0x%x", v);
-  return text;
-}
-}  // namespace
-
 // ---- mbarriers --------------------------------------------------------------------------------
 void Machine::mbarrier_init(uint32_t address, int count, Where where) {
   access(Access::WRITE, address, 8, where);
@@ -111,17 +103,12 @@ void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar
     fail(where, std::string("tma_load: no tensor map: ") + why);
   int rows = 1;
   for (int i = 1; i < 4; ++i) rows *= load.tensor.box[i];
-  if (address % 128 != 0 || address < SMEM_BASE ||
-      uint64_t(address) + uint64_t(rows) * 128 > uint64_t(SMEM_BASE) + smem_bytes)
-    fail(where, "tma_load: shared address " + hex(address) + " must be a multiple of 128, and " +
-                    std::to_string(rows) + " rows of 128 bytes must fit the " +
-                    std::to_string(smem_bytes) + " bytes of shared memory from " + hex(SMEM_BASE));
+  const uint32_t offset = offset_of("tma_load: shared address", address, rows * 128, 128, where);
   load.address = address;
   std::copy(corner.begin(), corner.end(), load.corner);
   load.mbarrier = int(&bar - mbarriers_.data());
   load.thread = current_, load.where = where;
   bar.load_phase = bar.phase + 1;
-  const uint32_t offset = address - SMEM_BASE;
   check_mbarriers(address, rows * 128, where);
   if (mode.race) {
     const Actor who = {current_ / 32, ENGINE, where};
@@ -178,16 +165,14 @@ bool Machine::tma_land_some() {
 // ---- additions to global memory ---------------------------------------------------------------
 void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
   fibers_[current_].last = where;
-  if (address % 16 || bytes % 16 || bytes <= 0 || reinterpret_cast<uintptr_t>(gmem) % 16 ||
-      address < SMEM_BASE || uint64_t(address) + uint64_t(bytes) > uint64_t(SMEM_BASE) + smem_bytes)
-    fail(where, "bulk_add: shared address " + hex(address) + ", global address and " +
-                    std::to_string(bytes) +
-                    " bytes must be multiples of 16, within the block's shared memory");
+  if (bytes % 16 || bytes <= 0 || reinterpret_cast<uintptr_t>(gmem) % 16)
+    fail(where, "bulk_add: the global address " + hex(reinterpret_cast<uintptr_t>(gmem)) +
+                    " and the size, " + std::to_string(bytes) + ", must be multiples of 16");
+  const uint32_t offset = offset_of("bulk_add: shared address", address, bytes, 16, where);
   check_mbarriers(address, bytes, where);
   if (mode.race) {
     // The engine reads until the wait: nobody may overwrite it before.
     const Actor who = {current_ / 32, current_ % 32, where};
-    const uint32_t offset = address - SMEM_BASE;
     race(shadow_.read(who, warps_[who.warp].clock, offset, bytes));
     race(shadow_.unfenced(who, offset, bytes));
     shadow_.hold(who.warp, offset, bytes, std::numeric_limits<uint32_t>::max());

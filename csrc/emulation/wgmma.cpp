@@ -74,14 +74,7 @@ void each_chunk_of_a(const WgmmaCall& call, int warp, const Use& use) {
 }  // namespace
 
 const uint8_t* Machine::operand(uint32_t address, Where where) {
-  if (address % 16 != 0 || address < SMEM_BASE ||
-      uint64_t(address) + 16 > uint64_t(SMEM_BASE) + smem_bytes) {
-    char text[16];
-    snprintf(text, sizeof(text), "0x%x", address);
-    fail(where, std::string("wgmma: the descriptor leads to ") + text + ", outside of the " +
-                    std::to_string(smem_bytes) + " bytes of shared memory");
-  }
-  return smem_.data() + (address - SMEM_BASE);
+  return smem_.data() + offset_of("wgmma: the descriptor's address", address, 16, 16, where);
 }
 
 void Machine::issue_wgmma(void* const* calls, Where where) {

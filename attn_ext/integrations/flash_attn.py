@@ -1,5 +1,4 @@
-"""flash-attn 2's functions on attn_ext: the same signatures and meanings, on CPU and in float32
-too.
+"""flash-attn 2's functions on attn_ext: same signatures and meanings, on CPU and in float32 too.
 
 q [B, S, H, D] (packed: [total, H, D]), causal and windows aligned bottom-right, a window side -1 is
 unbounded.  LSE is the natural log, float32 [B, H, Sq] ([H, total_q]), +inf for a row that sees no
@@ -10,6 +9,7 @@ find this where the real package is absent.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -128,7 +128,7 @@ def _run(args: tuple, return_attn_probs: bool, layout):
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Attention of q [B, Sq, H, D] to k, v [B, Sk, Hk, D]; H a multiple of Hk.
 
     Returns out [B, Sq, H, D]; with return_attn_probs (out, softmax_lse float32 [B, H, Sq], S_dmask:
@@ -152,7 +152,7 @@ def flash_attn_func(
 def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """`flash_attn_func` of qkv [B, S, 3, H, D]."""
     q, k, v = _packed("qkv", qkv, 2, 3, "[B, S, 3, H, D]")
     _checks.heads_last(q, k, v, ("qkv", "qkv", "qkv"))
@@ -165,7 +165,7 @@ def flash_attn_qkvpacked_func(
 def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """`flash_attn_func` of q [B, Sq, H, D] and kv [B, Sk, 2, Hk, D]."""
     k, v = _packed("kv", kv, 2, 2, "[B, Sk, 2, Hk, D]")
     _checks.heads_last(q, k, v, ("q", "kv", "kv"))
@@ -199,7 +199,7 @@ def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False, block_table=None,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Attention of packed sequences: q [total_q, H, D], k, v [total_k, Hk, D], cu_seqlens int32
     [B + 1].
 
@@ -243,7 +243,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
     return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """`flash_attn_varlen_func` of qkv [total, 3, H, D]."""
     q, k, v = _packed("qkv", qkv, 1, 3, "[total, 3, H, D]")
     _checks.rows(q, k, v, ("qkv", "qkv", "qkv"))
@@ -258,7 +258,7 @@ def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """`flash_attn_varlen_func` of q [total_q, H, D] and kv [total_k, 2, Hk, D]."""
     k, v = _packed("kv", kv, 1, 2, "[total_k, 2, Hk, D]")
     _checks.rows(q, k, v, ("q", "kv", "kv"))
@@ -365,7 +365,7 @@ def flash_attn_with_kvcache(
     cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
     return_softmax_lse=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Attention of new queries q [B, Sq, H, D] to a KV cache, after appending k and v to it in
     place.  Not differentiable.
 

@@ -38,7 +38,7 @@ class FlashSelfAttention(_Options):
     def __init__(
         self, causal=False, softmax_scale=None, attention_dropout=0.0, window_size=(-1, -1),
         alibi_slopes=None, deterministic=False,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         super().__init__()
         self._hold(
             causal, softmax_scale, attention_dropout, alibi_slopes, window_size, deterministic
@@ -60,7 +60,7 @@ class FlashCrossAttention(_Options):
     def __init__(
         self, causal=False, softmax_scale=None, attention_dropout=0.0, alibi_slopes=None,
         window_size=(-1, -1), deterministic=False,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         super().__init__()
         self._hold(
             causal, softmax_scale, attention_dropout, alibi_slopes, window_size, deterministic

@@ -145,7 +145,7 @@ def _last(positions) -> int:
 def apply_rotary_emb(
     x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,
     max_seqlen=None,
-):  # fmt: skip
+) -> torch.Tensor:  # fmt: skip
     """flash_attn.layers.rotary.apply_rotary_emb: rotate x [B, S, H, D] ([total, H, D] with
     cu_seqlens int32 [B + 1]) by position + seqlen_offsets (an int or a tensor [B]).
 
@@ -238,7 +238,7 @@ class RotaryEmbedding(torch.nn.Module):
     scale_base: XPos (arXiv 2212.10554), queries times and keys by a factor of the position.
     """
 
-    def __init__(self, dim, base=10000.0, interleaved=False, scale_base=None, device=None):
+    def __init__(self, dim, base=10000.0, interleaved=False, scale_base=None, device=None) -> None:
         super().__init__()
         validate.integer("dim", dim, 1)
         for name, value in (("base", base), ("scale_base", scale_base)):

@@ -232,7 +232,7 @@ def _run(query, key, value, attn_bias, p, scale, output_dtype):
 
 def memory_efficient_attention(
     query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-):
+) -> torch.Tensor:
     """Attention of query [B, Mq, (G, H or H,) K] to key and value [B, Mk, ..., K and Kv].
 
     attn_bias: floating [B, Mq, Mk], [B, H, Mq, Mk] or [B, G, H, Mq, Mk], added, with gradient; or
@@ -245,7 +245,7 @@ def memory_efficient_attention(
 
 def memory_efficient_attention_forward(
     query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-):
+) -> torch.Tensor:
     """`memory_efficient_attention` without gradients."""
     with torch.no_grad():
         return _run(query, key, value, attn_bias, p, scale, output_dtype)[0]

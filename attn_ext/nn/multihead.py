@@ -32,7 +32,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __init__(
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
         kdim=None, vdim=None, batch_first=False, device=None, dtype=None,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         def plain(x, kind, convert):  # numbers of numpy, which torch takes too
             return convert(x) if isinstance(x, kind) and not isinstance(x, bool) else x
 

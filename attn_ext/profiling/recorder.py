@@ -30,7 +30,7 @@ class profile:  # a context manager, named as it is used
         self.result = None
         self.ceilings = None
 
-    def __enter__(self):
+    def __enter__(self) -> profile:
         from attn_ext import ops
 
         if self.out is not None:
@@ -45,7 +45,7 @@ class profile:  # a context manager, named as it is used
         self._start = time.perf_counter()
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, traceback) -> None:
         from attn_ext import ops
 
         wall = time.perf_counter() - self._start
@@ -57,7 +57,6 @@ class profile:  # a context manager, named as it is used
             del self._recorder
             if kind is None or kind is SystemExit:
                 self._finish(path, wall)
-        return False
 
     def _finish(self, path: Path, wall: float) -> None:
         from attn_ext.profiling import report, trace

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from attn_ext.backends.native import rows, score_strides, strides
 from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
 
 try:
@@ -50,7 +51,6 @@ if _C is not None:
     _C.use_openmp(_torch_openmp())
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NO_SCORES = (0, 0, 0, 0)
 NORMALIZERS = ("softmax", "sigmoid")
 
 
@@ -69,29 +69,6 @@ def unsupported(problem: Problem) -> list[str]:
     if problem.grad and problem.kind == "decode":
         why.append("decode has no backward; use attention_varlen to train")
     return why
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is contiguous (its stride is free when it has one element)
-    and its memory holds its values (a view with torch's negative bit holds -x), else a copy."""
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _strides(x: torch.Tensor, varlen: bool) -> tuple[int, int, int]:
-    """(batch, head, position) strides of a dense [B, H, S, D] or varlen [total, H, D] tensor."""
-    s = x.stride()
-    return (0, s[1], s[0]) if varlen else (s[0], s[1], s[2])
-
-
-def _scores(x: torch.Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Strides of a mask or bias, 0 in each dimension that is broadcast to `sizes`."""
-    if x is None:
-        return _NO_SCORES
-    return tuple(
-        0 if n == 1 and full != 1 else s
-        for n, s, full in zip(x.shape, x.stride(), sizes, strict=True)
-    )
 
 
 def _address(x: torch.Tensor | None) -> int:
@@ -115,7 +92,7 @@ def _canonical(call: Call) -> dict:
         "seqlens_k": torch.int32,
         "block_table": torch.int32,
     }
-    tensors = {"q": _rows(call.q), "k": _rows(call.k), "v": _rows(call.v)}
+    tensors = {"q": rows(call.q), "k": rows(call.k), "v": rows(call.v)}
     for name, dtype in fixed.items():
         x = getattr(call, name)
         tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
@@ -146,12 +123,12 @@ def _problem(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
             problem.head_dim,
             problem.head_dim_v,
         ),
-        q=_strides(t["q"], varlen),
-        k=_strides(t["k"], varlen),
-        v=_strides(t["v"], varlen),
-        o=_strides(out, varlen),
-        mask=_scores(t["mask"], sizes),
-        bias=_scores(t["bias"], sizes),
+        q=strides(t["q"], varlen),
+        k=strides(t["k"], varlen),
+        v=strides(t["v"], varlen),
+        o=strides(out, varlen),
+        mask=score_strides(t["mask"], sizes),
+        bias=score_strides(t["bias"], sizes),
         lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
         pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
         scale=call.scale,
@@ -300,7 +277,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = _statistics_dtype(call)
-    dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
+    dout, out = rows(dout.to(call.q.dtype)), rows(out)
     lse = lse.resolve_neg().contiguous()
     dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
     grads = []
@@ -320,9 +297,9 @@ def backward(call: Call, dout, out, lse, dlse, needs):
         sizes = Problem.of(call)
         sizes = (sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k)
         problem.set_gradient_strides(
-            _strides(dout, varlen),
-            *(none if g is None else _strides(g, varlen) for g in grads),
-            _scores(dbias, sizes),
+            strides(dout, varlen),
+            *(none if g is None else strides(g, varlen) for g in grads),
+            score_strides(dbias, sizes),
         )
         _C.cpu_backward(
             problem,
@@ -377,7 +354,7 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
     t = _canonical(call)
     statistics = _statistics_dtype(call)
     ragged = call.cu_seqlens_q is not None or call.seqlens_k is not None
-    dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
+    dout, out = rows(dout.to(call.q.dtype)), rows(out)
     lse = torch.empty(_lse_shape(call), dtype=statistics) if lse is None else lse.contiguous()
     dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
     # dQ, dK, dV: zeros where no task writes, i.e. beyond the sequences or without queries or keys
@@ -392,7 +369,7 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
         varlen, sizes = call.cu_seqlens_q is not None, Problem.of(call)
         sizes = (sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k)
         problem.set_gradient_strides(
-            _strides(dout, varlen), *(_strides(g, varlen) for g in grads), _scores(dbias, sizes)
+            strides(dout, varlen), *(strides(g, varlen) for g in grads), score_strides(dbias, sizes)
         )
         _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
     return *grads, _bias_gradient(call, dbias), dw

@@ -12,12 +12,12 @@ import os
 
 import torch
 
+from attn_ext.backends.native import NO_SCORES, rows, score_strides, strides
 from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/params.h
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30  # positions are int32 in the kernels
-_NO_SCORES = (0, 0, 0, 0)
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -37,33 +37,10 @@ def unsupported(problem: Problem) -> list[str]:
     return why
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is contiguous and its memory holds its values, else a
-    copy."""
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _strides(x: torch.Tensor, varlen: bool) -> tuple[int, int, int]:
-    """(batch, head, position) strides of a dense [B, H, S, D] or varlen [total, H, D] tensor."""
-    s = x.stride()
-    return (0, s[1], s[0]) if varlen else (s[0], s[1], s[2])
-
-
-def _scores(x: torch.Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Strides of a mask or bias, 0 in each dimension that is broadcast to `sizes`."""
-    if x is None:
-        return _NO_SCORES
-    return tuple(
-        0 if n == 1 and full != 1 else s
-        for n, s, full in zip(x.shape, x.stride(), sizes, strict=True)
-    )
-
-
 def _gradient_strides(x: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """As `_scores`, and 0 where the bias has one element: the kernel then sums that dimension."""
+    """As `score_strides`, and 0 where the bias has one element: the kernel sums that dimension."""
     if x is None:
-        return _NO_SCORES
+        return NO_SCORES
     return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
@@ -122,7 +99,7 @@ class Kernels:
             "seqlens_k": torch.int32,
             "block_table": torch.int32,
         }
-        tensors = {"q": _rows(call.q), "k": _rows(call.k), "v": _rows(call.v)}
+        tensors = {"q": rows(call.q), "k": rows(call.k), "v": rows(call.v)}
         for name, dtype in fixed.items():
             x = getattr(call, name)
             tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
@@ -153,12 +130,12 @@ class Kernels:
                 problem.head_dim_v,
             ),
             rows=(t["q"].shape[0], t["k"].shape[0]) if varlen else (0, 0),
-            q=_strides(t["q"], varlen),
-            k=_strides(t["k"], varlen),
-            v=_strides(t["v"], varlen),
-            o=_strides(out, varlen),
-            mask=_scores(t["mask"], sizes),
-            bias=_scores(t["bias"], sizes),
+            q=strides(t["q"], varlen),
+            k=strides(t["k"], varlen),
+            v=strides(t["v"], varlen),
+            o=strides(out, varlen),
+            mask=score_strides(t["mask"], sizes),
+            bias=score_strides(t["bias"], sizes),
             lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
             pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
             scale=call.scale,
@@ -247,7 +224,7 @@ class Kernels:
         and dtype."""
         t = self._canonical(call)
         varlen = call.cu_seqlens_q is not None
-        dout, out = _rows(dout.to(call.q.dtype)), _rows(out)
+        dout, out = rows(dout.to(call.q.dtype)), rows(out)
         lse = lse.resolve_neg().contiguous()
         dlse = None if dlse is None else dlse.float().resolve_neg().contiguous()
         grads = []
@@ -266,8 +243,8 @@ class Kernels:
             native = self._native(call, t, out, lse)
             none = (0, 0, 0)
             native.set_gradients(
-                _strides(dout, varlen),
-                *(none if g is None else _strides(g, varlen) for g in grads),
+                strides(dout, varlen),
+                *(none if g is None else strides(g, varlen) for g in grads),
                 _gradient_strides(dbias),
                 call.deterministic,
             )

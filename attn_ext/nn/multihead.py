@@ -112,11 +112,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             ("value", value, self.vdim),
         ):
             validate.tensor(name, x)
-            if x.is_nested:
-                raise NotImplementedError(
-                    f"{name} must not be a nested tensor: call attn_ext.attention_varlen, or "
-                    "scaled_dot_product_attention under attn_ext.replace_sdpa()"
-                )
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(
                     f"{name} must have 3 dimensions, or 2 when all are unbatched, "

@@ -150,7 +150,7 @@ def attention(
     if (
         mask is bias is alibi_slopes is sink is sigmoid_bias is None
         and return_lse is return_stats is False
-        and dropout_p.__class__ in (float, int) and dropout_p == 0
+        and type(dropout_p) in (float, int) and dropout_p == 0
         and normalizer == "softmax" and isinstance(q, torch.Tensor)
     ):  # fmt: skip
         key = fast.key_of(q, k, v, causal, window, softcap, scale, deterministic, backend)

@@ -108,6 +108,22 @@ def test_compile_dynamic_shapes():
     assert counts[0] == counts[2]
 
 
+@pytest.mark.parametrize("name", ["dropout_p", "scale", "softcap"])
+def test_compile_numbers_that_change(name):
+    """A symbolic float, which Dynamo makes of a number that changes (a scheduled dropout), and with
+    dynamic=True of every one, in a check that it cannot trace.
+    """
+    q = torch.randn(1, 2, 5, 8)
+    for dynamic in (None, True):
+        torch.compiler.reset()
+        f = lambda q, x: attn_ext.attention(q, q, q, **{name: x})  # noqa: E731
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for value in (0.3, 0.2):
+            out = compiled(q, value)
+            if name != "dropout_p":
+                torch.testing.assert_close(out, f(q, value))
+
+
 def test_compile_varlen_decode_and_sdpa():
     """A public function that only eager mode can run."""
     packed = torch.randn(9, 2, 8)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_ext import backends
+from attn_ext.backends.native_gpu import _strides
 from attn_ext.problem import Call
 from attn_ext.testing import check_call, poisoned_memory, random_call
 
@@ -195,3 +196,64 @@ def test_a_scale_that_is_zero_as_a_float(kernels):
         random_call(dtype=BF16, seqlen_q=40, causal=True, scale=1e-50, device=kernels[1]),
         kernels[0],
     )
+
+
+class Guarded:
+    """A tensor within a larger piece of memory, which it can tell to be untouched."""
+
+    ROOM = 8192
+
+    def __init__(self, shape, dtype, device, values=None, around=7.0):
+        self.around, n = around, torch.Size(shape).numel()
+        self.storage = torch.full((n + 2 * self.ROOM,), around, dtype=dtype, device=device)
+        self.x = self.storage[self.ROOM : self.ROOM + n].view(shape)
+        self.x.copy_(torch.zeros(()) if values is None else values)
+
+    def untouched(self):
+        return bool((torch.cat([self.storage[: self.ROOM], self.storage[-self.ROOM :]]) == 7).all())
+
+
+LIES = {
+    "beyond the end": [0, 5, 25],
+    "before the beginning": [-9, 5, 12],
+    "falling": [12, 5, -(2**31)],
+    "all beyond": [30, 30, 40],
+}
+
+
+@pytest.mark.parametrize("sm90", [False, True], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("name", LIES)
+def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
+    """Rows read and written before or beyond a tensor's by sequences that do not lie within it."""
+    module, device = kernels
+    if sm90 and device == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the Hopper kernels run on Hopper GPUs only")
+    kernels = module._kernels()
+    monkeypatch.setattr(kernels, "sm90", sm90)
+    if module is emulated:  # with as much shared memory as these kernels may have
+        emulated.set_mode("all", 1)
+    options = {"heads_q": 2, "heads_k": 2, "head_dim": 64, "dtype": BF16, "device": device}
+    call = random_call(seqlens_q=[5, 7], seqlens_k=[5, 7], **options)
+    lie = torch.tensor(LIES[name], dtype=torch.int32, device=device)
+    call = dataclasses.replace(
+        call, cu_seqlens_q=lie, cu_seqlens_k=lie, max_seqlen_q=40, max_seqlen_k=40
+    )
+    dout = torch.ones_like(call.q)
+    inputs = [
+        Guarded(x.shape, BF16, device, x, torch.nan).x for x in (call.q, call.k, call.v, dout)
+    ]
+    call.q, call.k, call.v, dout = inputs
+    out, dq, dk, dv = outputs = [Guarded(x.shape, BF16, device) for x in inputs]
+    lse = Guarded((2, 12), torch.float32, device)
+    target = (*kernels._target(call.q.device)[:3], sm90)
+    canonical = kernels._canonical(call)  # whose memory the native call points to
+    native = kernels._native(call, canonical, out.x, lse.x)
+    native.forward(0, *target)
+    strides = [_strides(x, True) for x in inputs]
+    native.set_gradients(strides[3], *strides[:3], (0, 0, 0, 0), False)
+    kernels._point(native, dout=dout, dq=dq.x, dk=dk.x, dv=dv.x)
+    scratch = Guarded((native.backward_workspace(sm90),), torch.float32, device)
+    native.backward(scratch.x.data_ptr(), *target)
+    for x in (*outputs, lse, scratch):
+        assert x.untouched()
+    assert all(x.x.isfinite().all() for x in outputs)

@@ -12,6 +12,7 @@ import torch
 
 from attn_ext import _C
 from attn_ext.backends import cpu
+from attn_ext.problem import BOTTOM_RIGHT, TOP_LEFT
 from attn_ext.testing import check_call, random_call
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -160,6 +161,15 @@ def test_rows_of_the_smallest_number_stay_finite(dtype):
         torch.testing.assert_close(out[0, 0, 3].float(), mean, atol=4e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_scale_stays_finite(dtype):
+    """A scale that overflows in other units than its own."""
+    call = random_call(seqlen_k=300, scale=3e38, dtype=dtype)
+    call.q.mul_(1e-19), call.k.mul_(1e-19)  # logits up to about 30
+    out, lse, *_ = cpu.forward(call)
+    assert out.isfinite().all() and lse.isfinite().all() and out.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("keys", [slice(300, 400), slice(1, 400, 4)], ids=["late", "scattered"])
 def test_overflow_on_a_small_base_does_not_reach_the_output(keys):
     """A tile that is not computed again: O = inf where the base is far too small, whether it is
@@ -181,6 +191,32 @@ def test_excluded_values_reach_nothing(where, value):
     call = random_call(seqlen_q=150, causal=True, head_dim=8)
     getattr(call, where)[:, :, 70] = value
     check_call(call, "cpu")
+
+
+# (left, right): what a query sees around its own position
+WINDOWS = {"all": (-1, -1), "left": (290, -1), "right": (-1, 40), "both": (205, 131)}
+WINDOWS["causal"] = (-1, 0)
+
+
+@pytest.mark.parametrize("query", [64, 127, 130, 199])  # edges of panels of 64
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("align", [TOP_LEFT, BOTTOM_RIGHT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_one_query_reaches_the_keys_that_it_sees(query, window, align, dtype):
+    """Keys that some queries of a panel do not see among those computed for all of them at once."""
+    left, right = WINDOWS[window]
+    call = random_call(
+        batch=1, seqlen_q=200, seqlen_k=601, window=(left, right), align=align, dtype=dtype
+    )
+    out, lse, *_ = cpu.forward(call)
+    dout = torch.zeros_like(out)
+    dout[:, :, query] = 1
+    dq, dk, dv, *_ = cpu.backward(call, dout, out, lse, None, (True,) * 3 + (False,) * 2)
+    at = torch.arange(601) - query - (401 if align == BOTTOM_RIGHT else 0)
+    seen = ((at >= -left) | (left < 0)) & ((at <= right) | (right < 0))
+    assert ((dv != 0).any(-1) == seen).all()
+    assert not dk[:, :, ~seen].any()
+    assert not dq[:, :, torch.arange(200) != query].any()
 
 
 def check_threads(call, openmp: bool, counts: tuple) -> None:
@@ -206,8 +242,9 @@ def check_threads(call, openmp: bool, counts: tuple) -> None:
 @pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "own threads"])
 def test_bitwise_equal_for_any_number_of_threads(options, openmp):
     """An order of additions that depends on scheduling."""
-    call = random_call(seqlen_q=300, dtype=torch.float32, batch=1, **options)
-    check_threads(call, openmp, (1, 2, 3, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        call = random_call(seqlen_q=300, dtype=dtype, batch=1, **options)
+        check_threads(call, openmp, (1, 2, 3, 5))
 
 
 def test_isas_are_chosen_and_refused():

@@ -52,7 +52,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("seqlen", [17, 150])  # one tile of keys, and several
+@pytest.mark.parametrize("seqlen", [17, 150, 450])  # one tile of keys, several tiles, and blocks
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("name", CASES)
 def test_bad_values_reach_exactly_who_sees_them(name, value, seqlen):

@@ -13,6 +13,8 @@ class Backward {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
+  // In float32 it makes no difference; a tile unit has its products in memory anyway.
+  static constexpr bool kAtOnce = Op::kPack == 2 && Op::kStep == 1;
 
  public:
   Backward(const Problem& problem, const Pointers& pointers, int threads)
@@ -256,32 +258,44 @@ class Backward {
       k.soon.add_first(row_of<char>(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
     if (ptr.dq) k.soon.add_first(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
     panel.prefetch_bias(tile);
-    for (int i = 0; i < count; ++i) {
-      const Segment& s = segments[i];
-      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, depth_of<Op>(d), k.K.data + s.lo * k.K.row_step,
-                     k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + s.lo * kPanel + s.begin,
-                     false, &k.soon);
-      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, depth_of<Op>(dv), k.V.data + s.lo * k.V.row_step,
-                     k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + s.lo * kPanel + s.begin,
-                     false, &k.soon);
-    }
-    const T scale = T(panel.logits(tile, k.S, k.dcap));
-    const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
     for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
     T* row_delta = delta.data() + unit * kPanel;
+    // Keys that every query sees need no logits in memory, unless something is inf or NaN.
+    const bool at_once = kAtOnce && !r.whole() && panel.plain() && panel.columns == kPanel;
+    const bool clean = (at_once || panel.partial(tile)) && finite(k, panel);
+    const Keys done = at_once && clean ? panel.seen_by_all(tile, Op::kPack) : Keys{0, 0};
+    const bool safe = !panel.partial(tile) || clean;  // no inf or NaN times 0
+    const bool late = ptr.dbias || k.dcap || !safe;   // dS is needed as numbers first
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      done.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
+        gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(d), k.K.data + lo * k.K.row_step,
+                       k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + lo * kPanel + s.begin,
+                       false, &k.soon);
+        gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(dv), k.V.data + lo * k.V.row_step,
+                       k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + lo * kPanel + s.begin,
+                       false, &k.soon);
+      });
+    }
+    const T scale = T(panel.logits(tile, k.S, k.dcap));
+    const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     const T* dlse = ptr.dlse ? static_cast<const T*>(ptr.dlse) + seq.lse_offset(h, m0) : nullptr;
     if (r.whole()) k.exact_delta(panel, tile, scale, kept, dlse, row_delta);
-    const bool safe = !panel.partial(tile) || finite(k, panel);  // no inf or NaN times 0
-    const bool late = ptr.dbias || k.dcap || !safe;              // dS is needed as numbers first
+    if constexpr (kAtOnce)
+      if (done.lo < done.hi)
+        k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, d, dv, done.lo, done.hi, scale, row_delta,
+                                k.soon);
     for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
-        if (r.whole())
-          k.template gradient<true>(v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
-        else
-          k.template gradient<false>(v, tile.lo[g], tile.hi[g], scale, row_delta, kept, late);
+      done.rest({tile.lo[g], tile.hi[g]}, [&](int64_t lo, int64_t hi) {
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+          if (r.whole())
+            k.template gradient<true>(v, lo, hi, scale, row_delta, kept, late);
+          else
+            k.template gradient<false>(v, lo, hi, scale, row_delta, kept, late);
+      });
     if (late) {
       if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
       if (k.dcap) k.through_softcap(panel, tile);

@@ -344,15 +344,29 @@ class Forward {
   // S = exp(scale * S - base), times the dropout multipliers; returns the sum without them.
   template <bool kDropout>
   static Vec<T> exponentials(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base, const T* kept) {
+    // In units of ln 2 from the start is one operation less, and near enough for bfloat16; but all
+    // logits may be the smallest numbers.
+    const Vec<T> size = base < T(0) ? -base : base;
+    if (Op::kPack == 2 && scale < T(1e38) && all_below<T>(size, set1(T(1e38))))
+      return exponentials_base2<kDropout, true>(S, lo, hi, scale * T(kLog2e), base * T(kLog2e),
+                                                kept);
+    return exponentials_base2<kDropout, false>(S, lo, hi, scale, base, kept);
+  }
+
+  // kScaled: scale and base hold log2(e) already.
+  template <bool kDropout, bool kScaled>
+  static Vec<T> exponentials_base2(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base,
+                                   const T* kept) {
     Vec<T> sum[2] = {};
-    constexpr double kUnit = 1.44269504088896340736;  // exp(x) = 2^(x * kUnit)
     // N keys abreast.  Pairs of keys go to row j / 2, which lies before or at what was read.
     auto weigh_keys = [&](int64_t j, auto count) {
       constexpr int N = count.value;
       Vec<T> e[N];
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i)  // the difference first: the logits may be the smallest numbers
-        e[i] = (load(S + (j + i) * kPanel) * scale - base) * T(kUnit);
+      for (int i = 0; i < N; ++i) {
+        e[i] = load(S + (j + i) * kPanel) * scale - base;
+        if constexpr (!kScaled) e[i] *= T(kLog2e);
+      }
       vexp2_each<kDegree>(e);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {

@@ -35,12 +35,21 @@ struct Bf16Pairs {
 #endif
 
 #ifdef ATTN_BF16_DOT
-// (even[i], odd[i]) as bfloat16 pairs.
-ATTN_INLINE Vec<uint32_t> pair_rows(Vec<float> even, Vec<float> odd) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+// Two rows as bfloat16: one after the other, and from there (even[i], odd[i]) as pairs.
+ATTN_INLINE __m512i two_rows(Vec<float> even, Vec<float> odd) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+}
+ATTN_INLINE Vec<uint32_t> pairs_of(__m512i two) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (Vec<uint32_t>)_mm512_permutexvar_epi16(order, halves);
+  return (Vec<uint32_t>)_mm512_permutexvar_epi16(order, two);
+}
+ATTN_INLINE Vec<uint32_t> pair_rows(Vec<float> even, Vec<float> odd) {
+  return pairs_of(two_rows(even, odd));
+}
+ATTN_INLINE void store_two_rows(uint16_t* even, uint16_t* odd, __m512i two) {
+  _mm256_storeu_si256((__m256i*)even, _mm512_castsi512_si256(two));
+  _mm256_storeu_si256((__m256i*)odd, _mm512_extracti64x4_epi64(two, 1));
 }
 ATTN_INLINE void store_bf16(uint16_t* p, Vec<float> x) {
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
@@ -54,20 +63,17 @@ ATTN_INLINE Item item_at(const char* p) {
   return x;
 }
 
-// One block of ROWS x (NV vectors): the accumulators stay in registers over the whole depth.  They
-// start from 0 and C joins at the end: sums of sums, whose rounding grows less with the length.
-template <class Op, int ROWS, int NV, bool ACCUMULATE>
-ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int64_t depth_step,
-                            const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
-                            int64_t ldc) {
-  using T = typename Op::Acc;
+// One block of ROWS x (NV vectors), whose sums stay in registers over the whole depth.
+template <class Op, int ROWS, int NV>
+ATTN_INLINE void multiply(int64_t depth, const char* A, int64_t row_step, int64_t depth_step,
+                          const typename Op::Item* B, int64_t ldb,
+                          Vec<typename Op::Acc> (&acc)[ROWS][NV]) {
   using Item = typename Op::Item;
-  constexpr int L = kLanes<T>;
-  Vec<T> acc[ROWS][NV];
+  constexpr int L = kLanes<typename Op::Acc>;
 #pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>{};
+    for (int v = 0; v < NV; ++v) acc[r][v] = Vec<typename Op::Acc>{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec<Item> b[NV];
@@ -82,6 +88,18 @@ ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int6
     A += depth_step;
     B += ldb;
   }
+}
+
+// The sums start from 0 and C joins at the end: sums of sums, whose rounding grows less with the
+// length.
+template <class Op, int ROWS, int NV, bool ACCUMULATE>
+ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int64_t depth_step,
+                            const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
+                            int64_t ldc) {
+  using T = typename Op::Acc;
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[ROWS][NV];
+  multiply<Op>(depth, A, row_step, depth_step, B, ldb, acc);
 #pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8

@@ -21,7 +21,7 @@ struct GradientTile {
     for (int i = 0; i < N; ++i) w[i] = load(at + i * kPanel) * scale - base;
     if constexpr (Op::kPack == 2) {
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) w[i] *= T(1.44269504088896340736);
+      for (int i = 0; i < N; ++i) w[i] *= T(kLog2e);
       vexp2_each<3>(w);
     } else {
       vexp_each(w);  // 2^(x * log2(e)) would round once more
@@ -127,6 +127,24 @@ struct GradientTile {
     }
   }
 
+  // gradient() with the products before it, for keys [lo, hi) that every query of a full panel sees
+  // (lo even), where all is finite: S and dP stay in registers, only the operands of the products
+  // that follow are written.
+  void products_and_gradient(const Operand& K, const Operand& V, const Item* Qt, const Item* dOt,
+                             int64_t d, int64_t dv, int64_t lo, int64_t hi, T scale,
+                             const T* row_delta, Prefetch& soon) const {
+    const Factors keys{K.data, K.row_step, K.depth_step, Qt, depth_of<Op>(d)},
+        values{V.data, V.row_step, V.depth_step, dOt, depth_of<Op>(dv)};
+    auto take = [&](auto rows) {
+      const int64_t blocks = (hi - lo) / rows.value;
+      if (blocks) gradient_blocks<rows.value>(lo, blocks, keys, values, scale, row_delta, soon);
+      lo += blocks * rows.value;
+    };
+    take(std::integral_constant<int, ATTN_MR>{});
+    take(std::integral_constant<int, 2>{});
+    take(std::integral_constant<int, 1>{});
+  }
+
   // bf16 operands of what gradient() left as numbers.
   void emit(int64_t v, int64_t lo, int64_t hi) const {
     for (int64_t j = lo; j < hi; j += 2) {
@@ -147,15 +165,31 @@ struct GradientTile {
   ATTN_INLINE void emit_keys(int64_t j, int64_t v, const Vec<T> (&w)[N],
                              const Vec<T> (&g)[N]) const {
     if constexpr (Op::kPack == 2) {
+      emit_weights(j, v, w);
+      emit_gradients(j, v, g);
+    }
+  }
+  template <int N>
+  ATTN_INLINE void emit_weights(int64_t j, int64_t v, const Vec<T> (&w)[N]) const {
+    auto* out = reinterpret_cast<uint16_t*>(P_rows) + j * kPanel + v;
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) {
-        store_bf16(reinterpret_cast<uint16_t*>(P_rows) + (j + i) * kPanel + v, w[i]);
-        store_bf16(reinterpret_cast<uint16_t*>(dS_rows) + (j + i) * kPanel + v, g[i]);
-      }
+    for (int i = 0; i + 1 < N; i += 2)
+      store_two_rows(out + i * kPanel, out + (i + 1) * kPanel, two_rows(w[i], w[i + 1]));
+    if constexpr (N % 2) store_bf16(out + (N - 1) * kPanel, w[N - 1]);
+  }
+  template <int N>
+  ATTN_INLINE void emit_gradients(int64_t j, int64_t v, const Vec<T> (&g)[N]) const {
+    auto* out = reinterpret_cast<uint16_t*>(dS_rows) + j * kPanel + v;
+    Item* pairs = dS_by_key + j / 2 * kPanel + v;
 #pragma GCC unroll 8
-      for (int i = 0; i < N; i += 2)
-        store(dS_by_key + (j + i) / 2 * kPanel + v,
-              pair_rows(g[i], i + 1 < N ? g[i + 1] : Vec<T>{}));
+    for (int i = 0; i + 1 < N; i += 2) {
+      const auto two = two_rows(g[i], g[i + 1]);
+      store_two_rows(out + i * kPanel, out + (i + 1) * kPanel, two);
+      store(pairs + i / 2 * kPanel, pairs_of(two));
+    }
+    if constexpr (N % 2) {
+      store_bf16(out + (N - 1) * kPanel, g[N - 1]);
+      store(pairs + N / 2 * kPanel, pair_rows(g[N - 1], Vec<T>{}));
     }
   }
 
@@ -167,5 +201,51 @@ struct GradientTile {
           const Vec<T> x = load(at);  // dcap is NaN where an excluded K is
           store(at, x == T(0) ? Vec<T>{} : x * load(dcap + j * kPanel + v));
         }
+  }
+
+ private:
+  // One product of a panel.
+  struct Factors {
+    const char* A;
+    int64_t row_step, depth_step;
+    const Item* B;
+    int64_t depth;
+    template <int ROWS>
+    ATTN_INLINE void multiply_rows(int64_t first, Vec<T> (&acc)[ROWS][ATTN_NV]) const {
+      multiply<Op>(depth, A + first * row_step, row_step, depth_step, B, kPanel, acc);
+    }
+  };
+
+  template <int ROWS>
+  __attribute__((noinline)) void gradient_blocks(int64_t j, int64_t blocks, Factors keys,
+                                                 Factors values, T scale, const T* row_delta,
+                                                 Prefetch& soon) const {
+    static_assert(ATTN_NV * L == kPanel);
+    Vec<T> P[ATTN_NV][ROWS];
+    for (; blocks > 0; --blocks, j += ROWS) {
+      soon.some();
+      Vec<T> acc[ROWS][ATTN_NV];
+      keys.multiply_rows(j, acc);
+#pragma GCC unroll 8
+      for (int v = 0; v < ATTN_NV; ++v) {
+        const Vec<T> base = load(lse + v * L);
+        Vec<T> w[ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) w[i] = (acc[i][v] * scale - base) * T(kLog2e);
+        vexp2_each<3>(w);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) P[v][i] = w[i];
+        emit_weights(j, v * L, w);
+      }
+      values.multiply_rows(j, acc);
+#pragma GCC unroll 8
+      for (int v = 0; v < ATTN_NV; ++v) {
+        const Vec<T> row = load(row_delta + v * L);
+        Vec<T> g[ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) g[i] = P[v][i] * (acc[i][v] - row);
+        emit_gradients(j, v * L, g);
+      }
+    }
   }
 };

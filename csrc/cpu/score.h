@@ -3,6 +3,17 @@
 //   -inf where (i, j) is excluded.
 // Queries lie in lanes: lane q of a panel is query m0 + q.  Also the dropout multipliers.
 
+struct Keys {
+  int64_t lo, hi;  // relative to the tile's first
+  // f(lo, hi) for what these keys leave of others.
+  template <class F>
+  void rest(Keys of, const F& f) const {
+    if (lo >= hi) return f(of.lo, of.hi);
+    if (of.lo < lo) f(of.lo, std::min(of.hi, lo));
+    if (of.hi > hi) f(std::max(of.lo, hi), of.hi);
+  }
+};
+
 struct Segment {
   int64_t lo, hi;      // keys, relative to the tile's first
   int64_t begin, end;  // lanes, multiples of kGrain
@@ -80,12 +91,26 @@ class Panel {
   // S: products in; logits = factor * S out, with the factor that is returned.  dcap (or null)
   // receives d softcap(s) / ds.
   double logits(const Tile& t, T* S, T* dcap) const {
-    const bool plain =
-        seq.p->scale > 0 && seq.p->softcap <= 0 && !seq.ptr->alibi_slopes && !seq.ptr->bias;
-    if (!plain) compute(t, S, dcap);
+    const bool scaled_later = products_scaled();
+    if (!scaled_later) compute(t, S, dcap);
     apply_band(t, S);
     if (seq.ptr->mask) mask.apply(t, grains, S);
-    return plain ? seq.p->scale : 1;
+    return scaled_later ? seq.p->scale : 1;
+  }
+
+  // True when only the band stands between products and weights.
+  bool plain() const { return products_scaled() && !seq.ptr->mask && seq.p->dropout_p <= 0; }
+
+  // The tile's keys that every query of the panel sees as far as the band goes, from an even one.
+  Keys seen_by_all(const Tile& t, int64_t pack) const {
+    Keys all = seen_by_grain(t, 0);
+    for (int64_t g = 1; g < grains; ++g) {
+      const Keys keys = seen_by_grain(t, g);
+      all = {std::max(all.lo, keys.lo), std::min(all.hi, keys.hi)};
+    }
+    all.lo = (all.lo + pack - 1) / pack * pack;
+    if (all.hi < t.nk) all.hi = all.hi / pack * pack;
+    return all;
   }
 
   // keep_scratch[j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4.
@@ -149,23 +174,30 @@ class Panel {
     return true;
   }
 
+  // True when logits are products times the scale.
+  bool products_scaled() const {
+    return seq.p->scale > 0 && seq.p->softcap <= 0 && !seq.ptr->alibi_slopes && !seq.ptr->bias;
+  }
+
+  // The tile's keys that every query of a grain sees, as far as the band goes.
+  Keys seen_by_grain(const Tile& t, int64_t g) const {
+    const int64_t d = seq.diagonal(), first = m0 + g * kGrain, last = last_query(g);
+    const int64_t lo = seq.p->window_left == kUnbounded
+                           ? t.lo[g]
+                           : std::clamp(last + d - seq.p->window_left - t.n0, t.lo[g], t.hi[g]);
+    const int64_t hi = seq.p->window_right == kUnbounded
+                           ? t.hi[g]
+                           : std::clamp(first + d + seq.p->window_right + 1 - t.n0, lo, t.hi[g]);
+    return {lo, hi};
+  }
+
   // S = -inf outside of the band; nothing else is touched.
   void apply_band(const Tile& t, T* S) const {
     if (!t.banded) return;
-    for (int64_t g = 0; g < grains; ++g) {
-      // Between these keys every query of the grain sees every key.
-      const int64_t d = seq.diagonal(), first = m0 + g * kGrain, last = last_query(g);
-      const int64_t full_lo =
-          seq.p->window_left == kUnbounded
-              ? t.lo[g]
-              : std::clamp(last + d - seq.p->window_left - t.n0, t.lo[g], t.hi[g]);
-      const int64_t full_hi =
-          seq.p->window_right == kUnbounded
-              ? t.hi[g]
-              : std::clamp(first + d + seq.p->window_right + 1 - t.n0, full_lo, t.hi[g]);
-      for (int64_t j = t.lo[g]; j < full_lo; ++j) band_row(t.n0 + j, g, S + j * kPanel);
-      for (int64_t j = full_hi; j < t.hi[g]; ++j) band_row(t.n0 + j, g, S + j * kPanel);
-    }
+    for (int64_t g = 0; g < grains; ++g)
+      seen_by_grain(t, g).rest({t.lo[g], t.hi[g]}, [&](int64_t lo, int64_t hi) {
+        for (int64_t j = lo; j < hi; ++j) band_row(t.n0 + j, g, S + j * kPanel);
+      });
   }
 
   void band_row(int64_t key, int64_t g, T* row) const {

@@ -101,6 +101,8 @@ ATTN_INLINE bool all_equal<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
+constexpr double kLog2e = 1.44269504088896340736;  // e^x = 2^(x * kLog2e)
+
 // Exponentials are computed abreast, N vectors at a time: the polynomial is one chain of dependent
 // instructions, and a scheduler holds too few such chains when they come one after another.
 constexpr int kAbreast = ATTN_VEC_BYTES == 64 ? 4 : 2;

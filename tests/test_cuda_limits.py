@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attn_ext import backends
-from attn_ext.backends.native_gpu import _strides
+from attn_ext.backends.native import strides as strides_of
 from attn_ext.problem import Call
 from attn_ext.testing import check_call, poisoned_memory, random_call
 
@@ -249,7 +249,7 @@ def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
     canonical = kernels._canonical(call)  # whose memory the native call points to
     native = kernels._native(call, canonical, out.x, lse.x)
     native.forward(0, *target)
-    strides = [_strides(x, True) for x in inputs]
+    strides = [strides_of(x, True) for x in inputs]
     native.set_gradients(strides[3], *strides[:3], (0, 0, 0, 0), False)
     kernels._point(native, dout=dout, dq=dq.x, dk=dk.x, dv=dv.x)
     scratch = Guarded((native.backward_workspace(sm90),), torch.float32, device)

@@ -13,7 +13,7 @@ import torch
 
 import attn_ext
 from attn_ext import backends
-from attn_ext.backends.native_gpu import _strides
+from attn_ext.backends.native import strides as strides_of
 from attn_ext.testing import assert_close_to_reference, check_call, random_call, to_float64
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -62,7 +62,7 @@ class Hopper:
         lse = torch.empty(call.q.shape[:3])
         native = self.kernels._native(call, self.kernels._canonical(call), out, lse)
         dout = out if dout is None else dout
-        strides = _strides(dout, call.cu_seqlens_q is not None)
+        strides = strides_of(dout, call.cu_seqlens_q is not None)
         native.set_gradients(strides, *[(0, 0, 0)] * 3, (0, 0, 0, 0), False)
         self.kernels._point(native, dout=dout)
         return native.backward_kernel(1, True)

@@ -12,7 +12,7 @@ import torch
 from test_cuda_sm90 import BF16, FP16, hopper  # noqa: F401
 
 from attn_ext import backends
-from attn_ext.backends.native_gpu import _strides
+from attn_ext.backends.native import strides as strides_of
 from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, to_float64
 
 NEEDS = (True, True, True, False, False)
@@ -131,7 +131,7 @@ def test_sums_of_dq_have_room_for_every_sequence(hopper):  # noqa: F811
     call = hopper.call(seqlens_q=[1, 63, 0, 130], seqlens_k=[40] * 4, head_dim=64)
     out, lse = hopper.module.forward(call)[:2]
     native = hopper.kernels._native(call, hopper.kernels._canonical(call), out, lse)
-    native.set_gradients(*[_strides(out, True)] * 4, (0, 0, 0, 0), False)
+    native.set_gradients(*[strides_of(out, True)] * 4, (0, 0, 0, 0), False)
     hopper.kernels._point(native, dout=out, dq=out, dk=call.k, dv=call.v)
     more = native.backward_workspace(True) - native.backward_workspace(False)
     assert more == 4 * (194 // 64 + 4) * 64 * 64

@@ -103,9 +103,9 @@ class Kernels:
         for name, dtype in fixed.items():
             x = getattr(call, name)
             tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
-        for name, rows in (("cu_seqlens_q", call.q.shape[0]), ("cu_seqlens_k", call.k.shape[0])):
+        for name, total in (("cu_seqlens_q", call.q.shape[0]), ("cu_seqlens_k", call.k.shape[0])):
             if tensors[name] is not None:  # not read back: what is not true must stay in the tensor
-                tensors[name] = tensors[name].clamp(0, min(rows, 2**31 - 1))
+                tensors[name] = tensors[name].clamp(0, min(total, 2**31 - 1))
         tensors["mask"] = call.mask
         bias = None if call.bias is None else call.bias.resolve_neg()
         tensors["bias"] = bias if bias is None or bias.dtype in DTYPES else bias.float()

@@ -92,6 +92,16 @@ def test_a_script_is_profiled(capfd, tmp_path):
     assert (out / "trace.json").exists() and "attention is" in (out / "profile.html").read_text()
 
 
+def test_options_after_the_script_are_the_scripts(capfd, tmp_path):
+    """A forgotten -- that gives the script's own --out to attn-ext."""
+    script = tmp_path / "s.py"
+    script.write_text("import sys; print('got', sys.argv[1:])")
+    code = test_cli.main(
+        ["profile", "--out", str(tmp_path / "o"), "python", str(script), "--out", "x", "--json"]
+    )
+    assert code == 0 and "got ['--out', 'x', '--json']" in capfd.readouterr().out
+
+
 def test_a_script_that_fails_keeps_its_traceback(capfd, tmp_path):
     """An error of the script that looks like one of the profiler."""
     script = tmp_path / "bad.py"

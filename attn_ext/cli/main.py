@@ -170,7 +170,13 @@ def explain(
     return command.run(shape, dtype, device, causal, backward, words(features), kind, json)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@app.command(
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,  # --out after the script's name is the script's own
+    }
+)
 def profile(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="folder for trace.json, profile.html, .json")] = Path(

@@ -4,12 +4,13 @@ import attn_ext
 out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, Hk, S, D]
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
-import attn_ext._requires as _requires  # noqa: F401  says what to do where torch is missing or too old
+# before what imports torch: it says what to do where torch is missing or too old
+import attn_ext._requires as _requires  # noqa: F401
 
 # isort: split
-from attn_ext import backends, flops, inspect, nn  # noqa: F401
+from attn_ext import backends, flops, inspect, nn, reference, testing  # noqa: F401
 from attn_ext.additive import additive_attention, additive_attention_varlen
 from attn_ext.api import RowStats, attention, attention_varlen
 from attn_ext.decode import attention_decode
@@ -19,8 +20,8 @@ from attn_ext.profiling.recorder import profile
 from attn_ext.torch_sdpa import scaled_dot_product_attention
 
 try:
-    __version__ = version("attn_ext")
-except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = _metadata.version("attn_ext")
+except _metadata.PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+uninstalled"
 
 __all__ = [

@@ -11,6 +11,8 @@ from attn_ext import flops as flops
 from attn_ext import inspect as inspect
 from attn_ext import integrations as integrations
 from attn_ext import nn as nn
+from attn_ext import reference as reference
+from attn_ext import testing as testing
 from attn_ext.api import RowStats as RowStats
 from attn_ext.explanation import Explanation
 from attn_ext.integrations.sdpa import replace_sdpa as replace_sdpa

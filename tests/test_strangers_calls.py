@@ -194,3 +194,9 @@ def test_command_line_on_a_terminal_of_little_help(environment):
     ran = subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=120)
     assert ran.returncode == 0, ran.stderr.decode()
     assert b"reference" in ran.stdout
+
+
+def test_the_decorator_without_its_parentheses():
+    """A function that is taken for `strict`, and an error that does not say what to write."""
+    with pytest.raises(TypeError, match=r"@replace_sdpa\(\)"):
+        attn_ext.replace_sdpa(x)

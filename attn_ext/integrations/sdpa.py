@@ -277,6 +277,10 @@ class replace_sdpa(TorchFunctionMode):
 
     def __init__(self, strict: bool = False, backend: str = "auto"):
         super().__init__()
+        if callable(strict):
+            raise TypeError(
+                "strict must be a bool, got a function: the decorator is written @replace_sdpa()"
+            )
         validate.boolean("strict", strict)
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")

@@ -77,14 +77,19 @@ def test_a_source_tree_that_is_not_built(tmp_path):
 
 def test_sdist_holds_what_a_build_needs(tmp_path):
     """Headers and GPU sources, which setuptools does not find by itself."""
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "out", "*.egg-info")
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=ignored)
+    tree.mkdir()
+    folders = ("csrc", "attn_ext", "triton_kernels", "tests", "examples", "docs", "bench")
+    for name in folders:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
+        shutil.copy(ROOT / name, tree)
     code = "from setuptools import build_meta as b; print(b.build_sdist('..'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
         held = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for folder in ("csrc", "attn_ext", "triton_kernels", "tests", "examples"):
+    for folder in folders:
         files = {str(f.relative_to(tree)) for f in (tree / folder).rglob("*") if f.is_file()}
         assert files and files <= held, files - held

@@ -90,6 +90,9 @@ def test_flags():
     assert call.collapsed == [1]
     assert [(h, j) for h, j, _ in call.sinks] == [(2, 5)]
     assert "head 1 collapsed" in seen.summary() and "key 5 has" in seen.summary()
+    with inspect.record() as seen:
+        attn_ext.attention(q, k, k, mask=torch.tensor(False))
+    assert seen.calls[0].collapsed == [], "a head that sees no key has no entropy to lose"
 
 
 def test_additive_and_sigmoid_calls():
@@ -147,7 +150,7 @@ def test_an_exception_leaves_no_hook():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-TOKENS = ["the", "cat", "</script>", "sat", "<b>"]
+TOKENS = ["the", "<!--<script>", "</script>", "sat", "$\\frac{$"]  # not LaTeX, not HTML
 
 
 @pytest.fixture
@@ -167,9 +170,10 @@ def test_look(page):
     seen, picture, path = page
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5000
     text = path.read_text(encoding="utf-8")
-    assert "a &lt;test&gt;" in text and text.count("</script>") == 1
+    assert "a &lt;test&gt;" in text and text.count("</script>") == text.count("<script>") == 1
+    assert "<!--" not in text
     assert not re.search(r"(src|href)=|https?://", text)  # self-contained
-    data = json.loads(re.search(r"const data = (.*);\n", text)[1].replace("<\\/", "</"))
+    data = json.loads(re.search(r"const data = (.*);\n", text)[1])
     layer = data["layers"][0]
     assert layer["keys"] == TOKENS and len(layer["heads"]) == 2
     row = dict(layer["heads"][1][0][3])  # example 1, head 0, query 3

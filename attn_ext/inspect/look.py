@@ -123,7 +123,8 @@ def look(
     picture, page = folder / "attention.png", folder / "attention.html"
     _draw(usable, tokens, query_tokens, title, picture)
     layers = [_layer(c, tokens, query_tokens) for c in usable]
-    data = json.dumps({"layers": layers}, ensure_ascii=False).replace("</", "<\\/")
+    # no "<" at all: "</script>" would end the script, and after "<!--<script>" nothing would
+    data = json.dumps({"layers": layers}, ensure_ascii=False).replace("<", "\\u003c")
     text = _PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", data)
     page.write_text(text, encoding="utf-8")
     return picture, page
@@ -135,7 +136,8 @@ def _labels(call: CallRecord, tokens, query_tokens) -> tuple[list[str], list[str
 
     def fit(given, length):
         if given is not None and len(given) == length:
-            return [str(t) for t in given]
+            # lone surrogates, which a command line of other bytes than UTF-8 has, cannot be drawn
+            return [str(t).encode("utf-8", "replace").decode() for t in given]
         return [str(i) for i in range(length)]
 
     return fit(tokens if query_tokens is None else query_tokens, seqlen_q), fit(tokens, seqlen_k)
@@ -189,9 +191,10 @@ def _draw(calls, tokens, query_tokens, title: str, path: Path) -> None:
         queries, keys = _labels(call, tokens, query_tokens)
         exact = tuple(image.shape) == (len(queries), len(keys))  # a cell is a pair of tokens
         if exact and tokens is not None and max(len(queries), len(keys)) <= MAX_TICKS:
-            axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7)
-            axis.set_yticks(range(len(queries)), queries, fontsize=7)
+            style = {"fontsize": 7, "parse_math": False}  # a token may be "$\\frac{$"
+            axis.set_xticks(range(len(keys)), keys, rotation=90, **style)
+            axis.set_yticks(range(len(queries)), queries, **style)
         axis.set_title(name, fontsize=9)
-    figure.suptitle(f"{title}: rows attend to columns")
+    figure.suptitle(f"{title}: rows attend to columns", parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -52,9 +52,10 @@ class record:
 
     model: names come from its modules (None: no names).  statistics: some of STATISTICS.
     top_k: keys a query; pooled: rows and columns of the averaged map.
-    collapse_entropy: a head whose mean entropy (over rows that see more than one key) is below it,
-    in nats, is flagged as collapsed.  sink_share: a key with more than this share of a head's whole
-    mass is flagged as a sink (calls of at least 4 keys).
+    collapse_entropy: a head whose mean entropy (over the rows that see a key, but for the first,
+    which a causal mask leaves one) is below it, in nats, is flagged as collapsed.  sink_share: a
+    key with more than this share of a head's whole mass is flagged as a sink (calls of at least 4
+    keys).
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class record:
             return []
         seen = torch.isfinite(lse[..., 1:])
         total = torch.where(seen, entropy[..., 1:], 0.0).sum((0, 2))
-        mean = total / seen.sum((0, 2)).clamp_min(1)
+        mean = total / seen.sum((0, 2))  # NaN, so not below, where no row sees a key
         return [h for h, value in enumerate(mean.tolist()) if value < self.collapse_entropy]
 
     def _sinks(self, mass, call: Call) -> list:

@@ -92,6 +92,38 @@ def test_remembered_call_keeps_strides_apart(isa, layout):
     torch.testing.assert_close(contiguous, expected)
 
 
+@pytest.mark.parametrize("wanted", ["v", "kv", "q", "qkv"])  # the plan of fewer first
+def test_remembered_gradient_keeps_calls_apart(wanted):
+    """A plan of the plain backward used for another layout of an input or of dO, another scale,
+    window or dtype, another set of gradients, or where LSE has a gradient too.
+    """
+    torch.manual_seed(2)
+    shape = (2, 3, 20, 8)
+    inside = [torch.randn(2, 20, 3, 8).transpose(1, 2) for _ in range(4)]
+    calls = [
+        (x, dict(scale=scale, window=window, return_lse=lse))
+        for x in (inside, [t.contiguous() for t in inside], [t.double() for t in inside])
+        for scale, window in ((None, (None, None)), (2.0, (None, None)), (None, (3, 0)))
+        for lse in (False, True)
+    ]
+
+    def gradients(tensors, dout, options, **backend):
+        named = zip("qkv", tensors, strict=True)
+        leaves = [t.detach().requires_grad_(name in wanted) for name, t in named]
+        out = attention(*leaves, **options, **backend)
+        outs = out if options["return_lse"] else (out,)
+        douts = (dout, torch.ones_like(outs[1])) if options["return_lse"] else (dout,)
+        return torch.autograd.grad(outs, [t for t in leaves if t.requires_grad], douts)
+
+    for _ in range(2):  # made, then remembered
+        for (*tensors, dout), options in calls:
+            for g in (dout, dout.contiguous(), dout[..., :1].expand(shape)):
+                expected = gradients(tensors, g, options, backend="reference")
+                for x, a, b in zip(wanted, gradients(tensors, g, options), expected, strict=True):
+                    torch.testing.assert_close(a, b, msg=lambda m, x=x: f"d{x}: {m}")
+                    assert a.stride() == tensors["qkv".index(x)].stride()
+
+
 def test_strides_of_dimensions_with_one_element():
     """Strides other than those that fakes promise, which a compiled graph corrects by a copy."""
     q = torch.randn(70, 100)[:, :16].as_strided((1, 1, 70, 16), (7, 3, 100, 1))

@@ -269,11 +269,70 @@ def _bias_gradient(call: Call, sums: torch.Tensor | None) -> torch.Tensor | None
     return sums.to(call.bias.dtype)
 
 
+def _set_gradient_strides(problem, call: Call, dout, grads, dbias) -> None:
+    varlen, of = call.cu_seqlens_q is not None, Problem.of(call)
+    problem.set_gradient_strides(
+        strides(dout, varlen),
+        *((0, 0, 0) if g is None else strides(g, varlen) for g in grads),
+        score_strides(dbias, (of.batch, of.heads_q, of.seqlen_q, of.seqlen_k)),
+    )
+
+
+_backward_plans: dict[tuple, tuple] = {}
+
+
+def _plain_backward(call: Call, dout, out, lse, needs) -> tuple | None:
+    """The gradients of a dense call without side inputs, its problem kept as `plain_plan` keeps
+    that of the forward; None for other calls and for empty ones."""
+    q, k, v = call.q, call.k, call.v
+    if not (
+        _is_plain(call)
+        and not (needs[3] or needs[4])
+        and dout.dtype == q.dtype
+        and lse.is_contiguous()
+        and not lse.is_neg()
+    ):
+        return None
+    dout, out = rows(dout), rows(out)
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
+        dout.stride(), out.stride(), lse.stride(), needs,
+        call.scale, call.softcap, call.align, call.window_left, call.window_right,
+    )  # fmt: skip
+    plan = _backward_plans.get(key)
+    if plan is None:
+        if not (q.numel() and k.numel() and v.numel()):
+            return None
+        grads = [
+            empty_like_layout(x, x.shape[-1]) if need else None
+            for x, need in zip((q, k, v), needs, strict=False)
+        ]
+        problem = _problem(call, _canonical(call), out, lse)
+        _set_gradient_strides(problem, call, dout, grads, None)
+        if len(_backward_plans) > 4096:
+            _backward_plans.clear()
+        plan = (problem, [None if g is None else (g.shape, memory_order(g)) for g in grads])
+        _backward_plans[key] = plan
+    problem, layouts = plan
+    dq, dk, dv = (
+        layout and torch.empty_permuted(*layout, dtype=q.dtype, device="cpu") for layout in layouts
+    )
+    _C.cpu_backward(
+        problem, torch.get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        *(0,) * 8, dout.data_ptr(), 0, _address(dq), _address(dk), _address(dv), 0, 0,
+    )  # fmt: skip
+    return dq, dk, dv, None, None
+
+
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
     dtype."""
     if call.normalizer == "sigmoid":
         return (*family_backward(call, None, dout, out, None, None, needs)[:4], None)
+    plain = None if dlse is not None else _plain_backward(call, dout, out, lse, tuple(needs))
+    if plain is not None:
+        return plain
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = _statistics_dtype(call)
@@ -293,14 +352,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     dsink = torch.zeros(call.sink.shape, dtype=statistics, device="cpu") if needs[4] else None
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
-        none = (0, 0, 0)
-        sizes = Problem.of(call)
-        sizes = (sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k)
-        problem.set_gradient_strides(
-            strides(dout, varlen),
-            *(none if g is None else strides(g, varlen) for g in grads),
-            score_strides(dbias, sizes),
-        )
+        _set_gradient_strides(problem, call, dout, grads, dbias)
         _C.cpu_backward(
             problem,
             torch.get_num_threads(),
@@ -366,11 +418,7 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
     dw = None if w is None else torch.zeros_like(w)
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
-        varlen, sizes = call.cu_seqlens_q is not None, Problem.of(call)
-        sizes = (sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k)
-        problem.set_gradient_strides(
-            strides(dout, varlen), *(strides(g, varlen) for g in grads), score_strides(dbias, sizes)
-        )
+        _set_gradient_strides(problem, call, dout, grads, dbias)
         _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
     return *grads, _bias_gradient(call, dbias), dw
 

@@ -170,7 +170,9 @@ def test_sigmoid_weights_that_are_all_0_have_no_entropy():
     q, k = torch.full((1, 1, 3, 4), 8.0), torch.full((1, 1, 5, 4), -8.0)
     with inspect.record() as seen:
         attn_ext.attention(q, k, k, normalizer="sigmoid")
+        attn_ext.attention(q, k, k, normalizer="sigmoid", scale=86 / 256)  # denormal ones
     assert seen.calls[0].entropy.eq(0).all() and seen.calls[0].lse.eq(-torch.inf).all()
+    assert seen.calls[1].top_weights.gt(0).all() and seen.calls[1].entropy.ge(0).all()
     call = logits.call_of(q, k, normalizer="sigmoid")
     lse, _, entropy = blocked.row_stats(call)
     assert entropy.eq(0).all() and lse.eq(-torch.inf).all()

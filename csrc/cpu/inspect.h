@@ -172,12 +172,14 @@ class Inspect : FamilyTiles<T> {
     });
     for (int64_t i = 0; i < nq; ++i) {
       const int64_t at = seq.lse_offset(h, m0 + i);
-      // no key, or sigmoid weights that are all 0
-      const bool empty = (top[i] == ninf && sum[i] == sum[i]) || sum[i] == T(0);
+      const bool empty = top[i] == ninf && sum[i] == sum[i];
       const T base = options.sigmoid ? T(0) : top[i], l = sum[i];
+      // sigmoid weights that are all 0, or as denormal as to be missing in `spread`
+      constexpr T kFaint = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
       static_cast<T*>(ptr.lse)[at] = empty ? ninf : base + std::log(l);
       static_cast<T*>(wanted.out)[at] = l == l ? top[i] : l;
-      static_cast<T*>(wanted.entropy)[at] = empty ? T(0) : std::log(l) - spread[i] / l;
+      static_cast<T*>(wanted.entropy)[at] =
+          empty || l < kFaint ? T(0) : std::log(l) - spread[i] / l;
     }
   }
 

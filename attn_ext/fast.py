@@ -1,5 +1,5 @@
-"""The short way of small eager calls: a dense call without side inputs and without a gradient that
-has run before runs again from one lookup.
+"""The short way of small eager calls: a dense call without side inputs that has run before runs
+again from one lookup.
 
 What a call looks like (shapes, strides, dtypes, scalars) decides its validation, its backend and
 the native problem; all that is left are the pointers.  A look is remembered only after the whole
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 
 from attn_ext import backends, ops
+from attn_ext.functions import RememberedAttention
+from attn_ext.ops import TENSORS
 
 LIMIT = 4096
 _plans: dict[tuple, tuple] = {}
@@ -26,8 +28,8 @@ def key_of(q, k, v, causal, window, softcap, scale, deterministic, backend) -> t
         or not (type(q) is type(k) is type(v) is torch.Tensor)
         or type(window) is not tuple
         or not (q.is_cpu and k.is_cpu and v.is_cpu)
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or ops.observers
+        or ops.through_dispatcher
         or _jit_tracing()
         or _dispatch_modes()
         or _transforms() is not None
@@ -42,6 +44,7 @@ def key_of(q, k, v, causal, window, softcap, scale, deterministic, backend) -> t
             q.dtype, k.dtype, v.dtype,
             causal, type(causal), window, *map(type, window), softcap, type(softcap),
             scale, type(scale), deterministic, type(deterministic), backend,
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )  # fmt: skip
     except RuntimeError:  # of a nested tensor, which has no shape
         return None
@@ -53,7 +56,11 @@ def run(key: tuple | None, q, k, v):
         plan = _plans.get(key)
     except TypeError:  # a list or a tensor among the arguments
         return None
-    return None if plan is None else backends.get("cpu").run_plain(plan, q, k, v)
+    if plan is None:
+        return None
+    if key[-1]:
+        return RememberedAttention.apply(q, k, v, *plan)
+    return backends.get("cpu").run_plain(plan[0], q, k, v)
 
 
 def remember(key: tuple | None, args: tuple) -> None:
@@ -66,6 +73,6 @@ def remember(key: tuple | None, args: tuple) -> None:
     if len(_plans) >= LIMIT:
         _plans.clear()
     try:
-        _plans[key] = plan
+        _plans[key] = (plan, args[TENSORS:])
     except TypeError:
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext import ops
+from attn_ext import backends, ops
 from attn_ext.ops import GRADS, TENSORS
 
 _BIAS, _SINK = 4, 6
@@ -71,16 +71,37 @@ class EagerAttention(torch.autograd.Function):
             return (None,) * (TENSORS + 1)
         *tensors, out, lse = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[i] for i in GRADS)
-        if dout is None:
-            dout = torch.zeros_like(out)
-        if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
-            args = (*tensors, *ctx.rest, needs)
-            results = torch.ops.attn_ext.backward(dout, dlse, out, lse, *args)
-        elif torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
-            results = EagerBackward.apply(needs, ctx.rest, dout, dlse, out, lse, *tensors)
-        else:
-            results = ops.backward_eager(dout, dlse, out, lse, (*tensors, *ctx.rest), needs)
-        return _scatter(needs, results)
+        return _scatter(needs, _gradients(dout, dlse, out, lse, tensors, ctx.rest, needs))
+
+
+class RememberedAttention(torch.autograd.Function):
+    """O alone of a plain call that has run before (`attn_ext.fast`)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan, rest):
+        cpu = backends.get("cpu")
+        lse = cpu.plain_lse(plan)
+        out = cpu.run_plain(plan, q, k, v, lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = rest
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        tensors = (q, k, v, *(None,) * (TENSORS - 3))
+        needs = (*ctx.needs_input_grad[:3], False, False)
+        return (*_gradients(dout, None, out, lse, tensors, ctx.rest, needs)[:3], None, None)
+
+
+def _gradients(dout, dlse, out, lse, tensors, rest, needs) -> tuple:
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
+        return torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *rest, needs)
+    if torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
+        return EagerBackward.apply(needs, rest, dout, dlse, out, lse, *tensors)
+    return ops.backward_eager(dout, dlse, out, lse, (*tensors, *rest), needs)
 
 
 class EagerBackward(Gradients):

@@ -288,6 +288,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("attn_ext::backward", _no_double_backward, lib=lib)
 
 observers: list = []  # functions of (call, w or None) that see each eager call (inspect.record)
+through_dispatcher = False  # every call, for torch's profiler to see it (attn_ext.profile)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _jit_tracing = torch._C._is_tracing
@@ -349,7 +350,7 @@ def run(args: tuple) -> tuple:
         return TransformableAttention.apply(*args[:TENSORS], args[TENSORS:])
     if torch.autograd.forward_ad._current_level >= 0:
         refuse_tangents(args[index] for index in GRADS)
-    if not is_plain(args[0], args[1], args[2]) or not _sides_are_plain(args):
+    if through_dispatcher or not (is_plain(*args[:3]) and _sides_are_plain(args)):
         if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
             from attn_ext import sharding
 

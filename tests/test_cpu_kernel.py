@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from attn_ext import _C, attention
 from attn_ext.problem import empty_like_layout
@@ -122,6 +123,37 @@ def test_remembered_gradient_keeps_calls_apart(wanted):
                 for x, a, b in zip(wanted, gradients(tensors, g, options), expected, strict=True):
                     torch.testing.assert_close(a, b, msg=lambda m, x=x: f"d{x}: {m}")
                     assert a.stride() == tensors["qkv".index(x)].stride()
+
+
+def test_remembered_call_with_a_gradient_does_all_that_the_first_does():
+    """What a call loses by running from one lookup: guards of its inputs, refusals, batched and
+    checkpointed gradients, the state of no_grad.
+    """
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 5, 4)
+    first, seeds = attention(q, k, v), torch.randn(3, 1, 2, 5, 4)
+    want = [torch.autograd.grad(first, q, seed, retain_graph=True)[0] for seed in seeds]
+    out = attention(q, k, v)
+    assert torch.equal(out, first) and type(out.grad_fn) is not type(first.grad_fn)
+    together = torch.autograd.grad(out, q, seeds, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(together, torch.stack(want))
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)[0].sum().backward()
+    for reentrant in (False, True):
+        q.grad = None
+        again = torch.utils.checkpoint.checkpoint(attention, q, k, v, use_reentrant=reentrant)
+        again.backward(seeds[0])
+        assert torch.equal(q.grad, want[0])
+    with torch.no_grad():
+        assert not attention(q, k, v).requires_grad
+    x = q * 1.0
+    attention(x, k, v)
+    spoilt = attention(x, k, v)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        spoilt.sum().backward()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        attention(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v)
 
 
 def test_strides_of_dimensions_with_one_element():

@@ -192,6 +192,11 @@ def plain_plan(call: Call) -> tuple | None:
     return plan
 
 
+def plain_lse(plan: tuple) -> torch.Tensor:
+    """Where `run_plain` may leave LSE."""
+    return torch.empty(plan[3], dtype=plan[4], device="cpu")
+
+
 def run_plain(plan: tuple, q, k, v, lse=None):
     """O of a call with this plan; LSE goes into `lse` where it is wanted."""
     problem, shape, order, _, _ = plan
@@ -219,7 +224,7 @@ def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
     plan = plain_plan(call)
     if plan is not None:
-        lse = torch.empty(plan[3], dtype=plan[4], device="cpu")
+        lse = plain_lse(plan)
         return run_plain(plan, call.q, call.k, call.v, lse), lse, None, None
     if call.normalizer == "sigmoid":
         return (*family_forward(call, None), None, None)

@@ -44,6 +44,9 @@ def test_python_names_exist(document):
     for name in names - {"attn_ext.egg", "attn_ext._cuda"}:
         if "triton_kernels" in name:
             pytest.importorskip("triton", reason="this module imports Triton")
+            assert (
+                pydoc.locate("attn_ext.triton_kernels") is not None
+            )  # imports it: attn_ext does not
         first = name.split(".")[1]
         assert hasattr(attn_ext, first) or f"from {name.rpartition('.')[0]}" in text, name
         assert pydoc.locate(name) is not None, name

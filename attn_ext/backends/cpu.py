@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from attn_ext.backends.native import rows, score_strides, strides
+from attn_ext.backends.native import (
+    alibi_stride_b,
+    fields,
+    keep,
+    rows,
+    score_strides,
+    strides,
+)
 from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
 
 try:
@@ -107,47 +114,15 @@ def _canonical(call: Call) -> dict:
 
 def _problem(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
     """The native problem: sizes, strides and scalars."""
-    problem = Problem.of(call)
-    varlen = problem.kind == "varlen"
-    sizes = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
-    paged = t["block_table"] is not None
-    return _C.Problem(
-        dtype=_DTYPES[call.q.dtype],
-        bias_dtype=0 if t["bias"] is None else _DTYPES[t["bias"].dtype],
-        sizes=(
-            problem.batch,
-            problem.heads_q,
-            problem.heads_k,
-            problem.seqlen_q,
-            problem.seqlen_k,
-            problem.head_dim,
-            problem.head_dim_v,
-        ),
-        q=strides(t["q"], varlen),
-        k=strides(t["k"], varlen),
-        v=strides(t["v"], varlen),
-        o=strides(out, varlen),
-        mask=score_strides(t["mask"], sizes),
-        bias=score_strides(t["bias"], sizes),
-        lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
-        pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
-        scale=call.scale,
-        softcap=call.softcap,
-        dropout_p=call.dropout_p,
-        window_left=call.window_left,
-        window_right=call.window_right,
-        bottom_right=call.align,
-        num_splits=call.num_splits,
-    )
+    return _C.Problem(**fields(call, t, out, lse, _DTYPES))
 
 
 def _side_inputs(t: dict) -> list[int]:
-    alibi = t["alibi_slopes"]
     return [
         _address(t["mask"]),
         _address(t["bias"]),
-        _address(alibi),
-        alibi.stride(0) if alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1 else 0,
+        _address(t["alibi_slopes"]),
+        alibi_stride_b(t["alibi_slopes"]),
         _address(t["sink"]),
         _address(t["rng_state"]),
         _address(t["cu_seqlens_q"]),
@@ -179,16 +154,8 @@ def plain_plan(call: Call) -> tuple | None:
         lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
         if not (out.numel() or lse.numel()):
             return None
-        if len(_plans) > 4096:
-            _plans.clear()
-        plan = (
-            _problem(call, _canonical(call), out, lse),
-            out.shape,
-            memory_order(q),
-            lse.shape,
-            lse.dtype,
-        )
-        _plans[key] = plan
+        problem = _problem(call, _canonical(call), out, lse)
+        plan = keep(_plans, key, (problem, out.shape, memory_order(q), lse.shape, lse.dtype))
     return plan
 
 
@@ -314,10 +281,8 @@ def _plain_backward(call: Call, dout, out, lse, needs) -> tuple | None:
         ]
         problem = _problem(call, _canonical(call), out, lse)
         _set_gradient_strides(problem, call, dout, grads, None)
-        if len(_backward_plans) > 4096:
-            _backward_plans.clear()
-        plan = (problem, [None if g is None else (g.shape, memory_order(g)) for g in grads])
-        _backward_plans[key] = plan
+        layouts = [None if g is None else (g.shape, memory_order(g)) for g in grads]
+        plan = keep(_backward_plans, key, (problem, layouts))
     problem, layouts = plan
     dq, dk, dv = (
         layout and torch.empty_permuted(*layout, dtype=q.dtype, device="cpu") for layout in layouts
@@ -377,14 +342,12 @@ def backward(call: Call, dout, out, lse, dlse, needs):
 def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
     """One native call of the kernels in csrc/cpu/family*.h."""
     dq, dk, dv, dbias, dw = grads
-    alibi = t["alibi_slopes"]
-    per_batch = alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
              "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip
     tensors = [*(t[name] for name in names), out, lse, dout, dlse, dq, dk, dv, dbias, w, dw]
     _C.cpu_family(
         problem, torch.get_num_threads(), backward, [_address(x) for x in tensors],
-        alibi.stride(0) if per_batch else 0, call.normalizer == "sigmoid", call.sigmoid_bias,
+        alibi_stride_b(t["alibi_slopes"]), call.normalizer == "sigmoid", call.sigmoid_bias,
     )  # fmt: skip
 
 
@@ -436,15 +399,13 @@ def inspect(call: Call, w, what: int, lse, out, entropy=None, keys=None, sizes=(
     `keys`); all contiguous, in the statistics' dtype (keys: int64).  lse is read, and written for
     ROW_STATS; sizes are (n, rows, cols)."""
     t = _canonical(call)
-    alibi = t["alibi_slopes"]
-    per_batch = alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
     if not out.numel():
         return
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes")
     tensors = [*(t[name] for name in names), *(None,) * 6, lse, *(None,) * 6, w, None]
     _C.cpu_inspect(
         _problem(call, t, call.q, lse), torch.get_num_threads(), what,
-        [_address(x) for x in tensors], alibi.stride(0) if per_batch else 0,
+        [_address(x) for x in tensors], alibi_stride_b(t["alibi_slopes"]),
         call.normalizer == "sigmoid", call.sigmoid_bias, sizes, _address(out), _address(entropy),
         _address(keys),
     )  # fmt: skip

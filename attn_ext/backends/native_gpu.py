@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from attn_ext.backends.native import NO_SCORES, rows, score_strides, strides
+from attn_ext.backends.native import NO_SCORES, alibi_stride_b, fields, keep, rows, strides
 from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/params.h
@@ -116,43 +116,11 @@ class Kernels:
 
     def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
         """The native call: sizes, strides, scalars and the addresses of the inputs."""
-        problem = Problem.of(call)
-        varlen = problem.kind == "varlen"
-        sizes = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
-        alibi, paged = t["alibi_slopes"], t["block_table"] is not None
+        varlen = call.cu_seqlens_q is not None
         native = self.module.Call(
-            dtype=DTYPES[call.q.dtype],
-            bias_dtype=0 if t["bias"] is None else DTYPES[t["bias"].dtype],
-            sizes=(
-                problem.batch,
-                problem.heads_q,
-                problem.heads_k,
-                problem.seqlen_q,
-                problem.seqlen_k,
-                problem.head_dim,
-                problem.head_dim_v,
-            ),
+            **fields(call, t, out, lse, DTYPES),
             rows=(t["q"].shape[0], t["k"].shape[0]) if varlen else (0, 0),
-            q=strides(t["q"], varlen),
-            k=strides(t["k"], varlen),
-            v=strides(t["v"], varlen),
-            o=strides(out, varlen),
-            mask=score_strides(t["mask"], sizes),
-            bias=score_strides(t["bias"], sizes),
-            lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
-            pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
-            scale=call.scale,
-            softcap=call.softcap,
-            dropout_p=call.dropout_p,
-            window_left=call.window_left,
-            window_right=call.window_right,
-            bottom_right=call.align,
-            num_splits=call.num_splits,
-            alibi_stride_b=(
-                alibi.stride(0)
-                if alibi is not None and alibi.dim() == 2 and alibi.shape[0] > 1
-                else 0
-            ),
+            alibi_stride_b=alibi_stride_b(t["alibi_slopes"]),
         )
         self._point(native, o=out, lse=lse, **t)
         return native
@@ -177,9 +145,7 @@ class Kernels:
             lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
             native = self._native(call, self._canonical(call), out, lse)
             scratch = native.forward_workspace(target[2])
-            if len(self._plans) > 4096:
-                self._plans.clear()
-            plan = self._plans[key] = (native, scratch, out.shape, memory_order(q))
+            plan = keep(self._plans, key, (native, scratch, out.shape, memory_order(q)))
         native, scratch, shape, order = plan
         if scratch:
             return None

@@ -159,7 +159,7 @@ def _forward_kernel(*args):
 
 def _backward_kernel(dout, dlse, out, lse, *rest):
     args, bias_grad = _checked(rest[:-1]), rest[-1]
-    ops.check_results(args[0], args[2], dout, dlse, out, lse, args[7] is not None)
+    ops.check_results(args[0], args[2], dout, dlse, out, lse, args[7])
     promised = _gradients(args, bias_grad)
     found = backward(dout, dlse, out, lse, *args, bias_grad)
     return tuple(_conform(t, p) for t, p in zip(found, promised, strict=True))

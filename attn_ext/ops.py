@@ -197,9 +197,9 @@ def checked_lengths(
     return seqlen_q, seqlen_k
 
 
-def check_results(q, v, dout, dlse, out, lse, varlen: bool) -> None:
+def check_results(q, v, dout, dlse, out, lse, cu_seqlens_q) -> None:
     """ValueError unless what goes into a backward has the shapes that its forward gave."""
-    rows = (q.shape[1], q.shape[0]) if varlen else tuple(q.shape[:3])
+    rows = _lse_shape(q, cu_seqlens_q)
     want_out = (*q.shape[:-1], v.shape[-1])
     given = (
         ("out", out, want_out),
@@ -235,7 +235,7 @@ def _forward_kernel(*args):
 
 def _backward_kernel(dout, dlse, out, lse, *rest):
     args, needs = _checked(rest[:-1]), rest[-1]
-    check_results(args[0], args[2], dout, dlse, out, lse, args[8] is not None)
+    check_results(args[0], args[2], dout, dlse, out, lse, args[8])
     grads = backward_eager(dout, dlse, out, lse, args, needs)
     return tuple(_conform(t, p) for t, p in zip(grads, _backward_outputs(args, needs), strict=True))
 

@@ -82,8 +82,8 @@ def select(name: str, problem: Problem) -> str:
 def warn_of_reference(name: str, chosen: str, problem: Problem) -> None:
     """RuntimeWarning, once a reason, where "auto" found nothing but the reference."""
     if name == "auto" and chosen == "reference":
-        able = [c for c in ORDER if automatic(c, problem) and c != "reference"]
-        own = [c for c in able if problem.device == "cpu" or c != "cpu"]
+        foreign = {"reference"} if problem.device == "cpu" else {"reference", "cpu"}
+        own = [c for c in ORDER if automatic(c, problem) and c not in foreign]
         _warn_once("; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in own))
 
 

@@ -14,9 +14,9 @@ def run(file: Path, tokens: str | None, out: Path, title: str) -> int:
         raise BadArgument(f"FILE must be there, got {file}")
     try:
         records = load(file)
-    except Exception as error:  # torch.load raises whatever its unpickler meets in other files
-        if isinstance(error, OSError):
-            raise BadArgument(f"FILE cannot be read: {error}") from None
+    except OSError as error:
+        raise BadArgument(f"FILE cannot be read: {error}") from None
+    except Exception:  # torch.load raises whatever its unpickler meets in other files
         message = f"FILE must be written by attn_ext.inspect.record.save, got {file}"
         raise BadArgument(message) from None
     try:

@@ -204,11 +204,11 @@ def row_probabilities(call: Call, tile: Tile, s: torch.Tensor) -> torch.Tensor:
     """P [b, h, r, c] of a tile that holds all keys of its rows.  It needs no LSE, which loses the
     number of keys beside logits of finfo.min, as additive masks have them.
     """
+    weighed = s
     if call.sink is not None:
         sink = call.sink[tile.h].to(s.dtype)[None, :, None, None]
-        s = torch.cat((s, sink.expand(*s.shape[:3], 1)), dim=-1)
-    p = torch.softmax(s, dim=-1)[..., : s.shape[-1] - (call.sink is not None)]
-    s = s[..., : p.shape[-1]]
+        weighed = torch.cat((s, sink.expand(*s.shape[:3], 1)), dim=-1)
+    p = torch.softmax(weighed, dim=-1)[..., : s.shape[-1]]
     return torch.where(s == -torch.inf, 0.0, p)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attn_ext
+from attn_ext.reference import attend
 from attn_ext.testing import check_call, random_call
 
 NAN, INF = torch.nan, torch.inf
@@ -84,3 +85,17 @@ def test_a_row_of_the_smallest_number_weighs_its_keys_alike(backend, dtype):
     assert out.isfinite().all()
     mean = call.v.float().mean(2).repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
     torch.testing.assert_close(out[:, :, 2].float(), mean, atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_row_of_the_smallest_number_is_a_mean(dtype):
+    """exp(S - LSE) where LSE has lost ln(number of keys): O, entropy and dV n times too large."""
+    call = random_call(7, dtype=dtype, bias="qk", stats=True)
+    call.bias[:, :, 2] = torch.finfo(torch.float32).min
+    group, count = call.q.shape[1] // call.k.shape[1], call.k.shape[2]
+    call.v.requires_grad_()
+    out, _, _, entropy = attend(call)
+    torch.testing.assert_close(out[:, :, 2], call.v.mean(2).repeat_interleave(group, 1))
+    torch.testing.assert_close(entropy[:, :, 2], torch.full_like(entropy[:, :, 2], count).log())
+    (dv,) = torch.autograd.grad(out[:, :, 2].sum(), call.v)
+    torch.testing.assert_close(dv, torch.full_like(dv, group / count))

@@ -126,14 +126,16 @@ def random_call(
     `seqlens_k`, one length a sequence.  Decode: `cache_seqlens`, with `seqlen_k` positions of
     cache, in pages in random order where `page_size` > 0; the unused part of the cache is NaN.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     heads_k = heads_k or heads_q
     head_dim_v = head_dim_v or head_dim
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     stat = torch.float64 if dtype == torch.float64 else torch.float32
+    uniform = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
 
     def normal(*shape, dtype=dtype):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        wide = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return wide.to(dtype)
 
     fields = {}
     if seqlens_q is not None:
@@ -151,15 +153,15 @@ def random_call(
         k = normal(batch, heads_k, seqlen_k, head_dim)
         v = normal(batch, heads_k, seqlen_k, head_dim_v)
     if cache_seqlens is not None:
-        fields["seqlens_k"] = torch.tensor(cache_seqlens, dtype=torch.int32)
+        fields["seqlens_k"] = torch.tensor(cache_seqlens, dtype=torch.int32, device="cpu")
         for b, length in enumerate(cache_seqlens):
             k[b, :, length:] = torch.nan
             v[b, :, length:] = torch.nan
         if page_size:
             pages = (seqlen_k + page_size - 1) // page_size
             # a generator of its own: paged and contiguous calls of one seed hold the same values
-            own = torch.Generator().manual_seed(seed)
-            order = torch.randperm(batch * pages + 1, generator=own)[: batch * pages]
+            own = torch.Generator("cpu").manual_seed(seed)
+            order = torch.randperm(batch * pages + 1, generator=own, device="cpu")[: batch * pages]
             fields["block_table"] = order.view(batch, pages).to(torch.int32)
             k, v = (_to_pages(x, fields["block_table"], page_size) for x in (k, v))
 
@@ -169,16 +171,16 @@ def random_call(
         return [size if name in dims else 1 for name, size in full]
 
     if mask:
-        fields["mask"] = torch.rand(score_shape(mask), generator=generator) < 0.7
+        fields["mask"] = torch.rand(score_shape(mask), **uniform) < 0.7
     if bias:
         fields["bias"] = normal(*score_shape(bias))
     if alibi:
-        slopes = torch.rand((batch, heads_q) if alibi == "b" else heads_q, generator=generator)
+        slopes = torch.rand((batch, heads_q) if alibi == "b" else heads_q, **uniform)
         fields["alibi_slopes"] = slopes * 0.5
     if sink:
         fields["sink"] = normal(heads_q, dtype=stat)
     if dropout_p > 0:
-        fields["rng_state"] = torch.tensor([seed + 1234, 5])
+        fields["rng_state"] = torch.tensor([seed + 1234, 5], dtype=torch.int64, device="cpu")
     fields.update(q=q, k=k, v=v)
     strided = ("q", "k", "v", "mask", "bias")
     for name, tensor in fields.items():
@@ -202,7 +204,8 @@ def random_call(
 
 def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
     """cu_seqlens int32 [B + 1]"""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+    starts = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu")
+    return starts.cumsum(0).to(torch.int32)
 
 
 def _to_pages(x: torch.Tensor, block_table: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -305,12 +308,13 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
     if not grads:
         return
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    normal = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     dout = torch.empty_like(out)
-    dout.copy_(torch.randn(out.shape, generator=generator))
+    dout.copy_(torch.randn(out.shape, **normal))
     d_lse = None
     if dlse:
-        d_lse = torch.randn(lse.shape, generator=generator).to(lse)
+        d_lse = torch.randn(lse.shape, **normal).to(lse)
     needs = tuple(getattr(call, name) is not None for name in GRADIENTS)
     with poisoned_memory():
         results = module.backward(call, dout, out, lse, d_lse, needs)

@@ -39,7 +39,8 @@ def _rows(lse: torch.Tensor) -> torch.Tensor:
 def column_mass(call: Call, lse: torch.Tensor) -> torch.Tensor:
     """sum_i P_ij, float32 [B, Hq, Sk]"""
     plan = launch.Plan(call)
-    mass = torch.zeros(plan.batch, plan.heads_q, plan.seqlen_k, device=plan.q.device)
+    f32 = {"dtype": torch.float32, "device": plan.q.device}
+    mass = torch.zeros(plan.batch, plan.heads_q, plan.seqlen_k, **f32)
     if mass.numel() and plan.seqlen_q:
         found = tile(plan)
         blocks = triton.cdiv(plan.seqlen_k, found.block_n)
@@ -57,7 +58,7 @@ def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
     plan = launch.Plan(call)
     best = triton.next_power_of_2(max(n, 2))
     shape = (plan.batch, plan.heads_q, plan.seqlen_q, best)
-    found = torch.full(shape, torch.iinfo(torch.int64).min, device=plan.q.device)
+    found = torch.full(shape, torch.iinfo(torch.int64).min, dtype=torch.int64, device=plan.q.device)
     if found.numel() and plan.seqlen_k:
         chosen = tile(plan)
         blocks = triton.cdiv(plan.seqlen_q, chosen.block_m)
@@ -79,7 +80,8 @@ def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
 def pooled_map(call: Call, rows: int, cols: int, lse: torch.Tensor) -> torch.Tensor:
     """P averaged down to float32 [B, Hq, rows, cols]"""
     plan = launch.Plan(call)
-    out = torch.zeros(plan.batch, plan.heads_q, rows, cols, device=plan.q.device)
+    f32 = {"dtype": torch.float32, "device": plan.q.device}
+    out = torch.zeros(plan.batch, plan.heads_q, rows, cols, **f32)
     if out.numel() and plan.seqlen_q and plan.seqlen_k:
         queries = 16 if launch.architecture(plan.q).startswith("gfx") else 32
         found = tile(plan)._replace(block_m=queries, block_n=32, warps=8)  # larger ones spill

@@ -82,7 +82,7 @@ def tune(
     from attn_ext.triton_kernels import launch
 
     best: dict[str, configs.Tile] = {}
-    architecture = launch.architecture(torch.empty(0, device=device))
+    architecture = launch.architecture(torch.empty(0, dtype=torch.float32, device=device))
     size = torch.finfo(dtype).bits // 8
     for direction, head_dim in itertools.product(directions, head_dims):
         width = launch.width(head_dim)

@@ -229,7 +229,7 @@ def _bias_sums(call: Call, dtype) -> torch.Tensor:
     shape = list(call.bias.shape)
     if shape[2:] == [1, 1]:
         shape[2] = min(call.max_seqlen_q, call.q.shape[-2 if call.cu_seqlens_q is None else 0])
-    return torch.zeros(shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device=call.q.device)
 
 
 def _bias_gradient(call: Call, sums: torch.Tensor | None) -> torch.Tensor | None:
@@ -375,7 +375,9 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
     statistics = _statistics_dtype(call)
     ragged = call.cu_seqlens_q is not None or call.seqlens_k is not None
     dout, out = rows(dout.to(call.q.dtype)), rows(out)
-    lse = torch.empty(_lse_shape(call), dtype=statistics) if lse is None else lse.contiguous()
+    if lse is None:
+        lse = torch.empty(_lse_shape(call), dtype=statistics, device=call.q.device)
+    lse = lse.contiguous()
     dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
     # dQ, dK, dV: zeros where no task writes, i.e. beyond the sequences or without queries or keys
     blank = ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0

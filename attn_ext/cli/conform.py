@@ -103,11 +103,12 @@ class Prepared:
         self.dout = self.dlse = None
         if not self.grads:
             return
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = torch.Generator("cpu").manual_seed(seed + 1)
+        normal = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         out, lse = self.naive[:2]
         self.dout = empty_like_layout(self.call.q, self.call.v.shape[-1])
-        self.dout.copy_(torch.randn(out.shape, generator=generator))
-        self.dlse = torch.randn(lse.shape, generator=generator).to(lse)
+        self.dout.copy_(torch.randn(out.shape, **normal))
+        self.dlse = torch.randn(lse.shape, **normal).to(lse)
 
     def gradients(self, with_lse: bool):
         """(truths, naives) of the five gradients, with or without one through LSE"""

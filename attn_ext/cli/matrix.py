@@ -71,8 +71,7 @@ def _every_other_column(call: Call) -> Call:
     """The last dimension of q, k and v has stride 2"""
 
     def spread(x):
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype)
-        wide = wide.to(x.device)
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
         wide[..., ::2] = x
         return wide[..., ::2]
 

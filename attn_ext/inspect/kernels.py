@@ -58,7 +58,7 @@ def row_stats(call: Call, w=None, backend: str = "auto") -> tuple:
     dtype = logits.statistics_dtype(call)
     if select(backend, call, w) != "cpu":
         return blocked.row_stats(call, w)
-    lse = torch.full(call.q.shape[:3], -torch.inf, dtype=dtype)
+    lse = torch.full(call.q.shape[:3], -torch.inf, dtype=dtype, device=call.q.device)
     largest, entropy = lse.clone(), torch.zeros_like(lse)
     cpu = backends.get("cpu")
     cpu.inspect(call, _weights(w), cpu.ROW_STATS, lse, largest, entropy)
@@ -90,8 +90,9 @@ def top_k(call: Call, n: int, lse, w=None, backend: str = "auto") -> tuple:
     if name == "triton":
         return backends.get("triton").inspect_top_k(call, n, lse)
     shape = (*call.q.shape[:3], n)
-    weights = torch.zeros(shape, dtype=logits.statistics_dtype(call))
-    keys = torch.full(shape, -1, dtype=torch.int64)
+    device = call.q.device
+    weights = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=device)
+    keys = torch.full(shape, -1, dtype=torch.int64, device=device)
     cpu = backends.get("cpu")
     cpu.inspect(call, _weights(w), cpu.TOP_K, _rows(call, lse), weights, None, keys, (n, 0, 0))
     return weights, keys
@@ -104,7 +105,8 @@ def column_mass(call: Call, lse, w=None, backend: str = "auto") -> torch.Tensor:
         return blocked.column_mass(call, lse, w)
     if name == "triton":
         return backends.get("triton").inspect_column_mass(call, lse)
-    mass = torch.zeros(*call.q.shape[:2], call.k.shape[2], dtype=logits.statistics_dtype(call))
+    shape = (*call.q.shape[:2], call.k.shape[2])
+    mass = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
     cpu = backends.get("cpu")
     cpu.inspect(call, _weights(w), cpu.COLUMN_MASS, _rows(call, lse), mass)
     return mass
@@ -119,7 +121,8 @@ def pooled_map(call: Call, rows: int, cols: int, lse, w=None, backend: str = "au
         return blocked.pooled_map(call, rows, cols, lse, w)
     if name == "triton":
         return backends.get("triton").inspect_pooled_map(call, rows, cols, lse)
-    out = torch.zeros(*call.q.shape[:2], rows, cols, dtype=logits.statistics_dtype(call))
+    shape = (*call.q.shape[:2], rows, cols)
+    out = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
     cpu = backends.get("cpu")
     sizes = (0, rows, cols)
     cpu.inspect(call, _weights(w), cpu.POOLED_MAP, _rows(call, lse), out, None, None, sizes)
@@ -134,5 +137,5 @@ def _rows(call: Call, lse) -> torch.Tensor:
     """LSE as the kernel reads it; of sigmoid weights, where it is not read, anything."""
     dtype = logits.statistics_dtype(call)
     if lse is None:
-        return torch.zeros(call.q.shape[:3], dtype=dtype)
+        return torch.zeros(call.q.shape[:3], dtype=dtype, device=call.q.device)
     return lse.detach().to(dtype).contiguous()

@@ -184,7 +184,8 @@ def apply_rotary_emb_torch(x, cos, sin, interleaved=False):
                 f"{name} must have x's {tuple(x.shape[:2])} rows, got shape {tuple(table.shape)}"
             )
     interleaved = validate.switch("interleaved", interleaved)
-    check("cos", cos.flatten(0, -2), "sin", sin.flatten(0, -2), x, torch.tensor(x.shape[1] - 1))
+    last = torch.tensor(x.shape[1] - 1, dtype=torch.int64, device="cpu")
+    check("cos", cos.flatten(0, -2), "sin", sin.flatten(0, -2), x, last)
     cos, sin = (t if t.dim() == 3 else t[None, : x.shape[1]] for t in (cos, sin))
     return _turned(x, cos, sin, interleaved)
 

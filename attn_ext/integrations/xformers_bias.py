@@ -150,7 +150,7 @@ class _SeqLenInfo:
     @property
     def seqstart(self) -> torch.Tensor:
         """int32 [blocks + 1]"""
-        return torch.tensor(self.seqstart_py, dtype=torch.int32)
+        return torch.tensor(self.seqstart_py, dtype=torch.int32, device="cpu")
 
     @property
     def max_seqlen(self) -> int:
@@ -199,7 +199,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
     @property
     def seqlen(self) -> torch.Tensor:
         """int32 [blocks]"""
-        return torch.tensor(self.seqlen_py, dtype=torch.int32)
+        return torch.tensor(self.seqlen_py, dtype=torch.int32, device="cpu")
 
     def intervals(self):
         return [

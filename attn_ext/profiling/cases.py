@@ -73,11 +73,12 @@ class Case:
 
     def inputs(self, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """q, k, v, dout: normally distributed, the same for the same case and seed"""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        normal = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         q = (self.batch, self.heads_q, self.seqlen_q, self.head_dim)
         kv = (self.batch, self.heads_k, self.seqlen_k, self.head_dim)
         return tuple(
-            torch.randn(shape, generator=generator).to(self.torch_dtype).to(self.device)
+            torch.randn(shape, **normal).to(self.torch_dtype).to(self.device)
             for shape in (q, kv, kv, q)
         )
 

@@ -96,7 +96,7 @@ def measure_cuda(device: str = "cuda") -> Ceilings:
     clock, n = clock_for(device), 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     half = _rate(lambda: a @ a, 2 * n**3, clock)
-    b = torch.randn(n // 2, n // 2, device=device)
+    b = torch.randn(n // 2, n // 2, dtype=torch.float32, device=device)
     fp32 = _rate(lambda: b @ b, 2 * (n // 2) ** 3, clock)
     c = torch.empty(1 << 30, dtype=torch.int8, device=device).zero_().view(torch.float32)
     return Ceilings(fp32, half, _rate(c.sum, c.numel() * 4, clock))

@@ -72,7 +72,7 @@ def _onnx_session(case: Case, node, inputs: dict, outputs: dict, opset: int):
         binding.bind_cpu_input(name, tensor.numpy())
     results = {}
     for name, shape in outputs.items():
-        zeros = torch.zeros(shape, dtype=dtype).numpy()
+        zeros = torch.zeros(shape, dtype=dtype, device="cpu").numpy()
         results[name] = ort.OrtValue.ortvalue_from_numpy(zeros)
         binding.bind_ortvalue_output(name, results[name])
     return session, binding, results
@@ -129,9 +129,9 @@ def onnx_gqa(case: Case, q, k, v) -> Bound:
         ["out", "present_k", "present_v"], domain="com.microsoft",
         num_heads=case.heads_q, kv_num_heads=case.heads_k,
     )  # fmt: skip
-    lengths = torch.full((case.batch,), case.seqlen_k - 1, dtype=torch.int32)
+    lengths = torch.full((case.batch,), case.seqlen_k - 1, dtype=torch.int32, device="cpu")
     inputs = {"q": _rows(q), "k": _rows(k), "v": _rows(v), "lengths": lengths}
-    inputs["total"] = torch.tensor([case.seqlen_k], dtype=torch.int32)
+    inputs["total"] = torch.tensor([case.seqlen_k], dtype=torch.int32, device="cpu")
     outputs = {"out": inputs["q"].shape, "present_k": k.shape, "present_v": v.shape}
     return _bound_session(case, node, inputs, outputs, 20, _heads(case))
 

@@ -20,8 +20,11 @@ def run(file: Path, tokens: str | None, out: Path, title: str) -> int:
         message = f"FILE must be written by attn_ext.inspect.record.save, got {file}"
         raise BadArgument(message) from None
     try:
-        paths = look(records, out, tokens=tokens.split() if tokens else None, title=title)
-    except ValueError as error:
+        given = None
+        if tokens is not None:
+            given = Path(tokens) if tokens.endswith(".json") else tokens.split()
+        paths = look(records, out, tokens=given, title=title)
+    except (OSError, TypeError, ValueError) as error:
         raise BadArgument(str(error)) from None
     for path in paths:
         print(f"wrote {path}")

@@ -76,7 +76,8 @@ def doctor(json: Json = False) -> int:
 def look(
     file: Annotated[Path, typer.Argument(help="what attn_ext.inspect.record(...).save() wrote")],
     tokens: Annotated[
-        str | None, typer.Option(help="the tokens, separated by spaces; default: positions")
+        str | None,
+        typer.Option(help="the tokens, separated by spaces, or FILE.json, a list of strings"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder to write to")] = Path("out/look"),
     title: Annotated[str, typer.Option(help="title of both")] = "attention",

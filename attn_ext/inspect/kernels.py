@@ -17,7 +17,7 @@ BACKENDS = ("triton", "cpu", "reference")
 TRITON_TOP_K = 64  # keys a query that the Triton kernel keeps in registers
 
 
-def reasons(name: str, call: Call, w=None, n: int = 0) -> list[str]:
+def reasons(name: str, call: Call, w=None, n: int = 0, lse=None) -> list[str]:
     """Why backend `name` has no kernel for `call`; empty where it has."""
     if name == "reference":
         return []
@@ -28,21 +28,26 @@ def reasons(name: str, call: Call, w=None, n: int = 0) -> list[str]:
         why.append("its inspect kernels know softmax over dot products only")
     if name == "triton" and n > TRITON_TOP_K:
         why.append(f"n must be at most {TRITON_TOP_K} on triton, got {n}")
+    if lse is not None and bool(logits.too_large(lse).any()):
+        most = float(torch.where(lse.isfinite(), lse.abs(), 0.0).max())
+        why.append(f"lse must be within {logits.LARGEST_LSE:g} of 0 in its kernels, got {most:g}")
     return why
 
 
-def select(name: str, call: Call, w=None, n: int = 0) -> str:
+def select(name: str, call: Call, w=None, n: int = 0, lse=None) -> str:
     """The backend whose kernel serves `call`: the first able one for "auto", else `name` itself;
     NotImplementedError with the reasons where it cannot.
     """
     if name == "auto":
         problem = Problem.of(call)
         return next(
-            b for b in BACKENDS if backends.automatic(b, problem) and not reasons(b, call, w, n)
+            b
+            for b in BACKENDS
+            if backends.automatic(b, problem) and not reasons(b, call, w, n, lse)
         )
     if not isinstance(name, str):
         raise TypeError(f"backend must be a str, got {type(name).__name__} {name!r}")
-    why = reasons(name, call, w, n)
+    why = reasons(name, call, w, n, lse)
     if why:
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
     return name
@@ -84,7 +89,7 @@ def _additive(call: Call, w) -> tuple:
 
 def top_k(call: Call, n: int, lse, w=None, backend: str = "auto") -> tuple:
     """(weights, keys) [B, Hq, Sq, n], largest first; 0 and -1 where a row sees fewer keys."""
-    name = select(backend, call, w, n)
+    name = select(backend, call, w, n, lse)
     if name == "reference":
         return blocked.top_k(call, n, lse, w)
     if name == "triton":
@@ -98,9 +103,19 @@ def top_k(call: Call, n: int, lse, w=None, backend: str = "auto") -> tuple:
     return weights, keys
 
 
+def mean_top_k(call: Call, n: int, w=None, backend: str = "auto") -> blocked.MeanTopK:
+    """The n largest of the mean over heads, from whole rows; blocked torch code on every device."""
+    if backend not in ("auto", "reference"):
+        select(backend, call, w, n)  # an unknown name, or one that cannot serve the call anyway
+        raise NotImplementedError(
+            f"backend {backend!r} cannot serve this call: it has no kernel for a mean over heads"
+        )
+    return blocked.mean_top_k(call, n, w)
+
+
 def column_mass(call: Call, lse, w=None, backend: str = "auto") -> torch.Tensor:
     """sum_i P_ij, [B, Hq, Sk]"""
-    name = select(backend, call, w)
+    name = select(backend, call, w, lse=lse)
     if name == "reference":
         return blocked.column_mass(call, lse, w)
     if name == "triton":
@@ -116,7 +131,7 @@ def pooled_map(call: Call, rows: int, cols: int, lse, w=None, backend: str = "au
     """P averaged down to [B, Hq, rows, cols], rows <= Sq and cols <= Sk, as adaptive_avg_pool2d
     cuts it.
     """
-    name = select(backend, call, w)
+    name = select(backend, call, w, lse=lse)
     if name == "reference":
         return blocked.pooled_map(call, rows, cols, lse, w)
     if name == "triton":

@@ -17,6 +17,8 @@ from attn_ext import api, ops, reference, validate
 from attn_ext.problem import BOTTOM_RIGHT, Call
 
 BUDGET = 1 << 21  # elements of a tile: 8 MiB of float32
+SIDES = ("mask", "bias", "alibi_slopes", "sink")  # tensors among the options
+LARGEST_LSE = 256.0  # beyond it half of float32's last bit is 1.5e-5 of a weight
 
 
 @dataclass(slots=True)
@@ -30,12 +32,32 @@ class Tile:
     c1: int
 
 
+def holds_values(x: torch.Tensor) -> bool:
+    """Whether a kernel can read x: no meta tensor, none of a transform of torch.func, and of no
+    class that answers operations itself (fake tensors, DTensor).
+    """
+    return not (
+        x.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    )
+
+
+def has_values(name: str, x: torch.Tensor) -> None:
+    """ValueError unless a kernel can read x."""
+    if not holds_values(x):
+        kind = "a meta tensor" if x.is_meta else f"a {type(x).__name__} of a transform or a trace"
+        raise ValueError(f"{name} must hold values, which attn_ext.inspect reads, got {kind}")
+
+
 def call_of(q, k, **options) -> Call:
     """The canonical dense `Call` of q, k and the options of `attn_ext.attention`; v is a column
     of k, for what needs no values.
     """
-    for name, value in (("q", q), ("k", k)):
+    given = {"q": q, "k": k, **{n: options.get(n) for n in SIDES if options.get(n) is not None}}
+    for name, value in given.items():
         validate.tensor(name, value)
+        has_values(name, value)
     if torch.jit.is_tracing():  # the trace would hold the results' memory, and not what fills it
         raise NotImplementedError("attn_ext.inspect cannot be recorded by torch.jit.trace")
     ops_args = api.dense_args(q, k, k[..., :1] if k.dim() else k, **options)
@@ -61,6 +83,15 @@ def in_float32(call: Call) -> Call:
     dtype = statistics_dtype(call)
     names = [n for n in ("q", "k", "v", "bias", "sink") if getattr(call, n) is not None]
     return dataclasses.replace(call, **{n: getattr(call, n).to(dtype) for n in names})
+
+
+def exactly(product, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """product(a, b) in their own dtype, which autocast would lower."""
+    device = a.device.type
+    if not api.autocasting(device):
+        return product(a, b)
+    with torch.autocast(device, enabled=False):
+        return product(a, b)
 
 
 def statistics_dtype(call: Call) -> torch.dtype:
@@ -167,7 +198,7 @@ def scores(call: Call, tile: Tile, slope: bool = False, w: torch.Tensor | None =
     k = call.k[tile.b, hk, tile.c0 : tile.c1].to(dtype)
     q, k = q.unflatten(1, (-1, group)), k.unsqueeze(2)
     if w is None:
-        s = q @ k.transpose(-1, -2)
+        s = exactly(torch.matmul, q, k.transpose(-1, -2))
     else:
         s = additive(q, k, w[tile.h].to(dtype).unflatten(0, (-1, group)))
     s = s.flatten(1, 2).mul_(call.scale)
@@ -218,6 +249,13 @@ def probabilities(s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.where(s == -torch.inf, 0.0, p)
 
 
+def too_large(lse: torch.Tensor) -> torch.Tensor:
+    """Where LSE is so large that exp(S - LSE) is not P: its last bit alone is then worth more than
+    the sum's digits that are shown, as in rows whose whole mask is -1e9 or finfo.min.
+    """
+    return lse.isfinite() & (lse.abs() > LARGEST_LSE)
+
+
 def add_to_keys(total: torch.Tensor, ds: torch.Tensor, call: Call, tile: Tile) -> None:
     """total [B, Hk, Sk, D] += scale * dS^T Q, summed over each group; pairs with dS = 0 add
     nothing, even where Q is NaN.
@@ -226,7 +264,9 @@ def add_to_keys(total: torch.Tensor, ds: torch.Tensor, call: Call, tile: Tile) -
     q = call.q[tile.b, tile.h][:, :, tile.rows].to(ds.dtype).unflatten(1, (-1, group))
     ds = ds.unflatten(1, (-1, group)).transpose(-1, -2)
     hk = slice(tile.h.start // group, tile.h.stop // group)
-    total[tile.b, hk, tile.c0 : tile.c1] += reference.safe_matmul(ds, q).sum(2) * call.scale
+    total[tile.b, hk, tile.c0 : tile.c1] += (
+        exactly(reference.safe_matmul, ds, q).sum(2) * call.scale
+    )
 
 
 def times_keys(ds: torch.Tensor, call: Call, tile: Tile) -> torch.Tensor:
@@ -235,7 +275,7 @@ def times_keys(ds: torch.Tensor, call: Call, tile: Tile) -> torch.Tensor:
     hk = slice(tile.h.start // group, tile.h.stop // group)
     k = call.k[tile.b, hk, tile.c0 : tile.c1].to(ds.dtype).unsqueeze(2)
     k = k.expand(-1, -1, group, -1, -1)
-    product = reference.safe_matmul(ds.unflatten(1, (-1, group)), k)
+    product = exactly(reference.safe_matmul, ds.unflatten(1, (-1, group)), k)
     return product.flatten(1, 2) * call.scale
 
 

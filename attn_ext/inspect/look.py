@@ -1,102 +1,30 @@
-"""Pictures of recorded attention: a heat map as PNG, and one HTML file, without anything from
-elsewhere, in which pointing at a token shows what it attends to, by layer and head.
+"""Pictures of recorded attention: a heat map as PNG, and one HTML file (page.py), without anything
+from elsewhere, in which pointing at a token shows what it attends to, by layer and head.
+
+Every weight is one of a whole row: a mean over heads is recorded as such, and what a list of keys
+leaves out is said (`[pairs, keys that are left out, their weight]`).
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
+from attn_ext.inspect.page import PAGE
 from attn_ext.inspect.recording import CallRecord, load, record
 
 MAX_PANELS = 12
 MAX_TICKS = 48
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title><style>
-body { font: 15px/1.7 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; color: #222 }
-span.t { padding: 2px 4px; margin: 1px; border-radius: 3px; cursor: pointer;
-  display: inline-block; white-space: pre }
-span.on { outline: 2px solid #36c }
-#detail { min-height: 3rem; color: #555 }
-h2 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-</style></head><body>
-<h1>@TITLE@</h1>
-<p><label>layer <select id="layer"></select></label>
-<label>head <select id="head"></select></label>
-<label>example <select id="example"></select></label></p>
-<h2>point at a token</h2><div id="queries"></div>
-<h2 id="keys_title">what it attends to</h2><div id="keys"></div>
-<p id="detail"></p>
-<script>
-const data = @DATA@;
-const by = id => document.getElementById(id);
-const state = {layer: 0, head: -1, example: 0, token: -1};
-for (const part of location.hash.slice(1).split("&")) {
-  const [name, value] = part.split("=");
-  if (name in state) state[name] = Number(value);
-}
-function fill(select, names, first) {
-  select.replaceChildren(...names.map((n, i) => {
-    const option = document.createElement("option");
-    option.textContent = n; option.value = i + first; return option;
-  }));
-}
-function spans(box, tokens, hover) {
-  box.replaceChildren(...tokens.map((t, i) => {
-    const s = document.createElement("span");
-    s.className = "t"; s.textContent = t; s.dataset.i = i;
-    if (hover) s.onmouseenter = s.onclick = () => { state.token = i; paint(); };
-    return s;
-  }));
-}
-function row(layer, head, token) {   // Map key -> weight; head -1: mean over the heads
-  const heads = layer.heads[state.example], out = new Map();
-  const chosen = head < 0 ? heads : [heads[head]];
-  for (const h of chosen)
-    for (const [key, weight] of h[token] || [])
-      out.set(key, (out.get(key) || 0) + weight / chosen.length);
-  return out;
-}
-function setup() {
-  const layer = data.layers[state.layer];
-  state.example = Math.min(state.example, layer.heads.length - 1);
-  const n = layer.heads[state.example].length;
-  state.head = Math.min(state.head, n - 1);
-  fill(by("head"), ["mean", ...Array.from({length: n}, (_, i) => i)], -1);
-  fill(by("example"), layer.heads.map((_, i) => i), 0);
-  by("layer").value = state.layer; by("head").value = state.head;
-  by("example").value = state.example;
-  spans(by("queries"), layer.queries, true);
-  spans(by("keys"), layer.keys, false);
-  paint();
-}
-function paint() {
-  const layer = data.layers[state.layer];
-  for (const s of by("queries").children)
-    s.classList.toggle("on", Number(s.dataset.i) === state.token);
-  const weights = state.token < 0 ? new Map() : row(layer, state.head, state.token);
-  const top = Math.max(1e-9, ...weights.values());
-  for (const s of by("keys").children) {
-    const w = weights.get(Number(s.dataset.i)) || 0;
-    s.style.background = w ? `rgba(226, 120, 20, ${(w / top).toFixed(3)})` : "";
-    s.title = w ? w.toFixed(4) : "";
-    s.dataset.w = w.toFixed(4);
-  }
-  const list = [...weights].sort((a, b) => b[1] - a[1]).slice(0, 8);
-  by("detail").textContent = state.token < 0 ? "" : layer.queries[state.token] + "  \\u2192  " +
-    list.map(([k, w]) => `${layer.keys[k]} ${(100 * w).toFixed(1)} %`).join(",  ");
-}
-fill(by("layer"), data.layers.map(l => l.name), 0);
-for (const id of ["layer", "head", "example"])
-  by(id).onchange = e => { state[id] = Number(e.target.value); setup(); };
-setup();
-</script></body></html>
-"""
+DIGITS = 5  # of a weight on the page; smaller ones count as left out
+NOTHING = (
+    "records must hold a call, got none: run the model in eager mode within `with "
+    "attn_ext.inspect.record(model) as seen, attn_ext.replace_sdpa():`; calls in compiled graphs, "
+    "and attention that goes neither through attn_ext nor through torch's "
+    "scaled_dot_product_attention, are not seen"
+)
 
 
 def look(
@@ -106,68 +34,160 @@ def look(
     """Write attention.png and attention.html of some calls into folder `out`; return their paths.
 
     records: a `record`, its calls, or the path of what `record.save` wrote; they need the
-    statistics top_k (the page) and pooled_map (the picture).  tokens: the texts of the keys (and of
-    the queries where they are as many, else query_tokens); positions if None.
+    statistics top_k (the page) and pooled_map (the picture).
+    tokens: the texts of the keys of every call, and of its queries where they are as many, or stand
+    among the keys as causal or a window says; positions if None.  query_tokens: those of the
+    queries.  Each a list of strings, the output of a tokenizer that has `tokens`, or the path of a
+    JSON file that holds a list.  Another number of them than the call has is a ValueError.
     """
-    if isinstance(records, (str, Path)):
-        records = load(records)
-    calls = list(records.calls if isinstance(records, record) else records)
-    usable = [c for c in calls if c.top_keys is not None and c.pooled_map is not None]
-    if not usable:
-        raise ValueError(
-            f"records must hold a call with the statistics top_k and pooled_map, got {len(calls)} "
-            "without"
-        )
+    if not isinstance(title, str):
+        raise TypeError(f"title must be a str, got {type(title).__name__} {title!r:.80}")
+    if not isinstance(out, (str, Path)):
+        raise TypeError(f"out must be the path of a folder, got {type(out).__name__} {out!r:.80}")
+    usable = _usable(records)
+    tokens, query_tokens = texts("tokens", tokens), texts("query_tokens", query_tokens)
+    labels = [_labels(c, tokens, query_tokens) for c in usable]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     picture, page = folder / "attention.png", folder / "attention.html"
-    _draw(usable, tokens, query_tokens, title, picture)
-    layers = [_layer(c, tokens, query_tokens) for c in usable]
+    _draw(usable, labels, tokens is not None, title, picture)
+    layers = [_layer(c, *pair) for c, pair in zip(usable, labels, strict=True)]
     # no "<" at all: "</script>" would end the script, and after "<!--<script>" nothing would
-    data = json.dumps({"layers": layers}, ensure_ascii=False).replace("<", "\\u003c")
-    text = _PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", data)
+    data = json.dumps({"layers": layers}, ensure_ascii=False, allow_nan=False)
+    parts = {"@TITLE@": html.escape(title), "@DATA@": data.replace("<", "\\u003c")}
+    text = re.sub("@(TITLE|DATA)@", lambda found: parts[found[0]], PAGE)
     page.write_text(text, encoding="utf-8")
     return picture, page
 
 
+def _usable(records) -> list[CallRecord]:
+    """The calls that hold what the page and the picture show."""
+    if isinstance(records, (str, Path)):
+        records = load(records)
+    calls = records.calls if isinstance(records, record) else records
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(c, CallRecord) for c in calls):
+        raise TypeError(
+            "records must be an attn_ext.inspect.record, a list of its calls or the path of a "
+            f"file, got {type(records).__name__} {records!r:.80}"
+        )
+    usable = [c for c in calls if c.mean_top_keys is not None and c.pooled_map is not None]
+    if not calls:
+        raise ValueError(NOTHING)
+    if not usable:
+        raise ValueError(
+            "records must hold a call with the statistics top_k and pooled_map, got "
+            f"{len(calls)} without: record them by record(statistics=('top_k', 'pooled_map'))"
+        )
+    return usable
+
+
+def texts(name: str, tokens) -> list[str] | None:
+    """A list of strings of what `look` takes for tokens."""
+    if tokens is None:
+        return None
+    given = tokens
+    if isinstance(tokens, Path):
+        try:
+            tokens = json.loads(tokens.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{name} must be a JSON file of a list, got {given}: {error}"
+            ) from None
+    elif hasattr(tokens, "tokens"):  # transformers' BatchEncoding, tokenizers' Encoding
+        tokens = tokens.tokens() if callable(tokens.tokens) else tokens.tokens
+    if isinstance(tokens, (str, bytes, dict)) or not isinstance(tokens, Iterable):
+        raise TypeError(
+            f"{name} must be a list of strings, a tokenizer's output or the path of a JSON file, "
+            f"got {type(given).__name__} {given!r:.80}"
+        )
+    # lone surrogates, which a command line of other bytes than UTF-8 has, cannot be drawn
+    return [str(t).encode("utf-8", "replace").decode() for t in tokens]
+
+
 def _labels(call: CallRecord, tokens, query_tokens) -> tuple[list[str], list[str]]:
-    """Texts of queries and keys: the given ones where they are as many, else positions."""
+    """Texts of queries and keys: the given ones, else positions."""
     _, _, _, seqlen_q, seqlen_k, _ = call.shape
+    for name, given, wanted, kind, place in (
+        ("tokens", tokens, seqlen_k, "keys", 4),
+        ("query_tokens", query_tokens, seqlen_q, "queries", 3),
+    ):
+        if given is not None and len(given) != wanted:
+            raise ValueError(
+                f"{name} must be as many as the {wanted} {kind} of call {call.label()!r}, got "
+                f"{len(given)}: of other calls, pass those of one length, as "
+                f"[c for c in seen.calls if c.shape[{place}] == {len(given)}]"
+            )
+    keys = tokens or [str(j) for j in range(seqlen_k)]
+    first = call.first_query or 0
+    if query_tokens is not None:
+        return query_tokens, keys
+    if seqlen_q == seqlen_k or (call.first_query is not None and first >= 0):
+        among = keys[first : first + seqlen_q]
+        if len(among) == seqlen_q:
+            return among, keys
+    return [str(i) for i in range(seqlen_q)], keys
 
-    def fit(given, length):
-        if given is not None and len(given) == length:
-            # lone surrogates, which a command line of other bytes than UTF-8 has, cannot be drawn
-            return [str(t).encode("utf-8", "replace").decode() for t in given]
-        return [str(i) for i in range(length)]
 
-    return fit(tokens if query_tokens is None else query_tokens, seqlen_q), fit(tokens, seqlen_k)
-
-
-def _name(call: CallRecord) -> str:
-    return f"{call.index} {call.name}".strip() + (
-        "" if call.sequence is None else f" [{call.sequence}]"
-    )
+def _row(keys, weights, seen: int, total: float) -> list:
+    """[[[key, weight], ...], keys that are left out, their weight]; no weights where a row holds
+    NaN: [[], keys, None].
+    """
+    if total != total:
+        return [[], seen, None]
+    pairs = [(j, w) for j, w in zip(keys, weights, strict=True) if j >= 0 and round(w, DIGITS) > 0]
+    rest = total - sum(w for _, w in pairs) if len(pairs) < seen else 0.0
+    shown = [[j, round(w, DIGITS)] for j, w in pairs]
+    return [shown, seen - len(pairs), max(round(rest, DIGITS), 0.0)]
 
 
-def _layer(call: CallRecord, tokens, query_tokens) -> dict:
-    """What the page needs of a call: [example][head][query] -> [[key, weight], ...]."""
-    queries, keys = _labels(call, tokens, query_tokens)
-    index, weights = call.top_keys.tolist(), call.top_weights.tolist()
-    heads = [
-        [
-            [
-                [[j, round(w, 5)] for j, w in zip(js, ws, strict=True) if j >= 0 and w > 1e-5]
-                for js, ws in zip(*rows, strict=True)
-            ]
-            for rows in zip(*example, strict=True)
+def _rows(keys, weights, seen, total, depth: int) -> list:
+    """`_row` of each row: lists `depth` levels above rows -> lists nested as they are."""
+    if depth == 0:
+        return _row(keys, weights, seen, total)
+    levels = zip(keys, weights, seen, total, strict=True)
+    return [_rows(*part, depth - 1) for part in levels]
+
+
+def _layer(call: CallRecord, queries: list[str], keys: list[str]) -> dict:
+    """What the page needs of a call: heads [example][head][query] and mean [example][query], each
+    a `_row`.
+    """
+    heads = (call.top_keys, call.top_weights, call.keys_seen, call.weight_sum)
+    mean = (call.mean_top_keys, call.mean_top_weights, call.keys_seen_by_any,
+            call.weight_sum.mean(1))  # fmt: skip
+    heads, mean = ([x.tolist() for x in part] for part in (heads, mean))
+    return {"name": call.label(), "kind": call.kind, "queries": queries, "keys": keys,
+            "heads": _rows(*heads, 3), "mean": _rows(*mean, 2)}  # fmt: skip
+
+
+def visible(token: str) -> str:
+    """The token with a sign for each line break and tab, and for spaces where it is nothing else,
+    as the page shows it."""
+    shown = token.translate({ord("\r"): "\u240d", ord("\n"): "\u23ce", ord("\t"): "\u21e5"})
+    return shown if shown.strip(" ") else shown.replace(" ", "\u2423") or "\u2205"
+
+
+def panels_of(calls, labels) -> tuple[list, str]:
+    """(name, map, labels) of each panel, and what is left out: a panel a call, the mean over its
+    heads, or a panel a head where there is one call; of the first example."""
+    if len(calls) == 1:
+        maps = calls[0].pooled_map[0]
+        panels = [(f"head {h}", m, labels[0]) for h, m in enumerate(maps)]
+        what, examples = "head", calls[0].shape[0]
+    else:
+        panels = [
+            (f"{c.label()}, mean of {c.shape[1]} heads", c.pooled_map[0].mean(0), pair)
+            for c, pair in zip(calls, labels, strict=True)
         ]
-        for example in zip(index, weights, strict=True)
-    ]
-    return {"name": _name(call), "queries": queries, "keys": keys, "heads": heads}
+        what, examples = "call", max(c.shape[0] for c in calls)
+    more = len(panels) - MAX_PANELS
+    said = "" if examples == 1 else f", example 0 of {examples}"
+    said += f"; {more} {what}{'s' * (more > 1)} more not shown" if more > 0 else ""
+    return panels[:MAX_PANELS], said
 
 
-def _draw(calls, tokens, query_tokens, title: str, path: Path) -> None:
-    """One panel a call (a head where there is one call): the map of the first example."""
+def _draw(calls, labels, named: bool, title: str, path: Path) -> None:
+    """The maps of `panels_of`, each with the scale of its colours, by position."""
     try:
         import matplotlib
 
@@ -175,26 +195,34 @@ def _draw(calls, tokens, query_tokens, title: str, path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("attn-ext look needs matplotlib: pip install matplotlib") from error
-    panels = [(_name(c), c, c.pooled_map[0].mean(0)) for c in calls[:MAX_PANELS]]
-    if len(calls) == 1:
-        only = calls[0]
-        panels = [(f"head {h}", only, m) for h, m in enumerate(only.pooled_map[0][:MAX_PANELS])]
+    panels, said = panels_of(calls, labels)
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-    )
+        rows, columns, figsize=(max(3.8 * columns, 6), 3.6 * rows + 0.4), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    colours = matplotlib.colormaps["magma"].with_extremes(bad="grey")  # NaN
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, (name, call, image) in zip(axes.flat, panels, strict=False):
-        axis.imshow(torch.nan_to_num(image).float().numpy(), cmap="magma", vmin=0, aspect="auto")
-        queries, keys = _labels(call, tokens, query_tokens)
+    for axis, (name, image, (queries, keys)) in zip(axes.flat, panels, strict=False):
+        # a cell covers the positions that it is the mean of
+        edges = (-0.5, len(keys) - 0.5, len(queries) - 0.5, -0.5)
+        drawn = axis.imshow(image.float().numpy(), cmap=colours, vmin=0, aspect="auto",
+                            extent=edges)  # fmt: skip
+        figure.colorbar(drawn, ax=axis, fraction=0.05).ax.tick_params(labelsize=7)
         exact = tuple(image.shape) == (len(queries), len(keys))  # a cell is a pair of tokens
-        if exact and tokens is not None and max(len(queries), len(keys)) <= MAX_TICKS:
-            style = {"fontsize": 7, "parse_math": False}  # a token may be "$\\frac{$"
-            axis.set_xticks(range(len(keys)), keys, rotation=90, **style)
-            axis.set_yticks(range(len(queries)), queries, **style)
-        axis.set_title(name, fontsize=9)
-    figure.suptitle(f"{title}: rows attend to columns", parse_math=False)
+        if exact and named and max(len(queries), len(keys)) <= MAX_TICKS:
+            size = 7 if max(len(queries), len(keys)) <= MAX_TICKS // 2 else 5
+            style = {"fontsize": size, "parse_math": False}  # a token may be "$\\frac{$"
+            axis.set_xticks(range(len(keys)), map(visible, keys), rotation=90, **style)
+            axis.set_yticks(range(len(queries)), map(visible, queries), **style)
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel("key", fontsize=8)
+        axis.set_ylabel("query", fontsize=8)
+        axis.set_title(name, fontsize=9, parse_math=False)
+    figure.suptitle(f"{title}: mean weight of each cell{said}", fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

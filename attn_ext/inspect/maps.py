@@ -7,7 +7,7 @@ the chosen rows.  Nothing here is differentiable (`row_stats` is).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,11 +22,14 @@ _OPTIONS = ("causal", "window", "mask", "bias", "softcap", "alibi_slopes", "sink
 class TopK(NamedTuple):
     """The most attended keys of each query, largest first."""
 
-    weights: torch.Tensor  # [B, Hq, Sq, n]; 0 where a row sees fewer than n keys
-    keys: torch.Tensor  # int64 [B, Hq, Sq, n]; -1 there
+    weights: torch.Tensor  # [B, Hq, Sq, n] ([B, Sq, n] of a mean over heads); 0 where a row sees
+    # fewer than n keys
+    keys: torch.Tensor  # int64, of the same shape; -1 there
 
 
 def _call(q, k, options: dict) -> Call:
+    if not isinstance(options, dict):
+        raise TypeError(f"the options of a layer must be a dict, got {options!r:.80}")
     for name in options:
         if name not in _OPTIONS:
             raise TypeError(f"unknown option {name!r}, the options are {', '.join(_OPTIONS)}")
@@ -38,6 +41,10 @@ def _lse(call: Call, lse) -> torch.Tensor:
     if lse is None:
         return logits.forward(call)[1]
     validate.tensor("lse", lse)
+    validate.floating("lse", lse)
+    logits.has_values("lse", lse)
+    if lse.device != call.q.device:
+        raise ValueError(f"lse must be on q's device {call.q.device}, got {lse.device}")
     if lse.shape != call.q.shape[:3]:
         want = tuple(call.q.shape[:3])
         raise ValueError(f"lse must have shape {want} [B, Hq, Sq], got {tuple(lse.shape)}")
@@ -45,16 +52,23 @@ def _lse(call: Call, lse) -> torch.Tensor:
 
 
 @torch.no_grad()
-def top_k(q, k, n: int, *, lse=None, backend="auto", **options) -> TopK:
-    """The n most attended keys of each query with their attention weights.
+def top_k(q, k, n: int, *, per_head: bool = True, lse=None, backend="auto", **options) -> TopK:
+    """The n most attended keys of each query (all where n is larger than Sk) with their attention
+    weights; with per_head=False those of the mean of the weights over the heads.
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D]; lse [B, Hq, Sq] saves a pass where it is known.  Options:
     causal, window, mask, bias, softcap, alibi_slopes, sink, scale as in `attn_ext.attention`.
-    backend: "auto", "cpu", "triton" or "reference".
+    backend: "auto", "cpu", "triton" or "reference", which alone knows means over heads.
     """
     validate.integer("n", n, 1)
+    validate.boolean("per_head", per_head)
     call = _call(q, k, options)
-    return TopK(*kernels.top_k(call, n, _lse(call, lse), None, backend))
+    n = min(n, call.k.shape[2])
+    if per_head:
+        return TopK(*kernels.top_k(call, n, _lse(call, lse), None, backend))
+    if lse is not None:
+        raise ValueError("lse must be None with per_head=False, which makes use of none, got one")
+    return TopK(*kernels.mean_top_k(call, n, None, backend)[:2])
 
 
 @torch.no_grad()
@@ -79,9 +93,12 @@ def _positions(name: str, chosen, size: int, device) -> torch.Tensor:
     """
     if chosen is None:
         return torch.arange(size, device=device)
-    if isinstance(chosen, slice):
-        return torch.arange(size, device=device)[chosen]
     wrong_kind = f"{name} must be a slice or a list of positions, got {chosen!r:.80}"
+    if isinstance(chosen, slice):
+        try:
+            return torch.arange(size, device=device)[chosen]
+        except (TypeError, ValueError) as error:  # of a slice of no ints, or one that goes back
+            raise type(error)(f"{wrong_kind}: {error}") from None
     try:
         index = torch.as_tensor(chosen, device=device)
     except (TypeError, ValueError, RuntimeError):
@@ -93,6 +110,8 @@ def _positions(name: str, chosen, size: int, device) -> torch.Tensor:
     index = index.to(torch.int64)
     wrong = (index < -size) | (index >= size)
     if bool(wrong.any()):
+        if size == 0:
+            raise ValueError(f"{name} must be empty, since there are none, got {chosen!r:.80}")
         raise ValueError(
             f"{name} must be between {-size} and {size - 1}, got {int(index[wrong][0])}"
         )
@@ -171,13 +190,19 @@ def rollout(layers: Sequence, rows=None, *, residual: float = 0.5, **options) ->
     every query sees a key.  None: the mean over all positions, [B, S].
     """
     validate.number("residual", residual, 0.0, 1.0)
+    if isinstance(layers, torch.Tensor) or not isinstance(layers, Iterable):
+        kind = type(layers).__name__
+        raise TypeError(f"layers must be a list of (q, k) or (q, k, options), got {kind}")
+    layers = list(layers)
     if not layers:
         raise ValueError("layers must hold at least one (q, k), got none")
     calls = []
     for layer in layers:
         if not isinstance(layer, (tuple, list)) or len(layer) not in (2, 3):
-            raise TypeError(f"a layer must be (q, k) or (q, k, options), got {layer!r:.80}")
-        call = _call(layer[0], layer[1], {**options, **(layer[2:] or [{}])[0]})
+            kind = type(layer).__name__
+            raise TypeError(f"a layer must be (q, k) or (q, k, options), got a {kind}")
+        own = layer[2] if len(layer) == 3 else {}
+        call = _call(layer[0], layer[1], {**options, **own} if isinstance(own, dict) else own)
         calls.append(logits.in_float32(call))
     return rollout_of(calls, rows, residual)
 

@@ -12,7 +12,7 @@ and the integrations), whatever made it; a compiled graph is not.  O(N) memory a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 
 from attn_ext import ops, reference, validate
 from attn_ext.inspect import kernels, logits, maps
-from attn_ext.problem import Call
+from attn_ext.problem import BOTTOM_RIGHT, Call
 
 STATISTICS = ("entropy", "max_logit", "lse", "column_mass", "top_k", "pooled_map")
 
@@ -42,9 +42,22 @@ class CallRecord:
     column_mass: torch.Tensor | None = None  # [B, Hq, Sk]
     top_weights: torch.Tensor | None = None  # [B, Hq, Sq, n]
     top_keys: torch.Tensor | None = None  # int64 [B, Hq, Sq, n], -1 where there is none
+    mean_top_weights: torch.Tensor | None = None  # [B, Sq, n], of the mean over heads: whole rows
+    mean_top_keys: torch.Tensor | None = None  # int64 [B, Sq, n]
+    keys_seen: torch.Tensor | None = None  # int64 [B, Hq, Sq]: keys that the row sees
+    keys_seen_by_any: torch.Tensor | None = None  # int64 [B, Sq]: keys that some head sees
+    weight_sum: torch.Tensor | None = None  # [B, Hq, Sq]: sum_j P_ij, less than 1 beside a sink
     pooled_map: torch.Tensor | None = None  # [B, Hq, rows, cols]
     collapsed: list = field(default_factory=list)  # heads with hardly any entropy
     sinks: list = field(default_factory=list)  # (head, key, share of the mass)
+    mean_entropy: float | None = None  # over the rows that see a key, nats
+    first_query: int | None = None  # the key at whose place the first query stands, as causal or a
+    # window says; None where neither is given
+
+    def label(self) -> str:
+        """Index, module, sequence and kind: "3 layers.1.attention [0] (sigmoid)"."""
+        parts = [str(self.index), self.name, "" if self.sequence is None else f"[{self.sequence}]"]
+        return " ".join(filter(None, (*parts, "" if self.kind == "softmax" else f"({self.kind})")))
 
 
 class record:
@@ -64,6 +77,8 @@ class record:
     ):  # fmt: skip
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(statistics, str) or not isinstance(statistics, Iterable):
+            raise TypeError(f"statistics must be a list of names, got {statistics!r:.80}")
         for name in statistics:
             if name not in STATISTICS:
                 known = ", ".join(STATISTICS)
@@ -105,7 +120,7 @@ class record:
     def _observe(self, call: Call, w) -> None:
         name = self._running[-1] if self._running else ""
         index, self._count = self._count, self._count + 1
-        if call.q.is_meta:
+        if not all(map(logits.holds_values, (call.q, call.k))):  # meta and fake tensors, torch.func
             return
         for sequence, dense in sequences(call):
             self.calls.append(self._look_at(logits.detached(dense), w, name, index, sequence))
@@ -120,14 +135,23 @@ class record:
         call.need_stats = False
         mass = kernels.column_mass(call, lse, w)
         found = CallRecord(name, index, sequence, shape, kind)
+        if call.window_left >= 0 or call.window_right >= 0:
+            found.first_query = shape[4] - shape[3] if call.align == BOTTOM_RIGHT else 0
+        if "entropy" in self.statistics:
+            found.mean_entropy = float(entropy[lse != -torch.inf].mean())
         found.collapsed = self._collapsed(entropy, lse)
         found.sinks = self._sinks(mass, call)
         kept = {"entropy": entropy, "max_logit": max_logit, "lse": lse, "column_mass": mass}
         for statistic in self.statistics & kept.keys():
             setattr(found, statistic, kept[statistic].cpu())
         if "top_k" in self.statistics:
-            best, keys = kernels.top_k(call, min(self.top_k, max(shape[4], 1)), lse, w)
+            n = min(self.top_k, shape[4])
+            best, keys = kernels.top_k(call, n, lse, w)
             found.top_weights, found.top_keys = best.cpu(), keys.cpu()
+            (
+                found.mean_top_weights, found.mean_top_keys, found.keys_seen,
+                found.keys_seen_by_any, found.weight_sum,
+            ) = (x.cpu() for x in kernels.mean_top_k(call, n, w))  # fmt: skip
         if "pooled_map" in self.statistics:
             found.pooled_map = maps.pooled_map_of(call, (self.pooled, self.pooled), lse, w).cpu()
         return found
@@ -152,18 +176,20 @@ class record:
         return [(h, j, s) for h, (j, s) in pairs if s > self.sink_share]
 
     def summary(self) -> str:
-        """A line a call: name, sizes, mean entropy, largest logit, flags."""
-        lines = [f"{'call':40} {'B,Hq,Sq,Sk':>18} {'entropy':>8} {'max logit':>9}  flags"]
+        """A line a call: name, sizes, mean entropy in nats of the rows that see a key, largest
+        logit, flags.
+        """
+        lines = [f"{'call':40} {'B,Hq,Sq,Sk':>18} {'entropy/nats':>12} {'max logit':>9}  flags"]
         for c in self.calls:
             b, hq, _, sq, sk, _ = c.shape
-            name = f"{c.index} {c.name}" + ("" if c.sequence is None else f" [{c.sequence}]")
-            name += "" if c.kind == "softmax" else f" ({c.kind})"
-            entropy = f"{c.entropy.mean():.3f}" if c.entropy is not None else "-"
+            entropy = f"{c.mean_entropy:.3f}" if c.mean_entropy is not None else "-"
             top = f"{c.max_logit.max():.2f}" if c.max_logit is not None else "-"
             flags = [f"head {h} collapsed" for h in c.collapsed]
             flags += [f"head {h}: key {j} has {s:.0%} of the mass" for h, j, s in c.sinks]
             size = f"{b},{hq},{sq},{sk}"
-            lines.append(f"{name:40} {size:>18} {entropy:>8} {top:>9}  {'; '.join(flags)}".rstrip())
+            lines.append(
+                f"{c.label():40} {size:>18} {entropy:>12} {top:>9}  {'; '.join(flags)}".rstrip()
+            )
         return "\n".join(lines)
 
     def save(self, path) -> None:
@@ -173,6 +199,8 @@ class record:
 
 def load(path) -> list[CallRecord]:
     """The records of a file that `record.save` wrote; runs no code from the file."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path must be the path of a file, got {type(path).__name__} {path!r:.80}")
     rows = torch.load(Path(path), weights_only=True)
     if not isinstance(rows, list) or not all(isinstance(r, dict) and "shape" in r for r in rows):
         raise ValueError(f"{path} must be a file written by attn_ext.inspect.record.save")

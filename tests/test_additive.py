@@ -123,7 +123,7 @@ def test_opcheck():
 
 def test_compile():
     """A graph break, or strides that the fake did not promise."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     q = torch.randn(2, 12, 3, 8).transpose(1, 2).requires_grad_()
     k, v, w = torch.randn(2, 3, 12, 8), torch.randn(2, 3, 12, 8), torch.randn(8)
 

@@ -16,11 +16,8 @@ def diffusers():
     library = pytest.importorskip("diffusers", reason="extra `integrations` is not installed")
     library.utils.logging.set_verbosity_error()
     importlib.import_module("attn_ext.integrations.diffusers").register()
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
-    before = registry._active_backend
-    yield library
-    registry.set_active_backend(before)
+    with library.attention_backend("native"):
+        yield library
 
 
 @pytest.fixture

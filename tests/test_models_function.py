@@ -2,6 +2,7 @@
 plain float64 formula, and masks that are descriptions against the tensors they stand for.
 """
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from model_checks import naive_forward, transformers
 
-from attn_ext.integrations._masks import LazyMask, mask_function
+from attn_ext.integrations._masks import LazyMask, describe, mask_function
 from attn_ext.integrations.transformers import attention_forward, register
 
 
@@ -171,42 +172,50 @@ def test_packed_sequences_with_a_mask_or_a_bias():
     )  # fmt: skip
 
 
+# Kinds of masks, and the function of transformers with which its models ask for each.
+CREATORS = {
+    "causal": "create_causal_mask", "window": "create_sliding_window_causal_mask",
+    "both sides": "create_bidirectional_mask",
+    "window on both sides": "create_bidirectional_sliding_window_mask",
+    "chunks": "create_chunked_causal_mask", "prefix": "create_causal_mask",
+    "packed": "create_causal_mask", "packed window": "create_sliding_window_causal_mask",
+}  # fmt: skip
+
+
 def mask_arguments(kind, padded, offset):
-    """Arguments with which transformers calls a mask interface: 2 sequences, 6 new tokens."""
-    masking = transformers().masking_utils
-    kinds = {
-        "causal": masking.causal_mask_function,
-        "window": masking.sliding_window_causal_mask_function(4),
-        "both sides": masking.bidirectional_mask_function,
-        "window on both sides": masking.sliding_window_bidirectional_mask_function(2),
-        "chunks": masking.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64)),
-        "prefix": masking.or_masks(masking.causal_mask_function, lambda b, h, q, kv: kv < 3),
-    }
-    if kind.startswith("packed"):
-        positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])
-        ids = masking.find_packed_sequence_indices(positions)
-        inner = kinds["window" if "window" in kind else "causal"]
-        function = masking.packed_sequence_compatibility_function(inner, positions, ids)
-    else:
-        function = kinds[kind]
+    """Arguments with which transformers calls a mask interface: 2 sequences, 6 new tokens behind
+    `offset` cached ones.  A registered interface sees them while transformers makes the mask.
+    """
+    library, seen = transformers(), {}
+    masking = library.masking_utils
+    library.AttentionMaskInterface.register("seen", lambda **arguments: seen.update(arguments))
+    sizes = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
+    config = library.LlamaConfig(**sizes, attn_implementation="seen")
+    config.sliding_window = config.attention_chunk_size = 4
+    if kind == "window on both sides":
+        config.sliding_window = 2
     length = 6 + offset
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, : (3 if padded == "left" else 0)] = False
     mask[1, (length - 2 if padded == "right" else length) :] = False
-    return {
-        "batch_size": 2, "q_length": 6, "kv_length": length, "q_offset": offset, "kv_offset": 0,
-        "mask_function": function, "attention_mask": mask if padded else None,
-        "allow_is_causal_skip": False,
-    }  # fmt: skip
+    cache = library.DynamicCache() if offset else None
+    if cache is not None:
+        cache.update(torch.zeros(2, 2, offset, 8), torch.zeros(2, 2, offset, 8), 0)
+    options = {}
+    if kind == "prefix":
+        options["or_mask_function"] = lambda b, h, q, kv: kv < 3
+    if kind.startswith("packed"):
+        options["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])
+    creator = getattr(masking, CREATORS[kind])
+    known = inspect.signature(creator).parameters
+    options["cache" if "cache" in known else "past_key_values"] = cache  # 5.24 renamed it
+    embeddings = torch.zeros(2, 6, 16)
+    creator(config, embeddings, attention_mask=mask if padded else None, **options)
+    skips = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
+    return {**seen, **{name: False for name in skips if name in seen}}
 
 
-KINDS = (
-    "causal", "window", "both sides", "window on both sides", "chunks", "prefix", "packed",
-    "packed window",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CREATORS)
 def test_descriptions_mean_what_the_mask_means(kind):
     """A recognised mask function whose meaning is another one (also in a later transformers)."""
     sdpa_mask = transformers().masking_utils.sdpa_mask
@@ -226,7 +235,7 @@ def test_descriptions_mean_what_the_mask_means(kind):
     assert described == 0 if unknown else described > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CREATORS)
 def test_masks_of_transformers_that_give_positions(monkeypatch, kind):
     """transformers 4.57 and 5.0 pass cache_position, and neither q_length nor q_offset."""
     masking = transformers().masking_utils
@@ -249,6 +258,22 @@ def test_masks_of_transformers_that_give_positions(monkeypatch, kind):
         assert mask.device == true.device and torch.equal(mask & True, true)
     gap = positions + (positions > first + 2)  # a description by lengths alone would be wrong
     assert not isinstance(mask_function(**arguments, cache_position=gap), LazyMask)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sliding_window_overlay", "sliding_window_bidirectional_overlay", "and_masks",
+     "packed_sequence_mask_function", "remap_positions_for_packed_sequence"],
+)  # fmt: skip
+def test_a_version_whose_functions_close_over_other_names(name):
+    """A KeyError in every forward of a model, where transformers renames a private variable."""
+
+    def make(renamed):
+        return lambda batch, head, q, kv: q - kv < renamed
+
+    function = make(3)
+    function.__module__, function.__qualname__ = "transformers.masking_utils", f"{name}.<locals>.x"
+    assert describe(function) is None
 
 
 def test_a_lazy_mask_is_a_tensor_to_everybody_else():

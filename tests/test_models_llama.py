@@ -26,8 +26,9 @@ SIZES = dict(
 def decoder(family: str, head: bool = True, **options):
     """A decoder of `family` at random weights: with a language-model head, or the bare model."""
     library = transformers()
-    config = getattr(library, f"{family}Config")(**{**SIZES, **options})
-    config._experts_implementation = "eager"  # the grouped matmul has no float64 on CPU
+    # the grouped matmul of experts has no float64 on CPU
+    options = {**SIZES, "experts_implementation": "eager", **options}
+    config = getattr(library, f"{family}Config")(**options)
     torch.manual_seed(3)
     return spread(getattr(library, family + ("ForCausalLM" if head else "Model"))(config))
 
@@ -140,11 +141,11 @@ def test_packed_equals_each_sequence_alone(family):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_masks_without_the_guard_arrive_as_none(monkeypatch):
+def test_masks_without_the_guard_arrive_as_none():
     """Why register() registers a mask function too: a name that only AttentionInterface knows gets
     no mask at all, and padding changes the result without a word.
     """
-    from attn_ext.integrations.transformers import attention_forward
+    from attn_ext.integrations.transformers import attention_forward, register
 
     library = transformers()
     model, mask = decoder("Llama", head=False).eval(), padding(2, 19, left=True)
@@ -157,15 +158,16 @@ def test_masks_without_the_guard_arrive_as_none(monkeypatch):
 
         return forward
 
-    monkeypatch.setitem(library.AttentionInterface._global_mapping, "bare_kernel", spy("bare"))
-    monkeypatch.setitem(library.AttentionInterface._global_mapping, "attn_ext", spy("registered"))
+    register("registered_kernel")
+    for name in ("bare_kernel", "registered_kernel"):
+        library.AttentionInterface.register(name, spy(name))
     states = {}
-    for name in ("eager", "attn_ext", "bare_kernel"):
+    for name in ("eager", "registered_kernel", "bare_kernel"):
         model.set_attn_implementation(name)
         output = model(input_ids=text(), attention_mask=mask, position_ids=torch.arange(19)[None])
         states[name] = output.last_hidden_state[mask.bool()]
-    assert seen["bare"] is None and seen["registered"] is not None
-    torch.testing.assert_close(states["attn_ext"], states["eager"], rtol=1e-4, atol=1e-5)
+    assert seen["bare_kernel"] is None and seen["registered_kernel"] is not None
+    torch.testing.assert_close(states["registered_kernel"], states["eager"], rtol=1e-4, atol=1e-5)
     assert (states["bare_kernel"] - states["eager"]).abs().max() > 0.1
 
 
@@ -229,7 +231,7 @@ def test_compile(whole, padded):
     mask = padding(2, 19, left=True) if padded else torch.ones(2, 19, dtype=torch.int64)
     inputs = {"input_ids": text(), "attention_mask": mask if padded else None, "use_cache": False}
     want = model(**inputs).last_hidden_state
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = {"backend": "aot_eager", "fullgraph": True}
     if whole:
         model = torch.compile(model, **compiled)

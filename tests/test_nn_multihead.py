@@ -226,7 +226,7 @@ def test_autocast_and_half():
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_compile(need_weights):
     """A graph break in the module."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     _, ours = modules()
     tensors, options = inputs(ours), masks("both") | dict(need_weights=need_weights)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)

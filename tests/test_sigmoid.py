@@ -88,7 +88,7 @@ def test_opcheck_and_compile():
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     args = attn_ext.api.dense_args(q, k, v, causal=True, normalizer="sigmoid")
     opcheck(torch.ops.attn_ext.forward.default, args)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def loss(q):
         return attn_ext.attention(q, k, v, normalizer="sigmoid", sigmoid_bias=-1.0).square().sum()

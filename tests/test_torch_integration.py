@@ -11,7 +11,6 @@ import pickle
 
 import pytest
 import torch
-import torch._dynamo
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -32,7 +31,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """No graph of another test is reused."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def op_args(call, backend: str, grad: bool = True) -> tuple:

@@ -91,7 +91,9 @@ def describe(mask_function) -> Structure | None:
     """What transformers' `mask_function` (of positions) means, or None if it is not one we know.
 
     Only functions of transformers.masking_utils itself are recognised, by name and by what they
-    close over, so that a user's function of the same name is never mistaken for one.
+    close over, so that a user's function of the same name is never mistaken for one.  These names
+    are private to transformers: one that a later version changes is not recognised any more, and
+    the mask is then the tensor that transformers builds.
     """
     if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
         return None
@@ -100,19 +102,21 @@ def describe(mask_function) -> Structure | None:
         return Structure(right=0)
     if name == "bidirectional_mask_function":
         return Structure()
-    if name == "sliding_window_overlay":  # j > i - sliding_window
-        return Structure(left=cells["sliding_window"] - 1)
-    if name == "sliding_window_bidirectional_overlay":  # |i - j| <= sliding_window
-        return Structure(left=cells["sliding_window"], right=cells["sliding_window"])
-    if name == "packed_sequence_mask_function":
-        return Structure(segments=cells["packed_sequence_mask"])
+    window = cells.get("sliding_window")
+    if name == "sliding_window_overlay" and window is not None:  # j > i - sliding_window
+        return Structure(left=window - 1)
+    if name == "sliding_window_bidirectional_overlay" and window is not None:
+        return Structure(left=window, right=window)  # |i - j| <= sliding_window
+    segments = cells.get("packed_sequence_mask")
+    if name == "packed_sequence_mask_function" and segments is not None:
+        return Structure(segments=segments)
     if name == "remap_positions_for_packed_sequence":
         # within a packed sequence positions rise by one, so distances are those of the rows
-        return describe(cells["mask_function"])
-    if name == "and_masks":
+        return describe(cells.get("mask_function"))
+    if name == "and_masks" and "mask_functions" in cells:
         parts = [describe(part) for part in cells["mask_functions"]]
         return _intersection(parts)
-    return None
+    return None  # or closes over other names than in the versions that we know
 
 
 def _intersection(parts: list) -> Structure | None:

@@ -1,27 +1,33 @@
-# make test | demo [TEXT="..."] | fmt | lint | bench | test-asan | test-tsan | test-aarch64
+# make test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64
 # Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
-# the default is the version that the project is developed with (a CPU build where the index offers one).
+# the default is the version that the project is developed with (a CPU build where the index offers one).  Whatever else
+# is installed has the version that tests/constraints.txt gives.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
+PINS := $(VENV)/constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
 .PHONY: test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
-  test-tsan test-aarch64 clean
+  test-tsan test-aarch64 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q -c tests/constraints.txt --upgrade pip
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
 	touch $@
 
-$(VENV)/installed.done: $(VENV)/torch.done $(SOURCES)
-	$(PY) -m pip install -q setuptools pybind11 ninja
-	$(PY) -m pip install -q --no-build-isolation -e ".[test,demo,dev]"
+$(PINS): $(VENV)/torch.done tests/constraints.txt tests/constrain.py
+	$(PY) tests/constrain.py > $@
+
+$(VENV)/installed.done: $(PINS) $(SOURCES)
+	$(PY) -m pip install -q -c $(PINS) setuptools pybind11 ninja
+	$(PY) -m pip install -q -c $(PINS) --no-build-isolation -e ".[test,demo,dev]"
 	touch $@
 
 # The CUDA kernels as C++ on the emulator, which only tests need; the rest is not built again.
@@ -29,14 +35,12 @@ $(VENV)/emulated.done: $(VENV)/installed.done
 	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# Libraries whose models the tests run, beside the torch that is there: a constraint pins it.  Where
-# they cannot be installed, their tests are skipped.
+# Libraries whose models the tests run, beside the torch that is there.  timm comes without its
+# dependency torchvision.  Where they cannot be installed, their tests are skipped.
 $(VENV)/integrations.done: $(VENV)/installed.done
-	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/torch.txt
-	{ $(PY) -c "from importlib.metadata import requires as r; \
-	    print(*[x.split(';')[0] for x in r('attn_ext') if 'integrations' in x])" \
-	  | xargs $(PY) -m pip install -q -c $(VENV)/torch.txt && \
-	  $(PY) -m pip install -q --no-deps timm && touch $@; } || \
+	{ $(PY) tests/constrain.py integrations > $(VENV)/integrations.txt && \
+	  $(PY) -m pip install -q -c $(PINS) -r $(VENV)/integrations.txt && \
+	  $(PY) -m pip install -q -c $(PINS) --no-deps timm && touch $@; } || \
 	  echo "extra 'integrations' could not be installed: the tests of real models are skipped"
 
 # Tests of the public API that name no backend, once more over the CUDA kernels on the emulator.
@@ -69,6 +73,56 @@ test-triton-table: $(VENV)/installed.done build/triton-3.6/triton
 triton-table: $(VENV)/installed.done build/triton-3.6/triton
 	OMP_NUM_THREADS=1 $(PY) tests/triton_offline.py --write
 	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) tests/triton_offline.py --write
+
+# The archive of the sources, and a wheel built from it in isolation, without torch; what either lacks
+# is missing here.  The wheel is then read and run in an environment that has nothing but torch.
+wheel: $(PINS)
+	rm -rf build/sdist dist && mkdir -p build/sdist dist
+	$(PY) -m pip install -q -c $(PINS) setuptools
+	$(PY) -c "from setuptools import build_meta as b; b.build_sdist('dist')" > build/sdist/log
+	ATTN_EXT_CUDA=$(or $(ATTN_EXT_CUDA),0) $(PY) -m pip wheel -q --no-deps -w dist dist/attn_ext-*.tar.gz
+	$(PY) tests/check_wheel.py dist/attn_ext-*.whl
+	ls -l dist
+
+# Tests of what other packages can break: the public API, autograd, compile, and real models.
+WITH_OTHERS := $(addprefix tests/test_, api.py compile.py torch_integration.py sdpa_semantics.py \
+  replace_sdpa.py nn_multihead.py nn_family.py inspect.py record.py jit_trace.py dtensor.py \
+  strangers_calls.py flash_attn_compat.py xformers_compat.py flex_recipes.py cli.py profile.py \
+  examples.py family_examples.py models_diffusers.py models_encoders.py models_function.py \
+  models_llama.py models_timm.py)
+VERSIONS = from importlib.metadata import version as v, distributions as d; \
+  names = {x.name for x in d()} & set('$(1)'.split()); import attn_ext; \
+  print(attn_ext.__file__, *(n + ' ' + v(n) for n in sorted(names)), sep='\n')
+SHOWN := torch triton transformers diffusers accelerate timm numpy pytest hypothesis matplotlib rich typer
+
+# The wheel with the newest of every other package; TORCH=torch takes the newest torch, too.
+test-latest: wheel
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install -q --upgrade pip "$(TORCH)"
+	.venv-latest/bin/python -m pip install -q --force-reinstall --no-deps dist/attn_ext-*.whl
+	.venv-latest/bin/python tests/constrain.py | grep "^torch==" > .venv-latest/torch.txt
+	.venv-latest/bin/python tests/constrain.py test demo integrations > .venv-latest/extras.txt
+	.venv-latest/bin/python -m pip install -q --upgrade --upgrade-strategy eager \
+	  -c .venv-latest/torch.txt -r .venv-latest/extras.txt attn_ext
+	.venv-latest/bin/python -m pip install -q --upgrade --no-deps timm
+	cd build && ../.venv-latest/bin/python -c "$(call VERSIONS,$(SHOWN))"
+	OMP_NUM_THREADS=1 .venv-latest/bin/pytest -q -n 2 $(WITH_OTHERS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-latest/bin/pytest -q -n 2 tests/triton_interpreter
+
+# The same wheel with the oldest torch that README promises.  Linux builds of torch on the package index
+# bring CUDA, 3 GB to download and 6 GB on disk: PIP_EXTRA_INDEX_URL may name an index of CPU builds.
+test-oldest: wheel
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c tests/constraints.txt --upgrade pip
+	.venv-oldest/bin/python -m pip install -q "$(OLDEST_TORCH)"
+	.venv-oldest/bin/python -m pip install -q --force-reinstall --no-deps dist/attn_ext-*.whl
+	.venv-oldest/bin/python tests/constrain.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python tests/constrain.py test demo integrations > .venv-oldest/extras.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt \
+	  -r .venv-oldest/extras.txt attn_ext
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt --no-deps timm
+	cd build && ../.venv-oldest/bin/python -c "$(call VERSIONS,$(SHOWN))"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q -n 2 $(WITH_OTHERS)
 
 demo: $(VENV)/installed.done
 	$(PY) examples/text_classifier.py --text "$(TEXT)"
@@ -119,4 +173,4 @@ test-gpu: $(VENV)/installed.done
 	$(PY) bench/sm90.py || test $$? = 2  # speed; 2: not a Hopper GPU
 
 clean:
-	rm -rf build .venv attn_ext/_*.so *.egg-info
+	rm -rf build dist .venv .venv-latest .venv-oldest attn_ext/_*.so *.egg-info

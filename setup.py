@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -140,10 +141,12 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
     flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes} {extra}"
+    # Python's own symbols come from the process that loads the module: macOS wants to be told
+    linked = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {flags} -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
-        f"rule link\n  command = {cxx} -shared -pthread {extra} $in -o $out",
+        f"rule link\n  command = {cxx} {linked} -pthread {extra} $in -o $out",
     ]
     if cuda:
         device = f"{NVCC_FLAGS} {includes} -DATTN_EXT_CUDA_ARCHS='\"{CUDA_ARCHS}\"'"

@@ -1,7 +1,9 @@
 """What an installation meets: no compiler, no torch, an old one, a source tree that is not built;
 and what the archive of the sources holds."""
 
+import importlib.metadata
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,6 +11,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import check_wheel
+import constrain
 import pytest
 import torch
 
@@ -93,3 +97,54 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     for folder in folders:
         files = {str(f.relative_to(tree)) for f in (tree / folder).rglob("*") if f.is_file()}
         assert files and files <= held, files - held
+
+
+def test_the_extension_needs_nothing_of_torch():
+    """A header or a call of torch in csrc, which would tie a build to one version of torch."""
+    from attn_ext import _C
+
+    check_wheel.check_extension(Path(_C.__file__))
+
+
+def test_a_foreign_library_is_seen():
+    """The check above passing on whatever it is given."""
+    torch_python = SITE / "torch" / "lib" / "libtorch_python.so"
+    with pytest.raises(AssertionError, match=r"libtorch_python.so needs \['libc10'"):
+        check_wheel.check_extension(torch_python)
+    assert check_wheel.symbols_of_torch(torch_python)
+
+
+def test_every_package_that_tests_install_has_a_pin():
+    """A new release of a package, direct or not, that turns yesterday's green red."""
+    lines = [x for x in constrain.PINS.read_text().splitlines() if x and x[0] != "#"]
+    pins = {constrain.name_of(line) for line in lines}
+    assert all(re.match(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.11\")?$", x) for x in lines)
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"^(?:plot|peers|demo|test|dev|integrations) = \[(.*)\]$", project, re.M)
+    assert len(extras) == 6
+    direct = [r for line in extras for r in re.findall(r'"([^"]+)"', line)]
+    todo, seen = {"setuptools", "pybind11", "ninja", "timm", "rich", "typer"}, {"torch"}
+    todo |= {constrain.name_of(requirement) for requirement in direct}
+    assert "torch" not in pins and todo <= pins, todo - pins
+    without_dependencies = {"timm"}  # `make test` installs it so: they would bring torchvision
+    while todo - seen:
+        name = (todo - seen).pop()
+        seen.add(name)
+        try:
+            asked = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed here
+        if name not in without_dependencies:
+            plain = [r for r in asked if ";" not in r]  # the others depend on extras or machines
+            todo |= {constrain.name_of(r) for r in plain}
+    assert seen - {"torch"} <= pins, seen - pins
+
+
+def test_what_torch_pins_is_left_to_torch(monkeypatch):
+    """A pin of Triton that cannot be installed beside a torch with CUDA, which pins its own."""
+    asked = ['triton==3.2.0; platform_system == "Linux"', "sympy==1.13.1", "numpy; extra == 'x'"]
+    monkeypatch.setattr(constrain.metadata, "requires", lambda name: asked)
+    lines = constrain.constraints()
+    assert lines[0] == f"torch=={importlib.metadata.version('torch')}"
+    assert not any(line.startswith("triton==") for line in lines)
+    assert any(line.startswith("numpy==") for line in lines)

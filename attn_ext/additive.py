@@ -32,6 +32,7 @@ def additive_attention(
     q, k, v, w, bias = _prepared(4, q, k, v, w, b, bias)
     validate.boolean("return_lse", return_lse)
     left, right = validate.window_pair(window)
+    dropout_p = validate.number("dropout_p", dropout_p, 0.0, 1.0)
     canonical = validate.dense(
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
         causal, left, right, 0.0, dropout_p, None, False, backend,
@@ -63,6 +64,7 @@ def additive_attention_varlen(
     q, k, v, w, bias = _prepared(3, q, k, v, w, b, bias)
     validate.boolean("return_lse", return_lse)
     left, right = validate.window_pair(window)
+    dropout_p = validate.number("dropout_p", dropout_p, 0.0, 1.0)
     canonical = validate.varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, left, right, 0.0, dropout_p, None, False,
         backend,

@@ -69,6 +69,7 @@ def dense_args(
             validate.tensor("bias", bias)
         q, k, v, bias = autocast(q, k, v, bias)
     left, right = validate.window_pair(window)
+    softcap, dropout_p, scale = validate.scalars(softcap, dropout_p, scale)
     lean = not torch.compiler.is_compiling() and ops.is_plain(q, k, v)
     q_shape, k_shape = q.shape, k.shape
     align, window_left, window_right = (validate.dense_cached if lean else validate.dense)(
@@ -86,7 +87,7 @@ def dense_args(
     if sink is not None:
         sink = validate.sink_logits(sink, q.device, q.dtype, heads)
     if normalizer != "softmax" or sigmoid_bias is not None:
-        validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
+        sigmoid_bias = validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     if scale is None and lean:
         scale = q_shape[3] ** -0.5
     return (
@@ -175,8 +176,7 @@ def _longest(name: str, value, cu_seqlens, total):
     `total` when traced.
     """
     if value is not None:
-        validate.integer(name, value)
-        return value
+        return validate.integer(name, value)
     if torch.compiler.is_compiling() or not ops.is_plain(cu_seqlens, cu_seqlens, cu_seqlens):
         return total
     if cu_seqlens.device.type == "cpu":
@@ -216,6 +216,7 @@ def varlen_args(
     if bias is not None:
         validate.tensor("bias", bias)
     q, k, v, bias = autocast(q, k, v, bias)
+    softcap, dropout_p, scale = validate.scalars(softcap, dropout_p, scale)
     align, window_left, window_right = validate.varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *validate.window_pair(window), softcap,
         dropout_p,
@@ -238,7 +239,7 @@ def varlen_args(
     if sink is not None:
         sink = validate.sink_logits(sink, q.device, q.dtype, heads)
     if normalizer != "softmax" or sigmoid_bias is not None:
-        validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
+        sigmoid_bias = validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     return (
         q, k, v, mask, bias, alibi_slopes, sink,
         draw_rng_state(q) if dropout_p > 0 else None,

@@ -74,11 +74,12 @@ def decode_args(
         "causal", causal
     )  # always aligned bottom-right, so there is nothing else to say
     left, right = validate.window_pair(window)
+    softcap, _, scale = validate.scalars(softcap, 0.0, scale)
     _, window_left, window_right = validate.options(
         "bottom_right" if causal else False, left, right, softcap, 0.0, scale, False, backend
     )
-    validate.integer("num_splits", num_splits)
-    num_splits = min(num_splits, 1 << 30)  # more than there are keys; the kernels take an int64
+    # more than there are keys; the kernels take an int64
+    num_splits = min(validate.integer("num_splits", num_splits), 1 << 30)
     validate.decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table)
     added = _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new)
     batch, heads, seqlen_q, _ = q.shape

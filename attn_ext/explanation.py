@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 from attn_ext import backends as registry
-from attn_ext import ops
-from attn_ext.api import call_of, dense_args, varlen_args
-from attn_ext.decode import decode_args
+from attn_ext import ops, validate
+from attn_ext.api import NO_LSE, attention, attention_varlen, call_of, dense_args, varlen_args
+from attn_ext.decode import attention_decode, decode_args
 from attn_ext.problem import Problem
 
 
@@ -50,14 +51,25 @@ def explain(q, k, v, *args, **kwargs) -> Explanation:
     block_table=, k_new= or cache_seqlens= those of `attention_decode`.  Raises what the call itself
     would raise for bad arguments.
     """
-    backend = kwargs.pop("backend", "auto")
-    kwargs.pop("return_lse", None)
-    kwargs["need_stats"] = kwargs.pop("return_stats", False)
-    if "cu_seqlens_q" in kwargs or args:
-        flat = varlen_args(q, k, v, *args, backend=backend, **kwargs)
-    elif {"block_table", "cache_seqlens", "k_new"} & kwargs.keys():
-        flat = decode_args(q, k, v, backend=backend, append=False, **kwargs)
+    if args or {"cu_seqlens_q", "cu_seqlens_k"} & kwargs.keys():
+        function, checked = attention_varlen, varlen_args
+    elif {"block_table", "cache_seqlens", "k_new", "v_new"} & kwargs.keys():
+        function, checked = attention_decode, decode_args
     else:
-        flat = dense_args(q, k, v, backend=backend, **kwargs)
+        function, checked = attention, dense_args
+    try:
+        inspect.signature(function).bind(q, k, v, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain, with the arguments of {function.__name__}: {error}") from None
+    return_lse = kwargs.pop("return_lse", False)
+    validate.boolean("return_lse", return_lse)
+    if function is attention_decode:
+        kwargs["append"] = False
+    else:
+        kwargs["need_stats"] = kwargs.pop("return_stats", False)
+        validate.boolean("return_stats", kwargs["need_stats"])
+    flat = checked(q, k, v, *args, **kwargs)
+    if return_lse and kwargs.get("normalizer") == "sigmoid":
+        raise ValueError(NO_LSE)
     grad, bias_grad, name = flat[ops.CALL_FIELDS :]
     return of(Problem.of(call_of(flat), grad, bias_grad), name)

@@ -33,7 +33,7 @@ _FIELDS = (
     "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
     "Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale, float softcap, "
     "float dropout_p, int align, SymInt window_left, SymInt window_right, bool need_stats, "
-    "bool deterministic, str normalizer, float? sigmoid_bias, int num_splits, bool grad, "
+    "bool deterministic, str normalizer, float? sigmoid_bias, SymInt num_splits, bool grad, "
     "bool bias_grad, str backend"
 )
 _TAGS = [torch.Tag.pt2_compliant_tag]

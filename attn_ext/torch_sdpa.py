@@ -24,8 +24,9 @@ def scaled_dot_product_attention(
     (True = attend) or floating (added, with gradient).  All three may be nested tensors of the
     jagged layout, [B, H, ragged, E].
     A torch.nn.attention.bias.CausalBias is causal as it says, top-left or bottom-right.
-    is_causal aligns top-left and excludes attn_mask.  scale: 1/sqrt(E) if None.  enable_gqa: Hq may
-    be a multiple of H.
+    is_causal aligns top-left and hides keys beside those that attn_mask hides (torch: on a CPU
+    where its flash kernel serves the call, else it raises).  scale: 1/sqrt(E) if None.  enable_gqa:
+    Hq may be a multiple of H.
     A row that sees no key is 0.  ValueError or TypeError where torch raises RuntimeError.
     """
     return serve(
@@ -63,8 +64,6 @@ def serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         validate.tensor("attn_mask", attn_mask)
         if attn_mask.dtype not in (torch.bool, *validate.FLOATING):
             raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
-        if is_causal:
-            raise ValueError("attn_mask must be None when is_causal=True, got a mask")
         if attn_mask.device != query.device:
             raise ValueError(
                 f"attn_mask must be on query's device {query.device}, got {attn_mask.device}"

@@ -56,11 +56,48 @@ def switch(name: str, value) -> bool:
     raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
 
-def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
-    """TypeError unless `value` is an int or float; ValueError unless it is finite and within [low,
-    high].
+_PLAIN = (float, int, type(None))
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_OF_NUMPY = ("bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "float16",
+    "float32", "float64", "float96", "float128")  # fmt: skip
+
+
+def plain_number(name: str, value):
+    """The number of Python in what torch takes for one: numpy's scalars, and tensors of one element
+    without dimensions and gradient.  Anything else as it is, for the caller to judge.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) in _PLAIN or isinstance(value, (bool, torch.SymInt, torch.SymFloat)):
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.is_nested or value.dim() > 0 or value.is_complex():
+            return value
+        if value.requires_grad:
+            raise TypeError(f"{name} must be a number without a gradient, got one that requires it")
+        if value.is_meta:
+            raise ValueError(f"{name} must be a number, got a tensor on meta, which holds none")
+        return value.item()
+    if getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", "")) in _OF_NUMPY:
+        return value.item() if value.dtype.itemsize <= 8 else float(value)
+    return value
+
+
+def scalars(softcap, dropout_p, scale) -> tuple:
+    """The three as numbers of Python, their values not yet checked."""
+    if type(softcap) in _PLAIN and type(dropout_p) in _PLAIN and type(scale) in _PLAIN:
+        return softcap, dropout_p, scale
+    named = (("softcap", softcap), ("dropout_p", dropout_p), ("scale", scale))
+    values = [plain_number(name, value) for name, value in named]
+    return tuple(float(x) if isinstance(x, bool) else x for x in values)
+
+
+def number(name: str, value, low: float = -math.inf, high: float = math.inf):
+    """`value` as a number of Python; TypeError unless torch takes it for a float; ValueError unless
+    it is finite and within [low, high].
+    """
+    if type(value) not in _PLAIN:
+        value = plain_number(name, value)
+        value = float(value) if isinstance(value, bool) else value
+    if not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     too_big = isinstance(value, int) and abs(value) > 10**308  # no float holds it
     if not (low <= value <= high) or value in (math.inf, -math.inf) or too_big:
@@ -68,16 +105,21 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> 
         if high != math.inf:
             bounds = f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
+    return value
 
 
-def integer(name: str, value, low: int = 0) -> None:
-    """TypeError unless `value` is an int; ValueError below `low`, or beyond an int64."""
+def integer(name: str, value, low: int = 0):
+    """`value` as an int of Python; TypeError unless torch takes it for an int; ValueError below
+    `low`, or beyond an int64.
+    """
+    value = plain_number(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if type(value) is int and value > MAX_ELEMENTS:
         raise ValueError(f"{name} must be at most {MAX_ELEMENTS}, got {value}")
+    return value
 
 
 def floating(name: str, value) -> None:
@@ -115,7 +157,10 @@ def window_pair(window) -> tuple:
         )
     if len(window) != 2:
         raise ValueError(f"window must have two entries (left, right), got {tuple(window)!r}")
-    return window[0], window[1]
+    left, right = window
+    if type(left) in _PLAIN and type(right) in _PLAIN:
+        return left, right
+    return plain_number("window left", left), plain_number("window right", right)
 
 
 def options(causal, left, right, softcap, dropout_p, scale, deterministic, backend) -> tuple:
@@ -284,14 +329,14 @@ def sink_logits(value, device, dtype, heads) -> torch.Tensor:
     return value.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
-def normalizer(value, sigmoid_bias, sink, need_stats) -> None:
-    """Check the normalizer and what goes with it."""
+def normalizer(value, sigmoid_bias, sink, need_stats):
+    """Check the normalizer and what goes with it; return sigmoid_bias as a number of Python."""
     if not isinstance(value, str):
         raise TypeError(f"normalizer must be a str, got {type(value).__name__} {value!r}")
     if value not in ("softmax", "sigmoid"):
         raise ValueError(f"normalizer must be 'softmax' or 'sigmoid', got {value!r}")
     if sigmoid_bias is not None:
-        number("sigmoid_bias", sigmoid_bias)
+        sigmoid_bias = number("sigmoid_bias", sigmoid_bias)
         if value != "sigmoid":
             raise ValueError(
                 f"sigmoid_bias must be None unless normalizer='sigmoid', got {sigmoid_bias!r}"
@@ -300,6 +345,7 @@ def normalizer(value, sigmoid_bias, sink, need_stats) -> None:
         raise ValueError("sink must be None with normalizer='sigmoid', which has no sum, got one")
     if value == "sigmoid" and need_stats:
         raise ValueError("return_stats must be False with normalizer='sigmoid', got True")
+    return sigmoid_bias
 
 
 def index_tensor(name: str, value, device, dims: int) -> None:

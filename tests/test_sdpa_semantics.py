@@ -4,6 +4,7 @@ Compared with torch's math path in float64, values and gradients, so that a diff
 meaning.
 """
 
+import contextlib
 import inspect
 import re
 import subprocess
@@ -67,6 +68,59 @@ def same(results):
 def test_shapes(shape):
     """Leading dimensions folded in another order than torch broadcasts them."""
     same(both(SHAPES[shape]))
+
+
+# The oldest torch that combines them is not told by its documentation: its flash kernel for CPUs
+# does, its math raises, so the latter is given both in one mask.
+@pytest.mark.parametrize("shapes", [
+    ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)), ((2, 3, 7, 8), (2, 3, 5, 8), (2, 3, 5, 8)),
+    ((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8)),
+], ids=["wide", "tall", "gqa"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("way", ["function", "replace_sdpa"])
+def test_mask_together_with_causal(shapes, kind, way):
+    """A call that torch serves on a CPU refused, or one of the two rules lost; an empty row that is
+    not 0; with the triangle at the other corner where L != S.
+    """
+    torch.manual_seed(0)
+    size = (2, 1, shapes[0][2], shapes[1][2])
+    mask = torch.rand(size) > 0.3 if kind == "bool" else torch.randn(size)
+    if kind == "bool":
+        mask[0, 0, 1] = False
+    leaves = [torch.randn(s, requires_grad=True) for s in shapes]
+    gqa = shapes[0][1] != shapes[1][1]
+    own = attn_ext.scaled_dot_product_attention
+    with attn_ext.replace_sdpa(strict=True) if way == "replace_sdpa" else contextlib.nullcontext():
+        served = F.scaled_dot_product_attention if way == "replace_sdpa" else own
+        out = served(*leaves, attn_mask=mask, is_causal=True, enable_gqa=gqa)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        theirs = F.scaled_dot_product_attention(
+            *leaves, attn_mask=mask, is_causal=True, enable_gqa=gqa
+        )
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(out, theirs)
+    for ours, expected in zip(
+        *(torch.autograd.grad((x * weight).sum(), leaves) for x in (out, theirs)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_float_mask_with_causal_has_a_gradient():
+    """What torch's flash kernel leaves out: the mask's own gradient, and dropout."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.randn(5, 5, requires_grad=True)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    out = attn_ext.scaled_dot_product_attention(*leaves, mask, is_causal=True)
+    one = F.scaled_dot_product_attention(*leaves, mask.masked_fill(hidden, -torch.inf))
+    torch.testing.assert_close(out, one)
+    grads = [torch.autograd.grad(x.square().sum(), [*leaves, mask]) for x in (out, one)]
+    torch.testing.assert_close(*grads)
+    torch.manual_seed(1)
+    out = attn_ext.scaled_dot_product_attention(*leaves, mask, 0.5, True)
+    torch.manual_seed(1)
+    one = attn_ext.scaled_dot_product_attention(*leaves, mask.masked_fill(hidden, -torch.inf), 0.5)
+    torch.testing.assert_close(out, one)
 
 
 @pytest.mark.parametrize("shape", ["2d", "3d", "4d", "5d", "square", "5d_broadcast"])

@@ -64,7 +64,7 @@ def index_first_axis_residual(input, indices):
 def index_put_first_axis(values, indices, first_axis_dim):
     """values [M, ...] at rows `indices` of zeros [first_axis_dim, ...]"""
     _tensor("values", values, 1)
-    validate.integer("first_axis_dim", first_axis_dim)
+    first_axis_dim = validate.integer("first_axis_dim", first_axis_dim)
     _rows("indices", indices, first_axis_dim, values.device)
     if len(indices) != len(values):
         raise ValueError(
@@ -134,8 +134,7 @@ def pad_input(hidden_states, indices, batch, seqlen):
     elsewhere.
     """
     _tensor("hidden_states", hidden_states, 1)
-    validate.integer("batch", batch)
-    validate.integer("seqlen", seqlen)
+    batch, seqlen = validate.integer("batch", batch), validate.integer("seqlen", seqlen)
     _rows("indices", indices, batch * seqlen, hidden_states.device)
     if len(indices) != len(hidden_states):
         raise ValueError(

@@ -19,9 +19,8 @@ from attn_ext.integrations import _checks, bert_padding, importing, rotary
 VERSION = "2.8.3"  # the version whose signatures these are
 
 
-def _plain(value):
-    """A number out of numpy or a tensor without dimensions, which flash-attn takes for one."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+def _scale(softmax_scale):
+    return None if softmax_scale is None else validate.number("softmax_scale", softmax_scale)
 
 
 def _window(window_size, causal: bool) -> tuple:
@@ -30,9 +29,7 @@ def _window(window_size, causal: bool) -> tuple:
         window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
-    window_size = [_plain(side) for side in window_size]
-    for side in window_size:
-        validate.integer("window_size", side, low=-(1 << 31))
+    window_size = [validate.integer("window_size", x, low=-(1 << 31)) for x in window_size]
     left, right = (None if side < 0 else side for side in window_size)
     return left, None if causal else right
 
@@ -40,9 +37,9 @@ def _window(window_size, causal: bool) -> tuple:
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
     causal = validate.switch("causal", causal)
     return dict(
-        dropout_p=_plain(dropout_p), scale=_plain(softmax_scale),
+        dropout_p=validate.number("dropout_p", dropout_p, 0.0, 1.0), scale=_scale(softmax_scale),
         causal="bottom_right" if causal else False, window=_window(window_size, causal),
-        softcap=_plain(softcap), alibi_slopes=alibi_slopes,
+        softcap=validate.number("softcap", softcap, 0.0), alibi_slopes=alibi_slopes,
         deterministic=validate.switch("deterministic", deterministic),
     )  # fmt: skip
 
@@ -233,7 +230,7 @@ def flash_attn_varlen_func(
     )
     return_attn_probs = validate.switch("return_attn_probs", return_attn_probs)
     args = api.varlen_args(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, _plain(max_seqlen_q), _plain(max_seqlen_k),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         need_stats=return_attn_probs, **options,
     )  # fmt: skip
     return _run(args, return_attn_probs, lambda out: out)
@@ -296,6 +293,7 @@ def _readable(value) -> bool:
 def _lengths(value, batch: int, device, capacity: int, added: int):
     """cache_seqlens, an int or a tensor [B], as int32 [B]."""
     high = capacity - added
+    value = validate.plain_number("cache_seqlens", value)
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value <= high:
             raise ValueError(
@@ -423,8 +421,8 @@ def flash_attn_with_kvcache(
         q.transpose(1, 2), keys, values, cache_seqlens,
         k_new=None if k is None else k.transpose(1, 2),
         v_new=None if v is None else v.transpose(1, 2),
-        block_table=block_table, causal=causal, window=window, mask=mask, softcap=_plain(softcap),
-        alibi_slopes=alibi_slopes, scale=_plain(softmax_scale), num_splits=_plain(num_splits),
+        block_table=block_table, causal=causal, window=window, mask=mask, softcap=softcap,
+        alibi_slopes=alibi_slopes, scale=_scale(softmax_scale), num_splits=num_splits,
         return_lse=return_softmax_lse,
     )  # fmt: skip
     if return_softmax_lse:

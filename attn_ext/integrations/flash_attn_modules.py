@@ -14,7 +14,7 @@ class _Options(torch.nn.Module):
     """What both modules are told once."""
 
     def _hold(self, causal, softmax_scale, dropout, alibi_slopes, window_size, deterministic):
-        validate.number("attention_dropout", dropout, 0.0, 1.0)
+        dropout = validate.number("attention_dropout", dropout, 0.0, 1.0)
         self.causal, self.softmax_scale = causal, softmax_scale
         self.drop = torch.nn.Dropout(dropout)
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)

@@ -127,7 +127,7 @@ def _offsets(seqlen_offsets, batch: int, device):
         if device.type == "cpu" and len(offsets) and int(offsets.min()) < 0:
             raise ValueError(f"seqlen_offsets must be at least 0, got {int(offsets.min())}")
         return offsets
-    validate.integer("seqlen_offsets", seqlen_offsets)
+    seqlen_offsets = validate.integer("seqlen_offsets", seqlen_offsets)
     return torch.full((1,), seqlen_offsets, dtype=torch.int64, device=device)
 
 
@@ -199,7 +199,7 @@ def apply_rotary_emb_qkv_(
     _rotatable("qkv", qkv, 4, 5)
     interleaved = validate.switch("interleaved", interleaved)
     if num_heads_q is not None:
-        validate.integer("num_heads_q", num_heads_q, 1)
+        num_heads_q = validate.integer("num_heads_q", num_heads_q, 1)
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         pass
     elif (
@@ -241,12 +241,10 @@ class RotaryEmbedding(torch.nn.Module):
 
     def __init__(self, dim, base=10000.0, interleaved=False, scale_base=None, device=None) -> None:
         super().__init__()
-        validate.integer("dim", dim, 1)
+        dim = validate.integer("dim", dim, 1)
         for name, value in (("base", base), ("scale_base", scale_base)):
-            if name == "base" or value is not None:
-                validate.number(name, value)
-                if value <= 0:
-                    raise ValueError(f"{name} must be above 0, got {value!r}")
+            if (name == "base" or value is not None) and validate.number(name, value) <= 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
         self.dim, self.base = dim, float(base)
         self.interleaved, self.scale_base = interleaved, scale_base
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
@@ -291,9 +289,9 @@ class RotaryEmbedding(torch.nn.Module):
         """
         _rotatable("qkv", qkv, *((4, 5) if kv is None else (4,)))
         if max_seqlen is not None:
-            validate.integer("max_seqlen", max_seqlen)
+            max_seqlen = validate.integer("max_seqlen", max_seqlen)
         if isinstance(seqlen_offset, int):
-            validate.integer("seqlen_offset", seqlen_offset)
+            seqlen_offset = validate.integer("seqlen_offset", seqlen_offset)
         if max_seqlen is None and not isinstance(seqlen_offset, int):
             validate.tensor("seqlen_offset", seqlen_offset)
             max_seqlen = qkv.shape[1] + _last(seqlen_offset)

@@ -115,7 +115,7 @@ def attention_forward(
             position_bias = None if position_bias is None else position_bias[..., :seqlen_q]
         # a lone query is the last position: nothing is to its right
         if sliding_window is not None:
-            sliding_window = int(_number("sliding_window", sliding_window, 1))
+            sliding_window = validate.integer("sliding_window", sliding_window, 1)
         left = None if sliding_window is None else sliding_window - 1
         window = (left, 0 if causal else left)
     else:
@@ -147,10 +147,9 @@ def attention_forward(
 
 def _number(name: str, value, low: float = -math.inf, high: float = math.inf) -> float:
     """A float of a number, or of a tensor or array that holds one."""
-    if not isinstance(value, (int, float)) and getattr(value, "shape", None) in ((), (1,)):
+    if not isinstance(value, (int, float)) and getattr(value, "shape", None) == (1,):
         value = value.item()
-    validate.number(name, value, low, high)
-    return float(value)
+    return float(validate.number(name, value, low, high))
 
 
 def _dropout(dropout, training: bool) -> float:
@@ -242,11 +241,14 @@ def _packed_bounds(mask, kwargs):
             validate.tensor(name, cu)
             if cu.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
-        longest = [kwargs.get(name) for name in ("max_length_q", "max_length_k")]
+        longest = []
+        for name in ("max_length_q", "max_length_k"):
+            given = kwargs.get(name)
+            longest.append(None if given is None else validate.integer(name, given))
         return (
             cu_q.to(torch.int32),
             cu_q.to(torch.int32) if cu_k is cu_q else cu_k.to(torch.int32),
-            *(n if type(n) is int else None for n in longest),
+            *longest,
         )
     if structure is not None and structure.segments is not None:
         return mask.cu_seqlens(), mask.cu_seqlens(), None, None

@@ -208,14 +208,14 @@ def _output_dtype(output_dtype) -> None:
 
 
 def _no_dropout(p, advice: str) -> None:
-    validate.number("p", p, 0.0, 1.0)
+    p = validate.number("p", p, 0.0, 1.0)
     if p != 0.0:
         raise NotImplementedError(f"p must be 0 {advice}, got {p}")
 
 
 def _run(query, key, value, attn_bias, p, scale, output_dtype):
     _rank(query, key, value)
-    validate.number("p", p, 0.0, 1.0)
+    p = validate.number("p", p, 0.0, 1.0)
     _output_dtype(output_dtype)
     kind = None if attn_bias is None else _known(attn_bias)
     if kind is None and attn_bias is not None and not isinstance(attn_bias, torch.Tensor):

@@ -82,8 +82,7 @@ class AdditiveAttention(nn.Module):
     ):
         super().__init__()
         _sizes(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
-        validate.number("dropout", dropout, 0.0, 1.0)
-        self.dropout = dropout
+        self.dropout = validate.number("dropout", dropout, 0.0, 1.0)
         self.query_dim, self.key_dim, self.hidden_dim = query_dim, key_dim, hidden_dim
         self.query_proj = nn.Linear(query_dim, hidden_dim, bias=bias)
         self.key_proj = nn.Linear(key_dim, hidden_dim, bias=False)

@@ -7,8 +7,6 @@ and the LSE of the attention call, for the rows asked for only.
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,22 +31,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
         kdim=None, vdim=None, batch_first=False, device=None, dtype=None,
     ) -> None:  # fmt: skip
-        def plain(x, kind, convert):  # numbers of numpy, which torch takes too
-            return convert(x) if isinstance(x, kind) and not isinstance(x, bool) else x
-
-        embed_dim, num_heads, kdim, vdim = (
-            plain(x, numbers.Integral, int) for x in (embed_dim, num_heads, kdim, vdim)
-        )
-        dropout = plain(dropout, numbers.Real, float)
-        sizes = dict(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
-        for name, size in sizes.items():
-            if size is not None or name in ("embed_dim", "num_heads"):
-                validate.integer(name, size, 1)
+        embed_dim = validate.integer("embed_dim", embed_dim, 1)
+        num_heads = validate.integer("num_heads", num_heads, 1)
+        kdim = None if kdim is None else validate.integer("kdim", kdim, 1)
+        vdim = None if vdim is None else validate.integer("vdim", vdim, 1)
         if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
             )
-        validate.number("dropout", dropout, 0.0, 1.0)
+        dropout = validate.number("dropout", dropout, 0.0, 1.0)
         switches = dict(
             bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=batch_first
         )

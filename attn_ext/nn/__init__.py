@@ -1,14 +1,15 @@
 """Modules with attention inside, in O(N) memory."""
 
+from attn_ext.nn.conversion import Conversion, convert, converted, revert
 from attn_ext.nn.family import (
     AdditiveAttention,
     AttentionPooling,
     CrossModalAttention,
     HierarchicalAttention,
 )
-from attn_ext.nn.multihead import MultiheadAttention, convert, revert
+from attn_ext.nn.multihead import MultiheadAttention
 
 __all__ = [
-    "AdditiveAttention", "AttentionPooling", "CrossModalAttention", "HierarchicalAttention",
-    "MultiheadAttention", "convert", "revert",
+    "AdditiveAttention", "AttentionPooling", "Conversion", "CrossModalAttention",
+    "HierarchicalAttention", "MultiheadAttention", "convert", "converted", "revert",
 ]  # fmt: skip

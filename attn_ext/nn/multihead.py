@@ -1,4 +1,4 @@
-"""MultiheadAttention with torch's constructor, parameters, arguments and meanings, and `convert`.
+"""MultiheadAttention with torch's constructor, parameters, arguments and meanings.
 
     Q, K, V = x W^T + b, cut into heads [N, H, L, E / H];  out = concat(attention(Q, K, V)) W_o^T
 Masks follow torch: True = ignore; float masks are added.  Returned weights are computed from Q, K
@@ -57,7 +57,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """weights_rows: indices (a slice, list or int64 tensor) of the queries whose weights are
         returned, all if None.  is_causal: a hint that attn_mask is the causal mask, as in torch.
         """
-        batched = self._check(query, key, value)
+        weights = self._in_weights()  # once: a parametrization computes them at each look
+        batched = self._check(query, key, value, weights[0])
         need_weights = validate.switch("need_weights", need_weights)
         average_attn_weights = validate.switch("average_attn_weights", average_attn_weights)
         is_causal = validate.switch("is_causal", is_causal)
@@ -75,7 +76,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             masks.append(_scores(attn_mask, batch, self.num_heads, seqlen_q, seqlen_k))
         if key_padding_mask is not None:
             masks.append(_padding(key_padding_mask, batch, seqlen_k))
-        q, k, v = self._project(query, key, value, *same)
+        q, k, v = self._project(query, key, value, weights, *same)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -86,16 +87,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         out = api.result(args, False, False)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        weights = None
+        shown = None
         if need_weights:
             _check_rows(weights_rows, seqlen_q)
-            weights = _weights(args, weights_rows, average_attn_weights)
-            weights = weights if batched else weights[0]
+            shown = _weights(args, weights_rows, average_attn_weights)
+            shown = shown if batched else shown[0]
         if not batched:
-            return out[0], weights
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+            return out[0], shown
+        return (out if self.batch_first else out.transpose(0, 1)), shown
 
-    def _check(self, query, key, value) -> bool:
+    def _in_weights(self) -> tuple:
+        """The weights of the input projections: one for all three, or one each."""
+        if self._qkv_same_embed_dim:
+            return (self.in_proj_weight,)
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+
+    def _check(self, query, key, value, weight) -> bool:
         """Check ranks and widths; whether the inputs are batched."""
         for name, x, width in (
             ("query", query, self.embed_dim),
@@ -110,8 +117,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 )
             if x.shape[-1] != width:
                 raise ValueError(f"{name} must have a last dimension of {width}, got {x.shape[-1]}")
-            same = self._qkv_same_embed_dim
-            validate.module_dtype(name, x, self.in_proj_weight if same else self.q_proj_weight)
+            validate.module_dtype(name, x, weight)
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"value must have key's leading sizes {tuple(key.shape[:-1])}, "
@@ -130,18 +136,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _project(self, query, key, value, query_is_key: bool, key_is_value: bool):
+    def _project(self, query, key, value, weights, query_is_key: bool, key_is_value: bool):
         """Q [N, L, E], K and V [N, S (+ 1), E]; one product for inputs that are one tensor."""
         bias = self.in_proj_bias
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             q, k, v = map(F.linear, (query, key, value), weights, biases)
         elif query_is_key and key_is_value:
-            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            q, k, v = F.linear(query, weights[0], bias).chunk(3, dim=-1)
         else:
             size = self.embed_dim
-            weights = self.in_proj_weight.split((size, 2 * size))
+            weights = weights[0].split((size, 2 * size))
             biases = (None, None) if bias is None else bias.split((size, 2 * size))
             q = F.linear(query, weights[0], biases[0])
             if key_is_value:
@@ -270,61 +275,3 @@ def _kept(call) -> torch.Tensor:
     return reference.dropout_keep_mask(
         seed, offset, batch, heads, seqlen_q, call.k.shape[2], call.dropout_p, call.q.device
     )
-
-
-def _fused_layers(model: nn.Module):
-    """Encoder layers and encoders whose fused path goes around their attention module."""
-    for module in model.modules():
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            yield module
-
-
-_FLAGS = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-
-
-def convert(model: nn.Module) -> nn.Module:
-    """Make every torch.nn.MultiheadAttention in `model` (itself included) an
-    attn_ext.nn.MultiheadAttention.  In place: parameters, buffers, hooks, optimizers and state_dict
-    keys stay.  Returns `model`; `revert(model)` undoes it.
-
-    In nn.TransformerEncoder(-Layer), and so nn.Transformer, torch's fused evaluation path, which
-    goes around the attention module, is turned off.  Subclasses of torch's module with code of
-    their own are left alone.
-    """
-    validate_module(model)
-    for module in model.modules():
-        if type(module) is nn.MultiheadAttention:
-            module.__class__ = MultiheadAttention
-    for module in _fused_layers(model):
-        if not any(isinstance(m, MultiheadAttention) for m in module.modules()):
-            continue
-        for kind, flag, off in _FLAGS:
-            if isinstance(module, kind) and hasattr(module, flag):
-                if not hasattr(module, f"_attn_ext_{flag}"):
-                    setattr(module, f"_attn_ext_{flag}", getattr(module, flag))
-                setattr(module, flag, off)
-    return model
-
-
-def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert(model)`, in place; returns `model`."""
-    validate_module(model)
-    for module in model.modules():
-        if type(module) is MultiheadAttention:
-            module.__class__ = nn.MultiheadAttention
-    for module in _fused_layers(model):
-        for _, flag, _ in _FLAGS:
-            kept = f"_attn_ext_{flag}"
-            if hasattr(module, kept):
-                setattr(module, flag, getattr(module, kept))
-                delattr(module, kept)
-    return model
-
-
-def validate_module(model) -> None:
-    """TypeError unless `model` is an nn.Module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

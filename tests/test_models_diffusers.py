@@ -4,6 +4,7 @@ against its native path (torch's SDPA) in float64 and float32.
 
 import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -109,10 +110,35 @@ def test_unet(diffusers, served, masked):
     assert served.count == 8
 
 
-def test_unet_with_added_keys(diffusers, served):
-    """The order of added keys; pictures that come as [B, C, H, W]."""
-    from attn_ext.integrations.diffusers import AttnProcessor
+def test_default_processor_after_ours(diffusers):
+    """diffusers refusing to go back, because it does not know the class of a processor; the plain
+    processor in a model whose layers add keys.
+    """
+    from diffusers.models import attention_processor as own
 
+    from attn_ext.integrations.diffusers import AttnAddedKVProcessor, AttnProcessor
+
+    model, inputs = unet(diffusers)
+    before = model(**inputs).sample
+    model.set_attn_processor(AttnProcessor())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for each in (model, copied):
+        each.set_default_attn_processor()
+        assert {type(p) for p in each.attn_processors.values()} == {own.AttnProcessor}
+        torch.testing.assert_close(each(**inputs).sample, before, rtol=1e-4, atol=1e-5)
+    model, inputs = adding_unet(diffusers)
+    before = model(**inputs).sample
+    model.set_attn_processor(AttnAddedKVProcessor())
+    model.set_default_attn_processor()
+    assert {type(p) for p in model.attn_processors.values()} == {own.AttnAddedKVProcessor}
+    model.set_attn_processor(AttnProcessor())
+    model(**inputs)
+    model.set_default_attn_processor()
+    torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-5)
+
+
+def adding_unet(diffusers):
+    """A UNet whose layers have added keys and values, and its inputs."""
     torch.manual_seed(3)
     model = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, sample_size=8, in_channels=4,
@@ -125,6 +151,14 @@ def test_unet_with_added_keys(diffusers, served):
         "sample": normal(2, 4, 8, 8), "timestep": torch.tensor(3),
         "encoder_hidden_states": normal(2, 7, 12),
     }  # fmt: skip
+    return model, inputs
+
+
+def test_unet_with_added_keys(diffusers, served):
+    """The order of added keys; pictures that come as [B, C, H, W]."""
+    from attn_ext.integrations.diffusers import AttnProcessor
+
+    model, inputs = adding_unet(diffusers)
     check(model, inputs, lambda m: m.set_attn_processor(AttnProcessor()))
     assert served.count == 4
 

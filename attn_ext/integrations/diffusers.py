@@ -11,13 +11,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from attn_ext import validate
 from attn_ext.api import attention
 from attn_ext.integrations import _checks
 
-__all__ = ["AttnProcessor", "attention_backend", "register"]
+__all__ = ["AttnAddedKVProcessor", "AttnProcessor", "attention_backend", "register"]
 
 
 def register(name: str = "attn_ext") -> None:
@@ -108,7 +110,22 @@ class AttnProcessor:
     It stands for AttnProcessor2_0 and, in layers with added keys and values (`add_k_proj`), for
     AttnAddedKVProcessor2_0: pictures [B, C, H, W] or tokens [B, Sq, C] in, the same shape out.
     encoder_hidden_states [B, Sk, C']; attention_mask as diffusers makes it, added to the logits.
+
+    To diffusers, which asks for the class of a processor (`set_default_attn_processor`, the dtype
+    of a VAE), it is an AttnProcessor2_0, and from its first call in a layer with added keys on an
+    AttnAddedKVProcessor2_0; `AttnAddedKVProcessor` is one from the start.
     """
+
+    _stands_for = "AttnProcessor2_0"
+
+    @property
+    def __class__(self):
+        return getattr(
+            importlib.import_module("diffusers.models.attention_processor"), self._stands_for
+        )
+
+    def __reduce__(self):  # pickle compares the two classes
+        return type(self), ()
 
     def __call__(
         self,
@@ -122,6 +139,8 @@ class AttnProcessor:
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
         added = attn.added_kv_proj_dim is not None
+        if added and not torch.compiler.is_compiling():
+            self._stands_for = AttnAddedKVProcessor._stands_for
         if added or len(shape) == 4:  # [B, C, H, W] or [B, C, S] -> [B, S, C]
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -164,3 +183,9 @@ class AttnProcessor:
     def _heads(attn, x):
         """[B, S, H * D] -> [B, S, H, D]"""
         return x.unflatten(-1, (attn.heads, -1))
+
+
+class AttnAddedKVProcessor(AttnProcessor):
+    """`AttnProcessor` for UNets whose layers have added keys and values."""
+
+    _stands_for = "AttnAddedKVProcessor2_0"

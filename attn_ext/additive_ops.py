@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext import backends, functions, ops, reference, validate
+from attn_ext import backends, batching, ops, reference, rules, validate
 from attn_ext.problem import Call, Problem, empty_like_layout
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -207,10 +207,8 @@ def _autograd(ctx, dout, dlse):
     return _scatter(ctx.needs_input_grad, found, count)
 
 
-torch.library.register_autograd(
-    "attn_ext::additive", _autograd, setup_context=_setup_context, lib=ops.lib
-)
-torch.library.register_autograd("attn_ext::additive_backward", ops._no_double_backward, lib=ops.lib)
+rules.derivative(ops.lib, "additive", _setup_context, _autograd)
+rules.derivative(ops.lib, "additive_backward", ops.no_context, ops.no_double_backward)
 
 
 def run(args: tuple) -> tuple:
@@ -219,10 +217,6 @@ def run(args: tuple) -> tuple:
         return torch.ops.attn_ext.additive(*args)
     for observe in ops.observers:
         observe(call_of(args), args[3])
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return TransformableAdditive.apply(*args[:TENSORS], args[TENSORS:])
-    if torch.autograd.forward_ad._current_level >= 0:
-        ops.refuse_tangents(args[index] for index in GRADS)
     return torch.ops.attn_ext.additive(*args)
 
 
@@ -232,70 +226,36 @@ def _foldable(dims, tensors, rest) -> bool:
 
 
 def _folded(dims, tensors, n: int) -> tuple:
-    batch = functions._batch_size(tensors[0], dims[0])
+    batch = batching.batch_size(tensors[0], dims[0])
     q, k, v, w, mask, bias = tensors[:6]
     return (
-        *(functions._fold(x, d, n) for x, d in zip((q, k, v), dims[:3], strict=True)), w,
-        functions._fold_scores(mask, dims[4], n, batch, False),
-        functions._fold_scores(bias, dims[5], n, batch, False),
+        *(batching.fold(x, d, n) for x, d in zip((q, k, v), dims[:3], strict=True)), w,
+        batching.fold_scores(mask, dims[4], n, batch, False),
+        batching.fold_scores(bias, dims[5], n, batch, False),
         *tensors[6:],
     )  # fmt: skip
 
 
-class TransformableAdditive(functions.WithoutForwardMode):
-    """The way under torch.func: ten tensors and a tuple with the rest of the flat arguments."""
-
-    @staticmethod
-    def forward(*inputs):
-        return torch.ops.attn_ext.additive(*inputs[:TENSORS], *inputs[TENSORS])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:TENSORS], *output)
-        ctx.rest = inputs[TENSORS]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        if dout is None and dlse is None:
-            return (None,) * (TENSORS + 1)
-        *tensors, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        bias_grad = bool(ctx.needs_input_grad[_BIAS])
-        found = TransformableGradients.apply(dout, dlse, out, lse, *tensors, ctx.rest, bias_grad)
-        return _scatter(ctx.needs_input_grad, found, TENSORS + 1)
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        n, tensors, rest, dims = info.batch_size, inputs[:TENSORS], inputs[TENSORS], in_dims
-        if not _foldable(dims, tensors, rest):
-            found = functions.one_by_one(TransformableAdditive, tensors, dims[:TENSORS], (rest,), n)
-            return found, (0, 0)
-        outs = TransformableAdditive.apply(*_folded(dims, tensors, n), rest)
-        return tuple(o.unflatten(0, (n, o.shape[0] // n)) for o in outs), (0, 0)
+def _vmap_forward(info, in_dims, *inputs):
+    """The vmap rule of `attn_ext::additive`."""
+    n, tensors, rest, dims = info.batch_size, inputs[:TENSORS], inputs[TENSORS:], in_dims[:TENSORS]
+    operator = torch.ops.attn_ext.additive
+    if not _foldable(dims, tensors, rest):
+        return batching.one_by_one(operator, tensors, dims, rest, n), (0, 0)
+    outs = operator(*_folded(dims, tensors, n), *rest)
+    return tuple(o.unflatten(0, (n, o.shape[0] // n)) for o in outs), (0, 0)
 
 
-class TransformableGradients(functions.Gradients):
-    """The gradients with a rule by which vmap(grad(f)) maps them: example by example, since each
-    has a gradient of w of its own.
+def _vmap_backward(info, in_dims, *inputs):
+    """The vmap rule of `attn_ext::additive_backward`: example by example, since each has a
+    gradient of w of its own.
     """
+    count, operator = 4 + TENSORS, torch.ops.attn_ext.additive_backward
+    found = batching.one_by_one(
+        operator, inputs[:count], in_dims[:count], inputs[count:], info.batch_size
+    )
+    return found, (0,) * 5
 
-    @staticmethod
-    def forward(dout, dlse, out, lse, *inputs):
-        tensors, rest, bias_grad = inputs[:TENSORS], inputs[TENSORS], inputs[TENSORS + 1]
-        return torch.ops.attn_ext.additive_backward(
-            dout, dlse, out, lse, *tensors, *rest, bias_grad
-        )
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        return None
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        count = 4 + TENSORS
-        found = functions.one_by_one(
-            TransformableGradients, inputs[:count], in_dims[:count], inputs[count:],
-            info.batch_size,
-        )  # fmt: skip
-        return found, (0,) * 5
+torch.library.register_vmap("attn_ext::additive", _vmap_forward, lib=ops.lib)
+torch.library.register_vmap("attn_ext::additive_backward", _vmap_backward, lib=ops.lib)

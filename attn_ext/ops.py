@@ -12,21 +12,14 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
-from attn_ext import backends, validate
+from attn_ext import backends, batching, rules, validate
 from attn_ext.problem import Call, Problem, empty_like_layout
 
 CALL_FIELDS = 25  # of Call; `args` continues with grad, bias_grad, backend
-TENSORS = 12  # the leading tensor fields
+TENSORS = batching.TENSORS
 GRADS = (0, 1, 2, 4, 6)  # positions of q, k, v, bias, sink
-DOUBLE_BACKWARD = (
-    "attn_ext has no double backward: use torch's attention under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
-)
-FORWARD_AD = (
-    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev) or "
-    "torch's attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-)
 
 _FIELDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, "
@@ -278,14 +271,19 @@ def _backward(ctx, dout, dlse, dmax_logit, dentropy):
     return tuple(grads)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(DOUBLE_BACKWARD)
+def no_context(ctx, inputs, output):
+    """Nothing is saved for a derivative that raises."""
 
 
-torch.library.register_autograd(
-    "attn_ext::forward", _backward, setup_context=_setup_context, lib=lib
-)
-torch.library.register_autograd("attn_ext::backward", _no_double_backward, lib=lib)
+def no_double_backward(ctx, *grads):
+    """The derivative of a backward."""
+    raise NotImplementedError(rules.DOUBLE_BACKWARD)
+
+
+rules.derivative(lib, "forward", _setup_context, _backward)
+rules.derivative(lib, "backward", no_context, no_double_backward)
+torch.library.register_vmap("attn_ext::forward", batching.forward, lib=lib)
+torch.library.register_vmap("attn_ext::backward", batching.backward, lib=lib)
 
 observers: list = []  # functions of (call, w or None) that see each eager call (inspect.record)
 through_dispatcher = False  # every call, for torch's profiler to see it (attn_ext.profile)
@@ -344,12 +342,10 @@ def run(args: tuple) -> tuple:
     for observe in observers:
         observe(_call(args), None)
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        from attn_ext.functions import TransformableAttention
-
-        args = _differentiable(args)
-        return TransformableAttention.apply(*args[:TENSORS], args[TENSORS:])
+        return torch.ops.attn_ext.forward(*_differentiable(args))
+    args = (*unwrap_dead_wrappers(args[:TENSORS]), *args[TENSORS:])  # leaked by a transform
     if torch.autograd.forward_ad._current_level >= 0:
-        refuse_tangents(args[index] for index in GRADS)
+        rules.refuse_tangents(args[index] for index in GRADS)
     if through_dispatcher or not (is_plain(*args[:3]) and _sides_are_plain(args)):
         if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
             from attn_ext import sharding
@@ -361,10 +357,3 @@ def run(args: tuple) -> tuple:
 
         return EagerAttention.apply(*args[:TENSORS], args[TENSORS:])
     return forward_eager(args)
-
-
-def refuse_tangents(tensors) -> None:
-    """NotImplementedError where one of the tensors is a dual number of forward-mode AD."""
-    for tensor in tensors:
-        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(FORWARD_AD)

@@ -1,253 +1,90 @@
 """`replace_sdpa`: torch.nn.functional.scaled_dot_product_attention served by attn_ext.
 
-Scoped use is a TorchFunctionMode: it sees each call of the running thread, also those by a name
-imported earlier, and torch.compile traces through it.  The switch `enable()` covers every thread.
-A call that attn_ext cannot serve goes to torch with one warning that says why, or raises with
-strict=True.  `report()` counts what went where.
+Two ways lead to attn_ext, and what they serve is the same:
+
+- Kernels registered for the operator itself, `aten::scaled_dot_product_attention`, see each call
+  that reaches torch's dispatcher, whoever makes it: Python by whatever name, C++,
+  nn.MultiheadAttention, torch.func, a script, a recomputation in backward(), a part of a graph
+  that torch.compile did not look into.  They ask `_sdpa_scopes.current()` to which block the call
+  belongs, and hand calls of no block to torch's own implementation.
+- In front of them a block puts a TorchFunctionMode, for what ends before the dispatcher (nested
+  tensors and CausalBias have a __torch_function__ of their own) and for torch.compile: Dynamo
+  guards on the modes of a thread, so a compiled function belongs to the block that it was compiled
+  in, and its graph and the caches of it hold attn_ext's operator.
+
+`report()` counts what went where.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
 import sys
 import threading
-import types
-import warnings
-from collections import Counter
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
-from attn_ext import backends, jagged, validate
-from attn_ext.api import autocasting
-from attn_ext.problem import TOP_LEFT, Problem
-from attn_ext.torch_sdpa import as_mask, is_causal_bias, serve
+from attn_ext import backends, validate
+from attn_ext.integrations import _sdpa_scopes as scopes
+from attn_ext.integrations._sdpa_calls import TORCH_SDPA, Report, call, report, reset
 
-_TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
+__all__ = ["Report", "replace_sdpa", "report", "reset"]
+
 _TORCH_MHA = F.multi_head_attention_forward
-
+_ATEN = torch.ops.aten.scaled_dot_product_attention.default
 _lock = threading.Lock()
-_served: Counter = Counter()
-_to_torch: Counter = Counter()
-_compiled: Counter = Counter()
-_warned: set = set()
+_library = None
 
 
-class Report(NamedTuple):
-    """Calls since the last `reset`."""
-
-    served: dict  # backend -> eager calls that it served
-    torch: dict  # reason -> eager calls that torch served
-    compiled: dict  # "attn_ext" or a reason -> calls traced into compiled graphs, once a trace
-
-    def __str__(self) -> str:
-        lines = [f"served by {name}: {count}" for name, count in self.served.items()]
-        lines += [f"left to torch: {count} ({reason})" for reason, count in self.torch.items()]
-        lines += [f"traced by torch.compile: {n} ({what})" for what, n in self.compiled.items()]
-        return "\n".join(lines) or "no calls"
-
-
-def report() -> Report:
-    """How many calls each backend served, how many torch served and why, in all threads."""
-    with _lock:
-        return Report(dict(_served), dict(_to_torch), dict(_compiled))
-
-
-def reset() -> None:
-    """Set the counts of `report` to zero and let each warning appear once more."""
-    with _lock:
-        for counter in (_served, _to_torch, _compiled):
-            counter.clear()
-        _warned.clear()
-
-
-def _left_to_torch(reason: str, counter: Counter) -> None:
-    """Count a call that torch serves and warn the first time that this reason is met."""
-    rule = re.sub(r"(?<![=\w])\d+", "N", reason)  # one entry a rule, not one a shape
-    with _lock:
-        counter[rule] += 1
-        new = rule not in _warned
-        _warned.add(rule)
-    if new:
-        warnings.warn(
-            f"replace_sdpa leaves scaled_dot_product_attention to torch: {reason}", stacklevel=4
-        )
-
-
-@functools.lru_cache(maxsize=4096)
-def _serving(backend, device, index, dtype, seqlen_q, seqlen_k, dim, dim_v, grad, flags) -> str:
-    """The name of the backend that serves such a call; NotImplementedError where none does."""
-    causal, mask, bias, bias_grad, dropout = flags
-    problem = Problem(
-        "dense", device, dtype, 1, 1, 1, seqlen_q, seqlen_k, dim, dim_v, causal=causal,
-        align=TOP_LEFT, mask=mask, bias=bias, bias_grad=bias_grad, dropout=dropout, grad=grad,
-        device_index=index,
-    )  # fmt: skip
-    name = backends.select(backend, problem)
-    if name == "reference" != backend:
-        why = "; ".join(
-            f"{c}: {', '.join(backends.reasons(c, problem))}"
-            for c in backends.ORDER
-            if c != "reference"
-        )
-        raise NotImplementedError(f"no kernel can serve this call: {why}")
-    return name
-
-
-def _only_math() -> bool:
-    """Whether sdpa_kernel(SDPBackend.MATH) is in force: the caller asks for torch's own math."""
-    cuda = torch.backends.cuda
-    return cuda.math_sdp_enabled() and not (
-        cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
-    )
-
-
-MATH_ONLY = "sdpa_kernel(SDPBackend.MATH) asks for torch's math"
-
-
-def _foreign(tensor) -> bool:
-    """Whether a tensor subclass has operations of its own that a kernel would go around."""
-    kind = type(tensor)
-    if kind in (torch.Tensor, torch.nn.Parameter):
-        return False
-    home = kind.__module__
-    return not home.startswith(("torch._subclasses", "torch.distributed.tensor", "torch.nn"))
-
-
-def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -> str:
-    """The name of the backend that serves this eager call.
-
-    NotImplementedError says why torch must; ValueError and TypeError what torch will refuse too.
-    """
-    if not type(query) is type(key) is type(value) is torch.Tensor or query.layout != torch.strided:
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            validate.tensor(name, tensor)
-            if _foreign(tensor):
-                raise NotImplementedError(f"{name} is a tensor subclass, {type(tensor).__name__}")
-    if query.is_nested or key.is_nested or value.is_nested:
-        raise NotImplementedError("nested tensors must be of the jagged layout, all three")
-    if _only_math():
-        raise NotImplementedError(MATH_ONLY)
-    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
-        raise ValueError("query, key and value must have at least 2 dimensions")
-    device, dtype = query.device, query.dtype
-    if dtype != torch.float64 and autocasting(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    if isinstance(attn_mask, torch.Tensor) and _foreign(attn_mask):
-        raise NotImplementedError(f"attn_mask is a tensor subclass, {type(attn_mask).__name__}")
-    described = is_causal_bias(attn_mask)  # torch 2.6: even its dtype raises
-    is_causal = is_causal or described
-    mask = isinstance(attn_mask, torch.Tensor) and not described and attn_mask.dtype == torch.bool
-    bias = not (attn_mask is None or mask or described)
-    grads = torch.is_grad_enabled()
-    bias_grad = bias and grads and attn_mask.requires_grad
-    grad = grads and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return _serving(
-        backend, device.type, device.index or 0, dtype, query.shape[-2], key.shape[-2],
-        query.shape[-1], value.shape[-1], grad or bias_grad,
-        (bool(is_causal), mask, bias, bias_grad, dropout_p > 0),
-    )  # fmt: skip
-
-
-def _traced_reason(backend: str, device: str, dtype: torch.dtype) -> str:
-    """Runs while torch.compile traces: why this call stays torch's, "" if attn_ext takes it."""
-    why = MATH_ONLY if _only_math() else ""
-    try:
-        if dtype != torch.float64 and autocasting(device):
-            dtype = torch.get_autocast_dtype(device)
-        if not why:
-            _serving(backend, device, 0, dtype, 64, 64, 64, 64, False, (False,) * 5)
-    except NotImplementedError as error:
-        why = str(error)
-    if why:
-        _left_to_torch(why, _compiled)
-    else:
-        with _lock:
-            _compiled["attn_ext"] += 1
-    return why
-
-
-# torch.compiler.assume_constant_result by hand: it imports the compiler, a second of every import.
-_traced_reason._dynamo_marked_constant = True
-
-
-def _call(
-    strict, backend, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+def _kernel(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
-    """One call of scaled_dot_product_attention, here or by torch."""
-    options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if torch.compiler.is_compiling():
-        why = _traced_reason(backend, query.device.type, query.dtype)
-        if not why:
-            return serve(query, key, value, *options, backend)
-        if strict:
-            raise NotImplementedError(why)
-    elif not (isinstance(query, torch.Tensor) and query.is_meta):  # nothing is computed on meta
-        try:
-            return _eager(backend, query, key, value, *options)
-        except (NotImplementedError, ValueError, TypeError) as error:
-            if strict or (is_causal_bias(attn_mask) and is_causal):  # torch's error too
-                raise
-            reason = str(error)
-        _left_to_torch(reason, _to_torch)
-    if is_causal_bias(attn_mask) and not is_causal:
-        # it knows itself by F.scaled_dot_product_attention, a name that enable() takes
-        attn_mask = as_mask(attn_mask, query.device)
-    return _TORCH_SDPA(
-        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-        scale=scale, enable_gqa=enable_gqa,
+    """aten::scaled_dot_product_attention: attn_ext in a block, torch's own outside."""
+    settings = scopes.current()
+    if settings is not None:
+        return call(settings, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _ATEN._op_dk(
+        torch._C.DispatchKey.CompositeImplicitAutograd, query, key, value, attn_mask, dropout_p,
+        is_causal, scale=scale, enable_gqa=enable_gqa,
     )  # fmt: skip
 
 
-def _eager(backend, query, key, value, *options):
-    probe = (query, key, value)
-    if jagged.is_jagged(*probe):
-        probe = jagged.values(*probe)
-    name = _backend(backend, *probe, *options[:3])
-    out = serve(query, key, value, *options, backend)
-    with _lock:
-        _served[name] += 1
-    return out
-
-
-def _attention_forward_with(strict: bool, backend: str):
-    """F.multi_head_attention_forward that calls `_call`.
-
-    It asks has_torch_function and hands itself to the mode, inside which no mode is on: a mode
-    never sees the attention call in it.  The same code with two other globals does.  They stand in
-    a module of their own, because torch.compile looks globals up by their module's name.
+def _register() -> None:
+    """Register the kernels, at the first use.  They stay, because a backward() may come later than
+    the end of the last block.
     """
-
-    def sdpa(*args, **kwargs):
-        return _call(strict, backend, *args, **kwargs)
-
-    name = f"{__name__}.{'strict' if strict else 'lenient'}_{backend}"
-    scope = types.ModuleType(name)
-    own = {"scaled_dot_product_attention": sdpa, "has_torch_function": _never, "__name__": name}
-    scope.__dict__.update({**F.__dict__, **own})
-    sys.modules[name] = scope
-    function = types.FunctionType(
-        _TORCH_MHA.__code__, scope.__dict__, _TORCH_MHA.__name__, _TORCH_MHA.__defaults__
-    )
-    function.__kwdefaults__ = _TORCH_MHA.__kwdefaults__
-    return function
-
-
-def _never(tensors) -> bool:
-    return False
+    global _library
+    with _lock:
+        if _library is not None:
+            return
+        scopes.mark_contexts()
+        _library = torch.library.Library("aten", "IMPL")
+        devices = ("CPU", "CUDA") if torch.version.cuda or torch.version.hip else ("CPU",)
+        keys = [f"{prefix}{device}" for device in devices for prefix in ("Autograd", "")]
+        # torch.func's transforms: below this key attn_ext's Functions would meet a transform
+        # that is at work already
+        for key in (*keys, "FuncTorchDynamicLayerFrontMode"):
+            _library.impl("scaled_dot_product_attention", _kernel, key)
+        _ATEN._dispatch_cache.clear()  # what a compiler looked up before
 
 
-# Made at import, because torch.compile cannot trace the making of a function from code.
-_MHA = {
-    (strict, backend): _attention_forward_with(strict, backend)
-    for strict in (False, True)
-    for backend in ("auto", *backends.ORDER)
-}
+def _know_graph_nodes() -> None:
+    """Let torch.compile put the two functions in graphs as they are.  Runs while it traces."""
+    if _known:
+        return
+    _known.append(True)
+    for function in (scopes.open_in_graph, scopes.close_in_graph):
+        torch.compiler.allow_in_graph(function)
+        torch.fx.node.has_side_effect(function)
+    _register()
+
+
+_known: list = []
+# torch.compiler.assume_constant_result by hand: it imports the compiler, a second of every import.
+_know_graph_nodes._dynamo_marked_constant = True
 
 
 class replace_sdpa(TorchFunctionMode):
@@ -264,6 +101,9 @@ class replace_sdpa(TorchFunctionMode):
     strict: raise (NotImplementedError, ValueError or TypeError, with the reason) instead of
     leaving a call to torch with a warning.  backend: "auto", or a name of `attn_ext.backends()`.
 
+    What runs in backward() belongs to the block in which its forward ran, wherever backward() is
+    called: checkpoints of both forms, autograd.Functions that recompute, hooks of tensors.
+
     Arguments and result are torch's: any number of leading dimensions, bool masks with True =
     attend, is_causal top-left, fully masked rows 0, autocast, gradients of a float mask, jagged
     nested tensors.  Dropout draws another mask than torch from the same seed.  Second derivatives
@@ -272,7 +112,7 @@ class replace_sdpa(TorchFunctionMode):
 
     nn.MultiheadAttention (need_weights=False) and nn.TransformerEncoder in evaluation go around
     scaled_dot_product_attention by a fused path of their own; it is off where this mode is on.
-    Code already compiled by torch.compile is compiled again under it, in the thread of `enable()`.
+    Code already compiled by torch.compile is compiled again under it.
     """
 
     def __init__(self, strict: bool = False, backend: str = "auto"):
@@ -286,19 +126,36 @@ class replace_sdpa(TorchFunctionMode):
             raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")
         if backend != "auto":
             backends.get(backend)
-            if (strict, backend) not in _MHA:
-                _MHA[strict, backend] = _attention_forward_with(strict, backend)
         self.strict = strict
         self.backend = backend
+        self._settings = scopes.Settings(strict, backend)
         self._switch = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is _TORCH_SDPA:
-            return _call(self.strict, self.backend, *args, **kwargs)
-        if func is _TORCH_MHA:
-            return _MHA[self.strict, self.backend](*args, **kwargs)
+        if func is TORCH_SDPA:
+            return call((self.strict, self.backend), *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() and (
+            func is _TORCH_MHA or isinstance(func, HigherOrderOperator)
+        ):
+            # Dynamo looks into neither with a mode on: checkpoint's, cond's and other bodies
+            _know_graph_nodes()
+            scopes.open_in_graph(self.strict, self.backend)
+            out = func(*args, **kwargs)
+            scopes.close_in_graph()
+            return out
         return func(*args, **kwargs)
+
+    def __enter__(self):
+        if not torch.compiler.is_dynamo_compiling():
+            _register()
+            scopes.enter(self._settings)
+        return super().__enter__()
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        if not torch.compiler.is_dynamo_compiling():
+            scopes.leave(self._settings)
 
     def __call__(self, function):
         """Decorate `function`: it runs under this mode."""
@@ -313,18 +170,17 @@ class replace_sdpa(TorchFunctionMode):
     def enable(self) -> replace_sdpa:
         """Switch this on in every thread until `undo()`; returns self.
 
-        The calling thread gets the mode; in other threads the name F.scaled_dot_product_attention
-        is served, and torch's fused encoder path is off.  RuntimeError if it is on already.
+        torch's fused encoder path is off, and code compiled before is compiled again.
+        RuntimeError if it is on already.
         """
-        _know_torchs_functions()
         with _lock:
             if self._switch is not None:
                 raise RuntimeError("enable: this replace_sdpa is on already, undo() it first")
             fastpath = torch.backends.mha.get_fastpath_enabled()
             self._switch = (threading.get_ident(), fastpath)
-            _switches.append(self)
-            F.scaled_dot_product_attention = _everywhere
+            scopes.everywhere.append(self._settings)
         torch.backends.mha.set_fastpath_enabled(False)
+        _compile_again()
         self.__enter__()
         return self
 
@@ -338,49 +194,28 @@ class replace_sdpa(TorchFunctionMode):
             if thread != threading.get_ident():
                 raise RuntimeError("undo must be called from the thread that called enable()")
             self._switch = None
-            _switches.remove(self)
-            if not _switches:
-                F.scaled_dot_product_attention = _TORCH_SDPA
+            scopes.everywhere[:] = [s for s in scopes.everywhere if s is not self._settings]
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        _compile_again()
         _remove_mode(self)
+        scopes.leave(self._settings)
 
 
-_switches: list[replace_sdpa] = []
-
-
-def _know_torchs_functions() -> None:
-    """Let torch.overrides, torch.compile and torch.jit.script note which function
-    F.scaled_dot_product_attention is.
-
-    They look it up by name once and for all: done while the switch is on, torch.compile would take
-    the stand-in for torch's own function, then and after undo().
+def _compile_again() -> None:
+    """Drop what torch.compile made before a switch was turned: threads without a mode have no
+    guard that would.  While a switch is on, entries of the compiler's caches on disk carry its
+    name, because a graph of such a thread does not tell which attention it became.
     """
-    torch.overrides.get_overridable_functions()
-    with contextlib.suppress(ImportError, AttributeError):  # private: a torch without them is fine
-        from torch._dynamo import trace_rules
-
-        trace_rules.get_torch_obj_rule_map()
-        trace_rules.get_tensor_method()
-    with contextlib.suppress(ImportError, AttributeError):  # scripts keep torch's own operator
-        torch.jit._builtins._register_builtin(_everywhere, "aten::scaled_dot_product_attention")
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    _tag_caches(bool(scopes.everywhere))
 
 
-def _everywhere(*args, **kwargs):
-    """F.scaled_dot_product_attention while a switch is on, in threads without a mode of their own
-    too.
-    """
-    for switch in _switches[-1:]:
-        if torch.compiler.is_compiling() or not any(
-            isinstance(mode, replace_sdpa) for mode in _modes()
-        ):
-            return _call(switch.strict, switch.backend, *args, **kwargs)
-    return _TORCH_SDPA(*args, **kwargs)  # a mode of this thread sees it
+def _tag_caches(on: bool) -> None:
+    import torch.compiler.config as config  # light; torch._dynamo is not loaded by it
 
-
-def _modes() -> list:
-    """The TorchFunctionModes of this thread, innermost last."""
-    count = torch._C._len_torch_function_stack()
-    return [torch._C._get_function_stack_at(i) for i in range(count)]
+    tag = config.cache_key_tag.removesuffix("+attn_ext")
+    config.cache_key_tag = f"{tag}+attn_ext" if on else tag
 
 
 def _remove_mode(mode: TorchFunctionMode) -> None:

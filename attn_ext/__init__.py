@@ -15,6 +15,7 @@ from attn_ext.additive import additive_attention, additive_attention_varlen
 from attn_ext.api import RowStats, attention, attention_varlen
 from attn_ext.decode import attention_decode
 from attn_ext.explanation import explain
+from attn_ext.integrations import torch_flash as _torch_flash
 from attn_ext.integrations.sdpa import replace_sdpa
 from attn_ext.profiling.recorder import profile
 from attn_ext.torch_sdpa import scaled_dot_product_attention
@@ -23,6 +24,8 @@ try:
     __version__ = _metadata.version("attn_ext")
 except _metadata.PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+uninstalled"
+
+_torch_flash.offer()
 
 __all__ = [
     "RowStats", "additive_attention", "additive_attention_varlen", "attention", "attention_decode",

@@ -13,6 +13,9 @@ import attn_ext._requires as _requires  # noqa: F401
 from attn_ext import backends, flops, inspect, nn, reference, testing  # noqa: F401
 from attn_ext.additive import additive_attention, additive_attention_varlen
 from attn_ext.api import RowStats, attention, attention_varlen
+
+# at once, not at the first call: it prepares for fork()
+from attn_ext.backends import cpu as _cpu  # noqa: F401
 from attn_ext.decode import attention_decode
 from attn_ext.explanation import explain
 from attn_ext.integrations import torch_flash as _torch_flash

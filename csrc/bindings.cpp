@@ -14,6 +14,7 @@
 #include "cpu/ceilings.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/targets.h"
 
 namespace py = pybind11;
 using attn::Pointers;
@@ -172,6 +173,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &attn::cpu::supported_isas);
   m.def("isa", &attn::cpu::isa);
   m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
+  m.def("isa_table", &attn::cpu::isa_table,
+        "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
+  m.def("cpu_has", &attn::cpu::cpu_has,
+        "For tests: whether this machine has the CPU features, named as in isa_table()");
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
 }

@@ -36,6 +36,9 @@ ATTN_HOST_DEVICE inline uint64_t dropout_threshold(double p) { return uint64_t(p
 
 ATTN_HOST_DEVICE inline void philox4x32(PhiloxKey key, const uint32_t counter[4], uint32_t out[4]) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC unroll 10  // a loop over counters around this one becomes vectors
+#endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = uint64_t(kPhiloxM0) * c0, p1 = uint64_t(kPhiloxM1) * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ key.k0;

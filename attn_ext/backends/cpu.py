@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -38,9 +39,12 @@ except ImportError as error:
 
 
 def _torch_openmp() -> int:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; 0 without one."""
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; 0 without one, or
+    where it may be the runtime of a parent process whose threads are not here."""
     maps = Path("/proc/self/maps")
     if not maps.exists() or "backend: OpenMP" not in torch.__config__.parallel_info():
+        return 0
+    if _forked():
         return 0
     loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "omp" in line}
     runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libiomp5"))]
@@ -54,6 +58,21 @@ def _torch_openmp() -> int:
     return 0
 
 
+def _forked() -> bool:
+    """Whether this process is a copy of its parent, made by fork without exec.
+
+    If the parent has used OpenMP, a parallel region here would wait for its threads for ever, and
+    nothing tells whether it has.  The processes of multiprocessing's fork server are no copies of
+    one that has computed, and give their main module that name.
+    """
+    if sys.modules["__main__"].__name__ == "__mp_main__":
+        return False
+    flags = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]
+    return bool(int(flags) & 0x40)  # PF_FORKNOEXEC of Linux
+
+
+# When attn_ext is imported, not at the first call: a child of fork() must find the handlers that
+# take its parent's threads out of use, whether or not the parent has called us.
 if _C is not None:
     _C.use_openmp(_torch_openmp())
 

@@ -19,7 +19,7 @@ struct AdditiveSide {
 
 // False when some |x| is over the limit of the fast way, or NaN.
 template <class T>
-inline bool within_fast_tanh(const T* x, int64_t n) {
+ATTN_NOINLINE bool within_fast_tanh(const T* x, int64_t n) {
   bool within = true;
   for (int64_t i = 0; i < n; ++i) within &= std::abs(x[i]) <= kFastTanh<T>;
   return within;
@@ -27,7 +27,7 @@ inline bool within_fast_tanh(const T* x, int64_t n) {
 
 // x = exp(2x) in place; n is a multiple of kLanes<T>.
 template <class T>
-inline void exponentials(T* x, int64_t n) {
+ATTN_NOINLINE void exponentials(T* x, int64_t n) {
   const T most = kFastTanh<T>;  // beyond it the result is not used, and vexp's integers overflow
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     Vec<T> v = load(x + i);
@@ -45,8 +45,8 @@ ATTN_INLINE Vec<T> half_complement(Vec<T> q, T k) {
 
 // S^T[j][q] for nk keys and bm queries (a multiple of kLanes<T>).
 template <class T, bool FAST>
-inline void additive_scores(int64_t nk, int64_t bm, int64_t dim, AdditiveSide<T> K,
-                            AdditiveSide<T> Q, const T* w, T* S) {
+ATTN_NOINLINE void additive_scores(int64_t nk, int64_t bm, int64_t dim, AdditiveSide<T> K,
+                                   AdditiveSide<T> Q, const T* w, T* S) {
   constexpr int NV = 4;
   T total = 0;
   for (int64_t d = 0; d < dim; ++d) total += w[d];
@@ -87,9 +87,9 @@ ATTN_INLINE T lane_sum(Vec<T> x) {
 // dQ^T[d][q] += 4 w_d sum_j dS r (1 - r),  dK^T[d][j] alike over q,  dw[d] += sum dS (1 - 2 r).
 // dS^T [nk][kMaxQueries] is 0 in padding lanes.
 template <class T, bool FAST>
-inline void additive_gradient(int64_t nk, int64_t bm, int64_t dim, AdditiveSide<T> K,
-                              AdditiveSide<T> Q, const T* w, const T* dS, T* dQt, int64_t ldq,
-                              T* dKt, int64_t ldk, T* dw) {
+ATTN_NOINLINE void additive_gradient(int64_t nk, int64_t bm, int64_t dim, AdditiveSide<T> K,
+                                     AdditiveSide<T> Q, const T* w, const T* dS, T* dQt,
+                                     int64_t ldq, T* dKt, int64_t ldk, T* dw) {
   constexpr int NV = 4;
   for (int64_t q = 0; q < bm; q += NV * kLanes<T>) {
     const int nv = int(std::min<int64_t>(NV, (bm - q) / kLanes<T>));

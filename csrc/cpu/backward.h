@@ -347,7 +347,7 @@ class Backward {
     std::fill(k.dV, k.dV + k.nk * dv_pad, T(0));
   }
 
-  void end_dq(const Block& k, const Rows& r, const T* dq) {
+  ATTN_NOINLINE void end_dq(const Block& k, const Rows& r, const T* dq) {
     if (!ptr.dq) return;
     if (k.t + 1 == r.t1) {
       T* rows = reinterpret_cast<T*>(k.block);  // kLanes rows of max(d_pad, dv_pad)
@@ -362,7 +362,7 @@ class Backward {
   }
 
   // No inf or NaN in K, V and the panel's Q and dO.
-  bool finite(Block& k, const Panel<T>& panel) const {
+  ATTN_NOINLINE bool finite(Block& k, const Panel<T>& panel) const {
     constexpr int64_t row = kPanel * int64_t(sizeof(Item));
     if (!all_finite<Op>(reinterpret_cast<const char*>(k.Qt), row, items<Op>(p.head_dim),
                         panel.columns) ||
@@ -376,9 +376,9 @@ class Backward {
   }
 
   // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO; = where nothing has begun.
-  void add_keys(Block& k, const char* rows, int64_t row_stride, const Panel<T>& panel, int64_t dim,
-                int64_t pad, const Item* A, Item* packed, T* C, const Segment* segments,
-                int count) const {
+  ATTN_NOINLINE void add_keys(Block& k, const char* rows, int64_t row_stride, const Panel<T>& panel,
+                              int64_t dim, int64_t pad, const Item* A, Item* packed, T* C,
+                              const Segment* segments, int count) const {
     constexpr int64_t pairs = kPanel / Op::kPack;
     const Item* B = packed;
     int64_t ldb = pad, depth = (panel.nq + Op::kPack - 1) / Op::kPack;
@@ -416,8 +416,8 @@ class Backward {
   }
 
   // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.
-  void add_visible(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h,
-                   T* dq) const {
+  ATTN_NOINLINE void add_visible(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h,
+                                 T* dq) const {
     const Sequence& seq = k.seq;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
     for (int64_t q = 0; q < panel.nq; ++q) {
@@ -439,7 +439,8 @@ class Backward {
     }
   }
 
-  void add_bias_gradient(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h) const {
+  ATTN_NOINLINE void add_bias_gradient(const Block& k, const Panel<T>& panel, const Tile& tile,
+                                       int64_t h) const {
     T* out = static_cast<T*>(ptr.dbias) + k.seq.b * p.dbias.b + h * p.dbias.h +
              panel.m0 * p.dbias.q + k.n0 * p.dbias.k;
     for (int64_t g = 0; g < panel.grains; ++g)
@@ -466,8 +467,9 @@ class Backward {
         }
   }
 
-  void store_rows(const Sequence& seq, void* base, const Strides& s, int64_t hk, int64_t n0,
-                  int64_t nk, int64_t dim, int64_t pad, T* rows, T scale) const {
+  ATTN_NOINLINE void store_rows(const Sequence& seq, void* base, const Strides& s, int64_t hk,
+                                int64_t n0, int64_t nk, int64_t dim, int64_t pad, T* rows,
+                                T scale) const {
     if (!base) return;
     for (int64_t j = 0; j < nk; ++j) {
       T* row = rows + j * pad;

@@ -14,6 +14,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/dispatch.h"
+#include "cpu/targets.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,7 +30,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+ATTN_TARGET(ATTN_AVX2_FEATURES)
 #define ATTN_ISA avx2
 #define ATTN_VEC_BYTES 32
 #define ATTN_CHAINS 12
@@ -40,7 +41,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2")
+ATTN_TARGET(ATTN_AVX512_FEATURES)
 #define ATTN_ISA avx512
 #define ATTN_VEC_BYTES 64
 #define ATTN_CHAINS 24
@@ -83,7 +84,7 @@ double amx_dot(float* sink) {
 
 #if defined(__x86_64__)
 // vdpbf16ps in 24 chains: with 12 it is bound by latency and 8 % low (Zen 5)
-__attribute__((target("avx512f,avx512bf16"))) double bf16_dot(float* sink) {
+__attribute__((target(ATTN_AVX512_BF16_FEATURES))) double bf16_dot(float* sink) {
   constexpr int kChains = 24;
   constexpr int64_t kRounds = 20000;
   __m512 acc[kChains];
@@ -105,8 +106,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_dot(float* sink) {
 
 bool has_bf16() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16");
+  return cpu_has(ATTN_AVX512_BF16_FEATURES);
 #else
   return false;
 #endif

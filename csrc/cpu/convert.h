@@ -56,7 +56,8 @@ inline uint16_t float_to_half(float f) {  // round to nearest even
 
 // dst[i] = src[i] for n elements of a storage row
 template <class T>
-inline void load_row(DType type, const void* src, int64_t n, T* dst) {
+inline __attribute__((always_inline)) void load_row(DType type, const void* src, int64_t n,
+                                                    T* dst) {
   switch (type) {
     case DType::kFloat32:
       for (int64_t i = 0; i < n; ++i) dst[i] = T(static_cast<const float*>(src)[i]);
@@ -76,7 +77,8 @@ inline void load_row(DType type, const void* src, int64_t n, T* dst) {
 }
 
 template <class T>
-inline void store_row(DType type, const T* src, int64_t n, void* dst) {
+inline __attribute__((always_inline)) void store_row(DType type, const T* src, int64_t n,
+                                                     void* dst) {
   switch (type) {
     case DType::kFloat32:
       for (int64_t i = 0; i < n; ++i) static_cast<float*>(dst)[i] = float(src[i]);

@@ -126,7 +126,7 @@ class Decode {
 
   // careful: what V holds where P = 0 does not reach O (0 * inf is NaN).  A bias may be so low;
   // keys that mask or bias exclude are not touched in any case.
-  void attend(int64_t unit, int64_t split, bool careful, float* state) const {
+  ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state) const {
     const int64_t hk = unit % p.heads_k, d = p.head_dim;
     const Sequence seq(p, ptr, unit / p.heads_k);
     std::fill(state, max_of(state), 0.f);

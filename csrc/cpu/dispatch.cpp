@@ -7,6 +7,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/scratch.h"
+#include "cpu/targets.h"
 
 namespace attn::cpu {
 
@@ -32,32 +33,16 @@ ATTN_DECLARE(avx512_amx)
 
 namespace {
 
-// What vdpbf16ps does not serve runs on the other AVX-512 kernels.
-#if defined(__x86_64__)
-void forward_bf16(const Problem& p, const Pointers& ptr, int threads) {
-  (p.dtype == DType::kBFloat16 ? avx512_bf16::forward : avx512::forward)(p, ptr, threads);
-}
-void backward_bf16(const Problem& p, const Pointers& ptr, int threads) {
-  (p.dtype == DType::kBFloat16 ? avx512_bf16::backward : avx512::backward)(p, ptr, threads);
-}
-#ifdef ATTN_HAS_AMX
-void forward_amx(const Problem& p, const Pointers& ptr, int threads) {
-  (p.dtype == DType::kBFloat16 ? avx512_amx::forward : avx512::forward)(p, ptr, threads);
-}
-void backward_amx(const Problem& p, const Pointers& ptr, int threads) {
-  (p.dtype == DType::kBFloat16 ? avx512_amx::backward : avx512::backward)(p, ptr, threads);
-}
-#endif
-#endif
+using Kernel = void (*)(const Problem&, const Pointers&, int);
+using FamilyKernel = void (*)(const Problem&, const Pointers&, const FamilyOptions&, int);
+using InspectKernel = void (*)(const Problem&, const Pointers&, const FamilyOptions&,
+                               const InspectOptions&, int);
 
 struct Isa {
-  const char* name;
-  void (*forward)(const Problem&, const Pointers&, int);
-  void (*backward)(const Problem&, const Pointers&, int);
-  void (*family_forward)(const Problem&, const Pointers&, const FamilyOptions&, int);
-  void (*family_backward)(const Problem&, const Pointers&, const FamilyOptions&, int);
-  void (*inspect)(const Problem&, const Pointers&, const FamilyOptions&, const InspectOptions&,
-                  int);
+  const char *name, *features;  // features: of its target region (targets.h)
+  Kernel forward, backward, forward_bf16, backward_bf16;
+  FamilyKernel family_forward, family_backward;
+  InspectKernel inspect;
   bool supported;
   // On AMX's tiles.  Used only when it is asked for by its name: no machine has run it so far.
   bool tiles = false;
@@ -65,34 +50,33 @@ struct Isa {
 
 bool usable(const Isa& isa) { return isa.supported && (!isa.tiles || amx::present()); }
 
+// From the least to the most.  What vdpbf16ps and tiles do not serve runs on the kernels of avx512.
+#define ATTN_OWN_KERNELS(ISA) ISA::forward, ISA::backward
+#define ATTN_OTHER_KERNELS(ISA) ISA::family_forward, ISA::family_backward, ISA::inspect
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = [] {
-    std::vector<Isa> list{{"baseline", baseline::forward, baseline::backward,
-                           baseline::family_forward, baseline::family_backward, baseline::inspect,
-                           true}};
+  static const std::vector<Isa> all{
+      {"baseline", "", ATTN_OWN_KERNELS(baseline), ATTN_OWN_KERNELS(baseline),
+       ATTN_OTHER_KERNELS(baseline), true},
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 =
-        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    list.push_back({"avx2", avx2::forward, avx2::backward, avx2::family_forward,
-                    avx2::family_backward, avx2::inspect, has_avx2});
-    list.push_back({"avx512", avx512::forward, avx512::backward, avx512::family_forward,
-                    avx512::family_backward, avx512::inspect, has_avx512});
-    list.push_back({"avx512_bf16", forward_bf16, backward_bf16, avx512::family_forward,
-                    avx512::family_backward, avx512::inspect,
-                    has_avx512 && __builtin_cpu_supports("avx512bf16")});
+      {"avx2", ATTN_AVX2_FEATURES, ATTN_OWN_KERNELS(avx2), ATTN_OWN_KERNELS(avx2),
+       ATTN_OTHER_KERNELS(avx2), cpu_has(ATTN_AVX2_FEATURES)},
+      {"avx512", ATTN_AVX512_FEATURES, ATTN_OWN_KERNELS(avx512), ATTN_OWN_KERNELS(avx512),
+       ATTN_OTHER_KERNELS(avx512), cpu_has(ATTN_AVX512_FEATURES)},
+      {"avx512_bf16", ATTN_AVX512_BF16_FEATURES, ATTN_OWN_KERNELS(avx512),
+       ATTN_OWN_KERNELS(avx512_bf16), ATTN_OTHER_KERNELS(avx512),
+       cpu_has(ATTN_AVX512_BF16_FEATURES)},
 #ifdef ATTN_HAS_AMX
-    list.push_back({"avx512_amx", forward_amx, backward_amx, avx512::family_forward,
-                    avx512::family_backward, avx512::inspect,
-                    has_avx512 && __builtin_cpu_supports("avx512bf16"), true});
+      // whether there are tiles is asked at each use: tests emulate them
+      {"avx512_amx", ATTN_AVX512_AMX_FEATURES, ATTN_OWN_KERNELS(avx512),
+       ATTN_OWN_KERNELS(avx512_amx), ATTN_OTHER_KERNELS(avx512), cpu_has(ATTN_AVX512_BF16_FEATURES),
+       true},
 #endif
 #endif
-    return list;
-  }();
+  };
   return all;
 }
+#undef ATTN_OWN_KERNELS
+#undef ATTN_OTHER_KERNELS
 
 const Isa* find(const std::string& name) {
   const Isa* best = nullptr;
@@ -126,10 +110,12 @@ const Isa& active() {
 }  // namespace
 
 void forward(const Problem& p, const Pointers& ptr, int threads) {
-  active().forward(p, ptr, threads);
+  const Isa& isa = active();
+  (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p, ptr, threads);
 }
 void backward(const Problem& p, const Pointers& ptr, int threads) {
-  active().backward(p, ptr, threads);
+  const Isa& isa = active();
+  (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, threads);
 }
 void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
   active().family_forward(p, ptr, o, threads);
@@ -149,6 +135,22 @@ std::vector<std::string> supported_isas() {
   for (const Isa& isa : isas())
     if (usable(isa)) names.emplace_back(isa.name);
   return names;
+}
+
+std::vector<IsaEntry> isa_table() {
+  std::vector<IsaEntry> table;
+  auto address = [](auto function) { return reinterpret_cast<uintptr_t>(function); };
+  for (const Isa& i : isas())
+    table.push_back({i.name,
+                     i.features,
+                     {{"forward", address(i.forward)},
+                      {"backward", address(i.backward)},
+                      {"forward_bf16", address(i.forward_bf16)},
+                      {"backward_bf16", address(i.backward_bf16)},
+                      {"family_forward", address(i.family_forward)},
+                      {"family_backward", address(i.family_backward)},
+                      {"inspect", address(i.inspect)}}});
+  return table;
 }
 
 ScratchBuffer& thread_scratch() {

@@ -1,7 +1,10 @@
 // The CPU backend's entry points: the kernels of the best ISA of this machine, or of the one that
 // was asked for.
 #pragma once
+#include <cstdint>
+#include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/family_options.h"
@@ -21,5 +24,10 @@ std::string isa();                          // the one in use
 // Throws std::invalid_argument for a name that is unknown or that this machine lacks; "" is the
 // default: the best one, but never avx512_amx, which has run on no machine so far.
 void set_isa(const std::string& name);
+
+// For tests, of every ISA that was compiled, whether or not this machine has it: its name, the
+// features that its code uses (targets.h), and the addresses of its kernels.
+using IsaEntry = std::tuple<std::string, std::string, std::map<std::string, uintptr_t>>;
+std::vector<IsaEntry> isa_table();
 
 }  // namespace attn::cpu

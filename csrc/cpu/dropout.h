@@ -22,6 +22,7 @@ inline void philox_lanes(PhiloxKey key, uint32_t block, uint32_t query, uint32_t
         _mm512_add_epi32(_mm512_set1_epi32(int(query)),
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     __m512i c3 = _mm512_set1_epi32(int(b));
+#pragma GCC unroll 10
     for (int round = 0; round < kPhiloxRounds; ++round) {
       __m512i high0, low0, high1, low1;
       multiply_wide(c0, kPhiloxM0, &high0, &low0);
@@ -47,6 +48,7 @@ inline void philox_lanes(PhiloxKey key, uint32_t block, uint32_t query, uint32_t
     const uint32_t counter[4] = {block, query + q, h, b};
     uint32_t out[4];
     philox4x32(key, counter, out);
+#pragma GCC unroll 4
     for (int w = 0; w < 4; ++w) keep[w * kPanel + q] = out[w] >= threshold ? kept : T(0);
   }
 }

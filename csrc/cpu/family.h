@@ -31,15 +31,15 @@ struct FamilyTiles {
   }
 
   // K^T [dim][kFamilyKeys] of the additive scores; padding is 0.
-  void pack_keys(KeyRows<T> K, int64_t nk, T* Kt) const {
+  ATTN_NOINLINE void pack_keys(KeyRows<T> K, int64_t nk, T* Kt) const {
     for (int64_t d = 0; d < p.head_dim; ++d)
       for (int64_t j = 0; j < kFamilyKeys; ++j)
         Kt[d * kFamilyKeys + j] = j < nk ? K.data[j * K.stride + d] : T(0);
   }
 
   // S^T [nk][kMaxQueries].  fast: both sides hold exponentials.
-  void products(int64_t h, int64_t nk, int64_t bm, KeyRows<T> K, const T* Kt, T* Qt, bool fast,
-                T* S) const {
+  ATTN_NOINLINE void products(int64_t h, int64_t nk, int64_t bm, KeyRows<T> K, const T* Kt, T* Qt,
+                              bool fast, T* S) const {
     if (!options.w) {
       product<T>(nk, bm, p.head_dim, K.data, K.stride, 1, Qt, kMaxQueries, S, kMaxQueries, false);
       return;
@@ -52,7 +52,7 @@ struct FamilyTiles {
   }
 
   // S: logits in, sigmoid weights out.
-  void sigmoid(T* S, int64_t nk, int64_t bm, T bias) const {
+  ATTN_NOINLINE void sigmoid(T* S, int64_t nk, int64_t bm, T bias) const {
     for (int64_t j = 0; j < nk; ++j)
       for (int64_t q = 0; q < bm; q += kLanes<T>) {
         T* at = S + j * kMaxQueries + q;
@@ -140,7 +140,7 @@ class FamilyForward : FamilyTiles<T> {
   }
 
   // The online softmax of forward.h, without its statistics.
-  void softmax(T* S, int64_t nk, int64_t bm, T* top_row, T* sum_row, T* Ot) const {
+  ATTN_NOINLINE void softmax(T* S, int64_t nk, int64_t bm, T* top_row, T* sum_row, T* Ot) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     for (int64_t q = 0; q < bm; q += kLanes<T>) {
       const Vec<T> before = load(top_row + q);
@@ -164,7 +164,7 @@ class FamilyForward : FamilyTiles<T> {
   }
 
   // O^T += V^T P^T over the pairs with P != 0: what an excluded row of V holds never reaches O.
-  void add_visible(KeyRows<T> V, const T* P, int64_t nk, int64_t nq, T* Ot) const {
+  ATTN_NOINLINE void add_visible(KeyRows<T> V, const T* P, int64_t nk, int64_t nq, T* Ot) const {
     for (int64_t j = 0; j < nk; ++j)
       for (int64_t q = 0; q < nq; ++q) {
         const T w = P[j * kMaxQueries + q];
@@ -179,8 +179,8 @@ class FamilyForward : FamilyTiles<T> {
     const bool nan = sum != sum, empty = top == -std::numeric_limits<T>::infinity() && !nan;
     const T factor = options.sigmoid ? T(1) : empty ? T(0) : T(1) / sum;
     for (int64_t d = 0; d < p.head_dim_v; ++d) row[d] = Ot[d * kMaxQueries + q] * factor;
-    store_row<T>(p.dtype, row, p.head_dim_v,
-                 static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0 + q) * this->bytes());
+    restore_row<T>(p.dtype, row, p.head_dim_v,
+                   static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0 + q) * this->bytes());
     if (!options.sigmoid)
       static_cast<T*>(ptr.lse)[seq.lse_offset(h, m0 + q)] = nan     ? sum
                                                             : empty ? top

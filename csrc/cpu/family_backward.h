@@ -62,8 +62,8 @@ class FamilyBackward : FamilyTiles<T> {
     }
   }
   void read(const void* base, int64_t offset, T* row) const {
-    load_row<T>(p.dtype, static_cast<const char*>(base) + offset * this->bytes(), p.head_dim_v,
-                row);
+    convert_row<T>(p.dtype, static_cast<const char*>(base) + offset * this->bytes(), p.head_dim_v,
+                   row);
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, int64_t share) {
@@ -244,8 +244,9 @@ class FamilyBackward : FamilyTiles<T> {
       T* row = rows + q * pad;
       std::fill(row, row + pad, T(0));
       if (q < nq)
-        load_row<T>(p.dtype, static_cast<const char*>(base) + (offset + q * stride) * this->bytes(),
-                    dim, row);
+        convert_row<T>(p.dtype,
+                       static_cast<const char*>(base) + (offset + q * stride) * this->bytes(), dim,
+                       row);
       for (int64_t d = 0; d < dim; ++d) transposed[d * kMaxQueries + q] = row[d];
     }
   }
@@ -256,8 +257,8 @@ class FamilyBackward : FamilyTiles<T> {
     for (int64_t j = 0; j < nk; ++j) {
       T* row = rows + j * pad;
       for (int64_t d = 0; d < dim; ++d) row[d] *= scale;
-      store_row<T>(p.dtype, row, dim,
-                   static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * this->bytes());
+      restore_row<T>(p.dtype, row, dim,
+                     static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * this->bytes());
     }
   }
 
@@ -274,8 +275,8 @@ class FamilyBackward : FamilyTiles<T> {
           sum += dQt[((s * tiles + unit) * p.head_dim + d) * block_m + q];
         row[d] = sum * scale;
       }
-      store_row<T>(p.dtype, row, p.head_dim,
-                   static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + q) * this->bytes());
+      restore_row<T>(p.dtype, row, p.head_dim,
+                     static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + q) * this->bytes());
     }
   }
 

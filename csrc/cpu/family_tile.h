@@ -6,9 +6,9 @@ constexpr int kMaxQueries = 128;  // BLOCK_M, queries of a tile at most
 
 // The product of gemm.h over numbers:  C[r][q] (+)= sum_k A[r][k] B[k][q];  strides in numbers.
 template <class T>
-inline void product(int64_t rows, int64_t columns, int64_t depth, const T* A, int64_t row_stride,
-                    int64_t depth_stride, const T* B, int64_t ldb, T* C, int64_t ldc,
-                    bool accumulate) {
+ATTN_NOINLINE void product(int64_t rows, int64_t columns, int64_t depth, const T* A,
+                           int64_t row_stride, int64_t depth_stride, const T* B, int64_t ldb, T* C,
+                           int64_t ldc, bool accumulate) {
   gemm<Plain<T>>(rows, columns, depth, reinterpret_cast<const char*>(A),
                  row_stride * int64_t(sizeof(T)), depth_stride * int64_t(sizeof(T)), B, ldb, C, ldc,
                  accumulate);
@@ -23,8 +23,8 @@ struct KeyRows {
 };
 
 template <class T>
-inline KeyRows<T> family_rows(const Sequence& seq, const void* base, const Strides& s, int64_t h,
-                              int64_t n0, int64_t n, int64_t dim, T* scratch) {
+ATTN_NOINLINE KeyRows<T> family_rows(const Sequence& seq, const void* base, const Strides& s,
+                                     int64_t h, int64_t n0, int64_t n, int64_t dim, T* scratch) {
   const DType type = seq.p->dtype;
   const bool same = (type == DType::kFloat32 && sizeof(T) == 4) || type == DType::kFloat64;
   const bool even =
@@ -32,8 +32,8 @@ inline KeyRows<T> family_rows(const Sequence& seq, const void* base, const Strid
   if (same && even) return {static_cast<const T*>(base) + seq.k_offset(s, h, n0), s.s};
   const auto* bytes = static_cast<const char*>(base);
   for (int64_t j = 0; j < n; ++j)
-    load_row<T>(type, bytes + seq.k_offset(s, h, n0 + j) * int64_t(dtype_size(type)), dim,
-                scratch + j * dim);
+    convert_row<T>(type, bytes + seq.k_offset(s, h, n0 + j) * int64_t(dtype_size(type)), dim,
+                   scratch + j * dim);
   return {scratch, dim};
 }
 
@@ -58,7 +58,7 @@ struct FamilyScores {
   }
 
   // S: products in, logits out.  dcap (or null) receives d softcap(s) / ds.
-  void logits(int64_t n0, int64_t nk, T* S, T* dcap) const {
+  ATTN_NOINLINE void logits(int64_t n0, int64_t nk, T* S, T* dcap) const {
     const Problem& p = *seq.p;
     const T ninf = -std::numeric_limits<T>::infinity();
     const bool extra = seq.ptr->mask || seq.ptr->bias;
@@ -101,7 +101,7 @@ struct FamilyScores {
   }
 
   // keep_scratch[j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4.
-  const T* keep(int64_t n0, int64_t nk) const {
+  ATTN_NOINLINE const T* keep(int64_t n0, int64_t nk) const {
     const double p = seq.p->dropout_p;
     const uint64_t threshold = dropout_threshold(p);
     const T kept = p < 1 ? T(1 / (1 - p)) : T(0);
@@ -128,7 +128,7 @@ struct FamilyScores {
   }
 
   // add_scratch[j][q] = bias, or -inf where the mask excludes
-  void fill_add(int64_t n0, int64_t nk) const {
+  ATTN_NOINLINE void fill_add(int64_t n0, int64_t nk) const {
     const Problem& p = *seq.p;
     const T ninf = -std::numeric_limits<T>::infinity();
     const auto* mask = static_cast<const uint8_t*>(seq.ptr->mask);
@@ -148,7 +148,7 @@ struct FamilyScores {
 
 // False when some value of the tile is inf or NaN: x - x is 0 for finite x only.
 template <class T>
-inline bool finite_rows(KeyRows<T> rows, int64_t n, int64_t dim) {
+ATTN_NOINLINE bool finite_rows(KeyRows<T> rows, int64_t n, int64_t dim) {
   T bad = 0;
   for (int64_t j = 0; j < n; ++j)
     for (int64_t d = 0; d < dim; ++d)
@@ -158,11 +158,11 @@ inline bool finite_rows(KeyRows<T> rows, int64_t n, int64_t dim) {
 
 // X^T [dim][kMaxQueries] of nq storage rows; padding lanes are 0.
 template <class T>
-inline void pack_lanes(DType type, const void* base, int64_t offset, int64_t row_stride, int64_t nq,
-                       int64_t bm, int64_t dim, T* row, T* out) {
+ATTN_NOINLINE void pack_lanes(DType type, const void* base, int64_t offset, int64_t row_stride,
+                              int64_t nq, int64_t bm, int64_t dim, T* row, T* out) {
   for (int64_t q = 0; q < bm; ++q) {
     if (q < nq)
-      load_row<T>(
+      convert_row<T>(
           type,
           static_cast<const char*>(base) + (offset + q * row_stride) * int64_t(dtype_size(type)),
           dim, row);

@@ -355,8 +355,8 @@ class Forward {
 
   // kScaled: scale and base hold log2(e) already.
   template <bool kDropout, bool kScaled>
-  static Vec<T> exponentials_base2(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base,
-                                   const T* kept) {
+  static ATTN_NOINLINE Vec<T> exponentials_base2(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base,
+                                                 const T* kept) {
     Vec<T> sum[2] = {};
     // N keys abreast.  Pairs of keys go to row j / 2, which lies before or at what was read.
     auto weigh_keys = [&](int64_t j, auto count) {
@@ -391,8 +391,8 @@ class Forward {
   }
 
   // weighted = sum of exp(s - max) * (s - max), for the entropy.
-  void weigh(const T* S, int64_t lo, int64_t hi, T scale, Vec<T> before, Vec<T> base, Vec<T> alpha,
-             Vec<T> sum_before, T* weighted) const {
+  ATTN_NOINLINE void weigh(const T* S, int64_t lo, int64_t hi, T scale, Vec<T> before, Vec<T> base,
+                           Vec<T> alpha, Vec<T> sum_before, T* weighted) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     const Vec<T> shift = before == ninf ? Vec<T>{} : before - base;
     Vec<T> total = (load(weighted) + shift * sum_before) * alpha;
@@ -404,8 +404,8 @@ class Forward {
   }
 
   // O^T += V^T P^T over the pairs with P != 0: what an excluded row of V holds never reaches O.
-  void add_visible(const Operand& V, const T* S, const Panel<T>& panel, const Tile& tile,
-                   T* O) const {
+  ATTN_NOINLINE void add_visible(const Operand& V, const T* S, const Panel<T>& panel,
+                                 const Tile& tile, T* O) const {
     for (int64_t q = 0; q < panel.nq; ++q)
       for (int64_t j = tile.lo[q / kGrain]; j < tile.hi[q / kGrain]; ++j) {
         const Operand P{reinterpret_cast<const char*>(S), int64_t(sizeof(T)),

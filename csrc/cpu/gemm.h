@@ -92,21 +92,24 @@ ATTN_INLINE void multiply(int64_t depth, const char* A, int64_t row_step, int64_
 
 // The sums start from 0 and C joins at the end: sums of sums, whose rounding grows less with the
 // length.
-template <class Op, int ROWS, int NV, bool ACCUMULATE>
+template <class Op, int ROWS, int NV>
 ATTN_INLINE void gemm_block(int64_t depth, const char* A, int64_t row_step, int64_t depth_step,
                             const typename Op::Item* B, int64_t ldb, typename Op::Acc* C,
-                            int64_t ldc) {
+                            int64_t ldc, bool accumulate) {
   using T = typename Op::Acc;
   constexpr int L = kLanes<T>;
   Vec<T> acc[ROWS][NV];
   multiply<Op>(depth, A, row_step, depth_step, B, ldb, acc);
+  if (accumulate) {
+#pragma GCC unroll 24
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] += load(C + r * ldc + v * L);
+  }
 #pragma GCC unroll 24
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      T* c = C + r * ldc + v * L;
-      store(c, ACCUMULATE ? acc[r][v] + load(c) : acc[r][v]);
-    }
+    for (int v = 0; v < NV; ++v) store(C + r * ldc + v * L, acc[r][v]);
 }
 
 // `blocks` blocks of ROWS rows, one below the other.  LD: both leading dimensions, when it is known
@@ -120,10 +123,7 @@ __attribute__((noinline)) void gemm_rows(int64_t blocks, int64_t depth, const ch
   if (LD) ldb = ldc = LD;
   for (; blocks > 0; --blocks, A += ROWS * row_step, C += ROWS * ldc) {
     if (NV == ATTN_NV && soon) soon->some();  // narrower blocks are too short to be interrupted
-    if (accumulate)
-      gemm_block<Op, ROWS, NV, true>(depth, A, row_step, depth_step, B, ldb, C, ldc);
-    else
-      gemm_block<Op, ROWS, NV, false>(depth, A, row_step, depth_step, B, ldb, C, ldc);
+    gemm_block<Op, ROWS, NV>(depth, A, row_step, depth_step, B, ldb, C, ldc, accumulate);
   }
 }
 

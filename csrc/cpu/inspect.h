@@ -65,8 +65,8 @@ class Inspect : FamilyTiles<T> {
            (kMaxQueries * (2 * dim + 6 + 3 * kFamilyKeys) + (2 * kFamilyKeys + 1) * dim);
   }
 
-  Queries pack(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t bm,
-               Scratch& scratch) const {
+  ATTN_NOINLINE Queries pack(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t bm,
+                             Scratch& scratch) const {
     const int64_t dim = p.head_dim;
     Queries q{};
     q.Qt = scratch.take<T>(dim * kMaxQueries), q.Eq = scratch.take<T>(dim * kMaxQueries);
@@ -110,7 +110,8 @@ class Inspect : FamilyTiles<T> {
   }
 
   // S: logits in, weights out; 0 in padding lanes.
-  void to_weights(const Sequence& seq, const Queries& q, int64_t nk, int64_t nq, int64_t bm) const {
+  ATTN_NOINLINE void to_weights(const Sequence& seq, const Queries& q, int64_t nk, int64_t nq,
+                                int64_t bm) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     if (options.sigmoid) this->sigmoid(q.S, nk, bm, this->sigmoid_bias(seq));
     for (int64_t i = 0; i < bm; i += kLanes<T>) {

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+ATTN_TARGET(ATTN_AVX2_FEATURES)
 #define ATTN_ISA avx2
 #define ATTN_VEC_BYTES 32
 #define ATTN_NV 2

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2,f16c")
+ATTN_TARGET(ATTN_AVX512_FEATURES)
 #define ATTN_ISA avx512
 #define ATTN_VEC_BYTES 64
 #define ATTN_NV 4

@@ -8,7 +8,7 @@ void forward(const Problem& p, const Pointers& ptr, int threads);
 }
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,avx2,f16c,amx-tile,amx-bf16")
+ATTN_TARGET(ATTN_AVX512_AMX_FEATURES)
 #define ATTN_ISA avx512_amx
 #define ATTN_AMX
 #define ATTN_BF16_DOT

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,avx2,f16c")
+ATTN_TARGET(ATTN_AVX512_BF16_FEATURES)
 #define ATTN_ISA avx512_bf16
 #define ATTN_BF16_DOT
 #define ATTN_VEC_BYTES 64

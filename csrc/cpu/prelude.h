@@ -26,5 +26,6 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/sequence.h"
+#include "cpu/targets.h"
 #include "params.h"
 #include "philox.h"

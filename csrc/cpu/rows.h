@@ -2,7 +2,7 @@
 
 // dst[i] = src[i] for n numbers of a storage row.
 template <class T>
-ATTN_INLINE void convert_row(DType type, const void* src, int64_t n, T* dst) {
+ATTN_NOINLINE void convert_row(DType type, const void* src, int64_t n, T* dst) {
 #if ATTN_VEC_BYTES >= 32
   if constexpr (sizeof(T) == 4)
     if (type == DType::kFloat16) {
@@ -36,7 +36,7 @@ ATTN_INLINE Vec<T> load_bf16(const char* src) {
 }
 
 template <class T>
-ATTN_INLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
+ATTN_NOINLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
 #if ATTN_VEC_BYTES >= 32
   if constexpr (sizeof(T) == 4)
     if (type == DType::kFloat16) {
@@ -66,8 +66,8 @@ ATTN_INLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
 // Rows of storage from their transposition: out row i = factor[i] * in[.][i] for i < n <= kLanes,
 // `dim` numbers each; `in` is [dim][kPanel], `rows` scratch of kLanes x (dim padded to vectors).
 template <class T>
-inline void store_transposed(DType type, const T* in, Vec<T> factor, int64_t n, int64_t dim,
-                             T* rows, char* out, int64_t row_bytes) {
+ATTN_NOINLINE void store_transposed(DType type, const T* in, Vec<T> factor, int64_t n, int64_t dim,
+                                    T* rows, char* out, int64_t row_bytes) {
   constexpr int L = kLanes<T>;
   const int64_t padded = (dim + L - 1) / L * L;
   const bool direct = dtype_size(type) == sizeof(T) && n == L && dim == padded;
@@ -103,7 +103,8 @@ ATTN_INLINE void item_row(DType type, const void* src, int64_t dim, typename Op:
 }
 
 // out[d] = (even[d], odd[d]): two rows of bfloat16 as pairs.  No odd row: pairs with 0.
-inline void interleave_rows(const uint16_t* even, const uint16_t* odd, int64_t dim, uint32_t* out) {
+ATTN_NOINLINE void interleave_rows(const uint16_t* even, const uint16_t* odd, int64_t dim,
+                                   uint32_t* out) {
   if (odd)
     for (int64_t d = 0; d < dim; ++d) out[d] = even[d] | uint32_t(odd[d]) << 16;
   else
@@ -125,9 +126,9 @@ constexpr int64_t depth_of(int64_t dim) {
 // X^T [items of dim][kPanel] of n <= kPanel storage rows `row_bytes` apart; the padding queries up
 // to `columns` are 0.  `block` holds kLanes rows of items, padded to whole vectors.
 template <class Op>
-inline void pack_transposed(DType type, const char* base, int64_t row_bytes, int64_t n,
-                            int64_t columns, int64_t dim, typename Op::Item* block,
-                            typename Op::Item* out) {
+ATTN_NOINLINE void pack_transposed(DType type, const char* base, int64_t row_bytes, int64_t n,
+                                   int64_t columns, int64_t dim, typename Op::Item* block,
+                                   typename Op::Item* out) {
   using Item = typename Op::Item;
   using Lane = typename Op::Acc;  // transposition moves bits: float lanes carry bf16 pairs as well
   constexpr int L = kLanes<Lane>;
@@ -152,8 +153,8 @@ inline void pack_transposed(DType type, const char* base, int64_t row_bytes, int
 }
 
 // n rows of K or V from n0, which may lie beyond the end, are needed soon.
-inline void prefetch_keys(const Sequence& seq, const void* base, const Strides& s, int64_t h,
-                          int64_t n0, int64_t n, int64_t dim, Prefetch& soon) {
+ATTN_NOINLINE void prefetch_keys(const Sequence& seq, const void* base, const Strides& s, int64_t h,
+                                 int64_t n0, int64_t n, int64_t dim, Prefetch& soon) {
   if (seq.ptr->block_table) return;
   const int64_t size = int64_t(dtype_size(seq.p->dtype));
   n = std::min(n, seq.seqlen_k - n0);
@@ -177,8 +178,9 @@ inline bool evenly_spaced(const Sequence& seq, int64_t n0, int64_t n) {
 // items, else copied.  Rows far apart are copied too: at strides of 4 KiB they would share a few
 // cache sets.
 template <class Op>
-inline Operand rows_by_depth(const Sequence& seq, const void* base, const Strides& s, int64_t h,
-                             int64_t n0, int64_t n, int64_t dim, typename Op::Item* scratch) {
+ATTN_NOINLINE Operand rows_by_depth(const Sequence& seq, const void* base, const Strides& s,
+                                    int64_t h, int64_t n0, int64_t n, int64_t dim,
+                                    typename Op::Item* scratch) {
   using Item = typename Op::Item;
   const DType type = seq.p->dtype;
   const int64_t size = int64_t(dtype_size(type)), depth = depth_of<Op>(dim);
@@ -202,8 +204,9 @@ inline int64_t by_key_step(int64_t n) { return ((n + 31) / 32 | 1) * 64; }
 
 // out[d][pair of keys]: 16 x 16 pairs at a time, transposed in registers.  What lies beyond the
 // last key is 0.
-inline Operand pairs_by_dimension(const Sequence& seq, const char* bytes, const Strides& s,
-                                  int64_t h, int64_t n0, int64_t n, int64_t dim, uint32_t* out) {
+ATTN_NOINLINE Operand pairs_by_dimension(const Sequence& seq, const char* bytes, const Strides& s,
+                                         int64_t h, int64_t n0, int64_t n, int64_t dim,
+                                         uint32_t* out) {
   const int64_t step = by_key_step(n) / 4;
   for (int64_t j = 0; j < n; j += 32)
     for (int64_t d = 0; d < dim; d += 16) {
@@ -237,8 +240,9 @@ inline int64_t by_key_items(int64_t n, int64_t dim) {
 
 // The same rows with the keys as depth: bf16 pairs hold two keys, so they are always interleaved.
 template <class Op>
-inline Operand rows_by_key(const Sequence& seq, const void* base, const Strides& s, int64_t h,
-                           int64_t n0, int64_t n, int64_t dim, typename Op::Item* scratch) {
+ATTN_NOINLINE Operand rows_by_key(const Sequence& seq, const void* base, const Strides& s,
+                                  int64_t h, int64_t n0, int64_t n, int64_t dim,
+                                  typename Op::Item* scratch) {
   if constexpr (Op::kPack == 1) {
     const Operand rows = rows_by_depth<Op>(seq, base, s, h, n0, n, dim, scratch);
     return {rows.data, rows.depth_step, rows.row_step};
@@ -270,7 +274,7 @@ ATTN_INLINE typename Op::Acc number_at(const Operand& a, int64_t j, int64_t d) {
 
 // False when some number of n rows of items is inf or NaN.
 template <class Op>
-inline bool all_finite(const char* data, int64_t row_bytes, int64_t n, int64_t count) {
+ATTN_NOINLINE bool all_finite(const char* data, int64_t row_bytes, int64_t n, int64_t count) {
   using Item = typename Op::Item;
   for (int64_t j = 0; j < n; ++j) {
     const char* row = data + j * row_bytes;

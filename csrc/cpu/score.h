@@ -44,7 +44,7 @@ class Panel {
 
   // `pack` keys share an item of a product, so grains begin and end at multiples of it.  Keys that
   // no query of the panel sees are left out.
-  Tile tile(int64_t n0, int64_t nk, int64_t pack) const {
+  ATTN_NOINLINE Tile tile(int64_t n0, int64_t nk, int64_t pack) const {
     Tile t{n0, nk, {}, {}, true, !seq.band_full(m0, m0 + nq, n0, n0 + nk)};
     for (int64_t g = 0; g < grains; ++g) {
       t.lo[g] = std::clamp<int64_t>(lo_[g] - n0, 0, nk) / pack * pack;
@@ -90,7 +90,7 @@ class Panel {
 
   // S: products in; logits = factor * S out, with the factor that is returned.  dcap (or null)
   // receives d softcap(s) / ds.
-  double logits(const Tile& t, T* S, T* dcap) const {
+  ATTN_NOINLINE double logits(const Tile& t, T* S, T* dcap) const {
     const bool scaled_later = products_scaled();
     if (!scaled_later) compute(t, S, dcap);
     apply_band(t, S);
@@ -114,7 +114,7 @@ class Panel {
   }
 
   // keep_scratch[j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4.
-  const T* keep(const Tile& t) const {
+  ATTN_NOINLINE const T* keep(const Tile& t) const {
     const double p = seq.p->dropout_p;
     const uint64_t threshold = dropout_threshold(p);
     const T kept = p < 1 ? T(1 / (1 - p)) : T(0);
@@ -268,8 +268,8 @@ class Panel {
   }
 
   // bias[c][r] = that of lane q + r and key + c, c < n.
-  ATTN_INLINE void load_bias(int64_t q, int64_t key, int64_t n,
-                             T (&bias)[2 * kLanes<T>][kLanes<T>]) const {
+  ATTN_NOINLINE void load_bias(int64_t q, int64_t key, int64_t n,
+                               T (&bias)[2 * kLanes<T>][kLanes<T>]) const {
     const Problem& p = *seq.p;
     constexpr int L = kLanes<T>;
     if (p.bias.q == 0) {  // a row for all queries

@@ -7,7 +7,7 @@
 #include "cpu/prelude.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,avx2,f16c,amx-tile,amx-bf16")
+ATTN_TARGET(ATTN_AVX512_AMX_FEATURES)
 #define ATTN_VEC_BYTES 64
 #define ATTN_NV 4
 #define ATTN_MR 6

@@ -149,13 +149,14 @@ def attention(
     """
     key = None
     if (
-        mask is bias is alibi_slopes is sink is sigmoid_bias is None
+        alibi_slopes is sink is sigmoid_bias is None
         and return_lse is return_stats is False
         and type(dropout_p) in (float, int) and dropout_p == 0
         and normalizer == "softmax" and isinstance(q, torch.Tensor)
     ):  # fmt: skip
-        key = fast.key_of(q, k, v, causal, window, softcap, scale, deterministic, backend)
-        out = None if key is None else fast.run(key, q, k, v)
+        key, out = fast.attempt(
+            q, k, v, mask, bias, causal, window, softcap, scale, deterministic, backend
+        )
         if out is not None:
             return out
     args = dense_args(

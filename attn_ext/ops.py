@@ -100,13 +100,13 @@ def forward_eager(args: tuple) -> tuple:
     return module.forward(call)
 
 
-def plain_plan(args: tuple) -> tuple | None:
+def plan_of(args: tuple):
     """What `attn_ext.fast` keeps of a call that has run: the cpu backend's plan, else None."""
     call = _call(args)
     if call.q is not args[0] or call.k is not args[1] or call.v is not args[2]:
         return None  # a copy was made
     module = _serving_backend(call, args)
-    return module.plain_plan(call) if module is backends.get("cpu") else None
+    return module.plan_of(call) if module is backends.get("cpu") else None
 
 
 def backward_eager(dout, dlse, out, lse, args: tuple, needs) -> tuple:
@@ -191,7 +191,7 @@ def checked_lengths(
 
 
 def check_results(q, v, dout, dlse, out, lse, cu_seqlens_q) -> None:
-    """ValueError unless what goes into a backward has the shapes that its forward gave."""
+    """ValueError or TypeError unless what goes into a backward is as its forward gave it."""
     rows = _lse_shape(q, cu_seqlens_q)
     want_out = (*q.shape[:-1], v.shape[-1])
     given = (
@@ -203,6 +203,12 @@ def check_results(q, v, dout, dlse, out, lse, cu_seqlens_q) -> None:
     for name, value, want in given:
         if value is not None and tuple(value.shape) != want:
             raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+        if value is not None and value.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {value.device}")
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name, value, dtype in (("out", out, q.dtype), ("lse", lse, statistics)):
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
 
 
 def _checked(args: tuple) -> tuple:
@@ -219,6 +225,15 @@ def _checked(args: tuple) -> tuple:
     return (*args[:12], *lengths, *args[14:])
 
 
+def checked_backward(dout, dlse, out, lse, args: tuple) -> tuple:
+    """The flat arguments of a backward with their true lengths; hooks of saved tensors or of
+    outputs may have put other tensors in the place of what the forward saved.
+    """
+    args = _checked(args)
+    check_results(args[0], args[2], dout, dlse, out, lse, args[8])
+    return args
+
+
 def _forward_kernel(*args):
     args = _checked(args)
     return tuple(
@@ -227,8 +242,7 @@ def _forward_kernel(*args):
 
 
 def _backward_kernel(dout, dlse, out, lse, *rest):
-    args, needs = _checked(rest[:-1]), rest[-1]
-    check_results(args[0], args[2], dout, dlse, out, lse, args[8])
+    args, needs = checked_backward(dout, dlse, out, lse, rest[:-1]), rest[-1]
     grads = backward_eager(dout, dlse, out, lse, args, needs)
     return tuple(_conform(t, p) for t, p in zip(grads, _backward_outputs(args, needs), strict=True))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import operator
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from attn_ext.backends.native import (
     score_strides,
     strides,
 )
-from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
+from attn_ext.problem import Call, Problem, empty_like_layout, looks, prototype
 
 try:
     from attn_ext import _C
@@ -154,64 +155,114 @@ def _lse_shape(call: Call) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if call.cu_seqlens_q is not None else tuple(q.shape[:3])
 
 
-_plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes and strides
+_SCALARS = Call.__slots__[12:]  # every field that is no tensor
+_scalars_of = operator.attrgetter(*_SCALARS)
+_plans: dict[tuple, Plan] = {}
 
 
-def plain_plan(call: Call) -> tuple | None:
-    """All but the pointers of a dense call without side inputs, which is most of the time of a
-    small call; None for other calls and for empty ones."""
-    if not _is_plain(call):
-        return None
-    q, k, v = call.q, call.k, call.v
-    key = (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
-        call.scale, call.softcap, call.align, call.window_left, call.window_right, call.num_splits,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
+class Plan:
+    """All but the addresses of a dense call, forward and backward: most of the time of a small one.
+
+    The call has q, k, v, mask and bias, nothing else, and none is empty.  `forward` and `backward`
+    are for tensors that look (`attn_ext.problem.look`) as the call's do; mask and bias may lack
+    leading dimensions of size 1.
+    """
+
+    def __init__(self, call: Call):
+        q, v = call.q, call.v
         out = empty_like_layout(q, v.shape[-1])
-        lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
-        if not (out.numel() or lse.numel()):
-            return None
+        lse = torch.empty(_lse_shape(call), dtype=_statistics_dtype(call), device="cpu")
+        self.problem = _problem(call, _canonical(call), out, lse)
+        self.out, self.lse = prototype(out), prototype(lse)
+        self.scalars = _scalars_of(call)
+        self.backwards: dict[tuple, tuple] = {}  # by the strides of dout, out, lse and by `needs`
+
+    def forward(self, q, k, v, mask, bias, lse) -> torch.Tensor:
+        """O; LSE goes into `lse`, a tensor like self.lse, where it is wanted."""
+        out = torch.empty_like(self.out)
+        lse_address = 0 if lse is None else lse.data_ptr()
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_address)
+        if mask is None and bias is None:
+            _C.cpu_forward_plain(self.problem, torch.get_num_threads(), *pointers)
+        else:
+            _C.cpu_forward(
+                self.problem, torch.get_num_threads(), *pointers,
+                0 if mask is None else mask.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            )  # fmt: skip
+        return out
+
+    def backward(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
+        """(dq, dk, dv, dbias); dout is of q's dtype and out's shape."""
+        key = (dout.stride(), out.stride(), lse.stride(), needs)
+        known = None if dout.is_neg() else self.backwards.get(key)
+        if known is None:
+            dout = rows(dout)
+            known = self._backward_of(q, k, v, mask, bias, out, lse, dout, needs)
+        problem, dq, dk, dv, sums = known
+        dq = dq if dq is None else torch.empty_like(dq)
+        dk = dk if dk is None else torch.empty_like(dk)
+        dv = dv if dv is None else torch.empty_like(dv)
+        sums = sums if sums is None else torch.zeros_like(sums)
+        _C.cpu_backward(
+            problem, torch.get_num_threads(),
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            0 if mask is None else mask.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0, 0, 0, 0, 0, 0, dout.data_ptr(), 0,
+            0 if dq is None else dq.data_ptr(), 0 if dk is None else dk.data_ptr(),
+            0 if dv is None else dv.data_ptr(), 0 if sums is None else sums.data_ptr(), 0,
+        )  # fmt: skip
+        return dq, dk, dv, None if sums is None else _bias_gradient(bias, sums)
+
+    def _backward_of(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
+        """The native problem of a backward, and prototypes of what it writes."""
+        key = (dout.stride(), out.stride(), lse.stride(), needs)
+        known = self.backwards.get(key)
+        if known is not None:
+            return known
+        call = Call(q, k, v, _four(mask), _four(bias), *(None,) * 7, *self.scalars)
+        grads = [
+            empty_like_layout(x, x.shape[-1]) if need else None
+            for x, need in zip((q, k, v), needs, strict=False)
+        ]
+        sums = _bias_sums(call, self.lse.dtype) if needs[3] else None
         problem = _problem(call, _canonical(call), out, lse)
-        plan = keep(_plans, key, (problem, out.shape, memory_order(q), lse.shape, lse.dtype))
-    return plan
+        _set_gradient_strides(problem, call, dout, grads, sums)
+        made = [x if x is None else prototype(x) for x in (*grads, sums)]
+        return keep(self.backwards, key, (problem, *made))
 
 
-def plain_lse(plan: tuple) -> torch.Tensor:
-    """Where `run_plain` may leave LSE."""
-    return torch.empty(plan[3], dtype=plan[4], device="cpu")
+def _four(scores: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask or bias with its missing leading dimensions."""
+    return scores if scores is None else scores[(None,) * (4 - scores.dim())]
 
 
-def run_plain(plan: tuple, q, k, v, lse=None):
-    """O of a call with this plan; LSE goes into `lse` where it is wanted."""
-    problem, shape, order, _, _ = plan
-    out = torch.empty_permuted(shape, order, dtype=q.dtype, device="cpu")
-    _C.cpu_forward_plain(
-        problem, torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        out.data_ptr(), 0 if lse is None else lse.data_ptr(),
-    )  # fmt: skip
-    return out
+def plan_of(call: Call) -> Plan | None:
+    """The plan of a call, remembered; None where it has other inputs, or what a plan cannot hold:
+    statistics, dropout, rows that must be copied, empty tensors."""
+    seen = looks(call.q, call.k, call.v, call.mask, call.bias)
+    if seen is None or not _may_be_planned(call):
+        return None
+    key = (seen, _scalars_of(call))
+    return _plans.get(key) or keep(_plans, key, Plan(call))
 
 
-def _is_plain(call: Call) -> bool:
-    """Dense, no side input, no statistics, rows in place."""
+def _may_be_planned(call: Call) -> bool:
     return (
-        call.mask is None and call.bias is None and call.cu_seqlens_q is None
-        and call.seqlens_k is None and call.block_table is None and call.alibi_slopes is None
-        and call.sink is None and call.dropout_p == 0 and not call.need_stats
-        and call.normalizer == "softmax"
+        call.cu_seqlens_q is None and call.seqlens_k is None and call.block_table is None
+        and call.alibi_slopes is None and call.sink is None
+        and call.dropout_p == 0 and not call.need_stats and call.normalizer == "softmax"
         and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
-        and not (call.q.is_neg() or call.k.is_neg() or call.v.is_neg())
+        and 0 not in call.q.shape and 0 not in call.k.shape
     )  # fmt: skip
 
 
 def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
-    plan = plain_plan(call)
+    plan = plan_of(call)
     if plan is not None:
-        lse = plain_lse(plan)
-        return run_plain(plan, call.q, call.k, call.v, lse), lse, None, None
+        lse = torch.empty_like(plan.lse)
+        return plan.forward(call.q, call.k, call.v, call.mask, call.bias, lse), lse, None, None
     if call.normalizer == "sigmoid":
         return (*family_forward(call, None), None, None)
     t = _canonical(call)
@@ -248,16 +299,17 @@ def _bias_sums(call: Call, dtype) -> torch.Tensor:
     shape = list(call.bias.shape)
     if shape[2:] == [1, 1]:
         shape[2] = min(call.max_seqlen_q, call.q.shape[-2 if call.cu_seqlens_q is None else 0])
-    return torch.zeros(shape, dtype=dtype, device=call.q.device)
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def _bias_gradient(call: Call, sums: torch.Tensor | None) -> torch.Tensor | None:
+def _bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of the bias, in its shape and dtype."""
     if sums is None:
         return None
-    if sums.shape != call.bias.shape:
+    if sums.shape[2:] != bias.shape[-2:]:
         sums = sums.sum(2, keepdim=True)
-    return sums.to(call.bias.dtype)
+    sums = sums if sums.dim() == bias.dim() else sums.view(bias.shape)
+    return sums if sums.dtype == bias.dtype else sums.to(bias.dtype)
 
 
 def _set_gradient_strides(problem, call: Call, dout, grads, dbias) -> None:
@@ -269,59 +321,17 @@ def _set_gradient_strides(problem, call: Call, dout, grads, dbias) -> None:
     )
 
 
-_backward_plans: dict[tuple, tuple] = {}
-
-
-def _plain_backward(call: Call, dout, out, lse, needs) -> tuple | None:
-    """The gradients of a dense call without side inputs, its problem kept as `plain_plan` keeps
-    that of the forward; None for other calls and for empty ones."""
-    q, k, v = call.q, call.k, call.v
-    if not (
-        _is_plain(call)
-        and not (needs[3] or needs[4])
-        and dout.dtype == q.dtype
-        and lse.is_contiguous()
-        and not lse.is_neg()
-    ):
-        return None
-    dout, out = rows(dout), rows(out)
-    key = (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
-        dout.stride(), out.stride(), lse.stride(), needs,
-        call.scale, call.softcap, call.align, call.window_left, call.window_right,
-    )  # fmt: skip
-    plan = _backward_plans.get(key)
-    if plan is None:
-        if not (q.numel() and k.numel() and v.numel()):
-            return None
-        grads = [
-            empty_like_layout(x, x.shape[-1]) if need else None
-            for x, need in zip((q, k, v), needs, strict=False)
-        ]
-        problem = _problem(call, _canonical(call), out, lse)
-        _set_gradient_strides(problem, call, dout, grads, None)
-        layouts = [None if g is None else (g.shape, memory_order(g)) for g in grads]
-        plan = keep(_backward_plans, key, (problem, layouts))
-    problem, layouts = plan
-    dq, dk, dv = (
-        layout and torch.empty_permuted(*layout, dtype=q.dtype, device="cpu") for layout in layouts
-    )
-    _C.cpu_backward(
-        problem, torch.get_num_threads(),
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        *(0,) * 8, dout.data_ptr(), 0, _address(dq), _address(dk), _address(dv), 0, 0,
-    )  # fmt: skip
-    return dq, dk, dv, None, None
-
-
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
     dtype."""
     if call.normalizer == "sigmoid":
         return (*family_backward(call, None, dout, out, None, None, needs)[:4], None)
-    plain = None if dlse is not None else _plain_backward(call, dout, out, lse, tuple(needs))
-    if plain is not None:
-        return plain
+    plan = None
+    if dlse is None and dout.dtype == call.q.dtype and lse.is_contiguous() and not lse.is_neg():
+        plan = plan_of(call)
+    if plan is not None:
+        inputs = (call.q, call.k, call.v, call.mask, call.bias)
+        return (*plan.backward(*inputs, rows(out), lse, dout, tuple(needs[:4])), None)
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = _statistics_dtype(call)
@@ -355,7 +365,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             _address(dlse),
             *map(_address, (dq, dk, dv, dbias, dsink)),
         )
-    return dq, dk, dv, _bias_gradient(call, dbias), dsink
+    return dq, dk, dv, _bias_gradient(call.bias, dbias), dsink
 
 
 def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
@@ -409,7 +419,7 @@ def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
         problem = _problem(call, t, out, lse)
         _set_gradient_strides(problem, call, dout, grads, dbias)
         _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
-    return *grads, _bias_gradient(call, dbias), dw
+    return *grads, _bias_gradient(call.bias, dbias), dw
 
 
 ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What

@@ -3,10 +3,14 @@ written as products of complex numbers.
 """
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from attn_ext.integrations import flash_attn as fa
+from attn_ext.integrations import flash_attn_passes as passes
 from attn_ext.integrations import rotary
 from attn_ext.integrations.bert_padding import (
     index_first_axis,
@@ -190,3 +194,35 @@ def test_concatenated_sequences():
     assert cu.tolist() == [0, 2, 5, 11] and longest == 6
     assert torch.equal(packed, x.flatten(0, 1)[indices])
     assert indices.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("options", [{}, dict(causal=True, softcap=5.0), dict(dropout_p=0.4)])
+def test_one_pass(options):
+    """The private passes that diffusers' context parallelism imports: gradients of another mask,
+    LSE of a row without keys, a window on the wrong side.
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, s, 2, 8, requires_grad=True) for s in (6, 4, 4))
+    base = dict(dropout_p=0.0, softmax_scale=0.3, causal=False, softcap=0.0) | options
+    torch.manual_seed(1)
+    want, lse, _ = fa.flash_attn_func(q, k, v, **base, return_attn_probs=True)
+    torch.manual_seed(1)
+    out, own_lse, _, state = passes._flash_attn_forward(q, k, v, **base)
+    assert torch.equal(out, want) and torch.equal(own_lse, lse)
+    dout = torch.randn_like(out)
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    delta = passes._flash_attn_backward(dout, q, k, v, out, lse, *grads, **base, rng_state=state)
+    torch.testing.assert_close(tuple(grads), torch.autograd.grad(want, (q, k, v), dout))
+    torch.testing.assert_close(delta, (dout * out).sum(-1).transpose(1, 2).detach())
+
+
+def test_diffusers_imports_the_stand_in():
+    """diffusers' warning that flash_attn "failed to import" under install()."""
+    pytest.importorskip("diffusers", reason="extra `integrations` is not installed")
+    code = (
+        "from attn_ext.integrations import flash_attn; assert flash_attn.install()\n"
+        "from diffusers.models import attention_dispatch as d\n"
+        "assert d.flash_attn_func is flash_attn.flash_attn_func\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "failed to import" not in done.stderr, done.stderr

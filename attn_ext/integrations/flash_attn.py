@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attn_ext import api, decode, ops, reference, validate
-from attn_ext.integrations import _checks, bert_padding, importing, rotary
+from attn_ext.integrations import _checks, bert_padding, flash_attn_passes, importing, rotary
 
 VERSION = "2.8.3"  # the version whose signatures these are
 
@@ -448,7 +448,7 @@ def _top() -> dict:
 
 def _interface() -> dict:
     names = {f.__name__: f for f in (*FUNCTIONS, _get_block_size_n)}
-    return {**names, "USE_TRITON_ROCM": False}
+    return {**names, **flash_attn_passes.NAMES, "USE_TRITON_ROCM": False}
 
 
 def _padding() -> dict:

@@ -28,7 +28,7 @@ def nothing_stays_behind():
     sdpa.reset()
     yield
     assert torch._C._len_torch_function_stack() == 0
-    assert _sdpa_scopes._stack().entries == ()
+    assert _sdpa_scopes._own().entries == ()
 
 
 def attend(x, dropout_p=0.4):

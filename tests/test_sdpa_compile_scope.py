@@ -38,7 +38,9 @@ BODIES = {
     "checkpoint_twice": lambda x: checkpoint(
         lambda x: checkpoint(attend, x, use_reentrant=False) + x, x, use_reentrant=False
     ),
-    "cond": lambda x: torch.cond(x.sum() > -1e9, attend, torch.sin, (x,)),
+    "cond": lambda x: torch.cond(  # both branches must have outputs of the same strides
+        x.sum() > -1e9, lambda x: attend(x).contiguous(), torch.sin, (x,)
+    ),
     "mha": lambda x: MHA(x[0], x[0], x[0], need_weights=False)[0],
     "mha_in_checkpoint": lambda x: checkpoint(
         lambda x: MHA(x[0], x[0], x[0], need_weights=False)[0], x, use_reentrant=False

@@ -1,6 +1,7 @@
 """To which `replace_sdpa` a call of attention belongs, also one that runs in backward().
 
-A block is remembered in torch's own thread-local state, which autograd hands on to its threads.
+Each thread keeps the blocks that it is in; torch's own thread-local state, which autograd hands on
+to its threads, names the thread that called backward().
 What runs in backward() belongs to the block in which its forward ran, and that is read off the
 autograd node at work, because a node knows its past whichever thread it runs in and however
 backward() was reached:
@@ -20,6 +21,7 @@ a leaf (a parameter) has no forward and belongs to where backward() is called.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 import threading
@@ -53,42 +55,55 @@ class Entry(NamedTuple):
     frame: types.FrameType | None = None  # of a compiled graph: it ends with this frame at last
 
 
-class Stack(NamedTuple):
-    """The blocks of a thread, innermost last, and (first, end, settings) of those that ended."""
+class Thread:
+    """The blocks of a thread, innermost last, and (first, end, settings) of those that ended.
 
-    entries: tuple
-    ended: deque
+    `entries` is replaced, never changed: autograd's threads read it while it is.
+    """
+
+    __slots__ = ("ended", "entries")
+
+    def __init__(self):
+        self.entries: tuple = ()
+        self.ended: deque = deque(maxlen=_RANGES)
 
 
 everywhere: list[Settings] = []  # of `enable()`, for threads that are in no block
 _lock = threading.Lock()
+_local = threading.local()
 _marking = False
 
 
-def _stack() -> Stack:
-    return _get(_KEY) if _has(_KEY) else Stack((), deque(maxlen=_RANGES))
+def _own() -> Thread:
+    """The record of the running thread."""
+    thread = getattr(_local, "thread", None)
+    if thread is None:
+        thread = _local.thread = Thread()
+    if _task() == -1 and not _has(_KEY):  # within backward() the state is put back at each node
+        # torch 2.6 keeps a stashed object without counting its reference
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thread))
+        _set(_KEY, thread)
+    return thread
 
 
 def enter(settings: Settings | None, frame=None) -> None:
     """Begin a block in this thread."""
-    stack = _stack()
-    entry = Entry(settings, _task(), _next_number(), frame)
-    _set(_KEY, Stack((*stack.entries, entry), stack.ended))
+    thread = _own()
+    thread.entries = (*thread.entries, Entry(settings, _task(), _next_number(), frame))
 
 
 def leave(settings: Settings | None) -> None:
     """End the innermost block with these settings, the very object; blocks begun later stay,
     stretches of a compiled graph that failed do not.
     """
-    stack = _stack()
-    entries = list(stack.entries)
+    thread = _own()
+    entries = thread.entries
     for index in range(len(entries) - 1, -1, -1):
         if entries[index].settings is settings:
-            entry = entries.pop(index)
-            above = [e for e in entries[index:] if e.frame is None]
-            _set(_KEY, Stack((*entries[:index], *above), stack.ended))
-            if entry.first < (end := _next_number()):
-                stack.ended.append((entry.first, end, settings))
+            above = (e for e in entries[index + 1 :] if e.frame is None)
+            thread.entries = (*entries[:index], *above)
+            if entries[index].first < (end := _next_number()):
+                thread.ended.append((entries[index].first, end, settings))
             return
 
 
@@ -107,8 +122,8 @@ class within:
 
 def current() -> Settings | None:
     """The block to which what this thread computes now belongs; None outside of all."""
-    stack = _get(_KEY) if _has(_KEY) else None
-    entries = _running(stack) if stack is not None else ()
+    thread = getattr(_local, "thread", None)
+    entries = _running(thread) if thread is not None else ()
     task = _task()
     if entries and entries[-1].task == task:
         return entries[-1].settings
@@ -117,41 +132,44 @@ def current() -> Settings | None:
         return entries[-1].settings if entries else _switch()
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         return getattr(node, _MARK, None)
-    return _of_node(node._sequence_nr(), entries, stack)
+    # one of autograd's threads has the state of the thread that called backward()
+    caller = _get(_KEY) if _has(_KEY) else thread
+    return _of_node(node._sequence_nr(), caller)
 
 
 def _switch() -> Settings | None:
     return everywhere[-1] if everywhere else None
 
 
-def _of_node(number: int, entries: tuple, stack: Stack | None) -> Settings | None:
+def _of_node(number: int, thread: Thread | None) -> Settings | None:
     """The block in which a node without a mark was made.  Leaves' nodes have the largest number:
     they belong to the innermost block that backward() was called in.
     """
+    switch = _switch()
+    if thread is None:
+        return switch
+    entries = thread.entries
     for entry in reversed(entries):
         if number >= entry.first:
             return entry.settings
-    held = [r for r in stack.ended if r[0] <= number < r[1]] if stack is not None else ()
+    held = [r for r in tuple(thread.ended) if r[0] <= number < r[1]]
     if held:
         return max(held, key=lambda r: r[0])[2]  # the innermost began last
-    switch = _switch()
     before = any(entry.settings is switch for entry in entries)  # made before enable()
     return None if before else switch
 
 
-def _running(stack: Stack) -> tuple:
-    """The entries of a stack without those of compiled graphs that ended without saying so."""
-    entries = stack.entries
+def _running(thread: Thread) -> tuple:
+    """A thread's entries without those of compiled graphs that ended without saying so."""
+    entries = thread.entries
     if not entries or entries[-1].frame is None:
         return entries
     running, frame = set(), sys._getframe()
     while frame is not None:
         running.add(frame)
         frame = frame.f_back
-    kept = tuple(e for e in entries if e.frame is None or e.frame in running)
-    if len(kept) < len(entries):
-        _set(_KEY, Stack(kept, stack.ended))
-    return kept
+    thread.entries = tuple(e for e in entries if e.frame is None or e.frame in running)
+    return thread.entries
 
 
 def open_in_graph(strict: bool, backend: str) -> None:
@@ -169,10 +187,10 @@ def open_in_graph(strict: bool, backend: str) -> None:
 
 def close_in_graph() -> None:
     """A node of a graph: the stretch that `open_in_graph` began ends."""
-    stack = _stack()
-    entries = _running(stack)
+    thread = _own()
+    entries = _running(thread)
     if entries and entries[-1].frame is not None:
-        _set(_KEY, Stack(entries[:-1], stack.ended))
+        thread.entries = entries[:-1]
 
 
 def mark_contexts() -> None:

@@ -63,11 +63,15 @@ def _register() -> None:
         scopes.mark_contexts()
         _library = torch.library.Library("aten", "IMPL")
         devices = ("CPU", "CUDA") if torch.version.cuda or torch.version.hip else ("CPU",)
-        keys = [f"{prefix}{device}" for device in devices for prefix in ("Autograd", "")]
-        # torch.func's transforms: below this key attn_ext's Functions would meet a transform
-        # that is at work already
-        for key in (*keys, "FuncTorchDynamicLayerFrontMode"):
+        # BackendSelect serves inference_mode and what runs below autograd.  A kernel of the key
+        # CPU would too, but then a compiler that traces below autograd would take the operator for
+        # one that it must not decompose.
+        # FuncTorchDynamicLayerFrontMode is that of torch.func's transforms: at a lower key
+        # attn_ext's Functions would meet a transform that is at work already.
+        keys = [f"Autograd{device}" for device in devices]
+        for key in (*keys, "BackendSelect", "FuncTorchDynamicLayerFrontMode"):
             _library.impl("scaled_dot_product_attention", _kernel, key)
+        _ATEN.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(_kernel)  # decompose()
         _ATEN._dispatch_cache.clear()  # what a compiler looked up before
 
 

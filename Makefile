@@ -103,7 +103,7 @@ test-latest: wheel
 	.venv-latest/bin/python tests/constrain.py | grep "^torch==" > .venv-latest/torch.txt
 	.venv-latest/bin/python tests/constrain.py test demo integrations > .venv-latest/extras.txt
 	.venv-latest/bin/python -m pip install -q --upgrade --upgrade-strategy eager \
-	  -c .venv-latest/torch.txt -r .venv-latest/extras.txt attn_ext
+	  -c .venv-latest/torch.txt -r .venv-latest/extras.txt
 	.venv-latest/bin/python -m pip install -q --upgrade --no-deps timm
 	cd build && ../.venv-latest/bin/python -c "$(call VERSIONS,$(SHOWN))"
 	OMP_NUM_THREADS=1 .venv-latest/bin/pytest -q -n 2 $(WITH_OTHERS)
@@ -119,7 +119,7 @@ test-oldest: wheel
 	.venv-oldest/bin/python tests/constrain.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python tests/constrain.py test demo integrations > .venv-oldest/extras.txt
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt \
-	  -r .venv-oldest/extras.txt attn_ext
+	  -r .venv-oldest/extras.txt
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt --no-deps timm
 	cd build && ../.venv-oldest/bin/python -c "$(call VERSIONS,$(SHOWN))"
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q -n 2 $(WITH_OTHERS)

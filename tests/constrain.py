@@ -1,7 +1,7 @@
 """What pip may install beside the torch that is there; the Makefile calls it in each environment.
 
     python tests/constrain.py                     # a constraints file: torch as it is, and the pins
-    python tests/constrain.py test integrations   # the requirements of these extras of attn_ext
+    python tests/constrain.py test integrations   # what attn_ext and these extras of it ask for
 
 A build of torch with CUDA pins packages itself (its Triton, NVIDIA's libraries).  Such names are
 left out of both, since another version of them beside that torch cannot be installed.
@@ -35,16 +35,18 @@ def constraints() -> list[str]:
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """What the extras of the installed attn_ext ask for, with the environment's own markers."""
-    taken = pinned_by_torch()
+    """What the installed attn_ext and these extras of it ask for, beside torch.  By name, attn_ext
+    itself could come from the package index, where the name may be a stranger's.
+    """
+    taken = pinned_by_torch() | {"torch"}
     found = []
     for requirement in metadata.requires("attn_ext"):
         wanted, _, marker = requirement.partition(";")
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
-        if extra is None or extra[1] not in extras or name_of(wanted) in taken:
+        if (extra and extra[1] not in extras) or name_of(wanted) in taken:
             continue
-        linux_only = "platform_system" in marker
-        found.append(wanted.strip() + ("; platform_system == 'Linux'" if linux_only else ""))
+        linux = "; platform_system == 'Linux'" if "platform_system" in marker else ""
+        found.append(wanted.strip() + linux)
     return found
 
 

@@ -226,6 +226,8 @@ def test_training_lowers_the_loss():
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "layers"])
 def test_compile(whole, padded):
     """A graph break, or a mask that a compiled layer takes for something else."""
+    if whole and torch.__version__ < (2, 7):
+        pytest.skip("transformers' forward of a model reads co_varnames, unknown to dynamo of 2.6")
     model = decoder("Mistral", head=False, sliding_window=6).eval()
     model.set_attn_implementation("attn_ext")
     mask = padding(2, 19, left=True) if padded else torch.ones(2, 19, dtype=torch.int64)

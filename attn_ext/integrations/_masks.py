@@ -41,6 +41,7 @@ class LazyMask(torch.Tensor):
 
     def __init__(self, shape, device, structure: Structure, build: Callable[[], torch.Tensor]):
         self.structure = structure
+        self.sizes = tuple(shape)  # the shape, also where torch 2.6 compiles and sees no tensor
         self._build = build
         self._dense = None
         self._cu_seqlens = None

@@ -94,7 +94,8 @@ def attention_forward(
         raise TypeError(
             f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}"
         )
-    if attention_mask is not None and not 2 <= len(attention_mask.shape) <= 4:
+    plain = attention_mask is not None and not isinstance(attention_mask, LazyMask)
+    if plain and not 2 <= len(attention_mask.shape) <= 4:
         raise ValueError(
             "attention_mask must have 2 to 4 dimensions, those of [B, Hq, Sq, Sk], got shape "
             f"{tuple(attention_mask.shape)}"
@@ -198,7 +199,7 @@ def _one_batch(query, key, value):
 def _mask_and_window(mask, query, key, indices):
     """A LazyMask and its window where it fits the call as it is; else a plain tensor, no window."""
     if isinstance(mask, LazyMask):
-        fits = tuple(mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
+        fits = mask.sizes == (query.shape[0], 1, query.shape[2], key.shape[2])
         if fits and indices is None:
             return mask, (mask.structure.left, mask.structure.right)
         mask = mask.dense()

@@ -294,7 +294,17 @@ def no_double_backward(ctx, *grads):
     raise NotImplementedError(rules.DOUBLE_BACKWARD)
 
 
-rules.derivative(lib, "forward", _setup_context, _backward)
+def _recorded(args: tuple) -> tuple:
+    """The arguments of a call that is differentiated: while torch.compile traces a transform, no
+    tensor says so in time.
+    """
+    if args[10] is not None or args[11] is not None:  # decode
+        return args
+    bias_grad = args[4] is not None and args[4].requires_grad
+    return (*args[:CALL_FIELDS], True, args[CALL_FIELDS + 1] or bias_grad, args[-1])
+
+
+rules.derivative(lib, "forward", _setup_context, _backward, _recorded)
 rules.derivative(lib, "backward", no_context, no_double_backward)
 torch.library.register_vmap("attn_ext::forward", batching.forward, lib=lib)
 torch.library.register_vmap("attn_ext::backward", batching.backward, lib=lib)

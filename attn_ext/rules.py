@@ -37,10 +37,11 @@ def refuse_tangents(tensors) -> None:
             raise NotImplementedError(FORWARD_AD)
 
 
-def derivative(lib, name: str, setup_context, backward) -> None:
+def derivative(lib, name: str, setup_context, backward, recorded=lambda inputs: inputs) -> None:
     """Register the derivative of the operator attn_ext::name.
 
-    setup_context(ctx, inputs, output) and backward(ctx, *grads) are as torch.library has them.
+    setup_context(ctx, inputs, output) and backward(ctx, *grads) are as torch.library has them;
+    recorded(inputs) are the inputs of a call that is differentiated.
     """
     operator = getattr(torch.ops.attn_ext, name).default
 
@@ -72,7 +73,7 @@ def derivative(lib, name: str, setup_context, backward) -> None:
         if not (torch.is_grad_enabled() and _requires_grad(inputs)):
             return below(keyset, inputs)
         with _one_level():
-            return record(*inputs, keyset)
+            return record(*recorded(inputs), keyset)
 
     Recorded.__name__ = f"{name}Derivative"
     lib.impl(name, implementation, "Autograd", with_keyset=True)

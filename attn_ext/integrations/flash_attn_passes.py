@@ -31,6 +31,17 @@ def _args(
     )  # fmt: skip
 
 
+def _like(name: str, x, shape, dtypes, device) -> None:
+    """TypeError or ValueError unless x is a tensor of that shape, device and one of the dtypes."""
+    validate.tensor(name, x)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+
+
 @torch.no_grad()
 def _flash_attn_forward(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left=-1, window_size_right=-1,
@@ -71,12 +82,16 @@ def _flash_attn_backward(
     ))  # fmt: skip
     args[_DROPOUT] = validate.number("dropout_p", dropout_p, 0.0, 1.0)
     if args[_DROPOUT] > 0:
-        validate.tensor("rng_state", rng_state)
+        _like("rng_state", rng_state, (2,), (torch.int64,), q.device)
         args[_RNG] = rng_state
-    for name, x in (("dout", dout), ("out", out)):
-        validate.tensor(name, x)
-        validate.dimensions(name, x.shape, 4, "[B, Sq, H, D]")
-    validate.tensor("softmax_lse", softmax_lse)
+    of_out, rows = (*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])
+    _like("softmax_lse", softmax_lse, rows, (torch.float32, torch.float64), q.device)
+    for name, x, shape in (
+        ("dout", dout, of_out), ("out", out, of_out), ("dq", dq, q.shape), ("dk", dk, k.shape),
+        ("dv", dv, v.shape),
+    ):  # fmt: skip
+        if x is not None or name in ("dout", "out"):
+            _like(name, x, shape, (q.dtype,) if "out" in name else validate.FLOATING, q.device)
     lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
     given = (dq, dk, dv)
     needs = [x is not None for x in given]

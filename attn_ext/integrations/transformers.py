@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from attn_ext import validate
+from attn_ext import ops, validate
 from attn_ext.api import attention, attention_varlen
 from attn_ext.integrations import _checks
 from attn_ext.integrations._masks import LazyMask, mask_function
@@ -95,6 +95,8 @@ def attention_forward(
             f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}"
         )
     plain = attention_mask is not None and not isinstance(attention_mask, LazyMask)
+    if plain and attention_mask.is_nested:
+        raise TypeError("attention_mask must be a dense tensor, got a nested one")
     if plain and not 2 <= len(attention_mask.shape) <= 4:
         raise ValueError(
             "attention_mask must have 2 to 4 dimensions, those of [B, Hq, Sq, Sk], got shape "
@@ -138,7 +140,7 @@ def attention_forward(
     }
     row_sinks, simple = kwargs.get("sinks"), mask is None or isinstance(mask, LazyMask)
     if position_bias is None and row_sinks is None and simple:
-        bounds = _packed_bounds(mask, kwargs)
+        bounds = _packed_bounds(mask, query, key, kwargs)
         if bounds is not None:
             return _varlen(query, key, value, *bounds, options), None
     if kwargs.get("cu_seq_lens_q") is not None:
@@ -230,7 +232,23 @@ def _chosen(mask, indices, query, key):
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
 
 
-def _packed_bounds(mask, kwargs):
+def _checked_bounds(side: str, cu, x, longest):
+    """Check cu_seq_lens_* of packed x [B, H, S, D] and max_length_*; return the latter."""
+    name = f"cu_seq_lens_{side}"
+    validate.tensor(name, cu)
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
+    validate.index_tensor(name, cu.to(torch.int32), x.device, 1)
+    longest = None if longest is None else validate.integer(f"max_length_{side}", longest)
+    if cu.device.type != "cpu" or torch.compiler.is_compiling() or not ops.is_plain(cu, cu, cu):
+        return longest
+    most = max(validate.cumulative(name, cu, x.shape[0] * x.shape[2]), default=0)
+    if longest is not None and longest < most:
+        raise ValueError(f"max_length_{side} must be at least {most}, got {longest}")
+    return longest
+
+
+def _packed_bounds(mask, query, key, kwargs):
     """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) of a packed call, else None."""
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     structure = mask.structure if isinstance(mask, LazyMask) else None
@@ -238,14 +256,14 @@ def _packed_bounds(mask, kwargs):
         return None
     if cu_q is not None:
         cu_k = cu_q if cu_k is None else cu_k
-        for name, cu in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
-            validate.tensor(name, cu)
-            if cu.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
-        longest = []
-        for name in ("max_length_q", "max_length_k"):
-            given = kwargs.get(name)
-            longest.append(None if given is None else validate.integer(name, given))
+        longest = [
+            _checked_bounds(side, cu, rows, kwargs.get(f"max_length_{side}"))
+            for side, cu, rows in (("q", cu_q, query), ("k", cu_k, key))
+        ]
+        if cu_k.shape != cu_q.shape:
+            raise ValueError(
+                f"cu_seq_lens_k must have cu_seq_lens_q's {len(cu_q)} entries, got {len(cu_k)}"
+            )
         return (
             cu_q.to(torch.int32),
             cu_q.to(torch.int32) if cu_k is cu_q else cu_k.to(torch.int32),

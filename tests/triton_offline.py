@@ -2,7 +2,7 @@
 
     python tests/triton_offline.py sm_90            # the selection that CI compiles, as JSON
     python tests/triton_offline.py sm_90 --all --only "dkdv 128"
-    python tests/triton_offline.py --write          # everything, into tests/triton_resources/
+    python tests/triton_offline.py --write          # all tables, into tests/triton_resources/
     python tests/triton_offline.py --write --only " 64 bf16 "
 
 A stub in place of Triton's driver says which GPU is meant; the launch code runs as it is, on CPU
@@ -39,8 +39,8 @@ KERNELS = Path(__file__).parents[1] / "triton_kernels"
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
-OLDEST = "3.6"  # the oldest Triton that is served; it has tables of its own,
-OLDEST_FOR = ("sm_80", "sm_90", "sm_100", "sm_120")  # for these, of the rows of the configuration
+OLDEST = "3.6"  # the oldest Triton that is served; it has tables of its own
+OLDEST_FOR = ("sm_90",)  # for these
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "dkdv", "dq")
 # case -> the kernels whose rows it gives; a feature's case compiles PASSES
@@ -63,13 +63,38 @@ PLAIN_FEATURES = {  # all that the rows of plain calls serve
 # What CI compiles afresh for every architecture
 CI = re.compile(
     "(forward|dkdv|dq) (64|128) bf16 causal|(decode|combine|delta) 128 bf16 (paged|causal)"
-    "|(forward|dkdv) 64 (bf16 all|fp32 causal)|dbias 64 bf16|forward 128 bf16 specialized"
+    "|(forward|dkdv) 64 (bf16 all|fp32 causal)|dbias 64 bf16 deterministic"
+    "|(forward|repair) 128 bf16 specialized"
 )
+# direction of the configuration -> its kernel, and the cases that take its plain and its rich rows
+DIRECTIONS = {
+    "fwd": ("forward", "causal", "all"), "dkdv": ("dkdv", "causal", "all"),
+    "dq": ("dq", "causal", "all"), "dbias": ("dbias", None, "deterministic"),
+    "decode": ("decode", "paged", "cache all"),
+}  # fmt: skip
 
 
-CONFIGURATION = re.compile(
-    r"\S+ \d+ (bf16|fp32) (causal|paged|plain|specialized|all|deterministic|cache all)"
-)
+def configuration(architecture: str):
+    """(direction, dtype, tile, name of the row) of each place of the configuration, the plain
+    before the rich and the narrow before the wide."""
+    for direction, dtype, rich, width in itertools.product(
+        DIRECTIONS, ("bf16", "fp32"), (False, True), configs.WIDTHS
+    ):
+        kernel, *cases = DIRECTIONS[direction]
+        if cases[rich]:
+            size = DTYPES[dtype].itemsize
+            tile = configs.shipped(architecture, direction, width, size, rich)
+            yield direction, dtype, tile, f"{kernel} {width} {dtype} {cases[rich]}"
+
+
+def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
+    """One row of a table for each tile that a kernel has for a dtype: that of the place where it
+    takes most, with all features if it serves them, at the widest head."""
+    last = {row[:3]: row[3] for row in configuration(architecture)}
+    rows = {name: tile for (_, _, tile), name in last.items()}
+    for (_, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
+        rows[f"forward {width} bf16 specialized"] = tile
+    return rows
 
 
 def table_path(architecture: str, version: str = triton.__version__) -> Path:
@@ -189,20 +214,19 @@ def cases():
 
 
 def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str, list]:
-    """ "kernel width dtype case" -> row, of what matches `only`, and unless `everything`, CI."""
+    """ "kernel width dtype case" -> row, of what CI compiles, with `everything` also of one row for
+    each shipped tile: the tables.  With `only`, of all cases that match it instead.
+    """
     table = {}
     triton.runtime.driver.set_active(StubDriver(architecture))
     launch.architecture = lambda x: architecture
     launch.multiprocessors = lambda x: 132
     replay.usable = lambda x: False  # nothing is launched
 
-    chosen = CI
-    if everything:
-        old = OLDEST in table_path(architecture).stem
-        chosen = CONFIGURATION if old else re.compile(".*")
+    shipped = shipped_rows(architecture) if everything else {}
 
     def wanted(name):
-        return re.search(only, name) and chosen.fullmatch(name)
+        return re.search(only, name) if only else CI.fullmatch(name) or name in shipped
 
     for label, case, options, kernels in cases():
         if not any(wanted(f"{kernel} {label} {case}") for kernel in kernels):
@@ -242,7 +266,7 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture", nargs="?", choices=configs.SHARED_LIMIT)
-    parser.add_argument("--all", action="store_true", help="not only what CI compiles")
+    parser.add_argument("--all", action="store_true", help="all rows of the committed table")
     parser.add_argument("--only", default="", help="kernels and cases that match this expression")
     parser.add_argument("--write", action="store_true", help="into the committed tables")
     args = parser.parse_args()

@@ -12,6 +12,7 @@ import triton.language as tl
 from attn_ext.triton_kernels.dropout import dropout_state
 from attn_ext.triton_kernels.fwd import careful_rows, forward_rows
 from attn_ext.triton_kernels.primitives import (
+    FAR,
     INTERPRETED,
     PAGED,
     SEQLENS,
@@ -170,8 +171,8 @@ def combine_kernel(
         if STATS & FLAGS:
             part_e = tl.load(sums + 2 * wide + place, mask=real, other=0.0)
             bad += tl.load(sums + 3 * wide + place, mask=real, other=0.0)
-            before = tl.where(row_sum > 0, row_max - safe, 0.0)
-            part_before = tl.where(part_sum > 0, part_max - safe, 0.0)
+            before = tl.maximum(row_max - safe, -FAR)
+            part_before = tl.maximum(part_max - safe, -FAR)
             e = old_share * (e + before * row_sum) + new_share * (part_e + part_before * part_sum)
         row_sum = old_share * row_sum + new_share * part_sum
         acc = old_share[:, None] * acc + new_share[:, None] * tile

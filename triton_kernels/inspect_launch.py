@@ -72,7 +72,8 @@ def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
     there = found >= -0x7F800000 << 32  # the least finite float
     order = (found >> 32).to(torch.int32)
     s2 = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    weights = torch.exp2(s2 - lse.detach().float().unsqueeze(-1) * launch.LOG2E)
+    row_lse = lse.detach().float().clamp_min(launch.LEAST).unsqueeze(-1)  # -inf: no key is there
+    weights = torch.exp2(s2 - row_lse * launch.LOG2E)
     keys = 0x7FFFFFFF - (found & 0xFFFFFFFF)
     return torch.where(there, weights, 0.0), torch.where(there, keys, -1)
 

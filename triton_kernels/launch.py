@@ -19,7 +19,7 @@ from attn_ext.triton_kernels.fwd import REPAIR, SPECIALIZED, forward_kernel
 from attn_ext.problem import BOTTOM_RIGHT, Call, empty_like_layout
 
 INTERPRETED = primitives.INTERPRETED.value
-LOG2E = primitives.LOG2E.value
+LOG2E, LEAST = primitives.LOG2E.value, primitives.LEAST.value
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLAG = {name: getattr(primitives, name).value for name in (
     "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",

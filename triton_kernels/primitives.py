@@ -15,6 +15,12 @@ from triton.language.target_info import is_cuda
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# A bias below LEAST counts as LEAST: times log2(e), finfo.min, of which additive masks are made,
+# would be the -inf that excludes.  Base-2 logits below LEAST2 come of that alone.
+LEAST = tl.constexpr(-2.3e38)
+LEAST2 = tl.constexpr(-3.3e38)
+FINFO_MIN = tl.constexpr(-3.4028234663852886e38)
+FAR = tl.constexpr(200.0)  # 2^-FAR is 0; beyond it a distance may overflow where it meets such a 0
 
 MASK = tl.constexpr(1)  # bool mask
 BIAS = tl.constexpr(2)
@@ -407,7 +413,7 @@ def tile_logits(
             bias, bias_b, bias_h, bias_q, bias_k, b, h, i_first, r, j_first, c, FLAGS
         )
         added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        s += added * LOG2E
+        s += tl.maximum(added, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
     if ALIBI & FLAGS:
         slope = tl.load(alibi + b.to(tl.int64) * alibi_b + h).to(tl.float32) * LOG2E
         s -= slope * tl.abs(i + (seqlen_k - seqlen_q) - j).to(tl.float32)
@@ -448,12 +454,19 @@ def online_softmax(s, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
     p = tl.exp2(s - m_safe[:, None])
     alpha = tl.exp2(row_max - m_safe)
     if STATS & FLAGS:
-        before = tl.where(row_sum > 0, row_max - m_safe, 0.0)
+        before = tl.maximum(row_max - m_safe, -FAR)
         terms = tl.where(p > 0, p * (s - m_safe[:, None]), 0.0)
         e = alpha * (e + before * row_sum) + tl.sum(terms, 1)
         bad += tl.sum(tl.where(s != s, 1.0, 0.0), 1)
     row_sum = alpha * row_sum + tl.sum(p, 1)
     return p, alpha, m_new, row_sum, e, bad
+
+
+@triton.jit
+def natural(s):
+    """Base-2 logits in base e; what a bias of LEAST has left is finfo.min again."""
+    lowest = (s < LEAST2) & (s != float("-inf"))
+    return tl.where(lowest, FINFO_MIN, s * LN2)
 
 
 @triton.jit
@@ -463,7 +476,7 @@ def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
     if SIGMOID & FLAGS:
         return row_sum + 1.0, row_sum, row_sum, row_sum
     empty = row_sum == 0  # not row_max == -inf, which is also a row of nothing but NaN
-    largest = tl.where(bad > 0, float("nan"), row_max * LN2)
+    largest = tl.where(bad > 0, float("nan"), natural(row_max))
     m_all, l_all, shrink = row_max, row_sum, tl.full(row_max.shape, 1.0, tl.float32)
     if SINK & FLAGS:
         extra = tl.load(sink + h).to(tl.float32) * LOG2E
@@ -472,7 +485,9 @@ def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
         l_all = row_sum * shrink + tl.exp2(extra - m_all)
     total = tl.where(empty, 1.0, l_all)
     factor = tl.where(empty, 0.0, shrink / total)
-    lse = tl.where(empty, float("-inf"), (m_all + tl.log2(total)) * LN2)
-    # -sum P ln P with P = shrink * p / total and ln P = ln p + ln(shrink / total)
-    entropy = (row_sum * (tl.log2(total) + m_all - row_max) - e) * factor * LN2
+    lse = tl.where(empty, float("-inf"), natural(m_all + tl.log2(total)))
+    # -sum P ln P with P = shrink * p / total and ln P = ln p + ln(shrink / total).  The maxima
+    # first: beside 1e9 the logarithm would be lost.
+    apart = tl.minimum(m_all - row_max, FAR)
+    entropy = (row_sum * (tl.log2(total) + apart) - e) * factor * LN2
     return factor, lse, largest, tl.where(empty, 0.0, entropy)

@@ -6,6 +6,7 @@ from attn_ext.triton_kernels.primitives import (
     DBIAS_ONE_KEY,
     DBIAS_ONE_QUERY,
     DBIAS_STORE,
+    LEAST,
     LOG2E,
     SIGMOID,
     SOFTCAP,
@@ -17,7 +18,8 @@ from attn_ext.triton_kernels.primitives import (
 def base2_lse(lse, row, inside):
     """LSE in base 2: 0 for empty rows, so that no -inf - -inf arises; inf outside, where P = 0."""
     value = tl.load(lse + row, mask=inside, other=float("inf"))
-    return tl.where(value == float("-inf"), 0.0, value * LOG2E)
+    base2 = tl.maximum(value, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
+    return tl.where(value == float("-inf"), 0.0, base2)
 
 
 @triton.jit

@@ -157,6 +157,61 @@ def test_bad_values_behind_a_mask(value):
     check_call(call, "triton")
 
 
+@pytest.mark.parametrize("where", ["k", "q"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_infinities_in_visible_rows(where, softcap):
+    """A logit of -inf excludes its pair: 0 * inf where nothing cuts a tile, in a row of NaN too."""
+    call = random_call(7, seqlen_q=36, batch=1, heads_q=1, head_dim=8, softcap=softcap)
+    if where == "k":
+        call.q.abs_()
+        call.k[:, :, 5], call.v[:, :, 5] = -torch.inf, torch.inf
+    else:
+        call.k.abs_()[:, :, 1::3].neg_()
+        call.q[:, :, 9] = torch.inf
+    check_call(call, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["smallest row", "-1e9", "smallest keys", "NaN"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sink": True}, {"cache_seqlens": [70, 33], "num_splits": 3}], ids=str
+)
+def test_rows_of_huge_negative_logits(where, options, dtype):
+    """An excluding -inf in other units, an LSE that has lost ln(number of keys), 0 * inf in the sum
+    of the entropy, a NaN taken for a small number."""
+    call = random_call(7, dtype=dtype, bias="qk", seqlen_q=5, seqlen_k=70, stats=True, **options)
+    smallest = torch.finfo(dtype).min
+    if where == "smallest keys":
+        call.bias[..., :40] = smallest
+    elif where == "NaN":
+        call.bias[:, :, 2, 3] = torch.nan
+    else:
+        call.bias[:, :, 2] = smallest if where == "smallest row" else -1e9
+    check_call(call, "triton", grads=False)
+
+
+@pytest.mark.parametrize(
+    "starts", [[0, 5, 25], [-9, 5, 12], [12, 5, -(2**31)], [30, 30, 40]], ids=str
+)
+def test_cu_seqlens_that_are_not_true(starts):
+    """Rows read or written outside of the tensors, which the memory around them shows."""
+    call = random_call(seqlens_q=[5, 7], seqlens_k=[5, 7])
+    room = 4096
+    for name in ("q", "k", "v"):  # NaN around the inputs
+        x = getattr(call, name)
+        storage = torch.full((x.numel() + 2 * room,), torch.nan)
+        setattr(call, name, storage[room:-room].view(x.shape).copy_(x))
+    lie = torch.tensor(starts, dtype=torch.int32)
+    true = lie.clamp(0, 12)
+    results = []
+    for cu in (lie, true):
+        call.cu_seqlens_q = call.cu_seqlens_k = cu
+        call.max_seqlen_q = call.max_seqlen_k = 12
+        results.append(attn_ext.backends.get("triton").forward(call)[0])
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("value", [1000.0, -torch.inf])
 def test_extreme_sinks(value):
     """exp(sink) that overflows, and -inf - -inf: a sink of -inf is no sink."""

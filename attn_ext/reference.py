@@ -229,8 +229,9 @@ def _dense(call: Call, w, q, k, v, mask, bias, first_batch: int):
     if call.alibi_slopes is not None:
         s = s - _alibi(call, first_batch, batch, seqlen_q, seqlen_k, stat).to(s.dtype)
     s = s.to(stat)
-    s = torch.where(visible, s, torch.full_like(s, -torch.inf))
+    # a logit of -inf, as of an infinite K, excludes too, and gets no gradient even in a row of NaN
     visible = visible & (s.detach() != -torch.inf)
+    s = torch.where(visible, s, torch.full_like(s, -torch.inf))
 
     if call.normalizer == "sigmoid":
         shift = -math.log(max(seqlen_k, 1)) if call.sigmoid_bias is None else call.sigmoid_bias

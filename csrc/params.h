@@ -28,7 +28,7 @@ struct Problem {
   DType bias_dtype = DType::kFloat32;  // of bias and dBias
   int64_t batch = 0, heads_q = 0, heads_k = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // dense lengths; the largest ones for varlen and decode
-  int64_t rows_q = 0, rows_k = 0;      // varlen on CUDA: total_q and total_k
+  int64_t rows_q = 0, rows_k = 0;      // varlen on CUDA: total_q and total_k; paged: rows_k pages
   int64_t head_dim = 0, head_dim_v = 0;
   Strides q, k, v, o;              // o also describes dense dO after the Python side made it alike
   Strides dout, dq, dk, dv;        // backward only

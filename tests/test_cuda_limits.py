@@ -147,6 +147,25 @@ def test_a_cache_length_that_is_not_true(kernels, length, page_size):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("entry", [6, 9, 2**31 - 1, -1, -(2**31)])
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_block_table_that_is_not_true(kernels, dtype, num_splits, entry):
+    """Memory before or behind the cache, by the number of a page that it does not have."""
+    module, device = kernels
+    sizes = dict(dtype=dtype, seqlen_q=2, seqlen_k=20, heads_q=2, page_size=4, cache_seqlens=[20])
+    call = random_call(num_splits=num_splits, device=device, **sizes)
+    assert call.k.shape[0] == 6  # pages
+    for name in ("k", "v"):  # a read outside is seen: there is NaN, which O would have
+        x = getattr(call, name).nan_to_num(1.0)  # also of the page that no entry names
+        setattr(call, name, Guarded(x.shape, dtype, device, x, torch.nan).x)
+    call.block_table[:, 1::2] = entry
+    true = dataclasses.replace(call, block_table=call.block_table.clamp(0, 5))
+    got, want = module.forward(call), module.forward(true)
+    assert want[0].isfinite().all()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_sequences_longer_than_they_were_told_to_be(kernels):
     """A mask or bias read beyond its end by a sequence longer than max_seqlen."""
     module, device = kernels

@@ -120,6 +120,22 @@ def test_shapes(hopper, name, dtype):
     hopper.check(hopper.call(dtype=dtype, **CASES[name]), grads=True)
 
 
+@pytest.mark.parametrize("head_dim", [64, 192])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("where", ["k", "q"])
+def test_infinities_in_visible_rows(hopper, where, deterministic, head_dim):
+    """0 * inf at pairs of logit -inf in tiles that nothing cuts, exp(-inf - NaN) in rows of NaN."""
+    call = hopper.call(seqlen_q=130, seqlen_k=260, head_dim=head_dim, deterministic=deterministic)
+    if where == "k":
+        call.q.abs_()
+        call.k[:, :, 5] = -torch.inf
+        call.v[:, :, 5] = torch.inf
+    else:
+        call.k.abs_()[:, :, 1::3].neg_()
+        call.q[:, :, 9] = torch.inf
+    hopper.check(call, grads=True)
+
+
 def test_strided_inputs(hopper):
     """A view whose heads, rows and batches lie far apart, with NaN between them."""
     call = hopper.call(seqlen_q=70, seqlen_k=140, head_dim=64, batch=2)

@@ -116,10 +116,10 @@ class Kernels:
 
     def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
         """The native call: sizes, strides, scalars and the addresses of the inputs."""
-        varlen = call.cu_seqlens_q is not None
+        counted = call.cu_seqlens_q is not None or call.block_table is not None
         native = self.module.Call(
             **fields(call, t, out, lse, DTYPES),
-            rows=(t["q"].shape[0], t["k"].shape[0]) if varlen else (0, 0),
+            rows=(t["q"].shape[0], t["k"].shape[0]) if counted else (0, 0),
             alibi_stride_b=alibi_stride_b(t["alibi_slopes"]),
         )
         self._point(native, o=out, lse=lse, **t)

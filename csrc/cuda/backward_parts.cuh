@@ -8,13 +8,17 @@ namespace attn::cuda {
 struct RowGradient {
   float lse, delta;
 
+  // BIAS: the call may have one, which may be as low as kLeast (Score::logit).
+  template <bool BIAS = false>
   ATTN_DEVICE static RowGradient of(float lse, float delta) {
+    if (BIAS && lse < kLeast && lse != -kInf) lse = kLeast;
     return {lse == -kInf ? kInf : lse * kLog2e, delta};  // -inf: an empty row
   }
+  template <bool BIAS = false>
   ATTN_DEVICE static RowGradient of(const Params& p, const Sequence& seq, int h, int i) {
     if (i >= seq.seqlen_q) return {kInf, 0.0f};
     const int64_t at = seq.lse_offset(p, h, i);
-    return of(static_cast<const float*>(p.ptr.lse)[at], p.delta[at]);
+    return of<BIAS>(static_cast<const float*>(p.ptr.lse)[at], p.delta[at]);
   }
 };
 

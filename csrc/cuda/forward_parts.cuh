@@ -88,7 +88,7 @@ ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardT
       const int64_t at = (seq.b * p.p.heads_q + q.h) * p.p.seqlen_q + q.i + task.split * all;
       store_row(p.partial_o + at * p.p.head_dim_v, acc, r, factor, int(p.p.head_dim_v));
       if (!writes) continue;
-      p.partial_stats[at] = result.lse;
+      p.partial_stats[at] = result.log_sum;
       p.partial_stats[at + p.splits * all] = result.max_logit;
       p.partial_stats[at + 2 * p.splits * all] = result.entropy;
       continue;

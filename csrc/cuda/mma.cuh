@@ -78,6 +78,33 @@ struct Mma<float> {
   }
 };
 
+// NaN of C = A B^T once more as plain sums: the three tf32 products of an infinite factor are inf
+// and NaN, where one product would be inf.
+template <int HEAD_DIM, int TILES>
+ATTN_DEVICE void mend_products(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint32_t b_tile) {
+  bool bad = false;
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+  for (int i = 0; i < 4; ++i) bad |= C[n][i] != C[n][i];
+  if (!bad) return;
+  const auto element = [](uint32_t tile, int row, int d) {
+    return lds_f32(tile_address<float, HEAD_DIM>(tile, row, d / 4) + 4 * (d % 4));
+  };
+  ATTN_NO_UNROLL
+  for (int at = 0; at < 4 * TILES; ++at) {
+    const int g = lane_id() >> 2, t = lane_id() & 3;
+    const int a = a_row + g + 8 * (at / 2 % 2), b = 8 * (at / 4) + 2 * t + at % 2;
+    float sum = 0.0f;
+    ATTN_NO_UNROLL
+    for (int d = 0; d < HEAD_DIM; ++d)
+      sum = fmaf(element(a_tile, a, d), element(b_tile, b, d), sum);
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n)
+      ATTN_UNROLL  // C[n] with n known at compile time: registers
+          for (int i = 0; i < 4; ++i) if (4 * n + i == at && C[n][i] != C[n][i]) C[n][i] = sum;
+  }
+}
+
 // C = A B^T   [16, 8 * TILES]: rows a_row.. of one tile against all rows of another, over HEAD_DIM
 template <class T, int HEAD_DIM, int TILES>
 ATTN_DEVICE void multiply(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint32_t b_tile) {
@@ -85,6 +112,7 @@ ATTN_DEVICE void multiply(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint
   const int lane = lane_id(), a_lane = lane & 15, b_lane = (lane & 7) + ((lane >> 4) << 3);
   const int a_swizzle = row_swizzle<T, HEAD_DIM>(a_lane);  // a_row is a multiple of 16
   const int b_swizzle = row_swizzle<T, HEAD_DIM>(b_lane);
+  [[maybe_unused]] const uint32_t a_begin = a_tile, b_begin = b_tile;
   a_tile += (a_row + a_lane) * BYTES, b_tile += b_lane * BYTES;
   ATTN_UNROLL
   for (int n = 0; n < TILES; ++n) C[n][0] = C[n][1] = C[n][2] = C[n][3] = 0.0f;
@@ -103,6 +131,7 @@ ATTN_DEVICE void multiply(float (&C)[TILES][4], uint32_t a_tile, int a_row, uint
       Mma<T>::run(C[n + 1], a, b[2], b[3]);
     }
   }
+  if constexpr (!kIsHalf<T>) mend_products<HEAD_DIM>(C, a_begin, a_row, b_begin);
 }
 
 // acc += C B   [16, HEAD_DIM]: fragments C [16, 8 * TILES] against a tile of 8 * TILES rows

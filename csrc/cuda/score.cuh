@@ -58,7 +58,7 @@ struct Score {
     }
     if (p.ptr.bias) {
       const float bias = load_bias(p.p.bias_dtype, p.ptr.bias, q.bias_row + j * p.p.bias.k);
-      s = bias == -kInf ? -kInf : s + bias * kLog2e;
+      s = bias == -kInf ? -kInf : s + (bias < kLeast ? kLeast : bias) * kLog2e;
     }
     return s;
   }

@@ -37,12 +37,14 @@ struct Rows {
   int period;
   int64_t outer;  // bytes
   const int32_t* table;
+  int pages = 0;  // that the table may name; an entry that is not true is cut to them
 
   template <bool GENERAL>
   ATTN_DEVICE const char* at(int row) const {
     if (!GENERAL || !period) return base + row * stride;
     const int q = row / period;
-    return base + (table ? int64_t(table[q]) : int64_t(q)) * outer + (row - q * period) * stride;
+    const int page = table ? max_int(0, min_int(table[q], pages - 1)) : q;
+    return base + int64_t(page) * outer + (row - q * period) * stride;
   }
 };
 

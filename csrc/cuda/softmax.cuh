@@ -38,8 +38,7 @@ ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowS
     const float alpha = exp2_approx(shift);
     state.max[r] = top;
     if (STATS && stats)
-      state.weighted[r] =
-          alpha * (state.weighted[r] + (before == -kInf ? 0.0f : shift * state.sum[r]));
+      state.weighted[r] = alpha * (state.weighted[r] + fmaxf(shift, -kFar) * state.sum[r]);
     float sum = state.sum[r] * alpha;
     ATTN_UNROLL
     for (int n = 0; n < TILES; ++n) {
@@ -61,7 +60,11 @@ ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowS
 struct RowResult {
   float inverse;  // O = acc * inverse
   float lse, max_logit, entropy;
+  float log_sum;  // LSE - max_logit, which LSE beside 1e9 has lost
 };
+
+// Base-2 logits in base e.
+ATTN_DEVICE float natural(float s) { return s < kLeast2 && s != -kInf ? kFinfoMin : s * kLn2; }
 
 // sink: pointer to the head's logit, or null.  All lanes of the warp together.
 ATTN_DEVICE RowResult finish_row(const RowState& state, int r, float scale, const float* sink,
@@ -69,17 +72,17 @@ ATTN_DEVICE RowResult finish_row(const RowState& state, int r, float scale, cons
   const float sum = quad_sum(state.sum[r]);
   const float weighted = stats ? quad_sum(state.weighted[r]) : 0.0f;
   const float top = state.max[r] * scale;
-  if (sum != sum) return {sum, sum, sum, sum};
-  if (state.max[r] == -kInf) return {0.0f, -kInf, -kInf, 0.0f};
+  if (sum != sum) return {sum, sum, sum, sum, sum};
+  if (state.max[r] == -kInf) return {0.0f, -kInf, -kInf, 0.0f, -kInf};
   float total = sum, factor = 1.0f, shift = top;
   if (sink) {  // joins the normaliser only
     const float s = *sink * kLog2e;
     if (s > top) shift = s, factor = exp2_approx(top - s);
     total = sum * factor + exp2_approx(s - shift);
   }
-  const float lse = shift + log2f(total), inverse = factor / total;
-  return {inverse, lse * kLn2, top * kLn2,
-          ((lse - top) * sum * inverse - weighted * inverse) * kLn2};
+  const float inverse = factor / total, log_sum = log2f(total) + fminf(shift - top, kFar);
+  return {inverse, natural(shift + log2f(total)), natural(top),
+          (log_sum * sum * inverse - weighted * inverse) * kLn2, log_sum * kLn2};
 }
 
 }  // namespace attn::cuda

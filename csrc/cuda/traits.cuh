@@ -23,6 +23,12 @@ using namespace attn::ptx;
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
+// A bias below kLeast counts as kLeast: times log2(e), finfo.min, of which additive masks are made,
+// would be the -inf that excludes.  Base-2 logits below kLeast2 come of that alone, and are
+// finfo.min again in base e.
+constexpr float kLeast = -2.3e38f, kLeast2 = -3.3e38f, kFinfoMin = -3.4028234663852886e38f;
+// 2^-kFar is 0; a larger distance might overflow where it is multiplied by such a 0.
+constexpr float kFar = 200.0f;
 
 // One launch.  Everything that a kernel would otherwise derive again in every thread is here.
 struct Params {
@@ -42,7 +48,7 @@ struct Params {
   float* delta;                        // as LSE: rowsum(dO * O) - dLSE
   float* dq_sums;                      // of sm90/backward_fused.cuh, or null
   float* partial_o;                    // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
-  float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE, largest logit, entropy
+  float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE - largest logit, that, entropy
 };
 
 // A row of HEAD_DIM elements: 16-byte chunks for copies, 32-byte steps for the tensor cores (16

@@ -65,7 +65,7 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   for (int r = 0; r < 2; ++r) {
     query[r] =
         GENERAL ? score.query(task.head, row + 8 * r) : Query{row + 8 * r, task.head, 0.0f, 0, 0};
-    gradient[r] = RowGradient::of(p, seq, task.head, row + 8 * r);
+    gradient[r] = RowGradient::of<GENERAL>(p, seq, task.head, row + 8 * r);
   }
 
   const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, task.head, sizeof(T));
@@ -123,6 +123,7 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
   cp_async_wait<0>();
+  const bool bad = !GENERAL && warp_finds_nan(dQ);
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= seq.seqlen_q) continue;
@@ -130,6 +131,9 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
         seq.b * p.p.dq.b + task.head * p.p.dq.h + (seq.q_start + row + 8 * r) * p.p.dq.s;
     store_row(static_cast<T*>(p.ptr.dq) + at, dQ, r, p.scale, dim);
   }
+  if (bad)
+    each_row(task.row0 + 16 * warp_id(), seq.seqlen_q,
+             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(task.head, i); });
 }
 
 // Wide heads have registers for one accumulator: two launches, p.pass = 0 for dV, 1 for dK.  Else
@@ -209,7 +213,7 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
           const int column = 8 * n + 2 * (lane_id() & 3) + c, i = m0 + column;
           const Query q = GENERAL ? score.query(h, i) : Query{i, h, 0.0f, 0, 0};
           const uint32_t at = rows_smem + 4 * (2 * N * (u % Tile::STAGES) + column);
-          const RowGradient gradient = RowGradient::of(lds_f32(at), lds_f32(at + 4 * N));
+          const RowGradient gradient = RowGradient::of<GENERAL>(lds_f32(at), lds_f32(at + 4 * N));
           ATTN_UNROLL
           for (int r = 0; r < 2; ++r)
             pair_gradient<GENERAL>(score, dropout, q, row + 8 * r, gradient, check, P[n][2 * r + c],
@@ -246,6 +250,8 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
   cp_async_wait<0>();
+  bool bad = !GENERAL && warp_finds_nan(dV);
+  if constexpr (!WIDE) bad = bad || (!GENERAL && warp_finds_nan(dK));
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int j = row + 8 * r;
@@ -261,6 +267,10 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
       if (p.ptr.dk) store_row(dk, dK, r, p.scale, dim);
     }
   }
+  if (bad)
+    each_row(n0 + 16 * warp_id(), seq.seqlen_k, [&](int j) {
+      Repair<T, HEAD_DIM>{p, seq}.key_gradients(head_k, j, !WIDE || p.pass, !WIDE || !p.pass);
+    });
 }
 
 }  // namespace attn::cuda::sm80

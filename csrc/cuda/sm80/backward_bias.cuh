@@ -121,7 +121,7 @@ void backward_bias(ATTN_GRID_CONSTANT const Params p) {
           ATTN_UNROLL
           for (int r = 0; r < 2; ++r) {
             const Query q = score.query(h, row + 8 * r);
-            const RowGradient gradient = RowGradient::of(p, seq, h, row + 8 * r);
+            const RowGradient gradient = RowGradient::of<true>(p, seq, h, row + 8 * r);
             ATTN_UNROLL
             for (int tile = 0; tile < TILES; ++tile) {
               ATTN_UNROLL

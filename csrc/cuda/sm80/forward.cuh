@@ -11,6 +11,7 @@
 #pragma once
 #include "../dropout.cuh"
 #include "../forward_parts.cuh"
+#include "../repair.cuh"
 
 namespace attn::cuda::sm80 {
 
@@ -38,8 +39,12 @@ ATTN_DEVICE Rows key_rows(const Params& p, const Sequence& seq, const void* base
                           int head_k, int bytes) {
   const auto* start = static_cast<const char*>(base) + head_k * s.h * bytes;
   if (p.ptr.block_table)
-    return {start, s.s * bytes, int(p.p.page_size), s.b * bytes,
-            p.ptr.block_table + seq.b * p.p.block_table_stride};
+    return {start,
+            s.s * bytes,
+            int(p.p.page_size),
+            s.b * bytes,
+            p.ptr.block_table + seq.b * p.p.block_table_stride,
+            int(p.p.rows_k)};
   return {start + (seq.b * s.b + seq.k_start * s.s) * bytes, s.s * bytes, 0, 0, nullptr};
 }
 
@@ -147,7 +152,12 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
   cp_async_wait<0>();
-  if (active) store_rows<T, GENERAL>(p, seq, task, O, state, query, row, scale);
+  if (!active) return;
+  const bool bad = !GENERAL && warp_finds_nan(O);
+  store_rows<T, GENERAL>(p, seq, task, O, state, query, row, scale);
+  if (bad)
+    each_row(task.row0 + 16 * warp_id(), task.rows,
+             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.output(task.head, i); });
 }
 
 }  // namespace attn::cuda::sm80

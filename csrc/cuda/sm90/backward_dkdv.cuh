@@ -274,6 +274,15 @@ ATTN_DEVICE void store_keys(const Params& p, const KeyTask& task, void* out, con
   }
 }
 
+// Keys first.. of a warp once more.
+template <class T, int HEAD_DIM>
+ATTN_DEVICE void repair_keys(const Params& p, const KeyTask& task, int first, bool for_k,
+                             bool for_v) {
+  each_row(first, task.seq.seqlen_k, [&](int j) {
+    Repair<T, HEAD_DIM>{p, task.seq}.key_gradients(task.head_k, j, for_k, for_v);
+  });
+}
+
 // add(turn, first query) for each tile of queries of each head of the group.
 template <int BLOCK_M, class Add>
 ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add& add) {
@@ -300,10 +309,13 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
       const bool edge = has_edge(score, m0, m0 + M, first_key, first_key + 64);
       group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
     });
+    const bool bad = warp_finds_nan(mine.acc);
     if (group)
       store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.acc, key, p.scale, p.p.head_dim);
     else
       store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.acc, key, 1.0f, p.p.head_dim_v);
+    if (bad)
+      repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), group, !group);
   } else {
     int lo = 0, hi = 0;  // queries that see some key of the warpgroup
     const int end_key = min_int(first_key + 64, seq.seqlen_k);
@@ -315,8 +327,10 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
       else
         mine.skip(turn);
     });
+    const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);
     store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
     store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
+    if (bad) repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), true, true);
   }
 }
 

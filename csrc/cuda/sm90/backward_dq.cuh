@@ -97,6 +97,7 @@ ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, in
       smem.V.skip(turn);
     }
   }
+  const bool bad = warp_finds_nan(mine.dQ);
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= seq.seqlen_q) continue;
@@ -104,6 +105,9 @@ ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, in
         seq.b * p.p.dq.b + task.head * p.p.dq.h + (seq.q_start + row + 8 * r) * p.p.dq.s;
     store_row(static_cast<T*>(p.ptr.dq) + at, mine.dQ, r, p.scale, int(p.p.head_dim));
   }
+  if (bad)
+    each_row(group_row + 16 * (warp_id() % 4), seq.seqlen_q,
+             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(task.head, i); });
 }
 
 // The producer's thread: Q and dO, then K and V of tiles t0 .. t1.

@@ -186,8 +186,10 @@ ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemo
       mine.whole(turn, head, m0);
   });
   if (mine.issues()) bulk_wait_read<0>();  // shared memory must last until it is read
+  const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);
   store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
   store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
+  if (bad) repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), true, true);
 }
 
 template <class T, int HEAD_DIM>
@@ -231,6 +233,9 @@ void convert_dq(ATTN_GRID_CONSTANT const Params p) {
     const int64_t at = seq.b * p.p.dq.b + head * p.p.dq.h + (seq.q_start + i) * p.p.dq.s;
     store_row(static_cast<T*>(p.ptr.dq) + at, acc, r, p.scale, int(p.p.head_dim));
   }
+  if (warp_finds_nan(acc))
+    each_row(64 * m + 16 * warp_id(), seq.seqlen_q,
+             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(head, i); });
 }
 
 }  // namespace attn::cuda::sm90

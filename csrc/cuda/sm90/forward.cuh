@@ -178,7 +178,11 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
     }
   }
   mine.whole(turn, turns.count());
+  const bool bad = warp_finds_nan(mine.O);
   store_rows<T, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
+  if (bad)
+    each_row(group_row + 16 * (warp_id() % 4), task.rows,
+             [&](int i) { Repair<T, HEAD_DIM>{p, task.seq}.output(task.head, i); });
 }
 
 // The producer's thread: Q, then K and V of all turns.

@@ -5,6 +5,7 @@
 // D and rows beyond the tensor are the engine's zeros.
 #pragma once
 #include "../forward_parts.cuh"
+#include "../repair.cuh"
 #include "traits.cuh"
 
 namespace attn::cuda::sm90 {

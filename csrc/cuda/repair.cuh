@@ -1,0 +1,154 @@
+// Results that hold a NaN, computed once more by the plain kernels.  Their loops multiply all pairs
+// of a tile, also those whose weight is 0, and 0 * inf and 0 * NaN are the only ways in which such
+// a pair reaches a sum.  Both leave NaN, so the loops need not look at their operands: afterwards a
+// warp whose results hold a NaN computes its rows again from global memory, row by row, only with
+// pairs that count (logit not -inf, weight not 0).  What is NaN by right is NaN again.
+#pragma once
+#include "backward_parts.cuh"
+
+namespace attn::cuda {
+
+// True in the whole warp when some element of its fragments is NaN.
+template <int ACC>
+ATTN_DEVICE bool warp_finds_nan(const float (&acc)[ACC][4]) {
+  bool bad = false;
+  ATTN_UNROLL
+  for (int n = 0; n < ACC; ++n) ATTN_UNROLL
+  for (int i = 0; i < 4; ++i) bad |= acc[n][i] != acc[n][i];
+  return ballot(bad) != 0;
+}
+
+// a . b, in every lane.
+template <class T>
+ATTN_DEVICE float warp_dot(const T* a, const T* b, int dim) {
+  float sum = 0.0f;
+  ATTN_NO_UNROLL
+  for (int d = lane_id(); d < dim; d += 32) sum = fmaf(to_float(a[d]), to_float(b[d]), sum);
+  ATTN_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
+  return sum;
+}
+
+// Columns lane, lane + 32, ... of a row: a lane's share of a sum of rows.
+template <int HEAD_DIM>
+struct RowSum {
+  static constexpr int SHARE = HEAD_DIM / 32;
+  float x[SHARE] = {};
+
+  // += weight * row, where the weight is not 0.
+  template <class T>
+  ATTN_DEVICE void add(float weight, const T* row, int dim) {
+    if (weight == 0.0f) return;
+    ATTN_UNROLL
+    for (int c = 0; c < SHARE; ++c) {
+      const int d = lane_id() + 32 * c;
+      if (d < dim) x[c] = fmaf(weight, to_float(row[d]), x[c]);
+    }
+  }
+  ATTN_DEVICE void scale(float factor) {  // by 0: what does not count any more may be infinite
+    ATTN_UNROLL
+    for (int c = 0; c < SHARE; ++c) x[c] = factor == 0.0f ? 0.0f : x[c] * factor;
+  }
+  template <class T>
+  ATTN_DEVICE void store(T* row, int dim) const {
+    ATTN_UNROLL
+    for (int c = 0; c < SHARE; ++c)
+      if (lane_id() + 32 * c < dim) row[lane_id() + 32 * c] = from_float<T>(x[c]);
+  }
+};
+
+// Of one head and sequence of a plain call.  All lanes of a warp together.
+template <class T, int HEAD_DIM>
+struct Repair {
+  const Params& p;
+  const Sequence& seq;
+
+  ATTN_DEVICE const T* query(const void* base, const Strides& s, int h, int i) const {
+    return static_cast<const T*>(base) + seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
+  }
+  ATTN_DEVICE const T* key(const void* base, const Strides& s, int h, int j) const {
+    return static_cast<const T*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
+  }
+  ATTN_DEVICE float logit(int h, int i, int j) const {
+    return p.scale_log2 *
+           warp_dot(query(p.ptr.q, p.p.q, h, i), key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
+  }
+  // P and dS of a pair; row: of query i.
+  ATTN_DEVICE void gradient(int h, int i, int j, const RowGradient& row, float& P,
+                            float& dS) const {
+    const float s = logit(h, i, j);
+    P = s == -kInf ? 0.0f : exp2_approx(s - row.lse);
+    const float dP =
+        warp_dot(query(p.ptr.dout, p.p.dout, h, i), key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
+    dS = P == 0.0f ? 0.0f : P * (dP - row.delta);
+  }
+
+  // O of query i.
+  ATTN_DEVICE void output(int h, int i) const {
+    int lo, hi;
+    Band::of(p, seq).key_range(i, i + 1, seq.seqlen_k, lo, hi);
+    float top = -kInf, sum = 0.0f;
+    RowSum<HEAD_DIM> O;
+    ATTN_NO_UNROLL
+    for (int j = lo; j < hi; ++j) {
+      const float s = logit(h, i, j), before = top;
+      top = fmaxf(top, s);
+      const float base = top == -kInf ? 0.0f : top, alpha = exp2_approx(before - base);
+      const float weight = exp2_approx(s - base);
+      sum = sum * alpha + weight;
+      O.scale(alpha);
+      O.add(weight, key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
+    }
+    O.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
+    O.store(const_cast<T*>(query(p.ptr.o, p.p.o, h, i)), int(p.p.head_dim_v));
+  }
+
+  // dQ of query i.
+  ATTN_DEVICE void query_gradient(int h, int i) const {
+    int lo, hi;
+    Band::of(p, seq).key_range(i, i + 1, seq.seqlen_k, lo, hi);
+    const RowGradient row = RowGradient::of(p, seq, h, i);
+    RowSum<HEAD_DIM> dQ;
+    ATTN_NO_UNROLL
+    for (int j = lo; j < hi; ++j) {
+      float P, dS;
+      gradient(h, i, j, row, P, dS);
+      dQ.add(dS, key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
+    }
+    dQ.scale(p.scale);
+    dQ.store(const_cast<T*>(query(p.ptr.dq, p.p.dq, h, i)), int(p.p.head_dim));
+  }
+
+  // dK and dV of key j of a K/V head, each where it is asked for.
+  ATTN_DEVICE void key_gradients(int head_k, int j, bool for_k, bool for_v) const {
+    int lo, hi;
+    Band::of(p, seq).query_range(j, j + 1, seq.seqlen_q, lo, hi);
+    RowSum<HEAD_DIM> dK, dV;
+    ATTN_NO_UNROLL
+    for (int h = head_k * p.group; h < (head_k + 1) * p.group; ++h) {
+      ATTN_NO_UNROLL
+      for (int i = lo; i < hi; ++i) {
+        float P, dS;
+        gradient(h, i, j, RowGradient::of(p, seq, h, i), P, dS);
+        dV.add(P, query(p.ptr.dout, p.p.dout, h, i), int(p.p.head_dim_v));
+        dK.add(dS, query(p.ptr.q, p.p.q, h, i), int(p.p.head_dim));
+      }
+    }
+    dK.scale(p.scale);
+    const int h = head_k * p.group;
+    if (for_k && p.ptr.dk) dK.store(const_cast<T*>(key(p.ptr.dk, p.p.dk, h, j)), int(p.p.head_dim));
+    if (for_v && p.ptr.dv)
+      dV.store(const_cast<T*>(key(p.ptr.dv, p.p.dv, h, j)), int(p.p.head_dim_v));
+  }
+};
+
+// work(row) for the 16 rows of a warp, of those before `end`.  The stores of the results before
+// come first, of other lanes too.
+template <class Work>
+ATTN_DEVICE void each_row(int first, int end, const Work& work) {
+  sync_warp();
+  ATTN_NO_UNROLL
+  for (int row = first; row < min_int(first + 16, end); ++row) work(row);
+}
+
+}  // namespace attn::cuda

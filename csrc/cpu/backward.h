@@ -265,10 +265,9 @@ class Backward {
     T* row_delta = delta.data() + unit * kPanel;
     // Keys that every query sees need no logits in memory, unless something is inf or NaN.
     const bool at_once = kAtOnce && !r.whole() && panel.plain() && panel.columns == kPanel;
-    const bool clean = (at_once || panel.partial(tile)) && finite(k, panel);
+    const bool clean = finite(k, panel);  // else inf or NaN may meet P = 0 or dS = 0
     const Keys done = at_once && clean ? panel.seen_by_all(tile, Op::kPack) : Keys{0, 0};
-    const bool safe = !panel.partial(tile) || clean;  // no inf or NaN times 0
-    const bool late = ptr.dbias || k.dcap || !safe;   // dS is needed as numbers first
+    const bool late = ptr.dbias || k.dcap || !clean;  // dS is needed as numbers first
     for (int i = 0; i < count; ++i) {
       const Segment& s = segments[i];
       done.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
@@ -299,7 +298,7 @@ class Backward {
     if (late) {
       if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
       if (k.dcap) k.through_softcap(panel, tile);
-      if (!safe) {
+      if (!clean) {
         if (!k.begun) clear_keys(k);
         k.begun = true;
         if (begin_dq(k, r)) clear_dq(dq);

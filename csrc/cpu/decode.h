@@ -86,7 +86,7 @@ class Decode {
     parallel_for(units * splits, threads, [&](int64_t task) {
       float* s = partial.data() + task * state;
       attend(task / splits, task % splits, false, s);
-      if (ptr.bias && !finite(s)) attend(task / splits, task % splits, true, s);
+      if (!finite(s)) attend(task / splits, task % splits, true, s);
     });
     parallel_for(units, threads, [&](int64_t unit) {
       float* first = partial.data() + unit * splits * state;
@@ -124,7 +124,7 @@ class Decode {
                                     p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
   }
 
-  // careful: what V holds where P = 0 does not reach O (0 * inf is NaN).  A bias may be so low;
+  // careful: what V holds where P = 0 does not reach O (0 * inf is NaN), as at a logit of -inf;
   // keys that mask or bias exclude are not touched in any case.
   ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state) const {
     const int64_t hk = unit % p.heads_k, d = p.head_dim;

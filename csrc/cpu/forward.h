@@ -5,6 +5,8 @@
 
 constexpr int64_t kForwardKeys = 192;  // BLOCK_N; multiple of 4: dropout's words
 constexpr int64_t kPanels = 4;         // most panels of queries that share the packing of K and V
+// exp(-kFar) is 0; a larger distance, as from finfo.min, would overflow where it meets such a 0.
+constexpr double kFar = 1000;
 
 // The running state of a panel's queries.
 template <class T>
@@ -63,7 +65,7 @@ class Forward {
       const size_t mark = scratch.used();
       const int64_t soon = next == index ? -1 : next;
       attend(unit, split, soon, false, s, scratch);
-      if (excludes() && !finite(unit, s)) {
+      if (!finite(unit, s)) {
         scratch.rewind(mark);
         attend(unit, split, soon, true, s, scratch);
       }
@@ -115,11 +117,8 @@ class Forward {
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
 
-  // True when some pair may be excluded: what V holds there must not reach O.  That is looked into
-  // only when O is not finite (0 * inf and 0 * NaN are NaN).
-  bool excludes() const {
-    return ptr.mask || ptr.bias || p.window_left != kUnbounded || p.window_right != kUnbounded;
-  }
+  // What V holds where P = 0, as at excluded pairs and logits of -inf, must not reach O.  That is
+  // looked into only when O is not finite (0 * inf and 0 * NaN are NaN).
   bool finite(const Unit& unit, T* state) const {
     for (int64_t q = 0; q < unit.nq; q += kPanel)
       if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, q / kPanel).O),
@@ -218,14 +217,13 @@ class Forward {
               softmax(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, running, v);
         }
         // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
-        const bool may_exclude = careful && panel.partial(tile);
-        if (may_exclude && finite < 0) {
+        if (careful && finite < 0) {
           if constexpr (Op::kStep > 1)
             finite = all_finite<Op>(V.data, V.row_step, dv, items<Op>(nk));
           else
             finite = all_finite<Op>(V.data, V.depth_step, items<Op>(nk), dv);
         }
-        const bool visible_only = may_exclude && !finite;
+        const bool visible_only = careful && !finite;
         const bool begins =
             !begun[q / kPanel] && !visible_only && segments[0].covers(panel.columns);
         if (!begun[q / kPanel] && !begins) running.clear_output();
@@ -394,7 +392,7 @@ class Forward {
   ATTN_NOINLINE void weigh(const T* S, int64_t lo, int64_t hi, T scale, Vec<T> before, Vec<T> base,
                            Vec<T> alpha, Vec<T> sum_before, T* weighted) const {
     const T ninf = -std::numeric_limits<T>::infinity();
-    const Vec<T> shift = before == ninf ? Vec<T>{} : before - base;
+    const Vec<T> shift = before == ninf ? Vec<T>{} : vmax(before - base, set1(T(-kFar)));
     Vec<T> total = (load(weighted) + shift * sum_before) * alpha;
     for (int64_t j = lo; j < hi; ++j) {
       const Vec<T> x = load(S + j * kPanel) * scale - base;
@@ -421,8 +419,8 @@ class Forward {
     for (int64_t q = 0; q < kPanel; q += L) {
       const Vec<T> max_a = load(a.max + q), max_b = load(b.max + q), top = vmax(max_a, max_b);
       const Vec<T> base = top == ninf ? Vec<T>{} : top;
-      const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : max_a - base;
-      const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : max_b - base;
+      const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : vmax(max_a - base, set1(T(-kFar)));
+      const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : vmax(max_b - base, set1(T(-kFar)));
       const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
       const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
       store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
@@ -462,7 +460,8 @@ class Forward {
     T lse[L], max_logit[L], entropy[L];
     store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
     store(max_logit, nan ? sum : top == ninf ? top : base);
-    store(entropy, ((shift - base + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
+    const Vec<T> apart = -vmax(base - shift, set1(T(-kFar)));
+    store(entropy, ((apart + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
     store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
                         static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
                         p.o.s * bytes());

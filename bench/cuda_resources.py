@@ -12,6 +12,7 @@ compiled again.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -37,6 +38,20 @@ def find_nvcc() -> str | None:
     """nvcc from PATH, CUDA_HOME or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def find_cuda_tool(name: str) -> str | None:
+    """A tool of the toolkit, such as cuobjdump, or the one that Triton's wheel carries."""
+    nvcc = find_nvcc()
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(nvcc).parent] if nvcc else []
+    folders += [
+        Path(folder) / "backends/nvidia/bin"
+        for folder in (triton.submodule_search_locations if triton else [])
+    ]
+    return shutil.which(name) or next(
+        (str(folder / name) for folder in folders if (folder / name).exists()), None
+    )
 
 
 def spill_budget(kernel: str) -> int:
@@ -117,28 +132,41 @@ def kernel_archs(kernel: str) -> set[str]:
     return {"sm_90a"} if kernel.startswith("sm90_") else {f"sm_{arch}" for arch in ARCHS}
 
 
-def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, dict[str, int]]]:
-    """What `parse` finds in one unit; RuntimeError with nvcc's text when it does not compile."""
+def kept_unit(nvcc: str, dtype: str, head_dim: int) -> Path:
+    """Where `compile_unit` keeps what it found; its fatbin is beside it."""
     keep = ROOT / "build" / "nvcc"
     keep.mkdir(parents=True, exist_ok=True)
-    kept = keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}.json"
-    if kept.exists():
+    return keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}.json"
+
+
+def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, dict[str, int]]]:
+    """What `parse` finds in one unit; RuntimeError with nvcc's text when it does not compile."""
+    kept = kept_unit(nvcc, dtype, head_dim)
+    if kept.exists() and kept.with_suffix(".fatbin").exists():
         return json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "unit.cu"
+        source, fatbin = Path(folder) / "unit.cu", Path(folder) / "unit.fatbin"
         source.write_text(source_text(dtype, head_dim))
         command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "--fatbin", f"-I{ROOT / 'csrc'}"]
         archs = ("90a",) if dtype.startswith("sm90") else ARCHS
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         command += [f'-DATTN_EXT_CUDA_ARCHS="{",".join(ARCHS)}"', str(source)]
-        done = subprocess.run(
-            [*command, "-o", str(Path(folder) / "unit.fatbin")], capture_output=True, text=True
-        )
-    if done.returncode:
-        raise RuntimeError(f"nvcc {dtype} {head_dim}:\n{done.stdout}{done.stderr}")
+        done = subprocess.run([*command, "-o", str(fatbin)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc {dtype} {head_dim}:\n{done.stdout}{done.stderr}")
+        shutil.copy(fatbin, kept.with_suffix(".fatbin"))
     result = parse(done.stdout + done.stderr)
     kept.write_text(json.dumps(result))
     return result
+
+
+def cubin(nvcc: str, dtype: str, head_dim: int, arch: str, folder: Path) -> Path:
+    """The machine code of one unit for one architecture, such as "90a", extracted into `folder`."""
+    compile_unit(nvcc, dtype, head_dim)
+    fatbin = kept_unit(nvcc, dtype, head_dim).with_suffix(".fatbin")
+    command = [find_cuda_tool("cuobjdump"), "--extract-elf", f"sm_{arch}", str(fatbin)]
+    subprocess.run(command, check=True, cwd=folder, capture_output=True)
+    return next(Path(folder).glob(f"*sm_{arch}*.cubin"))
 
 
 # The tile table printed by itself, so that no size is repeated here.

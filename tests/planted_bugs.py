@@ -217,8 +217,8 @@ MUTANTS = {
     "sm90: V read before it has landed": Mutant(
         HOPPER,
         FWD90,
-        "      V.wait(turn - 1);\n      scores(S, turn);",
-        "      scores(S, turn);",
+        "      V.wait(turn - 1);\n      turns.wait();",
+        "      turns.wait();",
         ("race", "all"),
     ),
     "sm90: K freed while wgmma reads it": Mutant(
@@ -260,6 +260,43 @@ MUTANTS = {
         "",
         ("random", "poison", "race", "all"),
         ("plain",),
+    ),
+    "sm90: O not rescaled where the base moved": Mutant(
+        HOPPER, FWD90, "if (moved) lazy.rescale(O);", "", ALL_MODES
+    ),
+    "sm90: the sum not rescaled where the base moved": Mutant(
+        HOPPER,
+        FWD90,
+        "state.max[r] = max, state.sum[r] *= alpha[r];",
+        "state.max[r] = max;",
+        ALL_MODES,
+    ),
+    "sm90: only one row's growth moves the base": Mutant(
+        HOPPER, FWD90, "(top[0] > limit[0]) | (top[1] > limit[1])", "top[0] > limit[0]", ALL_MODES
+    ),
+    "sm90: the limit is not that of the new base": Mutant(
+        HOPPER,
+        FWD90,
+        "limit[r] = max + GROWTH / scale;",
+        "limit[r] = max + 100 * GROWTH / scale;",
+        ALL_MODES,
+    ),
+    "sm90: nobody has the first turn": Mutant(
+        HOPPER, FWD90, "if (both && group == 1) named_barrier_arrive<FIRST>(256);", "", ALL_MODES
+    ),
+    "sm90: a warpgroup passes the turn to itself": Mutant(
+        HOPPER,
+        FWD90,
+        "named_barrier_arrive(FIRST + 1 - group, 256)",
+        "named_barrier_arrive(FIRST + group, 256)",
+        ALL_MODES,
+    ),
+    "sm90: a warpgroup waits for one that rests": Mutant(
+        HOPPER,
+        FWD90,
+        "const bool both = task.row0 + 64 < task.rows;",
+        "const bool both = true;",
+        ALL_MODES,
     ),
     "sm90: O of an edge read before the wait": Mutant(
         HOPPER,

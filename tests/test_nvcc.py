@@ -17,17 +17,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_resources():
-    spec = importlib.util.spec_from_file_location(
-        "cuda_resources", ROOT / "bench" / "cuda_resources.py"
-    )
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-resources = load_resources()
+resources, machine_code = load("cuda_resources"), load("machine_code")
 TABLE = json.loads(resources.TABLE.read_text())
 NVCC = resources.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -120,30 +118,20 @@ def test_log_parser_reads_names_spills_and_warnings():
         resources.parse("ptxas info : (C7510) Potential Performance Loss: wgmma serialized")
 
 
-def find_cuobjdump():
-    """The toolkit's, or the one in Triton's wheel."""
-    beside = Path(NVCC).with_name("cuobjdump") if NVCC else None
-    triton = importlib.util.find_spec("triton")
-    places = [beside] + [
-        Path(p) / "backends/nvidia/bin/cuobjdump"
-        for p in (triton.submodule_search_locations if triton else [])
-    ]
-    return next((str(p) for p in places if p and p.exists()), None)
+TOOLS = NVCC and all(map(resources.find_cuda_tool, ("cuobjdump", "nvdisasm")))
+needs_tools = pytest.mark.skipif(not TOOLS, reason="nvcc, cuobjdump or nvdisasm is missing")
 
 
 @pytest.fixture(scope="module")
 def hopper_sass(tmp_path_factory):
     """{kernel: machine code} of the Hopper kernels for bf16 and head_dim 128."""
-    if NVCC is None or find_cuobjdump() is None:
-        pytest.skip("nvcc, or both CUDA's and Triton's cuobjdump, are missing")
-    folder = tmp_path_factory.mktemp("sass")
-    source, cubin = folder / "unit.cu", folder / "unit.cubin"
-    source.write_text(resources.source_text("sm90 bf16", 128))
-    command = [NVCC, "-std=c++17", "-O3", "--cubin", "-gencode=arch=compute_90a,code=sm_90a"]
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", source, "-o", cubin], check=True)
+    if not TOOLS:
+        pytest.skip("nvcc, cuobjdump or nvdisasm is missing")
+    cubin = resources.cubin(NVCC, "sm90 bf16", 128, "90a", tmp_path_factory.mktemp("sass"))
     sass = subprocess.run(
-        [find_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
-    ).stdout
+        [resources.find_cuda_tool("cuobjdump"), "-sass", cubin],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     parts = sass.split("Function : ")[1:]
     return {resources.kernel_name(part.split()[0]).split("<")[0]: part for part in parts}
 
@@ -208,3 +196,54 @@ def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim):
             if row["spill_bytes"] > resources.spill_budget(kernel)
         ]
     assert bad == []
+
+
+@needs_tools
+@pytest.mark.parametrize("family", machine_code.ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", machine_code.HEAD_DIMS)
+def test_hot_loops_have_no_more_instructions_than_the_table_says(family, head_dim):
+    """A change that puts instructions, spills or moves between register files into a hot loop."""
+    table = json.loads(machine_code.TABLE.read_text())
+    if resources.nvcc_version(NVCC) != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {table['nvcc']}")
+    rows = machine_code.measure(NVCC, (family,), (head_dim,))
+    assert len(rows) == sum(k.family == family for k in machine_code.KERNELS.values())
+    assert machine_code.differences(table, rows) == []
+
+
+def test_hopper_loops_take_descriptors_from_uniform_registers():
+    """A table renewed after descriptors went back to ordinary registers: 48 to 112 moves a loop."""
+    for name, row in json.loads(machine_code.TABLE.read_text())["kernels"].items():
+        if name.startswith("sm90"):
+            assert row["counts"].get("to_uniform", 0) <= 8, name
+        assert row["counts"].get("spill", 0) == 0, name
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   MOV R1, RZ ;
+.L_x_1:
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0020*/              @P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0030*/                   FSEL R4, R4, RZ, P1 ;
+        /*0040*/                   FSEL R5, R5, RZ, P1 ;
+.L_x_3:
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/              @!P2 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_the_hot_path_leaves_the_slow_way_out():
+    """A count of all of a loop's blocks, those of masks too, or of what is no loop."""
+    code = machine_code.Code.of(LISTING)
+    assert code.loops() == {1: {1, 3, 5}}
+    path, inner = machine_code.hot_path(code, machine_code.ARCHITECTURES["sm80"])
+    assert [each.group for each in path] == ["product", "branch", "exp2", "branch"]
+    assert inner == []
+    block = {"threads": 128, "shared_memory_bytes": 40 * 1024}
+    row = machine_code.report(machine_code.KERNELS["sm80_forward"], path, 130, block)
+    # 65536 // (136 * 128) = 3 CTAs of 4 warps; one product of 8 tensor cycles
+    assert (row["ctas"], row["tensor_cycles"], row["slots_a_product"]) == (3, 8.0, 4.0)
+    assert row["counts"] == {"branch": 2, "exp2": 1, "product": 1}

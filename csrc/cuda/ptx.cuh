@@ -68,6 +68,13 @@ template <int ID>
 ATTN_DEVICE void named_barrier_arrive(int threads) {
   asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(threads) : "memory");
 }
+// The same where the ID is known at run time only.
+ATTN_DEVICE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+ATTN_DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 ATTN_DEVICE uint32_t shfl_xor(uint32_t value, int mask) {
   uint32_t out;

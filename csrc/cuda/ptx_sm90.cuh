@@ -31,6 +31,19 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t slab_bytes = 16
   return SWIZZLE_128 | EIGHT_ROWS | uint64_t((slab_bytes & 0x3ffff) >> 4) << 16 |
          ((address & 0x3ffff) >> 4);
 }
+// The same operand `bytes` further on, by one addition to the address in the low word.  Shared
+// memory ends before the 14 bits of the address do, so that nothing is carried out of them.
+ATTN_DEVICE uint64_t wgmma_moved(uint64_t descriptor, uint32_t bytes) {
+  const uint64_t high = descriptor >> 32 << 32;
+  return high | uint64_t(uint32_t(descriptor) + (bytes >> 4));
+}
+// A value that is the same in all lanes, as one that the compiler knows to be so: what is computed
+// from it stays in uniform registers, where wgmma wants its descriptors.  By whole warps.
+ATTN_DEVICE uint32_t warp_uniform(uint32_t value) { return shfl(value, 0); }
+// A descriptor from which wgmma_moved() makes those of a whole tile.
+ATTN_DEVICE uint64_t wgmma_operand(uint32_t address, uint32_t slab_bytes = 16) {
+  return wgmma_descriptor(warp_uniform(address), slab_bytes);
+}
 
 }  // namespace attn::ptx
 

@@ -175,6 +175,14 @@ bool elect_one(Where at) {
   return mine != 0;
 }
 
+void named_barrier(int id, int threads, bool wait, Where at) {
+  if (id < 1 || id >= emulation::BARRIERS)
+    machine.fail(at, "named barriers are 1..15, got " + std::to_string(id));
+  machine.barrier(id, threads, wait, at);
+}
+void named_barrier_sync(int id, int threads, Where at) { named_barrier(id, threads, true, at); }
+void named_barrier_arrive(int id, int threads, Where at) { named_barrier(id, threads, false, at); }
+
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr, Where at) { ldmatrix(r, addr, 4, false, at); }
 void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr, Where at) {
   ldmatrix(r, addr, 4, true, at);

@@ -41,6 +41,8 @@ void named_barrier_arrive(int threads, ATTN_AT) {
   static_assert(ID > 0 && ID < emulation::BARRIERS, "named barriers are 1..15");
   machine.barrier(ID, threads, false, at);
 }
+void named_barrier_sync(int id, int threads, ATTN_AT);  // fails where id is not 1..15
+void named_barrier_arrive(int id, int threads, ATTN_AT);
 
 uint32_t shfl_xor(uint32_t value, int mask, ATTN_AT);
 uint32_t shfl(uint32_t value, int lane, ATTN_AT);

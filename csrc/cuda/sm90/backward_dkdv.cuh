@@ -73,14 +73,14 @@ ATTN_DEVICE void key_weights(float (&S)[TILES][4], const Score& score, uint32_t 
 }
 
 // dS^T in place of dP^T.
-template <int TILES>
+template <bool EDGE, int TILES>
 ATTN_DEVICE void key_gradients(float (&dP)[TILES][4], const float (&P)[TILES][4], uint32_t delta) {
   ATTN_UNROLL
   for (int n = 0; n < TILES; ++n) {
     const U32x2 pair = lds_64(delta + 4 * (8 * n + 2 * (lane_id() & 3)));
     ATTN_UNROLL
     for (int c = 0; c < 4; ++c)
-      dP[n][c] = gradient_of(P[n][c], dP[n][c], as_float(c & 1 ? pair.y : pair.x));
+      dP[n][c] = gradient_of<EDGE>(P[n][c], dP[n][c], as_float(c & 1 ? pair.y : pair.x));
   }
 }
 
@@ -137,7 +137,7 @@ struct KeyGradients {
     wgmma_wait<0>();
     wgmma_hold(dP);
     smem.dO.release(turn);
-    key_gradients(dP, S, smem.delta(turn));
+    key_gradients<true>(dP, S, smem.delta(turn));
   }
   ATTN_DEVICE void edge(int turn, int m0) {
     float dS[TILES][4];
@@ -163,7 +163,7 @@ struct KeyGradients {
     issue_sum<T>(dV, P, smem.dO.tile(turn));
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
-    key_gradients(dP, S, smem.delta(turn));
+    key_gradients<false>(dP, S, smem.delta(turn));
     pack_weights<T>(dS, dP);
   }
   // dK += dS^T Q.  Issued.
@@ -253,7 +253,7 @@ struct SplitGradient {
     }
     if (turn + 1 < count) named_barrier_arrive<WEIGHTS_EMPTY>(256);
     smem.Q.wait(turn);
-    key_gradients(dP, P, smem.delta(turn));
+    key_gradients<true>(dP, P, smem.delta(turn));
     add_product<T, Tile::QUERY_BYTES>(acc, dP, smem.Q.tile(turn), edge, 1);
     release(turn);
   }

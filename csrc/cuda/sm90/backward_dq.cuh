@@ -51,7 +51,8 @@ struct QueryGradient {
     V.release(turn);
     ATTN_UNROLL
     for (int n = 0; n < TILES; ++n) ATTN_UNROLL
-    for (int c = 0; c < 4; ++c) dS[n][c] = gradient_of(S[n][c], dS[n][c], gradient[c >> 1].delta);
+    for (int c = 0; c < 4; ++c)
+      dS[n][c] = gradient_of<true>(S[n][c], dS[n][c], gradient[c >> 1].delta);
     // dQ += dS K   [64, HEAD_DIM].  A NaN in K is already in dS of who sees it.
     if (edge && warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(K.tile(turn), group)) {
       add_visible<T>(dQ, dS, K.tile(turn));

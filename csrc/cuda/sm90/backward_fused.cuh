@@ -66,11 +66,12 @@ struct FusedGradients : KeyGradients<T, Tile> {
 
   // dQ = dS K   [64, 8 * SUM_TILES], K [BLOCK_N, ..] read across.  Issued.
   ATTN_DEVICE void issue_queries(float (&dQ)[SUM_TILES][4], int turn) const {
+    const uint64_t dS = wgmma_operand(scores_at(turn));
+    const uint64_t K = wgmma_operand(smem.K + column_slab() * SLAB, SLAB);
     ATTN_UNROLL
     for (int step = 0; step < Tile::BLOCK_N / 16; ++step)
-      wgmma_ss<T, true>(
-          dQ, wgmma_descriptor(scores_at(turn) + step / 4 * Tile::SCORE_BYTES + step % 4 * 32),
-          wgmma_descriptor(smem.K + column_slab() * SLAB + step * 2048, SLAB), step > 0);
+      wgmma_ss<T, true>(dQ, wgmma_moved(dS, step / 4 * Tile::SCORE_BYTES + step % 4 * 32),
+                        wgmma_moved(K, step * 2048), step > 0);
     wgmma_commit();
   }
   // The same key by key, only where dS != 0.  Slow.

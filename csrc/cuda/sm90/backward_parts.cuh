@@ -46,9 +46,11 @@ ATTN_DEVICE bool has_edge(const Score& score, int i0, int i1, int j0, int j1) {
 ATTN_DEVICE float weight_of(float product, float scale_log2, float lse) {
   return exp2_approx(fmaf(product, scale_log2, -lse));
 }
-// Not P * (..) where P = 0: V of an excluded key may hold NaN.
+// EDGE: not P * (..) where P = 0, since V of an excluded key may hold NaN.  In a tile whose every
+// pair counts only a logit of -inf is excluded, and a NaN beside that is mended by repair.cuh.
+template <bool EDGE>
 ATTN_DEVICE float gradient_of(float P, float dP, float delta) {
-  return P == 0.0f ? 0.0f : P * (dP - delta);
+  return EDGE && P == 0.0f ? 0.0f : P * (dP - delta);
 }
 
 }  // namespace attn::cuda::sm90

@@ -40,6 +40,83 @@ struct Turns {
   }
 };
 
+// The softmax of tiles that every row sees.  The base of the exponentials, once the row's largest
+// logit, stays while no row of the warp has a logit that is larger by more than 2^GROWTH: the base
+// cancels in O and LSE, P is at most 2^GROWTH then, and O is hardly ever rescaled
+// (FlashAttention-4).
+struct LazySoftmax {
+  static constexpr float GROWTH = 8.0f;
+  static constexpr float LOWEST = -3.4e38f;  // finite: -inf - -inf would be NaN
+  float base[2], limit[2], alpha[2];         // of rows g and g + 8; limit: an unscaled logit
+
+  ATTN_DEVICE LazySoftmax(const RowState& state, float scale) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) settle(r, state.max[r], scale);
+  }
+  ATTN_DEVICE void settle(int r, float max, float scale) {
+    base[r] = fmaxf(max * scale, LOWEST);
+    limit[r] = max + GROWTH / scale;
+  }
+  // S: logits in, exp2(scale * S - base) out.  True in the whole warp where a base has moved: O is
+  // then to be rescaled.
+  template <int TILES>
+  ATTN_DEVICE bool weights(float (&S)[TILES][4], RowState& state, float scale) {
+    float top[2];
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      top[r] = S[0][2 * r];
+      ATTN_UNROLL
+      for (int n = 0; n < TILES; ++n) top[r] = fmaxf(top[r], fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+      top[r] = quad_max(top[r]);
+    }
+    const bool moved = ballot((top[0] > limit[0]) | (top[1] > limit[1])) != 0;
+    if (moved) {
+      ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float max = fmaxf(top[r], state.max[r]), before = base[r];
+        settle(r, max, scale);
+        alpha[r] = exp2_approx(before - base[r]);
+        state.max[r] = max, state.sum[r] *= alpha[r];
+      }
+    }
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      S[n][c] = exp2_approx(fmaf(S[n][c], scale, -base[c >> 1]));
+      state.sum[c >> 1] += S[n][c];
+    }
+    return moved;
+  }
+  template <int ACC>
+  ATTN_DEVICE void rescale(float (&O)[ACC][4]) const {
+    ATTN_UNROLL
+    for (int n = 0; n < ACC; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c) O[n][c] *= alpha[c >> 1];
+  }
+};
+
+// Which of two consumer warpgroups may issue its products: the first begins, then they alternate.
+// Nothing but speed depends on it.
+struct TakeTurns {
+  static constexpr int FIRST = 3;  // named barriers FIRST + group: it is the group's turn
+  int group;
+  bool both;  // else the other warpgroup has no such tiles
+
+  ATTN_DEVICE void begin() const {
+    if (both && group == 1) named_barrier_arrive<FIRST>(256);
+  }
+  ATTN_DEVICE void wait() const {
+    if (both) named_barrier_sync(FIRST + group, 256);
+  }
+  ATTN_DEVICE void pass() const {
+    if (both) named_barrier_arrive(FIRST + 1 - group, 256);
+  }
+  // The second's last pass() is awaited, so that no barrier stays half full.
+  ATTN_DEVICE void finish() const {
+    if (both && group == 0) named_barrier_sync<FIRST>(256);
+  }
+};
+
 // A consumer warpgroup: its registers, and a tile of keys at a time.
 template <class T, int HEAD_DIM>
 struct Consumer {
@@ -82,25 +159,12 @@ struct Consumer {
     wgmma_hold(O);
   }
 
-  // S becomes P; O must be multiplied by alpha[0][0] (row g) and alpha[0][2] (row g + 8).
-  ATTN_DEVICE void softmax(float (&S)[TILES][4], float (&alpha)[1][4]) {
-    ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) alpha[0][i] = 1.0f;
-    online_softmax<false>(S, alpha, state, p.scale_log2, false);
-  }
-  ATTN_DEVICE void rescale(const float (&alpha)[1][4]) {
-    ATTN_UNROLL
-    for (int n = 0; n < ACC; ++n) ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) O[n][i] *= alpha[0][i];
-  }
   // From Q K^T to P of a tile by itself, O rescaled; mask(S): -inf where a pair does not count.
   template <class Mask>
   ATTN_DEVICE void weights_alone(float (&S)[TILES][4], int turn, const Mask& mask) {
-    float alpha[1][4];
     scores_alone(S, turn);
     mask(S);
-    softmax(S, alpha);
-    rescale(alpha);
+    online_softmax<false>(S, O, state, p.scale_log2, false);
   }
 
   // A tile at an edge, by itself.
@@ -118,31 +182,37 @@ struct Consumer {
   }
 
   // Tiles that every row sees: S of one tile and P V of the tile before are under way together, and
-  // the softmax runs while P V still does.
-  ATTN_DEVICE void whole(int turn, int end) {
+  // the softmax runs while P V still does.  The two warpgroups take turns (FlashAttention-3's
+  // ping-pong): one issues its products, then has its softmax while the other's products run.
+  ATTN_DEVICE void whole(int turn, int end, const TakeTurns& turns) {
     if (turn >= end) return;
-    float S[TILES][4], alpha[1][4];
+    float S[TILES][4];
     weights_alone(S, turn, [](float (&)[TILES][4]) {});
+    LazySoftmax lazy(state, p.scale_log2);
     pack_weights<T>(P, S);
     if (turn + 1 < end) K.wait(turn + 1);
+    turns.begin();
     ATTN_NO_UNROLL
     for (++turn; turn < end; ++turn) {
       V.wait(turn - 1);
+      turns.wait();
       scores(S, turn);
       output(turn - 1);
+      turns.pass();
       wgmma_wait<1>();  // S is there
       wgmma_hold(S);
       K.release(turn);
-      softmax(S, alpha);
+      const bool moved = lazy.weights(S, state, p.scale_log2);
       wgmma_hold(S);
       // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
       if (turn + 1 < end) K.wait(turn + 1);
       wgmma_wait<0>();  // O is there
       wgmma_hold(O);
       V.release(turn - 1);
-      rescale(alpha);
+      if (moved) lazy.rescale(O);
       pack_weights<T>(P, S);
     }
+    turns.finish();
     V.wait(turn - 1);
     output_alone(turn - 1);
     V.release(turn - 1);
@@ -177,7 +247,8 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
       smem.V.skip(turn);
     }
   }
-  mine.whole(turn, turns.count());
+  const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
+  mine.whole(turn, turns.count(), {group, both});
   const bool bad = warp_finds_nan(mine.O);
   store_rows<T, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
   if (bad)

@@ -127,11 +127,12 @@ struct QueryMemory {
 // A_ROWS; B: a tile of 8 * TILES rows.  Issued, not waited for.
 template <class T, int HEAD_DIM, int A_ROWS, int TILES>
 ATTN_DEVICE void issue_rows(float (&C)[TILES][4], uint32_t A, uint32_t B) {
+  const uint64_t a = wgmma_operand(A), b = wgmma_operand(B);
   ATTN_UNROLL
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const uint32_t slab = step / 4, column = step % 4 * 32;
-    wgmma_ss<T, false>(C, wgmma_descriptor(A + slab * A_ROWS * 128 + column),
-                       wgmma_descriptor(B + slab * (8 * TILES) * 128 + column), step > 0);
+    wgmma_ss<T, false>(C, wgmma_moved(a, slab * A_ROWS * 128 + column),
+                       wgmma_moved(b, slab * (8 * TILES) * 128 + column), step > 0);
   }
   wgmma_commit();
 }
@@ -140,9 +141,10 @@ ATTN_DEVICE void issue_rows(float (&C)[TILES][4], uint32_t A, uint32_t B) {
 // Issued, not waited for.
 template <class T, int ACC, int STEPS>
 ATTN_DEVICE void issue_sum(float (&acc)[ACC][4], const uint32_t (&P)[STEPS][4], uint32_t V) {
+  const uint64_t v = wgmma_operand(V, STEPS * 16 * 128);
   ATTN_UNROLL
   for (int step = 0; step < STEPS; ++step)
-    wgmma_rs<T, true>(acc, P[step], wgmma_descriptor(V + step * 2048, STEPS * 16 * 128), true);
+    wgmma_rs<T, true>(acc, P[step], wgmma_moved(v, step * 2048), true);
   wgmma_commit();
 }
 

@@ -81,14 +81,30 @@ struct Length {
 struct Case {  // dense where there is one sequence, else varlen
   std::vector<Length> lengths;
   bool causal;
+  bool grows = false;  // logits: see growing()
 };
+// Keys whose length grows with every 128 of them, by 2, 8 and 32: of the largest logits of tiles
+// one after the other, some hardly exceed those before, some by far.
+std::vector<bf16> growing(std::vector<bf16> K) {
+  for (size_t i = 0; i < K.size(); ++i) {
+    const int tile = int(i / D / 128);
+    K[i] = from_float<bf16>(std::ldexp(to_float(K[i]), tile * tile));
+  }
+  return K;
+}
+// Queries of which the first 8 of every 16, the rows g of a warp, have next to no logits.
+std::vector<bf16> half_asleep(std::vector<bf16> Q) {
+  for (size_t i = 0; i < Q.size(); ++i)
+    if (i / D % 16 < 8) Q[i] = from_float<bf16>(std::ldexp(to_float(Q[i]), -9));
+  return Q;
+}
 // Ragged and causal with several tiles of keys; more queries than keys, so that the first tile
 // sees nothing; whole tiles only.  Hopper: several sequences, NaN behind and between them.
 #if PART == 3    // tiles of 128: each ring goes round twice, and one warpgroup rests
 const Case CASES[] = {{{{70, 500}}, true},
                       {{{200, 70}}, true},
-                      {{{128, 512}}, false},
-                      {{{70, 130}, {0, 3}, {33, 40, true}, {129, 1}, {2, 0}}, false}};
+                      {{{128, 512}}, false, true},
+                      {{{70, 130}, {0, 3}, {33, 40, true}, {129, 1}, {2, 0}, {20, 270}}, false}};
 #elif PART >= 4  // whole tiles and edges of both kinds, heads of a group, empty rows
 const Case CASES[] = {
     {{{70, 200}}, true},
@@ -191,7 +207,8 @@ struct Run {
         delta(lse) {
     for (const Length& x : c.lengths) {
       const uint32_t seed = 5 * uint32_t(want.size());
-      const auto Q = random_tensor(HQ * x.sq * D, seed + 1), K = random_tensor(x.sk * D, seed + 2);
+      auto Q = random_tensor(HQ * x.sq * D, seed + 1), K = random_tensor(x.sk * D, seed + 2);
+      if (c.grows) Q = half_asleep(Q), K = growing(K);
       const auto V = random_tensor(x.sk * D, seed + 3);
       const auto dO = random_tensor(HQ * x.sq * D, seed + 4);
       want.emplace_back(x, c.causal, scale, Q, K, V, dO);

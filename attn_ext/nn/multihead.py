@@ -76,6 +76,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             masks.append(_scores(attn_mask, batch, self.num_heads, seqlen_q, seqlen_k))
         if key_padding_mask is not None:
             masks.append(_padding(key_padding_mask, batch, seqlen_k))
+        for name, given in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if given is not None and given.device != query.device:
+                raise ValueError(
+                    f"{name} must be on query's device {query.device}, got {given.device}"
+                )
         q, k, v = self._project(query, key, value, weights, *same)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         if self.add_zero_attn:
@@ -118,6 +123,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             if x.shape[-1] != width:
                 raise ValueError(f"{name} must have a last dimension of {width}, got {x.shape[-1]}")
             validate.module_dtype(name, x, weight)
+            if x.device != query.device:
+                raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"value must have key's leading sizes {tuple(key.shape[:-1])}, "
@@ -210,7 +217,7 @@ def _padding(key_padding_mask, batch: int, seqlen_k: int):
 
 
 def _kind(name: str, mask):
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and mask.dtype not in validate.FLOATING:
         raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
     return mask
 

@@ -91,9 +91,7 @@ def scalars(softcap, dropout_p, scale) -> tuple:
 
 
 def number(name: str, value, low: float = -math.inf, high: float = math.inf):
-    """`value` as a number of Python; TypeError unless torch takes it for a float; ValueError unless
-    it is finite and within [low, high].
-    """
+    """`value` as a finite number of Python within [low, high], where torch takes it for a float."""
     if type(value) not in _PLAIN:
         value = plain_number(name, value)
         value = float(value) if isinstance(value, bool) else value
@@ -109,9 +107,7 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf):
 
 
 def integer(name: str, value, low: int = 0):
-    """`value` as an int of Python; TypeError unless torch takes it for an int; ValueError below
-    `low`, or beyond an int64.
-    """
+    """`value` as an int of Python; TypeError if torch takes it for none, ValueError below `low`."""
     value = plain_number(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
@@ -131,8 +127,7 @@ def floating(name: str, value) -> None:
 def module_dtype(name: str, value, weight) -> None:
     """TypeError unless an input is floating and of its module's dtype, where that must be so."""
     floating(name, value)
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    kind = value.device.type
+    plain, kind = type(weight) in (torch.Tensor, torch.nn.Parameter), value.device.type
     if (
         plain
         and value.dtype != weight.dtype
@@ -445,9 +440,7 @@ def new_rows(name: str, new, cache, q, cache_name: str) -> None:
 
 
 def cumulative(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
-    """Check the values of cu_seqlens (CPU): from 0, never falling, at most `total`.  Returns the
-    lengths.
-    """
+    """Check cu_seqlens (CPU): from 0, never falling, at most `total`.  Returns the lengths."""
     ends = cu_seqlens.tolist()
     if not ends:
         raise ValueError(f"{name} must have batch + 1 entries, got 0")
@@ -478,9 +471,7 @@ def lengths(name: str, seqlens: torch.Tensor, capacity: int, extra: int = 0) -> 
 
 
 def pages(block_table: torch.Tensor, used: list[int], page_size: int, num_pages: int) -> None:
-    """Check the page numbers (CPU) that the used lengths reach; entries beyond them are never
-    read.
-    """
+    """Check the page numbers (CPU) that the used lengths reach; no others are ever read."""
     for row, length in zip(block_table.tolist(), used, strict=False):
         for page in row[: -(-length // page_size)]:
             if not 0 <= page < num_pages:
@@ -490,9 +481,7 @@ def pages(block_table: torch.Tensor, used: list[int], page_size: int, num_pages:
 
 
 def values(call, lengths_name: str = "cache_seqlens") -> None:
-    """Check the values that a kernel takes for addresses, where reading them costs no device sync
-    (CPU).
-    """
+    """Check the values that a kernel takes for addresses, where they can be read (CPU)."""
     if call.q.device.type != "cpu":
         return
     if call.cu_seqlens_q is not None:

@@ -99,7 +99,7 @@ def test_bodies_that_dynamo_hands_on(body, place):
         torch.testing.assert_close(a, b)
     if place == "around":  # compiled again without the block
         found.clear()
-        outcome(compiled)
+        compiled(torch.randn(1, 2, 5, 16, dtype=torch.float64))  # cond's gradients: torch refuses
         assert found and not any("attn_ext" in name for name in found), found
 
 

@@ -189,14 +189,14 @@ def _first_look() -> bool:
 
 
 def call(
-    settings, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+    strict, backend, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
     """One call of scaled_dot_product_attention, here or by torch."""
-    strict, backend = settings
     options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if _in_compiler(query):
-        why = _traced_reason(backend, query.device.type, query.dtype, not _first_look())
+        count = not _first_look()
+        why = _traced_reason(backend, query.device.type, query.dtype, count)
         if not why:
             return serve(query, key, value, *options, backend)
         if strict:

@@ -45,7 +45,9 @@ def _kernel(
     """aten::scaled_dot_product_attention: attn_ext in a block, torch's own outside."""
     settings = scopes.current()
     if settings is not None:
-        return call(settings, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return call(
+            *settings, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
     return _ATEN._op_dk(
         torch._C.DispatchKey.CompositeImplicitAutograd, query, key, value, attn_mask, dropout_p,
         is_causal, scale=scale, enable_gqa=enable_gqa,
@@ -138,7 +140,7 @@ class replace_sdpa(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is TORCH_SDPA:
-            return call((self.strict, self.backend), *args, **kwargs)
+            return call(self.strict, self.backend, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling() and (
             func is _TORCH_MHA or isinstance(func, HigherOrderOperator)
         ):

@@ -276,30 +276,33 @@ ATTN_INLINE typename Op::Acc number_at(const Operand& a, int64_t j, int64_t d) {
 template <class Op>
 ATTN_NOINLINE bool all_finite(const char* data, int64_t row_bytes, int64_t n, int64_t count) {
   using Item = typename Op::Item;
-  for (int64_t j = 0; j < n; ++j) {
-    const char* row = data + j * row_bytes;
-    if constexpr (Op::kPack == 1) {
-      Item bad = 0;  // x - x is 0 for finite x only
-      constexpr int L = kLanes<Item>;
-      Vec<Item> lanes{};
-      int64_t d = 0;
-      for (; d + L <= count; d += L) {
-        const Vec<Item> x = load(reinterpret_cast<const Item*>(row) + d);
-        lanes += x - x;
+  if constexpr (Op::kPack == 1) {
+    constexpr int L = kLanes<Item>;
+    Item bad = 0;             // x - x is 0 for finite x only
+    Vec<Item> lanes[4] = {};  // of every fourth row, since one sum would wait for itself
+    for (int64_t j = 0; j < n; j += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4 && j + u < n; ++u) {
+        const auto* row = reinterpret_cast<const Item*>(data + (j + u) * row_bytes);
+        int64_t d = 0;
+        for (; d + L <= count; d += L) {
+          const Vec<Item> x = load(row + d);
+          lanes[u] += x - x;
+        }
+        for (; d < count; ++d) {
+          const Item x = item_at<Item>(reinterpret_cast<const char*>(row + d));
+          bad += x - x;
+        }
       }
-      for (; d < count; ++d) {
-        const Item x = item_at<Item>(row + d * int64_t(sizeof(Item)));
-        bad += x - x;
-      }
-      if (bad != 0 || !all_equal<Item>(lanes, Vec<Item>{})) return false;
-    } else {
-      uint32_t bad = 0;  // an exponent of ones
+    }
+    return bad == 0 && all_equal<Item>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), Vec<Item>{});
+  } else {
+    uint32_t bad = 0;  // an exponent of ones
+    for (int64_t j = 0; j < n; ++j)
       for (int64_t d = 0; d < count; ++d) {
-        const uint32_t x = item_at<uint32_t>(row + d * 4);
+        const uint32_t x = item_at<uint32_t>(data + j * row_bytes + d * 4);
         bad |= uint32_t((x & 0x7f80u) == 0x7f80u) | uint32_t((x & 0x7f800000u) == 0x7f800000u);
       }
-      if (bad) return false;
-    }
+    return !bad;
   }
-  return true;
 }

@@ -99,7 +99,10 @@ def test_bodies_that_dynamo_hands_on(body, place):
         torch.testing.assert_close(a, b)
     if place == "around":  # compiled again without the block
         found.clear()
-        compiled(torch.randn(1, 2, 5, 16, dtype=torch.float64))  # cond's gradients: torch refuses
+        if body.startswith("cond"):  # torch refuses the gradients of cond around its own attention
+            compiled(torch.randn(1, 2, 5, 16, dtype=torch.float64))
+        else:
+            outcome(compiled)
         assert found and not any("attn_ext" in name for name in found), found
 
 

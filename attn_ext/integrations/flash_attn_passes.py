@@ -85,7 +85,8 @@ def _flash_attn_backward(
         _like("rng_state", rng_state, (2,), (torch.int64,), q.device)
         args[_RNG] = rng_state
     of_out, rows = (*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])
-    _like("softmax_lse", softmax_lse, rows, (torch.float32, torch.float64), q.device)
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _like("softmax_lse", softmax_lse, rows, (statistics,), q.device)
     for name, x, shape in (
         ("dout", dout, of_out), ("out", out, of_out), ("dq", dq, q.shape), ("dk", dk, k.shape),
         ("dv", dv, v.shape),

@@ -270,7 +270,7 @@ def memory_efficient_attention_partial(
     output_dtype None is float32 (float64 for float64 inputs).
     """
     _no_dropout(p, "for a partial result")
-    if output_dtype is None and isinstance(query, torch.Tensor):
+    if output_dtype is None and getattr(query, "dtype", None) in validate.FLOATING:
         output_dtype = torch.promote_types(query.dtype, torch.float32)
     return _run(query, key, value, attn_bias, p, scale, output_dtype)
 

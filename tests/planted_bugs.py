@@ -377,13 +377,13 @@ MUTANTS = {
         ALL_MODES,
     ),
     "sm90: distance of V's slabs": Mutant(
-        HOPPER, PARTS90, "STEPS * 16 * 128), true)", "STEPS * 8 * 128), true)", ALL_MODES
+        HOPPER, PARTS90, "(V, STEPS * 16 * 128)", "(V, STEPS * 8 * 128)", ALL_MODES
     ),
     "sm90: a step of 16 columns of K": Mutant(
         HOPPER, PARTS90, "column = step % 4 * 32;", "column = step % 4 * 16;", ALL_MODES
     ),
     "sm90: a step of 16 rows of V": Mutant(
-        HOPPER, PARTS90, "V + step * 2048,", "V + step * 1024,", ALL_MODES
+        HOPPER, PARTS90, "wgmma_moved(v, step * 2048)", "wgmma_moved(v, step * 1024)", ALL_MODES
     ),
     "sm90: V taken for K-major": Mutant(
         HOPPER, PARTS90, "wgmma_rs<T, true>", "wgmma_rs<T, false>", ALL_MODES

@@ -151,8 +151,8 @@ ROWS = {  # as the fields of Mutant
         HOPPER_FUSED, FUSED, "step / 4 * Tile::SCORE_BYTES + step % 4", "step % 4", ALL_MODES,
     ),
     "fused: columns of dQ": (
-        HOPPER_FUSED, FUSED, "smem.K + column_slab() * SLAB + step * 2048, SLAB)",
-        "smem.K + step * 2048, SLAB)", ALL_MODES,
+        HOPPER_FUSED, FUSED, "smem.K + column_slab() * SLAB, SLAB)",
+        "smem.K, SLAB)", ALL_MODES,
     ),
     "fused: K taken for K-major": (
         HOPPER_FUSED, FUSED, "wgmma_ss<T, true>(", "wgmma_ss<T, false>(", ALL_MODES,

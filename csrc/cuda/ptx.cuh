@@ -46,6 +46,7 @@ namespace attn::ptx {
 ATTN_DEVICE int thread_id() { return int(threadIdx.x); }
 ATTN_DEVICE int block_size() { return int(blockDim.x); }
 ATTN_DEVICE int lane_id() { return int(threadIdx.x) & 31; }
+ATTN_DEVICE constexpr bool repairs() { return true; }  // the emulator can see NaN without repair
 ATTN_DEVICE int warp_id() { return int(threadIdx.x) >> 5; }
 ATTN_DEVICE Grid block_id() { return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)}; }
 ATTN_DEVICE Grid grid_size() { return {int(gridDim.x), int(gridDim.y), int(gridDim.z)}; }

@@ -11,6 +11,7 @@ namespace attn::cuda {
 // True in the whole warp when some element of its fragments is NaN.
 template <int ACC>
 ATTN_DEVICE bool warp_finds_nan(const float (&acc)[ACC][4]) {
+  if (!repairs()) return false;
   bool bad = false;
   ATTN_UNROLL
   for (int n = 0; n < ACC; ++n) ATTN_UNROLL

@@ -129,6 +129,9 @@ void run_empty(int x, int y, int z, int threads, int smem_bytes) {
 PYBIND11_MODULE(_emulated, m) {
   m.def("set_mode", set_mode, py::arg("mode"), py::arg("seed") = 0, py::arg("banks") = false,
         py::arg("smem_limit") = 163 * 1024);
+  m.def(
+      "set_repairs", [](bool wanted) { machine.mode.repairs = wanted; },
+      "Whether kernels compute results that hold a NaN once more; until the next set_mode");
   m.def("bank_conflicts", bank_conflicts, "{source line: (phases, ideal, wavefronts)}");
   m.def("launches", [] { return machine.launches; });
   m.def("wgmmas", [] { return machine.wgmmas; }, "Warpgroup products since reset_counters, a warp");

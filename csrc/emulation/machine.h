@@ -41,6 +41,7 @@ struct Error : std::runtime_error {
 
 struct Mode {
   bool random = false, poison = false, race = false, banks = false;
+  bool repairs = true;  // false: what a missing wait made NaN stays so (../cuda/repair.cuh)
   uint64_t seed = 0;
   int smem_limit = 163 * 1024;  // bytes a block may have: sm_80; 227 KiB on sm_90, 99 on sm_120
 };

@@ -23,6 +23,7 @@ using emulation::machine;
 inline int thread_id() { return machine.thread(); }
 inline int block_size() { return machine.threads; }
 inline int lane_id() { return machine.thread() & 31; }
+inline bool repairs() { return machine.mode.repairs; }
 inline int warp_id() { return machine.thread() >> 5; }
 inline Grid block_id() { return machine.block; }
 inline Grid grid_size() { return machine.grid; }

@@ -282,7 +282,8 @@ ATTN_NOINLINE bool all_finite(const char* data, int64_t row_bytes, int64_t n, in
     Vec<Item> lanes[4] = {};  // of every fourth row, since one sum would wait for itself
     for (int64_t j = 0; j < n; j += 4) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4 && j + u < n; ++u) {
+      for (int u = 0; u < 4; ++u) {
+        if (j + u >= n) break;
         const auto* row = reinterpret_cast<const Item*>(data + (j + u) * row_bytes);
         int64_t d = 0;
         for (; d + L <= count; d += L) {

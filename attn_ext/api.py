@@ -177,7 +177,10 @@ def _longest(name: str, value, cu_seqlens, total):
     `total` when traced.
     """
     if value is not None:
-        return validate.integer(name, value)
+        value = validate.integer(name, value)
+        if type(value) is int and value > validate.MAX_SEQLEN:  # a kernel would count up to it
+            raise ValueError(f"{name} must be at most {validate.MAX_SEQLEN}, got {value}")
+        return value
     if torch.compiler.is_compiling() or not ops.is_plain(cu_seqlens, cu_seqlens, cu_seqlens):
         return total
     if cu_seqlens.device.type == "cpu":

@@ -68,21 +68,6 @@ openmp()
 assert in_thread(call)
 assert in_thread(in_child)
 """,
-    "a call runs in a thread while another forks": """
-openmp()
-import attn_ext
-stop = threading.Event()
-def calls():
-    while not stop.is_set():
-        call()
-    return True
-thread = threading.Thread(target=calls)
-thread.start()
-for _ in range(5):
-    in_child()
-stop.set()
-thread.join()
-""",
     "nested forks": """
 openmp()
 import attn_ext

@@ -7,6 +7,7 @@ the table.
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -182,8 +183,16 @@ def test_hopper_kernels_compute_while_the_tensor_cores_do(hopper_sass):
         assert sass[: sass.index("WARPGROUP.DEPBAR", 16)].count("F2FP.BF16") >= 16
 
 
+# fp16 is the text of bf16 with another type: two widths of it, or with ATTN_EXT_NVCC_ALL=1 all
+COMPILED = [
+    (dtype, dim)
+    for dtype, dim in resources.UNITS
+    if "fp16" not in dtype or dim in (64, 128) or os.environ.get("ATTN_EXT_NVCC_ALL") == "1"
+]
+
+
 @needs_nvcc
-@pytest.mark.parametrize(("dtype", "head_dim"), resources.UNITS)
+@pytest.mark.parametrize(("dtype", "head_dim"), COMPILED)
 def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim):
     found = resources.compile_unit(NVCC, dtype, head_dim)
     bad = resources.differences(TABLE, found)

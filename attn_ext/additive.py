@@ -69,8 +69,9 @@ def additive_attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, left, right, 0.0, dropout_p, None, False,
         backend,
     )  # fmt: skip
-    longest_q = api._longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
-    longest_k = api._longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
+    longest_q, longest_k = api.longest_pair(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask is bias is None
+    )
     if causal is True:
         api._equal_lengths(cu_seqlens_q, cu_seqlens_k)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]

@@ -177,10 +177,7 @@ def _longest(name: str, value, cu_seqlens, total):
     `total` when traced.
     """
     if value is not None:
-        value = validate.integer(name, value)
-        if type(value) is int and value > validate.MAX_SEQLEN:  # a kernel would count up to it
-            raise ValueError(f"{name} must be at most {validate.MAX_SEQLEN}, got {value}")
-        return value
+        return validate.integer(name, value)
     if torch.compiler.is_compiling() or not ops.is_plain(cu_seqlens, cu_seqlens, cu_seqlens):
         return total
     if cu_seqlens.device.type == "cpu":
@@ -189,6 +186,16 @@ def _longest(name: str, value, cu_seqlens, total):
             default=0,
         )
     return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+
+
+def longest_pair(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, free: bool) -> tuple:
+    """`_longest` of both sides.  free: no mask or bias has these sizes."""
+    longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
+    longest_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
+    if free and not torch.compiler.is_compiling():
+        # no sequence is longer than all of them: a huge bound must not make work
+        return min(longest_q, q.shape[0]), min(longest_k, k.shape[0])
+    return longest_q, longest_k
 
 
 def _equal_lengths(cu_seqlens_q, cu_seqlens_k) -> None:
@@ -226,11 +233,9 @@ def varlen_args(
         dropout_p,
         scale, deterministic, backend,
     )  # fmt: skip
-    longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
-    longest_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
-    if mask is bias is None and not torch.compiler.is_compiling():
-        # no sequence is longer than all of them: a huge bound must not make work
-        longest_q, longest_k = min(longest_q, q.shape[0]), min(longest_k, k.shape[0])
+    longest_q, longest_k = longest_pair(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask is bias is None
+    )
     if causal is True:
         _equal_lengths(cu_seqlens_q, cu_seqlens_k)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]

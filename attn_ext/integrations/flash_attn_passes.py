@@ -99,7 +99,7 @@ def _flash_attn_backward(
     results = torch.ops.attn_ext.backward(
         dout.transpose(1, 2), None, out.transpose(1, 2), lse, *args, [*needs, False, False]
     )
-    for grad, target in zip(results, given, strict=False):
+    for grad, target in zip(results[:3], given, strict=True):
         if target is not None:
             target.copy_(grad.transpose(1, 2))
     return (dout.float() * out.float()).sum(-1).transpose(1, 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_ext.core.schema import Needs
 from attn_ext.measure import ceilings, plots, timing
 from attn_ext.measure.cases import DTYPES, PRESETS, Case, make, parse_shape
 from attn_ext.measure.checks import Reference, blockwise
@@ -77,7 +78,7 @@ def test_blockwise_truth_equals_the_reference(monkeypatch):
     case = Case(1, 1, 1, 31, 33, 16, "fp64", True, "fwd+bwd")
     got = blockwise(case, call.q[0], call.k[0, 0], call.v[0, 0], dout[0])
     out = reference.forward(call)[0]
-    grads = reference.backward(call, dout, None, None, None, (True,) * 3 + (False,) * 2)
+    grads = reference.backward(call, dout, None, None, None, Needs(True, True, True))
     expected = (out[0], grads[0][0], grads[1][0, 0], grads[2][0, 0])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -17,7 +17,7 @@ import torch
 
 from attn_ext.profiling.ceilings import Ceilings
 
-FORMAT = 1  # of the JSON file; see docs/benchmarks.md
+FORMAT = 1  # of the JSON file; see docs/guide/benchmarks.md
 
 
 @dataclass

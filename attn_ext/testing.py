@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_ext import backends
 from attn_ext.backends import reference as reference_backend
-from attn_ext.problem import BOTTOM_RIGHT, UNBOUNDED, Call, Problem, empty_like_layout
+from attn_ext.backends import registry
+from attn_ext.core.call import BOTTOM_RIGHT, UNBOUNDED, Call, Problem
+from attn_ext.core.layout import empty_like_layout
 
 FACTOR = {"out": 2.0, "grad": 3.0}
 
@@ -284,7 +285,7 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
     Every buffer that the backend takes from torch is poisoned.  `grads=False` leaves out backward,
     `dlse=False` the gradient through LSE.  Decode calls have no backward.
     """
-    module = backends.get(backend) if isinstance(backend, str) else backend
+    module = registry.get(backend) if isinstance(backend, str) else backend
     grads = grads and call.block_table is None and call.seqlens_k is None
     problem = Problem.of(call, grad=grads, bias_grad=grads and call.bias is not None)
     missing = module.available()

@@ -19,12 +19,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from attn_ext.profiling import ceilings, plots
-from attn_ext.profiling.cases import CPU_TABLE, Case, make
-from attn_ext.profiling.measure import measure_all
-from attn_ext.profiling.peers import OURS, chosen
-from attn_ext.profiling.results import Report, ceilings_line, machine
-from attn_ext.profiling.timing import CpuClock
+from attn_ext.measure import ceilings, plots
+from attn_ext.measure.cases import CPU_TABLE, Case, make
+from attn_ext.measure.measure import measure_all
+from attn_ext.measure.peers import OURS, chosen
+from attn_ext.measure.results import Report, ceilings_line, machine
+from attn_ext.measure.timing import CpuClock
 
 RESULTS = Path(__file__).parent / "results"
 

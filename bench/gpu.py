@@ -108,7 +108,7 @@ class Device:
 
     def cases(self) -> list[tuple]:
         """(case, peers), the most telling first"""
-        from attn_ext.profiling.cases import GPU_TABLE
+        from attn_ext.measure.cases import GPU_TABLE
 
         found = []
         for preset in GPU_TABLE.values():
@@ -165,7 +165,7 @@ class Fake(Device):
 
     def cases(self) -> list[tuple]:
         """Three small cases"""
-        from attn_ext.profiling.cases import make
+        from attn_ext.measure.cases import make
 
         peers = ["attn_ext", "torch", "xformers"]
         return [(make("1,2,64,16", "bf16", True), peers), (make("1,2,48,16", "fp32"), peers),
@@ -286,9 +286,9 @@ def last_line(text: str) -> str:
 
 def measure(device: Device, out: Path, seconds: float) -> int:
     """The step that measures, in a process of its own: goes on from what bench.json has"""
-    from attn_ext.profiling import ceilings, timing
-    from attn_ext.profiling.measure import measure_case
-    from attn_ext.profiling.results import Report, machine
+    from attn_ext.measure import ceilings, timing
+    from attn_ext.measure.measure import measure_case
+    from attn_ext.measure.results import Report, machine
 
     end = time.monotonic() + seconds
     path, attempt = out / "bench.json", out / ".attempt"
@@ -349,8 +349,8 @@ def _note_crash(out: Path, case: str, state: str) -> None:
 def figures(out: Path) -> str:
     """bars.png and roofline.png of bench.json; returns what was done"""
     try:
-        from attn_ext.profiling import plots
-        from attn_ext.profiling.results import Report
+        from attn_ext.measure import plots
+        from attn_ext.measure.results import Report
 
         report = Report.load(out / "bench.json")
         plots.bars(report, out / "bars.png")
@@ -362,7 +362,7 @@ def figures(out: Path) -> str:
 
 def calls(device: str) -> int:
     """Some calls of each kernel, small, for compute-sanitizer"""
-    from attn_ext import backends
+    from attn_ext.backends import registry
     from attn_ext.testing import check_call, random_call
 
     names = ("cuda", "triton") if device == "cuda" else ("cpu",)
@@ -375,7 +375,7 @@ def calls(device: str) -> int:
     )
     made = 0
     for name in names:
-        if backends.get(name).available():
+        if registry.get(name).available():
             continue
         for arguments in shapes:
             import torch

@@ -4,7 +4,7 @@
 
 Without a GPU the kernels are compiled for sm_90 and launched into a stub of Triton's driver on CPU
 tensors: then the figures hold all but Triton's launcher in C and cuLaunchKernel.  "again" is a
-call as one before (triton_kernels/replay.py), "first" the same without that memory, "triton"
+call as one before (triton_kernels/launch/replay.py), "first" the same without that memory, "triton"
 Triton's own launch of the same kernels with the same arguments, "outputs" the torch.empty of the
 outputs.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import triton
-from attn_ext.triton_kernels import launch, launch_backward, replay
 
 from attn_ext.testing import random_call
+from attn_ext.triton_kernels.launch import attention, backward, replay
 
 COUNT, ROUNDS = 200, 25
 CALLS = {
@@ -55,8 +55,8 @@ def stub() -> str:
     offline = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(offline)
     triton.runtime.driver.set_active(offline.StubDriver("sm_90", lambda *args: None))
-    launch.architecture = lambda x: "sm_90"
-    launch.multiprocessors = lambda x: 132
+    attention.architecture = lambda x: "sm_90"
+    attention.multiprocessors = lambda x: 132
     return "a stub driver, sm_90"
 
 
@@ -72,17 +72,17 @@ def without_memory(function):
 
 def noted(call):
     """O and LSE of a forward, and the arguments of each launch."""
-    launched, keep = [], launch.run
+    launched, keep = [], attention.run
 
     def run(*args):
         launched.append(args)
         return keep(*args)
 
-    launch.run = run
+    attention.run = run
     try:
-        out, lse, *_ = launch.forward(call)
+        out, lse, *_ = attention.forward(call)
     finally:
-        launch.run = keep
+        attention.run = keep
     return out, lse, launched
 
 
@@ -95,17 +95,17 @@ def main() -> None:
         call = random_call(head_dim=64, dtype=torch.bfloat16, device=device, **options)
         out, lse, launched = noted(call)
         outputs = microseconds(lambda: (torch.empty_like(out), torch.empty_like(lse)))  # noqa: B023
-        rows = {"forward": (lambda: launch.forward(call), launched)}  # noqa: B023
+        rows = {"forward": (lambda: attention.forward(call), launched)}  # noqa: B023
         if call.seqlens_k is None:
             dout = torch.randn_like(out)
             needs = (True, True, True, False, False)
             rows["backward"] = (
-                lambda: launch_backward.backward(call, dout, out, lse, None, needs), []  # noqa: B023
+                lambda: backward.backward(call, dout, out, lse, None, needs), []  # noqa: B023
             )  # fmt: skip
         for direction, (function, kernels) in rows.items():
             figures = [microseconds(function), microseconds(without_memory(function))]
             if kernels:
-                figures.append(microseconds(lambda: [launch.run(*a) for a in kernels]))  # noqa: B023
+                figures.append(microseconds(lambda: [attention.run(*a) for a in kernels]))  # noqa: B023
                 figures.append(outputs)
             print(f"{name + ', ' + direction:40}" + "".join(f"{x:8.1f}" for x in figures))
 

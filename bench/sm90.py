@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from attn_ext import backends
-from attn_ext.backends import native_gpu
+from attn_ext.backends import native_gpu, registry
 from attn_ext.backends.native_gpu import Kernels
 from attn_ext.testing import check_call, random_call
 
@@ -55,7 +54,7 @@ def kernels_of(fake: bool) -> dict[str, Kernels]:
 
         module.set_mode("plain", smem_limit=227 * 1024)
     else:
-        missing = backends.get("cuda").available()
+        missing = registry.get("cuda").available()
         if missing:
             raise RuntimeError(missing)
         from attn_ext import _cuda as module

@@ -2,7 +2,7 @@
 
 import torch
 
-from attn_ext import additive_ops
+from attn_ext.ops import additive
 from attn_ext.testing import (
     assert_close_to_reference,
     cancellation,
@@ -27,8 +27,8 @@ def results(call, w, dout, dlse, backend, dtype):
     w = w.to(torch.promote_types(dtype, torch.float32))
     flat = arguments(call, w, backend)
     with poisoned_memory():
-        out, lse = additive_ops.forward(*flat)
-        grads = additive_ops.backward(
+        out, lse = additive.forward(*flat)
+        grads = additive.backward(
             dout.to(dtype), dlse.to(w.dtype), out, lse, *flat, call.bias is not None
         )
     return out, lse, *grads

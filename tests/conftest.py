@@ -34,7 +34,7 @@ def register_emulated():
     spec.loader.exec_module(module)
     if module.available() == "":
         sys.modules[name] = module
-        registry = sys.modules["attn_ext.backends"]
+        registry = sys.modules["attn_ext.backends.registry"]
         registry.ORDER = (*registry.ORDER, "emulated")
     if os.environ.get("ATTN_EXT_TEST_AUTO") == "emulated":
         assert module.available() == "", module.available()

@@ -12,15 +12,10 @@ from torch.nn import functional as F
 
 import attn_ext
 from attn_ext import inspect, nn, testing
-from attn_ext.integrations import (
-    bert_padding,
-    diffusers,
-    flash_attn,
-    rotary,
-    transformers,
-    xformers_bias,
-)
+from attn_ext.integrations import diffusers, flash_attn, transformers
 from attn_ext.integrations import xformers as xf
+from attn_ext.integrations.flash_attn import bert_padding, rotary
+from attn_ext.integrations.xformers import bias as xformers_bias
 
 torch.manual_seed(5)
 Q, K, V = (torch.randn(2, h, 9, 8) for h in (4, 2, 2))
@@ -199,7 +194,7 @@ def measured():
     call = testing.random_call(3, mask=True, alibi=True, sink=True, dropout_p=0.2)
     testing.check_call(call)
     keep("random call", [call.q, call.mask, call.alibi_slopes, call.rng_state])
-    from attn_ext.profiling import cases
+    from attn_ext.measure import cases
 
     keep("inputs", cases.make("1,2,8,8").inputs())
 

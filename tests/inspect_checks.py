@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from attn_ext import reference
+from attn_ext.core import reference
 from attn_ext.inspect import kernels
 from attn_ext.testing import assert_close_to_reference, poisoned_memory, random_call, to_float64
 

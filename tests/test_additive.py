@@ -141,7 +141,7 @@ def test_reference_backend_has_gradients_inside_the_operator():
     q, k, v = (torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3))
     out = attn_ext.additive_attention(q, k, v, torch.randn(4), backend="reference")
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
-    args = attn_ext.api.dense_args(q, k, v, backend="reference")
+    args = attn_ext.functional.dense.dense_args(q, k, v, backend="reference")
     out = torch.ops.attn_ext.forward(*args)[0]
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attn_ext
-from attn_ext import backends
 from attn_ext.backends import reference as oracle
-from attn_ext.problem import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED, Problem
+from attn_ext.backends import registry
+from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED, Problem
 from attn_ext.testing import (
     assert_close_to_reference,
     poisoned_memory,
@@ -94,7 +94,7 @@ def keywords(call) -> dict:
 
 def skip_unable(call, backend: str, grad: bool) -> None:
     """An honest refusal is a skip that shows the reason."""
-    why = backends.reasons(backend, Problem.of(call, grad, grad and call.bias is not None))
+    why = registry.reasons(backend, Problem.of(call, grad, grad and call.bias is not None))
     if why:
         pytest.skip("; ".join(why))
 

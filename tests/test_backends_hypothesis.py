@@ -8,20 +8,20 @@ import strategies
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from attn_ext import backends
-from attn_ext.problem import Problem
+from attn_ext.backends import registry
+from attn_ext.core.call import Problem
 from attn_ext.testing import check_call, random_call
 
 # not the reference, which would be compared to itself; Triton interpreted has tests of its own
 NAMES = [
-    n for n in backends.ORDER if n != "reference" and (n != "triton" or torch.cuda.is_available())
+    n for n in registry.ORDER if n != "reference" and (n != "triton" or torch.cuda.is_available())
 ]
 
 
 def able(name):
     """The backend can run on this machine; a backend that does not exist yet cannot."""
     try:
-        return backends.get(name).available() == ""
+        return registry.get(name).available() == ""
     except ModuleNotFoundError as error:
         assert error.name == f"attn_ext.backends.{name}"
         return False
@@ -61,6 +61,6 @@ def test_any_mix_of_features_obeys_the_tolerance_rule(name, mode, options):
     device = "cuda" if name in ("cuda", "triton") else "cpu"
     call = random_call(device=device, **options)
     grad = "cache_seqlens" not in options
-    if name != "cpu" and backends.get(name).unsupported(Problem.of(call, grad=grad)):
+    if name != "cpu" and registry.get(name).unsupported(Problem.of(call, grad=grad)):
         return  # only the cpu backend promises every feature
     check_call(call, name, dlse=options["seed"] % 2 == 0)

@@ -14,7 +14,7 @@ import attn_ext
 from attn_ext import nn as family
 from attn_ext.integrations import diffusers, transformers, xformers
 from attn_ext.integrations import flash_attn as fa
-from attn_ext.integrations import flash_attn_passes as passes
+from attn_ext.integrations.flash_attn import passes as passes
 
 B, S, H, D = 2, 4, 2, 8
 LAYER = types.SimpleNamespace(is_causal=True, training=True)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import attn_ext
-from attn_ext import backends
-from attn_ext.backends import reference
+from attn_ext.backends import reference, registry
 from attn_ext.cli import matrix
 from attn_ext.cli.main import app, main
 
@@ -121,11 +120,11 @@ def off_by_one(name="planted"):
 @pytest.fixture
 def planted():
     """The planted backend, known by name while the test runs"""
-    backends.TEST_ONLY["planted"] = off_by_one()
-    backends.get.cache_clear()
+    registry.TEST_ONLY["planted"] = off_by_one()
+    registry.get.cache_clear()
     yield "planted"
-    backends.TEST_ONLY.clear()
-    backends.get.cache_clear()
+    registry.TEST_ONLY.clear()
+    registry.get.cache_clear()
 
 
 def test_doctor(capsys):
@@ -134,7 +133,7 @@ def test_doctor(capsys):
     found = json.loads(out)
     check(found, DOCTOR)
     assert code == 0 and found["cpu"]["isa"] in found["cpu"]["isas"]
-    assert [b["name"] for b in found["backends"]] == list(backends.ORDER)
+    assert [b["name"] for b in found["backends"]] == list(registry.ORDER)
     assert all(b["works"] or (b["reason"] and b["advice"]) for b in found["backends"])
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and found["cpu"]["model"] in out and torch.__version__ in out
@@ -184,7 +183,7 @@ def test_verify_names_the_case_that_a_wrong_backend_fails(capsys, planted, tmp_p
 )
 def test_verify_sees_every_kind_of_wrong_result(capsys, planted, spoil, named):
     """NaN, a wrong statistic, a wrong shape, nothing, an exception: each must fail, none crash."""
-    module = backends.TEST_ONLY[planted]
+    module = registry.TEST_ONLY[planted]
     right = reference.forward
     module.forward = lambda call: (*spoil(*right(call)[:2]), *right(call)[2:])
     code, out, _ = run(capsys, "verify", "--backend", planted, "--only", "grouped heads")
@@ -193,7 +192,7 @@ def test_verify_sees_every_kind_of_wrong_result(capsys, planted, spoil, named):
 
 def test_verify_sees_results_that_change_from_run_to_run(capsys, planted):
     """Gradients that differ in the last bit between two runs."""
-    module = backends.TEST_ONLY[planted]
+    module = registry.TEST_ONLY[planted]
     runs = []
 
     def unsteady(call):
@@ -278,7 +277,7 @@ def test_bench(capsys, tmp_path):
 
 def test_interrupted_bench_leaves_finished_rows(capsys, tmp_path, monkeypatch):
     """Ctrl-C in the second case: the first one is on disk."""
-    from attn_ext.profiling import measure
+    from attn_ext.measure import measure
 
     real, calls = measure.measure_case, []
 
@@ -340,7 +339,7 @@ def test_explain(capsys):
 )
 def test_bad_arguments_are_one_line_and_exit_2(argv, message, capsys):
     """A traceback, a page of usage, or work that starts with a wrong argument."""
-    if argv[1:] == ("--backend", "cuda") and not backends()["cuda"]:
+    if argv[1:] == ("--backend", "cuda") and not attn_ext.backends()["cuda"]:
         argv = ("verify", "--backend", "nope")
         message = "backend must be"
     code, out, err = run(capsys, *argv)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from attn_ext import _C, attention, fast
-from attn_ext.problem import empty_like_layout
+from attn_ext import _C, attention
+from attn_ext.core.layout import empty_like_layout
+from attn_ext.ops import fast
 
 FEATURES = ["plain", "bias", "sink"]
 

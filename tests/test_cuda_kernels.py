@@ -13,9 +13,8 @@ import pytest
 import test_nonfinite as nonfinite
 import torch
 
-from attn_ext import backends
-from attn_ext.backends import native_gpu
-from attn_ext.problem import Problem
+from attn_ext.backends import native_gpu, registry
+from attn_ext.core.call import Problem
 from attn_ext.testing import check_call, random_call
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -24,7 +23,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BACKENDS = []
 if emulated.available() == "":
     BACKENDS += [("emulated", "cpu", mode) for mode in emulated.MODES]
-if backends.get("cuda").available() == "":
+if registry.get("cuda").available() == "":
     BACKENDS.append(("cuda", "cuda", ""))
 
 
@@ -36,7 +35,7 @@ def check(request):
     if request.param is None:
         pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a GPU is here")
     name, device, mode = request.param
-    module = emulated if name == "emulated" else backends.get("cuda")
+    module = emulated if name == "emulated" else registry.get("cuda")
 
     def run(call=None, seed=1, **options):
         if mode:

@@ -10,17 +10,17 @@ import emulated_backend as emulated
 import pytest
 import torch
 
-from attn_ext import backends
+from attn_ext.backends import registry
 from attn_ext.backends.native import strides as strides_of
-from attn_ext.problem import Call
+from attn_ext.core.call import Call
 from attn_ext.testing import check_call, poisoned_memory, random_call
 
 BF16 = torch.bfloat16
 
 
 MODULES = [(emulated, "cpu")] if emulated.available() == "" else []
-if backends.get("cuda").available() == "":
-    MODULES.append((backends.get("cuda"), "cuda"))
+if registry.get("cuda").available() == "":
+    MODULES.append((registry.get("cuda"), "cuda"))
 
 
 def name_of(module):

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import attn_ext
-from attn_ext import backends
+from attn_ext.backends import registry
 from attn_ext.backends.native import strides as strides_of
 from attn_ext.testing import assert_close_to_reference, check_call, random_call, to_float64
 
 BF16, FP16 = torch.bfloat16, torch.float16
-if "emulated" in backends.ORDER:
-    emulated = backends.get("emulated")
+if "emulated" in registry.ORDER:
+    emulated = registry.get("emulated")
     BACKENDS = [("emulated", mode) for mode in emulated.MODES]
 else:
     BACKENDS = []
-if backends.get("cuda").available() == "" and torch.cuda.get_device_capability() == (9, 0):
+if registry.get("cuda").available() == "" and torch.cuda.get_device_capability() == (9, 0):
     BACKENDS.append(("cuda", ""))
 
 
@@ -30,7 +30,7 @@ class Hopper:
     """A backend that takes the Hopper kernel wherever that serves a call."""
 
     def __init__(self, name, mode, seed):
-        self.name, self.module = name, backends.get(name)
+        self.name, self.module = name, registry.get(name)
         self.device = "cpu" if mode else "cuda"
         self.kernels = self.module._kernels()
         self.before = self.kernels.sm90, dict(self.kernels._devices)
@@ -204,7 +204,7 @@ def test_bad_output_gradients_reach_exactly_who_is_seen(hopper, head_dim, determ
     assert hopper.backward_kernel(call, dout) == "sm90"
     needs = (True, True, True, False, False)
     results = hopper.module.backward(call, dout, out, lse, None, needs)
-    reference = backends.get("reference")
+    reference = registry.get("reference")
     exact = reference.backward(to_float64(call), dout.double(), None, None, None, needs)
     naive = reference.backward(call, dout, None, None, None, needs)
     for name, got, truth, near in zip(("dq", "dk", "dv"), results, exact, naive, strict=False):

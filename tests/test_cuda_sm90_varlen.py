@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_cuda_sm90 import BF16, FP16, hopper  # noqa: F401
 
-from attn_ext import backends
+from attn_ext.backends import registry
 from attn_ext.backends.native import strides as strides_of
 from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, to_float64
 
@@ -87,7 +87,7 @@ def test_neighbours_do_not_count(hopper, value, head_dim, deterministic, causal)
     assert hopper.kernel(call) == hopper.backward_kernel(call, dout) == "sm90"
     out, lse = hopper.module.forward(call)[:2]
     got = (out, lse.T, *hopper.module.backward(call, dout, out, lse, None, NEEDS)[:3])
-    reference = backends.get("reference")
+    reference = registry.get("reference")
     results = []
     for c, d in ((to_float64(clean), clean_dout.double()), (clean, clean_dout)):
         o, lse = reference.forward(c)[:2]

@@ -11,11 +11,12 @@ import torch
 
 import attn_ext
 from attn_ext import nn as family
-from attn_ext.integrations import bert_padding as padding
-from attn_ext.integrations import diffusers, rotary, transformers, xformers
+from attn_ext.integrations import diffusers, transformers, xformers
 from attn_ext.integrations import flash_attn as fa
-from attn_ext.integrations import flash_attn_modules as modules
-from attn_ext.integrations import xformers_bias as biases
+from attn_ext.integrations.flash_attn import bert_padding as padding
+from attn_ext.integrations.flash_attn import modules as modules
+from attn_ext.integrations.flash_attn import rotary
+from attn_ext.integrations.xformers import bias as biases
 
 B, S, H, D = 2, 4, 4, 8
 

@@ -1,4 +1,4 @@
-"""The short way of small eager calls (attn_ext/fast.py): what it keeps apart, and its length."""
+"""The short way of small eager calls (attn_ext/ops/fast.py): what it keeps apart, its length."""
 
 import inspect
 import itertools
@@ -10,7 +10,7 @@ import torch
 from torch.func import grad
 
 import attn_ext
-from attn_ext import fast
+from attn_ext.ops import fast
 
 attention = attn_ext.attention
 

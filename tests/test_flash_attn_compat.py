@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 
-from attn_ext import api
+from attn_ext.functional import dense
 from attn_ext.integrations import flash_attn as fa
-from attn_ext.integrations import rotary
-from attn_ext.integrations.bert_padding import unpad_input
-from attn_ext.integrations.flash_attn_modules import FlashCrossAttention, FlashSelfAttention
+from attn_ext.integrations.flash_attn import rotary
+from attn_ext.integrations.flash_attn.bert_padding import unpad_input
+from attn_ext.integrations.flash_attn.modules import FlashCrossAttention, FlashSelfAttention
 
 
 def normal(*shape, dtype=torch.float64):
@@ -461,7 +461,7 @@ def test_bad_varlen_input():
             q, pages, pages, cumulative([3, 4]), falling, 4, 4, block_table=table
         )
     cu = cumulative([3, 4])
-    args = api.varlen_args(q, q[:6], q[:6], cu, cumulative([3, 3]), 1 << 40, 1 << 40)
+    args = dense.varlen_args(q, q[:6], q[:6], cu, cumulative([3, 3]), 1 << 40, 1 << 40)
     assert args[12:14] == (7, 6)  # without the cut the call takes hours
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from attn_ext.integrations import flash_attn as fa
-from attn_ext.integrations import flash_attn_passes as passes
-from attn_ext.integrations import rotary
-from attn_ext.integrations.bert_padding import (
+from attn_ext.integrations.flash_attn import passes as passes
+from attn_ext.integrations.flash_attn import rotary
+from attn_ext.integrations.flash_attn.bert_padding import (
     index_first_axis,
     index_put_first_axis,
     pad_input,

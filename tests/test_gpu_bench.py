@@ -131,7 +131,7 @@ def test_measuring_goes_on_from_what_is_saved(tmp_path):
 
 def test_the_real_device_plans_what_the_issue_asks():
     """A misspelt peer, preset or arch, seen on the GPU only."""
-    from attn_ext.profiling.peers import PEERS
+    from attn_ext.measure.peers import PEERS
 
     device = gpu.Device()
     cases = device.cases()

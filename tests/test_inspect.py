@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import attn_ext
-from attn_ext import inspect, reference
+from attn_ext import inspect
+from attn_ext.core import reference
 from attn_ext.inspect import blocked, logits
 from attn_ext.testing import assert_close_to_reference
 

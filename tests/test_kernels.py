@@ -12,7 +12,7 @@ import torch
 
 from attn_ext import _C
 from attn_ext.backends import cpu
-from attn_ext.problem import BOTTOM_RIGHT, TOP_LEFT
+from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT
 from attn_ext.testing import check_call, random_call
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -192,9 +192,9 @@ def test_other_decoders(family, calls):
 
 def test_a_model_that_computes_attention_itself(calls):
     """Bloom adds its mask to the logits: a bool mask there would be wrong without a word."""
-    from attn_ext.integrations import _masks
+    from attn_ext.integrations import masks
 
-    _masks._warned.clear()
+    masks._warned.clear()
     library = transformers()
     states, mask = {}, padding(2, 19, left=True)
     for attention in ("eager", "attn_ext"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_checks import naive_forward, transformers
 
-from attn_ext.integrations._masks import LazyMask, describe, mask_function
+from attn_ext.integrations.masks import LazyMask, describe, mask_function
 from attn_ext.integrations.transformers import attention_forward, register
 
 

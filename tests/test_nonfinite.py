@@ -8,7 +8,7 @@ import emulated_backend as emulated
 import pytest
 import torch
 
-from attn_ext.reference import attend
+from attn_ext.core.reference import attend
 from attn_ext.testing import check_call, random_call
 
 NAN, INF = torch.nan, torch.inf

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_torch_integration import fresh_compiler  # noqa: F401
 
 import attn_ext
-from attn_ext import additive
+from attn_ext.functional import additive
 from attn_ext.integrations import diffusers, transformers, xformers
 from attn_ext.integrations import flash_attn as fa
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attn_ext import reference
-from attn_ext.reference import dropout_keep_mask, philox_key
+from attn_ext.core import reference
+from attn_ext.core.reference import dropout_keep_mask, philox_key
 
 HEADER = Path(__file__).parent.parent / "csrc" / "philox.h"
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from attn_ext.profiling import ceilings, plots, timing
-from attn_ext.profiling.cases import DTYPES, PRESETS, Case, make, parse_shape
-from attn_ext.profiling.checks import Reference, blockwise
-from attn_ext.profiling.engines import Bound
-from attn_ext.profiling.measure import measure_all, measure_case
-from attn_ext.profiling.peers import PEERS, Peer, chosen
-from attn_ext.profiling.results import Report, Row
+from attn_ext.measure import ceilings, plots, timing
+from attn_ext.measure.cases import DTYPES, PRESETS, Case, make, parse_shape
+from attn_ext.measure.checks import Reference, blockwise
+from attn_ext.measure.engines import Bound
+from attn_ext.measure.measure import measure_all, measure_case
+from attn_ext.measure.peers import PEERS, Peer, chosen
+from attn_ext.measure.results import Report, Row
 from attn_ext.testing import random_call, to_float64
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_every_preset_is_well_formed():
 def test_blockwise_truth_equals_the_reference(monkeypatch):
     """The truth of the benchmark itself, across a block's edge, causal, backward."""
     import attn_ext.backends.reference as reference
-    from attn_ext.profiling import checks
+    from attn_ext.measure import checks
 
     monkeypatch.setattr(checks, "BLOCK_BYTES", 8 * 33 * 23)
     call = to_float64(random_call(batch=1, heads_q=1, seqlen_q=31, seqlen_k=33, causal=True))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from attn_ext.backends import reference as backend
-from attn_ext.problem import BOTTOM_RIGHT, TOP_LEFT, Call
-from attn_ext.reference import attend, dropout_keep_mask, safe_matmul, visible_pairs
+from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, Call
+from attn_ext.core.reference import attend, dropout_keep_mask, safe_matmul, visible_pairs
 from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, padded, random_call
 
 F64 = torch.float64

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import attn_ext
-from attn_ext.integrations import _sdpa_scopes, sdpa
+from attn_ext.integrations import sdpa, sdpa_scopes
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def nothing_stays_behind():
     sdpa.reset()
     yield
     assert torch._C._len_torch_function_stack() == 0
-    assert _sdpa_scopes._own().entries == ()
+    assert sdpa_scopes._own().entries == ()
 
 
 def attend(x, dropout_p=0.4):

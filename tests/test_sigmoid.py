@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 import attn_ext
-from attn_ext import backends
+from attn_ext.backends import registry
 from attn_ext.testing import check_call, random_call
 
 # name -> random_call's options: what each would catch
@@ -86,7 +86,7 @@ def test_varlen_equals_each_sequence():
 def test_opcheck_and_compile():
     """A schema without the new fields, a graph break."""
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
-    args = attn_ext.api.dense_args(q, k, v, causal=True, normalizer="sigmoid")
+    args = attn_ext.functional.dense.dense_args(q, k, v, causal=True, normalizer="sigmoid")
     opcheck(torch.ops.attn_ext.forward.default, args)
     torch.compiler.reset()
 
@@ -108,12 +108,12 @@ def test_backends_refuse_what_they_do_not_name():
         available = staticmethod(lambda: "")
         unsupported = staticmethod(lambda problem: [])
 
-    get = backends.get
+    get = registry.get
     try:
-        backends.get = lambda name: SoftmaxOnly
-        (why,) = backends.reasons("any", problem)
+        registry.get = lambda name: SoftmaxOnly
+        (why,) = registry.reasons("any", problem)
     finally:
-        backends.get = get
+        registry.get = get
     assert why == "normalizer must be 'softmax', got 'sigmoid'"
 
 

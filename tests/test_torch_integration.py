@@ -380,8 +380,9 @@ def test_traced_code_zips_what_is_equally_long():
     the four that it broadcasts to, could not be compiled.  (CI has one torch only.)
     """
     package = pathlib.Path(attn_ext.__file__).parent
-    files = [package / f"{n}.py" for n in ("api", "decode", "torch_sdpa", "validate", "functions")]
-    files += [*package.glob("integrations/*.py"), *package.glob("nn/*.py")]
+    files = [package / "core" / "validate.py", package / "ops" / "autograd.py"]
+    for folder in ("functional", "integrations", "nn"):
+        files += package.glob(f"{folder}/**/*.py")
     loose = []
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -406,7 +407,7 @@ def test_batched_gradients(case, device):
         outs = attn_ext.additive_attention(call.q, call.k, call.v, leaves[-1], return_lse=True)
     else:
         fields = [getattr(call, name) for name in call.__dataclass_fields__]
-        outs = attn_ext.ops.run((*fields, True, call.bias is not None, "auto"))[:2]
+        outs = attn_ext.ops.execute.run((*fields, True, call.bias is not None, "auto"))[:2]
     seeds = [torch.randn(3, *x.shape, device=device) for x in outs]
     together = torch.autograd.grad(outs, leaves, seeds, is_grads_batched=True, retain_graph=True)
     for n in range(3):

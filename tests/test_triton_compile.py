@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 from attn_ext.triton_kernels import configs, tune
 
 SCRIPT = Path(__file__).with_name("triton_offline.py")

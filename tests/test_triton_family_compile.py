@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from attn_ext.triton_kernels import configs
 
 # Compiles in a process of its own, since Triton remembers its target.
@@ -15,7 +16,10 @@ SCRIPT = """
 import dataclasses, functools, json, sys
 import torch, triton
 import triton_offline as offline
-from attn_ext.triton_kernels import additive_launch, inspect_launch, launch, launch_backward
+from attn_ext.triton_kernels.launch import additive as additive_launch
+from attn_ext.triton_kernels.launch import attention as launch
+from attn_ext.triton_kernels.launch import backward as launch_backward
+from attn_ext.triton_kernels.launch import inspect as inspect_launch
 from attn_ext.testing import random_call
 
 architecture, table = sys.argv[1], {}

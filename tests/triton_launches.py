@@ -11,18 +11,19 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from attn_ext.triton_kernels import configs, launch, launch_backward, replay
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_offline import ALL_FEATURES, StubDriver
 
 from attn_ext.testing import poisoned_memory, random_call
+from attn_ext.triton_kernels import configs
+from attn_ext.triton_kernels.launch import attention, backward, replay
 
 launches = []
 driver = StubDriver("sm_90", lambda *args: launches.append(args))
 triton.runtime.driver.set_active(driver)
-launch.architecture = lambda x: "sm_90"
-launch.multiprocessors = lambda x: 132
+attention.architecture = lambda x: "sm_90"
+attention.multiprocessors = lambda x: 132
 SMALL = configs.Tile(16, 32, 4, 1)  # quick to compile
 
 
@@ -58,11 +59,11 @@ def run(call, dout=None, forward=None):
     """(what was launched, results) of a forward, or of a backward."""
     launches.clear()
     if dout is None:
-        results = launch.forward(call)
+        results = attention.forward(call)
         inputs = replay.tensors_of(call)
     else:
         needs = (True, True, True, call.bias is not None, call.sink is not None)
-        results = launch_backward.backward(call, dout, *forward, None, needs)
+        results = backward.backward(call, dout, *forward, None, needs)
         inputs = (*replay.tensors_of(call), dout, *forward)
     return own_pointers_hidden(launches, inputs), results
 
@@ -99,7 +100,7 @@ def same_again(call) -> dict:
     found = {}
     replay.forget()
     other = dataclasses.replace(call, q=call.q.clone(memory_format=torch.preserve_format))
-    forward = launch.forward(call)[:2]
+    forward = attention.forward(call)[:2]
     dout = torch.randn_like(forward[0])
     for direction in ("forward", "backward"):
         args = (None, None) if direction == "forward" else (dout, forward)
@@ -155,16 +156,16 @@ def capture_safety(call) -> dict:
     the streams of the launches, and the operators of torch that run."""
     found = {}
     replay.forget()
-    out, lse = launch.forward(call)[:2]
+    out, lse = attention.forward(call)[:2]
     dout = torch.randn_like(out)
     replay.forget()
     for stream, name in ((7, "first"), (11, "second")):
         driver.stream = stream
         launches.clear()
         with Operators() as seen, counting() as used:
-            launch.forward(call)
+            attention.forward(call)
             needs = (True, True, True, call.bias is not None, False)
-            launch_backward.backward(call, dout, out, lse, None, needs)
+            backward.backward(call, dout, out, lse, None, needs)
         found[name] = {
             "streams": sorted({args[3] for args in launches}), "launches": len(launches),
             "operators": sorted(seen.names), "replayed": len(used),

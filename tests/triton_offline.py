@@ -29,10 +29,12 @@ from pathlib import Path
 import torch
 import triton
 import triton.backends.nvidia
-from attn_ext.triton_kernels import configs, fwd, launch, launch_backward, replay
 from triton.backends.compiler import GPUTarget
 
 from attn_ext.testing import random_call
+from attn_ext.triton_kernels import configs
+from attn_ext.triton_kernels.kernels import fwd
+from attn_ext.triton_kernels.launch import attention, backward, replay
 
 TABLES = Path(__file__).with_name("triton_resources")
 KERNELS = Path(__file__).parents[1] / "triton_kernels"
@@ -219,8 +221,8 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
     """
     table = {}
     triton.runtime.driver.set_active(StubDriver(architecture))
-    launch.architecture = lambda x: architecture
-    launch.multiprocessors = lambda x: 132
+    attention.architecture = lambda x: architecture
+    attention.multiprocessors = lambda x: 132
     replay.usable = lambda x: False  # nothing is launched
 
     shipped = shipped_rows(architecture) if everything else {}
@@ -246,20 +248,20 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
             name = f"{short} {end}"
             if short not in kernels or not wanted(name):
                 return
-            compiled = kernel.warmup(*args, grid=(programs,), **launch.options(tile))
+            compiled = kernel.warmup(*args, grid=(programs,), **attention.options(tile))
             table[name] = [list(tile), *resources(compiled)]
             if os.environ.get("SHOW"):
                 print(name, *table[name], file=sys.stderr, flush=True)
             tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
             assert tensor_memory <= 512, f"{name}: {tensor_memory} columns of tensor memory"
 
-        launch.run = run
+        attention.run = run
         call = random_call(**options)
         with asked:
-            out, lse, *_ = launch.forward(call)
+            out, lse, *_ = attention.forward(call)
         if call.seqlens_k is None:
             needs = (True, True, True, call.bias is not None, call.sink is not None)
-            launch_backward.backward(call, out, out, lse, lse, needs)
+            backward.backward(call, out, out, lse, lse, needs)
     return table
 
 

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+
 from attn_ext.triton_kernels import configs
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -49,27 +50,26 @@ def measure(function: Callable[[], object], repeats: int) -> float:
 
 def workload(direction: str, head_dim: int, seqlen: int, dtype, device) -> Callable[[], object]:
     """A call that is ruled by the kernel of `direction`: causal, 16 heads; decode: 8 rows."""
-    from attn_ext.triton_kernels import launch, launch_backward
-
     from attn_ext.testing import random_call
+    from attn_ext.triton_kernels.launch import attention, backward
 
     if direction == "decode":
         call = random_call(
             batch=8, heads_q=32, heads_k=8, seqlen_q=1, seqlen_k=seqlen, head_dim=head_dim,
             dtype=dtype, device=device, cache_seqlens=[seqlen] * 8,
         )  # fmt: skip
-        return lambda: launch.forward(call)
+        return lambda: attention.forward(call)
     bias = "k" if direction == "dbias" else False
     call = random_call(
         batch=1, heads_q=16, seqlen_q=seqlen, head_dim=head_dim, dtype=dtype, device=device,
         causal=True, bias=bias, deterministic=bool(bias),
     )  # fmt: skip
     if direction == "fwd":
-        return lambda: launch.forward(call)
-    out, lse, *_ = launch.forward(call)
+        return lambda: attention.forward(call)
+    out, lse, *_ = attention.forward(call)
     dkdv, own_bias = direction == "dkdv", direction == "dbias"
     needs = (direction == "dq", dkdv, dkdv, own_bias, False)
-    return lambda: launch_backward.backward(call, out, out, lse, None, needs)
+    return lambda: backward.backward(call, out, out, lse, None, needs)
 
 
 def tune(
@@ -79,13 +79,13 @@ def tune(
     """The fastest tile of each (direction, width), stored in the cache file and in force at once.
 
     A tile that does not compile or does not fit the device's memory is passed over."""
-    from attn_ext.triton_kernels import launch
+    from attn_ext.triton_kernels.launch import attention
 
     best: dict[str, configs.Tile] = {}
-    architecture = launch.architecture(torch.empty(0, dtype=torch.float32, device=device))
+    architecture = attention.architecture(torch.empty(0, dtype=torch.float32, device=device))
     size = torch.finfo(dtype).bits // 8
     for direction, head_dim in itertools.product(directions, head_dims):
-        width = launch.width(head_dim)
+        width = attention.width(head_dim)
         call = workload(direction, head_dim, seqlen, dtype, device)
         key = configs.key(direction, width, size)
         results = []

@@ -1,104 +1,19 @@
-"""The backends, in the order in which `backend="auto"` tries them.
-
-A backend is a module with
-
-    available() -> str                     "" when it can run here, else the reason and the remedy
-    unsupported(problem) -> list[str]      empty when it can serve `problem`, else every reason
-    forward(call) -> (out, lse, max_logit | None, entropy | None)
-    backward(call, dout, out, lse, dlse | None, needs) -> (dq, dk, dv, dbias | None, dsink | None)
-
-A module that serves other normalizers than softmax names them in NORMALIZERS.
-
-`needs` is five bools (q, k, v, bias, sink); a gradient not needed may be None.  `out` has the
-strides that `attn_ext.problem.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q] for
-varlen.  Backends never import each other.
-"""
+"""The backends: modules that run a call.  `registry` says what one is and chooses among them."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import sys
-import warnings
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
-from attn_ext.problem import Problem
-
-ORDER = ("cuda", "triton", "cpu", "reference")
-TEST_ONLY: dict[str, ModuleType] = {}  # modules that tests put up by name; never chosen by "auto"
+from attn_ext.backends import registry
 
 
-@functools.cache
-def get(name: str) -> ModuleType:
-    """The backend module called `name`; ValueError for an unknown one."""
-    if name in TEST_ONLY:
-        return TEST_ONLY[name]
-    if name not in ORDER:
-        names = ", ".join(map(repr, ORDER))
-        raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
-    if importlib.util.find_spec(f"attn_ext.backends.{name}") is None:
-        missing = f"the {name} backend is not part of this version of attn_ext"
-        return SimpleNamespace(available=lambda: missing, unsupported=lambda problem: [missing])
-    return importlib.import_module(f"attn_ext.backends.{name}")
-
-
-def reasons(name: str, problem: Problem) -> list[str]:
-    """Why backend `name` cannot serve `problem`; empty when it can."""
-    module = get(name)
-    missing = module.available()
-    if missing:
-        return [missing]
-    served = getattr(module, "NORMALIZERS", ("softmax",))
-    if problem.normalizer not in served:
-        return [f"normalizer must be {' or '.join(map(repr, served))}, got {problem.normalizer!r}"]
-    return module.unsupported(problem)
-
-
-def automatic(name: str, problem: Problem) -> bool:
-    """Whether "auto" may take backend `name`: GPU kernels that are interpreted or emulated on CPU
-    tensors are right but slow, and run only when they are named."""
-    return problem.device != "cpu" or name not in ("cuda", "triton")
-
-
-@functools.lru_cache(maxsize=4096)
-def select(name: str, problem: Problem) -> str:
-    """The backend that serves `problem`: the first able one for "auto", else `name` itself.
-
-    NotImplementedError, with every reason, where there is none.
-    """
-    if name != "auto":
-        why = reasons(name, problem)
-        if why:
-            raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
-        return name
-    for candidate in ORDER:
-        if automatic(candidate, problem) and not reasons(candidate, problem):
-            return candidate
-    why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
-    raise NotImplementedError(f"no backend can serve this call: {why}")
-
-
-def warn_of_reference(name: str, chosen: str, problem: Problem) -> None:
-    """RuntimeWarning, once a reason, where "auto" found nothing but the reference."""
-    if name == "auto" and chosen == "reference":
-        foreign = {"reference"} if problem.device == "cpu" else {"reference", "cpu"}
-        own = [c for c in ORDER if automatic(c, problem) and c not in foreign]
-        _warn_once("; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in own))
-
-
-@functools.cache
-def _warn_once(why: str) -> None:
-    message = f"attn_ext computes this by its reference, slowly and in O(N^2) memory: {why}"
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-class _Registry(ModuleType):
+class _Callable(ModuleType):
     """Makes `attn_ext.backends()` a call while `attn_ext.backends` stays the package."""
 
     def __call__(self) -> dict[str, str]:
         """Each backend's name, with "" where it runs on this machine, else reason and remedy."""
-        return {name: get(name).available() for name in ORDER}
+        return {name: registry.get(name).available() for name in registry.ORDER}
 
 
-sys.modules[__name__].__class__ = _Registry
+sys.modules[__name__].__class__ = _Callable

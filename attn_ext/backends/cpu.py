@@ -2,7 +2,7 @@
 set of the machine.
 
 This module checks what a pointer means before it leaves Python: dtype, device, strides.
-`attn_ext.api` has validated the rest.
+`attn_ext.functional.dense` has validated the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from attn_ext.backends.native import (
     score_strides,
     strides,
 )
-from attn_ext.problem import Call, Problem, empty_like_layout, looks, prototype
+from attn_ext.core.call import Call, Problem
+from attn_ext.core.layout import empty_like_layout, looks, prototype
 
 try:
     from attn_ext import _C
@@ -164,7 +165,7 @@ class Plan:
     """All but the addresses of a dense call, forward and backward: most of the time of a small one.
 
     The call has q, k, v, mask and bias, nothing else, and none is empty.  `forward` and `backward`
-    are for tensors that look (`attn_ext.problem.look`) as the call's do; mask and bias may lack
+    are for tensors that look (`attn_ext.core.layout.look`) as the call's do; mask and bias may lack
     leading dimensions of size 1.
     """
 

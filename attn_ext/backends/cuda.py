@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from attn_ext.backends import native_gpu
-from attn_ext.problem import Problem
+from attn_ext.core.call import Problem
 
 try:
     from attn_ext import _cuda

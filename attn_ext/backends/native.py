@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.problem import Call, Problem
+from attn_ext.core.call import Call, Problem
 
 NO_SCORES = (0, 0, 0, 0)
 

@@ -13,7 +13,8 @@ import os
 import torch
 
 from attn_ext.backends.native import NO_SCORES, alibi_stride_b, fields, keep, rows, strides
-from attn_ext.problem import Call, Problem, empty_like_layout, memory_order
+from attn_ext.core.call import Call, Problem
+from attn_ext.core.layout import empty_like_layout, memory_order
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/params.h
 MAX_HEAD_DIM = 256

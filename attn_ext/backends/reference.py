@@ -1,6 +1,6 @@
 """The oracle as a backend: serves every problem on every device, in O(Sq * Sk) memory.
 
-Forward is `attn_ext.reference.attend`; backward runs it again under autograd.
+Forward is `attn_ext.core.reference.attend`; backward runs it again under autograd.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import dataclasses
 
 import torch
 
-from attn_ext import reference
-from attn_ext.problem import Call, Problem, empty_like_layout
+from attn_ext.core import reference
+from attn_ext.core.call import Call, Problem
+from attn_ext.core.layout import empty_like_layout
 
 NORMALIZERS = ("softmax", "sigmoid")
 

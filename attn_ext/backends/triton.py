@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from attn_ext.problem import Call, Problem
+from attn_ext.core.call import Call, Problem
 
 MAX_HEAD_DIM = 256
 NORMALIZERS = ("softmax", "sigmoid")
@@ -85,49 +85,49 @@ def unsupported(problem: Problem) -> list[str]:
 
 def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
-    from attn_ext.triton_kernels import launch
+    from attn_ext.triton_kernels.launch import attention
 
-    return launch.forward(call)
+    return attention.forward(call)
 
 
 def backward(call: Call, dout, out, lse, dlse, needs):
     """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
     dtype."""
-    from attn_ext.triton_kernels import launch_backward
+    from attn_ext.triton_kernels.launch import backward
 
-    return launch_backward.backward(call, dout, out, lse, dlse, needs)
+    return backward.backward(call, dout, out, lse, dlse, needs)
 
 
 def additive_forward(call: Call, w):
     """(out, lse) of additive attention, w float32 [Hq, D]."""
-    from attn_ext.triton_kernels import additive_launch
+    from attn_ext.triton_kernels.launch import additive
 
-    return additive_launch.forward(call, w)
+    return additive.forward(call, w)
 
 
 def additive_backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool):
     """(dq, dk, dv, dbias or None, dw) of additive attention."""
-    from attn_ext.triton_kernels import additive_launch
+    from attn_ext.triton_kernels.launch import additive
 
-    return additive_launch.backward(call, w, dout, out, lse, dlse, bias_grad)
+    return additive.backward(call, w, dout, out, lse, dlse, bias_grad)
 
 
 def inspect_top_k(call: Call, n: int, lse):
     """(weights, keys) [B, Hq, Sq, n] of a dense call."""
-    from attn_ext.triton_kernels import inspect_launch
+    from attn_ext.triton_kernels.launch import inspect
 
-    return inspect_launch.top_k(call, n, lse)
+    return inspect.top_k(call, n, lse)
 
 
 def inspect_column_mass(call: Call, lse):
     """sum_i P_ij [B, Hq, Sk] of a dense call."""
-    from attn_ext.triton_kernels import inspect_launch
+    from attn_ext.triton_kernels.launch import inspect
 
-    return inspect_launch.column_mass(call, lse)
+    return inspect.column_mass(call, lse)
 
 
 def inspect_pooled_map(call: Call, rows: int, cols: int, lse):
     """P averaged down to [B, Hq, rows, cols] of a dense call."""
-    from attn_ext.triton_kernels import inspect_launch
+    from attn_ext.triton_kernels.launch import inspect
 
-    return inspect_launch.pooled_map(call, rows, cols, lse)
+    return inspect.pooled_map(call, rows, cols, lse)

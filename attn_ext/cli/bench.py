@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from attn_ext import backends
+from attn_ext.backends import registry
 from attn_ext.cli.main import BadArgument
-from attn_ext.profiling import ceilings, timing
-from attn_ext.profiling.cases import PRESETS, Case, make
-from attn_ext.profiling.measure import measure_all
-from attn_ext.profiling.peers import chosen
-from attn_ext.profiling.results import COLUMNS, Report, ceilings_line, cells, machine
+from attn_ext.measure import ceilings, timing
+from attn_ext.measure.cases import PRESETS, Case, make
+from attn_ext.measure.measure import measure_all
+from attn_ext.measure.peers import chosen
+from attn_ext.measure.results import COLUMNS, Report, ceilings_line, cells, machine
 
 FILES = ("bench.json", "bench.csv", "bench.md")
 
@@ -53,7 +53,7 @@ def cases(preset, shapes, dtypes, causal, backward, device) -> list[Case]:
 
 
 def _free(device: str) -> int:
-    from attn_ext.profiling.peers import available_bytes
+    from attn_ext.measure.peers import available_bytes
 
     return available_bytes(device)
 
@@ -69,7 +69,7 @@ def run(wanted: list[Case], peer_names, budget: float, out: Path | None, as_json
     from rich.table import Table
 
     device = wanted[0].device
-    if device == "cpu" and backends.get("cpu").available():
+    if device == "cpu" and registry.get("cpu").available():
         raise BadArgument("no backend of attn_ext works here; see attn-ext doctor")
     console = Console(highlight=False, stderr=as_json)
     begun = time.perf_counter()
@@ -126,7 +126,7 @@ def run(wanted: list[Case], peer_names, budget: float, out: Path | None, as_json
 
 def _figures(report: Report, out: Path, console) -> None:
     try:
-        from attn_ext.profiling import plots
+        from attn_ext.measure import plots
 
         plots.bars(report, out / "bars.png")
         plots.roofline(report, out / "roofline.png")

@@ -13,9 +13,10 @@ import torch
 from attn_ext import testing
 from attn_ext.backends import reference as reference_backend
 from attn_ext.cli.matrix import Check
-from attn_ext.problem import Call, empty_like_layout
-from attn_ext.profiling.cases import DTYPES
-from attn_ext.profiling.peers import available_bytes
+from attn_ext.core.call import Call
+from attn_ext.core.layout import empty_like_layout
+from attn_ext.measure.cases import DTYPES
+from attn_ext.measure.peers import available_bytes
 
 OUTPUTS = ("out", "lse", "max_logit", "entropy")
 LARGE_BYTES = 2 * 2 * (2**31 + 2**20)  # what the large check allocates

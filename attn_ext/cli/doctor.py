@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import attn_ext
-from attn_ext.profiling.peers import available_bytes
-from attn_ext.profiling.results import cpu_model
+from attn_ext.measure.peers import available_bytes
+from attn_ext.measure.results import cpu_model
 
 PACKAGES = (
     "torch", "triton", "numpy", "flash-attn", "xformers", "onnxruntime", "onnx", "openvino",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from attn_ext.cli.main import BadArgument
-from attn_ext.explanation import of
-from attn_ext.problem import Problem
-from attn_ext.profiling.cases import make
+from attn_ext.core.call import Problem
+from attn_ext.functional.explain import of
+from attn_ext.measure.cases import make
 
 FEATURES = ("mask", "bias", "softcap", "alibi", "sink", "dropout", "window", "stats")
 

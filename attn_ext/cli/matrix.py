@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attn_ext.problem import TOP_LEFT, Call
+from attn_ext.core.call import TOP_LEFT, Call
 
 HALVES_AND_SINGLE = ("fp32", "bf16", "fp16")
 

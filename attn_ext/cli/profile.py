@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from attn_ext.cli.main import BadArgument
-from attn_ext.profiling import report, trace
+from attn_ext.measure import report, trace
 
 RULE = "profile runs Python: attn-ext profile -- python train.py ..."
 WITH_VALUE = ("-W", "-X")  # options of the interpreter that take one
@@ -40,7 +40,7 @@ def command(arguments: list[str], out: Path) -> list[str]:
         raise BadArgument(f"{RULE}, got no script")
     if rest[0] not in ("-m", "-c") and not Path(rest[0]).is_file():
         raise BadArgument(f"{RULE}, and there is no file {rest[0]!r}")
-    return [python, *options, "-m", "attn_ext.profiling.child", str(out.resolve()), *rest]
+    return [python, *options, "-m", "attn_ext.measure.child", str(out.resolve()), *rest]
 
 
 def run(arguments: list[str], out: Path, replay: bool, as_json: bool) -> int:

@@ -14,21 +14,22 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from attn_ext import backends, reference
-from attn_ext.problem import TOP_LEFT, Call, Problem
+from attn_ext.backends import registry
+from attn_ext.core import reference
+from attn_ext.core.call import TOP_LEFT, Call, Problem
 from attn_ext.testing import GRADIENTS, poisoned_memory
 
 ALSO = ("torch", "flash_attn")
 
 
 class Backend:
-    """A backend of attn_ext, called as `attn_ext.ops` calls it"""
+    """A backend of attn_ext, called as `attn_ext.ops.execute` calls it"""
 
     ours = True
 
     def __init__(self, name: str, device: str, module: ModuleType | None = None):
         self.name, self.device = name, device
-        self.module = module or backends.get(name)
+        self.module = module or registry.get(name)
 
     def unsupported(self, call: Call, grad: bool) -> list[str]:
         """The backend's own reasons"""
@@ -167,10 +168,10 @@ def ours(names: list[str] | None, devices: list[str]) -> list[Backend]:
     ValueError for one that is unknown or cannot run here.
     """
     found = []
-    for name in names or backends.ORDER:
-        why = backends.get(name).available()
+    for name in names or registry.ORDER:
+        why = registry.get(name).available()
         usable = [d for d in devices if (d == "cuda") == (name in ("cuda", "triton"))]
-        if name not in backends.ORDER or name == "reference":
+        if name not in registry.ORDER or name == "reference":
             usable = devices[-1:]
         if names and (why or not usable):
             raise ValueError(f"--backend {name} cannot run here: {why or 'no device for it'}")

@@ -12,7 +12,7 @@ import torch
 from attn_ext.cli import matrix, subjects
 from attn_ext.cli.conform import Outcome, run_check
 from attn_ext.cli.main import BadArgument
-from attn_ext.profiling.results import machine, rounded
+from attn_ext.measure.results import machine, rounded
 
 FORMAT = 1
 
@@ -47,7 +47,7 @@ def run(backend, also, full, only, device, strict, report, as_json) -> int:
     else:
         _print(console, outcomes, seconds)
     if report:
-        from attn_ext.profiling.html import verify_page
+        from attn_ext.measure.html import verify_page
 
         report.write_text(verify_page(data), encoding="utf-8")
         console.print(f"wrote {report}", soft_wrap=True)

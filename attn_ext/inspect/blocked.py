@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from attn_ext.core.call import Call
 from attn_ext.inspect import logits
-from attn_ext.problem import Call
 
 
 def _tiles(call: Call, lse, w):

@@ -1,7 +1,7 @@
-"""Which kernel computes a map of a dense call: csrc/cpu/inspect.h, triton_kernels/inspect.py, or
+"""Which kernel computes a map of a dense call: the CPU's (inspect.h), Triton's (inspect.py) or
 blocked torch code (`attn_ext.inspect.blocked`), the reference, which serves every device.
 
-Calls are dense and without autograd; w [Hq, D] makes the scores additive (`attn_ext.additive`),
+Calls are dense and without autograd; w [Hq, D] makes the scores additive (additive attention),
 call.normalizer == "sigmoid" the weights sigmoids.  lse [B, Hq, Sq] is ignored by the latter.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext import additive_ops, backends
+from attn_ext.backends import registry
+from attn_ext.core.call import Call, Problem
 from attn_ext.inspect import blocked, logits
-from attn_ext.problem import Call, Problem
+from attn_ext.ops import additive
 
 BACKENDS = ("triton", "cpu", "reference")
 TRITON_TOP_K = 64  # keys a query that the Triton kernel keeps in registers
@@ -21,9 +22,9 @@ def reasons(name: str, call: Call, w=None, n: int = 0, lse=None) -> list[str]:
     """Why backend `name` has no kernel for `call`; empty where it has."""
     if name == "reference":
         return []
-    if name not in BACKENDS and backends.get(name):  # get: ValueError for an unknown name
+    if name not in BACKENDS and registry.get(name):  # get: ValueError for an unknown name
         return [f"attn_ext.inspect has no {name} kernel"]
-    why = list(backends.reasons(name, Problem.of(call)))
+    why = list(registry.reasons(name, Problem.of(call)))
     if name == "triton" and (w is not None or call.normalizer != "softmax"):
         why.append("its inspect kernels know softmax over dot products only")
     if name == "triton" and n > TRITON_TOP_K:
@@ -43,7 +44,7 @@ def select(name: str, call: Call, w=None, n: int = 0, lse=None) -> str:
         return next(
             b
             for b in BACKENDS
-            if backends.automatic(b, problem) and not reasons(b, call, w, n, lse)
+            if registry.automatic(b, problem) and not reasons(b, call, w, n, lse)
         )
     if not isinstance(name, str):
         raise TypeError(f"backend must be a str, got {type(name).__name__} {name!r}")
@@ -65,7 +66,7 @@ def row_stats(call: Call, w=None, backend: str = "auto") -> tuple:
         return blocked.row_stats(call, w)
     lse = torch.full(call.q.shape[:3], -torch.inf, dtype=dtype, device=call.q.device)
     largest, entropy = lse.clone(), torch.zeros_like(lse)
-    cpu = backends.get("cpu")
+    cpu = registry.get("cpu")
     cpu.inspect(call, _weights(w), cpu.ROW_STATS, lse, largest, entropy)
     return lse, largest, entropy
 
@@ -76,7 +77,7 @@ def lse_of(call: Call, w=None) -> torch.Tensor | None:
         return None
     if w is None:
         return logits.forward(call)[1]
-    return additive_ops.forward(*_additive(call, w))[1]
+    return additive.forward(*_additive(call, w))[1]
 
 
 def _additive(call: Call, w) -> tuple:
@@ -93,12 +94,12 @@ def top_k(call: Call, n: int, lse, w=None, backend: str = "auto") -> tuple:
     if name == "reference":
         return blocked.top_k(call, n, lse, w)
     if name == "triton":
-        return backends.get("triton").inspect_top_k(call, n, lse)
+        return registry.get("triton").inspect_top_k(call, n, lse)
     shape = (*call.q.shape[:3], n)
     device = call.q.device
     weights = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=device)
     keys = torch.full(shape, -1, dtype=torch.int64, device=device)
-    cpu = backends.get("cpu")
+    cpu = registry.get("cpu")
     cpu.inspect(call, _weights(w), cpu.TOP_K, _rows(call, lse), weights, None, keys, (n, 0, 0))
     return weights, keys
 
@@ -119,10 +120,10 @@ def column_mass(call: Call, lse, w=None, backend: str = "auto") -> torch.Tensor:
     if name == "reference":
         return blocked.column_mass(call, lse, w)
     if name == "triton":
-        return backends.get("triton").inspect_column_mass(call, lse)
+        return registry.get("triton").inspect_column_mass(call, lse)
     shape = (*call.q.shape[:2], call.k.shape[2])
     mass = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
-    cpu = backends.get("cpu")
+    cpu = registry.get("cpu")
     cpu.inspect(call, _weights(w), cpu.COLUMN_MASS, _rows(call, lse), mass)
     return mass
 
@@ -135,10 +136,10 @@ def pooled_map(call: Call, rows: int, cols: int, lse, w=None, backend: str = "au
     if name == "reference":
         return blocked.pooled_map(call, rows, cols, lse, w)
     if name == "triton":
-        return backends.get("triton").inspect_pooled_map(call, rows, cols, lse)
+        return registry.get("triton").inspect_pooled_map(call, rows, cols, lse)
     shape = (*call.q.shape[:2], rows, cols)
     out = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
-    cpu = backends.get("cpu")
+    cpu = registry.get("cpu")
     sizes = (0, rows, cols)
     cpu.inspect(call, _weights(w), cpu.POOLED_MAP, _rows(call, lse), out, None, None, sizes)
     return out

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_ext import api, ops, reference, validate
-from attn_ext.problem import BOTTOM_RIGHT, Call
+from attn_ext.core import reference, validate
+from attn_ext.core.call import BOTTOM_RIGHT, Call
+from attn_ext.functional import dense
+from attn_ext.ops import execute
 
 BUDGET = 1 << 21  # elements of a tile: 8 MiB of float32
 SIDES = ("mask", "bias", "alibi_slopes", "sink")  # tensors among the options
@@ -60,8 +62,8 @@ def call_of(q, k, **options) -> Call:
         has_values(name, value)
     if torch.jit.is_tracing():  # the trace would hold the results' memory, and not what fills it
         raise NotImplementedError("attn_ext.inspect cannot be recorded by torch.jit.trace")
-    ops_args = api.dense_args(q, k, k[..., :1] if k.dim() else k, **options)
-    call = api.call_of(ops_args)
+    ops_args = dense.dense_args(q, k, k[..., :1] if k.dim() else k, **options)
+    call = dense.call_of(ops_args)
     if call.scale is None:
         call.scale = q.shape[-1] ** -0.5
     call.scale, call.softcap = float(call.scale), float(call.softcap)  # ints of any size
@@ -88,7 +90,7 @@ def in_float32(call: Call) -> Call:
 def exactly(product, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """product(a, b) in their own dtype, which autocast would lower."""
     device = a.device.type
-    if not api.autocasting(device):
+    if not dense.autocasting(device):
         return product(a, b)
     with torch.autocast(device, enabled=False):
         return product(a, b)
@@ -102,12 +104,12 @@ def statistics_dtype(call: Call) -> torch.dtype:
 def fields(call: Call) -> tuple:
     """The call as flat arguments of `attn_ext.ops`, without gradients, on the best backend."""
     values = tuple(getattr(call, f.name) for f in dataclasses.fields(Call))
-    return (*values[: ops.CALL_FIELDS], False, False, "auto")
+    return (*values[: execute.CALL_FIELDS], False, False, "auto")
 
 
 def forward(call: Call) -> tuple:
     """(out, lse, max_logit, entropy) by the best backend."""
-    return ops.forward_eager(fields(call))
+    return execute.forward_eager(fields(call))
 
 
 def transposed_product(call: Call, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -119,7 +121,7 @@ def transposed_product(call: Call, dout: torch.Tensor, lse: torch.Tensor) -> tor
     values = call.k.new_zeros(1).expand(*call.k.shape[:3], 1).expand(-1, -1, -1, width)
     call = dataclasses.replace(call, v=values.contiguous(), dropout_p=0.0, need_stats=False)
     needs = (False, False, True, False, False)
-    return ops.backward_eager(dout, None, torch.zeros_like(dout), lse, fields(call), needs)[2]
+    return execute.backward_eager(dout, None, torch.zeros_like(dout), lse, fields(call), needs)[2]
 
 
 def tiles(call: Call, rows: torch.Tensor | None = None) -> Iterator[Tile]:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext import validate
+from attn_ext.core import validate
+from attn_ext.core.call import Call
 from attn_ext.inspect import kernels, logits
-from attn_ext.problem import Call
 
 _OPTIONS = ("causal", "window", "mask", "bias", "softcap", "alibi_slopes", "sink", "scale")
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from attn_ext import ops, reference, validate
+from attn_ext.core import reference, validate
+from attn_ext.core.call import BOTTOM_RIGHT, Call
 from attn_ext.inspect import kernels, logits, maps
-from attn_ext.problem import BOTTOM_RIGHT, Call
+from attn_ext.ops import execute
 
 STATISTICS = ("entropy", "max_logit", "lse", "column_mass", "top_k", "pooled_map")
 
@@ -97,11 +98,11 @@ class record:
         for name, module in self.model.named_modules() if self.model is not None else ():
             self._hooks.append(module.register_forward_pre_hook(self._entering(name)))
             self._hooks.append(module.register_forward_hook(self._leaving, always_call=True))
-        ops.observers.append(self._observe)
+        execute.observers.append(self._observe)
         return self
 
     def __exit__(self, *exception) -> None:
-        ops.observers.remove(self._observe)
+        execute.observers.remove(self._observe)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._running = [], []

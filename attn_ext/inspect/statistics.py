@@ -13,10 +13,10 @@ import dataclasses
 
 import torch
 
-from attn_ext import ops
-from attn_ext.api import RowStats
+from attn_ext.core.call import Call
+from attn_ext.functional.dense import RowStats
 from attn_ext.inspect import logits
-from attn_ext.problem import Call
+from attn_ext.ops import execute
 
 
 def row_stats(
@@ -36,7 +36,7 @@ def row_stats(
         alibi_slopes=alibi_slopes, sink=sink, scale=scale,
     )  # fmt: skip
     call.need_stats = True
-    if ops.wants_grad(call.q, call.k, call.k, call.bias, call.sink):
+    if execute.wants_grad(call.q, call.k, call.k, call.bias, call.sink):
         return RowStats(*_RowStats.apply(call.q, call.k, call.bias, call.sink, call))
     return RowStats(*logits.forward(logits.detached(call))[1:])
 

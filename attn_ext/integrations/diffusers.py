@@ -15,9 +15,9 @@ import importlib
 
 import torch
 
-from attn_ext import validate
-from attn_ext.api import attention
-from attn_ext.integrations import _checks
+from attn_ext.core import validate
+from attn_ext.functional.dense import attention
+from attn_ext.integrations import checks
 
 __all__ = ["AttnAddedKVProcessor", "AttnProcessor", "attention_backend", "register"]
 
@@ -83,7 +83,7 @@ def attention_backend(
             "_parallel_config (context parallelism) is not supported by attn_ext: use the native "
             "backend"
         )
-    _checks.heads_last(query, key, value)
+    checks.heads_last(query, key, value)
     is_causal = validate.switch("is_causal", is_causal)
     return_lse = validate.switch("return_lse", return_lse)
     if attn_mask is not None:
@@ -92,7 +92,7 @@ def attention_backend(
         attn_mask = attn_mask[:, None, None, :]  # diffusers' padding masks
     mask = bias = None
     if attn_mask is not None:
-        attn_mask = _checks.scores("attn_mask", attn_mask, query.transpose(1, 2), key.shape[1])
+        attn_mask = checks.scores("attn_mask", attn_mask, query.transpose(1, 2), key.shape[1])
         mask, bias = (None, attn_mask) if attn_mask.is_floating_point() else (attn_mask, None)
     result = attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask=mask, bias=bias,

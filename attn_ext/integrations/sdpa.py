@@ -5,7 +5,7 @@ Two ways lead to attn_ext, and what they serve is the same:
 - Kernels registered for the operator itself, `aten::scaled_dot_product_attention`, see each call
   that reaches torch's dispatcher, whoever makes it: Python by whatever name, C++,
   nn.MultiheadAttention, torch.func, a script, a recomputation in backward(), a part of a graph
-  that torch.compile did not look into.  They ask `_sdpa_scopes.current()` to which block the call
+  that torch.compile did not look into.  They ask `sdpa_scopes.current()` to which block the call
   belongs, and hand calls of no block to torch's own implementation.
 - In front of them a block puts a TorchFunctionMode, for what ends before the dispatcher (nested
   tensors and CausalBias have a __torch_function__ of their own) and for torch.compile: Dynamo
@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
-from attn_ext import backends, validate
-from attn_ext.integrations import _sdpa_scopes as scopes
-from attn_ext.integrations._sdpa_calls import TORCH_SDPA, Report, call, report, reset
+from attn_ext.backends import registry
+from attn_ext.core import validate
+from attn_ext.integrations import sdpa_scopes as scopes
+from attn_ext.integrations.sdpa_calls import TORCH_SDPA, Report, call, report, reset
 
 __all__ = ["Report", "replace_sdpa", "report", "reset"]
 
@@ -131,7 +132,7 @@ class replace_sdpa(TorchFunctionMode):
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")
         if backend != "auto":
-            backends.get(backend)
+            registry.get(backend)
         self.strict = strict
         self.backend = backend
         self._settings = scopes.Settings(strict, backend)

@@ -24,10 +24,11 @@ import warnings
 
 import torch
 
-from attn_ext import api, ops
+from attn_ext.functional import dense
+from attn_ext.ops import execute
 
 NAME = "attn_ext"
-_RNG_STATE, _DROPOUT = 7, 16  # positions in the flat arguments, attn_ext.problem.Call
+_RNG_STATE, _DROPOUT = 7, 16  # positions in the flat arguments, attn_ext.core.call.Call
 _QKV = (True, True, True, False, False)
 
 
@@ -76,7 +77,7 @@ def _deterministic(query) -> bool:
 
 
 def _dense_args(q, k, v, causal, dropout_p, scale, bias=None) -> tuple:
-    return api.dense_args(
+    return dense.dense_args(
         q, k, v, causal=causal, bias=bias, dropout_p=dropout_p, scale=scale,
         deterministic=_deterministic(q),
     )  # fmt: skip
@@ -84,7 +85,7 @@ def _dense_args(q, k, v, causal, dropout_p, scale, bias=None) -> tuple:
 
 def _forward(args: tuple):
     """(out, lse, rng_state as torch's flash attention has it: uint64 [2])."""
-    out, lse = ops.forward_eager(args)[:2]
+    out, lse = execute.forward_eager(args)[:2]
     rng = args[_RNG_STATE]
     if rng is None:
         rng = torch.zeros(2, dtype=torch.int64, device=out.device)
@@ -96,7 +97,7 @@ def _backward(args: tuple, dropout_p, rng_state, dout, out, lse) -> tuple:
         seed = rng_state.view(torch.int64)
         args = (*args[:_RNG_STATE], seed, *args[_RNG_STATE + 1 : _DROPOUT], dropout_p,
                 *args[_DROPOUT + 1 :])  # fmt: skip
-    return ops.backward_eager(dout, None, out, lse, args, _QKV)[:3]
+    return execute.backward_eager(dout, None, out, lse, args, _QKV)[:3]
 
 
 def _no_debug_mask(wanted: bool) -> None:
@@ -198,9 +199,9 @@ def _keys(key, value, cum_seq_k, seqused_k, block_table):
     lengths = cum_seq_k.diff() if seqused_k is None else seqused_k
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     if block_table is not None:
-        from attn_ext.integrations.flash_attn import _from_pages
+        from attn_ext.integrations.flash_attn.functions import from_pages
 
-        return *(_from_pages(x, block_table, cu_seqlens) for x in (key, value)), cu_seqlens
+        return *(from_pages(x, block_table, cu_seqlens) for x in (key, value)), cu_seqlens
     sequence = torch.repeat_interleave(
         torch.arange(len(lengths), device=key.device), lengths.long()
     )
@@ -218,8 +219,8 @@ def _flash_args(
         scale=scale, alibi_slopes=alibi_slopes, deterministic=_deterministic(query),
     )  # fmt: skip
     if cum_seq_q is None:
-        return api.dense_args(*(x.transpose(1, 2) for x in (query, key, value)), **options)
-    return api.varlen_args(
+        return dense.dense_args(*(x.transpose(1, 2) for x in (query, key, value)), **options)
+    return dense.varlen_args(
         query, key, value, cum_seq_q, cum_seq_k, int(max_q), int(max_k), **options
     )  # fmt: skip
 

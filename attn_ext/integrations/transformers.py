@@ -16,10 +16,11 @@ import warnings
 
 import torch
 
-from attn_ext import ops, validate
-from attn_ext.api import attention, attention_varlen
-from attn_ext.integrations import _checks
-from attn_ext.integrations._masks import LazyMask, mask_function
+from attn_ext.core import validate
+from attn_ext.functional.dense import attention, attention_varlen
+from attn_ext.integrations import checks
+from attn_ext.integrations.masks import LazyMask, mask_function
+from attn_ext.ops import execute
 
 __all__ = ["attention_forward", "mask_function", "register"]
 
@@ -107,7 +108,7 @@ def attention_forward(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
     query, key, value = _one_batch(query, key, value)
-    _checks.heads_first(query, key, value)
+    checks.heads_first(query, key, value)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = validate.switch("is_causal", is_causal)
     mask, indices, seqlen_q = attention_mask, kwargs.get("indices"), query.shape[2]
@@ -124,9 +125,9 @@ def attention_forward(
     else:
         mask, window = _mask_and_window(mask, query, key, indices)
         if not isinstance(mask, LazyMask):
-            mask = _checks.scores("attention_mask", mask, query, key.shape[2])
+            mask = checks.scores("attention_mask", mask, query, key.shape[2])
     if position_bias is not None:
-        position_bias = _checks.scores("position_bias", position_bias, query, key.shape[2])
+        position_bias = checks.scores("position_bias", position_bias, query, key.shape[2])
         if position_bias.dtype == torch.bool:
             raise TypeError("position_bias must be floating (it is added), got torch.bool")
     if indices is not None:
@@ -189,7 +190,7 @@ def _warn_no_weights() -> None:
 
 def _one_batch(query, key, value):
     """Batch sizes of 1 beside a larger one broadcast, as in torch's SDPA."""
-    _checks.tensors(dict(query=query, key=key, value=value), 4, "[B, H, S, D]")
+    checks.tensors(dict(query=query, key=key, value=value), 4, "[B, H, S, D]")
     batch = max(query.shape[0], key.shape[0])
     if query.shape[0] == key.shape[0] == value.shape[0]:
         return query, key, value
@@ -240,7 +241,7 @@ def _checked_bounds(side: str, cu, x, longest):
         raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
     validate.index_tensor(name, cu.to(torch.int32), x.device, 1)
     longest = None if longest is None else validate.integer(f"max_length_{side}", longest)
-    if cu.device.type != "cpu" or torch.compiler.is_compiling() or not ops.is_plain(cu, cu, cu):
+    if cu.device.type != "cpu" or torch.compiler.is_compiling() or not execute.is_plain(cu, cu, cu):
         return longest
     most = max(validate.cumulative(name, cu, x.shape[0] * x.shape[2]), default=0)
     if longest is not None and longest < most:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attn_ext import api, reference, validate
+from attn_ext.core import reference, validate
+from attn_ext.functional import dense
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -86,11 +87,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         mask, bias = _merge(masks, k.shape[2] - seqlen_k)
-        args = api.dense_args(
+        args = dense.dense_args(
             q, k, v, causal="top_left" if hinted else False, mask=mask, bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        out = api.result(args, False, False)
+        out = dense.result(args, False, False)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         shown = None
         if need_weights:
@@ -240,7 +241,7 @@ def _weights(args: tuple, rows, average: bool):
     Head by head where the average is asked for, so that memory is that of the result (without
     gradients).
     """
-    call = api.call_of(args)
+    call = dense.call_of(args)
     q, heads = call.q, call.q.shape[1]
     if rows is None:
         rows = slice(None)

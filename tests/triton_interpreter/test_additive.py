@@ -91,8 +91,8 @@ def test_the_public_function_and_its_gradients():
 
 def test_auto_never_interprets():
     """A call that gets a thousand times slower because a variable is set."""
-    from attn_ext import additive_ops
+    from attn_ext.ops import additive
 
-    assert additive_ops.select("auto", random_call()) == "cpu"
-    reasons = additive_ops.unsupported("triton", random_call(head_dim=257))
+    assert additive.select("auto", random_call()) == "cpu"
+    reasons = additive.unsupported("triton", random_call(head_dim=257))
     assert any("at most 256" in why for why in reasons), reasons

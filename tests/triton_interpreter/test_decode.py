@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attn_ext.triton_kernels import launch
 
 from attn_ext.testing import check_call, random_call
+from attn_ext.triton_kernels.launch import attention
 
 CACHE = {"seqlen_k": 200, "cache_seqlens": [0, 7, 200], "heads_q": 4, "heads_k": 2, "stats": True}
 
@@ -43,21 +43,21 @@ FEATURES = {
 @pytest.mark.parametrize("processors", [1, 16], ids=["one part", "split keys"])
 def test_features(name, processors, monkeypatch):
     """Side inputs of the wrong head of a packed row; parts that are joined wrongly."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda x: processors)
+    monkeypatch.setattr(attention, "multiprocessors", lambda x: processors)
     check_call(random_call(**{"seqlen_q": 2, **CACHE, **FEATURES[name]}), "triton")
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 10**6])
 def test_the_splits_that_are_asked_for(num_splits, monkeypatch):
     """num_splits ignored; parts without keys, or more of them than tiles."""
-    monkeypatch.setattr(launch, "split_count", None)  # the kernel does not choose
+    monkeypatch.setattr(attention, "split_count", None)  # the kernel does not choose
     check_call(random_call(seqlen_q=2, num_splits=num_splits, page_size=16, **CACHE), "triton")
 
 
 def test_dense_calls_with_few_queries_are_split_too():
     """A dense call that the split kernels serve, with a gradient from the others."""
     call = random_call(seqlen_q=2, seqlen_k=520, heads_q=4, heads_k=2, causal=True, batch=1)
-    assert launch.splits_keys(launch.Plan(call))
+    assert attention.splits_keys(attention.Plan(call))
     check_call(call, "triton")
 
 
@@ -77,7 +77,7 @@ def test_wrong_page_numbers_read_nothing_outside():
     )
     call.block_table.fill_(2**31 - 1)
     call.seqlens_k.fill_(2**31 - 1)
-    launch.forward(call)
+    attention.forward(call)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_wrong_page_numbers_read_nothing_outside():
 )
 def test_split_count(programs, tiles, processors, expected):
     """Splits of a GPU that is full, of too few tiles, or too many to join."""
-    assert launch.split_count(programs, tiles, processors) == expected
+    assert attention.split_count(programs, tiles, processors) == expected
 
 
 @pytest.mark.parametrize("page_size", [0, 3])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from attn_ext.triton_kernels import configs, descriptors, launch
 
 from attn_ext.testing import check_call, random_call
+from attn_ext.triton_kernels import configs
+from attn_ext.triton_kernels.launch import attention, descriptors
 
 FEATURES = {
     "GQA, causal, longer keys": {"heads_q": 4, "heads_k": 2, "causal": True, "seqlen_k": 70},
@@ -20,13 +21,13 @@ FEATURES = {
 def described(request, monkeypatch):
     """A list that gets the loads of each forward; the tile asks for descriptors."""
     monkeypatch.setattr(configs, "INTERPRETED", configs.Tile(32, 32, 4, 1, request.param))
-    used, describe = [], launch.describe
+    used, describe = [], attention.describe
 
     def noted(tile, plan):
         used.append(tile.loads)
         return describe(tile, plan)
 
-    monkeypatch.setattr(launch, "describe", noted)
+    monkeypatch.setattr(attention, "describe", noted)
     return used
 
 

@@ -8,8 +8,8 @@ import torch
 import triton
 
 import attn_ext
-from attn_ext import reference
-from attn_ext.problem import Problem
+from attn_ext.core import reference
+from attn_ext.core.call import Problem
 from attn_ext.testing import check_call, random_call
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -207,7 +207,7 @@ def test_cu_seqlens_that_are_not_true(starts):
     for cu in (lie, true):
         call.cu_seqlens_q = call.cu_seqlens_k = cu
         call.max_seqlen_q = call.max_seqlen_k = 12
-        results.append(attn_ext.backends.get("triton").forward(call)[0])
+        results.append(attn_ext.backends.registry.get("triton").forward(call)[0])
     assert results[0].isfinite().all()
     torch.testing.assert_close(*results)
 
@@ -225,7 +225,7 @@ def test_dropout_bits_are_those_of_the_reference():
     call = random_call(3, seqlen_q=70, seqlen_k=65, heads_q=2, batch=2, dropout_p=0.4)
     call.q.zero_()  # P = 1 / Sk everywhere
     call.v = torch.eye(65).expand(2, 2, 65, 65).contiguous()
-    out = attn_ext.backends.get("triton").forward(call)[0]
+    out = attn_ext.backends.registry.get("triton").forward(call)[0]
     seed, offset = call.rng_state.tolist()
     keep = reference.dropout_keep_mask(seed, offset, 2, 2, 70, 65, 0.4)
     assert torch.equal(out > 0, keep)
@@ -253,7 +253,7 @@ def test_auto_never_interprets():
 
 def test_what_triton_cannot_do_is_refused_with_a_reason():
     """A wrong result, or an error from inside Triton, in place of a reason."""
-    triton = attn_ext.backends.get("triton")
+    triton = attn_ext.backends.registry.get("triton")
     reasons = {
         "float64": Problem.of(random_call(dtype=torch.float64)),
         "at most 256": Problem.of(random_call(head_dim=257)),
@@ -262,7 +262,7 @@ def test_what_triton_cannot_do_is_refused_with_a_reason():
     for word, problem in reasons.items():
         assert any(word in why for why in triton.unsupported(problem)), word
         with pytest.raises(NotImplementedError, match=word):
-            attn_ext.backends.select("triton", problem)
+            attn_ext.backends.registry.select("triton", problem)
 
 
 def far_apart(x, dim, stride):

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import attn_ext
-from attn_ext import api
-from attn_ext.problem import BOTTOM_RIGHT, TOP_LEFT
+from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT
+from attn_ext.functional import dense
 from attn_ext.testing import GRADIENTS, check_call, random_call
 
 # tests/ is no package (importlib mode), so its helper is loaded by path
@@ -74,7 +74,7 @@ class PublicFunctions:
         if call.cu_seqlens_q is not None:
             function = attn_ext.attention_varlen
             tensors += [call.cu_seqlens_q, call.cu_seqlens_k]
-        with mock.patch.object(api, "draw_rng_state", lambda q: call.rng_state):
+        with mock.patch.object(dense, "draw_rng_state", lambda q: call.rng_state):
             self.out, self.lse, *stats = function(*tensors, **options)
         max_logit, entropy = stats[0][1:] if stats else (None, None)
         return self.out.detach(), self.lse.detach(), max_logit, entropy

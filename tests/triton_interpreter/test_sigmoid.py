@@ -10,7 +10,7 @@ import torch
 import triton
 
 import attn_ext
-from attn_ext.problem import Problem
+from attn_ext.core.call import Problem
 from attn_ext.testing import check_call, random_call
 
 
@@ -94,6 +94,6 @@ def test_the_public_function_takes_it():
 def test_a_cache_is_refused():
     """A decode kernel that joins parts of sigmoid weights by an LSE that they do not have."""
     problem = Problem.of(sigmoid_call(cache_seqlens=[3, 4]))
-    (why,) = attn_ext.backends.get("triton").unsupported(problem)
+    (why,) = attn_ext.backends.registry.get("triton").unsupported(problem)
     assert "no decode kernel" in why
     assert triton.knobs.runtime.interpret

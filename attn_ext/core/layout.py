@@ -1,0 +1,71 @@
+"""What a tensor looks like in memory: its key in what is remembered of a call, and the order of an
+output's dimensions."""
+
+from __future__ import annotations
+
+import torch
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def look(x: torch.Tensor | None) -> tuple | None:
+    """All of a tensor of the CPU that the way of a call depends on, but its values and address.
+
+    What is remembered of a call is found by the looks of its tensors, so that each memory asks for
+    all of these, and a kernel never gets a tensor that looks otherwise than the checked one.  False
+    for a tensor that is not memory of the CPU with the values as they are (a view with torch's
+    negative bit, one that a transform of torch.func has wrapped).
+    """
+    if x is None:
+        return None
+    if not x.is_cpu or x.is_neg() or _is_wrapped(x):
+        return False
+    return type(x), x.shape, x.stride(), x.dtype
+
+
+def looks(q, k, v, mask, bias) -> tuple | None:
+    """The looks of a dense call's tensors in one tuple; None where one of them has none."""
+    if (
+        not (q.is_cpu and k.is_cpu and v.is_cpu)
+        or q.is_neg() or k.is_neg() or v.is_neg()
+        or _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v)
+    ):  # fmt: skip
+        return None
+    of_mask = None if mask is None else look(mask)
+    of_bias = None if bias is None else look(bias)
+    if of_mask is False or of_bias is False:
+        return None
+    return (
+        type(q), q.shape, q.stride(), q.dtype, type(k), k.shape, k.stride(), k.dtype,
+        type(v), v.shape, v.stride(), v.dtype, of_mask, of_bias,
+    )  # fmt: skip
+
+
+def prototype(x: torch.Tensor) -> torch.Tensor:
+    """A tensor like x without memory, for torch.empty_like: the cheapest allocation there is."""
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def memory_order(q: torch.Tensor) -> tuple[int, ...]:
+    """q's dimensions from the outermost in memory to the innermost, which is always the last."""
+    if q.is_contiguous():
+        return tuple(range(q.dim()))
+    order = sorted(range(q.dim() - 1), key=lambda d: q.stride(d), reverse=True)
+    return (*order, q.dim() - 1)
+
+
+def empty_like_layout(
+    q: torch.Tensor, last_dim: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor of q's shape but for the last dimension, its dimensions in q's
+    memory order.
+
+    So a q that is a transposed [B, S, H, D] gives an output whose transpose back is contiguous.
+    The last dimension is always the innermost.
+    """
+    dtype = dtype or q.dtype
+    shape = (*q.shape[:-1], last_dim)
+    if q.is_contiguous():  # half the time of the general way
+        return torch.empty(shape, dtype=dtype, device=q.device)
+    return torch.empty_permuted(shape, memory_order(q), dtype=dtype, device=q.device)

@@ -1,0 +1,131 @@
+"""Additive attention (Bahdanau, Cho and Bengio, arXiv 1409.0473) in O(N) memory:
+
+    s_ij = w . tanh(q_i + k_j [+ b]) [+ bias_ij];   P = softmax(s);   O = dropout(P) V
+
+q and k are the *projected* queries and keys, Wq x and Wk y (`attn_ext.nn.AdditiveAttention` holds
+the projections).  The [Sq, Sk, D] tensor of tanh never exists.  `attn_ext.ops.additive` holds the
+operators.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.core import validate
+from attn_ext.functional import dense
+from attn_ext.ops import additive
+
+
+def additive_attention(
+    q, k, v, w, *, b=None, causal=False, window=(None, None), mask=None, bias=None, dropout_p=0.0,
+    lengths=None, return_lse=False, backend="auto",
+):  # fmt: skip
+    """dropout(softmax(w . tanh(q_i + k_j + b) + bias_ij)) v in O(N) memory, differentiable in q, k,
+    v, w, b, bias and through LSE.
+
+    q [B, Hq, Sq, D] and k [B, Hk, Sk, D] are projected already (Wq x, Wk y); v [B, Hk, Sk, Dv];
+    Hq is a multiple of Hk.  w [D] or [Hq, D]; b alike, or None.  There is no scale.
+    causal, window, mask, bias, dropout_p: as `attn_ext.attention` (the same bits of dropout for the
+    same seed).  lengths: int32 [B], the used keys of each batch element; keys and values past them
+    are not read.  backend: "auto", "cpu", "triton" or "reference".
+    Returns out [B, Hq, Sq, Dv], with return_lse also lse [B, Hq, Sq].  A row that sees no key: out
+    0, lse -inf, gradients 0.  Errors: as `attn_ext.attention`.
+    """
+    q, k, v, w, bias = _prepared(4, q, k, v, w, b, bias)
+    validate.boolean("return_lse", return_lse)
+    left, right = validate.window_pair(window)
+    dropout_p = validate.number("dropout_p", dropout_p, 0.0, 1.0)
+    canonical = validate.dense(
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        causal, left, right, 0.0, dropout_p, None, False, backend,
+    )  # fmt: skip
+    batch, heads, seqlen_q, dim = q.shape
+    mask, bias = _scores(q, mask, bias, batch, heads, seqlen_q, k.shape[2])
+    if lengths is not None:
+        validate.index_tensor("lengths", lengths, q.device, 1)
+        if lengths.shape[0] != batch:
+            raise ValueError(f"lengths must have {batch} entries, got {lengths.shape[0]}")
+        lengths = lengths.contiguous()
+    w = _weights(w, heads, dim, q)
+    rng_state = dense.draw_rng_state(q) if dropout_p > 0 else None
+    out, lse = additive.run(
+        (q, k, v, w, mask, bias, rng_state, None, None, lengths, seqlen_q, k.shape[2],
+         float(dropout_p), *canonical, backend)
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def additive_attention_varlen(
+    q, k, v, w, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, b=None,
+    causal=False, window=(None, None), mask=None, bias=None, dropout_p=0.0, return_lse=False,
+    backend="auto",
+):  # fmt: skip
+    """`additive_attention` over packed sequences: q [total_q, Hq, D], k [total_k, Hk, D],
+    v [total_k, Hk, Dv] and cu_seqlens as in `attn_ext.attention_varlen`.
+    """
+    q, k, v, w, bias = _prepared(3, q, k, v, w, b, bias)
+    validate.boolean("return_lse", return_lse)
+    left, right = validate.window_pair(window)
+    dropout_p = validate.number("dropout_p", dropout_p, 0.0, 1.0)
+    canonical = validate.varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, causal, left, right, 0.0, dropout_p, None, False,
+        backend,
+    )  # fmt: skip
+    longest_q, longest_k = dense.longest_pair(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask is bias is None
+    )
+    if causal is True:
+        dense._equal_lengths(cu_seqlens_q, cu_seqlens_k)
+    batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
+    mask, bias = _scores(q, mask, bias, batch, heads, longest_q, longest_k)
+    w = _weights(w, heads, q.shape[2], q)
+    rng_state = dense.draw_rng_state(q) if dropout_p > 0 else None
+    out, lse = additive.run(
+        (q, k, v, w, mask, bias, rng_state, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+         None, longest_q, longest_k, float(dropout_p), *canonical, backend)
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _prepared(dims: int, q, k, v, w, b, bias) -> tuple:
+    """Tensors in autocast's dtype, b added to q, which has `dims` dimensions."""
+    for name, value in (("q", q), ("k", k), ("v", v), ("w", w)):
+        validate.tensor(name, value)
+    if bias is not None:
+        validate.tensor("bias", bias)
+    q, k, v, w, bias = dense.autocast(q, k, v, w, bias)
+    if b is None:
+        return q, k, v, w, bias
+    validate.tensor("b", b)
+    # the sum would not show what q was
+    validate.dimensions("q", q.shape, dims, "[B, H, S, D]" if dims == 4 else "[total, H, D]")
+    validate.floating("q", q)
+    _vector("b", b, q.shape[1], q.shape[-1], q.device)
+    if b.dim() == 2 and dims == 4:
+        b = b.unsqueeze(1)
+    return q + b.to(q.dtype), k, v, w, bias
+
+
+def _scores(q, mask, bias, *sizes) -> tuple:
+    """mask and bias, checked, as four-dimensional tensors that broadcast to `sizes`."""
+    if mask is not None:
+        mask = validate.scores("mask", mask, True, q.device, *sizes)
+    if bias is not None:
+        bias = validate.scores("bias", bias, False, q.device, *sizes)
+    return mask, bias
+
+
+def _vector(name: str, value, heads: int, dim: int, device) -> None:
+    validate.floating(name, value)
+    if value.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
+    if tuple(value.shape) not in ((dim,), (heads, dim)):
+        raise ValueError(
+            f"{name} must have shape {(dim,)} or {(heads, dim)}, got {tuple(value.shape)}"
+        )
+
+
+def _weights(w, heads: int, dim: int, q) -> torch.Tensor:
+    """w [Hq, D] in the statistics' dtype."""
+    _vector("w", w, heads, dim, q.device)
+    return w.to(torch.promote_types(q.dtype, torch.float32)).expand(heads, dim).contiguous()

@@ -1,0 +1,83 @@
+"""explain: which backend would serve a call, and why the others would not."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from attn_ext.backends import registry as registry
+from attn_ext.core import validate
+from attn_ext.core.call import Problem
+from attn_ext.functional.decode import attention_decode, decode_args
+from attn_ext.functional.dense import (
+    NO_LSE,
+    attention,
+    attention_varlen,
+    call_of,
+    dense_args,
+    varlen_args,
+)
+from attn_ext.ops import execute
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; str() gives a table."""
+
+    problem: Problem
+    reasons: dict[str, list[str]]  # backend -> why it cannot serve the call; empty when it can
+    chosen: str | None  # None when no backend can
+
+    def __str__(self) -> str:
+        p = self.problem
+        dtype = str(p.dtype).removeprefix("torch.")
+        lines = [
+            f"{p.kind} attention on {p.device}, {dtype}: B={p.batch} Hq={p.heads_q} Hk={p.heads_k} "
+            f"Sq={p.seqlen_q} Sk={p.seqlen_k} D={p.head_dim} Dv={p.head_dim_v}"
+        ]
+        for name, why in self.reasons.items():
+            verdict = "chosen" if name == self.chosen else "; ".join(why) or "able"
+            lines.append(f"  {name:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def of(problem: Problem, backend: str = "auto") -> Explanation:
+    """What `explain` says of a problem."""
+    reasons = {candidate: registry.reasons(candidate, problem) for candidate in registry.ORDER}
+    if backend != "auto":
+        registry.get(backend)  # an unknown name is an error here too
+        return Explanation(problem, reasons, None if reasons[backend] else backend)
+    able = (c for c in reasons if not reasons[c] and registry.automatic(c, problem))
+    return Explanation(problem, reasons, next(able, None))
+
+
+def explain(q, k, v, *args, **kwargs) -> Explanation:
+    """Say which backend would serve the call, and each other backend's reasons; nothing is
+    computed.
+
+    The arguments are those of `attention`; with cu_seqlens_q= those of `attention_varlen`, and with
+    block_table=, k_new= or cache_seqlens= those of `attention_decode`.  Raises what the call itself
+    would raise for bad arguments.
+    """
+    if args or {"cu_seqlens_q", "cu_seqlens_k"} & kwargs.keys():
+        function, checked = attention_varlen, varlen_args
+    elif {"block_table", "cache_seqlens", "k_new", "v_new"} & kwargs.keys():
+        function, checked = attention_decode, decode_args
+    else:
+        function, checked = attention, dense_args
+    try:
+        inspect.signature(function).bind(q, k, v, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain, with the arguments of {function.__name__}: {error}") from None
+    return_lse = kwargs.pop("return_lse", False)
+    validate.boolean("return_lse", return_lse)
+    if function is attention_decode:
+        kwargs["append"] = False
+    else:
+        kwargs["need_stats"] = kwargs.pop("return_stats", False)
+        validate.boolean("return_stats", kwargs["need_stats"])
+    flat = checked(q, k, v, *args, **kwargs)
+    if return_lse and kwargs.get("normalizer") == "sigmoid":
+        raise ValueError(NO_LSE)
+    grad, bias_grad, name = flat[execute.CALL_FIELDS :]
+    return of(Problem.of(call_of(flat), grad, bias_grad), name)

@@ -1,0 +1,1 @@
+"""From flat arguments to a backend: operators of torch.library, autograd, transforms."""

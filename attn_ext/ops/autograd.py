@@ -1,0 +1,145 @@
+"""The autograd.Functions of plain eager mode, where they are cheaper than the dispatcher's way.
+
+They take the twelve tensors of `attn_ext.core.call.Call` and one tuple with the rest of the flat op
+arguments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from attn_ext.core.layout import look, looks
+from attn_ext.ops import execute, rules
+from attn_ext.ops.execute import GRADS, TENSORS
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _batched(tensor) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) or jacobian(vectorize=True) gave it: many
+    gradients at once, without memory of their own, outside of torch.func.
+    """
+    return tensor is not None and _is_batched(tensor)
+
+
+def _scatter(needs, results) -> tuple:
+    grads: list = [None] * (TENSORS + 1)
+    for index, need, grad in zip(GRADS, needs, results, strict=True):
+        if need:
+            grads[index] = grad
+    return tuple(grads)
+
+
+class Gradients(rules.WithoutForwardMode):
+    """Gradients as a Function of their own, whose derivative raises."""
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(rules.DOUBLE_BACKWARD)
+
+
+class EagerAttention(torch.autograd.Function):
+    """The plain eager way: forward(ctx, ...) without setup_context is the cheapest that torch
+    offers in Python.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        tensors, rest = inputs[:TENSORS], inputs[TENSORS]
+        out, lse, max_logit, entropy = execute.forward_eager((*tensors, *rest))
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+        if max_logit is not None:
+            ctx.mark_non_differentiable(max_logit, entropy)
+        return out, lse, max_logit, entropy
+
+    @staticmethod
+    def backward(ctx, dout, dlse, dmax_logit, dentropy):
+        if dout is None and dlse is None:
+            return (None,) * (TENSORS + 1)
+        *tensors, out, lse = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[i] for i in GRADS)
+        return _scatter(needs, _gradients(dout, dlse, out, lse, tensors, ctx.rest, needs))
+
+
+class Remembered(NamedTuple):
+    """What `attn_ext.ops.fast` keeps of a call."""
+
+    plan: object  # of the cpu backend
+    rest: tuple  # the flat op arguments that are no tensors
+    saved: tuple  # the looks of the inputs, of out and of lse
+
+
+class RememberedAttention(torch.autograd.Function):
+    """O alone of a dense call that has run before (`attn_ext.ops.fast`)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias, known):
+        plan = known.plan
+        lse = torch.empty_like(plan.lse)
+        out = plan.forward(q, k, v, mask, bias, lse)
+        ctx.save_for_backward(q, k, v, mask, bias, out, lse)
+        ctx.known = known
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        saved, known, needs = ctx.saved_tensors, ctx.known, ctx.needs_input_grad
+        needs = (needs[0], needs[1], needs[2], needs[4])
+        if _as_before(saved, known, dout):
+            dq, dk, dv, dbias = known.plan.backward(*saved, dout, needs)
+            return dq, dk, dv, None, dbias, None
+        q, k, v, mask, bias, out, lse = saved
+        tensors = (q, k, v, _four(mask), _four(bias), *(None,) * (TENSORS - 5))
+        needs = (*needs, False)
+        dq, dk, dv, dbias, _ = _gradients(dout, None, out, lse, tensors, known.rest, needs)
+        return dq, dk, dv, None, dbias.view(bias.shape) if needs[3] else None, None
+
+
+def _as_before(saved, known, dout) -> bool:
+    """Whether the saved tensors look as they did and the gradient as it must, in plain eager mode.
+
+    Hooks of saved tensors may put others in their place, and hooks of the output another gradient.
+    """
+    q, k, v, mask, bias, out, lse = saved
+    return (
+        (looks(q, k, v, mask, bias), look(out), look(lse)) == known.saved
+        and type(dout) is torch.Tensor
+        and dout.shape == out.shape
+        and dout.dtype == out.dtype
+        and dout.is_cpu
+        and not _is_batched(dout)
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )  # fmt: skip
+
+
+# Without what Function.apply adds for torch.func's transforms, under which no call is remembered.
+remembered_attention = super(torch.autograd.Function, RememberedAttention).apply
+
+
+def _four(scores):
+    return scores if scores is None else scores[(None,) * (4 - scores.dim())]
+
+
+def _gradients(dout, dlse, out, lse, tensors, rest, needs) -> tuple:
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
+        return torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *rest, needs)
+    args = execute.checked_backward(dout, dlse, out, lse, (*tensors, *rest))
+    if torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
+        return EagerBackward.apply(needs, args[TENSORS:], dout, dlse, out, lse, *tensors)
+    return execute.backward_eager(dout, dlse, out, lse, args, needs)
+
+
+class EagerBackward(Gradients):
+    """The backward under create_graph=True."""
+
+    @staticmethod
+    def forward(ctx, needs, rest, dout, dlse, out, lse, *tensors):
+        return execute.backward_eager(dout, dlse, out, lse, (*tensors, *rest), needs)

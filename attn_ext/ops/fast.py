@@ -1,0 +1,105 @@
+"""The short way of small eager calls: a dense call that has run before runs again from one lookup.
+
+What a call looks like (its tensors, but for their values, and its scalars) decides its validation,
+its backend and the native problem; all that is left are the pointers.  A look is remembered only
+after the whole way has accepted it, so nothing is validated twice and nothing unchecked is run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.core.layout import look, looks
+from attn_ext.ops import execute
+from attn_ext.ops.autograd import Remembered, remembered_attention
+from attn_ext.ops.execute import TENSORS
+
+LIMIT = 4096
+_known: dict[tuple, Remembered] = {}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_jit_tracing = torch._C._is_tracing
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_forward_ad = torch.autograd.forward_ad
+
+
+def key_of(
+    q, k, v, mask, bias, causal, window, softcap, scale, deterministic, backend
+) -> tuple | None:
+    """What the call looks like; None when it cannot take this way."""
+    if (
+        torch.compiler.is_compiling()
+        or not (isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) and q.is_cpu)
+        or type(window) is not tuple
+        or execute.observers
+        or execute.through_dispatcher
+        or _jit_tracing()
+        or _dispatch_modes()
+        or _transforms() is not None
+        or _forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    recorded = torch.is_grad_enabled()
+    try:
+        seen = looks(q, k, v, mask, bias)
+        if seen is None:
+            return None
+        return (
+            seen,
+            # with the types, so that 1 and True are not taken for each other
+            causal, type(causal), softcap, type(softcap), scale, type(scale),
+            deterministic, type(deterministic), backend,
+            None if window == (None, None) else (window, *map(type, window)),
+            recorded and bias is not None and bias.requires_grad,
+            recorded and (
+                q.requires_grad or k.requires_grad or v.requires_grad
+                or (bias is not None and bias.requires_grad)
+            ),
+        )  # fmt: skip
+    except (RuntimeError, AttributeError, ValueError):
+        # of a nested or sparse tensor, which has no strides; a mask that is no tensor; an array
+        # of numpy in the window, which has no truth
+        return None
+
+
+def run(key: tuple | None, q, k, v, mask, bias):
+    """The output of a call that looks like `key`; None when none has been remembered."""
+    try:
+        known = _known.get(key)
+    except TypeError:  # a list or a tensor among the arguments
+        return None
+    if known is None:
+        return None
+    if key[-1]:
+        return remembered_attention(q, k, v, mask, bias, known)
+    return known.plan.forward(q, k, v, mask, bias, None)
+
+
+def attempt(*call) -> tuple:
+    """(key, output) of the arguments of `key_of`; each is None where there is none."""
+    key = key_of(*call)
+    return key, None if key is None else run(key, *call[:5])
+
+
+def _by_identity(key: tuple) -> bool:
+    """Whether a tensor was given for a number: it is found by what it is, whatever it holds by
+    then."""
+    window = key[10] or ()
+    return any(isinstance(x, type) and issubclass(x, torch.Tensor) for x in (*key, *window))
+
+
+def remember(key: tuple | None, args: tuple) -> None:
+    """Keep the plan of a call that went the whole way with the flat op arguments `args`."""
+    if key is None or not all(type(x) in _PLAIN for x in args[:5]) or _by_identity(key):
+        return
+    plan = execute.plan_of(args)
+    if plan is None:
+        return
+    saved = (key[0], look(plan.out), look(plan.lse))
+    if len(_known) >= LIMIT:
+        _known.clear()
+    try:
+        _known[key] = Remembered(plan, args[TENSORS:], saved)
+    except TypeError:
+        return

@@ -1,0 +1,67 @@
+"""FLOP formulas for torch.utils.flop_counter, as it counts torch's own attention: matmuls only,
+masks not subtracted.  q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv]; varlen by its longest
+sequences.
+
+torch.utils.flop_counter loads Triton, a fifth of a second of an import that seldom needs it: the
+formulas are handed over when somebody imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+
+import torch
+
+from attn_ext.ops import execute  # noqa: F401  defines the operators
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def _matmul_pair(fields) -> tuple[int, int]:
+    """(Q K^T, P V) in FLOPs: 2 * B * Hq * Sq * Sk * D, and the same with Dv."""
+    q, v, cu_seqlens_q = fields[0], fields[2], fields[8]
+    batch = q[0] if cu_seqlens_q is None else cu_seqlens_q[0] - 1
+    scores = 2 * batch * q[1] * fields[12] * fields[13]
+    return scores * q[-1], scores * v[-1]
+
+
+def _forward_flops(*fields, out_shape=None, **unused) -> int:
+    return sum(_matmul_pair(fields))
+
+
+def _backward_flops(dout, dlse, out, lse, *fields, out_shape=None, **unused) -> int:
+    # S = Q K^T again, dQ and dK of D columns; dP and dV of Dv columns
+    scores, values = _matmul_pair(fields)
+    return 3 * scores + 2 * values
+
+
+def _register(counter) -> None:
+    """Hand the formulas to the module torch.utils.flop_counter."""
+    counter.register_flop_formula(torch.ops.attn_ext.forward)(_forward_flops)
+    counter.register_flop_formula(torch.ops.attn_ext.backward)(_backward_flops)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Finds torch.utils.flop_counter where it is and registers the formulas behind its code."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != COUNTER:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def then_register(module) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = then_register
+        return spec
+
+
+if COUNTER in sys.modules:
+    _register(sys.modules[COUNTER])
+else:
+    sys.meta_path.insert(0, _WhenImported())

@@ -1,0 +1,468 @@
+"""Backward: preprocess, dK and dV, dQ (and dbias), each P computed again from LSE.
+
+    delta = rowsum(dO * O) - dLSE
+    P = exp(S - LSE);  dP = keep / (1 - p) * (dO V^T);  dS = P * (dP - delta);  dbias = dS
+    dV = (keep / (1 - p) * P)^T dO;  dS_raw = dS * (1 - tanh^2);  dQ = scale dS_raw K
+    dK = scale dS_raw^T Q;  with sigmoid weights dS = P (1 - P) dP
+
+Two passes, 7 products instead of 5: no atomics, so the results are bitwise equal from run to run.
+dK and dV: one program = BLOCK_N keys of one K/V head, over all query heads of its group.
+dQ: one program = BLOCK_M queries of one head.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.primitives import (
+    DBIAS_ADD,
+    DBIAS_STORE,
+    DROPOUT,
+    STREAM,
+    careful_rows_at_once,
+    diagonal,
+    dot,
+    head_rows,
+    key_range,
+    load_each,
+    load_rows,
+    load_tile,
+    nan_count,
+    outer_present,
+    product_each,
+    program,
+    query_range,
+    row_pointers,
+    sequence,
+    sequences,
+    store_tile,
+    streamed_dot,
+    tile_logits,
+    unknown_zero,
+)
+from attn_ext.triton_kernels.kernels.scores import (
+    add_dbias,
+    base2_lse,
+    probabilities,
+    score_gradient,
+)
+
+RUNTIME = (
+    "heads_q", "group", "total_q", "total_k", "seqlen_q", "seqlen_k", "blocks", "threshold",
+    "left", "right",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads_q", "total_q", "seqlen_q", "blocks"])
+def delta_kernel(
+    out, dout, dlse, delta, cu_seqlens_q,
+    o_b, o_h, o_s, do_b, do_h, do_s, lse_b, lse_h, heads_q, total_q, seqlen_q, blocks,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O) - dLSE, float32 in the layout of LSE."""
+    block, h, b = program(blocks, heads_q)
+    i_first = block * BLOCK_M
+    q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
+    if i_first >= length_q:
+        return
+    b, h = b.to(tl.int64), h.to(tl.int64)
+    o_rows = out + b * o_b + h * o_h + q_first * o_s
+    do_rows = dout + b * do_b + h * do_h + q_first * do_s
+    o = load_tile(o_rows, o_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+    do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+    value = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    i = i_first + tl.arange(0, BLOCK_M)
+    row = b * lse_b + h * lse_h + q_first + i
+    if DLSE:
+        value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
+    tl.store(delta + row, value, mask=i < length_q)
+
+
+@triton.jit
+def key_gradient_tiles(
+    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng, scale, left,
+    right, first, skip_from, skip, end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Adds query tiles first..end - 1 of head h, less `skip` from `skip_from` on.  Scores are
+    transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are."""
+    q, q_s, do, do_s = qdo
+    lse, delta = rows
+    for step in tl.range(first, end - skip):
+        m_block = step
+        if EDGE:
+            m_block = tl.where(step < skip_from, step, step + skip)
+        i_first = m_block * BLOCK_M
+        i = i_first + tl.arange(0, BLOCK_M)
+        # S^T = K @ Q^T   [BLOCK_N, BLOCK_M]
+        zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if STREAM & FLAGS:
+            q_rows = row_pointers(q, q_s, i_first, seqlen_q, BLOCK_M)
+            kq = streamed_dot(k, q_rows, zero, D, BLOCK_D)
+        else:
+            q_tile = load_tile(q, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+            kq = dot(k, tl.trans(q_tile), zero)
+        r = tl.arange(0, BLOCK_M)[None, :]
+        s, cap = tile_logits(
+            kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            EDGE, FLAGS,
+        )  # fmt: skip
+        p = probabilities(s, base2_lse(lse, i, i < seqlen_q)[None, :], False, FLAGS)
+        # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
+        if STREAM & FLAGS:
+            do_rows = row_pointers(do, do_s, i_first, seqlen_q, BLOCK_M)
+            dp = streamed_dot(v, do_rows, zero, DV, BLOCK_DV)
+        else:
+            do_tile = load_tile(do, do_s, i_first, seqlen_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+            dp = dot(v, tl.trans(do_tile), zero)
+        used = p
+        if DROPOUT & FLAGS:
+            key0, key1, threshold, inverse_keep = rng
+            kept = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)
+            kept = tl.trans(kept.to(tl.int8)) != 0  # AMD has no transpose of single bits
+            used = tl.where(kept, p, 0.0)
+            dp = tl.where(kept, dp * inverse_keep, 0.0)
+        if STREAM & FLAGS:
+            tl.debug_barrier()  # no hazard: keeps this read from moving up, into more registers
+            do_tile = load_rows(do_rows, DV, BLOCK_DV)
+        dv = dot(used, do_tile, dv)
+        # dK += dS^T @ Q   [BLOCK_N, BLOCK_D]
+        row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
+        _, ds = score_gradient(p, dp, row_delta[None, :], cap, False, FLAGS)
+        if STREAM & FLAGS:
+            tl.debug_barrier()
+            q_tile = load_rows(q_rows, D, BLOCK_D)
+        dk = dot(ds, q_tile, dk)
+    return dk, dv
+
+
+@triton.jit
+def careful_key_gradients(
+    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng, scale, left,
+    right, i_first, i_end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`key_gradient_tiles` of queries i_first..i_end - 1, one by one, with sums that skip excluded
+    pairs."""
+    q, q_s, do, do_s = qdo
+    lse, delta = rows
+    r = tl.arange(0, 1)[None, :]
+    for step in tl.range(0, i_end - i_first, num_stages=1):
+        i = i_first + step
+        q_row = load_each(q, q_s, i, 0, 0, D, BLOCK_N, BLOCK_D, FLAGS)
+        s, cap = tile_logits(
+            product_each(k, q_row), i, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale,
+            left, right, True, FLAGS,
+        )  # fmt: skip
+        p = probabilities(s, base2_lse(lse, i, i < seqlen_q), True, FLAGS)
+        do_row = load_each(do, do_s, i, 0, 0, DV, BLOCK_N, BLOCK_DV, FLAGS)
+        dp = product_each(v, do_row)
+        used = p
+        if DROPOUT & FLAGS:
+            key0, key1, threshold, inverse_keep = rng
+            kept = keep_each(i + r, j_first + c, b, h, key0, key1, threshold)
+            used = tl.where(kept, p, 0.0)
+            dp = tl.where(kept, dp * inverse_keep, 0.0)
+        dv += outer_present(used, do_row)
+        _, ds = score_gradient(p, dp, tl.load(delta + i), cap, True, FLAGS)
+        dk += outer_present(ds, q_row)
+    return dk, dv
+
+
+@triton.jit
+def key_gradients(
+    k, v, pointers, strides, c, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, side, rng,
+    scale, left, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAREFUL: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the keys j_first + c over the group's query heads and the queries that see
+    them."""
+    q, do, lse, delta = pointers
+    q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h = strides
+    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    j_last = tl.minimum(j_first + BLOCK_N, seqlen_k) - 1
+    first, full_first, full_end, end = query_range(
+        j_first, j_last, seqlen_q, off, left, right, BLOCK_M, FLAGS
+    )
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(0, group):
+        h = hk * group + member
+        qdo = (q + b * q_b + h * q_h + q_first * q_s, q_s,
+               do + b * do_b + h * do_h + q_first * do_s, do_s)  # fmt: skip
+        row = b * lse_b + h * lse_h + q_first
+        rows = (lse + row, delta + row)
+        if CAREFUL:
+            dk, dv = careful_key_gradients(
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                scale, left, right, first * BLOCK_M, tl.minimum(end * BLOCK_M, seqlen_q),
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+            )  # fmt: skip
+        else:
+            dk, dv = key_gradient_tiles(
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                scale, left, right, full_first, full_first, 0, full_end,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
+            )  # fmt: skip
+            dk, dv = key_gradient_tiles(
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                scale, left, right, first, full_first, full_end - full_first, end,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
+            )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def store_key_gradients(
+    dk, dv, ends, j_first, seqlen_k, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Write dK and dV of keys j_first, ... with the factors that the loops leave out."""
+    dk_rows, dk_s, dv_rows, dv_s, softmax_scale, inverse_keep = ends
+    if DROPOUT & FLAGS:
+        dv = dv * inverse_keep
+    store_tile(dv_rows, dv_s, j_first, seqlen_k, dv, DV, BLOCK_N, BLOCK_DV, FLAGS)
+    store_tile(dk_rows, dk_s, j_first, seqlen_k, dk * softmax_scale, D, BLOCK_N, BLOCK_D, FLAGS)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv,
+    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
+    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
+    dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
+    heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
+    scale, cap_in, cap_out, threshold, inverse_keep, left, right, softmax_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of keys * Hk * B).  dK, dV [B, Hk, Sk, D | Dv]."""
+    block, hk, b = program(blocks, heads_q // group)
+    j_first = block * BLOCK_N
+    q_first, length_q, k_first, length_k = sequences(
+        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
+    )
+    if j_first >= length_k:
+        return
+    b, hk = b.to(tl.int64), hk.to(tl.int64)
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
+            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
+    pointers = (q, dout, lse, delta)
+    strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h)
+    k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
+    v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
+    if STREAM & FLAGS:
+        k_tile = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
+        v_tile = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
+    else:
+        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+        v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+    c = tl.arange(0, BLOCK_N)[:, None]
+    dk_tile, dv_tile = key_gradients(
+        k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k, group,
+        side, rng, scale, left, right,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
+    )  # fmt: skip
+    bad = nan_count(dk_tile) + nan_count(dv_tile)
+    zero = unknown_zero(bad)
+    b, hk, k_first, j_first = b + zero, hk + zero, k_first + zero, j_first + zero
+    dk_rows = head_rows(dk, b, hk, k_first, dk_b, dk_h, dk_s)
+    dv_rows = head_rows(dv, b, hk, k_first, dv_b, dv_h, dv_s)
+    ends = (dk_rows, dk_s, dv_rows, dv_s, softmax_scale, inverse_keep)
+    if bad > 0:  # each way stores its own result, as in fwd.py
+        k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
+        v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
+        ROWS: tl.constexpr = careful_rows_at_once(BLOCK_N, 4096 // (BLOCK_D + BLOCK_DV))
+        part_c = tl.arange(0, ROWS)[:, None]
+        for part in tl.range(0, BLOCK_N // ROWS, num_stages=1):
+            row = j_first + part * ROWS
+            part_k = load_tile(k_rows, k_s, row, length_k, D, ROWS, BLOCK_D, True, FLAGS)
+            part_v = load_tile(v_rows, v_s, row, length_k, DV, ROWS, BLOCK_DV, True, FLAGS)
+            part_dk, part_dv = key_gradients(
+                part_k, part_v, pointers, strides, part_c, b, hk, row, q_first, length_q, length_k,
+                group, side, rng, scale, left, right,
+                D, DV, BLOCK_M, ROWS, BLOCK_D, BLOCK_DV, True, FLAGS,
+            )  # fmt: skip
+            store_key_gradients(
+                part_dk, part_dv, ends, row, length_k, D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS
+            )
+    else:
+        store_key_gradients(
+            dk_tile, dv_tile, ends, j_first, length_k, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS
+        )
+
+
+@triton.jit
+def query_gradient_tiles(
+    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, grad,
+    scale, left, right, first, skip_from, skip, end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """dq + dS K over key tiles first..end - 1, less `skip` from `skip_from` on; dbias if any."""
+    k, k_s, v, v_s = kv
+    DBIAS: tl.constexpr = (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)
+    for step in tl.range(first, end - skip):
+        n_block = step
+        if EDGE:
+            n_block = tl.where(step < skip_from, step, step + skip)
+        j_first = n_block * BLOCK_N
+        # S = Q @ K^T, dP = dO @ V^T   [BLOCK_M, BLOCK_N]
+        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if STREAM & FLAGS:
+            k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N)
+            qk = streamed_dot(q, k_rows, zero, D, BLOCK_D)
+        else:
+            k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
+            v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS)
+            qk = dot(q, tl.trans(k_tile), zero)
+        c = tl.arange(0, BLOCK_N)[None, :]
+        s, cap = tile_logits(
+            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            EDGE, FLAGS,
+        )  # fmt: skip
+        p = probabilities(s, row_lse[:, None], DBIAS, FLAGS)
+        if STREAM & FLAGS:
+            v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N)
+            dp = streamed_dot(do, v_rows, zero, DV, BLOCK_DV)
+        else:
+            dp = dot(do, tl.trans(v_tile), zero)
+        if DROPOUT & FLAGS:
+            key0, key1, threshold, inverse_keep = rng
+            kept = keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N)
+            dp = tl.where(kept, dp * inverse_keep, 0.0)
+        ds, raw = score_gradient(p, dp, row_delta[:, None], cap, DBIAS, FLAGS)
+        if DBIAS:
+            add_dbias(ds, i_first + r, j_first + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
+        # dQ += dS @ K   [BLOCK_M, BLOCK_D]
+        if STREAM & FLAGS:
+            tl.debug_barrier()
+            k_tile = load_rows(k_rows, D, BLOCK_D)
+        dq = dot(raw, k_tile, dq)
+    return dq
+
+
+@triton.jit
+def careful_query_gradients(
+    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng,
+    scale, left, right, j_first, j_end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`query_gradient_tiles` of keys j_first..j_end - 1, one by one, with sums that skip excluded
+    pairs; dbias is not written again."""
+    k, k_s, v, v_s = kv
+    c = tl.arange(0, 1)[None, :]
+    for step in tl.range(0, j_end - j_first, num_stages=1):
+        j = j_first + step
+        k_row = load_each(k, k_s, j, 0, 0, D, BLOCK_M, BLOCK_D, FLAGS)
+        v_row = load_each(v, v_s, j, 0, 0, DV, BLOCK_M, BLOCK_DV, FLAGS)
+        s, cap = tile_logits(
+            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, side, scale,
+            left, right, True, FLAGS,
+        )  # fmt: skip
+        p = probabilities(s, row_lse[:, None], True, FLAGS)
+        dp = product_each(do, v_row)
+        if DROPOUT & FLAGS:
+            key0, key1, threshold, inverse_keep = rng
+            kept = keep_each(i_first + r, j + c, b, h, key0, key1, threshold)
+            dp = tl.where(kept, dp * inverse_keep, 0.0)
+        _, raw = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
+        dq += outer_present(raw, k_row)
+    return dq
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dq_kernel(
+    q, k, v, dout, lse, delta, dq, dbias,
+    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
+    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
+    dq_b, dq_h, dq_s, g_b, g_h, g_q, g_k,
+    heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
+    scale, cap_in, cap_out, threshold, inverse_keep, left, right, softmax_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of queries * Hq * B).  dQ [B, Hq, Sq, D]; dbias float32, zero before."""
+    block, h, b = program(blocks, heads_q)
+    i_first = (blocks - 1 - block) * BLOCK_M  # with causal the last are longest
+    q_first, length_q, k_first, length_k = sequences(
+        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
+    )
+    if i_first >= length_q:
+        return
+    b, h = b.to(tl.int64), h.to(tl.int64)
+    hk = h // group
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
+            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
+    grad = (dbias, g_b, g_h, g_q, g_k)
+    kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
+          head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
+    q_rows = head_rows(q, b, h, q_first, q_b, q_h, q_s)
+    do_rows = head_rows(dout, b, h, q_first, do_b, do_h, do_s)
+    if STREAM & FLAGS:
+        q_tile = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
+        do_tile = row_pointers(do_rows, do_s, i_first, length_q, BLOCK_M)
+    else:
+        q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+        do_tile = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+    i = i_first + tl.arange(0, BLOCK_M)
+    row = b * lse_b + h * lse_h + q_first + i
+    row_lse = base2_lse(lse, row, i < length_q)
+    row_delta = tl.load(delta + row, mask=i < length_q, other=0.0)
+    r = tl.arange(0, BLOCK_M)[:, None]
+    off = diagonal(length_q, length_k, FLAGS)
+    i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
+    first, full_first, full_end, end = key_range(
+        i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = query_gradient_tiles(
+        acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k, off,
+        side, rng, grad, scale, left, right, full_first, full_first, 0, full_end,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
+    )  # fmt: skip
+    acc = query_gradient_tiles(
+        acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k, off,
+        side, rng, grad, scale, left, right, first, full_first, full_end - full_first, end,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
+    )  # fmt: skip
+    bad = nan_count(acc)
+    if bad > 0:  # each way stores its own result, as in fwd.py
+        zero = unknown_zero(bad)
+        b, h, hk, q_first, k_first = b + zero, h + zero, hk + zero, q_first + zero, k_first + zero
+        q_rows = head_rows(q, b, h, q_first, q_b, q_h, q_s)
+        do_rows = head_rows(dout, b, h, q_first, do_b, do_h, do_s)
+        dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
+        kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
+              head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
+        ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // (BLOCK_D + BLOCK_DV))
+        part_r = tl.arange(0, ROWS)[:, None]
+        for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
+            i_part = i_first + zero + part * ROWS
+            part_q = load_tile(q_rows, q_s, i_part, length_q, D, ROWS, BLOCK_D, True, FLAGS)
+            part_do = load_tile(do_rows, do_s, i_part, length_q, DV, ROWS, BLOCK_DV, True, FLAGS)
+            part_i = i_part + tl.arange(0, ROWS)
+            part_row = b * lse_b + h * lse_h + q_first + part_i
+            part_lse = base2_lse(lse, part_row, part_i < length_q)
+            part_delta = tl.load(delta + part_row, mask=part_i < length_q, other=0.0)
+            part_acc = careful_query_gradients(
+                tl.zeros([ROWS, BLOCK_D], tl.float32), part_q, part_do, part_lse, part_delta, kv,
+                i_part, part_r, b, h, length_q, length_k, off, side, rng, scale, left, right,
+                first * BLOCK_N, tl.minimum(end * BLOCK_N, length_k),
+                D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS,
+            )  # fmt: skip
+            part_acc = part_acc * softmax_scale
+            store_tile(dq_rows, dq_s, i_part, length_q, part_acc, D, ROWS, BLOCK_D, FLAGS)
+    else:
+        dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
+        acc = acc * softmax_scale
+        store_tile(dq_rows, dq_s, i_first, length_q, acc, D, BLOCK_M, BLOCK_D, FLAGS)

@@ -1,0 +1,65 @@
+"""Dropout by Philox4x32-7, bit for bit that of csrc/philox.h (Salmon et al., SC11)."""
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.kernels.primitives import DROPOUT
+
+
+@triton.jit
+def philox_key(rng_state):
+    """The two key words: splitmix64 of (seed, offset), as csrc/philox.h."""
+    seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
+    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
+    z = seed + (offset + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return (z & 0xFFFFFFFF).to(tl.uint32), (z >> 32).to(tl.uint32)
+
+
+@triton.jit
+def dropout_state(rng_state, threshold, inverse_keep, FLAGS: tl.constexpr):
+    """(key word, key word, threshold, 1 / (1 - p)), which `keep` and the products take; zeros
+    without dropout."""
+    state = (0, 0, 0, 0)
+    if DROPOUT & FLAGS:
+        key0, key1 = philox_key(rng_state)
+        state = (key0, key1, threshold, inverse_keep)
+    return state
+
+
+@triton.jit
+def philox_words(i, j4, b, h, key0, key1):
+    """The four uint32 words of Philox4x32-7 at (j4, i, h, b): of keys 4 j4 .. 4 j4 + 3."""
+    zero = (i * 0 + j4 * 0).to(tl.uint32)
+    c0, c1 = zero + j4.to(tl.uint32), zero + i.to(tl.uint32)
+    c2, c3 = zero + h.to(tl.uint32), zero + b.to(tl.uint32)
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N: tl.constexpr):
+    """int1 [BLOCK_M, BLOCK_N]: dropout keeps (i, j_first + n); j_first is a multiple of 4.
+
+    Kept iff word > threshold, which is floor(p * 2^32) - 1 in the bits of an int32.
+    """
+    j4 = (j_first // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    c0, c1, c2, c3 = philox_words(i, j4, b, h, key0, key1)
+    words = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+    return words > threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def keep_each(i, j, b, h, key0, key1, threshold):
+    """`keep` of any i and j that broadcast: four times the work."""
+    c0, c1, c2, c3 = philox_words(i, j // 4, b, h, key0, key1)
+    low = tl.where(j % 2 == 0, c0, c1)
+    high = tl.where(j % 2 == 0, c2, c3)
+    return tl.where(j % 4 < 2, low, high) > threshold.to(tl.uint32, bitcast=True)

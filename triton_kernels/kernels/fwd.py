@@ -1,0 +1,272 @@
+"""Forward: O = softmax(scale Q K^T + ...) V by online softmax (arXiv 2205.14135, 2307.08691).
+
+Q, O [B, Hq, Sq, D | Dv], K, V [B, Hk, Sk, D | Dv], LSE [B, Hq, Sq]; varlen: [total, H, D],
+LSE [Hq, total_q].  One program = BLOCK_M queries of one head of one sequence; it walks over the
+tiles of BLOCK_N keys that its queries see: first the tiles without an edge, then the cut ones.
+If O has a NaN at the end, the tile is computed again with care (`primitives.nan_count`).
+"""
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.primitives import (
+    DROPOUT,
+    STATS,
+    STREAM,
+    careful_rows_at_once,
+    diagonal,
+    dot,
+    key_pointers,
+    key_range,
+    load_described,
+    load_each,
+    load_keys,
+    load_rows,
+    load_tile,
+    nan_count,
+    online_softmax,
+    outer_present,
+    product_each,
+    program,
+    row_ends,
+    row_pointers,
+    sequences,
+    store_tile,
+    streamed_dot,
+    tile_logits,
+    unknown_zero,
+)
+
+SPECIALIZED = tl.constexpr(2)  # LOADS: by descriptors, in warps of their own
+REPAIR = tl.constexpr(3)  # LOADS: by pointers, and only for tiles of O that hold a NaN
+
+
+@triton.jit
+def forward_tiles(
+    state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+    first, skip_from, skip, end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, LOADS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Tiles first..end - 1 of keys, of which `skip` from `skip_from` on are left out.  q: a tile,
+    or with STREAM the pointers to its rows."""
+    acc, row_max, row_sum, e, bad = state
+    k, k_s, k_p, v, v_s, v_p, pages, described = kv
+    for step in tl.range(first, end - skip, warp_specialize=LOADS == SPECIALIZED):
+        n_block = step
+        if EDGE and LOADS != SPECIALIZED:
+            n_block = tl.where(step < skip_from, step, step + skip)
+        j_first = n_block * BLOCK_N
+        # S = Q @ K^T   [BLOCK_M, BLOCK_N]
+        zero = tl.zeros([r.shape[0], BLOCK_N], tl.float32)
+        if STREAM & FLAGS:
+            keys = key_pointers(k, k_s, j_first, seqlen_k, pages, k_p, BLOCK_N, FLAGS)
+            qk = streamed_dot(q, keys, zero, D, BLOCK_D)
+        elif LOADS:
+            k_desc, v_desc, index_b, index_h = described
+            k_tile = load_described(k_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_D)
+            qk = dot(q, tl.trans(k_tile), zero)
+        else:
+            k_tile = load_keys(
+                k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS
+            )
+            qk = dot(q, tl.trans(k_tile), zero)
+        c = tl.arange(0, BLOCK_N)[None, :]
+        s, _ = tile_logits(
+            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            EDGE, FLAGS,
+        )  # fmt: skip
+        p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
+        if DROPOUT & FLAGS:
+            key0, key1, threshold, _ = rng
+            p = tl.where(keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
+        # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
+        if STREAM & FLAGS:
+            values = key_pointers(v, v_s, j_first, seqlen_k, pages, v_p, BLOCK_N, FLAGS)
+            v_tile = load_rows(values, DV, BLOCK_DV)
+        elif LOADS:
+            v_tile = load_described(v_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_DV)
+        else:
+            v_tile = load_keys(
+                v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
+            )
+        acc = dot(p, v_tile, acc * alpha[:, None])
+    return acc, row_max, row_sum, e, bad
+
+
+@triton.jit
+def empty_state(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """O, row_max, row_sum, e and the count of NaN before the first key."""
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    return acc, zero - float("inf"), zero, zero, zero
+
+
+@triton.jit
+def forward_rows(
+    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """State of the rows q [BLOCK_M, BLOCK_D], queries i_first + r up to i_last, after part `split`
+    of `splits` of the keys that they see."""
+    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    first, full_first, full_end, end = key_range(
+        i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
+    )
+    share = (end - first + splits - 1) // splits
+    first = tl.minimum(first + split * share, end)
+    end = tl.minimum(first + share, end)
+    full_first = tl.minimum(tl.maximum(full_first, first), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_first), end)
+
+    state = empty_state(BLOCK_M, BLOCK_DV)
+    if LOADS == SPECIALIZED:  # Triton takes one loop apart: all its tiles count as cut
+        full_first, full_end = first, first
+    else:
+        state = forward_tiles(
+            state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+            full_first, full_first, 0, full_end,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
+        )  # fmt: skip
+    state = forward_tiles(
+        state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+        first, full_first, full_end - full_first, end,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOADS, FLAGS,
+    )  # fmt: skip
+    return state
+
+
+@triton.jit
+def careful_rows(
+    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`forward_rows` again where that has left a NaN: key by key, with sums that skip excluded
+    pairs."""
+    k, k_s, k_p, v, v_s, v_p, pages, _described = kv
+    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    first, _full, _full_end, end = key_range(
+        i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
+    )
+    share = (end - first + splits - 1) // splits
+    first = tl.minimum(first + split * share, end)
+    j_first = first * BLOCK_N
+    j_end = tl.minimum(tl.minimum(first + share, end) * BLOCK_N, seqlen_k)
+    acc, row_max, row_sum, e, bad = empty_state(BLOCK_M, BLOCK_DV)
+    c = tl.arange(0, 1)[None, :]
+    for step in tl.range(0, j_end - j_first, num_stages=1):
+        j = j_first + step
+        # s = Q . k_j   [BLOCK_M, 1]
+        k_row = load_each(k, k_s, j, pages, k_p, D, BLOCK_M, BLOCK_D, FLAGS)
+        s, _cap = tile_logits(
+            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, side, scale,
+            left, right, True, FLAGS,
+        )  # fmt: skip
+        p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
+        if DROPOUT & FLAGS:
+            key0, key1, threshold, _ = rng
+            p = tl.where(keep_each(i_first + r, j + c, b, h, key0, key1, threshold), p, 0.0)
+        # O = alpha * O + p v_j   [BLOCK_M, BLOCK_DV]; 0 * inf of keys that no longer count is 0
+        v_row = load_each(v, v_s, j, pages, v_p, DV, BLOCK_M, BLOCK_DV, FLAGS)
+        acc = tl.where(alpha[:, None] != 0, acc * alpha[:, None], 0.0) + outer_present(p, v_row)
+    return acc, row_max, row_sum, e, bad
+
+
+@triton.jit
+def store_rows(
+    state, ends, i_first, seqlen_q, h, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Write O, LSE and the statistics of queries i_first, ... of head h."""
+    acc, row_max, row_sum, e, bad = state
+    o_rows, o_s, lse, max_logit, entropy, row_first, sink, inverse_keep = ends
+    factor, row_lse, largest, spread = row_ends(row_max, row_sum, e, bad, sink, h, FLAGS)
+    o = acc * (factor * inverse_keep)[:, None]
+    store_tile(o_rows, o_s, i_first, seqlen_q, o, DV, BLOCK_M, BLOCK_DV, FLAGS)
+    i = i_first + tl.arange(0, BLOCK_M)
+    row = row_first + i
+    tl.store(lse + row, row_lse, mask=i < seqlen_q)
+    if STATS & FLAGS:
+        tl.store(max_logit + row, largest, mask=i < seqlen_q)
+        tl.store(entropy + row, spread, mask=i < seqlen_q)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads_q", "group", "total_q", "total_k", "seqlen_q", "seqlen_k", "m_blocks",
+        "threshold", "left", "right",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    q, k, v, q_desc, k_desc, v_desc, out, lse, max_logit, entropy,
+    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, lse_b, lse_h,
+    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
+    heads_q, group, total_q, total_k, seqlen_q, seqlen_k, m_blocks,
+    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (m_blocks * Hq * B), the last query tiles first, since with causal they are longest.
+    LOADS: 0 by pointers, 1 by descriptors [B, H, S, D], SPECIALIZED, which needs REPAIR after it
+    since Triton specializes no kernel that has more than one loop."""
+    block, h, b = program(m_blocks, heads_q)
+    q_first, length_q, k_first, length_k = sequences(
+        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
+    )
+    i_first = (m_blocks - 1 - block) * BLOCK_M
+    if LOADS != SPECIALIZED:  # noqa: SIM102 - which has no idle programs, and no branches
+        if i_first >= length_q:
+            return
+    i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
+    wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
+    hk = wide_h // group
+    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
+            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
+    kv = (k + wide_b * k_b + hk * k_h + k_first * k_s, k_s, 0,
+          v + wide_b * v_b + hk * v_h + k_first * v_s, v_s, 0, 0,
+          (k_desc, v_desc, b, h // group))  # fmt: skip
+    q_rows = q + wide_b * q_b + wide_h * q_h + q_first * q_s
+    if STREAM & FLAGS:
+        q_tile = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
+    elif LOADS and LOADS != REPAIR:
+        q_tile = load_described(q_desc, b, h, i_first, BLOCK_M, BLOCK_D)
+    else:
+        q_tile = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+    ends = (out + wide_b * o_b + wide_h * o_h + q_first * o_s, o_s, lse, max_logit, entropy,
+            wide_b * lse_b + wide_h * lse_h + q_first, sink, inverse_keep)  # fmt: skip
+    if LOADS == REPAIR:
+        o = load_tile(ends[0], o_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+        bad = nan_count(o)
+    else:
+        r = tl.arange(0, BLOCK_M)
+        state = forward_rows(
+            q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
+            scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
+        )  # fmt: skip
+        bad = nan_count(state[0])
+    # Each way stores its own result: joined, they would share a layout that suits neither.
+    if LOADS == SPECIALIZED:
+        store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)
+    elif bad > 0:
+        zero = unknown_zero(bad)
+        ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // BLOCK_D)
+        part_r = tl.arange(0, ROWS)[:, None]
+        for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
+            row = i_first + zero + part * ROWS
+            part_q = load_tile(q_rows, q_s, row, length_q, D, ROWS, BLOCK_D, True, FLAGS)
+            part_state = careful_rows(
+                part_q, kv, part_r, b + zero, wide_h, row, tl.minimum(row + ROWS, length_q) - 1,
+                length_q, length_k, 0, 1, side, rng, scale, left, right,
+                D, DV, ROWS, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+            )  # fmt: skip
+            store_rows(part_state, ends, row, length_q, wide_h, DV, ROWS, BLOCK_DV, FLAGS)
+    elif LOADS != REPAIR:
+        store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)

@@ -1,0 +1,70 @@
+"""What the backward kernels compute from a tile of logits: P from LSE, dS from P and dP, dbias."""
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.kernels.primitives import (
+    DBIAS_ONE_KEY,
+    DBIAS_ONE_QUERY,
+    DBIAS_STORE,
+    LEAST,
+    LOG2E,
+    SIGMOID,
+    SOFTCAP,
+    sigmoid,
+)
+
+
+@triton.jit
+def base2_lse(lse, row, inside):
+    """LSE in base 2: 0 for empty rows, so that no -inf - -inf arises; inf outside, where P = 0."""
+    value = tl.load(lse + row, mask=inside, other=float("inf"))
+    base2 = tl.maximum(value, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
+    return tl.where(value == float("-inf"), 0.0, base2)
+
+
+@triton.jit
+def probabilities(s, lse, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
+    """P = 2^(s - lse); 0 where s = -inf if ALWAYS, else there 0 or (LSE is NaN) NaN.  lse is inf
+    for rows past the last query, which makes P 0 with SIGMOID (where it is 0 elsewhere) too."""
+    p = sigmoid(s - lse) if (SIGMOID & FLAGS) else tl.exp2(s - lse)
+    if ALWAYS:
+        p = tl.where(s == float("-inf"), 0.0, p)
+    return p
+
+
+@triton.jit
+def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
+    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN."""
+    ds = p * (1.0 - p) * dp if (SIGMOID & FLAGS) else p * (dp - delta)
+    raw = ds
+    if SOFTCAP & FLAGS:
+        raw = ds * (1.0 - cap * cap)
+    if ALWAYS:
+        ds = tl.where(p != 0, ds, 0.0)
+        raw = tl.where(p != 0, raw, 0.0)
+    return ds, raw
+
+
+@triton.jit
+def add_dbias(ds, i, j, b, h, seqlen_q, seqlen_k, grad, FLAGS: tl.constexpr):
+    """Put the tile dS [BLOCK_M, BLOCK_N] into dbias, summed over what dbias broadcasts."""
+    dbias, g_b, g_h, g_q, g_k = grad
+    base = dbias + b * g_b + h * g_h
+    if DBIAS_STORE & FLAGS:
+        inside = (i < seqlen_q) & (j < seqlen_k)
+        tl.store(base + i.to(tl.int64) * g_q + j.to(tl.int64) * g_k, ds, mask=inside)
+    else:
+        ds = tl.where((i < seqlen_q) & (j < seqlen_k), ds, 0.0)
+        if (DBIAS_ONE_QUERY & FLAGS) and (DBIAS_ONE_KEY & FLAGS):
+            tl.atomic_add(base, tl.sum(tl.sum(ds, 1), 0), sem="relaxed")
+        elif DBIAS_ONE_QUERY & FLAGS:
+            column = base + j.to(tl.int64) * g_k
+            tl.atomic_add(column, tl.sum(ds, 0)[None, :], mask=j < seqlen_k, sem="relaxed")
+        elif DBIAS_ONE_KEY & FLAGS:
+            row = base + i.to(tl.int64) * g_q
+            tl.atomic_add(row, tl.sum(ds, 1)[:, None], mask=i < seqlen_q, sem="relaxed")
+        else:
+            inside = (i < seqlen_q) & (j < seqlen_k)
+            places = base + i.to(tl.int64) * g_q + j.to(tl.int64) * g_k
+            tl.atomic_add(places, ds, mask=inside, sem="relaxed")

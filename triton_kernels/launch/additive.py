@@ -1,0 +1,106 @@
+"""From a `Call` with weights w to the launches of additive attention's kernels (additive.py)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from attn_ext.core.call import Call
+from attn_ext.triton_kernels import configs
+from attn_ext.triton_kernels.kernels.additive import (
+    additive_dkdv_kernel,
+    additive_dq_kernel,
+    additive_forward_kernel,
+)
+from attn_ext.triton_kernels.launch import attention, gradients
+from attn_ext.triton_kernels.launch import backward as backward_launch
+
+
+def tile(plan: attention.Plan) -> configs.Tile:
+    """The tile of the kernels: exponentials, not memory, rule, so one table serves all GPUs."""
+    architecture = attention.architecture(plan.q)
+    if architecture == "interpreter":
+        return configs.Tile(32, 32, 4, 1)
+    # 4 warps of 32 lanes or 64 queries spill: O and S, or gradients [32, D | Dv], are in registers
+    amd = architecture.startswith("gfx")
+    block_m = 16 if plan.q.element_size() == 4 and not amd else 32  # 32 queries of float32 spill
+    return configs.Tile(block_m, 32, 4 if amd else 8, 1)
+
+
+def _tiles(plan: attention.Plan, found: configs.Tile) -> tuple:
+    return (plan.dim, plan.dim_v, found.block_m, found.block_n, plan.block_d, plan.block_dv)
+
+
+def _sizes(plan: attention.Plan, blocks: int) -> tuple:
+    return (plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
+            plan.seqlen_k, blocks, *plan.scalars())  # fmt: skip
+
+
+def _shared(plan: attention.Plan, o: torch.Tensor) -> tuple:
+    """Side inputs and strides; o is O or dO."""
+    varlen = plan.varlen
+    return (
+        *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k, plan.seqlens_k,
+        *attention.strides(plan.q, varlen), *attention.strides(plan.k, varlen),
+        *attention.strides(plan.v, varlen), *attention.strides(o, varlen), *plan.lse_strides(),
+        *plan.score_strides(),
+    )  # fmt: skip
+
+
+def forward(call: Call, w: torch.Tensor) -> tuple:
+    """(O, LSE); w [Hq, D] float32."""
+    plan = attention.Plan(call)
+    out, lse, _, _ = attention.outputs(plan)
+    if lse.numel():
+        found = tile(plan)
+        blocks = triton.cdiv(plan.seqlen_q, found.block_m)
+        with attention.on_device(plan.q):
+            attention.run(
+                additive_forward_kernel, blocks * plan.heads_q * plan.batch, found,
+                plan.q, plan.k, plan.v, w.contiguous(), out, lse, *_shared(plan, out),
+                *_sizes(plan, blocks), *_tiles(plan, found), plan.flags,
+            )  # fmt: skip
+    return out, lse
+
+
+def backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool) -> tuple:
+    """(dQ, dK, dV, dbias or None, dw)"""
+    plan = attention.Plan(call)
+    grads = [backward_launch.empty_gradient(x, plan) for x in (call.q, call.k, call.v)]
+    if call.seqlens_k is not None:  # rows past a length have no program
+        for g in grads:
+            g.zero_()
+    dbias = None
+    if bias_grad:
+        dbias = torch.zeros(call.bias.shape, dtype=torch.float32, device=call.q.device)
+    dw = torch.zeros_like(w)
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        with attention.on_device(plan.q):
+            dw = _gradients(plan, w.contiguous(), dout, out, lse, dlse, grads, dbias)
+    return *grads, None if dbias is None else dbias.to(call.bias.dtype), dw
+
+
+def _gradients(plan: attention.Plan, w, dout, out, lse, dlse, grads, dbias) -> torch.Tensor:
+    """Fill dQ, dK, dV and dbias; returns dw [Hq, D]."""
+    (dq, dk, dv), varlen = grads, plan.varlen
+    rows = backward_launch.Backward(plan, dout, out, lse, dlse)
+    rows.preprocess()
+    inputs = (plan.q, plan.k, plan.v, w, rows.dout, rows.lse, rows.delta)
+    shared = _shared(plan, rows.dout)
+    found = tile(plan)
+    blocks = triton.cdiv(plan.seqlen_k, found.block_n)
+    attention.run(
+        additive_dkdv_kernel, blocks * plan.heads_k * plan.batch, found, *inputs, dk, dv, *shared,
+        *attention.strides(dk, varlen), *attention.strides(dv, varlen), *_sizes(plan, blocks),
+        *_tiles(plan, found), plan.flags,
+    )  # fmt: skip
+    found = tile(plan)
+    blocks = triton.cdiv(plan.seqlen_q, found.block_m)
+    parts = w.new_zeros(plan.batch, plan.heads_q, blocks, plan.dim)
+    flags = plan.flags + (0 if dbias is None else gradients.dbias_flags(plan, tuple(dbias.shape)))
+    attention.run(
+        additive_dq_kernel, blocks * plan.heads_q * plan.batch, found, *inputs, dq, parts, dbias,
+        *shared, *attention.strides(dq, varlen), *attention.score_strides(dbias, plan.sizes),
+        *_sizes(plan, blocks), *_tiles(plan, found), flags,
+    )  # fmt: skip
+    return parts.sum((0, 2))

@@ -1,0 +1,155 @@
+"""From a `Call` and dO to the launches of the backward kernels: delta, dK and dV, dQ, dbias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attn_ext.core.call import Call
+from attn_ext.core.layout import empty_like_layout
+from attn_ext.triton_kernels import configs
+from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
+from attn_ext.triton_kernels.kernels.dbias import dbias_kernel
+from attn_ext.triton_kernels.launch import attention, replay
+from attn_ext.triton_kernels.launch.attention import Plan, ceil_div, rows, score_strides, strides
+from attn_ext.triton_kernels.launch.gradients import dbias_flags, sink_gradient
+
+
+def empty_gradient(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """An uninitialised gradient of x; zero where rows may have no program that writes them."""
+    gaps = plan.varlen or plan.seqlen_q == 0 or plan.seqlen_k == 0
+    return plan.own(empty_like_layout(x, x.shape[-1]), 0.0 if gaps else None)
+
+
+class Backward:
+    """The backward kernels of one call; what all of them read is prepared here."""
+
+    def __init__(self, plan: Plan, dout, out, lse, dlse):
+        self.plan, varlen = plan, plan.varlen
+        self.dout, self.out = rows(dout.to(plan.q.dtype)), rows(out)
+        self.lse = lse.detach().resolve_neg().contiguous()
+        self.delta = plan.own(torch.empty_like(self.lse))
+        if plan.sigmoid:
+            self.lse, dlse = plan.own(torch.empty_like(self.lse), 0.0), None
+        self.dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
+        self.shared = (
+            *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+            *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
+            *strides(self.dout, varlen), *plan.lse_strides(), *plan.score_strides(),
+        )  # fmt: skip
+        self.heads = (plan.heads_q, plan.heads_q // plan.heads_k)
+        self.inputs = (plan.q, plan.k, plan.v, self.dout, self.lse, self.delta)
+
+    def _sizes(self, blocks: int) -> tuple:
+        plan = self.plan
+        return (*self.heads, *plan.totals(), plan.seqlen_q, plan.seqlen_k, blocks,
+                *plan.scalars(), plan.call.scale)  # fmt: skip
+
+    def _tiles(self, tile) -> tuple:
+        plan = self.plan
+        return (plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv)
+
+    def preprocess(self) -> None:
+        """delta = rowsum(dO * O) - dLSE"""
+        plan, tile = self.plan, configs.Tile(32, 0, 4, 1)
+        blocks = ceil_div(plan.seqlen_q, tile.block_m)
+        plan.run(
+            delta_kernel, blocks * plan.heads_q * plan.batch, tile,
+            self.out, self.dout, self.dlse, self.delta, plan.cu_seqlens_q,
+            *strides(self.out, plan.varlen), *strides(self.dout, plan.varlen),
+            *plan.lse_strides(), plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
+            plan.dim_v, tile.block_m, plan.block_dv, self.dlse is not None, plan.flags,
+        )  # fmt: skip
+
+    def keys(self, dk, dv) -> None:
+        """dK and dV; the kernel makes both, so a gradient that is not needed (None) is dropped."""
+        plan, tile = self.plan, self.plan.tile("dkdv")
+        dk = plan.own(torch.empty_like(plan.k)) if dk is None else dk
+        dv = plan.own(torch.empty_like(plan.v)) if dv is None else dv
+        blocks = ceil_div(plan.seqlen_k, tile.block_n)
+        plan.run(
+            dkdv_kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv,
+            *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen),
+            *self._sizes(blocks), *self._tiles(tile), plan.flags,
+        )  # fmt: skip
+
+    def queries(self, dq, dbias) -> None:
+        """dQ, and dbias where it is given, by plain stores or atomics."""
+        plan, tile = self.plan, self.plan.tile("dq")
+        dq = plan.own(torch.empty_like(plan.q)) if dq is None else dq
+        flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
+        blocks = ceil_div(plan.seqlen_q, tile.block_m)
+        plan.run(
+            dq_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq, dbias,
+            *self.shared, *strides(dq, plan.varlen), *score_strides(dbias, plan.sizes),
+            *self._sizes(blocks), *self._tiles(tile), flags,
+        )  # fmt: skip
+
+    def shared_dbias(self, dbias) -> None:
+        """dbias of a broadcast bias in a fixed order of additions."""
+        plan, tile = self.plan, self.plan.tile("dbias")
+        full = (*plan.sizes[:2], ceil_div(plan.seqlen_q, tile.block_m),
+                ceil_div(plan.seqlen_k, tile.block_n))  # fmt: skip
+        summed = [n == 1 for n in dbias.shape]
+        own = [1 if one else n for one, n in zip(summed, full, strict=True)]
+        sums = [n if one else 1 for one, n in zip(summed, full, strict=True)]
+        plan.run(
+            dbias_kernel, math.prod(own), tile, *self.inputs, dbias, *self.shared,
+            *score_strides(dbias, plan.sizes), *own[1:], *sums, *self.heads, *plan.totals(),
+            plan.seqlen_q, plan.seqlen_k, *plan.scalars(), *self._tiles(tile), summed[2],
+            summed[3], plan.flags,
+        )  # fmt: skip
+
+
+def backward(call: Call, dout, out, lse, dlse, needs):
+    """(dq, dk, dv, dbias, dsink); None where `needs` says so."""
+    known = key = None
+    if not attention.INTERPRETED and replay.usable(call.q):
+        tensors = (*replay.tensors_of(call), dout, out, lse, dlse)
+        key = (needs, *replay.key_of(call, tensors))
+        known = replay.find(key)
+    owned = replay.replay(known, tensors) if known else None
+    if owned is None:
+        owned = backward_long(call, dout, out, lse, dlse, needs, None if known else key)
+    owned = iter(owned)
+    grads = [next(owned) if need else None for need in needs[:4]]
+    if needs[3]:
+        grads[3] = grads[3].to(call.bias.dtype)
+    dsink = None
+    if needs[4]:
+        delta = next(owned, None)  # none without any pair of query and key
+        dsink = torch.zeros_like(call.sink, dtype=torch.float32)
+        if delta is not None:
+            dsink = sink_gradient(call.sink, call.cu_seqlens_q is not None, lse.detach(), delta)
+    return (*grads, dsink)
+
+
+def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Tensor]:
+    """The gradients that are needed, delta if there is any pair, and what else was allocated."""
+    plan = Plan(call)
+    dq, dk, dv = (
+        empty_gradient(x, plan) if need else None
+        for x, need in zip((call.q, call.k, call.v), needs, strict=False)
+    )
+    dbias = None
+    if needs[3]:
+        dbias = plan.own(call.q.new_empty(call.bias.shape, dtype=torch.float32), 0.0)
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        kernels = Backward(plan, dout, out, lse, dlse)
+        with attention.on_device(plan.q):
+            if not plan.sigmoid:
+                kernels.preprocess()
+            if dk is not None or dv is not None:
+                kernels.keys(dk, dv)
+            apart = needs[3] and call.deterministic and tuple(dbias.shape) != plan.sizes
+            if dq is not None or (dbias is not None and not apart):
+                kernels.queries(dq, None if apart else dbias)
+            if apart:
+                kernels.shared_dbias(dbias)
+        if key:
+            rows_taken = (lse, dlse) if plan.sigmoid else (kernels.lse, kernels.dlse)
+            taken = (*plan.taken(), kernels.dout, kernels.out, *rows_taken)
+            given = (*replay.tensors_of(call), dout, out, lse, dlse)
+            replay.remember(key, given, taken, plan.owned, plan.launched)
+    return [x for x, _ in plan.owned]

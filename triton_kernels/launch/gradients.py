@@ -1,0 +1,29 @@
+"""What backward needs besides the kernels of bwd.py: how dbias is written, and dsink."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attn_ext.triton_kernels.kernels import primitives
+
+
+def dbias_flags(plan, shape: tuple) -> int:
+    """How dQ writes a dbias of this shape: plain stores, or atomic additions of its sums."""
+    one = [n == 1 and full != 1 for n, full in zip(shape, plan.sizes, strict=True)]
+    if not any(one):
+        return primitives.DBIAS_STORE.value
+    flags = primitives.DBIAS_ADD.value
+    flags += primitives.DBIAS_ONE_QUERY.value if shape[2] == 1 else 0
+    return flags + (primitives.DBIAS_ONE_KEY.value if shape[3] == 1 else 0)
+
+
+def sink_gradient(sink, varlen: bool, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """dsink [Hq] = -sum over rows that are not empty of exp(sink - LSE) * (delta - dLSE)."""
+    head = 0 if varlen else 1
+    shape = [-1 if d == head else 1 for d in range(lse.dim())]
+    share = torch.exp(sink.detach().float().view(shape) - lse)
+    # rows without keys, and rows of a varlen buffer without a sequence, have no share
+    terms = torch.where(lse == -math.inf, 0.0, share * delta)
+    return -terms.sum([d for d in range(lse.dim()) if d != head])

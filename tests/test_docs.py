@@ -73,6 +73,9 @@ def test_paths_and_targets_exist(document):
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for path in PATHS.findall(text):
         assert (ROOT / path).exists(), path
+    for block in re.findall(r"^ *```(?:\n)(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        for path in re.findall(r"(?<![\w/.])(?:tests|bench|docs|examples|csrc)/[\w./-]*\w", block):
+            assert (ROOT / path).exists(), f"{path} in a command"
     for target in re.findall(r"(?:^ {0,4}|`)make ([a-z0-9-]+)", text, re.MULTILINE):
         assert target in targets, target
     for name in NAMES.findall(prose(text)):

@@ -13,7 +13,7 @@ MODES = {  # mode -> (begin, width, text, colour) of each part of the time from 
     "plain": [(30, 130, "the copied bytes, from the issue on", GREEN)],
     "random": [
         (30, 52, "old bytes", GREY),
-        (82, 78, "the copied bytes, at a random moment", GREEN),
+        (82, 78, "the copied bytes, from a random moment", GREEN),
     ],
     "poison": [(30, 130, "NaN, which a missing wait lets through to the result", RED)],
     "race": [(30, 130, "belongs to the copy: any other access is told, with both lines", VIOLET)],

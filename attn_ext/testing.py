@@ -5,9 +5,9 @@ Shipped, so that a user can check a backend on his own machine:
     from attn_ext.testing import check_call, random_call
     check_call(random_call(seqlen_q=77, seqlen_k=130, causal=True, bias=True), "cpu")
 
-The rule (DESIGN section 5):  max|x - ref64| <= factor * max|naive - ref64| + eps,  where ref64 is
-the reference on float64 copies of the same (already rounded) inputs, naive the reference in the
-inputs' own dtype, factor 2 for outputs and 3 for gradients.
+The rule (docs/guide/semantics.md):  max|x - ref64| <= factor * max|naive - ref64| + eps,  where
+ref64 is the reference on float64 copies of the same (already rounded) inputs, naive the reference
+in the inputs' own dtype, factor 2 for outputs and 3 for gradients.
 """
 
 from __future__ import annotations

@@ -416,9 +416,9 @@ def test_look_at_what_is_no_recording(capsys, tmp_path):
 def documented():
     """(document, command, options) of every attn-ext command line in the documents"""
     root = Path(__file__).parent.parent
-    for document in [*root.glob("*.md"), *(root / "docs").glob("*.md")]:
+    for document in [*root.glob("*.md"), *(root / "docs").rglob("*.md")]:
         for line in re.findall(
-            r"(?:^ {4}\$? ?|`)attn-ext ([a-z][^`\n]*)", document.read_text(), re.M
+            r"(?:^ {0,4}\$? ?|`)attn-ext ([a-z][^`\n]*)", document.read_text(), re.M
         ):
             words = line.split(" -- ")[0].split()
             yield document.name, words[0], [w.split("=")[0] for w in words if w.startswith("--")]

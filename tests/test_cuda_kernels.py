@@ -1,9 +1,9 @@
 """The CUDA kernels against the float64 reference: on the emulated device of csrc/emulation, and on
 a GPU where there is one.
 
-On the emulator every test runs in each of its modes (docs/emulation.md): fixed order, random warp
-priorities, poisoned shared memory, the race detector, and all of these together, so that a missing
-barrier or wait fails here and not on somebody's GPU.
+On the emulator every test runs in each of its modes (docs/design/emulation.md): fixed order, random
+warp priorities, poisoned shared memory, the race detector, and all of these together, so that a
+missing barrier or wait fails here and not on somebody's GPU.
 """
 
 import emulated_backend as emulated

@@ -203,6 +203,16 @@ def test_figures_are_not_blank(plot, tmp_path):
     assert len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3).round(2).tolist()}) > 5
 
 
+def test_a_long_report_fits_a_page(tmp_path):
+    """A picture of all rows that is 7,900 pixels tall, as it was."""
+    from matplotlib import image
+
+    report = Report.load(ROOT / "bench" / "results" / "cpu.json")
+    assert len({row.case for row in report.rows}) > 60
+    pixels = image.imread(plots.bars(report, tmp_path / "p.png"))
+    assert 400 < pixels.shape[0] <= plots.MOST_PIXELS
+
+
 def test_bench_cpu_runs_a_row(tmp_path, capsys):
     """The benchmark script itself, end to end on a small shape."""
     main = runpy.run_path(str(ROOT / "bench" / "cpu.py"))["main"]

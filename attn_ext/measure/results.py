@@ -18,7 +18,7 @@ import torch
 from attn_ext.core.version import __version__
 from attn_ext.measure.ceilings import Ceilings
 
-FORMAT = 1  # of the JSON file; see docs/benchmarks.md
+FORMAT = 1  # of the JSON file; see docs/guide/benchmarks.md
 
 
 @dataclass

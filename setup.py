@@ -50,7 +50,7 @@ def relative(files) -> list[str]:
 def sources() -> list[str]:
     """The C++ files of attn_ext._C, relative to the root."""
     return relative(
-        [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     )
 
 

@@ -10,11 +10,11 @@
 #include <string>
 
 #include "binding_parts.h"
-#include "cpu/amx.h"
-#include "cpu/ceilings.h"
-#include "cpu/dispatch.h"
+#include "cpu/isa/amx.h"
+#include "cpu/measure/ceilings.h"
+#include "cpu/isa/dispatch.h"
 #include "cpu/parallel.h"
-#include "cpu/targets.h"
+#include "cpu/isa/features.h"
 
 namespace py = pybind11;
 using attn::Pointers;

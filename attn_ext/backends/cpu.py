@@ -369,7 +369,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
 
 
 def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
-    """One native call of the kernels in csrc/cpu/family*.h."""
+    """One native call of the kernels in csrc/cpu/kernels/family*.h."""
     dq, dk, dv, dbias, dw = grads
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
              "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip
@@ -426,7 +426,7 @@ ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What
 
 
 def inspect(call: Call, w, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
-    """csrc/cpu/inspect.h on a dense call, w as in `family_forward`: fills `out` (and `entropy`,
+    """csrc/cpu/kernels/inspect.h on a dense call, w as in `family_forward`: fills `out` (and `entropy`,
     `keys`); all contiguous, in the statistics' dtype (keys: int64).  lse is read, and written for
     ROW_STATS; sizes are (n, rows, cols)."""
     t = _canonical(call)

@@ -1,0 +1,507 @@
+// dQ, dK, dV, dBias, dSink by recomputation (FlashAttention-2, Dao 2023), five products a pair of
+// key block and query panel in one pass:
+//   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),
+//   delta = rowsum(dO * O) - dLSE,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
+// One task = block_n keys of one K/V head; it loops over the query heads of the group and their
+// panels, and owns its rows of dK and dV.  dQ panels are shared: each has a ticket, and key blocks
+// add to it in ascending order, so that the result is the same whatever the number of threads.
+// Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
+// before it.
+#pragma once
+#include "cpu/kernels/gradient.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/tile/rows.h"
+#include "cpu/tile/score.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+template <class Op>
+class Backward {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>;
+  // In float32 it makes no difference; a tile unit has its products in memory anyway.
+  static constexpr bool kAtOnce = Op::kPack == 2 && Op::kStep == 1;
+
+ public:
+  Backward(const Problem& problem, const Pointers& pointers, int threads)
+      : p(problem), ptr(pointers), threads(threads) {
+    group = p.heads_q / p.heads_k;
+    m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
+    // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
+    // enough of them.  By shape alone: results do not depend on the number of threads.
+    const bool narrow = std::max(p.head_dim, p.head_dim_v) <= kNarrowHead && sizeof(T) == 4;
+    for (int64_t keys : kBackwardKeys) {
+      if (keys == kBackwardKeys[0] && !narrow) continue;
+      block_n = keys;
+      n_tiles = (p.seqlen_k + block_n - 1) / block_n;
+      if (p.batch * p.heads_k * n_tiles >= kBackwardTasks) break;
+    }
+    d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
+  }
+
+  void run() {
+    const int64_t tiles = p.batch * p.heads_q * m_tiles;
+    delta.assign(tiles * kPanel, T(0));
+    // Panels whose keys all lie in one block need neither: they find delta and dQ at once.
+    dQt.reset(ptr.dq && n_tiles > 1 ? new T[size_t(tiles * p.head_dim * kPanel)] : nullptr);
+    tickets = std::vector<std::atomic<int32_t>>(ptr.dq && n_tiles > 1 ? tiles : 0);
+    parallel_for(tiles, n_tiles > 1 ? threads : 1, [&](int64_t tile) { prepare(tile); });
+
+    // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed
+    // order.
+    const bool by_key = !ptr.dbias || p.dbias.k != 0, by_batch = !ptr.dbias || p.dbias.b != 0,
+               by_head = !ptr.dbias || p.dbias.h != 0;
+    const int64_t keys = by_key ? n_tiles : 1, batches = by_batch ? p.batch : 1,
+                  heads = by_head ? p.heads_k : 1;
+    parallel_for(n_tiles ? keys * batches * heads : 0, threads, [&](int64_t task) {
+      [[maybe_unused]] typename Op::PerThread held;
+      const int64_t key = task / (batches * heads), b = task / heads % batches, h = task % heads;
+      const int64_t after = task + threads;  // probably this thread's next one
+      const bool all = keys * batches * heads == n_tiles * p.batch * p.heads_k;
+      const Next next{after / heads % batches, after % heads,
+                      all ? after / (batches * heads) : n_tiles};
+      for (int64_t bi = by_batch ? b : 0; bi < (by_batch ? b + 1 : p.batch); ++bi)
+        for (int64_t hi = by_head ? h : 0; hi < (by_head ? h + 1 : p.heads_k); ++hi)
+          for (int64_t ni = by_key ? key : 0; ni < (by_key ? key + 1 : n_tiles); ++ni)
+            key_block(bi, hi, ni, next);
+    });
+    if (ptr.dsink) parallel_for(p.heads_q, threads, [&](int64_t h) { sink_gradient(h); });
+  }
+
+ private:
+  const Problem& p;
+  const Pointers& ptr;
+  int threads;
+  int64_t block_n;  // keys of a task; a multiple of 32
+  int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
+  std::vector<T> delta;                       // [B, Hq, m_tiles, kPanel]
+  std::unique_ptr<T[]> dQt;                   // [B, Hq, m_tiles, D, kPanel]
+  std::vector<std::atomic<int32_t>> tickets;  // [B, Hq, m_tiles]: the key block that may add next
+
+  struct Next {  // a key block to prefetch; none when t == n_tiles
+    int64_t b, hk, t;
+  };
+
+  // A panel of queries: its head, first query, number of queries, index, and the key blocks
+  // [t0, t1) that it sees.
+  struct Rows {
+    int64_t h, m0, nq, unit, t0, t1;
+    bool whole() const { return t1 - t0 == 1; }
+  };
+
+  // What the loop over panels keeps of a key block, and its scratch.
+  struct Block : GradientTile<Op> {
+    explicit Block(const Sequence& s) : seq(s), soon(s.seqlen_q < kPanel) {}
+    const Sequence& seq;
+    int64_t t{}, n0{}, nk{};
+    Operand K{}, V{}, K_by_key{};
+    int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
+    bool begun = false;  // dK and dV hold something
+    T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
+    Item *Qt{}, *dOt{};  // [items of d][kPanel]
+    Item *Q{}, *dO{};    // [items of kPanel][d_pad]
+    T* row{};            // [max dim]
+    PanelScratch<T> side{};
+    T* dQt{};       // [D][kPanel], of whole rows
+    Item* block{};  // of pack_transposed
+    Prefetch soon;
+  };
+
+  static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
+  int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
+  template <class U>
+  const U* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
+                  int64_t i) const {
+    return reinterpret_cast<const U*>(static_cast<const char*>(base) +
+                                      seq.q_offset(s, h, i) * bytes());
+  }
+
+  void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
+    int64_t lo, hi;
+    seq.key_range(m0, m0 + nq, &lo, &hi);
+    *t0 = lo / block_n;
+    *t1 = hi > lo ? (hi + block_n - 1) / block_n : *t0;
+  }
+
+  // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.  Panels without keys end here.
+  void prepare(int64_t tile) {
+    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel;
+    const Sequence seq(p, ptr, tile / m_tiles / p.heads_q);
+    const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
+    if (nq <= 0) return;
+    int64_t t0, t1;
+    key_tiles(seq, m0, nq, &t0, &t1);
+    if (t0 >= t1) {
+      for (int64_t i = 0; i < nq && ptr.dq; ++i)
+        std::memset(static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + i) * bytes(), 0,
+                    size_t(p.head_dim * bytes()));
+      return;
+    }
+    if (t1 - t0 == 1) return;  // see exact_delta
+    if (ptr.dq) tickets[tile].store(int32_t(t0), std::memory_order_relaxed);
+    Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
+    T *o = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad);
+    for (T* row : {o, dout}) std::fill(row, row + dv_pad, T(0));
+    for (int64_t i = 0; i < nq; ++i) {
+      convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, o);
+      convert_row(p.dtype, row_of<char>(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, dout);
+      Vec<T> sum{};
+      for (int64_t d = 0; d < dv_pad; d += L) sum += load(o + d) * load(dout + d);
+      T total = 0;
+      for (int lane = 0; lane < L; ++lane) total += sum[lane];
+      if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
+      delta[tile * kPanel + i] = total;
+    }
+  }
+
+  int64_t scratch_bytes() const {
+    const int64_t dims = d_pad + dv_pad;
+    return int64_t(sizeof(T)) *
+           (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 7 +
+            MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) + dims);
+  }
+
+  void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
+    const Sequence seq(p, ptr, b);
+    const int64_t n0 = t * block_n, nk = std::min(block_n, seq.seqlen_k - n0);
+    if (nk <= 0) return;
+    const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
+    Scratch scratch(scratch_bytes());
+    auto tile_of = [&] { return scratch.take<T>(block_n * kPanel); };
+    auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
+    Item *K_scratch = items_of(block_n * d_pad), *V_scratch = items_of(block_n * dv_pad);
+    Block k(seq);
+    k.t = t, k.n0 = n0, k.nk = nk;
+    k.dK = scratch.take<T>(block_n * d_pad), k.dV = scratch.take<T>(block_n * dv_pad);
+    k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
+    k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
+    k.S = tile_of(), k.dP = tile_of();
+    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
+    k.dcap = p.softcap > 0 ? tile_of() : nullptr;
+    k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
+    k.row = scratch.take<T>(std::max(d_pad, dv_pad));
+    k.dQt = scratch.take<T>(d_pad * kPanel);
+    k.block = items_of(L * std::max(d_pad, dv_pad));
+    if constexpr (Op::kPack == 1) {
+      k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
+    } else {
+      k.P_rows = items_of(block_n * pairs), k.dS_rows = items_of(block_n * pairs);
+      k.dS_by_key = items_of(block_n * pairs);
+    }
+    k.K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
+    k.V = rows_by_depth<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
+    if constexpr (Op::kPack == 1) {
+      k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
+    } else {
+      k.K_by_key =
+          rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(by_key_items<Op>(block_n, d)));
+    }
+
+    bool first = true;
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
+      for (int64_t m = 0; m < m_tiles; ++m) {
+        Rows rows{h,
+                  m * kPanel,
+                  std::min(kPanel, seq.seqlen_q - m * kPanel),
+                  (b * p.heads_q + h) * m_tiles + m,
+                  0,
+                  0};
+        if (rows.nq <= 0) break;
+        key_tiles(seq, rows.m0, rows.nq, &rows.t0, &rows.t1);
+        if (t < rows.t0 || t >= rows.t1) continue;
+        if (first) prefetch(seq, hk, n0, next, k.soon);
+        first = false;
+        panel_pair(k, rows);
+      }
+    if (!k.begun) clear_keys(k);
+    store_rows(seq, ptr.dk, p.dk, hk, n0, nk, d, d_pad, k.dK, T(p.scale));
+    store_rows(seq, ptr.dv, p.dv, hk, n0, nk, dv, dv_pad, k.dV, T(1));
+  }
+
+  // Where memory is touched for the first time: the output of this block, the inputs of the next.
+  void prefetch(const Sequence& seq, int64_t hk, int64_t n0, const Next& next,
+                Prefetch& soon) const {
+    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, block_n, p.head_dim, soon);
+    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, block_n, p.head_dim_v, soon);
+    if (next.t >= n_tiles) return;
+    const Sequence other(p, ptr, next.b);
+    const int64_t first = next.t * block_n;
+    prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim, soon);
+    prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v, soon);
+    if (n_tiles > 1) return;  // the first panel that sees the block is not known
+    soon.add(row_of<char>(ptr.q, other, p.q, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
+             p.q.s * bytes(), p.head_dim * bytes());
+    soon.add(row_of<char>(ptr.dout, other, p.dout, next.hk * group, 0),
+             std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
+  }
+
+  void panel_pair(Block& k, const Rows& r) {
+    const Sequence& seq = k.seq;
+    const int64_t h = r.h, m0 = r.m0, nq = r.nq, unit = r.unit;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
+    const Panel<T> panel(seq, h, m0, nq, k.side);
+    const Tile tile = panel.tile(k.n0, k.nk, Op::kPack);
+    panel.prefetch_mask(m0 + kPanel, kPanel, k.n0, k.nk);
+    T* dq = r.whole() ? k.dQt : dQt.get() + unit * d * kPanel;
+    if (tile.empty) {  // by mask or bias
+      if (begin_dq(k, r)) clear_dq(dq);
+      return end_dq(k, r, dq);
+    }
+    Segment segments[2 * kGrains + 1];
+    const int count = panel.segments(tile, segments);
+
+    // S^T = K Q^T, dP^T = V dO^T   [nk, columns]
+    const char* q_rows = row_of<char>(ptr.q, seq, p.q, h, m0);
+    const char* dout_rows = row_of<char>(ptr.dout, seq, p.dout, h, m0);
+    pack_transposed<Op>(p.dtype, q_rows, p.q.s * bytes(), nq, panel.columns, d, k.block, k.Qt);
+    pack_transposed<Op>(p.dtype, dout_rows, p.dout.s * bytes(), nq, panel.columns, dv, k.block,
+                        k.dOt);
+    // What this pair adds to at its end, and what the next one begins with, come from L3 meanwhile.
+    const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
+    k.soon.add_first(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(),
+                     dv * bytes());
+    k.soon.add_first(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
+    if (ptr.dq && k.t + 1 == r.t1)
+      k.soon.add_first(row_of<char>(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
+    if (ptr.dq) k.soon.add_first(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
+    panel.prefetch_bias(tile);
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
+    for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
+    std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
+    T* row_delta = delta.data() + unit * kPanel;
+    // Keys that every query sees need no logits in memory, unless something is inf or NaN.
+    const bool at_once = kAtOnce && !r.whole() && panel.plain() && panel.columns == kPanel;
+    const bool clean = finite(k, panel);  // else inf or NaN may meet P = 0 or dS = 0
+    const Keys done = at_once && clean ? panel.seen_by_all(tile, Op::kPack) : Keys{0, 0};
+    const bool late = ptr.dbias || k.dcap || !clean;  // dS is needed as numbers first
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      done.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
+        gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(d), k.K.data + lo * k.K.row_step,
+                       k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + lo * kPanel + s.begin,
+                       false, &k.soon);
+        gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(dv), k.V.data + lo * k.V.row_step,
+                       k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + lo * kPanel + s.begin,
+                       false, &k.soon);
+      });
+    }
+    const T scale = T(panel.logits(tile, k.S, k.dcap));
+    const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
+    const T* dlse = ptr.dlse ? static_cast<const T*>(ptr.dlse) + seq.lse_offset(h, m0) : nullptr;
+    if (r.whole()) k.exact_delta(panel, tile, scale, kept, dlse, row_delta);
+    if constexpr (kAtOnce)
+      if (done.lo < done.hi)
+        k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, d, dv, done.lo, done.hi, scale, row_delta,
+                                k.soon);
+    for (int64_t g = 0; g < panel.grains; ++g)
+      done.rest({tile.lo[g], tile.hi[g]}, [&](int64_t lo, int64_t hi) {
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+          if (r.whole())
+            k.template gradient<true>(v, lo, hi, scale, row_delta, kept, late);
+          else
+            k.template gradient<false>(v, lo, hi, scale, row_delta, kept, late);
+      });
+    if (late) {
+      if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
+      if (k.dcap) k.through_softcap(panel, tile);
+      if (!clean) {
+        if (!k.begun) clear_keys(k);
+        k.begun = true;
+        if (begin_dq(k, r)) clear_dq(dq);
+        add_visible(k, panel, tile, h, dq);
+        return end_dq(k, r, dq);
+      }
+      if constexpr (Op::kPack == 2)
+        for (int64_t g = 0; g < panel.grains; ++g) k.emit(g * kGrain, tile.lo[g], tile.hi[g]);
+    }
+
+    // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
+    if (ptr.dv)
+      add_keys(k, dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count);
+    if (ptr.dk) add_keys(k, q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count);
+    k.begun = true;
+    if (!ptr.dq) return;
+    // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
+    bool begins = begin_dq(k, r);
+    if (begins && !segments[0].covers(panel.columns)) {
+      clear_dq(dq);
+      begins = false;
+    }
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      const int64_t first = s.lo / Op::kPack;
+      gemm_panel<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                     k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
+                     k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, dq + s.begin,
+                     i > 0 || !begins, &k.soon);
+    }
+    end_dq(k, r, dq);
+  }
+
+  // Key blocks add to a panel of dQ in ascending order: the first one (true) finds nothing in it,
+  // the last one writes it out.
+  bool begin_dq(const Block& k, const Rows& r) {
+    if (!ptr.dq) return false;
+    if (!r.whole())
+      while (tickets[r.unit].load(std::memory_order_acquire) != k.t) std::this_thread::yield();
+    return k.t == r.t0;
+  }
+  void clear_dq(T* dq) const { std::fill(dq, dq + p.head_dim * kPanel, T(0)); }
+  void clear_keys(Block& k) const {
+    std::fill(k.dK, k.dK + k.nk * d_pad, T(0));
+    std::fill(k.dV, k.dV + k.nk * dv_pad, T(0));
+  }
+
+  ATTN_NOINLINE void end_dq(const Block& k, const Rows& r, const T* dq) {
+    if (!ptr.dq) return;
+    if (k.t + 1 == r.t1) {
+      T* rows = reinterpret_cast<T*>(k.block);  // kLanes rows of max(d_pad, dv_pad)
+      for (int64_t v = 0; v < r.nq; v += L)
+        store_transposed<T>(
+            p.dtype, dq + v, set1(T(p.scale)), std::min<int64_t>(L, r.nq - v), p.head_dim, rows,
+            static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, r.h, r.m0 + v) * bytes(),
+            p.dq.s * bytes());
+    } else {
+      tickets[r.unit].store(int32_t(k.t + 1), std::memory_order_release);
+    }
+  }
+
+  // No inf or NaN in K, V and the panel's Q and dO.
+  ATTN_NOINLINE bool finite(Block& k, const Panel<T>& panel) const {
+    constexpr int64_t row = kPanel * int64_t(sizeof(Item));
+    if (!all_finite<Op>(reinterpret_cast<const char*>(k.Qt), row, items<Op>(p.head_dim),
+                        panel.columns) ||
+        !all_finite<Op>(reinterpret_cast<const char*>(k.dOt), row, items<Op>(p.head_dim_v),
+                        panel.columns))
+      return false;
+    if (k.finite < 0)
+      k.finite = all_finite<Op>(k.K.data, k.K.row_step, k.nk, items<Op>(p.head_dim)) &&
+                 all_finite<Op>(k.V.data, k.V.row_step, k.nk, items<Op>(p.head_dim_v));
+    return k.finite;
+  }
+
+  // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO; = where nothing has begun.
+  ATTN_NOINLINE void add_keys(Block& k, const char* rows, int64_t row_stride, const Panel<T>& panel,
+                              int64_t dim, int64_t pad, const Item* A, Item* packed, T* C,
+                              const Segment* segments, int count) const {
+    constexpr int64_t pairs = kPanel / Op::kPack;
+    const Item* B = packed;
+    int64_t ldb = pad, depth = (panel.nq + Op::kPack - 1) / Op::kPack;
+    if (Op::kPack == 1 && bytes() == int64_t(sizeof(T)) && dim == pad &&
+        (row_stride == dim || row_stride * bytes() < 1024)) {
+      B = reinterpret_cast<const Item*>(rows), ldb = row_stride;
+    } else {
+      for (int64_t i = 0; i < depth; ++i) {
+        Item* row = packed + i * pad;
+        std::fill(row + dim, row + pad, Item(0));
+        const char* from = rows + i * Op::kPack * row_stride * bytes();
+        if constexpr (Op::kPack == 1) {
+          convert_row(p.dtype, from, dim, row);
+        } else {
+          const auto* even = reinterpret_cast<const uint16_t*>(from);
+          interleave_rows(even, 2 * i + 1 < panel.nq ? even + row_stride : nullptr, dim, row);
+        }
+      }
+    }
+    int64_t key = 0;  // segments ascend and do not overlap
+    auto clear_to = [&](int64_t end) {
+      if (!k.begun && key < end) std::fill(C + key * pad, C + end * pad, T(0));
+    };
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      const int64_t begin = s.begin / Op::kPack, end = std::min(s.end / Op::kPack, depth);
+      clear_to(s.lo);
+      gemm<Op>(s.hi - s.lo, pad, end - begin,
+               reinterpret_cast<const char*>(A + s.lo * pairs + begin),
+               pairs * int64_t(sizeof(Item)), int64_t(sizeof(Item)), B + begin * ldb, ldb,
+               C + s.lo * pad, pad, k.begun, &k.soon);
+      key = s.hi;
+    }
+    clear_to(k.nk);
+  }
+
+  // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.
+  ATTN_NOINLINE void add_visible(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h,
+                                 T* dq) const {
+    const Sequence& seq = k.seq;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
+    for (int64_t q = 0; q < panel.nq; ++q) {
+      const char* q_row = row_of<char>(ptr.q, seq, p.q, h, panel.m0 + q);
+      const char* dout_row = row_of<char>(ptr.dout, seq, p.dout, h, panel.m0 + q);
+      for (int64_t j = tile.lo[q / kGrain]; j < tile.hi[q / kGrain]; ++j) {
+        const T w = k.S[j * kPanel + q], g = k.dP[j * kPanel + q];
+        if (w != T(0) && ptr.dv) {
+          convert_row(p.dtype, dout_row, dv, k.row);
+          for (int64_t c = 0; c < dv; ++c) k.dV[j * dv_pad + c] += w * k.row[c];
+        }
+        if (g == T(0)) continue;
+        convert_row(p.dtype, q_row, d, k.row);
+        for (int64_t c = 0; c < d; ++c) {
+          k.dK[j * d_pad + c] += g * k.row[c];
+          if (ptr.dq) dq[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
+        }
+      }
+    }
+  }
+
+  ATTN_NOINLINE void add_bias_gradient(const Block& k, const Panel<T>& panel, const Tile& tile,
+                                       int64_t h) const {
+    T* out = static_cast<T*>(ptr.dbias) + k.seq.b * p.dbias.b + h * p.dbias.h +
+             panel.m0 * p.dbias.q + k.n0 * p.dbias.k;
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t j = tile.lo[g] / L * L; j < tile.hi[g]; j += L)
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
+          Vec<T> block[L];  // [L keys][L queries] -> [L queries][L keys]
+          for (int i = 0; i < L; ++i)
+            block[i] = j + i >= tile.lo[g] && j + i < tile.hi[g] ? load(k.dP + (j + i) * kPanel + v)
+                                                                 : Vec<T>{};
+          transpose_round<T, 1>(block);
+          const int64_t n = std::min<int64_t>(L, tile.hi[g] - j);
+          for (int i = 0; i < L && v + i < panel.nq; ++i) {
+            T* at = out + (v + i) * p.dbias.q + j * p.dbias.k;
+            if (p.dbias.k == 1 && n == L) {
+              store(at, load(at) + block[i]);
+            } else if (p.dbias.k == 0) {  // short sums first: one of thousands of keys is inexact
+              T sum = 0;
+              for (int64_t c = 0; c < n; ++c) sum += block[i][c];
+              at[0] += sum;
+            } else {
+              for (int64_t c = 0; c < n; ++c) at[c * p.dbias.k] += block[i][c];
+            }
+          }
+        }
+  }
+
+  ATTN_NOINLINE void store_rows(const Sequence& seq, void* base, const Strides& s, int64_t hk,
+                                int64_t n0, int64_t nk, int64_t dim, int64_t pad, T* rows,
+                                T scale) const {
+    if (!base) return;
+    for (int64_t j = 0; j < nk; ++j) {
+      T* row = rows + j * pad;
+      for (int64_t d = 0; d < pad; d += L) store(row + d, load(row + d) * scale);
+      restore_row<T>(p.dtype, row, dim,
+                     static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * bytes());
+    }
+  }
+
+  // dsink[h] = -sum over rows of exp(sink - LSE) * delta; one head a task, rows in order
+  void sink_gradient(int64_t h) const {
+    const double sink = static_cast<const T*>(ptr.sink)[h];
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence seq(p, ptr, b);
+      for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+        const double lse = static_cast<const T*>(ptr.lse)[seq.lse_offset(h, i)];
+        const int64_t unit = (b * p.heads_q + h) * m_tiles + i / kPanel;
+        if (lse != -std::numeric_limits<double>::infinity())
+          sum -= std::exp(sink - lse) * double(delta[unit * kPanel + i % kPanel]);
+      }
+    }
+    static_cast<T*>(ptr.dsink)[h] = T(sum);
+  }
+};
+
+}  // namespace attn::cpu::ATTN_ISA

@@ -426,7 +426,7 @@ ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What
 
 
 def inspect(call: Call, w, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
-    """csrc/cpu/kernels/inspect.h on a dense call, w as in `family_forward`: fills `out` (and `entropy`,
+    """A map of a dense call, by csrc/cpu; w as in `family_forward`: fills `out` (and `entropy`,
     `keys`); all contiguous, in the statistics' dtype (keys: int64).  lse is read, and written for
     ROW_STATS; sizes are (n, rows, cols)."""
     t = _canonical(call)

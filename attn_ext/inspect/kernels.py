@@ -1,4 +1,4 @@
-"""Which kernel computes a map of a dense call: csrc/cpu/kernels/inspect.h, triton_kernels/inspect.py, or
+"""Which kernel computes a map of a dense call: csrc/cpu/kernels, triton_kernels/inspect.py, or
 blocked torch code (`attn_ext.inspect.blocked`), the reference, which serves every device.
 
 Calls are dense and without autograd; w [Hq, D] makes the scores additive (`attn_ext.additive`),

@@ -9,6 +9,7 @@
 // before it.
 #pragma once
 #include "cpu/kernels/gradient.h"
+#include "cpu/kernels/key_gradient.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/tile/rows.h"
@@ -95,7 +96,7 @@ class Backward {
   struct Block : GradientTile<Op> {
     explicit Block(const Sequence& s) : seq(s), soon(s.seqlen_q < kPanel) {}
     const Sequence& seq;
-    int64_t t{}, n0{}, nk{};
+    int64_t t{}, hk{}, n0{}, nk{};  // the block's number, K/V head, first key, number of keys
     Operand K{}, V{}, K_by_key{};
     int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
     bool begun = false;  // dK and dV hold something
@@ -165,15 +166,34 @@ class Backward {
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
     const Sequence seq(p, ptr, b);
-    const int64_t n0 = t * block_n, nk = std::min(block_n, seq.seqlen_k - n0);
-    if (nk <= 0) return;
-    const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
+    Block k(seq);
+    k.t = t, k.hk = hk, k.n0 = t * block_n, k.nk = std::min(block_n, seq.seqlen_k - k.n0);
+    if (k.nk <= 0) return;
     Scratch scratch(scratch_bytes());
+    load_keys(k, scratch);
+    bool first = true;
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
+      for (int64_t m = 0; m < m_tiles; ++m) {
+        const int64_t m0 = m * kPanel, nq = std::min(kPanel, seq.seqlen_q - m0);
+        Rows rows{h, m0, nq, (b * p.heads_q + h) * m_tiles + m, 0, 0};
+        if (nq <= 0) break;
+        key_tiles(seq, m0, nq, &rows.t0, &rows.t1);
+        if (t < rows.t0 || t >= rows.t1) continue;
+        if (first) prefetch(k, next);
+        first = false;
+        panel_pair(k, rows);
+      }
+    if (!k.begun) clear_keys(k);
+    store_rows(k, ptr.dk, p.dk, p.head_dim, d_pad, k.dK, T(p.scale));
+    store_rows(k, ptr.dv, p.dv, p.head_dim_v, dv_pad, k.dV, T(1));
+  }
+
+  // The scratch of a key block, and K and V as operands.
+  void load_keys(Block& k, Scratch& scratch) const {
+    const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
     auto tile_of = [&] { return scratch.take<T>(block_n * kPanel); };
     auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
     Item *K_scratch = items_of(block_n * d_pad), *V_scratch = items_of(block_n * dv_pad);
-    Block k(seq);
-    k.t = t, k.n0 = n0, k.nk = nk;
     k.dK = scratch.take<T>(block_n * d_pad), k.dV = scratch.take<T>(block_n * dv_pad);
     k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
@@ -184,47 +204,24 @@ class Backward {
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
     k.dQt = scratch.take<T>(d_pad * kPanel);
     k.block = items_of(L * std::max(d_pad, dv_pad));
+    k.K = rows_by_depth<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, K_scratch);
+    k.V = rows_by_depth<Op>(k.seq, ptr.v, p.v, k.hk, k.n0, k.nk, dv, V_scratch);
     if constexpr (Op::kPack == 1) {
       k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
+      k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
     } else {
       k.P_rows = items_of(block_n * pairs), k.dS_rows = items_of(block_n * pairs);
       k.dS_by_key = items_of(block_n * pairs);
+      Item* by_key = items_of(by_key_items<Op>(block_n, d));
+      k.K_by_key = rows_by_key<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, by_key);
     }
-    k.K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, n0, nk, d, K_scratch);
-    k.V = rows_by_depth<Op>(seq, ptr.v, p.v, hk, n0, nk, dv, V_scratch);
-    if constexpr (Op::kPack == 1) {
-      k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
-    } else {
-      k.K_by_key =
-          rows_by_key<Op>(seq, ptr.k, p.k, hk, n0, nk, d, items_of(by_key_items<Op>(block_n, d)));
-    }
-
-    bool first = true;
-    for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
-      for (int64_t m = 0; m < m_tiles; ++m) {
-        Rows rows{h,
-                  m * kPanel,
-                  std::min(kPanel, seq.seqlen_q - m * kPanel),
-                  (b * p.heads_q + h) * m_tiles + m,
-                  0,
-                  0};
-        if (rows.nq <= 0) break;
-        key_tiles(seq, rows.m0, rows.nq, &rows.t0, &rows.t1);
-        if (t < rows.t0 || t >= rows.t1) continue;
-        if (first) prefetch(seq, hk, n0, next, k.soon);
-        first = false;
-        panel_pair(k, rows);
-      }
-    if (!k.begun) clear_keys(k);
-    store_rows(seq, ptr.dk, p.dk, hk, n0, nk, d, d_pad, k.dK, T(p.scale));
-    store_rows(seq, ptr.dv, p.dv, hk, n0, nk, dv, dv_pad, k.dV, T(1));
   }
 
   // Where memory is touched for the first time: the output of this block, the inputs of the next.
-  void prefetch(const Sequence& seq, int64_t hk, int64_t n0, const Next& next,
-                Prefetch& soon) const {
-    if (ptr.dk) prefetch_keys(seq, ptr.dk, p.dk, hk, n0, block_n, p.head_dim, soon);
-    if (ptr.dv) prefetch_keys(seq, ptr.dv, p.dv, hk, n0, block_n, p.head_dim_v, soon);
+  void prefetch(Block& k, const Next& next) const {
+    Prefetch& soon = k.soon;
+    if (ptr.dk) prefetch_keys(k.seq, ptr.dk, p.dk, k.hk, k.n0, block_n, p.head_dim, soon);
+    if (ptr.dv) prefetch_keys(k.seq, ptr.dv, p.dv, k.hk, k.n0, block_n, p.head_dim_v, soon);
     if (next.t >= n_tiles) return;
     const Sequence other(p, ptr, next.b);
     const int64_t first = next.t * block_n;
@@ -237,136 +234,186 @@ class Backward {
              std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
   }
 
-  void panel_pair(Block& k, const Rows& r) {
-    const Sequence& seq = k.seq;
-    const int64_t h = r.h, m0 = r.m0, nq = r.nq, unit = r.unit;
-    const int64_t d = p.head_dim, dv = p.head_dim_v;
-    const Panel<T> panel(seq, h, m0, nq, k.side);
-    const Tile tile = panel.tile(k.n0, k.nk, Op::kPack);
-    panel.prefetch_mask(m0 + kPanel, kPanel, k.n0, k.nk);
-    T* dq = r.whole() ? k.dQt : dQt.get() + unit * d * kPanel;
-    if (tile.empty) {  // by mask or bias
-      if (begin_dq(k, r)) clear_dq(dq);
-      return end_dq(k, r, dq);
-    }
-    Segment segments[2 * kGrains + 1];
-    const int count = panel.segments(tile, segments);
+  // How P and dS of a pair come about.
+  enum Route {
+    kFused,     // from the registers of the products, where every query sees the key
+    kInMemory,  // S and dP are written, then become P and dS in place
+    kCareful,   // the same; inf or NaN may meet P = 0 or dS = 0, so the products that follow take
+                // only pairs with P != 0
+  };
 
-    // S^T = K Q^T, dP^T = V dO^T   [nk, columns]
-    const char* q_rows = row_of<char>(ptr.q, seq, p.q, h, m0);
-    const char* dout_rows = row_of<char>(ptr.dout, seq, p.dout, h, m0);
-    pack_transposed<Op>(p.dtype, q_rows, p.q.s * bytes(), nq, panel.columns, d, k.block, k.Qt);
-    pack_transposed<Op>(p.dtype, dout_rows, p.dout.s * bytes(), nq, panel.columns, dv, k.block,
+  // A panel of queries against a block of keys: what its phases share.
+  struct Pair {
+    Pair(Block& k, const Rows& r) : r(r), panel(k.seq, r.h, r.m0, r.nq, k.side) {}
+    const Rows& r;
+    const Panel<T> panel;
+    Tile tile{};
+    Segments segments{};
+    Route route = kInMemory;
+    Keys fused{0, 0};                  // whose P and dS never are in memory as numbers
+    bool late = false;                 // P and dS are needed as numbers first
+    const char *Q_rows{}, *dO_rows{};  // [nq][D] and [nq][Dv], as they are stored
+    T *dQ{}, *delta{};                 // [D][kPanel]; [kPanel]
+  };
+
+  void panel_pair(Block& k, const Rows& r) {
+    Pair x(k, r);
+    x.tile = x.panel.tile(k.n0, k.nk, Op::kPack);
+    x.panel.prefetch_mask(r.m0 + kPanel, kPanel, k.n0, k.nk);
+    x.dQ = r.whole() ? k.dQt : dQt.get() + r.unit * p.head_dim * kPanel;
+    if (x.tile.empty) return Turn(*this, k, x).clear_first();  // by mask or bias
+    x.segments = x.panel.segments(x.tile);
+    load_queries(k, x);
+    choose_route(k, x);
+    products(k, x);
+    gradient(k, x);
+    if (x.route == kCareful) return add_visible(k, x);
+    add_dkdv(k, x);
+    if (ptr.dq) add_dq(k, x);
+  }
+
+  // Q^T, dO^T, LSE of the panel.
+  void load_queries(Block& k, Pair& x) {
+    const Sequence& seq = k.seq;
+    const auto& [h, m0, nq, unit, t0, t1] = x.r;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
+    x.Q_rows = row_of<char>(ptr.q, seq, p.q, h, m0);
+    x.dO_rows = row_of<char>(ptr.dout, seq, p.dout, h, m0);
+    pack_transposed<Op>(p.dtype, x.Q_rows, p.q.s * bytes(), nq, x.panel.columns, d, k.block, k.Qt);
+    pack_transposed<Op>(p.dtype, x.dO_rows, p.dout.s * bytes(), nq, x.panel.columns, dv, k.block,
                         k.dOt);
     // What this pair adds to at its end, and what the next one begins with, come from L3 meanwhile.
     const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
-    k.soon.add_first(dout_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(),
+    k.soon.add_first(x.dO_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(),
                      dv * bytes());
-    k.soon.add_first(q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
-    if (ptr.dq && k.t + 1 == r.t1)
+    k.soon.add_first(x.Q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
+    if (ptr.dq && k.t + 1 == t1)
       k.soon.add_first(row_of<char>(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
-    if (ptr.dq) k.soon.add_first(dq, 1, 0, d * kPanel * int64_t(sizeof(T)));
-    panel.prefetch_bias(tile);
+    if (ptr.dq) k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
+    x.panel.prefetch_bias(x.tile);
     constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
     for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
-    T* row_delta = delta.data() + unit * kPanel;
-    // Keys that every query sees need no logits in memory, unless something is inf or NaN.
-    const bool at_once = kAtOnce && !r.whole() && panel.plain() && panel.columns == kPanel;
-    const bool clean = finite(k, panel);  // else inf or NaN may meet P = 0 or dS = 0
-    const Keys done = at_once && clean ? panel.seen_by_all(tile, Op::kPack) : Keys{0, 0};
-    const bool late = ptr.dbias || k.dcap || !clean;  // dS is needed as numbers first
-    for (int i = 0; i < count; ++i) {
-      const Segment& s = segments[i];
-      done.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
-        gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(d), k.K.data + lo * k.K.row_step,
-                       k.K.row_step, k.K.depth_step, k.Qt + s.begin, k.S + lo * kPanel + s.begin,
-                       false, &k.soon);
-        gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(dv), k.V.data + lo * k.V.row_step,
-                       k.V.row_step, k.V.depth_step, k.dOt + s.begin, k.dP + lo * kPanel + s.begin,
-                       false, &k.soon);
+    x.delta = delta.data() + unit * kPanel;
+  }
+
+  void choose_route(Block& k, Pair& x) const {
+    const Panel<T>& panel = x.panel;
+    const bool at_once = kAtOnce && !x.r.whole() && panel.plain() && panel.columns == kPanel;
+    x.route = !finite(k, panel) ? kCareful : at_once ? kFused : kInMemory;
+    if (x.route == kFused) x.fused = panel.seen_by_all(x.tile, Op::kPack);
+    x.late = ptr.dbias || k.dcap || x.route == kCareful;
+  }
+
+  // S^T = K Q^T, dP^T = V dO^T   [nk, columns], but for the fused keys
+  void products(Block& k, const Pair& x) const {
+    auto product = [&](int64_t lo, int64_t hi, const Segment& s, int64_t dim, const Operand& A,
+                       const Item* B, T* C) {
+      gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(dim), A.data + lo * A.row_step,
+                     A.row_step, A.depth_step, B + s.begin, C + lo * kPanel + s.begin, false,
+                     &k.soon);
+    };
+    for (const Segment& s : x.segments)
+      x.fused.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
+        product(lo, hi, s, p.head_dim, k.K, k.Qt, k.S);
+        product(lo, hi, s, p.head_dim_v, k.V, k.dOt, k.dP);
       });
-    }
-    const T scale = T(panel.logits(tile, k.S, k.dcap));
-    const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
-    const T* dlse = ptr.dlse ? static_cast<const T*>(ptr.dlse) + seq.lse_offset(h, m0) : nullptr;
-    if (r.whole()) k.exact_delta(panel, tile, scale, kept, dlse, row_delta);
+  }
+
+  // P and dS as operands of the products that follow; dBias on the way.
+  void gradient(Block& k, const Pair& x) {
+    const Rows& r = x.r;
+    const T scale = T(x.panel.logits(x.tile, k.S, k.dcap));
+    const T* kept = p.dropout_p > 0 ? x.panel.keep(x.tile) : nullptr;
+    const T* dlse =
+        ptr.dlse ? static_cast<const T*>(ptr.dlse) + k.seq.lse_offset(r.h, r.m0) : nullptr;
+    if (r.whole()) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
     if constexpr (kAtOnce)
-      if (done.lo < done.hi)
-        k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, d, dv, done.lo, done.hi, scale, row_delta,
-                                k.soon);
-    for (int64_t g = 0; g < panel.grains; ++g)
-      done.rest({tile.lo[g], tile.hi[g]}, [&](int64_t lo, int64_t hi) {
+      if (x.fused.lo < x.fused.hi)
+        k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, p.head_dim, p.head_dim_v, x.fused.lo,
+                                x.fused.hi, scale, x.delta, k.soon);
+    for (int64_t g = 0; g < x.panel.grains; ++g)
+      x.fused.rest({x.tile.lo[g], x.tile.hi[g]}, [&](int64_t lo, int64_t hi) {
         for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
           if (r.whole())
-            k.template gradient<true>(v, lo, hi, scale, row_delta, kept, late);
+            k.template gradient<true>(v, lo, hi, scale, x.delta, kept, x.late);
           else
-            k.template gradient<false>(v, lo, hi, scale, row_delta, kept, late);
+            k.template gradient<false>(v, lo, hi, scale, x.delta, kept, x.late);
       });
-    if (late) {
-      if (ptr.dbias) add_bias_gradient(k, panel, tile, h);
-      if (k.dcap) k.through_softcap(panel, tile);
-      if (!clean) {
-        if (!k.begun) clear_keys(k);
-        k.begun = true;
-        if (begin_dq(k, r)) clear_dq(dq);
-        add_visible(k, panel, tile, h, dq);
-        return end_dq(k, r, dq);
-      }
-      if constexpr (Op::kPack == 2)
-        for (int64_t g = 0; g < panel.grains; ++g) k.emit(g * kGrain, tile.lo[g], tile.hi[g]);
-    }
+    if (ptr.dbias) k.add_bias_gradient(x.panel, x.tile, k.n0);
+    if (k.dcap) k.through_softcap(x.panel, x.tile);
+    if constexpr (Op::kPack == 2)
+      for (int64_t g = 0; x.late && x.route != kCareful && g < x.panel.grains; ++g)
+        k.emit(g * kGrain, x.tile.lo[g], x.tile.hi[g]);
+  }
 
-    // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
-    if (ptr.dv)
-      add_keys(k, dout_rows, p.dout.s, panel, dv, dv_pad, k.P_rows, k.dO, k.dV, segments, count);
-    if (ptr.dk) add_keys(k, q_rows, p.q.s, panel, d, d_pad, k.dS_rows, k.Q, k.dK, segments, count);
+  // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
+  void add_dkdv(Block& k, const Pair& x) const {
+    const DType type = p.dtype;
+    const KeyGradient<Op> V{type, x.dO_rows, p.dout.s, p.head_dim_v, dv_pad, k.P_rows, k.dO, k.dV};
+    const KeyGradient<Op> K{type, x.Q_rows, p.q.s, p.head_dim, d_pad, k.dS_rows, k.Q, k.dK};
+    if (ptr.dv) V.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
+    if (ptr.dk) K.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
     k.begun = true;
-    if (!ptr.dq) return;
-    // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
-    bool begins = begin_dq(k, r);
-    if (begins && !segments[0].covers(panel.columns)) {
-      clear_dq(dq);
+  }
+
+  // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
+  void add_dq(Block& k, const Pair& x) {
+    const Turn turn(*this, k, x);
+    bool begins = turn.first && x.segments.at[0].covers(x.panel.columns);
+    if (!begins) turn.clear_first();
+    for (const Segment& s : x.segments) {
+      const int64_t first = s.lo / Op::kPack;
+      gemm_panel<Op>(p.head_dim, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                     k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
+                     k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, x.dQ + s.begin,
+                     !begins, &k.soon);
       begins = false;
     }
-    for (int i = 0; i < count; ++i) {
-      const Segment& s = segments[i];
-      const int64_t first = s.lo / Op::kPack;
-      gemm_panel<Op>(d, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
-                     k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
-                     k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, dq + s.begin,
-                     i > 0 || !begins, &k.soon);
-    }
-    end_dq(k, r, dq);
   }
 
-  // Key blocks add to a panel of dQ in ascending order: the first one (true) finds nothing in it,
-  // the last one writes it out.
-  bool begin_dq(const Block& k, const Rows& r) {
-    if (!ptr.dq) return false;
-    if (!r.whole())
-      while (tickets[r.unit].load(std::memory_order_acquire) != k.t) std::this_thread::yield();
-    return k.t == r.t0;
+  // The key block's turn to add to a panel of dQ, for the life of the object.  Blocks add in
+  // ascending order, whatever thread has them: the first one finds nothing there, the last one
+  // writes the panel out.
+  class Turn {
+   public:
+    Turn(Backward& all, const Block& k, const Pair& x)
+        : first(all.ptr.dq && k.t == x.r.t0), all_(all), k_(k), x_(x) {
+      if (!all.ptr.dq || x.r.whole()) return;
+      while (all.tickets[x.r.unit].load(std::memory_order_acquire) != k.t)
+        std::this_thread::yield();
+    }
+    ~Turn() {
+      if (all_.ptr.dq) all_.end_dq(k_, x_);
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    void clear_first() const {
+      if (first) std::fill(x_.dQ, x_.dQ + all_.p.head_dim * kPanel, T(0));
+    }
+    const bool first;
+
+   private:
+    Backward& all_;
+    const Block& k_;
+    const Pair& x_;
+  };
+
+  ATTN_NOINLINE void end_dq(const Block& k, const Pair& x) {
+    const Rows& r = x.r;
+    if (k.t + 1 != r.t1) return tickets[r.unit].store(int32_t(k.t + 1), std::memory_order_release);
+    T* rows = reinterpret_cast<T*>(k.block);  // kLanes rows of max(d_pad, dv_pad)
+    for (int64_t v = 0; v < r.nq; v += L)
+      store_transposed<T>(
+          p.dtype, x.dQ + v, set1(T(p.scale)), std::min<int64_t>(L, r.nq - v), p.head_dim, rows,
+          static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, r.h, r.m0 + v) * bytes(),
+          p.dq.s * bytes());
   }
-  void clear_dq(T* dq) const { std::fill(dq, dq + p.head_dim * kPanel, T(0)); }
+
   void clear_keys(Block& k) const {
     std::fill(k.dK, k.dK + k.nk * d_pad, T(0));
     std::fill(k.dV, k.dV + k.nk * dv_pad, T(0));
-  }
-
-  ATTN_NOINLINE void end_dq(const Block& k, const Rows& r, const T* dq) {
-    if (!ptr.dq) return;
-    if (k.t + 1 == r.t1) {
-      T* rows = reinterpret_cast<T*>(k.block);  // kLanes rows of max(d_pad, dv_pad)
-      for (int64_t v = 0; v < r.nq; v += L)
-        store_transposed<T>(
-            p.dtype, dq + v, set1(T(p.scale)), std::min<int64_t>(L, r.nq - v), p.head_dim, rows,
-            static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, r.h, r.m0 + v) * bytes(),
-            p.dq.s * bytes());
-    } else {
-      tickets[r.unit].store(int32_t(k.t + 1), std::memory_order_release);
-    }
   }
 
   // No inf or NaN in K, V and the panel's Q and dO.
@@ -383,55 +430,17 @@ class Backward {
     return k.finite;
   }
 
-  // C [keys][dim] += A [keys][queries] * rows [queries][dim] of Q or dO; = where nothing has begun.
-  ATTN_NOINLINE void add_keys(Block& k, const char* rows, int64_t row_stride, const Panel<T>& panel,
-                              int64_t dim, int64_t pad, const Item* A, Item* packed, T* C,
-                              const Segment* segments, int count) const {
-    constexpr int64_t pairs = kPanel / Op::kPack;
-    const Item* B = packed;
-    int64_t ldb = pad, depth = (panel.nq + Op::kPack - 1) / Op::kPack;
-    if (Op::kPack == 1 && bytes() == int64_t(sizeof(T)) && dim == pad &&
-        (row_stride == dim || row_stride * bytes() < 1024)) {
-      B = reinterpret_cast<const Item*>(rows), ldb = row_stride;
-    } else {
-      for (int64_t i = 0; i < depth; ++i) {
-        Item* row = packed + i * pad;
-        std::fill(row + dim, row + pad, Item(0));
-        const char* from = rows + i * Op::kPack * row_stride * bytes();
-        if constexpr (Op::kPack == 1) {
-          convert_row(p.dtype, from, dim, row);
-        } else {
-          const auto* even = reinterpret_cast<const uint16_t*>(from);
-          interleave_rows(even, 2 * i + 1 < panel.nq ? even + row_stride : nullptr, dim, row);
-        }
-      }
-    }
-    int64_t key = 0;  // segments ascend and do not overlap
-    auto clear_to = [&](int64_t end) {
-      if (!k.begun && key < end) std::fill(C + key * pad, C + end * pad, T(0));
-    };
-    for (int i = 0; i < count; ++i) {
-      const Segment& s = segments[i];
-      const int64_t begin = s.begin / Op::kPack, end = std::min(s.end / Op::kPack, depth);
-      clear_to(s.lo);
-      gemm<Op>(s.hi - s.lo, pad, end - begin,
-               reinterpret_cast<const char*>(A + s.lo * pairs + begin),
-               pairs * int64_t(sizeof(Item)), int64_t(sizeof(Item)), B + begin * ldb, ldb,
-               C + s.lo * pad, pad, k.begun, &k.soon);
-      key = s.hi;
-    }
-    clear_to(k.nk);
-  }
-
   // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.
-  ATTN_NOINLINE void add_visible(const Block& k, const Panel<T>& panel, const Tile& tile, int64_t h,
-                                 T* dq) const {
-    const Sequence& seq = k.seq;
+  ATTN_NOINLINE void add_visible(Block& k, const Pair& x) {
+    if (!k.begun) clear_keys(k);
+    k.begun = true;
+    const Turn turn(*this, k, x);
+    turn.clear_first();
     const int64_t d = p.head_dim, dv = p.head_dim_v;
-    for (int64_t q = 0; q < panel.nq; ++q) {
-      const char* q_row = row_of<char>(ptr.q, seq, p.q, h, panel.m0 + q);
-      const char* dout_row = row_of<char>(ptr.dout, seq, p.dout, h, panel.m0 + q);
-      for (int64_t j = tile.lo[q / kGrain]; j < tile.hi[q / kGrain]; ++j) {
+    for (int64_t q = 0; q < x.panel.nq; ++q) {
+      const char* q_row = x.Q_rows + q * p.q.s * bytes();
+      const char* dout_row = x.dO_rows + q * p.dout.s * bytes();
+      for (int64_t j = x.tile.lo[q / kGrain]; j < x.tile.hi[q / kGrain]; ++j) {
         const T w = k.S[j * kPanel + q], g = k.dP[j * kPanel + q];
         if (w != T(0) && ptr.dv) {
           convert_row(p.dtype, dout_row, dv, k.row);
@@ -441,49 +450,21 @@ class Backward {
         convert_row(p.dtype, q_row, d, k.row);
         for (int64_t c = 0; c < d; ++c) {
           k.dK[j * d_pad + c] += g * k.row[c];
-          if (ptr.dq) dq[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
+          if (ptr.dq) x.dQ[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
         }
       }
     }
   }
 
-  ATTN_NOINLINE void add_bias_gradient(const Block& k, const Panel<T>& panel, const Tile& tile,
-                                       int64_t h) const {
-    T* out = static_cast<T*>(ptr.dbias) + k.seq.b * p.dbias.b + h * p.dbias.h +
-             panel.m0 * p.dbias.q + k.n0 * p.dbias.k;
-    for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t j = tile.lo[g] / L * L; j < tile.hi[g]; j += L)
-        for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
-          Vec<T> block[L];  // [L keys][L queries] -> [L queries][L keys]
-          for (int i = 0; i < L; ++i)
-            block[i] = j + i >= tile.lo[g] && j + i < tile.hi[g] ? load(k.dP + (j + i) * kPanel + v)
-                                                                 : Vec<T>{};
-          transpose_round<T, 1>(block);
-          const int64_t n = std::min<int64_t>(L, tile.hi[g] - j);
-          for (int i = 0; i < L && v + i < panel.nq; ++i) {
-            T* at = out + (v + i) * p.dbias.q + j * p.dbias.k;
-            if (p.dbias.k == 1 && n == L) {
-              store(at, load(at) + block[i]);
-            } else if (p.dbias.k == 0) {  // short sums first: one of thousands of keys is inexact
-              T sum = 0;
-              for (int64_t c = 0; c < n; ++c) sum += block[i][c];
-              at[0] += sum;
-            } else {
-              for (int64_t c = 0; c < n; ++c) at[c * p.dbias.k] += block[i][c];
-            }
-          }
-        }
-  }
-
-  ATTN_NOINLINE void store_rows(const Sequence& seq, void* base, const Strides& s, int64_t hk,
-                                int64_t n0, int64_t nk, int64_t dim, int64_t pad, T* rows,
-                                T scale) const {
+  // The rows of dK or dV, times `scale`.
+  ATTN_NOINLINE void store_rows(const Block& k, void* base, const Strides& s, int64_t dim,
+                                int64_t pad, T* rows, T scale) const {
     if (!base) return;
-    for (int64_t j = 0; j < nk; ++j) {
+    for (int64_t j = 0; j < k.nk; ++j) {
       T* row = rows + j * pad;
       for (int64_t d = 0; d < pad; d += L) store(row + d, load(row + d) * scale);
       restore_row<T>(p.dtype, row, dim,
-                     static_cast<char*>(base) + seq.k_offset(s, hk, n0 + j) * bytes());
+                     static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * bytes());
     }
   }
 

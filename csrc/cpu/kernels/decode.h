@@ -126,6 +126,15 @@ class Decode {
                                     p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
   }
 
+  // Q [rows][D] in load_storage's order.
+  void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
+      for (int64_t c = 0; c < p.head_dim; ++c)
+        Q[r * p.head_dim + storage_order<TYPE>(c)] = load_one<float>(TYPE, ptr.q, at + c);
+    }
+  }
+
   // careful: what V holds where P = 0 does not reach O (0 * inf is NaN), as at a logit of -inf;
   // keys that mask or bias exclude are not touched in any case.
   ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state) const {
@@ -141,11 +150,7 @@ class Decode {
     std::fill(zeros, zeros + p.head_dim_v, 0.f);
     Keys keys;
     if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
-      for (int64_t c = 0; c < d; ++c)
-        Q[r * d + storage_order<TYPE>(c)] = load_one<float>(TYPE, ptr.q, at + c);
-    }
+    load_queries(seq, hk, Q);
     int64_t lo, hi;
     seq.key_range(0, seq.seqlen_q, &lo, &hi);
     const int64_t chunks = (hi + kDecodeKeys - 1) / kDecodeKeys - lo / kDecodeKeys;

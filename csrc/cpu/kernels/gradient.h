@@ -208,6 +208,35 @@ struct GradientTile {
         }
   }
 
+  // dBias += dS; where the bias is broadcast, sums over it.
+  ATTN_NOINLINE void add_bias_gradient(const Panel<T>& panel, const Tile& tile, int64_t n0) const {
+    const Problem& p = *panel.seq.p;
+    T* out = static_cast<T*>(panel.seq.ptr->dbias) + panel.seq.b * p.dbias.b + panel.h * p.dbias.h +
+             panel.m0 * p.dbias.q + n0 * p.dbias.k;
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t j = tile.lo[g] / L * L; j < tile.hi[g]; j += L)
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain && v < panel.nq; v += L) {
+          Vec<T> block[L];  // [L keys][L queries] -> [L queries][L keys]
+          for (int i = 0; i < L; ++i)
+            block[i] = j + i >= tile.lo[g] && j + i < tile.hi[g] ? load(dP + (j + i) * kPanel + v)
+                                                                 : Vec<T>{};
+          transpose_round<T, 1>(block);
+          const int64_t n = std::min<int64_t>(L, tile.hi[g] - j);
+          for (int i = 0; i < L && v + i < panel.nq; ++i) {
+            T* at = out + (v + i) * p.dbias.q + j * p.dbias.k;
+            if (p.dbias.k == 1 && n == L) {
+              store(at, load(at) + block[i]);
+            } else if (p.dbias.k == 0) {  // short sums first: one of thousands of keys is inexact
+              T sum = 0;
+              for (int64_t c = 0; c < n; ++c) sum += block[i][c];
+              at[0] += sum;
+            } else {
+              for (int64_t c = 0; c < n; ++c) at[c * p.dbias.k] += block[i][c];
+            }
+          }
+        }
+  }
+
  private:
   // One product of a panel.
   struct Factors {

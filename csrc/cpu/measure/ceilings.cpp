@@ -162,9 +162,7 @@ double window(int threads, double seconds, const std::function<double(int)>& wor
   return sum;
 }
 
-}  // namespace
-
-double ceiling(const std::string& name, const std::string& isa, int threads, double seconds) {
+void check(const std::string& isa, int threads, double seconds) {
   const std::vector<std::string> known = supported_isas();
   if (!isa.empty() && std::find(known.begin(), known.end(), isa) == known.end())
     throw std::invalid_argument("isa must be one that this machine supports, got '" + isa + "'");
@@ -173,6 +171,12 @@ double ceiling(const std::string& name, const std::string& isa, int threads, dou
   if (!(seconds > 0 && seconds <= 60))
     throw std::invalid_argument("seconds must be above 0 and at most 60, got " +
                                 std::to_string(seconds));
+}
+
+}  // namespace
+
+double ceiling(const std::string& name, const std::string& isa, int threads, double seconds) {
+  check(isa, threads, seconds);
   const std::string used = isa.empty() ? attn::cpu::isa() : isa;
   const Loops loops = loops_of(used);
   struct alignas(64) Line {

@@ -28,6 +28,14 @@ struct Segment {
   bool covers(int64_t columns) const { return begin == 0 && end == columns; }
 };
 
+// The rectangles of a tile, in ascending order of keys.
+struct Segments {
+  Segment at[2 * kGrains + 1];
+  int count = 0;
+  const Segment* begin() const { return at; }
+  const Segment* end() const { return at + count; }
+};
+
 template <class T>
 struct PanelScratch {
   T* keep;                        // [BLOCK_N][kPanel]
@@ -65,10 +73,10 @@ class Panel {
     return t;
   }
 
-  // The tile as rectangles, in ascending order of keys.  Bounds ascend with the grain, so the
-  // grains that need a key are neighbours.
-  int segments(const Tile& t, Segment (&out)[2 * kGrains + 1]) const {
-    int n = 0;
+  // The tile as rectangles.  Bounds ascend with the grain, so the grains that need a key are
+  // neighbours.
+  Segments segments(const Tile& t) const {
+    Segments all;
     for (int64_t key = t.lo[0]; key < t.nk;) {
       int64_t begin = 0, end = grains, next = t.nk;
       while (begin < grains && t.hi[begin] <= key) ++begin;
@@ -77,10 +85,11 @@ class Panel {
         if (t.lo[g] > key) next = std::min(next, t.lo[g]);
         if (t.hi[g] > key) next = std::min(next, t.hi[g]);
       }
-      if (begin < end && t.hi[begin] > key) out[n++] = {key, next, begin * kGrain, end * kGrain};
+      if (begin < end && t.hi[begin] > key)
+        all.at[all.count++] = {key, next, begin * kGrain, end * kGrain};
       key = next;
     }
-    return n;
+    return all;
   }
 
   // True when some computed pair of the tile may be excluded.
@@ -275,62 +284,77 @@ class Panel {
         }
   }
 
+  using BiasBlock = T[2 * kLanes<T>][kLanes<T>];  // [key][query]
+
   // bias[c][r] = that of lane q + r and key + c, c < n.
-  ATTN_NOINLINE void load_bias(int64_t q, int64_t key, int64_t n,
-                               T (&bias)[2 * kLanes<T>][kLanes<T>]) const {
+  ATTN_NOINLINE void load_bias(int64_t q, int64_t key, int64_t n, BiasBlock& bias) const {
     const Problem& p = *seq.p;
     constexpr int L = kLanes<T>;
-    if (p.bias.q == 0) {  // a row for all queries
-      for (int64_t c = 0; c < n; c += L) {
-        T row[L];
-        store(row, bias_row(q, key + c, std::min<int64_t>(L, n - c)));
-        for (int64_t i = 0; i < std::min<int64_t>(L, n - c); ++i) store(bias[c + i], set1(row[i]));
-      }
-      return;
-    }
+    if (p.bias.q == 0) return repeat_bias_row(q, key, n, bias);
     // The rows begin in as many pages: all at once.
     const bool rows_lie = p.bias.k == 1 && q + L <= nq;
     const int64_t size = int64_t(dtype_size(p.bias_dtype)), step = p.bias.q * size;
     const char* from = static_cast<const char*>(seq.ptr->bias) +
                        (seq.b * p.bias.b + h * p.bias.h + (m0 + q) * p.bias.q + key) * size;
     if constexpr (sizeof(T) == 4)
-      if (rows_lie && n == 2 * L && p.bias_dtype == DType::kBFloat16) {
-        Vec<T> pairs[L];  // of neighbouring keys, which stay together
-#pragma GCC unroll 16
-        for (int r = 0; r < L; ++r) pairs[r] = load(reinterpret_cast<const T*>(from + r * step));
-        transpose_round<T, 1>(pairs);
-#pragma GCC unroll 16
-        for (int c = 0; c < L; ++c) {
-          const Mask<T> x = (Mask<T>)pairs[c];
-          store(bias[2 * c], (Vec<T>)(x << 16));
-          store(bias[2 * c + 1], (Vec<T>)(x & typename IntOf<T>::type(0xffff0000u)));
-        }
-        return;
-      }
+      if (rows_lie && n == 2 * L && p.bias_dtype == DType::kBFloat16)
+        return load_bias_pairs(from, step, bias);
     for (int64_t c = 0; c < n; c += L) {
       Vec<T> block[L];
-      if (rows_lie && n - c >= L) {
-        auto rows = [&](auto load_one_row) {
-#pragma GCC unroll 16
-          for (int r = 0; r < L; ++r) block[r] = load_one_row(from + r * step + c * size);
-        };
-        if (p.bias_dtype == DType::kBFloat16)
-          rows([](const char* at) { return load_bf16<T>(at); });
-        else if (size == int64_t(sizeof(T)))
-          rows([](const char* at) { return load(reinterpret_cast<const T*>(at)); });
-        else
-          rows([&](const char* at) {
-            T row[L] = {};
-            convert_row<T>(p.bias_dtype, at, L, row);
-            return load(row);
-          });
-      } else {
+      if (rows_lie && n - c >= L)
+        load_bias_rows(from + c * size, step, block);
+      else
         for (int r = 0; r < L; ++r)
           block[r] = bias_row(q + r, key + c, std::min<int64_t>(L, n - c));
-      }
       transpose_round<T, 1>(block);
       for (int i = 0; i < L; ++i) store(bias[c + i], block[i]);
     }
+  }
+
+  // One row for all queries.
+  ATTN_INLINE void repeat_bias_row(int64_t q, int64_t key, int64_t n, BiasBlock& bias) const {
+    constexpr int L = kLanes<T>;
+    for (int64_t c = 0; c < n; c += L) {
+      T row[L];
+      store(row, bias_row(q, key + c, std::min<int64_t>(L, n - c)));
+      for (int64_t i = 0; i < std::min<int64_t>(L, n - c); ++i) store(bias[c + i], set1(row[i]));
+    }
+  }
+
+  // 2 L keys of L rows of bfloat16, `step` bytes apart: neighbouring keys stay together as a pair.
+  static ATTN_INLINE void load_bias_pairs(const char* from, int64_t step, BiasBlock& bias) {
+    constexpr int L = kLanes<T>;
+    Vec<T> pairs[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) pairs[r] = load(reinterpret_cast<const T*>(from + r * step));
+    transpose_round<T, 1>(pairs);
+#pragma GCC unroll 16
+    for (int c = 0; c < L; ++c) {
+      const Mask<T> x = (Mask<T>)pairs[c];
+      store(bias[2 * c], (Vec<T>)(x << 16));
+      store(bias[2 * c + 1], (Vec<T>)(x & typename IntOf<T>::type(0xffff0000u)));
+    }
+  }
+
+  // L keys of L rows, `step` bytes apart.
+  ATTN_INLINE void load_bias_rows(const char* from, int64_t step,
+                                  Vec<T> (&block)[kLanes<T>]) const {
+    constexpr int L = kLanes<T>;
+    const DType type = seq.p->bias_dtype;
+    auto rows = [&](auto load_one_row) {
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) block[r] = load_one_row(from + r * step);
+    };
+    if (type == DType::kBFloat16)
+      rows([](const char* at) { return load_bf16<T>(at); });
+    else if (dtype_size(type) == sizeof(T))
+      rows([](const char* at) { return load(reinterpret_cast<const T*>(at)); });
+    else
+      rows([&](const char* at) {
+        T row[L] = {};
+        convert_row<T>(type, at, L, row);
+        return load(row);
+      });
   }
 
   ATTN_INLINE Vec<T> bias_row(int64_t q, int64_t key, int64_t n) const {

@@ -11,8 +11,8 @@
 namespace attn::cuda {
 
 #define ATTN_ELEMENT(dim) dim,
-constexpr int kSm80HeadDims[] = {ATTN_SM80_HEAD_DIMS(ATTN_ELEMENT)};
-constexpr int kSm90HeadDims[] = {ATTN_SM90_HEAD_DIMS(ATTN_ELEMENT)};
+inline constexpr int kSm80HeadDims[] = {ATTN_SM80_HEAD_DIMS(ATTN_ELEMENT)};
+inline constexpr int kSm90HeadDims[] = {ATTN_SM90_HEAD_DIMS(ATTN_ELEMENT)};
 #undef ATTN_ELEMENT
 
 }  // namespace attn::cuda

@@ -41,6 +41,43 @@ def test_kernels_include_nothing_that_is_compiled_for_other_processors():
         assert outside == [], header
 
 
+MOST_LINES = 40
+
+
+def long_functions(text: str) -> list[tuple[int, str]]:
+    """(lines, head) of each function of a C++ text that is longer than MOST_LINES, from the line of
+    its opening parenthesis' name to the closing brace."""
+    code = re.sub(r"//[^\n]*", "", text)
+    code = re.sub(r"""\"(?:\\.|[^"\\\n])*\"|'(?:\\.|[^'\\\n])*'""", '""', code)
+    found, scopes, head, line, first = [], [], "", 1, 1
+    for c in code:
+        if c == "{":
+            scope = re.search(r"\b(namespace|struct|class|enum|union)\b[^()]*$", head)
+            scopes.append((first if ")" in head and not scope else None, head.strip()))
+        elif c == "}" and scopes:
+            begin, name = scopes.pop()
+            if begin and not any(b for b, _ in scopes) and line - begin >= MOST_LINES:
+                found.append((line - begin + 1, " ".join(name.split())))
+        if c in "{};":
+            head = ""
+        elif head.strip() or not c.isspace():
+            first = first if head else line
+            head += c
+        line += c == "\n"
+    return found
+
+
+def test_functions_are_short():
+    """A driver that grows by one flag after the other until nobody can follow it."""
+    bodies = ["", "  y();\n" * 39, "  if (x) {\n" + "    y();\n" * 38 + "  }\n"]
+    texts = [f"struct A {{\n  int f(int x) const {{\n{b}  }}\n}};\n" for b in bodies]
+    assert [len(long_functions(t)) for t in texts] == [0, 1, 1]  # the count itself
+    sources = [*HEADERS, *(CSRC / "cpu").rglob("*.cpp")]
+    assert {
+        str(s.relative_to(CSRC)): f for s in sources if (f := long_functions(s.read_text()))
+    } == {}
+
+
 def test_tile_sizes_are_in_one_file():
     """A tile's size that someone who tunes the kernels does not find."""
     for header in HEADERS:

@@ -369,7 +369,7 @@ def backward(call: Call, dout, out, lse, dlse, needs):
 
 
 def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
-    """One native call of the kernels in csrc/cpu/kernels/family*.h."""
+    """One native call with sigmoid weights or additive scores."""
     dq, dk, dv, dbias, dw = grads
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
              "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip

@@ -27,8 +27,4 @@ constexpr int64_t kDecodeQueries = 4;  // at most; the products of more of them 
 constexpr int64_t kDecodeRows =
     128;  // queries * heads of a group, at most: their state stays in L2
 
-// Sigmoid, additive attention and inspect: a tile is 64 keys x at most 128 queries.
-constexpr int64_t kFamilyKeys = 64;
-constexpr int kMaxQueries = 128;
-
 }  // namespace attn::cpu

@@ -115,6 +115,7 @@ inline __m512 roundscale_ps(__m512 a, int how) {
 inline __m512 scalef_ps(__m512 a, __m512 b) {
   return floats([&](size_t i) {
     const float n = std::floor(b[i]);
+    if (a[i] != a[i] && std::isinf(n)) return n > 0 ? n : 0.f;  // also of NaN, says the manual
     if (n != n || a[i] != a[i]) return a[i] + b[i];
     return std::ldexp(a[i], int(std::clamp(n, -1000.f, 1000.f)));
   });

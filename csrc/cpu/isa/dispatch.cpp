@@ -11,14 +11,12 @@
 
 namespace attn::cpu {
 
-#define ATTN_DECLARE(ISA)                                                                          \
-  namespace ISA {                                                                                  \
-  void forward(const Problem& p, const Pointers& ptr, int threads);                                \
-  void backward(const Problem& p, const Pointers& ptr, int threads);                               \
-  void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n);         \
-  void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions&, int n);        \
-  void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions&, const InspectOptions&, \
-               int n);                                                                             \
+#define ATTN_DECLARE(ISA)                                                                    \
+  namespace ISA {                                                                            \
+  void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);        \
+  void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads);       \
+  void inspect(const Problem& p, const Pointers& ptr, const Options&, const InspectOptions&, \
+               int n);                                                                       \
   }
 ATTN_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -33,15 +31,13 @@ ATTN_DECLARE(avx512_amx)
 
 namespace {
 
-using Kernel = void (*)(const Problem&, const Pointers&, int);
-using FamilyKernel = void (*)(const Problem&, const Pointers&, const FamilyOptions&, int);
-using InspectKernel = void (*)(const Problem&, const Pointers&, const FamilyOptions&,
+using Kernel = void (*)(const Problem&, const Pointers&, const Options&, int);
+using InspectKernel = void (*)(const Problem&, const Pointers&, const Options&,
                                const InspectOptions&, int);
 
 struct Isa {
   const char *name, *features;  // features: of its target region (features.h)
   Kernel forward, backward, forward_bf16, backward_bf16;
-  FamilyKernel family_forward, family_backward;
   InspectKernel inspect;
   bool supported;
   // On AMX's tiles.  Used only when it is asked for by its name: no machine has run it so far.
@@ -52,31 +48,27 @@ bool usable(const Isa& isa) { return isa.supported && (!isa.tiles || amx::presen
 
 // From the least to the most.  What vdpbf16ps and tiles do not serve runs on the kernels of avx512.
 #define ATTN_OWN_KERNELS(ISA) ISA::forward, ISA::backward
-#define ATTN_OTHER_KERNELS(ISA) ISA::family_forward, ISA::family_backward, ISA::inspect
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all{
-      {"baseline", "", ATTN_OWN_KERNELS(baseline), ATTN_OWN_KERNELS(baseline),
-       ATTN_OTHER_KERNELS(baseline), true},
+      {"baseline", "", ATTN_OWN_KERNELS(baseline), ATTN_OWN_KERNELS(baseline), baseline::inspect,
+       true},
 #if defined(__x86_64__)
-      {"avx2", ATTN_AVX2_FEATURES, ATTN_OWN_KERNELS(avx2), ATTN_OWN_KERNELS(avx2),
-       ATTN_OTHER_KERNELS(avx2), cpu_has(ATTN_AVX2_FEATURES)},
+      {"avx2", ATTN_AVX2_FEATURES, ATTN_OWN_KERNELS(avx2), ATTN_OWN_KERNELS(avx2), avx2::inspect,
+       cpu_has(ATTN_AVX2_FEATURES)},
       {"avx512", ATTN_AVX512_FEATURES, ATTN_OWN_KERNELS(avx512), ATTN_OWN_KERNELS(avx512),
-       ATTN_OTHER_KERNELS(avx512), cpu_has(ATTN_AVX512_FEATURES)},
+       avx512::inspect, cpu_has(ATTN_AVX512_FEATURES)},
       {"avx512_bf16", ATTN_AVX512_BF16_FEATURES, ATTN_OWN_KERNELS(avx512),
-       ATTN_OWN_KERNELS(avx512_bf16), ATTN_OTHER_KERNELS(avx512),
-       cpu_has(ATTN_AVX512_BF16_FEATURES)},
+       ATTN_OWN_KERNELS(avx512_bf16), avx512::inspect, cpu_has(ATTN_AVX512_BF16_FEATURES)},
 #ifdef ATTN_HAS_AMX
       // whether there are tiles is asked at each use: tests emulate them
       {"avx512_amx", ATTN_AVX512_AMX_FEATURES, ATTN_OWN_KERNELS(avx512),
-       ATTN_OWN_KERNELS(avx512_amx), ATTN_OTHER_KERNELS(avx512), cpu_has(ATTN_AVX512_BF16_FEATURES),
-       true},
+       ATTN_OWN_KERNELS(avx512_amx), avx512::inspect, cpu_has(ATTN_AVX512_BF16_FEATURES), true},
 #endif
 #endif
   };
   return all;
 }
 #undef ATTN_OWN_KERNELS
-#undef ATTN_OTHER_KERNELS
 
 const Isa* find(const std::string& name) {
   const Isa* best = nullptr;
@@ -109,22 +101,18 @@ const Isa& active() {
 
 }  // namespace
 
-void forward(const Problem& p, const Pointers& ptr, int threads) {
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   const Isa& isa = active();
-  (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p, ptr, threads);
+  (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p, ptr, o, threads);
 }
-void backward(const Problem& p, const Pointers& ptr, int threads) {
+void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   const Isa& isa = active();
-  (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, threads);
+  (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, o, threads);
 }
-void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
-  active().family_forward(p, ptr, o, threads);
-}
-void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads) {
-  active().family_backward(p, ptr, o, threads);
-}
-void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions& o,
-             const InspectOptions& wanted, int threads) {
+void forward(const Problem& p, const Pointers& ptr, int threads) { forward(p, ptr, {}, threads); }
+void backward(const Problem& p, const Pointers& ptr, int threads) { backward(p, ptr, {}, threads); }
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+             int threads) {
   active().inspect(p, ptr, o, wanted, threads);
 }
 std::string isa() { return active().name; }
@@ -147,8 +135,6 @@ std::vector<IsaEntry> isa_table() {
                       {"backward", address(i.backward)},
                       {"forward_bf16", address(i.forward_bf16)},
                       {"backward_bf16", address(i.backward_bf16)},
-                      {"family_forward", address(i.family_forward)},
-                      {"family_backward", address(i.family_backward)},
                       {"inspect", address(i.inspect)}}});
   return table;
 }

@@ -14,10 +14,10 @@ namespace attn::cpu {
 
 void forward(const Problem& p, const Pointers& ptr, int threads);
 void backward(const Problem& p, const Pointers& ptr, int threads);
-void family_forward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads);
-void family_backward(const Problem& p, const Pointers& ptr, const FamilyOptions& o, int threads);
-void inspect(const Problem& p, const Pointers& ptr, const FamilyOptions& o,
-             const InspectOptions& wanted, int threads);
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);
+void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads);
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+             int threads);
 
 std::vector<std::string> supported_isas();  // of this machine
 std::string isa();                          // the one in use

@@ -8,8 +8,10 @@
 // Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
 // before it.
 #pragma once
+#include "cpu/kernels/additive.h"
 #include "cpu/kernels/gradient.h"
 #include "cpu/kernels/key_gradient.h"
+#include "cpu/kernels/query_gradient.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/tile/rows.h"
@@ -26,8 +28,12 @@ class Backward {
   static constexpr bool kAtOnce = Op::kPack == 2 && Op::kStep == 1;
 
  public:
-  Backward(const Problem& problem, const Pointers& pointers, int threads)
-      : p(problem), ptr(pointers), threads(threads) {
+  Backward(const Problem& problem, const Pointers& pointers, const Options& options, int threads)
+      : p(problem),
+        ptr(pointers),
+        o(options),
+        threads(threads),
+        dQ(problem, pointers, options.w ? T(1) : T(problem.scale)) {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
     // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
@@ -46,8 +52,8 @@ class Backward {
     const int64_t tiles = p.batch * p.heads_q * m_tiles;
     delta.assign(tiles * kPanel, T(0));
     // Panels whose keys all lie in one block need neither: they find delta and dQ at once.
-    dQt.reset(ptr.dq && n_tiles > 1 ? new T[size_t(tiles * p.head_dim * kPanel)] : nullptr);
-    tickets = std::vector<std::atomic<int32_t>>(ptr.dq && n_tiles > 1 ? tiles : 0);
+    dQ.begin(tiles, n_tiles > 1);
+    dw.assign(o.w ? n_tiles * p.batch * p.heads_q * p.head_dim : 0, T(0));
     parallel_for(tiles, n_tiles > 1 ? threads : 1, [&](int64_t tile) { prepare(tile); });
 
     // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed
@@ -69,27 +75,22 @@ class Backward {
             key_block(bi, hi, ni, next);
     });
     if (ptr.dsink) parallel_for(p.heads_q, threads, [&](int64_t h) { sink_gradient(h); });
+    if (o.dw) sum_parts(dw, p.heads_q * p.head_dim, static_cast<T*>(o.dw));
   }
 
  private:
   const Problem& p;
   const Pointers& ptr;
+  const Options& o;
   int threads;
   int64_t block_n;  // keys of a task; a multiple of 32
   int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
-  std::vector<T> delta;                       // [B, Hq, m_tiles, kPanel]
-  std::unique_ptr<T[]> dQt;                   // [B, Hq, m_tiles, D, kPanel]
-  std::vector<std::atomic<int32_t>> tickets;  // [B, Hq, m_tiles]: the key block that may add next
+  std::vector<T> delta;  // [B, Hq, m_tiles, kPanel]
+  QueryGradient<T> dQ;
+  std::vector<T> dw;  // [n_tiles, B, Hq, D], of additive scores
 
   struct Next {  // a key block to prefetch; none when t == n_tiles
     int64_t b, hk, t;
-  };
-
-  // A panel of queries: its head, first query, number of queries, index, and the key blocks
-  // [t0, t1) that it sees.
-  struct Rows {
-    int64_t h, m0, nq, unit, t0, t1;
-    bool whole() const { return t1 - t0 == 1; }
   };
 
   // What the loop over panels keeps of a key block, and its scratch.
@@ -107,6 +108,7 @@ class Backward {
     PanelScratch<T> side{};
     T* dQt{};       // [D][kPanel], of whole rows
     Item* block{};  // of pack_transposed
+    AdditiveBlock<T> additive;
     Prefetch soon;
   };
 
@@ -134,22 +136,18 @@ class Backward {
     if (nq <= 0) return;
     int64_t t0, t1;
     key_tiles(seq, m0, nq, &t0, &t1);
-    if (t0 >= t1) {
-      for (int64_t i = 0; i < nq && ptr.dq; ++i)
-        std::memset(static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + i) * bytes(), 0,
-                    size_t(p.head_dim * bytes()));
-      return;
-    }
+    if (t0 >= t1) return dQ.write_zeros(seq, h, m0, nq);
     if (t1 - t0 == 1) return;  // see exact_delta
-    if (ptr.dq) tickets[tile].store(int32_t(t0), std::memory_order_relaxed);
+    dQ.first_block(tile, t0);
+    if (o.sigmoid) return;
     Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
-    T *o = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad);
-    for (T* row : {o, dout}) std::fill(row, row + dv_pad, T(0));
+    T *out = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad);
+    for (T* row : {out, dout}) std::fill(row, row + dv_pad, T(0));
     for (int64_t i = 0; i < nq; ++i) {
-      convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, o);
+      convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, out);
       convert_row(p.dtype, row_of<char>(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, dout);
       Vec<T> sum{};
-      for (int64_t d = 0; d < dv_pad; d += L) sum += load(o + d) * load(dout + d);
+      for (int64_t d = 0; d < dv_pad; d += L) sum += load(out + d) * load(dout + d);
       T total = 0;
       for (int lane = 0; lane < L; ++lane) total += sum[lane];
       if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
@@ -161,7 +159,8 @@ class Backward {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) *
            (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 7 +
-            MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) + dims);
+            MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) + dims +
+            (o.w ? AdditiveBlock<T>::size(p.head_dim, block_n) : 0));
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
@@ -184,7 +183,8 @@ class Backward {
         panel_pair(k, rows);
       }
     if (!k.begun) clear_keys(k);
-    store_rows(k, ptr.dk, p.dk, p.head_dim, d_pad, k.dK, T(p.scale));
+    if (o.w) k.additive.write_dk(k.nk, p.head_dim, d_pad, k.dK);
+    store_rows(k, ptr.dk, p.dk, p.head_dim, d_pad, k.dK, o.w ? T(1) : T(p.scale));
     store_rows(k, ptr.dv, p.dv, p.head_dim_v, dv_pad, k.dV, T(1));
   }
 
@@ -215,6 +215,11 @@ class Backward {
       Item* by_key = items_of(by_key_items<Op>(block_n, d));
       k.K_by_key = rows_by_key<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, by_key);
     }
+    if (!o.w) return;
+    k.additive.begin(scratch, d, block_n);
+    k.additive.k_rows.load(p.dtype, k.nk, round_up(k.nk), d, k.row, [&](int64_t j) {
+      return static_cast<const char*>(ptr.k) + k.seq.k_offset(p.k, k.hk, k.n0 + j) * bytes();
+    });
   }
 
   // Where memory is touched for the first time: the output of this block, the inputs of the next.
@@ -260,16 +265,23 @@ class Backward {
     Pair x(k, r);
     x.tile = x.panel.tile(k.n0, k.nk, Op::kPack);
     x.panel.prefetch_mask(r.m0 + kPanel, kPanel, k.n0, k.nk);
-    x.dQ = r.whole() ? k.dQt : dQt.get() + r.unit * p.head_dim * kPanel;
-    if (x.tile.empty) return Turn(*this, k, x).clear_first();  // by mask or bias
+    x.dQ = r.whole() ? k.dQt : dQ.panel(r.unit);
+    if (x.tile.empty) return turn_of(k, x).clear_first();  // by mask or bias
     x.segments = x.panel.segments(x.tile);
     load_queries(k, x);
     choose_route(k, x);
     products(k, x);
     gradient(k, x);
-    if (x.route == kCareful) return add_visible(k, x);
-    add_dkdv(k, x);
-    if (ptr.dq) add_dq(k, x);
+    if (x.route == kCareful)
+      add_visible_dv(k, x);
+    else
+      add_dkdv(k, x);
+    if (o.w)
+      add_additive(k, x);
+    else if (x.route == kCareful)
+      add_visible(k, x);
+    else if (ptr.dq)
+      add_dq(k, x);
   }
 
   // Q^T, dO^T, LSE of the panel.
@@ -293,21 +305,29 @@ class Backward {
     x.panel.prefetch_bias(x.tile);
     constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
-    for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
+    if (o.sigmoid)
+      std::fill(k.lse, k.lse + nq, -sigmoid_bias<T>(o, seq));
+    else
+      for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
+    if (o.w)
+      k.additive.q_rows.load(p.dtype, nq, x.panel.columns, p.head_dim, k.row,
+                             [&](int64_t i) { return x.Q_rows + i * p.q.s * bytes(); });
     x.delta = delta.data() + unit * kPanel;
   }
 
   void choose_route(Block& k, Pair& x) const {
     const Panel<T>& panel = x.panel;
-    const bool at_once = kAtOnce && !x.r.whole() && panel.plain() && panel.columns == kPanel;
+    const bool at_once =
+        kAtOnce && o.plain() && !x.r.whole() && panel.plain() && panel.columns == kPanel;
     x.route = !finite(k, panel) ? kCareful : at_once ? kFused : kInMemory;
     if (x.route == kFused) x.fused = panel.seen_by_all(x.tile, Op::kPack);
-    x.late = ptr.dbias || k.dcap || x.route == kCareful;
+    x.late = ptr.dbias || k.dcap || o.w || x.route == kCareful;
   }
 
   // S^T = K Q^T, dP^T = V dO^T   [nk, columns], but for the fused keys
   void products(Block& k, const Pair& x) const {
+    if (o.w) additive_of(x).scores(x.segments, k.additive.k_rows, k.additive.q_rows, k.S);
     auto product = [&](int64_t lo, int64_t hi, const Segment& s, int64_t dim, const Operand& A,
                        const Item* B, T* C) {
       gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(dim), A.data + lo * A.row_step,
@@ -316,7 +336,7 @@ class Backward {
     };
     for (const Segment& s : x.segments)
       x.fused.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
-        product(lo, hi, s, p.head_dim, k.K, k.Qt, k.S);
+        if (!o.w) product(lo, hi, s, p.head_dim, k.K, k.Qt, k.S);
         product(lo, hi, s, p.head_dim_v, k.V, k.dOt, k.dP);
       });
   }
@@ -328,7 +348,7 @@ class Backward {
     const T* kept = p.dropout_p > 0 ? x.panel.keep(x.tile) : nullptr;
     const T* dlse =
         ptr.dlse ? static_cast<const T*>(ptr.dlse) + k.seq.lse_offset(r.h, r.m0) : nullptr;
-    if (r.whole()) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
+    if (r.whole() && !o.sigmoid) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
     if constexpr (kAtOnce)
       if (x.fused.lo < x.fused.hi)
         k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, p.head_dim, p.head_dim_v, x.fused.lo,
@@ -336,10 +356,12 @@ class Backward {
     for (int64_t g = 0; g < x.panel.grains; ++g)
       x.fused.rest({x.tile.lo[g], x.tile.hi[g]}, [&](int64_t lo, int64_t hi) {
         for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
-          if (r.whole())
-            k.template gradient<true>(v, lo, hi, scale, x.delta, kept, x.late);
+          if (o.sigmoid)
+            k.template gradient<Weights::kSigmoid>(v, lo, hi, scale, x.delta, kept, x.late);
+          else if (r.whole())
+            k.template gradient<Weights::kReady>(v, lo, hi, scale, x.delta, kept, x.late);
           else
-            k.template gradient<false>(v, lo, hi, scale, x.delta, kept, x.late);
+            k.template gradient<Weights::kSoftmax>(v, lo, hi, scale, x.delta, kept, x.late);
       });
     if (ptr.dbias) k.add_bias_gradient(x.panel, x.tile, k.n0);
     if (k.dcap) k.through_softcap(x.panel, x.tile);
@@ -354,13 +376,13 @@ class Backward {
     const KeyGradient<Op> V{type, x.dO_rows, p.dout.s, p.head_dim_v, dv_pad, k.P_rows, k.dO, k.dV};
     const KeyGradient<Op> K{type, x.Q_rows, p.q.s, p.head_dim, d_pad, k.dS_rows, k.Q, k.dK};
     if (ptr.dv) V.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
-    if (ptr.dk) K.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
+    if (ptr.dk && !o.w) K.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
     k.begun = true;
   }
 
   // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
   void add_dq(Block& k, const Pair& x) {
-    const Turn turn(*this, k, x);
+    const Turn turn = turn_of(k, x);
     bool begins = turn.first && x.segments.at[0].covers(x.panel.columns);
     if (!begins) turn.clear_first();
     for (const Segment& s : x.segments) {
@@ -373,42 +395,9 @@ class Backward {
     }
   }
 
-  // The key block's turn to add to a panel of dQ, for the life of the object.  Blocks add in
-  // ascending order, whatever thread has them: the first one finds nothing there, the last one
-  // writes the panel out.
-  class Turn {
-   public:
-    Turn(Backward& all, const Block& k, const Pair& x)
-        : first(all.ptr.dq && k.t == x.r.t0), all_(all), k_(k), x_(x) {
-      if (!all.ptr.dq || x.r.whole()) return;
-      while (all.tickets[x.r.unit].load(std::memory_order_acquire) != k.t)
-        std::this_thread::yield();
-    }
-    ~Turn() {
-      if (all_.ptr.dq) all_.end_dq(k_, x_);
-    }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    void clear_first() const {
-      if (first) std::fill(x_.dQ, x_.dQ + all_.p.head_dim * kPanel, T(0));
-    }
-    const bool first;
-
-   private:
-    Backward& all_;
-    const Block& k_;
-    const Pair& x_;
-  };
-
-  ATTN_NOINLINE void end_dq(const Block& k, const Pair& x) {
-    const Rows& r = x.r;
-    if (k.t + 1 != r.t1) return tickets[r.unit].store(int32_t(k.t + 1), std::memory_order_release);
-    T* rows = reinterpret_cast<T*>(k.block);  // kLanes rows of max(d_pad, dv_pad)
-    for (int64_t v = 0; v < r.nq; v += L)
-      store_transposed<T>(
-          p.dtype, x.dQ + v, set1(T(p.scale)), std::min<int64_t>(L, r.nq - v), p.head_dim, rows,
-          static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, r.h, r.m0 + v) * bytes(),
-          p.dq.s * bytes());
+  using Turn = typename QueryGradient<T>::Turn;
+  Turn turn_of(const Block& k, const Pair& x) {
+    return {dQ, k.seq, x.r, k.t, x.dQ, reinterpret_cast<T*>(k.block)};
   }
 
   void clear_keys(Block& k) const {
@@ -430,30 +419,53 @@ class Backward {
     return k.finite;
   }
 
-  // The products over the pairs with P != 0: what an excluded row holds never reaches a gradient.
-  ATTN_NOINLINE void add_visible(Block& k, const Pair& x) {
+  // dV over the pairs with P != 0: what an excluded row holds never reaches a gradient.
+  ATTN_NOINLINE void add_visible_dv(Block& k, const Pair& x) const {
     if (!k.begun) clear_keys(k);
     k.begun = true;
-    const Turn turn(*this, k, x);
-    turn.clear_first();
-    const int64_t d = p.head_dim, dv = p.head_dim_v;
-    for (int64_t q = 0; q < x.panel.nq; ++q) {
-      const char* q_row = x.Q_rows + q * p.q.s * bytes();
-      const char* dout_row = x.dO_rows + q * p.dout.s * bytes();
+    const int64_t dv = p.head_dim_v;
+    for (int64_t q = 0; q < x.panel.nq && ptr.dv; ++q)
       for (int64_t j = x.tile.lo[q / kGrain]; j < x.tile.hi[q / kGrain]; ++j) {
-        const T w = k.S[j * kPanel + q], g = k.dP[j * kPanel + q];
-        if (w != T(0) && ptr.dv) {
-          convert_row(p.dtype, dout_row, dv, k.row);
-          for (int64_t c = 0; c < dv; ++c) k.dV[j * dv_pad + c] += w * k.row[c];
-        }
+        const T w = k.S[j * kPanel + q];
+        if (w == T(0)) continue;
+        convert_row(p.dtype, x.dO_rows + q * p.dout.s * bytes(), dv, k.row);
+        for (int64_t c = 0; c < dv; ++c) k.dV[j * dv_pad + c] += w * k.row[c];
+      }
+  }
+
+  // dK and dQ over the pairs with dS != 0.
+  ATTN_NOINLINE void add_visible(Block& k, const Pair& x) {
+    const Turn turn = turn_of(k, x);
+    turn.clear_first();
+    const int64_t d = p.head_dim;
+    for (int64_t q = 0; q < x.panel.nq; ++q)
+      for (int64_t j = x.tile.lo[q / kGrain]; j < x.tile.hi[q / kGrain]; ++j) {
+        const T g = k.dP[j * kPanel + q];
         if (g == T(0)) continue;
-        convert_row(p.dtype, q_row, d, k.row);
+        convert_row(p.dtype, x.Q_rows + q * p.q.s * bytes(), d, k.row);
         for (int64_t c = 0; c < d; ++c) {
           k.dK[j * d_pad + c] += g * k.row[c];
           if (ptr.dq) x.dQ[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
         }
       }
-    }
+  }
+
+  Additive<T> additive_of(const Pair& x) const {
+    return {static_cast<const T*>(o.w) + x.r.h * p.head_dim, p.head_dim};
+  }
+
+  // dQ, dK and dw of additive scores.  Nearly all of the work, so it does not wait for its turn to
+  // add to dQ.
+  ATTN_NOINLINE void add_additive(Block& k, const Pair& x) {
+    const int64_t size = p.head_dim * kPanel;
+    T* row = dw.data() + ((k.t * p.batch + k.seq.b) * p.heads_q + x.r.h) * p.head_dim;
+    std::fill(k.dQt, k.dQt + size, T(0));
+    additive_of(x).gradient(x.segments, k.additive.k_rows, k.additive.q_rows, k.dP, k.dQt,
+                            k.additive.dKt, row);
+    const Turn turn = turn_of(k, x);
+    if (!ptr.dq || x.dQ == k.dQt) return;
+    turn.clear_first();
+    for (int64_t i = 0; i < size; i += L) store(x.dQ + i, load(x.dQ + i) + load(k.dQt + i));
   }
 
   // The rows of dK or dV, times `scale`.

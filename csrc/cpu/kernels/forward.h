@@ -3,6 +3,8 @@
 // few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
 // row maximum and sum are vertical operations.
 #pragma once
+#include "cpu/kernels/scores.h"
+#include "cpu/kernels/sigmoid.h"
 #include "cpu/kernels/softmax.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -19,8 +21,12 @@ class Forward {
   static constexpr int L = kLanes<T>;
 
  public:
-  Forward(const Problem& problem, const Pointers& pointers, int threads)
-      : p(problem), ptr(pointers), threads(threads), softmax(problem, pointers) {
+  Forward(const Problem& problem, const Pointers& pointers, const Options& options, int threads)
+      : p(problem),
+        ptr(pointers),
+        o(options),
+        threads(threads),
+        softmax(problem, pointers, options) {
     // Splits are chosen from shapes alone, so that results do not depend on the number of threads.
     const int64_t tasks = set_panels(2), n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
     splits =
@@ -66,6 +72,7 @@ class Forward {
  private:
   const Problem& p;
   const Pointers& ptr;
+  const Options& o;
   int threads;
   const Softmax<Op> softmax;
   int64_t block_m, m_tiles, panels, splits;
@@ -110,28 +117,39 @@ class Forward {
   }
 
   int64_t scratch_bytes() const {
-    const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v);
-    return int64_t(sizeof(T)) *
-           ((panels * kPanel + L) * d + 2 * kForwardKeys * kPanel +
-            MaskBits<T>::size(kForwardKeys) + kForwardKeys * (d + dv) + (L + 1) * dv);
+    const int64_t dv = round_up(p.head_dim_v), rest = 2 * kForwardKeys * kPanel + (L + 1) * dv +
+                                                      MaskBits<T>::size(kForwardKeys) +
+                                                      kForwardKeys * dv;
+    return Scores<Op>::bytes(p, o, panels) + int64_t(sizeof(T)) * rest;
   }
 
   // What a task keeps while it walks over its tiles of keys, and its scratch.
   struct Work {
-    Work(const Unit& u, bool careful, T* state, bool narrow)
-        : unit(u), careful(careful), state(state), soon(narrow) {}
+    Work(const Unit& u, const Options& o, bool careful, T* state, int64_t panels, bool narrow,
+         Scratch& scratch)
+        : unit(u),
+          careful(careful),
+          state(state),
+          bias(o.sigmoid ? sigmoid_bias<T>(o, u.seq) : T(0)),
+          scores(u.seq, o, u.h, panels, scratch),
+          S(scratch.take<T>(kForwardKeys * kPanel)),
+          side{scratch.take<T>(kForwardKeys * kPanel),
+               scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))},
+          V_scratch(scratch.take<Item>(kForwardKeys * u.seq.p->head_dim_v)),
+          soon(narrow) {}
     const Unit& unit;
     const bool careful;  // where a tile of V holds inf or NaN, only pairs with P != 0 enter O
-    T* state;
-    Item* Qt{};                       // [panels][items of D, padded to vectors][kPanel]
-    T* S{};                           // [kForwardKeys][kPanel]
-    PanelScratch<T> side{};           // of masks and dropout
-    Item *K_scratch{}, *V_scratch{};  // [kForwardKeys][D or Dv], where they are copied
-    bool begun[kPanels]{};            // O of the panel holds something
-    bool exact[kPanels]{};            // the panel's logits rise: see Softmax
-    bool loaded = false;              // some tile of keys was
-    Operand K{}, V{};                 // of this tile, packed for the first panel that needs it
-    int finite = -1;                  // no inf or NaN in V; -1: not asked yet
+    T* const state;
+    const T bias;                // of sigmoid weights
+    Scores<Op> scores;           // Q of the panels, K of the tile
+    T* const S;                  // [kForwardKeys][kPanel]
+    const PanelScratch<T> side;  // of masks and dropout
+    Item* const V_scratch;       // [kForwardKeys][Dv], where V is copied
+    bool begun[kPanels]{};       // O of the panel holds something
+    bool exact[kPanels]{};       // the panel's logits rise: see Softmax
+    bool loaded = false;         // some tile of keys was
+    Operand V{};                 // of this tile; packed, as K, for the first panel that needs it
+    int finite = -1;             // no inf or NaN in V; -1: not asked yet
     Prefetch soon;
   };
 
@@ -154,45 +172,26 @@ class Forward {
               Scratch& scratch) const {
     for (int64_t panel = 0; panel < panels; ++panel) at_panel(state, panel).begin();
     const Range tiles = key_tiles(unit, split);
-    Work w(unit, careful, state, unit.nq < kPanel && tiles.end - tiles.first == 1);
-    if (tiles.first < tiles.end) load_queries(w, scratch);
+    Work w(unit, o, careful, state, panels, unit.nq < kPanel && tiles.end - tiles.first == 1,
+           scratch);
+    if (tiles.first < tiles.end) w.scores.load_queries(unit.m0, unit.nq);
     for (int64_t t = tiles.first; t < tiles.end; ++t)
       add_tile(w, t * kForwardKeys, tiles.last_key, t + 1 == tiles.end, next);
     for (int64_t panel = 0; panel < panels; ++panel)
       if (!w.begun[panel]) at_panel(state, panel).clear_output();
   }
 
-  // The scratch, and Q^T of each panel.
-  void load_queries(Work& w, Scratch& scratch) const {
-    const auto& [seq, h, hk, m0, nq] = w.unit;
-    w.Qt = scratch.take<Item>(panels * kPanel * query_depth());
-    Item* block = scratch.take<Item>(L * query_depth());
-    w.S = scratch.take<T>(kForwardKeys * kPanel);
-    w.side = {scratch.take<T>(kForwardKeys * kPanel),
-              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))};
-    w.K_scratch = scratch.take<Item>(kForwardKeys * depth_of<Op>(p.head_dim));
-    w.V_scratch = scratch.take<Item>(kForwardKeys * p.head_dim_v);
-    for (int64_t q = 0; q < nq; q += kPanel) {
-      const int64_t n = std::min(kPanel, nq - q);
-      pack_transposed<Op>(p.dtype,
-                          static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0 + q) * bytes(),
-                          p.q.s * bytes(), n, (n + kGrain - 1) / kGrain * kGrain, p.head_dim, block,
-                          w.Qt + q * query_depth());
-    }
-  }
-  int64_t query_depth() const { return round_up(items<Op>(p.head_dim)); }
-
   // One tile of keys, from n0 and before `end`, against all panels.  last: of this task.
   void add_tile(Work& w, int64_t n0, int64_t end, bool last, int64_t next) const {
     const auto& [seq, h, hk, m0, nq] = w.unit;
     const int64_t nk = std::min(kForwardKeys, end - n0);
-    w.K = {}, w.finite = -1;
+    w.V = {}, w.finite = -1;
     for (int64_t q = 0; q < nq; q += kPanel) {
       const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), w.side);
       const Tile tile = panel.tile(n0, nk, Op::kPack);
       if (!last) panel.prefetch_mask(panel.m0, panel.nq, n0 + kForwardKeys, kForwardKeys);
       if (tile.empty) continue;
-      if (!w.K.data) load_keys(w, tile, last, next);
+      if (!w.V.data) load_keys(w, tile, last, next);
       const Segments segments = panel.segments(tile);
       weigh(w, q / kPanel, panel, tile, segments);
       add_values(w, q / kPanel, panel, tile, segments);
@@ -203,7 +202,7 @@ class Forward {
   void load_keys(Work& w, const Tile& tile, bool last, int64_t next) const {
     const Sequence& seq = w.unit.seq;
     const int64_t hk = w.unit.hk, d = p.head_dim, dv = p.head_dim_v, after = tile.n0 + kForwardKeys;
-    w.K = rows_by_depth<Op>(seq, ptr.k, p.k, hk, tile.n0, tile.nk, d, w.K_scratch);
+    w.scores.load_keys(tile.n0, tile.nk);
     w.V = rows_by_key<Op>(seq, ptr.v, p.v, hk, tile.n0, tile.nk, dv, w.V_scratch);
     if (!last) {
       prefetch_keys(seq, ptr.k, p.k, hk, after, kForwardKeys, d, w.soon);
@@ -215,31 +214,20 @@ class Forward {
     if (next >= 0) prefetch_inputs(unit_at(next), w.soon);
   }
 
-  // P^T = exp(S^T - base) as items of Op in S; the panel's state goes along.
+  // P^T as items of Op in S; the panel's state goes along.
   void weigh(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile,
              const Segments& segments) const {
     SoftmaxState<T> state = at_panel(w.state, index);
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     const bool try_lazy = !w.exact[index] && softmax.bases_serve(state, panel.columns);
-    T scale = scores(w, index, panel, tile, segments);
+    T scale = w.scores.logits(index, panel, tile, segments, w.S, &w.soon);
+    if (o.sigmoid) return sigmoid_weights<Op>(panel, tile, w.S, scale, w.bias, kept);
     if (try_lazy) {
       if (softmax.on_bases(panel, tile, w.S, scale, kept, state)) return;
       w.exact[index] = true;  // rising logits: not tried again
-      scale = scores(w, index, panel, tile, segments);
+      scale = w.scores.logits(index, panel, tile, segments, w.S, &w.soon);
     }
     softmax.on_new_bases(panel, tile, w.S, scale, kept, state);
-  }
-
-  // S^T = K Q^T  [nk, columns], then logits / what is returned.
-  T scores(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile,
-           const Segments& segments) const {
-    const Item* Q = w.Qt + index * kPanel * query_depth();
-    panel.prefetch_bias(tile);
-    for (const Segment& s : segments)
-      gemm_panel<Op>(s.hi - s.lo, s.end - s.begin, depth_of<Op>(p.head_dim),
-                     w.K.data + s.lo * w.K.row_step, w.K.row_step, w.K.depth_step, Q + s.begin,
-                     w.S + s.lo * kPanel + s.begin, false, &w.soon);
-    return T(panel.logits(tile, w.S, nullptr));
   }
 
   // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
@@ -341,7 +329,7 @@ class Forward {
     }
     const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
     const Vec<T> safe = empty ? set1(T(1)) : total;
-    const Vec<T> inverse = empty ? Vec<T>{} : scale / safe;
+    const Vec<T> inverse = o.sigmoid ? set1(T(1)) : empty ? Vec<T>{} : scale / safe;
     T lse[L], max_logit[L], entropy[L];
     store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
     store(max_logit, nan ? sum : top == ninf ? top : base);
@@ -350,6 +338,7 @@ class Forward {
     store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
                         static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
                         p.o.s * bytes());
+    if (o.sigmoid) return;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = seq.lse_offset(h, m0 + i);
       if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse[i];

@@ -1,11 +1,17 @@
 // From products to gradients of logits, one panel of queries against one block of keys:
-//   P = exp(S - LSE),  dS = P * (dP - delta),  with dropout and through softcap,
-// as numbers in place or as bfloat16 operands of the products that follow.
+//   P = exp(S - LSE),  dS = P * (dP - delta),   or
+//   P = 1 / (1 + exp(-(S + bias))),  dS = P * (1 - P) * dP,
+// with dropout and through softcap, as numbers in place or as bfloat16 operands of the products
+// that follow.
 #pragma once
+#include "cpu/kernels/sigmoid.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/tile/score.h"
 
 namespace attn::cpu::ATTN_ISA {
+
+// What S holds where gradient() begins, and what becomes of it.
+enum class Weights { kSoftmax, kReady, kSigmoid };
 
 template <class Op>
 struct GradientTile {
@@ -13,18 +19,20 @@ struct GradientTile {
   using Item = typename Op::Item;
   static constexpr int L = kLanes<T>;
   T *S{}, *dP{}, *dcap{};      // [BLOCK_N][kPanel]; dcap is null without softcap
-  T *lse{}, *inverse{};        // [kPanel]; see exact_delta
+  T *lse{}, *inverse{};        // [kPanel]; sigmoid: lse is -bias, and inf in padding lanes
   Item *P_rows{}, *dS_rows{};  // A of dV and dK [BLOCK_N][items of kPanel]
   Item* dS_by_key{};           // B of dQ [items of BLOCK_N][kPanel]
 
   // w[i] = P of key j + i and the vector of queries v.
-  template <int N>
+  template <Weights WEIGHTS, int N>
   ATTN_INLINE void weights(int64_t j, int64_t v, T scale, Vec<T> (&w)[N]) const {
     const T* at = S + j * kPanel + v;
     const Vec<T> base = load(lse + v);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) w[i] = load(at + i * kPanel) * scale - base;
-    if constexpr (Op::kPack == 2) {
+    if constexpr (WEIGHTS == Weights::kSigmoid) {
+      return vsigmoid_each<T>(w);
+    } else if constexpr (Op::kPack == 2) {
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) w[i] *= T(kLog2e);
       vexp2_each<3>(w);
@@ -53,7 +61,7 @@ struct GradientTile {
           for (; j + N <= tile.hi[g]; j += N) {
             T* at = S + j * kPanel + v;
             Vec<T> w[N];
-            weights(j, v, scale, w);
+            weights<Weights::kSoftmax>(j, v, scale, w);
 #pragma GCC unroll 8
             for (int i = 0; i < N; ++i) {
               store(at + i * kPanel, w[i]);
@@ -82,43 +90,44 @@ struct GradientTile {
       }
   }
 
-  // One vector of queries (lane v), keys [lo, hi).  S: logits in (READY: weights / inverse),
+  // One vector of queries (lane v), keys [lo, hi).  S: logits in (kReady: weights / inverse),
   // dropped-out weights out; dP in, dS out: as numbers in place (late), or as operands of the
   // products that follow.
-  template <bool READY>
+  template <Weights WEIGHTS>
   void gradient(int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta, const T* kept,
                 bool late) const {
     int64_t j = lo;
     auto keys = [&](auto count) {
       for (; j + count.value <= hi; j += count.value)
         if (kept)
-          gradient_keys<READY, count.value, true>(j, v, scale, row_delta, kept, late);
+          gradient_keys<WEIGHTS, count.value, true>(j, v, scale, row_delta, kept, late);
         else
-          gradient_keys<READY, count.value, false>(j, v, scale, row_delta, kept, late);
+          gradient_keys<WEIGHTS, count.value, false>(j, v, scale, row_delta, kept, late);
     };
     keys(std::integral_constant<int, kAbreast>{});
     keys(std::integral_constant<int, 2>{});
     keys(std::integral_constant<int, 1>{});
   }
 
-  template <bool READY, int N, bool kDropout>
+  template <Weights WEIGHTS, int N, bool kDropout>
   ATTN_INLINE void gradient_keys(int64_t j, int64_t v, T scale, const T* row_delta, const T* kept,
                                  bool late) const {
     const Vec<T> row = load(row_delta + v);
     const int64_t at = j * kPanel + v;
     Vec<T> w[N], g[N];
-    if constexpr (READY) {
+    if constexpr (WEIGHTS == Weights::kReady) {
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) w[i] = load(S + at + i * kPanel) * load(inverse + v);
     } else {
-      weights(j, v, scale, w);
+      weights<WEIGHTS>(j, v, scale, w);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       Vec<T> dp = load(dP + at + i * kPanel);
       const Mask<T> none = w[i] == T(0);  // an excluded V may hold NaN
       if constexpr (kDropout) dp *= load(kept + at + i * kPanel);
-      g[i] = none ? Vec<T>{} : w[i] * (dp - row);
+      const Vec<T> slope = WEIGHTS == Weights::kSigmoid ? w[i] * (T(1) - w[i]) : w[i];
+      g[i] = none ? Vec<T>{} : slope * (dp - row);
       if constexpr (kDropout) w[i] *= load(kept + at + i * kPanel);
     }
     if (Op::kPack == 1 || late) {

@@ -2,6 +2,7 @@
 // of logits to weights exp(s - base), as items of the product with V, and what is known of the
 // rows.
 #pragma once
+#include "cpu/kernels/options.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/tile/score.h"
 
@@ -39,8 +40,8 @@ class Softmax {
   static constexpr int kDegree = Op::kPack == 2 ? 3 : 5;
 
  public:
-  Softmax(const Problem& problem, const Pointers& pointers)
-      : p(problem), ptr(pointers), lazy(!ptr.max_logit && !ptr.entropy) {}
+  Softmax(const Problem& problem, const Pointers& pointers, const Options& o)
+      : p(problem), ptr(pointers), lazy(o.plain() && !ptr.max_logit && !ptr.entropy) {}
 
   // True when the bases of earlier tiles may serve the next one.
   bool bases_serve(const SoftmaxState<T>& state, int64_t columns) const {
@@ -84,7 +85,8 @@ class Softmax {
   const Pointers& ptr;
 
   // The base of the exponentials need not be the largest logit, only near enough: as long as that
-  // of earlier tiles serves, a tile's maxima are not looked for.  Not where they are asked for.
+  // of of earlier tiles serves, a tile's maxima are not looked for.  Not where they are asked for,
+  // and not where scores that must be computed again are dear.
   bool lazy;
   static constexpr double kLazySum = 65536;  // the most that a row's weights may then sum to
 

@@ -1,4 +1,4 @@
-# make test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64
+# make test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64 | test-avx512
 # Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
 # the default is the version that the project is developed with (a CPU build where the index offers one).  Whatever else
 # is installed has the version that tests/constraints.txt gives.
@@ -14,7 +14,7 @@ CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/
 TEXT ?= a gorgeous, witty film that never stops surprising
 
 .PHONY: test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
-  test-tsan test-aarch64 wheel test-latest test-oldest clean
+  test-tsan test-aarch64 test-avx512 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -154,6 +154,10 @@ test-tsan: $(VENV)/installed.done
 # The CPU kernels for aarch64 against a naive formula, under qemu.
 test-aarch64:
 	bash tests/aarch64.sh
+
+# The CPU kernels for AVX-512 against the same formula, on a machine that has AVX2 only.
+test-avx512:
+	bash tests/avx512.sh
 
 # On a machine with an NVIDIA GPU: the kernels against the reference, then under compute-sanitizer.
 # Without torch's caching allocator memcheck sees the end of each tensor.

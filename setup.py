@@ -9,6 +9,7 @@ ATTN_EXT_CUDA (0: never, 1: always), ATTN_EXT_CUDA_ARCHS (default 80,90a).
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,8 +40,13 @@ SM90_GENCODE = "-gencode arch=compute_90a,code=sm_90a"
 CUDA_ARCHS = os.environ.get("ATTN_EXT_CUDA_ARCHS", "80,90a").replace(" ", "")
 # The kernels of one element type and head_dim are one file, generated beside the objects.
 ELEMENTS = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "fp32": "float"}
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-SM90_HEAD_DIMS = (64, 96, 128, 192, 256)  # of bf16 and fp16, for sm_90a alone
+
+
+def head_dims(arch: str) -> list[int]:
+    """The head dimensions that kernels of sm80 or sm90 are compiled for."""
+    text = (ROOT / "csrc" / "cuda" / "head_dims.h").read_text()
+    found = re.search(rf"#define ATTN_{arch.upper()}_HEAD_DIMS\(X\)(.*)", text)
+    return [int(d) for d in re.findall(r"X\((\d+)\)", found[1])]
 
 
 def relative(files) -> list[str]:
@@ -50,7 +56,7 @@ def relative(files) -> list[str]:
 def sources() -> list[str]:
     """The C++ files of attn_ext._C, relative to the root."""
     return relative(
-        [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     )
 
 
@@ -80,9 +86,9 @@ def instantiations(folder: Path, sm90: bool) -> list[str]:
     """Writes the kernels' instantiations, a file a (dtype, head_dim) pair; their paths.  sm90: also
     those for sm_90a."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [("sm80", e, d) for e in ELEMENTS for d in HEAD_DIMS]
+    files = [("sm80", e, d) for e in ELEMENTS for d in head_dims("sm80")]
     if sm90:
-        files += [("sm90", e, d) for e in ("bf16", "fp16") for d in SM90_HEAD_DIMS]
+        files += [("sm90", e, d) for e in ("bf16", "fp16") for d in head_dims("sm90")]
     paths = []
     for arch, name, head_dim in files:
         path = folder / (

@@ -26,9 +26,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 ARCHS = ("80", "90a", "120")
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+
+
+def head_dims(arch: str) -> tuple[int, ...]:
+    """What csrc/cuda/head_dims.h lists for sm80 or sm90."""
+    text = (ROOT / "csrc" / "cuda" / "head_dims.h").read_text()
+    found = re.search(rf"#define ATTN_{arch.upper()}_HEAD_DIMS\(X\)(.*)", text)
+    return tuple(int(d) for d in re.findall(r"X\((\d+)\)", found[1]))
+
+
+HEAD_DIMS = head_dims("sm80")
 DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
-SM90_HEAD_DIMS = (64, 96, 128, 192, 256)
+SM90_HEAD_DIMS = head_dims("sm90")
 # ("launch", 0) is launch.cu; "sm90 ..." the Hopper kernels of a pair, for sm_90a alone
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
 UNITS += [(f"sm90 {dtype}", dim) for dtype in ("bf16", "fp16") for dim in SM90_HEAD_DIMS]

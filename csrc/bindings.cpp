@@ -10,11 +10,11 @@
 #include <string>
 
 #include "binding_parts.h"
-#include "cpu/amx.h"
-#include "cpu/ceilings.h"
-#include "cpu/dispatch.h"
+#include "cpu/isa/amx.h"
+#include "cpu/measure/ceilings.h"
+#include "cpu/isa/dispatch.h"
 #include "cpu/parallel.h"
-#include "cpu/targets.h"
+#include "cpu/isa/features.h"
 
 namespace py = pybind11;
 using attn::Pointers;
@@ -126,7 +126,7 @@ PYBIND11_MODULE(_C, m) {
       [](const Problem& p, int threads, bool is_backward, const Addresses& addresses,
          int64_t alibi_stride_b, bool sigmoid, std::optional<double> sigmoid_bias) {
         const Pointers ptr = pointers(addresses, alibi_stride_b);
-        attn::cpu::FamilyOptions options;
+        attn::cpu::Options options;
         options.sigmoid = sigmoid, options.length_bias = !sigmoid_bias;
         options.sigmoid_bias = sigmoid_bias.value_or(0);
         options.w = in<void>(addresses[19]);
@@ -134,9 +134,9 @@ PYBIND11_MODULE(_C, m) {
         check(p, ptr, threads);
         py::gil_scoped_release release;
         if (is_backward)
-          attn::cpu::family_backward(p, ptr, options, threads);
+          attn::cpu::backward(p, ptr, options, threads);
         else
-          attn::cpu::family_forward(p, ptr, options, threads);
+          attn::cpu::forward(p, ptr, options, threads);
       },
       "Sigmoid and additive attention; the order of the addresses is that of `Addresses`");
 
@@ -146,7 +146,7 @@ PYBIND11_MODULE(_C, m) {
          int64_t alibi_stride_b, bool sigmoid, std::optional<double> sigmoid_bias,
          std::array<int64_t, 3> sizes, uintptr_t out, uintptr_t entropy, uintptr_t keys) {
         const Pointers ptr = pointers(addresses, alibi_stride_b);
-        attn::cpu::FamilyOptions options;
+        attn::cpu::Options options;
         options.sigmoid = sigmoid, options.length_bias = !sigmoid_bias;
         options.sigmoid_bias = sigmoid_bias.value_or(0);
         options.w = in<void>(addresses[19]);

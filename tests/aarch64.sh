@@ -14,7 +14,7 @@ flags="-std=c++17 -O2 -pthread -Wall -Wextra -Werror -Wno-psabi -Wno-aggressive-
 mkdir -p build/aarch64
 objects=()
 pids=()
-for source in csrc/tests/against_naive.cpp csrc/cpu/*.cpp; do
+for source in csrc/tests/against_naive.cpp $(find csrc/cpu -name "*.cpp"); do
   object=build/aarch64/$(basename "$source" .cpp).o
   objects+=("$object")
   $compiler $flags -Icsrc -c "$source" -o "$object" &

@@ -1,5 +1,5 @@
-"""The kernels of attn_ext.inspect (csrc/cpu/inspect.h and the blocked torch code) against the
-N x N way, for dot-product, additive and sigmoid attention, on every ISA.
+"""The kernels of attn_ext.inspect (csrc/cpu/kernels/inspect.h and the blocked torch code) against
+the N x N way, for dot-product, additive and sigmoid attention, on every ISA.
 """
 
 import pytest

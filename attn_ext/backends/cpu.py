@@ -345,12 +345,12 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
 
 
 def _is_family(call: Call) -> bool:
-    """Whether csrc/cpu/family*.h serve the call: sigmoid weights or additive scores."""
+    """Whether the call has sigmoid weights or additive scores."""
     return call.normalizer == "sigmoid" or call.w is not None
 
 
 def _family_run(call, t, problem, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
-    """One native call of the kernels in csrc/cpu/family*.h."""
+    """One native call with sigmoid weights or additive scores."""
     dq, dk, dv, dbias, dw = grads
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
              "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip
@@ -405,7 +405,7 @@ ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What
 
 
 def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
-    """csrc/cpu/inspect.h on a dense call: fills `out` (and `entropy`, `keys`); all contiguous, in
+    """A map of a dense call, by csrc/cpu: fills `out` (and `entropy`, `keys`); all contiguous, in
     the statistics' dtype (keys: int64).  lse is read, and written for ROW_STATS; sizes are
     (n, rows, cols)."""
     t = _canonical(call)

@@ -1,4 +1,4 @@
-"""What the machine can reach: measured on a CPU by csrc/cpu/ceilings.cpp, on a GPU with torch."""
+"""What the machine can reach: measured on a CPU by csrc/cpu/measure, on a GPU with torch."""
 
 from __future__ import annotations
 

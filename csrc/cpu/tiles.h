@@ -1,53 +1,30 @@
-// The tile unit of Intel AMX, an instruction a function: eight registers ("tiles") of 16 rows x 64
-// bytes a thread.  In assembler: the intrinsics of g++ 12 take literals for tile numbers only, and
-// its _tile_loadd and _tile_loadconfig do not tell the compiler which memory they read.
+// The sizes of the tiles of every CPU kernel, with the reason of each; no other file has one.
+#pragma once
+#include <cstdint>
 
-// The operand of ldtilecfg: the shape of each tile.
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
+namespace attn::cpu {
 
-struct Tiles {
-  static constexpr int64_t kRows = 16, kRowBytes = 64;
+// Queries of one head go through the kernels in panels: 64 lanes are four registers of 64 bytes,
+// the columns of one block of gemm.h.  Bands of causal and window attention are cut by grain, the
+// lanes of one such register.
+constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 
-  static void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
-  static void release() { asm volatile("tilerelease"); }
-  template <int TILE>
-  static void zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
-  }
-  template <int TILE>
-  static void load(const void* base, int64_t row_step) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(row_step), "i"(TILE) : "memory");
-  }
-  template <int TILE>
-  static void store(void* base, int64_t row_step) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(base), "r"(row_step), "i"(TILE) : "memory");
-  }
-  // C[m][n] += sum over pairs k of A[m][k] . B[k][n], pairs of bfloat16 and sums in float.
-  template <int C, int A, int B>
-  static void dot() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-  }
-};
+// Forward: a tile of scores is kForwardKeys x kPanel, 48 KiB of float, which leaves most of L2 to K
+// and V.  A multiple of 4, the keys that share a word of dropout.
+constexpr int64_t kForwardKeys = 192;
+// Most panels that share the packing of K and V.  Fewer where there would be too few tasks.
+constexpr int64_t kPanels = 4;
 
-// This thread's tiles, all of the full shape, for the life of the object: once a task, not once a
-// product.  Released afterwards, else every switch of context would save 8 KiB more.
-class TileUnit {
- public:
-  TileUnit() {
-    TileConfig config{};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = uint16_t(Tiles::kRowBytes);
-      config.rows[i] = uint8_t(Tiles::kRows);
-    }
-    Tiles::configure(config);
-  }
-  ~TileUnit() { Tiles::release(); }
-  TileUnit(const TileUnit&) = delete;
-  TileUnit& operator=(const TileUnit&) = delete;
-};
+// Backward: keys of a task, the largest of these that gives at least kBackwardTasks tasks.  Large
+// blocks read and add to dQ less often, as long as their rows of K, V, dK and dV stay in L2, for
+// which 384 are too many beyond a head dimension of kNarrowHead.  Multiples of 32, the keys of a
+// word of MaskBits.
+constexpr int64_t kBackwardKeys[] = {384, 256, 192}, kNarrowHead = 64, kBackwardTasks = 32;
+
+// Decode: keys of a chunk, whose weights stay in L1 while V is read.
+constexpr int64_t kDecodeKeys = 64;
+constexpr int64_t kDecodeQueries = 4;  // at most; the products of more of them fill panels
+constexpr int64_t kDecodeRows =
+    128;  // queries * heads of a group, at most: their state stays in L2
+
+}  // namespace attn::cpu

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "head_dims.h"
 #include "sm80/backward_preprocess.cuh"
 #include "sm80/combine.cuh"
 #include "sm80/decode.cuh"
@@ -19,7 +20,7 @@ constexpr int64_t kLongest = int64_t(1) << 30;  // positions are int32, and sums
 
 int padded_head_dim(const Problem& p) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
-  for (int padded : {32, 64, 96, 128, 192, 256})
+  for (int padded : kSm80HeadDims)
     if (dim <= padded) return padded;
   throw std::invalid_argument("head_dim must be at most 256 on cuda, got " + std::to_string(dim));
 }
@@ -33,18 +34,11 @@ struct Pair {
 template <class T, class Use>
 void with_head_dim(int head_dim, const Use& use) {
   switch (head_dim) {
-    case 32:
-      return use(Pair<T, 32>());
-    case 64:
-      return use(Pair<T, 64>());
-    case 96:
-      return use(Pair<T, 96>());
-    case 128:
-      return use(Pair<T, 128>());
-    case 192:
-      return use(Pair<T, 192>());
-    case 256:
-      return use(Pair<T, 256>());
+#define ATTN_CASE(dim) \
+  case dim:            \
+    return use(Pair<T, dim>());
+    ATTN_SM80_HEAD_DIMS(ATTN_CASE)
+#undef ATTN_CASE
   }
   throw std::invalid_argument("no kernel for head_dim " + std::to_string(head_dim));
 }
@@ -183,16 +177,11 @@ void run_sm90(const Params& x, bool backward, void* stream) {
   const auto run = [&](auto element) {
     using T = decltype(element);
     switch (sm90::kernel_head_dim(x.p)) {
-      case 64:
-        return run_pair(Pair<T, 64>());
-      case 96:
-        return run_pair(Pair<T, 96>());
-      case 128:
-        return run_pair(Pair<T, 128>());
-      case 192:
-        return run_pair(Pair<T, 192>());
-      case 256:
-        return run_pair(Pair<T, 256>());
+#define ATTN_CASE(dim) \
+  case dim:            \
+    return run_pair(Pair<T, dim>());
+      ATTN_SM90_HEAD_DIMS(ATTN_CASE)
+#undef ATTN_CASE
     }
   };
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});

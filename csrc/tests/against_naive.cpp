@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/isa/dispatch.h"
 #include "params.h"
 #include "philox.h"
 

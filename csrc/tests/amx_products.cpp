@@ -3,27 +3,22 @@
 // wrong, or "".
 #include <string>
 
-#include "cpu/amx.h"
-#include "cpu/prelude.h"
-
-#pragma GCC push_options
-ATTN_TARGET(ATTN_AVX512_AMX_FEATURES)
+#define ATTN_ISA products
 #define ATTN_VEC_BYTES 64
 #define ATTN_NV 4
 #define ATTN_MR 6
 #define ATTN_AMX
 #define ATTN_BF16_DOT
+#include "cpu/isa/region.h"
+
+#pragma GCC push_options
+ATTN_TARGET(ATTN_AVX512_AMX_FEATURES)
+#include "cpu/simd/gemm_amx.h"
+
 namespace attn::cpu::products {
 
-#include "cpu/simd.h"
-constexpr int64_t kPanel = 64;
-// clang-format off: the order of use
-#include "cpu/transpose.h"
-#include "cpu/prefetch.h"
-#include "cpu/gemm.h"
-#include "cpu/tiles.h"
-#include "cpu/gemm_amx.h"
-// clang-format on
+using amx::Tiles;
+using amx::TileUnit;
 
 std::string text;
 

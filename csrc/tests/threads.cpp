@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/isa/dispatch.h"
 #include "cpu/parallel.h"
 
 using attn::Pointers;

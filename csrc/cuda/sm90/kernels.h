@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "../head_dims.h"
 #include "traits.cuh"
 
 namespace attn::cuda::sm90 {
@@ -12,7 +13,7 @@ namespace attn::cuda::sm90 {
 inline int kernel_head_dim(const Problem& p) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
   if (dim <= 32) return 0;  // sm80 has a kernel of its own for 32
-  for (int padded : {64, 96, 128, 192, 256})
+  for (int padded : kSm90HeadDims)
     if (dim <= padded) return padded;
   return 0;
 }

@@ -1,0 +1,147 @@
+// Chooses an ISA at run time; ATTN_EXT_ISA (read at the first call) forces one.
+#include "cpu/isa/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/isa/amx.h"
+#include "cpu/scratch.h"
+#include "cpu/isa/features.h"
+
+namespace attn::cpu {
+
+#define ATTN_DECLARE(ISA)                                                                    \
+  namespace ISA {                                                                            \
+  void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);        \
+  void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads);       \
+  void inspect(const Problem& p, const Pointers& ptr, const Options&, const InspectOptions&, \
+               int n);                                                                       \
+  }
+ATTN_DECLARE(baseline)
+#if defined(__x86_64__)
+ATTN_DECLARE(avx2)
+ATTN_DECLARE(avx512)
+ATTN_DECLARE(avx512_bf16)
+#ifdef ATTN_HAS_AMX
+ATTN_DECLARE(avx512_amx)
+#endif
+#endif
+#undef ATTN_DECLARE
+
+namespace {
+
+using Kernel = void (*)(const Problem&, const Pointers&, const Options&, int);
+using InspectKernel = void (*)(const Problem&, const Pointers&, const Options&,
+                               const InspectOptions&, int);
+
+struct Isa {
+  const char *name, *features;  // features: of its target region (features.h)
+  Kernel forward, backward, forward_bf16, backward_bf16;
+  InspectKernel inspect;
+  bool supported;
+  // On AMX's tiles.  Used only when it is asked for by its name: no machine has run it so far.
+  bool tiles = false;
+};
+
+bool usable(const Isa& isa) { return isa.supported && (!isa.tiles || amx::present()); }
+
+// From the least to the most.  What vdpbf16ps and tiles do not serve runs on the kernels of avx512.
+#define ATTN_OWN_KERNELS(ISA) ISA::forward, ISA::backward
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all{
+      {"baseline", "", ATTN_OWN_KERNELS(baseline), ATTN_OWN_KERNELS(baseline), baseline::inspect,
+       true},
+#if defined(__x86_64__)
+      {"avx2", ATTN_AVX2_FEATURES, ATTN_OWN_KERNELS(avx2), ATTN_OWN_KERNELS(avx2), avx2::inspect,
+       cpu_has(ATTN_AVX2_FEATURES)},
+      {"avx512", ATTN_AVX512_FEATURES, ATTN_OWN_KERNELS(avx512), ATTN_OWN_KERNELS(avx512),
+       avx512::inspect, cpu_has(ATTN_AVX512_FEATURES)},
+      {"avx512_bf16", ATTN_AVX512_BF16_FEATURES, ATTN_OWN_KERNELS(avx512),
+       ATTN_OWN_KERNELS(avx512_bf16), avx512::inspect, cpu_has(ATTN_AVX512_BF16_FEATURES)},
+#ifdef ATTN_HAS_AMX
+      // whether there are tiles is asked at each use: tests emulate them
+      {"avx512_amx", ATTN_AVX512_AMX_FEATURES, ATTN_OWN_KERNELS(avx512),
+       ATTN_OWN_KERNELS(avx512_amx), avx512::inspect, cpu_has(ATTN_AVX512_BF16_FEATURES), true},
+#endif
+#endif
+  };
+  return all;
+}
+#undef ATTN_OWN_KERNELS
+
+const Isa* find(const std::string& name) {
+  const Isa* best = nullptr;
+  std::string names;
+  for (const Isa& isa : isas()) {
+    if (!usable(isa)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    if (name.empty() ? !isa.tiles : name == isa.name) best = &isa;
+  }
+  if (!best)
+    throw std::invalid_argument("ATTN_EXT_ISA must be one that this machine supports (" + names +
+                                "), got '" + name + "'");
+  if (best->tiles && !amx::permitted())
+    throw std::invalid_argument("ATTN_EXT_ISA must be one that this machine supports, got '" +
+                                name + "', whose tile registers Linux refused to this process");
+  return best;
+}
+
+std::atomic<const Isa*> current{nullptr};
+
+const Isa& active() {
+  const Isa* isa = current.load(std::memory_order_acquire);
+  if (!isa) {
+    const char* asked = std::getenv("ATTN_EXT_ISA");
+    isa = find(asked ? asked : "");
+    current.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+}  // namespace
+
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  const Isa& isa = active();
+  (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p, ptr, o, threads);
+}
+void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  const Isa& isa = active();
+  (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, o, threads);
+}
+void forward(const Problem& p, const Pointers& ptr, int threads) { forward(p, ptr, {}, threads); }
+void backward(const Problem& p, const Pointers& ptr, int threads) { backward(p, ptr, {}, threads); }
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+             int threads) {
+  active().inspect(p, ptr, o, wanted, threads);
+}
+std::string isa() { return active().name; }
+void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (usable(isa)) names.emplace_back(isa.name);
+  return names;
+}
+
+std::vector<IsaEntry> isa_table() {
+  std::vector<IsaEntry> table;
+  auto address = [](auto function) { return reinterpret_cast<uintptr_t>(function); };
+  for (const Isa& i : isas())
+    table.push_back({i.name,
+                     i.features,
+                     {{"forward", address(i.forward)},
+                      {"backward", address(i.backward)},
+                      {"forward_bf16", address(i.forward_bf16)},
+                      {"backward_bf16", address(i.backward_bf16)},
+                      {"inspect", address(i.inspect)}}});
+  return table;
+}
+
+ScratchBuffer& thread_scratch() {
+  thread_local ScratchBuffer buffer;
+  return buffer;
+}
+
+}  // namespace attn::cpu

@@ -1,0 +1,68 @@
+// The kernels of one ISA, all of it one text.  Each isa/*.cpp includes it once, inside its target
+// region, after it defined the ISA (region.h).
+#pragma once
+#include "cpu/isa/region.h"
+#include "cpu/kernels/backward.h"
+#include "cpu/kernels/decode.h"
+#include "cpu/kernels/forward.h"
+#ifdef ATTN_AMX
+#include "cpu/simd/gemm_amx.h"
+#endif
+#ifndef ATTN_BF16_DOT
+#include "cpu/kernels/inspect.h"
+#endif
+
+#ifdef ATTN_AMX
+namespace attn::cpu::avx512_bf16 {
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);
+}
+#endif
+
+namespace attn::cpu::ATTN_ISA {
+
+#if defined(ATTN_AMX)
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (o.plain() && Decode<DType::kBFloat16>::serves(p, ptr))  // too thin for tiles
+    avx512_bf16::forward(p, ptr, o, threads);
+  else
+    Forward<AmxPairs>(p, ptr, o, threads).run();
+}
+
+void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  Backward<AmxPairs>(p, ptr, o, threads).run();
+}
+#elif defined(ATTN_BF16_DOT)
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (!o.plain() || !decode<DType::kBFloat16>(p, ptr, threads))
+    Forward<Bf16Pairs>(p, ptr, o, threads).run();
+}
+
+void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  Backward<Bf16Pairs>(p, ptr, o, threads).run();
+}
+#else
+void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (p.dtype == DType::kFloat64) return Forward<Plain<double>>(p, ptr, o, threads).run();
+  const bool few = o.plain() && (decode<DType::kFloat32>(p, ptr, threads) ||
+                                 decode<DType::kFloat16>(p, ptr, threads) ||
+                                 decode<DType::kBFloat16>(p, ptr, threads));
+  if (!few) Forward<Plain<float>>(p, ptr, o, threads).run();
+}
+
+void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (p.dtype == DType::kFloat64)
+    Backward<Plain<double>>(p, ptr, o, threads).run();
+  else
+    Backward<Plain<float>>(p, ptr, o, threads).run();
+}
+
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+             int threads) {
+  if (p.dtype == DType::kFloat64)
+    Inspect<double>(p, ptr, o, wanted, threads).run();
+  else
+    Inspect<float>(p, ptr, o, wanted, threads).run();
+}
+#endif
+
+}  // namespace attn::cpu::ATTN_ISA

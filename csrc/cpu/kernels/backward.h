@@ -1,0 +1,500 @@
+// dQ, dK, dV, dBias, dSink by recomputation (FlashAttention-2, Dao 2023), five products a pair of
+// key block and query panel in one pass:
+//   S^T = K Q^T,  dP^T = V dO^T,  P = exp(S - LSE),  dS = P * (dP - delta),
+//   delta = rowsum(dO * O) - dLSE,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
+// One task = block_n keys of one K/V head; it loops over the query heads of the group and their
+// panels, and owns its rows of dK and dV.  dQ panels are shared: each has a ticket, and key blocks
+// add to it in ascending order, so that the result is the same whatever the number of threads.
+// Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
+// before it.
+#pragma once
+#include "cpu/kernels/additive.h"
+#include "cpu/kernels/gradient.h"
+#include "cpu/kernels/key_gradient.h"
+#include "cpu/kernels/query_gradient.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/tile/rows.h"
+#include "cpu/tile/score.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+template <class Op>
+class Backward {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>;
+  // In float32 it makes no difference; a tile unit has its products in memory anyway.
+  static constexpr bool kAtOnce = Op::kPack == 2 && Op::kStep == 1;
+
+ public:
+  Backward(const Problem& problem, const Pointers& pointers, const Options& options, int threads)
+      : p(problem),
+        ptr(pointers),
+        o(options),
+        threads(threads),
+        dQ(problem, pointers, options.w ? T(1) : T(problem.scale)) {
+    group = p.heads_q / p.heads_k;
+    m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
+    // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
+    // enough of them.  By shape alone: results do not depend on the number of threads.
+    const bool narrow = std::max(p.head_dim, p.head_dim_v) <= kNarrowHead && sizeof(T) == 4;
+    for (int64_t keys : kBackwardKeys) {
+      if (keys == kBackwardKeys[0] && !narrow) continue;
+      block_n = keys;
+      n_tiles = (p.seqlen_k + block_n - 1) / block_n;
+      if (p.batch * p.heads_k * n_tiles >= kBackwardTasks) break;
+    }
+    d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
+  }
+
+  void run() {
+    const int64_t tiles = p.batch * p.heads_q * m_tiles;
+    delta.assign(tiles * kPanel, T(0));
+    // Panels whose keys all lie in one block need neither: they find delta and dQ at once.
+    dQ.begin(tiles, n_tiles > 1);
+    dw.assign(o.w ? n_tiles * p.batch * p.heads_q * p.head_dim : 0, T(0));
+    parallel_for(tiles, n_tiles > 1 ? threads : 1, [&](int64_t tile) { prepare(tile); });
+
+    // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed
+    // order.
+    const bool by_key = !ptr.dbias || p.dbias.k != 0, by_batch = !ptr.dbias || p.dbias.b != 0,
+               by_head = !ptr.dbias || p.dbias.h != 0;
+    const int64_t keys = by_key ? n_tiles : 1, batches = by_batch ? p.batch : 1,
+                  heads = by_head ? p.heads_k : 1;
+    parallel_for(n_tiles ? keys * batches * heads : 0, threads, [&](int64_t task) {
+      [[maybe_unused]] typename Op::PerThread held;
+      const int64_t key = task / (batches * heads), b = task / heads % batches, h = task % heads;
+      const int64_t after = task + threads;  // probably this thread's next one
+      const bool all = keys * batches * heads == n_tiles * p.batch * p.heads_k;
+      const Next next{after / heads % batches, after % heads,
+                      all ? after / (batches * heads) : n_tiles};
+      for (int64_t bi = by_batch ? b : 0; bi < (by_batch ? b + 1 : p.batch); ++bi)
+        for (int64_t hi = by_head ? h : 0; hi < (by_head ? h + 1 : p.heads_k); ++hi)
+          for (int64_t ni = by_key ? key : 0; ni < (by_key ? key + 1 : n_tiles); ++ni)
+            key_block(bi, hi, ni, next);
+    });
+    if (ptr.dsink) parallel_for(p.heads_q, threads, [&](int64_t h) { sink_gradient(h); });
+    if (o.dw) sum_parts(dw, p.heads_q * p.head_dim, static_cast<T*>(o.dw));
+  }
+
+ private:
+  const Problem& p;
+  const Pointers& ptr;
+  const Options& o;
+  int threads;
+  int64_t block_n;  // keys of a task; a multiple of 32
+  int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
+  std::vector<T> delta;  // [B, Hq, m_tiles, kPanel]
+  QueryGradient<T> dQ;
+  std::vector<T> dw;  // [n_tiles, B, Hq, D], of additive scores
+
+  struct Next {  // a key block to prefetch; none when t == n_tiles
+    int64_t b, hk, t;
+  };
+
+  // What the loop over panels keeps of a key block, and its scratch.
+  struct Block : GradientTile<Op> {
+    explicit Block(const Sequence& s) : seq(s), soon(s.seqlen_q < kPanel) {}
+    const Sequence& seq;
+    int64_t t{}, hk{}, n0{}, nk{};  // the block's number, K/V head, first key, number of keys
+    Operand K{}, V{}, K_by_key{};
+    int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
+    bool begun = false;  // dK and dV hold something
+    T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
+    Item *Qt{}, *dOt{};  // [items of d][kPanel]
+    Item *Q{}, *dO{};    // [items of kPanel][d_pad]
+    T* row{};            // [max dim]
+    PanelScratch<T> side{};
+    T* dQt{};       // [D][kPanel], of whole rows
+    Item* block{};  // of pack_transposed
+    AdditiveBlock<T> additive;
+    Prefetch soon;
+  };
+
+  static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
+  int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
+  template <class U>
+  const U* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
+                  int64_t i) const {
+    return reinterpret_cast<const U*>(static_cast<const char*>(base) +
+                                      seq.q_offset(s, h, i) * bytes());
+  }
+
+  void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
+    int64_t lo, hi;
+    seq.key_range(m0, m0 + nq, &lo, &hi);
+    *t0 = lo / block_n;
+    *t1 = hi > lo ? (hi + block_n - 1) / block_n : *t0;
+  }
+
+  // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.  Panels without keys end here.
+  void prepare(int64_t tile) {
+    const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel;
+    const Sequence seq(p, ptr, tile / m_tiles / p.heads_q);
+    const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
+    if (nq <= 0) return;
+    int64_t t0, t1;
+    key_tiles(seq, m0, nq, &t0, &t1);
+    if (t0 >= t1) return dQ.write_zeros(seq, h, m0, nq);
+    if (t1 - t0 == 1) return;  // see exact_delta
+    dQ.first_block(tile, t0);
+    if (o.sigmoid) return;
+    Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
+    T *out = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad);
+    for (T* row : {out, dout}) std::fill(row, row + dv_pad, T(0));
+    for (int64_t i = 0; i < nq; ++i) {
+      convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, out);
+      convert_row(p.dtype, row_of<char>(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, dout);
+      Vec<T> sum{};
+      for (int64_t d = 0; d < dv_pad; d += L) sum += load(out + d) * load(dout + d);
+      T total = 0;
+      for (int lane = 0; lane < L; ++lane) total += sum[lane];
+      if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
+      delta[tile * kPanel + i] = total;
+    }
+  }
+
+  int64_t scratch_bytes() const {
+    const int64_t dims = d_pad + dv_pad;
+    return int64_t(sizeof(T)) *
+           (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 7 +
+            MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) + dims +
+            (o.w ? AdditiveBlock<T>::size(p.head_dim, block_n) : 0));
+  }
+
+  void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
+    const Sequence seq(p, ptr, b);
+    Block k(seq);
+    k.t = t, k.hk = hk, k.n0 = t * block_n, k.nk = std::min(block_n, seq.seqlen_k - k.n0);
+    if (k.nk <= 0) return;
+    Scratch scratch(scratch_bytes());
+    load_keys(k, scratch);
+    bool first = true;
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
+      for (int64_t m = 0; m < m_tiles; ++m) {
+        const int64_t m0 = m * kPanel, nq = std::min(kPanel, seq.seqlen_q - m0);
+        Rows rows{h, m0, nq, (b * p.heads_q + h) * m_tiles + m, 0, 0};
+        if (nq <= 0) break;
+        key_tiles(seq, m0, nq, &rows.t0, &rows.t1);
+        if (t < rows.t0 || t >= rows.t1) continue;
+        if (first) prefetch(k, next);
+        first = false;
+        panel_pair(k, rows);
+      }
+    if (!k.begun) clear_keys(k);
+    if (o.w) k.additive.write_dk(k.nk, p.head_dim, d_pad, k.dK);
+    store_rows(k, ptr.dk, p.dk, p.head_dim, d_pad, k.dK, o.w ? T(1) : T(p.scale));
+    store_rows(k, ptr.dv, p.dv, p.head_dim_v, dv_pad, k.dV, T(1));
+  }
+
+  // The scratch of a key block, and K and V as operands.
+  void load_keys(Block& k, Scratch& scratch) const {
+    const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
+    auto tile_of = [&] { return scratch.take<T>(block_n * kPanel); };
+    auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
+    Item *K_scratch = items_of(block_n * d_pad), *V_scratch = items_of(block_n * dv_pad);
+    k.dK = scratch.take<T>(block_n * d_pad), k.dV = scratch.take<T>(block_n * dv_pad);
+    k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
+    k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
+    k.S = tile_of(), k.dP = tile_of();
+    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
+    k.dcap = p.softcap > 0 ? tile_of() : nullptr;
+    k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
+    k.row = scratch.take<T>(std::max(d_pad, dv_pad));
+    k.dQt = scratch.take<T>(d_pad * kPanel);
+    k.block = items_of(L * std::max(d_pad, dv_pad));
+    k.K = rows_by_depth<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, K_scratch);
+    k.V = rows_by_depth<Op>(k.seq, ptr.v, p.v, k.hk, k.n0, k.nk, dv, V_scratch);
+    if constexpr (Op::kPack == 1) {
+      k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
+      k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
+    } else {
+      k.P_rows = items_of(block_n * pairs), k.dS_rows = items_of(block_n * pairs);
+      k.dS_by_key = items_of(block_n * pairs);
+      Item* by_key = items_of(by_key_items<Op>(block_n, d));
+      k.K_by_key = rows_by_key<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, by_key);
+    }
+    if (!o.w) return;
+    k.additive.begin(scratch, d, block_n);
+    k.additive.k_rows.load(p.dtype, k.nk, round_up(k.nk), d, k.row, [&](int64_t j) {
+      return static_cast<const char*>(ptr.k) + k.seq.k_offset(p.k, k.hk, k.n0 + j) * bytes();
+    });
+  }
+
+  // Where memory is touched for the first time: the output of this block, the inputs of the next.
+  void prefetch(Block& k, const Next& next) const {
+    Prefetch& soon = k.soon;
+    if (ptr.dk) prefetch_keys(k.seq, ptr.dk, p.dk, k.hk, k.n0, block_n, p.head_dim, soon);
+    if (ptr.dv) prefetch_keys(k.seq, ptr.dv, p.dv, k.hk, k.n0, block_n, p.head_dim_v, soon);
+    if (next.t >= n_tiles) return;
+    const Sequence other(p, ptr, next.b);
+    const int64_t first = next.t * block_n;
+    prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim, soon);
+    prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v, soon);
+    if (n_tiles > 1) return;  // the first panel that sees the block is not known
+    soon.add(row_of<char>(ptr.q, other, p.q, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
+             p.q.s * bytes(), p.head_dim * bytes());
+    soon.add(row_of<char>(ptr.dout, other, p.dout, next.hk * group, 0),
+             std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
+  }
+
+  // How P and dS of a pair come about.
+  enum Route {
+    kFused,     // from the registers of the products, where every query sees the key
+    kInMemory,  // S and dP are written, then become P and dS in place
+    kCareful,   // the same; inf or NaN may meet P = 0 or dS = 0, so the products that follow take
+                // only pairs with P != 0
+  };
+
+  // A panel of queries against a block of keys: what its phases share.
+  struct Pair {
+    Pair(Block& k, const Rows& r) : r(r), panel(k.seq, r.h, r.m0, r.nq, k.side) {}
+    const Rows& r;
+    const Panel<T> panel;
+    Tile tile{};
+    Segments segments{};
+    Route route = kInMemory;
+    Keys fused{0, 0};                  // whose P and dS never are in memory as numbers
+    bool late = false;                 // P and dS are needed as numbers first
+    const char *Q_rows{}, *dO_rows{};  // [nq][D] and [nq][Dv], as they are stored
+    T *dQ{}, *delta{};                 // [D][kPanel]; [kPanel]
+  };
+
+  void panel_pair(Block& k, const Rows& r) {
+    Pair x(k, r);
+    x.tile = x.panel.tile(k.n0, k.nk, Op::kPack);
+    x.panel.prefetch_mask(r.m0 + kPanel, kPanel, k.n0, k.nk);
+    x.dQ = r.whole() ? k.dQt : dQ.panel(r.unit);
+    if (x.tile.empty) return turn_of(k, x).clear_first();  // by mask or bias
+    x.segments = x.panel.segments(x.tile);
+    load_queries(k, x);
+    choose_route(k, x);
+    products(k, x);
+    gradient(k, x);
+    if (x.route == kCareful)
+      add_visible_dv(k, x);
+    else
+      add_dkdv(k, x);
+    if (o.w)
+      add_additive(k, x);
+    else if (x.route == kCareful)
+      add_visible(k, x);
+    else if (ptr.dq)
+      add_dq(k, x);
+  }
+
+  // Q^T, dO^T, LSE of the panel.
+  void load_queries(Block& k, Pair& x) {
+    const Sequence& seq = k.seq;
+    const auto& [h, m0, nq, unit, t0, t1] = x.r;
+    const int64_t d = p.head_dim, dv = p.head_dim_v;
+    x.Q_rows = row_of<char>(ptr.q, seq, p.q, h, m0);
+    x.dO_rows = row_of<char>(ptr.dout, seq, p.dout, h, m0);
+    pack_transposed<Op>(p.dtype, x.Q_rows, p.q.s * bytes(), nq, x.panel.columns, d, k.block, k.Qt);
+    pack_transposed<Op>(p.dtype, x.dO_rows, p.dout.s * bytes(), nq, x.panel.columns, dv, k.block,
+                        k.dOt);
+    // What this pair adds to at its end, and what the next one begins with, come from L3 meanwhile.
+    const int64_t next = std::min(kPanel, seq.seqlen_q - (m0 + kPanel));
+    k.soon.add_first(x.dO_rows + kPanel * p.dout.s * bytes(), next, p.dout.s * bytes(),
+                     dv * bytes());
+    k.soon.add_first(x.Q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
+    if (ptr.dq && k.t + 1 == t1)
+      k.soon.add_first(row_of<char>(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
+    if (ptr.dq) k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
+    x.panel.prefetch_bias(x.tile);
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
+    if (o.sigmoid)
+      std::fill(k.lse, k.lse + nq, -sigmoid_bias<T>(o, seq));
+    else
+      for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
+    std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
+    if (o.w)
+      k.additive.q_rows.load(p.dtype, nq, x.panel.columns, p.head_dim, k.row,
+                             [&](int64_t i) { return x.Q_rows + i * p.q.s * bytes(); });
+    x.delta = delta.data() + unit * kPanel;
+  }
+
+  void choose_route(Block& k, Pair& x) const {
+    const Panel<T>& panel = x.panel;
+    const bool at_once =
+        kAtOnce && o.plain() && !x.r.whole() && panel.plain() && panel.columns == kPanel;
+    x.route = !finite(k, panel) ? kCareful : at_once ? kFused : kInMemory;
+    if (x.route == kFused) x.fused = panel.seen_by_all(x.tile, Op::kPack);
+    x.late = ptr.dbias || k.dcap || o.w || x.route == kCareful;
+  }
+
+  // S^T = K Q^T, dP^T = V dO^T   [nk, columns], but for the fused keys
+  void products(Block& k, const Pair& x) const {
+    if (o.w) additive_of(x).scores(x.segments, k.additive.k_rows, k.additive.q_rows, k.S);
+    auto product = [&](int64_t lo, int64_t hi, const Segment& s, int64_t dim, const Operand& A,
+                       const Item* B, T* C) {
+      gemm_panel<Op>(hi - lo, s.end - s.begin, depth_of<Op>(dim), A.data + lo * A.row_step,
+                     A.row_step, A.depth_step, B + s.begin, C + lo * kPanel + s.begin, false,
+                     &k.soon);
+    };
+    for (const Segment& s : x.segments)
+      x.fused.rest({s.lo, s.hi}, [&](int64_t lo, int64_t hi) {
+        if (!o.w) product(lo, hi, s, p.head_dim, k.K, k.Qt, k.S);
+        product(lo, hi, s, p.head_dim_v, k.V, k.dOt, k.dP);
+      });
+  }
+
+  // P and dS as operands of the products that follow; dBias on the way.
+  void gradient(Block& k, const Pair& x) {
+    const Rows& r = x.r;
+    const T scale = T(x.panel.logits(x.tile, k.S, k.dcap));
+    const T* kept = p.dropout_p > 0 ? x.panel.keep(x.tile) : nullptr;
+    const T* dlse =
+        ptr.dlse ? static_cast<const T*>(ptr.dlse) + k.seq.lse_offset(r.h, r.m0) : nullptr;
+    if (r.whole() && !o.sigmoid) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
+    if constexpr (kAtOnce)
+      if (x.fused.lo < x.fused.hi)
+        k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, p.head_dim, p.head_dim_v, x.fused.lo,
+                                x.fused.hi, scale, x.delta, k.soon);
+    for (int64_t g = 0; g < x.panel.grains; ++g)
+      x.fused.rest({x.tile.lo[g], x.tile.hi[g]}, [&](int64_t lo, int64_t hi) {
+        for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+          if (o.sigmoid)
+            k.template gradient<Weights::kSigmoid>(v, lo, hi, scale, x.delta, kept, x.late);
+          else if (r.whole())
+            k.template gradient<Weights::kReady>(v, lo, hi, scale, x.delta, kept, x.late);
+          else
+            k.template gradient<Weights::kSoftmax>(v, lo, hi, scale, x.delta, kept, x.late);
+      });
+    if (ptr.dbias) k.add_bias_gradient(x.panel, x.tile, k.n0);
+    if (k.dcap) k.through_softcap(x.panel, x.tile);
+    if constexpr (Op::kPack == 2)
+      for (int64_t g = 0; x.late && x.route != kCareful && g < x.panel.grains; ++g)
+        k.emit(g * kGrain, x.tile.lo[g], x.tile.hi[g]);
+  }
+
+  // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
+  void add_dkdv(Block& k, const Pair& x) const {
+    const DType type = p.dtype;
+    const KeyGradient<Op> V{type, x.dO_rows, p.dout.s, p.head_dim_v, dv_pad, k.P_rows, k.dO, k.dV};
+    const KeyGradient<Op> K{type, x.Q_rows, p.q.s, p.head_dim, d_pad, k.dS_rows, k.Q, k.dK};
+    if (ptr.dv) V.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
+    if (ptr.dk && !o.w) K.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
+    k.begun = true;
+  }
+
+  // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
+  void add_dq(Block& k, const Pair& x) {
+    const Turn turn = turn_of(k, x);
+    bool begins = turn.first && x.segments.at[0].covers(x.panel.columns);
+    if (!begins) turn.clear_first();
+    for (const Segment& s : x.segments) {
+      const int64_t first = s.lo / Op::kPack;
+      gemm_panel<Op>(p.head_dim, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                     k.K_by_key.data + first * k.K_by_key.depth_step, k.K_by_key.row_step,
+                     k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, x.dQ + s.begin,
+                     !begins, &k.soon);
+      begins = false;
+    }
+  }
+
+  using Turn = typename QueryGradient<T>::Turn;
+  Turn turn_of(const Block& k, const Pair& x) {
+    return {dQ, k.seq, x.r, k.t, x.dQ, reinterpret_cast<T*>(k.block)};
+  }
+
+  void clear_keys(Block& k) const {
+    std::fill(k.dK, k.dK + k.nk * d_pad, T(0));
+    std::fill(k.dV, k.dV + k.nk * dv_pad, T(0));
+  }
+
+  // No inf or NaN in K, V and the panel's Q and dO.
+  ATTN_NOINLINE bool finite(Block& k, const Panel<T>& panel) const {
+    constexpr int64_t row = kPanel * int64_t(sizeof(Item));
+    if (!all_finite<Op>(reinterpret_cast<const char*>(k.Qt), row, items<Op>(p.head_dim),
+                        panel.columns) ||
+        !all_finite<Op>(reinterpret_cast<const char*>(k.dOt), row, items<Op>(p.head_dim_v),
+                        panel.columns))
+      return false;
+    if (k.finite < 0)
+      k.finite = all_finite<Op>(k.K.data, k.K.row_step, k.nk, items<Op>(p.head_dim)) &&
+                 all_finite<Op>(k.V.data, k.V.row_step, k.nk, items<Op>(p.head_dim_v));
+    return k.finite;
+  }
+
+  // dV over the pairs with P != 0: what an excluded row holds never reaches a gradient.
+  ATTN_NOINLINE void add_visible_dv(Block& k, const Pair& x) const {
+    if (!k.begun) clear_keys(k);
+    k.begun = true;
+    const int64_t dv = p.head_dim_v;
+    for (int64_t q = 0; q < x.panel.nq && ptr.dv; ++q)
+      for (int64_t j = x.tile.lo[q / kGrain]; j < x.tile.hi[q / kGrain]; ++j) {
+        const T w = k.S[j * kPanel + q];
+        if (w == T(0)) continue;
+        convert_row(p.dtype, x.dO_rows + q * p.dout.s * bytes(), dv, k.row);
+        for (int64_t c = 0; c < dv; ++c) k.dV[j * dv_pad + c] += w * k.row[c];
+      }
+  }
+
+  // dK and dQ over the pairs with dS != 0.
+  ATTN_NOINLINE void add_visible(Block& k, const Pair& x) {
+    const Turn turn = turn_of(k, x);
+    turn.clear_first();
+    const int64_t d = p.head_dim;
+    for (int64_t q = 0; q < x.panel.nq; ++q)
+      for (int64_t j = x.tile.lo[q / kGrain]; j < x.tile.hi[q / kGrain]; ++j) {
+        const T g = k.dP[j * kPanel + q];
+        if (g == T(0)) continue;
+        convert_row(p.dtype, x.Q_rows + q * p.q.s * bytes(), d, k.row);
+        for (int64_t c = 0; c < d; ++c) {
+          k.dK[j * d_pad + c] += g * k.row[c];
+          if (ptr.dq) x.dQ[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
+        }
+      }
+  }
+
+  Additive<T> additive_of(const Pair& x) const {
+    return {static_cast<const T*>(o.w) + x.r.h * p.head_dim, p.head_dim};
+  }
+
+  // dQ, dK and dw of additive scores.  Nearly all of the work, so it does not wait for its turn to
+  // add to dQ.
+  ATTN_NOINLINE void add_additive(Block& k, const Pair& x) {
+    const int64_t size = p.head_dim * kPanel;
+    T* row = dw.data() + ((k.t * p.batch + k.seq.b) * p.heads_q + x.r.h) * p.head_dim;
+    std::fill(k.dQt, k.dQt + size, T(0));
+    additive_of(x).gradient(x.segments, k.additive.k_rows, k.additive.q_rows, k.dP, k.dQt,
+                            k.additive.dKt, row);
+    const Turn turn = turn_of(k, x);
+    if (!ptr.dq || x.dQ == k.dQt) return;
+    turn.clear_first();
+    for (int64_t i = 0; i < size; i += L) store(x.dQ + i, load(x.dQ + i) + load(k.dQt + i));
+  }
+
+  // The rows of dK or dV, times `scale`.
+  ATTN_NOINLINE void store_rows(const Block& k, void* base, const Strides& s, int64_t dim,
+                                int64_t pad, T* rows, T scale) const {
+    if (!base) return;
+    for (int64_t j = 0; j < k.nk; ++j) {
+      T* row = rows + j * pad;
+      for (int64_t d = 0; d < pad; d += L) store(row + d, load(row + d) * scale);
+      restore_row<T>(p.dtype, row, dim,
+                     static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * bytes());
+    }
+  }
+
+  // dsink[h] = -sum over rows of exp(sink - LSE) * delta; one head a task, rows in order
+  void sink_gradient(int64_t h) const {
+    const double sink = static_cast<const T*>(ptr.sink)[h];
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence seq(p, ptr, b);
+      for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+        const double lse = static_cast<const T*>(ptr.lse)[seq.lse_offset(h, i)];
+        const int64_t unit = (b * p.heads_q + h) * m_tiles + i / kPanel;
+        if (lse != -std::numeric_limits<double>::infinity())
+          sum -= std::exp(sink - lse) * double(delta[unit * kPanel + i % kPanel]);
+      }
+    }
+    static_cast<T*>(ptr.dsink)[h] = T(sum);
+  }
+};
+
+}  // namespace attn::cpu::ATTN_ISA

@@ -1,0 +1,351 @@
+// O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on
+// vector registers.  One task = kBlockM queries of one head, or a share of its keys when tasks are
+// few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
+// row maximum and sum are vertical operations.
+#pragma once
+#include "cpu/kernels/scores.h"
+#include "cpu/kernels/sigmoid.h"
+#include "cpu/kernels/softmax.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/gemm.h"
+#include "cpu/tile/rows.h"
+#include "cpu/tile/score.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+template <class Op>
+class Forward {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>;
+
+ public:
+  Forward(const Problem& problem, const Pointers& pointers, const Options& options, int threads)
+      : p(problem),
+        ptr(pointers),
+        o(options),
+        threads(threads),
+        softmax(problem, pointers, options) {
+    // Splits are chosen from shapes alone, so that results do not depend on the number of threads.
+    const int64_t tasks = set_panels(2), n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
+    splits =
+        tasks == 0 || tasks >= 16 ? 1 : std::min<int64_t>((16 + tasks - 1) / tasks, n_tiles / 2);
+    splits = std::max<int64_t>(splits, 1);
+    if (tasks >= 16 * threads) set_panels(kPanels);  // what a panel computes stays the same
+  }
+
+  void run() {
+    const int64_t units = p.batch * p.heads_q * m_tiles;
+    const int64_t state = panels * SoftmaxState<T>::size(p.head_dim_v);
+    std::vector<T> partial(splits > 1 ? units * splits * state : 0);
+    parallel_for(units * splits, threads, [&](int64_t task) {
+      [[maybe_unused]] typename Op::PerThread held;
+      // Causal tiles grow with the query: the last ones first leaves no long task for the end.
+      const int64_t index = units - 1 - task / splits, split = task % splits;
+      const int64_t after = task + threads;  // probably this thread's next one
+      const int64_t next = after < units * splits ? units - 1 - after / splits : index;
+      Scratch scratch(scratch_bytes() + state * int64_t(sizeof(T)));
+      T* s =
+          splits > 1 ? partial.data() + (index * splits + split) * state : scratch.take<T>(state);
+      const Unit unit = unit_at(index);
+      const size_t mark = scratch.used();
+      const int64_t soon = next == index ? -1 : next;
+      attend(unit, split, soon, false, s, scratch);
+      if (!finite(unit, s)) {
+        scratch.rewind(mark);
+        attend(unit, split, soon, true, s, scratch);
+      }
+      if (splits == 1) finish(unit, s, scratch);
+    });
+    if (splits == 1) return;
+    parallel_for(units, threads, [&](int64_t index) {
+      T* first = partial.data() + index * splits * state;
+      for (int64_t i = 1; i < splits; ++i)
+        for (int64_t panel = 0; panel < panels; ++panel)
+          merge(at_panel(first, panel), at_panel(first + i * state, panel));
+      Scratch scratch(scratch_bytes());
+      finish(unit_at(index), first, scratch);
+    });
+  }
+
+ private:
+  const Problem& p;
+  const Pointers& ptr;
+  const Options& o;
+  int threads;
+  const Softmax<Op> softmax;
+  int64_t block_m, m_tiles, panels, splits;
+
+  // Up to kPanels panels of queries of one head.
+  struct Unit {
+    Sequence seq;
+    int64_t h, hk, m0, nq;  // query head, its K/V head, first query, queries (0 or less: none)
+  };
+  Unit unit_at(int64_t index) const {
+    const int64_t head = index / m_tiles, b = head / p.heads_q, h = head - b * p.heads_q;
+    const int64_t m0 = (index - head * m_tiles) * block_m;
+    Unit unit{Sequence(p, ptr, b), h, h / (p.heads_q / p.heads_k), m0, 0};
+    unit.nq = std::min(block_m, unit.seq.seqlen_q - m0);
+    return unit;
+  }
+
+  // Returns the number of tasks when each has at most `most` panels.
+  int64_t set_panels(int64_t most) {
+    block_m = std::min<int64_t>(most * kPanel, (p.seqlen_q + kGrain - 1) / kGrain * kGrain);
+    m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
+    panels = (block_m + kPanel - 1) / kPanel;
+    return p.batch * p.heads_q * m_tiles;
+  }
+
+  static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
+  int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
+
+  // What V holds where P = 0, as at excluded pairs and logits of -inf, must not reach O.  That is
+  // looked into only when O is not finite (0 * inf and 0 * NaN are NaN).
+  bool finite(const Unit& unit, T* state) const {
+    for (int64_t q = 0; q < unit.nq; q += kPanel)
+      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, q / kPanel).O),
+                                kPanel * int64_t(sizeof(T)), p.head_dim_v,
+                                std::min(kPanel, unit.nq - q)))
+        return false;
+    return true;
+  }
+
+  SoftmaxState<T> at_panel(T* state, int64_t panel) const {
+    return {state + panel * SoftmaxState<T>::size(p.head_dim_v), p.head_dim_v};
+  }
+
+  int64_t scratch_bytes() const {
+    const int64_t dv = round_up(p.head_dim_v), rest = 2 * kForwardKeys * kPanel + (L + 1) * dv +
+                                                      MaskBits<T>::size(kForwardKeys) +
+                                                      kForwardKeys * dv;
+    return Scores<Op>::bytes(p, o, panels) + int64_t(sizeof(T)) * rest;
+  }
+
+  // What a task keeps while it walks over its tiles of keys, and its scratch.
+  struct Work {
+    Work(const Unit& u, const Options& o, bool careful, T* state, int64_t panels, bool narrow,
+         Scratch& scratch)
+        : unit(u),
+          careful(careful),
+          state(state),
+          bias(o.sigmoid ? sigmoid_bias<T>(o, u.seq) : T(0)),
+          scores(u.seq, o, u.h, panels, scratch),
+          S(scratch.take<T>(kForwardKeys * kPanel)),
+          side{scratch.take<T>(kForwardKeys * kPanel),
+               scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))},
+          V_scratch(scratch.take<Item>(kForwardKeys * u.seq.p->head_dim_v)),
+          soon(narrow) {}
+    const Unit& unit;
+    const bool careful;  // where a tile of V holds inf or NaN, only pairs with P != 0 enter O
+    T* const state;
+    const T bias;                // of sigmoid weights
+    Scores<Op> scores;           // Q of the panels, K of the tile
+    T* const S;                  // [kForwardKeys][kPanel]
+    const PanelScratch<T> side;  // of masks and dropout
+    Item* const V_scratch;       // [kForwardKeys][Dv], where V is copied
+    bool begun[kPanels]{};       // O of the panel holds something
+    bool exact[kPanels]{};       // the panel's logits rise: see Softmax
+    bool loaded = false;         // some tile of keys was
+    Operand V{};                 // of this tile; packed, as K, for the first panel that needs it
+    int finite = -1;             // no inf or NaN in V; -1: not asked yet
+    Prefetch soon;
+  };
+
+  // Tiles of keys.
+  struct Range {
+    int64_t first, end, last_key;
+  };
+  // The tiles that a split of the unit's keys has.
+  Range key_tiles(const Unit& unit, int64_t split) const {
+    if (unit.nq <= 0) return {0, 0, 0};
+    int64_t lo, hi;
+    unit.seq.key_range(unit.m0, unit.m0 + unit.nq, &lo, &hi);
+    const int64_t t0 = lo / kForwardKeys, t1 = (hi + kForwardKeys - 1) / kForwardKeys;
+    const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
+    return {first, std::min(t1, first + share), hi};
+  }
+
+  // The state of a unit after its share of the keys.  next: a unit to prefetch, or -1.
+  void attend(const Unit& unit, int64_t split, int64_t next, bool careful, T* state,
+              Scratch& scratch) const {
+    for (int64_t panel = 0; panel < panels; ++panel) at_panel(state, panel).begin();
+    const Range tiles = key_tiles(unit, split);
+    Work w(unit, o, careful, state, panels, unit.nq < kPanel && tiles.end - tiles.first == 1,
+           scratch);
+    if (tiles.first < tiles.end) w.scores.load_queries(unit.m0, unit.nq);
+    for (int64_t t = tiles.first; t < tiles.end; ++t)
+      add_tile(w, t * kForwardKeys, tiles.last_key, t + 1 == tiles.end, next);
+    for (int64_t panel = 0; panel < panels; ++panel)
+      if (!w.begun[panel]) at_panel(state, panel).clear_output();
+  }
+
+  // One tile of keys, from n0 and before `end`, against all panels.  last: of this task.
+  void add_tile(Work& w, int64_t n0, int64_t end, bool last, int64_t next) const {
+    const auto& [seq, h, hk, m0, nq] = w.unit;
+    const int64_t nk = std::min(kForwardKeys, end - n0);
+    w.V = {}, w.finite = -1;
+    for (int64_t q = 0; q < nq; q += kPanel) {
+      const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), w.side);
+      const Tile tile = panel.tile(n0, nk, Op::kPack);
+      if (!last) panel.prefetch_mask(panel.m0, panel.nq, n0 + kForwardKeys, kForwardKeys);
+      if (tile.empty) continue;
+      if (!w.V.data) load_keys(w, tile, last, next);
+      const Segments segments = panel.segments(tile);
+      weigh(w, q / kPanel, panel, tile, segments);
+      add_values(w, q / kPanel, panel, tile, segments);
+    }
+  }
+
+  // K and V of the tile as operands, and what comes after them on its way.
+  void load_keys(Work& w, const Tile& tile, bool last, int64_t next) const {
+    const Sequence& seq = w.unit.seq;
+    const int64_t hk = w.unit.hk, d = p.head_dim, dv = p.head_dim_v, after = tile.n0 + kForwardKeys;
+    w.scores.load_keys(tile.n0, tile.nk);
+    w.V = rows_by_key<Op>(seq, ptr.v, p.v, hk, tile.n0, tile.nk, dv, w.V_scratch);
+    if (!last) {
+      prefetch_keys(seq, ptr.k, p.k, hk, after, kForwardKeys, d, w.soon);
+      prefetch_keys(seq, ptr.v, p.v, hk, after, kForwardKeys, dv, w.soon);
+    }
+    if (w.loaded) return;
+    w.loaded = true;
+    prefetch_output(w.unit, w.soon);
+    if (next >= 0) prefetch_inputs(unit_at(next), w.soon);
+  }
+
+  // P^T as items of Op in S; the panel's state goes along.
+  void weigh(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile,
+             const Segments& segments) const {
+    SoftmaxState<T> state = at_panel(w.state, index);
+    const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
+    const bool try_lazy = !w.exact[index] && softmax.bases_serve(state, panel.columns);
+    T scale = w.scores.logits(index, panel, tile, segments, w.S, &w.soon);
+    if (o.sigmoid) return sigmoid_weights<Op>(panel, tile, w.S, scale, w.bias, kept);
+    if (try_lazy) {
+      if (softmax.on_bases(panel, tile, w.S, scale, kept, state)) return;
+      w.exact[index] = true;  // rising logits: not tried again
+      scale = w.scores.logits(index, panel, tile, segments, w.S, &w.soon);
+    }
+    softmax.on_new_bases(panel, tile, w.S, scale, kept, state);
+  }
+
+  // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
+  void add_values(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile,
+                  const Segments& segments) const {
+    T* O = at_panel(w.state, index).O;
+    if (w.careful && w.finite < 0) w.finite = values_finite(w.V, tile.nk);
+    const bool visible_only = w.careful && !w.finite;
+    bool begins = !w.begun[index] && !visible_only && segments.at[0].covers(panel.columns);
+    if (!w.begun[index] && !begins) at_panel(w.state, index).clear_output();
+    w.begun[index] = true;
+    if (visible_only) return add_visible(w.V, w.S, panel, tile, O);
+    for (const Segment& s : segments) {
+      const int64_t first = s.lo / Op::kPack;
+      gemm_panel<Op>(p.head_dim_v, s.end - s.begin, (s.hi + Op::kPack - 1) / Op::kPack - first,
+                     w.V.data + first * w.V.depth_step, w.V.row_step, w.V.depth_step,
+                     reinterpret_cast<const Item*>(w.S) + first * kPanel + s.begin, O + s.begin,
+                     !begins, &w.soon);
+      begins = false;
+    }
+  }
+
+  bool values_finite(const Operand& V, int64_t nk) const {
+    if constexpr (Op::kStep > 1)
+      return all_finite<Op>(V.data, V.row_step, p.head_dim_v, items<Op>(nk));
+    else
+      return all_finite<Op>(V.data, V.depth_step, items<Op>(nk), p.head_dim_v);
+  }
+
+  // Memory that is touched for the first time comes closer while products are computed: a unit's
+  // output, and the inputs of the next.
+  void prefetch_output(const Unit& unit, Prefetch& soon) const {
+    soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, unit.h, unit.m0) * bytes(), unit.nq,
+             p.o.s * bytes(), p.head_dim_v * bytes());
+  }
+  void prefetch_inputs(const Unit& unit, Prefetch& soon) const {
+    const auto& [seq, h, hk, m0, nq] = unit;
+    if (nq <= 0) return;
+    soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
+             p.q.s * bytes(), p.head_dim * bytes());
+    int64_t lo, hi;
+    seq.key_range(m0, m0 + nq, &lo, &hi);
+    prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim, soon);
+    prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v, soon);
+  }
+
+  // O^T += V^T P^T over the pairs with P != 0: what an excluded row of V holds never reaches O.
+  ATTN_NOINLINE void add_visible(const Operand& V, const T* S, const Panel<T>& panel,
+                                 const Tile& tile, T* O) const {
+    for (int64_t q = 0; q < panel.nq; ++q)
+      for (int64_t j = tile.lo[q / kGrain]; j < tile.hi[q / kGrain]; ++j) {
+        const Operand P{reinterpret_cast<const char*>(S), int64_t(sizeof(T)),
+                        kPanel * int64_t(sizeof(T))};
+        const T w = number_at<Op>(P, j, q);
+        if (w == T(0)) continue;
+        for (int64_t d = 0; d < p.head_dim_v; ++d) O[d * kPanel + q] += w * number_at<Op>(V, j, d);
+      }
+  }
+
+  void merge(SoftmaxState<T> a, const SoftmaxState<T>& b) const {
+    const T ninf = -std::numeric_limits<T>::infinity();
+    for (int64_t q = 0; q < kPanel; q += L) {
+      const Vec<T> max_a = load(a.max + q), max_b = load(b.max + q), top = vmax(max_a, max_b);
+      const Vec<T> base = top == ninf ? Vec<T>{} : top;
+      const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : vmax(max_a - base, set1(T(-kFar)));
+      const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : vmax(max_b - base, set1(T(-kFar)));
+      const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
+      const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
+      store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
+                                wb * (load(b.weighted + q) + shift_b * sum_b));
+      store(a.sum + q, wa * sum_a + wb * sum_b);
+      store(a.max + q, top);
+      for (int64_t d = 0; d < p.head_dim_v; ++d) {
+        T* at = a.O + d * kPanel + q;
+        store(at, wa * load(at) + wb * load(b.O + d * kPanel + q));
+      }
+    }
+  }
+
+  // Normalises, adds the sink's share, writes O, LSE and the statistics.
+  void finish(const Unit& unit, T* state, Scratch& scratch) const {
+    T* rows = scratch.take<T>(L * round_up(p.head_dim_v));
+    for (int64_t q = 0; q < unit.nq; q += L)
+      finish_rows(unit.seq, unit.h, unit.m0 + q, std::min<int64_t>(L, unit.nq - q),
+                  at_panel(state, q / kPanel), q % kPanel, rows);
+  }
+
+  void finish_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t n,
+                   const SoftmaxState<T>& state, int64_t lane, T* rows) const {
+    const T ninf = -std::numeric_limits<T>::infinity();
+    const Vec<T> sum = load(state.sum + lane), top = load(state.max + lane);
+    const Vec<T> base = top == ninf ? Vec<T>{} : top;
+    Vec<T> total = sum, scale = set1(T(1)), shift = base;
+    if (ptr.sink) {  // joins the normaliser only
+      const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
+      shift = vmax(sink, base);
+      scale = vexp(base - shift);
+      total = sum * scale + vexp(sink - shift);
+    }
+    const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
+    const Vec<T> safe = empty ? set1(T(1)) : total;
+    const Vec<T> inverse = o.sigmoid ? set1(T(1)) : empty ? Vec<T>{} : scale / safe;
+    T lse[L], max_logit[L], entropy[L];
+    store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
+    store(max_logit, nan ? sum : top == ninf ? top : base);
+    const Vec<T> apart = -vmax(base - shift, set1(T(-kFar)));
+    store(entropy, ((apart + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
+    store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
+                        static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
+                        p.o.s * bytes());
+    if (o.sigmoid) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = seq.lse_offset(h, m0 + i);
+      if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse[i];
+      if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = max_logit[i];
+      if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = lse[i] == ninf ? T(0) : entropy[i];
+    }
+  }
+};
+
+}  // namespace attn::cpu::ATTN_ISA

@@ -1,0 +1,71 @@
+// Brings n rows of `bytes` each towards the second-level cache.
+#pragma once
+#include "cpu/simd/vector.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+inline void prefetch_rows(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
+  const char* row = static_cast<const char*>(base);
+  for (int64_t i = 0; i < n; ++i, row += row_step)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+// Memory that is touched soon, brought towards the second-level cache a few lines at a time between
+// blocks of products: all at once they would fill the queue of misses, and the next loads wait.
+class Prefetch {
+ public:
+  // at_once: for units whose blocks are too narrow to be interrupted (gemm.h).
+  explicit Prefetch(bool at_once = false) : at_once_(at_once) {}
+
+  // n rows of `bytes` each, after what was added before ...
+  void add(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
+    if (at_once_) return prefetch_rows(base, n, row_step, bytes);
+    if (n > 0 && bytes > 0 && end_ - begin_ < kRanges)
+      ranges_[end_++ % kRanges] = range(base, n, row_step, bytes);
+  }
+  // ... or before it, at the cost of the last one where there is no room.
+  void add_first(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
+    if (at_once_) return prefetch_rows(base, n, row_step, bytes);
+    if (n <= 0 || bytes <= 0) return;
+    if (end_ - begin_ == kRanges) --end_;
+    ranges_[--begin_ % kRanges] = range(base, n, row_step, bytes);
+  }
+  // The next few lines.
+  ATTN_INLINE void some() {
+    if (begin_ != end_) fetch(kLines);
+  }
+
+ private:
+  static constexpr unsigned kRanges = 16;
+  static constexpr int64_t kLines = 32;
+  struct Range {
+    const char* row;
+    int64_t rows, row_step, bytes, at;
+  };
+  Range ranges_[kRanges];
+  const bool at_once_;
+  unsigned begin_ = 0, end_ = 0;  // modulo 2^32
+
+  static Range range(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
+    const bool dense = row_step == bytes;
+    return {static_cast<const char*>(base), dense ? 1 : n, row_step, dense ? n * bytes : bytes, 0};
+  }
+
+  __attribute__((noinline)) void fetch(int64_t lines) {
+    for (; begin_ != end_; ++begin_) {
+      Range& r = ranges_[begin_ % kRanges];
+      for (; r.rows > 0; --r.rows, r.row += r.row_step, r.at = 0) {
+        const int64_t left = (r.bytes - r.at + 63) / 64, n = std::min(left, lines);
+        const char* line = r.row + r.at;
+        for (int64_t i = 0; i < n; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
+        lines -= n;
+        if (n < left) {
+          r.at += 64 * n;
+          return;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace attn::cpu::ATTN_ISA

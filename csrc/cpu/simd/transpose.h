@@ -1,0 +1,42 @@
+// Blocks of L x L lanes transposed in registers: log2(L) rounds of two-register shuffles.
+#pragma once
+#include "cpu/simd/vector.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+// Round S exchanges the elements whose index has bit S set in the lower row with those that lack
+// it in the upper row.
+template <class T, int S>
+ATTN_INLINE void transpose_round(Vec<T> (&rows)[kLanes<T>]) {
+  Mask<T> lower, upper;
+  for (int e = 0; e < kLanes<T>; ++e) {
+    lower[e] = e & S ? kLanes<T> + e - S : e;
+    upper[e] = e & S ? kLanes<T> + e : e + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & S) continue;
+    const Vec<T> a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shuffle(a, b, lower);
+    rows[i + S] = __builtin_shuffle(a, b, upper);
+  }
+  if constexpr (2 * S < kLanes<T>) transpose_round<T, 2 * S>(rows);
+}
+
+// out[c][r] = in[r][c] for r < rows, c < columns; both are multiples of kLanes<T>.
+template <class T>
+inline void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+                      int64_t out_stride) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L)
+    for (int64_t c = 0; c < columns; c += L) {
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = load(in + (r + i) * in_stride + c);
+      transpose_round<T, 1>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(out + (c + i) * out_stride + r, block[i]);
+    }
+}
+
+}  // namespace attn::cpu::ATTN_ISA

@@ -1,0 +1,65 @@
+// Where sequence b of a problem lies: its lengths and the rows of Q, K, V, O, for dense, varlen,
+// ragged and paged layouts.
+#pragma once
+#include "cpu/simd/convert.h"
+
+namespace attn::cpu {
+
+struct Sequence {
+  const Problem* p;
+  const Pointers* ptr;
+  int64_t b;
+  int64_t seqlen_q, seqlen_k;
+  int64_t q_start = 0, k_start = 0;  // first row of this sequence (varlen)
+
+  Sequence(const Problem& problem, const Pointers& pointers, int64_t batch)
+      : p(&problem), ptr(&pointers), b(batch) {
+    seqlen_q = problem.seqlen_q;
+    seqlen_k = problem.seqlen_k;
+    if (pointers.cu_seqlens_q) {
+      q_start = pointers.cu_seqlens_q[b];
+      seqlen_q = pointers.cu_seqlens_q[b + 1] - q_start;
+    }
+    if (pointers.cu_seqlens_k) {
+      k_start = pointers.cu_seqlens_k[b];
+      seqlen_k = pointers.cu_seqlens_k[b + 1] - k_start;
+    }
+    if (pointers.seqlens_k) seqlen_k = pointers.seqlens_k[b];
+  }
+
+  // Position j of the keys is aligned with query j - diagonal().
+  int64_t diagonal() const { return p->bottom_right ? seqlen_k - seqlen_q : 0; }
+
+  int64_t q_offset(const Strides& s, int64_t h, int64_t i) const {
+    return b * s.b + h * s.h + (q_start + i) * s.s;
+  }
+  int64_t k_offset(const Strides& s, int64_t h, int64_t j) const {
+    if (ptr->block_table) {
+      const int64_t page = ptr->block_table[b * p->block_table_stride + j / p->page_size];
+      return page * s.b + h * s.h + (j % p->page_size) * s.s;
+    }
+    return b * s.b + h * s.h + (k_start + j) * s.s;
+  }
+  int64_t lse_offset(int64_t h, int64_t i) const {
+    return b * p->lse_stride_b + h * p->lse_stride_h + q_start + i;
+  }
+
+  // Keys that some query of [m0, m1) may see: [*lo, *hi).
+  void key_range(int64_t m0, int64_t m1, int64_t* lo, int64_t* hi) const {
+    *lo = 0, *hi = seqlen_k;
+    if (p->window_left != kUnbounded) *lo = clamp(m0 + diagonal() - p->window_left, *hi);
+    if (p->window_right != kUnbounded) *hi = clamp(m1 + diagonal() + p->window_right, *hi);
+    if (*hi < *lo) *hi = *lo;
+  }
+  // True when every query of [m0, m1) sees every key of [n0, n1) as far as the band goes.
+  bool band_full(int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
+    const int64_t d = diagonal();
+    return (p->window_left == kUnbounded || n0 >= m1 - 1 + d - p->window_left) &&
+           (p->window_right == kUnbounded || n1 - 1 <= m0 + d + p->window_right);
+  }
+
+ private:
+  static int64_t clamp(int64_t x, int64_t hi) { return x < 0 ? 0 : x > hi ? hi : x; }
+};
+
+}  // namespace attn::cpu

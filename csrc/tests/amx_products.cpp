@@ -17,6 +17,7 @@ ATTN_TARGET(ATTN_AVX512_AMX_FEATURES)
 
 namespace attn::cpu::products {
 
+using amx::TileConfig;
 using amx::Tiles;
 using amx::TileUnit;
 

@@ -21,14 +21,14 @@ settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "ci"))
 
 
 def register_emulated():
-    """tests/emulated_backend.py, as the name "emulated" of the registry, last in its order, where
-    attn_ext._emulated is built: the CUDA kernels on the emulator.
+    """tests/helpers/emulated_backend.py, as the name "emulated" of the registry, last in its order,
+    where attn_ext._emulated is built: the CUDA kernels on the emulator.
 
     With ATTN_EXT_TEST_AUTO=emulated it is the first, and "auto" takes it for CPU tensors: files
     that name no backend then test the CUDA kernels, in mode "all".
     """
     name = "attn_ext.backends.emulated"
-    path = Path(__file__).with_name("emulated_backend.py")
+    path = Path(__file__).parent / "helpers" / "emulated_backend.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -85,6 +85,12 @@ def device(backend_and_device):
 def seeded():
     """The same random inputs in every run and order of tests."""
     torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """No graph of another test is reused."""
+    torch.compiler.reset()
 
 
 @pytest.fixture

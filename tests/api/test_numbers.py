@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from test_torch_integration import fresh_compiler  # noqa: F401
 
 import attn_ext
 from attn_ext.functional import additive
 from attn_ext.integrations import diffusers, transformers, xformers
 from attn_ext.integrations import flash_attn as fa
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 X = torch.randn(2, 6, 2, 8, generator=torch.Generator().manual_seed(0))  # [B, S, H, D]
 Q = X.transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 from attn_ext.core import reference
 from attn_ext.core.reference import dropout_keep_mask, philox_key
 
-HEADER = Path(__file__).parent.parent / "csrc" / "philox.h"
+HEADER = Path(__file__).parents[2] / "csrc" / "philox.h"
 
 
 def philox4x32(counter, key, rounds):

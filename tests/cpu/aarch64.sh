@@ -3,7 +3,7 @@
 # natively.  Skips with a line where the cross compiler or qemu is missing (Debian: g++-aarch64-linux-gnu,
 # qemu-user-static).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 compiler=aarch64-linux-gnu-g++ run=qemu-aarch64-static
 [ "$(uname -m)" != aarch64 ] || compiler=${CXX:-c++} run=
 for tool in $compiler $run; do

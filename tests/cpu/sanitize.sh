@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# tests/sanitize.sh SANITIZERS PYTEST_ARGS...: build a copy of the extension with -fsanitize=SANITIZERS and test that copy.
+# tests/cpu/sanitize.sh SANITIZERS PYTEST_ARGS...: build a copy of the extension with -fsanitize=SANITIZERS and test that copy.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 kinds=$1
 shift
 copy=build/sanitize-${kinds//,/-}

@@ -13,7 +13,7 @@ import subprocess
 import amx_unit
 import pytest
 import torch
-from test_kernels import FEATURES, LEVELS, SHAPES, check_threads, random_features
+from kernel_cases import FEATURES, LEVELS, SHAPES, check_threads, random_features
 
 from attn_ext import _C
 from attn_ext.backends import cpu

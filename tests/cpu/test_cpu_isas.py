@@ -13,7 +13,7 @@ import pytest
 
 from attn_ext import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = {name: (features.split(",") if features else [], kernels)
          for name, features, kernels in _C.isa_table()}  # fmt: skip
 FEATURES = sorted({f for features, _ in TABLE.values() for f in features})

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from kernel_cases import FEATURES, LEVELS, SHAPES, check_threads, random_features
 
 from attn_ext import _C
 from attn_ext.backends import cpu
@@ -19,21 +20,6 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 pytestmark = pytest.mark.usefixtures("isa")  # each test once per instruction set
-
-
-# (seqlen_q, seqlen_k, head_dim, head_dim_v): what each would catch
-SHAPES = {
-    "one of everything": (1, 1, 1, 1),
-    "no keys: empty rows": (5, 0, 8, 8),
-    "no queries: dK and dV are zero": (0, 5, 8, 8),
-    "odd sizes: every tail of the micro-kernels": (77, 131, 3, 7),
-    "one query, many keys: split-KV": (1, 1000, 64, 64),
-    "last key tile holds one key": (130, 193, 40, 40),
-    "exactly one tile": (128, 192, 64, 64),
-    "last query tile holds one query": (129, 128, 80, 48),
-    "Dv wider than D": (33, 65, 16, 111),
-    "widest heads": (20, 40, 512, 512),
-}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -51,35 +37,6 @@ def test_shapes(name, dtype):
         layout="padded",
     )
     check_call(call, "cpu")
-
-
-FEATURES = {
-    "causal, top left": {"causal": True, "align": 0},
-    "causal, bottom right: first rows empty": {"causal": True, "align": 1, "seqlen_k": 90},
-    "window": {"window": (20, 5)},
-    "mask with empty rows": {"mask": "qk", "seqlen_k": 3},
-    "bias": {"bias": True},
-    "bias broadcast over batch and heads: shared dbias": {"bias": "qk"},
-    "bias broadcast over queries and keys": {"bias": "h"},
-    "softcap": {"softcap": 2.0},
-    "ALiBi": {"alibi": "b"},
-    "sink": {"sink": True},
-    "dropout": {"dropout_p": 0.3},
-    "drop all": {"dropout_p": 1.0},
-    "GQA 8:1": {"heads_q": 8, "heads_k": 1},
-    "all at once": {
-        "causal": True,
-        "window": (60, -1),
-        "mask": "bk",
-        "bias": "hqk",
-        "softcap": 5.0,
-        "alibi": True,
-        "sink": True,
-        "dropout_p": 0.2,
-        "heads_q": 4,
-        "heads_k": 2,
-    },
-}
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -124,17 +81,6 @@ def test_decode(page_size, seqlen_q, dtype):
         dtype=dtype,
     )
     check_call(call, "cpu", grads=False)
-
-
-# Factors on the keys of 700, four tiles: what each would catch
-LEVELS = {
-    "rising": lambda j: 1 + j / 50,  # bases that lag behind and lose nothing
-    "leaping: exp overflows on the old base": lambda j: torch.where(j < 400, 1.0, 100.0),
-    "falling": lambda j: 15 - j / 50,
-    "one late key": lambda j: torch.where(j == 690, 100.0, 1.0),
-    "every fourth key large": lambda j: 1 + 99 * (j % 4 == 1),  # bases of a part of the keys
-    "small, then large, then small": lambda j: 1 + 40 * ((j > 200) & (j < 500)),
-}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -219,25 +165,6 @@ def test_gradient_of_one_query_reaches_the_keys_that_it_sees(query, window, alig
     assert not dq[:, :, torch.arange(200) != query].any()
 
 
-def check_threads(call, openmp: bool, counts: tuple) -> None:
-    """Outputs and gradients are bitwise equal for these numbers of threads, torch's or our own."""
-    _C.use_openmp(cpu._torch_openmp() if openmp else 0)
-    needs = (True, True, True, call.bias is not None, False)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in counts:
-            torch.set_num_threads(threads)
-            out, lse, *_ = cpu.forward(call)
-            grads = cpu.backward(call, torch.ones_like(out), out, lse, None, needs)
-            results.append([out, lse, *(g for g in grads if g is not None)])
-    finally:
-        torch.set_num_threads(before)
-        _C.use_openmp(cpu._torch_openmp())
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("options", [{"causal": True}, {"bias": "k"}, {"heads_q": 4, "heads_k": 1}])
 @pytest.mark.parametrize("openmp", [True, False], ids=["torch's threads", "own threads"])
 def test_bitwise_equal_for_any_number_of_threads(options, openmp):
@@ -251,23 +178,6 @@ def test_isas_are_chosen_and_refused():
     """An unknown name that falls back in silence."""
     with pytest.raises(ValueError, match=r"ATTN_EXT_ISA must be one .* got 'sse9'"):
         _C.set_isa("sse9")
-
-
-def random_features(r: random.Random) -> dict:
-    """Options of random_call besides sizes and dtype."""
-    return dict(
-        causal=r.random() < 0.4,
-        align=r.choice([0, 1]),
-        window=r.choice([(-1, -1), (-1, -1), (0, 9), (50, -1)]),
-        mask=r.choice([False, "k", "bqk", "hq"]),
-        bias=r.choice([False, "qk", "bhqk", "bk", ""]),
-        softcap=r.choice([0.0, 0.0, 4.0]),
-        alibi=r.choice([False, True]),
-        sink=r.random() < 0.3,
-        dropout_p=r.choice([0.0, 0.0, 0.4]),
-        stats=r.random() < 0.5,
-        layout=r.choice(["bhsd", "bshd", "padded"]),
-    )
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build csrc/tests/threads.cpp with the kernels under ThreadSanitizer and run it on each ISA of this machine.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 mkdir -p build/tsan
 ${CXX:-c++} -std=c++17 -O1 -g1 -pthread -fsanitize=thread -ffp-contract=fast -Wno-psabi -Icsrc \
   csrc/tests/threads.cpp csrc/cpu/*.cpp -o build/tsan/threads

@@ -9,8 +9,8 @@ barrier or wait fails here and not on somebody's GPU.
 import dataclasses
 
 import emulated_backend as emulated
+import nonfinite_cases as nonfinite
 import pytest
-import test_nonfinite as nonfinite
 import torch
 
 from attn_ext.backends import native_gpu, registry

@@ -9,12 +9,12 @@ import dataclasses
 
 import pytest
 import torch
-from test_cuda_sm90 import BF16, FP16, hopper  # noqa: F401
 
 from attn_ext.backends import registry
 from attn_ext.backends.native import strides as strides_of
 from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, to_float64
 
+BF16, FP16 = torch.bfloat16, torch.float16
 NEEDS = (True, True, True, False, False)
 
 # What each would catch.
@@ -53,13 +53,13 @@ DETERMINISTIC = (
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_shapes_of_sequences(hopper, name):  # noqa: F811
+def test_shapes_of_sequences(hopper, name):
     """Lengths, starts and LSE of the wrong sequence; masks, parities and exits at its end."""
     hopper.check(hopper.call(**CASES[name]), grads=True)
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_deterministic_gradients_of_sequences(hopper, name):  # noqa: F811
+def test_deterministic_gradients_of_sequences(hopper, name):
     """dQ of its own kernel, which other calls up to head_dim 128 do not run."""
     hopper.check(hopper.call(deterministic=True, **CASES[name]), grads=True)
 
@@ -69,7 +69,7 @@ def test_deterministic_gradients_of_sequences(hopper, name):  # noqa: F811
     ("value", "head_dim", "deterministic"),
     [(torch.nan, 64, False), (torch.inf, 128, False), (torch.nan, 128, True), (-torch.inf, 192, 0)],
 )
-def test_neighbours_do_not_count(hopper, value, head_dim, deterministic, causal):  # noqa: F811
+def test_neighbours_do_not_count(hopper, value, head_dim, deterministic, causal):
     """0 * NaN with a row of the next sequence, in each of the products."""
     lengths = {"seqlens_q": [64, 30, 100, 20], "seqlens_k": [100, 60, 70, 90]}
     call = hopper.call(
@@ -100,7 +100,7 @@ def test_neighbours_do_not_count(hopper, value, head_dim, deterministic, causal)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_rows_of_no_sequence_are_not_touched(hopper, deterministic):  # noqa: F811
+def test_rows_of_no_sequence_are_not_touched(hopper, deterministic):
     """Stores beyond a sequence, which the next one's stores would hide: rows behind the last one,
     and of a sequence that is longer than the call says."""
     call = hopper.call(
@@ -126,7 +126,7 @@ def test_rows_of_no_sequence_are_not_touched(hopper, deterministic):  # noqa: F8
             assert x[first + longest - 1].isfinite().all() and (x[last - 1] != empty).any()
 
 
-def test_sums_of_dq_have_room_for_every_sequence(hopper):  # noqa: F811
+def test_sums_of_dq_have_room_for_every_sequence(hopper):
     """Scratch for the longest sequence in every batch, or too little of it."""
     call = hopper.call(seqlens_q=[1, 63, 0, 130], seqlens_k=[40] * 4, head_dim=64)
     out, lse = hopper.module.forward(call)[:2]
@@ -137,7 +137,7 @@ def test_sums_of_dq_have_room_for_every_sequence(hopper):  # noqa: F811
     assert more == 4 * (194 // 64 + 4) * 64 * 64
 
 
-def test_strided_heads_of_sequences(hopper):  # noqa: F811
+def test_strided_heads_of_sequences(hopper):
     """q, k and v that are slices of one tensor, as of a fused projection."""
     call = hopper.call(seqlens_q=[70, 140], head_dim=64, heads_q=2, heads_k=2)
     packed = torch.stack((call.q, call.k, call.v), 1)
@@ -145,7 +145,7 @@ def test_strided_heads_of_sequences(hopper):  # noqa: F811
     hopper.check(call, grads=True)
 
 
-def test_nobody_has_keys(hopper):  # noqa: F811
+def test_nobody_has_keys(hopper):
     """A tensor map without rows."""
     call = hopper.call(seqlens_q=[70, 20], seqlens_k=[0, 0], head_dim=64)
     assert hopper.kernel(call) == "sm80 plain"
@@ -153,7 +153,7 @@ def test_nobody_has_keys(hopper):  # noqa: F811
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_lengths_of_a_cache(hopper, causal):  # noqa: F811
+def test_lengths_of_a_cache(hopper, causal):
     """[B, H, S, D] with a length a sequence: what lies behind it is NaN here."""
     call = hopper.call(
         cache_seqlens=[0, 130, 1, 200], seqlen_q=70, seqlen_k=200, head_dim=64, causal=causal

@@ -20,7 +20,7 @@ pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = {**planted_bugs.MUTANTS, **planted_bugs_sm90_backward.MUTANTS}
 PARTS = [GEMM, FORWARD, BACKWARD, HOPPER, HOPPER_BACKWARD, HOPPER_SPLIT, HOPPER_FUSED]
 FLAGS = [

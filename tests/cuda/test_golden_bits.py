@@ -17,7 +17,7 @@ emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "csrc/emulation/tests"
 OPS = re.findall(
     r"\w+", re.search(r"enum Op : int \{(.*?)\}", (TESTS / "wrappers.cuh").read_text(), re.S)[1]

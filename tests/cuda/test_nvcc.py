@@ -5,28 +5,15 @@ change that costs registers or spills shows here.  `python bench/cuda_resources.
 the table.
 """
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT, load
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-resources, machine_code = load("cuda_resources"), load("machine_code")
+resources, machine_code = load("bench/cuda_resources.py"), load("bench/machine_code.py")
 TABLE = json.loads(resources.TABLE.read_text())
 NVCC = resources.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

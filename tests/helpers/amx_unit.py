@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attn_ext import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ISA = "avx512_amx"
 CXX = os.environ.get("CXX", "c++")
 

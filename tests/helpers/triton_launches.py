@@ -1,5 +1,5 @@
 """Compares what replayed calls launch with what the long way launches, as JSON on stdout; see
-tests/test_triton_replay.py.
+tests/triton/test_triton_replay.py.
 """
 
 import contextlib

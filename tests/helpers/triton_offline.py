@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not there and shows what they take.
 
-    python tests/triton_offline.py sm_90            # the selection that CI compiles, as JSON
-    python tests/triton_offline.py sm_90 --all --only "dkdv 128"
-    python tests/triton_offline.py --write          # all tables, into tests/triton_resources/
-    python tests/triton_offline.py --write --only " 64 bf16 "
+    python tests/helpers/triton_offline.py sm_90          # the selection that CI compiles, as JSON
+    python tests/helpers/triton_offline.py sm_90 --all --only "dkdv 128"
+    python tests/helpers/triton_offline.py --write        # all tables of tests/triton/resources/
+    python tests/helpers/triton_offline.py --write --only " 64 bf16 "
 
 A stub in place of Triton's driver says which GPU is meant; the launch code runs as it is, on CPU
 tensors, with `warmup` (compile) in place of the launch.  A row is the tile and what it takes:
@@ -36,8 +36,8 @@ from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels import fwd
 from attn_ext.triton_kernels.launch import attention, backward, replay
 
-TABLES = Path(__file__).with_name("triton_resources")
-KERNELS = Path(__file__).parents[1] / "triton_kernels"
+TABLES = Path(__file__).parents[1] / "triton" / "resources"
+KERNELS = Path(__file__).parents[2] / "triton_kernels" / "kernels"
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
@@ -106,20 +106,23 @@ def table_path(architecture: str, version: str = triton.__version__) -> Path:
 
 
 def digest() -> str:
-    """Of the kernels' text without comments and docstrings: what committed rows hold for."""
+    """What rows hold for: the kernels' text without comments, docstrings and imports."""
     found = hashlib.sha256()
     for name in ("primitives", "dropout", "scores", "fwd", "bwd", "dbias", "decode"):
         text = (KERNELS / f"{name}.py").read_text()
-        starts_line = True
+        first = ""  # token of the line
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type in (tokenize.COMMENT, tokenize.NL):
                 continue
             if token.type in (tokenize.INDENT, tokenize.DEDENT):
                 found.update(b"+" if token.type == tokenize.INDENT else b"-")
                 continue
-            if not (token.type == tokenize.STRING and starts_line):
+            first = first or token.string
+            docstring = token.type == tokenize.STRING and first == token.string
+            if not docstring and first not in ("import", "from"):
                 found.update(token.string.encode() + b" ")
-            starts_line = token.type == tokenize.NEWLINE
+            if token.type == tokenize.NEWLINE:
+                first = ""
     return found.hexdigest()[:16]
 
 

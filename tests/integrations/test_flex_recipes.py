@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_ext
 
-TEXT = (Path(__file__).parent.parent / "docs" / "migrate.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
 TABLE = TEXT[TEXT.index("## flex_attention recipes") :]
 B, H, S, D = 2, 4, 12, 8
 

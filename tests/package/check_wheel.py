@@ -1,6 +1,6 @@
 """Holds a wheel to what it promises: one file for every torch of its Python.
 
-    python tests/check_wheel.py dist/attn_ext-0.1.0-cp311-cp311-linux_x86_64.whl
+    python tests/package/check_wheel.py dist/attn_ext-0.1.0-cp311-cp311-linux_x86_64.whl
 
 Its extensions may need the C and C++ run-time libraries and nothing of torch, it has all modules
 and no tests, and attention works from it in a process that sees the wheel and torch alone.

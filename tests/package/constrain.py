@@ -1,7 +1,7 @@
 """What pip may install beside the torch that is there; the Makefile calls it in each environment.
 
-    python tests/constrain.py                     # a constraints file: torch as it is, and the pins
-    python tests/constrain.py test integrations   # what attn_ext and these extras of it ask for
+    python tests/package/constrain.py          # a constraints file: torch as it is, and the pins
+    python tests/package/constrain.py test integrations   # what attn_ext asks for with these extras
 
 A build of torch with CUDA pins packages itself (its Triton, NVIDIA's libraries).  Such names are
 left out of both, since another version of them beside that torch cannot be installed.

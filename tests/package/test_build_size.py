@@ -4,7 +4,7 @@ Compile time goes with it: the C++ took 192 CPU seconds (g++ 12, AMD EPYC, Zen 3
 had 3.5 MB, and 92 with 2.1 MB.  It grew unseen, by one inlined helper and one template flag after
 the other; so a figure in the tree must grow first, in a change that says what it pays for.
 
-    python tests/test_build_size.py --write      renews tests/build_size.json
+    python tests/package/test_build_size.py --write      renews tests/package/build_size.json
 """
 
 import json

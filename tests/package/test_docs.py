@@ -9,7 +9,7 @@ import torch
 
 import attn_ext
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
 PATHS = re.compile(r"`((?:csrc|attn_ext|tests|bench|docs|examples|triton_kernels|\.ci)/[\w./-]*)`")
 

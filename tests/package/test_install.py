@@ -11,12 +11,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-import check_wheel
-import constrain
 import pytest
 import torch
+from repository import ROOT, load
 
-ROOT = Path(__file__).parent.parent
+check_wheel, constrain = load("tests/package/check_wheel.py"), load("tests/package/constrain.py")
 SITE = Path(torch.__file__).parent.parent
 
 

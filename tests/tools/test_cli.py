@@ -3,40 +3,16 @@
 import json
 import re
 import types
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from reports import MAYBE, NUMBER, Page, check
 
 import attn_ext
 from attn_ext.backends import reference, registry
 from attn_ext.cli import matrix
 from attn_ext.cli.main import app, main
-
-NUMBER = (int, float)
-
-
-def check(value, schema, path="$"):
-    """A small schema: types, {key: schema}, [schema of every item], (alternatives)"""
-    if isinstance(schema, tuple):
-        if schema and all(isinstance(s, type) or s is None for s in schema):
-            kinds = tuple(type(None) if s is None else s for s in schema)
-            assert isinstance(value, kinds), f"{path}: {value!r}"
-            return
-        raise AssertionError(f"bad schema at {path}")
-    if isinstance(schema, dict):
-        assert isinstance(value, dict), path
-        assert set(value) == set(schema), f"{path}: {set(value) ^ set(schema)}"
-        for key, inner in schema.items():
-            check(value[key], inner, f"{path}.{key}")
-    elif isinstance(schema, list):
-        assert isinstance(value, list), path
-        for index, item in enumerate(value):
-            check(item, schema[0], f"{path}[{index}]")
-    else:
-        assert isinstance(value, schema), f"{path}: {value!r}"
-
 
 DOCTOR = {
     "attn_ext": str, "python": str, "platform": str, "torch_cuda": (str, None), "packages": dict,
@@ -55,7 +31,6 @@ VERIFY = {
     "outcomes": [{"subject": str, "ours": bool, "group": str, "check": str, "dtype": str,
                   "state": str, "reason": str, "sweep": int, "measures": [MEASURE]}],
 }  # fmt: skip
-MAYBE = (int, float, None)
 BENCH = {
     "format": int, "title": str, "complete": bool, "machine": dict, "ceilings": dict,
     "rows": [{"shape": str, "dtype": str, "causal": bool, "direction": str, "device": str,
@@ -71,32 +46,6 @@ def run(capsys, *argv):
     code = main([str(a) for a in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-class Page(HTMLParser):
-    """Which elements a page has, its text, and whether every element is closed"""
-
-    VOID = ("meta", "br", "img", "link", "input")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text, self.outside = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.outside += [v for k, v in attrs if k in ("src", "href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def off_by_one(name="planted"):
@@ -416,7 +365,7 @@ def test_look_at_what_is_no_recording(capsys, tmp_path):
 
 def documented():
     """(document, command, options) of every attn-ext command line in the documents"""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for document in [*root.glob("*.md"), *(root / "docs").glob("*.md")]:
         for line in re.findall(
             r"(?:^ {4}\$? ?|`)attn-ext ([a-z][^`\n]*)", document.read_text(), re.M

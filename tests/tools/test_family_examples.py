@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "pipeline": "sklearn", "digits_vit": "sklearn", "cross_modal": "sklearn",
     "numbers_to_words": "num2words",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "bench" / "gpu.py")
 gpu = importlib.util.module_from_spec(spec)
 sys.modules["gpu_bench"] = gpu  # its dataclasses look themselves up
@@ -142,7 +142,7 @@ def test_the_real_device_plans_what_the_issue_asks():
     )
     archs = [device.archs({"arch": arch}) for arch in ("80", "89", "90", "120")]
     assert archs == ["80", "89", "90a", "120"]
-    assert "tests/test_cuda_kernels.py" in device.tests()
+    assert "tests/cuda/test_cuda_kernels.py" in device.tests()
     assert "3.80" in device.tune(Path("x"), 240)
 
 

@@ -3,22 +3,23 @@
 import json
 
 import pytest
-import test_cli
 import torch
 import torch.nn.functional as F
+from reports import MAYBE, NUMBER, Page, check
 
 import attn_ext
+from attn_ext.cli.main import main
 from attn_ext.measure import report, trace
 from attn_ext.ops import execute
 
 PROFILE = {
     "format": int, "machine": dict, "ceilings": (dict, None), "headline": str, "device": str,
-    "wall_seconds": test_cli.NUMBER, "busy_seconds": test_cli.NUMBER,
-    "attention_seconds": test_cli.NUMBER, "saves_seconds": test_cli.NUMBER, "written_out": dict,
+    "wall_seconds": NUMBER, "busy_seconds": NUMBER,
+    "attention_seconds": NUMBER, "saves_seconds": NUMBER, "written_out": dict,
     "groups": [{"shape": str, "backend": str, "peer": str, "direction": str, "calls": int,
-                "seconds": test_cli.NUMBER, "note": str, "share_of_ceiling": test_cli.MAYBE,
-                "replayed_ms": test_cli.MAYBE, "ours_ms": test_cli.MAYBE,
-                "saves_seconds": test_cli.MAYBE, "mean_ms": test_cli.NUMBER}],
+                "seconds": NUMBER, "note": str, "share_of_ceiling": MAYBE,
+                "replayed_ms": MAYBE, "ours_ms": MAYBE,
+                "saves_seconds": MAYBE, "mean_ms": NUMBER}],
 }  # fmt: skip
 SCRIPT = """
 import sys, torch, torch.nn.functional as F
@@ -57,9 +58,9 @@ def test_a_block_is_recorded(tmp_path, capsys):
     assert list(p.result.written_out) == ["2x64x64"]
     assert all(0 < g.share_of_ceiling < 2 for g in p.result.groups)
     data = json.loads((tmp_path / "p" / "profile.json").read_text())
-    test_cli.check(data, PROFILE)
+    check(data, PROFILE)
     assert json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
-    page = test_cli.Page((tmp_path / "p" / "profile.html").read_text())
+    page = Page((tmp_path / "p" / "profile.html").read_text())
     assert page.open == [] and "svg" in page.tags and "2,4(2),40,16 fp32 causal" in page.text
     assert capsys.readouterr().out.startswith("attention is ")
 
@@ -77,11 +78,11 @@ def test_a_script_is_profiled(capfd, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     out = tmp_path / "out"
-    code = test_cli.main(["profile", "--out", str(out), "--json", "--", "python", str(script),
+    code = main(["profile", "--out", str(out), "--json", "--", "python", str(script),
                           "--steps", "2"])  # fmt: skip
     captured = capfd.readouterr()
     data = json.loads(captured.out)
-    test_cli.check(data, PROFILE)
+    check(data, PROFILE)
     assert code == 3 and "the script's own output" in captured.err
     groups = {(g["backend"], g["direction"]): g for g in data["groups"]}
     assert len(groups) == 4 and all(g["calls"] == 2 for g in groups.values())
@@ -95,7 +96,7 @@ def test_options_after_the_script_are_the_scripts(capfd, tmp_path):
     """A forgotten -- that gives the script's own --out to attn-ext."""
     script = tmp_path / "s.py"
     script.write_text("import sys; print('got', sys.argv[1:])")
-    code = test_cli.main(
+    code = main(
         ["profile", "--out", str(tmp_path / "o"), "python", str(script), "--out", "x", "--json"]
     )
     assert code == 0 and "got ['--out', 'x', '--json']" in capfd.readouterr().out
@@ -105,7 +106,7 @@ def test_a_script_that_fails_keeps_its_traceback(capfd, tmp_path):
     """An error of the script that looks like one of the profiler."""
     script = tmp_path / "bad.py"
     script.write_text("raise RuntimeError('mine')")
-    code = test_cli.main(["profile", "--out", str(tmp_path / "o"), "--", "python", str(script)])
+    code = main(["profile", "--out", str(tmp_path / "o"), "--", "python", str(script)])
     captured = capfd.readouterr()
     assert code == 1 and "RuntimeError: mine" in captured.err
     assert "no call of an attention operator" in captured.out
@@ -123,7 +124,7 @@ def test_a_script_that_fails_keeps_its_traceback(capfd, tmp_path):
 )
 def test_bad_commands_are_one_line(argv, message, capsys, tmp_path):
     """A shell command that is run and not recorded."""
-    code = test_cli.main(["profile", "--out", str(tmp_path), *argv])
+    code = main(["profile", "--out", str(tmp_path), *argv])
     err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1
 

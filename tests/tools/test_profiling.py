@@ -19,7 +19,7 @@ from attn_ext.measure.peers import PEERS, Peer, chosen
 from attn_ext.measure.results import Report, Row
 from attn_ext.testing import random_call, to_float64
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = make("1,4/2,70,16", "fp32", True, "fwd+bwd")
 ROOFS = ceilings.Ceilings(fp32=100.0, half=200.0, read=20.0)
 

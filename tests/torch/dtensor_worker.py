@@ -1,4 +1,4 @@
-"""One of the processes of tests/test_dtensor.py: `python dtensor_worker.py RANK SIZE STORE_FILE`.
+"""One of the processes of test_dtensor.py: `python dtensor_worker.py RANK SIZE STORE_FILE`.
 
 Attention of DTensors sharded over batch or heads equals that of whole tensors, gradients included.
 """

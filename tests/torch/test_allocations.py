@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("default_device_worker.py")
-FILES = sorted([*ROOT.glob("attn_ext/**/*.py"), *ROOT.glob("triton_kernels/*.py")])
+FILES = sorted([*ROOT.glob("attn_ext/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
 # torch's functions whose result goes to the default device; of the first ones it also has the
 # default dtype, whatever the arguments (tensor, full and scalar_tensor: if they are floats)
 BY_DTYPE = {

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from test_torch_integration import fresh_compiler, leaves  # noqa: F401
+from inputs import leaves
 
 import attn_ext
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def model(q, k, v, bias, sink):

@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+from inputs import leaves
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -28,10 +29,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """No graph of another test is reused."""
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def op_args(call, backend: str, grad: bool = True) -> tuple:
@@ -58,17 +56,6 @@ def test_opcheck(case, backend, device):
             given,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
-
-
-def leaves(seqlen_q=5, seqlen_k=9, device="cpu", dtype=torch.float32):
-    shapes = (
-        (2, 4, seqlen_q, 8),
-        (2, 2, seqlen_k, 8),
-        (2, 2, seqlen_k, 6),
-        (4, seqlen_q, seqlen_k),
-        (4,),
-    )
-    return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
 
 
 class Block(torch.nn.Module):

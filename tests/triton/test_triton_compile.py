@@ -1,29 +1,25 @@
 """The Triton kernels compile for every architecture, without a GPU, and take what the committed
 tables say: a tile that spills, does not fit shared memory or loses its tensor cores shows here.
 
-tests/triton_resources/ holds a row for each tile of the configuration; `make triton-table` compiles
+tests/triton/resources/ holds a row for each tile of the configuration; `make triton-table` compiles
 all of them again and its difference is what a review reads.  Here a selection is compiled afresh,
 or with ATTN_EXT_TRITON_ALL=1 every row, and the tables are held against the configuration and the
 kernels.
 """
 
-import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+import triton_offline as offline
 
 from attn_ext.triton_kernels import configs, tune
 
-SCRIPT = Path(__file__).with_name("triton_offline.py")
-_spec = importlib.util.spec_from_file_location("triton_offline", SCRIPT)
-offline = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(offline)
+SCRIPT = offline.__file__
 
 # "sm_90", and "sm_90-triton-3.6" for the oldest Triton
 TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(offline.TABLES.iterdir())}
@@ -42,7 +38,7 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), architecture, *(["--all"] if EVERYTHING else [])],
+        [sys.executable, SCRIPT, architecture, *(["--all"] if EVERYTHING else [])],
         capture_output=True, text=True, env=environment, timeout=7200 if EVERYTHING else 600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

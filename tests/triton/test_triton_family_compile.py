@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     """A kernel that Triton refuses, that spills, or that asks for more shared memory than is."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = os.path.dirname(__file__)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "helpers")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, architecture],
         capture_output=True, text=True, env=environment, timeout=600,

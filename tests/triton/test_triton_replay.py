@@ -2,7 +2,7 @@
 call that differs in anything that Triton specialises on does not take another's binary.
 
 No GPU: the launch code runs on CPU tensors with a stub in place of Triton's driver, in a process of
-its own (tests/triton_launches.py), which compares each launch with that of the long way.
+its own (tests/helpers/triton_launches.py), which compares each launch with that of the long way.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).with_name("triton_launches.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "triton_launches.py"
 
 
 @pytest.fixture(scope="module")

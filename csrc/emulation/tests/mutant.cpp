@@ -1,6 +1,6 @@
 // Runs the bf16 kernels of one PART on a few problems in each mode of the emulator and prints one
 // line a mode: "<mode>: ok", "<mode>: wrong ..." against float64, or "<mode>: raised ...".
-// tests/test_emulator_mutations.py compiles it against copies of csrc with one planted bug each.
+// tests/cuda/test_emulator_mutations.py compiles it against copies of csrc with one planted bug each.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

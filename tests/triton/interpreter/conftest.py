@@ -1,7 +1,7 @@
 """Tests of the Triton kernels in Triton's interpreter.  Triton decides when it is imported whether
 it interprets, so they have a process of their own:
 
-    TRITON_INTERPRET=1 pytest tests/triton_interpreter
+    TRITON_INTERPRET=1 pytest tests/triton/interpreter
 """
 
 import os

@@ -4,12 +4,11 @@ against the float64 reference.
 The same examples on every run of CI; ATTN_EXT_EXAMPLES=300 for other and more ones.
 """
 
-import importlib.util
 import os
-from pathlib import Path
 from unittest import mock
 
 import pytest
+import strategies
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,13 +17,6 @@ import attn_ext
 from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT
 from attn_ext.functional import dense
 from attn_ext.testing import GRADIENTS, check_call, random_call
-
-# tests/ is no package (importlib mode), so its helper is loaded by path
-_spec = importlib.util.spec_from_file_location(
-    "strategies", Path(__file__).parents[1] / "strategies.py"
-)
-strategies = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(strategies)
 
 EXAMPLES = int(os.environ.get("ATTN_EXT_EXAMPLES", "0"))
 # around the edges of the interpreter's tiles of 32 x 32

@@ -1,4 +1,4 @@
-# make test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64
+# make check | test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64
 # Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
 # the default is the version that the project is developed with (a CPU build where the index offers one).  Whatever else
 # is installed has the version that tests/package/constraints.txt gives.
@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
+.PHONY: check test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
   test-tsan test-aarch64 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
@@ -49,10 +49,17 @@ ON_EMULATOR := \
   $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py flex_recipes.py) \
   tests/torch/test_sdpa_semantics.py
 
+# Two tiers (tests/helpers/tiers.py): `make check` for every change, `make test` everything.  One torch
+# thread a worker: 2 cores.  loadgroup: tests that share what takes long to set up share a worker.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup
+
+check: $(VENV)/emulated.done
+	ATTN_EXT_TIER=check $(PYTEST) -m "not thorough" tests
+
 test: $(VENV)/emulated.done $(VENV)/integrations.done
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
-	ATTN_EXT_TEST_AUTO=emulated OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_EMULATOR) -k "not memory"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton/interpreter
+	$(PYTEST) tests
+	ATTN_EXT_TEST_AUTO=emulated $(PYTEST) $(ON_EMULATOR) -k "not memory"
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
 # and what CI compiles for sm_90.
@@ -68,7 +75,8 @@ build/triton-3.6/triton: $(VENV)/installed.done
 
 # Every row of tests/triton/resources/ compiled again and compared; triton-table writes the tables.
 test-triton-table: $(VENV)/installed.done build/triton-3.6/triton
-	ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton/test_triton_compile.py
+	ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
+	  tests/triton/test_triton_compile.py tests/triton/test_triton_family_compile.py
 	PYTHONPATH=build/triton-3.6 ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
 	  tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
 
@@ -150,7 +158,8 @@ bench: $(VENV)/installed.done
 test-asan: $(VENV)/installed.done
 	bash tests/cpu/sanitize.sh address,undefined tests/cpu/test_kernels.py \
 	  tests/cpu/test_masked_tiles.py tests/api/test_additive.py::test_dtypes \
-	  tests/cpu/test_inspect_kernels.py::test_dtypes tests/cpu/test_cpu_amx.py
+	  tests/cpu/test_inspect_kernels.py::test_dtypes tests/cpu/test_cpu_amx.py \
+	  -k "not largest_logit and not gradient_of_one_query"  # other numbers, the same addresses
 
 # The thread pool and both kernels under ThreadSanitizer, without Python in the process.
 test-tsan: $(VENV)/installed.done

@@ -5,6 +5,7 @@ import os
 import emulated_backend as emulated
 import pytest
 import strategies
+import tiers
 import torch
 from hypothesis import HealthCheck, given, settings
 
@@ -41,12 +42,12 @@ def test_the_cpu_backend_is_among_those_tested():
 
 
 # The same examples on every run of CI; ATTN_EXT_HYPOTHESIS=explore for many others.
-EXPLORE = os.environ.get("ATTN_EXT_HYPOTHESIS", "ci") != "ci"
+EXPLORE = os.environ.get("ATTN_EXT_HYPOTHESIS") == "explore"
 
 
 @pytest.mark.parametrize(("name", "mode"), ABLE, ids=["-".join(filter(None, p)) for p in ABLE])
 @settings(
-    max_examples=settings().max_examples if EXPLORE else 60,
+    max_examples=settings().max_examples if EXPLORE or tiers.CHECK else 60,
     deadline=None,
     derandomize=not EXPLORE,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

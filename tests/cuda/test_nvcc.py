@@ -170,19 +170,40 @@ def test_hopper_kernels_compute_while_the_tensor_cores_do(hopper_sass):
         assert sass[: sass.index("WARPGROUP.DEPBAR", 16)].count("F2FP.BF16") >= 16
 
 
-# fp16 is the text of bf16 with another type: two widths of it, or with ATTN_EXT_NVCC_ALL=1 all
-COMPILED = [
-    (dtype, dim)
-    for dtype, dim in resources.UNITS
-    if "fp16" not in dtype or dim in (64, 128) or os.environ.get("ATTN_EXT_NVCC_ALL") == "1"
-]
+# Each kernel for one architecture, and each architecture for some widths of each dtype.  The hot
+# loops are counted in the machine code for sm_80 at 64 and 128.  fp16 is the text of bf16 with
+# another type: two widths of it.
+CHOSEN = {
+    ("launch", 0): "80",
+    ("bf16", 32): "90a", ("bf16", 64): "80", ("bf16", 96): "120", ("bf16", 128): "80",
+    ("bf16", 192): "90a", ("bf16", 256): "120",
+    ("fp16", 64): "90a", ("fp16", 128): "120",
+    ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
+    ("float", 192): "120", ("float", 256): "80",
+    **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
+    **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
+}  # fmt: skip
+COMPILED = [(dtype, dim, (arch,)) for (dtype, dim), arch in CHOSEN.items()]
+if os.environ.get("ATTN_EXT_NVCC_ALL") == "1":  # every row of the table
+    COMPILED = [(dtype, dim, resources.unit_archs(dtype)) for dtype, dim in resources.UNITS]
+
+
+def test_every_unit_but_those_of_fp16_is_compiled():
+    """A width, a dtype or an architecture that was added and is never compiled."""
+    assert CHOSEN.keys() == {u for u in resources.UNITS if "fp16" not in u[0] or u[1] in (64, 128)}
+    for dtype in ("bf16", "float"):
+        assert {arch for (d, _), arch in CHOSEN.items() if d == dtype} == set(resources.ARCHS)
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("dtype", "head_dim"), COMPILED)
-def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim):
-    found = resources.compile_unit(NVCC, dtype, head_dim)
-    bad = resources.differences(TABLE, found)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "archs"),
+    COMPILED,
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) else None,
+)
+def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim, archs):
+    found = resources.compile_unit(NVCC, dtype, head_dim, archs)
+    bad = resources.differences(TABLE, found, archs)
     if resources.nvcc_version(NVCC) != TABLE["nvcc"]:
         # another compiler allocates otherwise: only the budget holds
         bad = [

@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_offline import ALL_FEATURES, StubDriver
 
@@ -25,6 +26,8 @@ triton.runtime.driver.set_active(driver)
 attention.architecture = lambda x: "sm_90"
 attention.multiprocessors = lambda x: 132
 SMALL = configs.Tile(16, 32, 4, 1)  # quick to compile
+# Nothing runs the machine code: the PTX, which differs where that does, stands for it.
+CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()
 
 
 def plain(x):

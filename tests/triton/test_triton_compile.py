@@ -45,7 +45,11 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
     found = json.loads(done.stdout)
     table = TABLES[offline.table_path(architecture).stem]
     same = metadata.version("triton") == table["triton"]
-    assert found.keys() == table["rows"].keys() if EVERYTHING and same else len(found) >= 12
+    assert (
+        found.keys() == table["rows"].keys()
+        if EVERYTHING and same
+        else len(found) >= (12 if architecture == "sm_90" else 3)
+    )
     for name, row in found.items():
         if name not in table["rows"]:  # everything, with a Triton that has no table
             continue

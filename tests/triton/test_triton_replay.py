@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "helpers" / "triton_launches.py"
 
+pytestmark = pytest.mark.xdist_group("replay")  # what the fixture below computes takes long
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

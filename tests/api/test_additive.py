@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from additive_checks import arguments, check
+from closeness import FLOAT32, assert_close
 from torch.library import opcheck
 
 import attn_ext
@@ -193,7 +194,7 @@ def test_vmap():
         leaves = [x[n].clone().requires_grad_() for x in (w, bias, q)]
         want = torch.autograd.grad(loss(*leaves), leaves)
         for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a[n], b, rtol=1e-4, atol=1e-5)
+            assert_close(a[n], b, FLOAT32)
 
 
 def test_dropout_is_that_of_attention_and_changes_with_the_seed():

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from closeness import BFLOAT16_LAYERS, HALF, assert_close
 from torch import nn
 
 import attn_ext
@@ -214,13 +215,12 @@ def test_autocast_and_half():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, low = module(x, x, x, attn_mask=mask)
     assert out.dtype == low.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
-    torch.testing.assert_close(low.float(), weights, atol=3e-2, rtol=3e-2)
+    assert_close(out.float(), expected, BFLOAT16_LAYERS)
+    assert_close(low.float(), weights, BFLOAT16_LAYERS)
     half = copy.deepcopy(module).half()
-    torch.testing.assert_close(
+    assert_close(
         half(x.half(), x.half(), x.half(), attn_mask=mask.half())[0].float(),
-        expected, atol=1e-2, rtol=1e-2,
-    )  # fmt: skip
+        expected, HALF)  # fmt: skip
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

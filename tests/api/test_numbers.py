@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from closeness import assert_same
 
 import attn_ext
 from attn_ext.functional import additive
@@ -124,9 +125,9 @@ def test_floats_of_other_kinds(function, name):
     half, one = call(function, name, 0.5), call(function, name, 1.0)
     halves = (np.float32(0.5), np.float16(0.5), np.float64(0.5), np.longdouble(0.5))
     for value in (*halves, np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).double()):
-        torch.testing.assert_close(call(function, name, value), half, rtol=0, atol=0)
+        assert_same(call(function, name, value), half)
     for value in (1, True, np.bool_(True), np.int64(1), torch.tensor(1), torch.tensor(True)):
-        torch.testing.assert_close(call(function, name, value), one, rtol=0, atol=0)
+        assert_same(call(function, name, value), one)
     for value in (torch.ones(1, 1), torch.ones((), requires_grad=True), "1", np.complex64(1)):
         with pytest.raises(TypeError, match=rf"^{name} must be"):
             call(function, name, value)
@@ -140,7 +141,7 @@ def test_ints_of_other_kinds(function, name):
     value = 5 if name == "cache_seqlens" else 7
     expected = call(function, name, value)
     for given in (np.int32(value), np.uint8(value), torch.tensor(value), np.array(value)):
-        torch.testing.assert_close(call(function, name, given), expected, rtol=0, atol=0)
+        assert_same(call(function, name, given), expected)
     for given in (True, "7", torch.tensor(True), np.bool_(True)):
         with pytest.raises(TypeError, match=r"must be"):
             call(function, name, given)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import ONE_SUM, assert_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -157,13 +158,13 @@ def test_numbers_are_those_of_the_whole_matrix(with_sink):
         (call.entropy, torch.special.entr(p).sum(-1)),
         (call.mean_top_weights, torch.where(call.mean_top_keys < 0, 0.0, at_keys)),
     ):
-        torch.testing.assert_close(got, want.float(), atol=1e-5, rtol=1e-5)
+        assert_close(got, want.float(), ONE_SUM)
     counted = there.expand(2, 4, 9, 13)
     assert torch.equal(call.keys_seen, counted.sum(-1))
     assert torch.equal(call.keys_seen_by_any, counted.any(1).sum(-1))
     assert (call.mean_top_keys[:, 4] == -1).all() and call.first_query == 4
     entropy, rows = torch.special.entr(p).sum(-1), counted.any(-1)
-    assert abs(call.mean_entropy - float(entropy[rows].mean())) < 1e-5
+    assert_close(call.mean_entropy, float(entropy[rows].mean()), ONE_SUM)
     means = [float(entropy[:, h, 1:][rows[:, h, 1:]].mean()) for h in range(4)]
     assert call.collapsed == [h for h in range(4) if means[h] < 1.6] != []
     shares = p.sum((0, 2)) / p.sum((0, 2, 3)).unsqueeze(-1)
@@ -173,7 +174,7 @@ def test_numbers_are_those_of_the_whole_matrix(with_sink):
         != []
     )
     for h, j, share in call.sinks:
-        assert abs(share - float(shares[h, j])) < 1e-5
+        assert_close(share, float(shares[h, j]), ONE_SUM)
     line = seen.summary().splitlines()[1]
     assert f"{float(entropy[rows].mean()):.3f}" in line and f"{float(s.max()):.2f}" in line
 

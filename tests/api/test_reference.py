@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_same
 
 from attn_ext.backends import reference as backend
 from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, Call
@@ -426,7 +427,7 @@ def test_safe_matmul_adds_infinities_as_floating_point_does():
     a = torch.tensor([[1.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 2.0]])
     b = torch.tensor([[inf, 1.0], [-inf, inf], [3.0, nan]])
     expected = torch.tensor([[nan, inf], [-inf, -1.0], [-inf, nan], [6.0, nan]])
-    torch.testing.assert_close(safe_matmul(a, b), expected, equal_nan=True, rtol=0, atol=0)
+    assert_same(safe_matmul(a, b), expected)
 
 
 # --- the test helpers ----------------------------------------------------------------------------

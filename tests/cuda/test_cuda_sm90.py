@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from closeness import BFLOAT16_LAYERS, assert_close
 
 import attn_ext
 from attn_ext.backends import registry
@@ -156,7 +157,7 @@ def test_gradients_follow_from_its_output(hopper):
         out.float().square().sum().backward()
         results[name] = (out, q.grad, k.grad, v.grad)
     for got, want in zip(results[hopper.name], results["reference"], strict=True):
-        torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+        assert_close(got, want, BFLOAT16_LAYERS)
 
 
 @pytest.mark.parametrize("head_dim", [64, 192])

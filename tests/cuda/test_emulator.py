@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from closeness import TWO_LAST_PLACES, TWO_LAST_PLACES_NEAR_0, assert_arrays_close
 
 emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
@@ -227,7 +228,8 @@ def test_functions(op, function):
     x = np.abs(x) if op == "LOG2" else x
     expected = function(x.astype(np.float64))
     out = f32(wrapper(op, [x]))[:, 0]
-    np.testing.assert_allclose(out, expected, rtol=2.4e-7, atol=2.4e-7 if op == "LOG2" else 0)
+    tolerance = TWO_LAST_PLACES_NEAR_0 if op == "LOG2" else TWO_LAST_PLACES
+    assert_arrays_close(out, expected, tolerance)
     ends = {
         "EXP2": {-np.inf: 0, 0: 1, -150: 0, -127: 0, np.inf: np.inf},
         "TANH": {100: 1, -100: -1},

@@ -10,8 +10,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import closeness
 import numpy as np
 import pytest
+from closeness import assert_arrays_close
 
 emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
@@ -127,6 +129,6 @@ def test_gpu_gives_the_emulators_bits(gpu_program, records, expected, tmp_path):
         op = OPS[record["op"]]
         if op in APPROXIMATE:
             got, want = found[i, :, 0].view(np.float32), expected[i, :, 0].view(np.float32)
-            np.testing.assert_allclose(got, want, rtol=4e-7, atol=4e-7, err_msg=op)
+            assert_arrays_close(got, want, closeness.APPROXIMATE, op)
         else:
             np.testing.assert_array_equal(found[i], expected[i], err_msg=op)

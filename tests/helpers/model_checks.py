@@ -11,6 +11,7 @@ import importlib
 
 import pytest
 import torch
+from closeness import assert_same
 
 from attn_ext.testing import assert_close_to_reference
 
@@ -164,7 +165,7 @@ def check_generate(model, inputs: dict, own: str = "sdpa", new_tokens: int = 8, 
                 **options,
             )
         )  # fmt: skip
-    torch.testing.assert_close(texts[1], texts[0], rtol=0, atol=0)
+    assert_same(texts[1], texts[0])
     return texts[1]
 
 

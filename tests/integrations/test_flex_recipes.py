@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import FLOAT32, assert_close
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_ext
@@ -55,7 +56,7 @@ def test_recipe(recipe):
     theirs = flex_attention(q.detach(), k.detach(), v.detach(), score_mod=score, block_mask=block)
     given = eval(f"dict({arguments})", names | dict(q=q))
     ours = attn_ext.attention(given.pop("q", q), k, v, **given)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert_close(ours, theirs, FLOAT32)
 
     grid = torch.meshgrid(*map(torch.arange, (B, H, names["Sq"], S)), indexing="ij")
     s = q @ k.transpose(-1, -2) * D**-0.5
@@ -68,4 +69,4 @@ def test_recipe(recipe):
         torch.autograd.grad((whole * weight).sum(), (q, k, v)),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        assert_close(a, b, FLOAT32)

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from closeness import FLOAT32, assert_close
 from model_checks import Calls, compare, in_float64, results, spread
 
 
@@ -79,7 +80,7 @@ def test_context_manager(diffusers, served):
         assert served.count == 2
         model(**inputs)
     assert served.count == 2
-    torch.testing.assert_close(inside, before, rtol=1e-4, atol=1e-5)
+    assert_close(inside, before, FLOAT32)
 
 
 def unet(diffusers, **options):
@@ -125,7 +126,7 @@ def test_default_processor_after_ours(diffusers):
     for each in (model, copied):
         each.set_default_attn_processor()
         assert {type(p) for p in each.attn_processors.values()} == {own.AttnProcessor}
-        torch.testing.assert_close(each(**inputs).sample, before, rtol=1e-4, atol=1e-5)
+        assert_close(each(**inputs).sample, before, FLOAT32)
     model, inputs = adding_unet(diffusers)
     before = model(**inputs).sample
     model.set_attn_processor(AttnAddedKVProcessor())
@@ -134,7 +135,7 @@ def test_default_processor_after_ours(diffusers):
     model.set_attn_processor(AttnProcessor())
     model(**inputs)
     model.set_default_attn_processor()
-    torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-5)
+    assert_close(model(**inputs).sample, before, FLOAT32)
 
 
 def adding_unet(diffusers):

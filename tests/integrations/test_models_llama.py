@@ -5,6 +5,7 @@ Mixtral.
 
 import pytest
 import torch
+from closeness import FLOAT32, assert_close
 from model_checks import (
     check_generate,
     check_model,
@@ -138,7 +139,7 @@ def test_packed_equals_each_sequence_alone(family):
         model(input_ids=part).last_hidden_state[0]
         for part in inputs["input_ids"].split((7, 1, 11), dim=1)
     ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert_close(together, torch.cat(alone), FLOAT32)
 
 
 def test_masks_without_the_guard_arrive_as_none():
@@ -167,7 +168,7 @@ def test_masks_without_the_guard_arrive_as_none():
         output = model(input_ids=text(), attention_mask=mask, position_ids=torch.arange(19)[None])
         states[name] = output.last_hidden_state[mask.bool()]
     assert seen["bare_kernel"] is None and seen["registered_kernel"] is not None
-    torch.testing.assert_close(states["registered_kernel"], states["eager"], rtol=1e-4, atol=1e-5)
+    assert_close(states["registered_kernel"], states["eager"], FLOAT32)
     assert (states["bare_kernel"] - states["eager"]).abs().max() > 0.1
 
 
@@ -192,7 +193,7 @@ def test_chunked_prefill(calls):
         first = model(input_ids=ids[:, :8], use_cache=True)
         rest = model(input_ids=ids[:, 8:], past_key_values=first.past_key_values)
         parts = torch.cat([first.last_hidden_state, rest.last_hidden_state], dim=1)
-        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+        assert_close(parts, whole, FLOAT32)
 
 
 def test_dropout_only_while_training(calls):
@@ -241,7 +242,7 @@ def test_compile(whole, padded):
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward, **compiled)
     got = model(**inputs).last_hidden_state
-    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert_close(got[mask.bool()], want[mask.bool()], FLOAT32)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

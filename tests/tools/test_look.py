@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import ONE_SUM, PAGE, PAGE_ROW, assert_close
 
 import attn_ext
 from attn_ext import inspect
@@ -65,14 +66,13 @@ def check_row(row, p, there, listed):
     want = p.topk(min(listed, len(p)))
     shown = [w for _, w in pairs]
     assert shown == sorted(shown, reverse=True) and len({j for j, _ in pairs}) == len(pairs)
-    torch.testing.assert_close(
-        F.pad(torch.tensor(shown), (0, len(want.values) - len(shown))), want.values.float(),
-        atol=2e-5, rtol=0,
-    )  # fmt: skip
+    padded = F.pad(torch.tensor(shown), (0, len(want.values) - len(shown)))
+    assert_close(padded, want.values.float(), PAGE)
     for j, w in pairs:
-        assert there[j] and abs(float(p[j]) - w) < 2e-5
+        assert there[j]
+        assert_close(w, float(p[j]), PAGE)
     assert len(pairs) + more == int(there.sum())
-    assert abs(sum(shown) + rest - float(p.sum())) < 1e-4, "the row is not whole"
+    assert_close(sum(shown) + rest, float(p.sum()), PAGE_ROW)  # the row is whole
 
 
 def test_every_number_of_the_page(tmp_path):
@@ -113,7 +113,7 @@ def test_every_map_of_the_picture(monkeypatch, tmp_path):
     drawn, said = pictures.panels_of(seen.calls, [("q", "k")] * 5)
     for (_, image, _), p in zip(drawn, truths, strict=True):
         want = F.adaptive_avg_pool2d(p[:1], tuple(image.shape))[0].mean(0)
-        torch.testing.assert_close(image, want.float(), atol=1e-6, rtol=1e-5)
+        assert_close(image, want.float(), ONE_SUM)
     assert [name for name, *_ in drawn][:2] == [
         "0, mean of 4 heads",
         "1 (additive), mean of 4 heads",

@@ -3,6 +3,7 @@ a kernel read or write beyond its tensors."""
 
 import pytest
 import torch
+from closeness import assert_same
 
 import attn_ext
 from attn_ext.testing import random_call
@@ -32,7 +33,7 @@ def test_trace_records_the_call(name):
     """A trace that holds only the empty output, since a kernel writes through a pointer."""
     traced = torch.jit.trace(CALLS[name], qkv())
     given = qkv()
-    torch.testing.assert_close(traced(*given), CALLS[name](*given), rtol=0, atol=0)
+    assert_same(traced(*given), CALLS[name](*given))
 
 
 def test_trace_at_another_length_and_with_gradients():
@@ -43,7 +44,7 @@ def test_trace_at_another_length_and_with_gradients():
     dout = torch.randn(1, 4, 7, 8)
     ours, theirs = (torch.autograd.grad(f(*given), given, dout) for f in (traced, call))
     for got, want in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert_same(got, want)
 
 
 def test_trace_of_a_module():
@@ -52,7 +53,7 @@ def test_trace_of_a_module():
     x, y = torch.randn(2, 2, 5, 16)
     traced = torch.jit.trace(module, (x, x, x))
     for got, want in zip(traced(y, y, y), module(y, y, y), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert_same(got, want)
 
 
 def test_inspect_refuses_a_trace():
@@ -97,4 +98,4 @@ def test_lengths_below_the_public_api_are_the_tensors():
     args = [q, k, v, *[None] * 9, 1000, 2000, None, 0.0, 0.0, 1, -1, -1, False, False, "softmax",
             None, 0, False, False, "auto"]  # fmt: skip
     got = torch.ops.attn_ext.forward(*args)[0]
-    torch.testing.assert_close(got, attn_ext.attention(q, k, v), rtol=0, atol=0)
+    assert_same(got, attn_ext.attention(q, k, v))

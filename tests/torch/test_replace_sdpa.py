@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import BFLOAT16, DROPOUT_MEAN, assert_close, assert_same
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 
@@ -90,7 +91,7 @@ def test_expanded_keys_under_autocast():
         with attn_ext.replace_sdpa(strict=True):
             ours = F.scaled_dot_product_attention(q, k, k)
     assert ours.dtype == theirs.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+    assert_close(ours, theirs, BFLOAT16)
 
 
 def test_dropout_has_its_mean_and_repeats_with_the_seed():
@@ -105,7 +106,7 @@ def test_dropout_has_its_mean_and_repeats_with_the_seed():
         second = F.scaled_dot_product_attention(*same, dropout_p=0.5)
     assert torch.equal(first, second)
     assert not torch.equal(first[:, 0], first[:, 1])
-    torch.testing.assert_close(first.mean(1, keepdim=True), plain, atol=0.1, rtol=0.1)
+    assert_close(first.mean(1, keepdim=True), plain, DROPOUT_MEAN)
 
 
 def test_a_name_imported_earlier_is_replaced_too():
@@ -398,7 +399,7 @@ def test_jagged_nested_tensors(causal, cross):
     called = attn_ext.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
     )
-    torch.testing.assert_close(called.values(), out.values(), rtol=0, atol=0)
+    assert_same(called.values(), out.values())
     grads = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), (q, k))
     rows = zip(*(x.detach().unbind() for x in (q, k, v)), strict=True)
     for i, parts in enumerate(rows):

@@ -8,6 +8,7 @@ for both; F.scaled_dot_product_attention reaching them on a GPU is tried on GPUs
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import LSE, assert_close
 from torch.utils.checkpoint import checkpoint
 
 import attn_ext
@@ -201,7 +202,7 @@ def test_the_operators_of_gpus(calls, op, causal):
         kept = (out > 0).to(weights) / (1 - p) if p else mask.to(weights)
         expected = (weights * kept) @ leaves[2]
         torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-6, rtol=1e-6)
+        assert_close(lse.double(), logits.logsumexp(-1), LSE)
         for a, b in zip((dq, dk, dv), torch.autograd.grad(expected, leaves, dout), strict=True):
             torch.testing.assert_close(a, b)
     with pytest.raises(NotImplementedError, match="return_debug_mask"):

@@ -6,6 +6,7 @@ Tiles are 32 x 32 under the interpreter: lengths around 32 and 64 are the edges.
 import pytest
 import torch
 from additive_checks import check, check_call
+from closeness import FLOAT32, assert_close
 
 import attn_ext
 from attn_ext.testing import random_call
@@ -86,7 +87,7 @@ def test_the_public_function_and_its_gradients():
         loss = out.square().sum() + lse.sum()
         found.append((out, *torch.autograd.grad(loss, leaves)))
     for a, c in zip(*found, strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+        assert_close(a, c, FLOAT32)
 
 
 def test_auto_never_interprets():

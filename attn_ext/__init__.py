@@ -4,8 +4,6 @@ import attn_ext
 out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, Hk, S, D]
 """
 
-from importlib import metadata as _metadata
-
 # before what imports torch: it says what to do where torch is missing or too old
 import attn_ext.core.requires as _requires  # noqa: F401
 
@@ -15,20 +13,18 @@ from attn_ext import backends, inspect, nn, testing  # noqa: F401
 # at once, not at the first call: it prepares for fork()
 from attn_ext.backends import cpu as _cpu  # noqa: F401
 from attn_ext.core import reference  # noqa: F401
+from attn_ext.core.version import __version__  # noqa: F401
 from attn_ext.functional.additive import additive_attention, additive_attention_varlen
+from attn_ext.functional.common import RowStats
 from attn_ext.functional.decode import attention_decode
-from attn_ext.functional.dense import RowStats, attention, attention_varlen
+from attn_ext.functional.dense import attention
 from attn_ext.functional.explain import explain
 from attn_ext.functional.sdpa import scaled_dot_product_attention
+from attn_ext.functional.varlen import attention_varlen
 from attn_ext.integrations import torch_flash as _torch_flash
 from attn_ext.integrations.sdpa import replace_sdpa
 from attn_ext.measure.recorder import profile
 from attn_ext.ops import flops as _flops  # noqa: F401
-
-try:
-    __version__ = _metadata.version("attn_ext")
-except _metadata.PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+uninstalled"
 
 _torch_flash.offer()
 

@@ -13,7 +13,7 @@ from attn_ext import integrations as integrations
 from attn_ext import nn as nn
 from attn_ext import reference as reference
 from attn_ext import testing as testing
-from attn_ext.functional.dense import RowStats as RowStats
+from attn_ext.functional.common import RowStats as RowStats
 from attn_ext.functional.explain import Explanation
 from attn_ext.integrations.sdpa import replace_sdpa as replace_sdpa
 from attn_ext.measure.recorder import profile as profile

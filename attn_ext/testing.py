@@ -5,15 +5,14 @@ Shipped, so that a user can check a backend on his own machine:
     from attn_ext.testing import check_call, random_call
     check_call(random_call(seqlen_q=77, seqlen_k=130, causal=True, bias=True), "cpu")
 
-The rule (DESIGN section 5):  max|x - ref64| <= factor * max|naive - ref64| + eps,  where ref64 is
-the reference on float64 copies of the same (already rounded) inputs, naive the reference in the
-inputs' own dtype, factor 2 for outputs and 3 for gradients.
+The rule (docs/guide/semantics.md):  max|x - ref64| <= factor * max|naive - ref64| + eps,  where
+ref64 is the reference on float64 copies of the same (already rounded) inputs, naive the reference
+in the inputs' own dtype, factor 2 for outputs and 3 for gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -21,8 +20,17 @@ import torch
 
 from attn_ext.backends import reference as reference_backend
 from attn_ext.backends import registry
-from attn_ext.core.call import BOTTOM_RIGHT, UNBOUNDED, Call, Problem
 from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import (
+    BOTTOM_RIGHT,
+    GRADIENTS,
+    UNBOUNDED,
+    Call,
+    Needs,
+    given,
+    is_decode,
+)
 
 FACTOR = {"out": 2.0, "grad": 3.0}
 
@@ -36,7 +44,6 @@ RELATIVE = {
     torch.bfloat16: 2.0**-7,
 }
 
-GRADIENTS = ("q", "k", "v", "bias", "sink")
 LAYOUTS = ("bhsd", "bshd", "padded")
 
 
@@ -109,6 +116,7 @@ def random_call(
     softcap: float = 0.0,
     alibi: bool | str = False,
     sink: bool = False,
+    additive: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
     stats: bool = False,
@@ -123,7 +131,8 @@ def random_call(
     """A `Call` on normally distributed inputs, the same for the same arguments on every device.
 
     mask, bias: the dimensions of [B, Hq, Sq, Sk] that are not broadcast, as a string out of "bhqk";
-    True is "bhqk". alibi: True for slopes [Hq], "b" for [B, Hq].  Varlen: `seqlens_q` and
+    True is "bhqk". alibi: True for slopes [Hq], "b" for [B, Hq].  additive: scores w . tanh(q + k).
+    Varlen: `seqlens_q` and
     `seqlens_k`, one length a sequence.  Decode: `cache_seqlens`, with `seqlen_k` positions of
     cache, in pages in random order where `page_size` > 0; the unused part of the cache is NaN.
     """
@@ -180,6 +189,9 @@ def random_call(
         fields["alibi_slopes"] = slopes * 0.5
     if sink:
         fields["sink"] = normal(heads_q, dtype=stat)
+    if additive:
+        fields["w"] = normal(heads_q, head_dim, dtype=stat)
+        scale = 1.0
     if dropout_p > 0:
         fields["rng_state"] = torch.tensor([seed + 1234, 5], dtype=torch.int64, device="cpu")
     fields.update(q=q, k=k, v=v)
@@ -223,10 +235,19 @@ def _to_pages(x: torch.Tensor, block_table: torch.Tensor, page_size: int) -> tor
     return pages
 
 
+def needs_of(call: Call) -> Needs:
+    """All gradients that the call has."""
+    return Needs(*[getattr(call, name) is not None for name in GRADIENTS])
+
+
+def differentiated(call: Call, grad: bool = True) -> Call:
+    """The call as one of whose inputs autograd wants gradients, or none."""
+    return call._replace(grad=grad, bias_grad=grad and call.bias is not None)
+
+
 def to_float64(call: Call) -> Call:
-    """`call` with float64 copies of q, k, v, bias and sink: what the truth is computed from."""
-    names = [name for name in GRADIENTS if getattr(call, name) is not None]
-    return dataclasses.replace(call, **{n: getattr(call, n).detach().double() for n in names})
+    """`call` with float64 copies of what has a gradient: what the truth is computed from."""
+    return call._replace(**{name: x.detach().double() for name, x in given(call).items()})
 
 
 def allowed_error(ref64, naive, kind="out", dtype=None, cancelled: float = 0.0) -> float:
@@ -286,8 +307,8 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
     `dlse=False` the gradient through LSE.  Decode calls have no backward.
     """
     module = registry.get(backend) if isinstance(backend, str) else backend
-    grads = grads and call.block_table is None and call.seqlens_k is None
-    problem = Problem.of(call, grad=grads, bias_grad=grads and call.bias is not None)
+    grads = grads and (call.w is not None or not is_decode(call))
+    problem = Problem.of(differentiated(call, grads))
     missing = module.available()
     why = [missing] if missing else module.unsupported(problem)
     if why:
@@ -316,7 +337,7 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
     d_lse = None
     if dlse:
         d_lse = torch.randn(lse.shape, **normal).to(lse)
-    needs = tuple(getattr(call, name) is not None for name in GRADIENTS)
+    needs = needs_of(call)
     with poisoned_memory():
         results = module.backward(call, dout, out, lse, d_lse, needs)
     truth64 = None if d_lse is None else d_lse.double()
@@ -345,10 +366,12 @@ def cancellation(call: Call, dout: torch.Tensor, out: torch.Tensor, name: str) -
     # the roundings of the elements of a row of O are independent: their squares add up
     delta = _largest((dout.double() * out.double()).norm(dim=-1))
     error = accumulator * dp + torch.finfo(dtype).eps / 2 * delta
+    if name in "qk" and call.w is not None:  # d s / d q = w (1 - tanh^2)
+        return error * _largest(call.w)
     if name in "qk":
         return error * abs(call.scale) * _largest(call.k if name == "q" else call.q)
     # errors of the rows that one element sums over, 3 standard deviations
-    into = call.sink.shape if name == "sink" else call.bias.shape[:3]
+    into = call.bias.shape[:3] if name == "bias" else getattr(call, name).shape[:1]  # heads
     summed = dout[..., 0].numel() / max(1, math.prod(into))
     return 3 * error * max(1.0, summed) ** 0.5
 

@@ -6,7 +6,7 @@
     python bench/cpu.py --resume --seconds 100        the rows that the file lacks, in parts
 
 Writes bench/results/cpu.json, cpu.md and cpu.png (cpu-part.* where rows or peers are restricted,
-unless --json says where).  docs/benchmarks.md tells how times, FLOPs and ceilings are counted.
+unless --json says where).  How times, FLOPs and ceilings are counted: docs/guide/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import triton
 
+from attn_ext.core.schema import Needs
 from attn_ext.testing import random_call
 from attn_ext.triton_kernels.launch import attention, backward, replay
 
@@ -98,7 +99,7 @@ def main() -> None:
         rows = {"forward": (lambda: attention.forward(call), launched)}  # noqa: B023
         if call.seqlens_k is None:
             dout = torch.randn_like(out)
-            needs = (True, True, True, False, False)
+            needs = Needs(True, True, True)
             rows["backward"] = (
                 lambda: backward.backward(call, dout, out, lse, None, needs), []  # noqa: B023
             )  # fmt: skip

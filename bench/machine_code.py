@@ -342,7 +342,7 @@ def differences(table: dict, rows: dict, slack: float = 0.05) -> list[str]:
 
 
 def markdown(rows: dict) -> str:
-    """The table that docs/cuda.md shows."""
+    """The table that docs/design/cuda.md shows."""
     names = ("hot loop", "registers", "CTAs", "slots", "slots a product", "ldmatrix", "R2UR",
              "selects", "spills", "share_2_norm")  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]

@@ -14,7 +14,6 @@ is dQ, dK and dV from O, LSE and dO that are there; "sm90 det." the same with de
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -24,6 +23,7 @@ import torch
 
 from attn_ext.backends import native_gpu, registry
 from attn_ext.backends.native_gpu import Kernels
+from attn_ext.core.schema import Needs
 from attn_ext.testing import check_call, random_call
 
 # (head_dim, causal, heads_q, heads_k, seqlen or lengths of sequences); 16k tokens a call
@@ -103,12 +103,10 @@ def runs_of(call, kernels, backward: bool) -> dict:
     dout = torch.randn_like(out.float()).to(out)
 
     def gradients(kernels, call):
-        return lambda: kernels.backward(
-            call, dout, out, lse, None, (True, True, True, False, False)
-        )
+        return lambda: kernels.backward(call, dout, out, lse, None, Needs(True, True, True))
 
     runs = {name: gradients(k, call) for name, k in kernels.items()}
-    runs["sm90 det."] = gradients(kernels["sm90"], dataclasses.replace(call, deterministic=True))
+    runs["sm90 det."] = gradients(kernels["sm90"], call._replace(deterministic=True))
     if not packed:
         leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
         graph = sdpa(*leaves)

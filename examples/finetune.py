@@ -1,7 +1,7 @@
 """Train a small Llama on the Python that runs this, with transformers' Trainer: attn_ext against
 torch's SDPA.
 
-    python examples/finetune.py [--short] [--steps 60] [--length 512] [--out finetune]
+    python examples/finetune.py [--short] [--steps 60] [--length 512] [--out out/finetune]
 
 The text is what every Python brings along: its licence and the docstrings of its standard library,
 as bytes.  The same training runs with attn_implementation="attn_ext", with "sdpa", and with "sdpa"
@@ -154,7 +154,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="steps of each run")
     parser.add_argument("--length", type=int, default=512, help="bytes of a sequence")
-    parser.add_argument("--out", type=Path, default=Path("finetune"), help="folder of the picture")
+    parser.add_argument("--out", type=Path, default=Path("out/finetune"), help="of the picture")
     parser.add_argument("--short", action="store_true", help="8 steps of 64 bytes (for CI)")
     args = parser.parse_args()
     if args.short:

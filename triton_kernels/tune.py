@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from attn_ext.core.schema import Needs
 from attn_ext.triton_kernels import configs
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -68,7 +69,7 @@ def workload(direction: str, head_dim: int, seqlen: int, dtype, device) -> Calla
         return lambda: attention.forward(call)
     out, lse, *_ = attention.forward(call)
     dkdv, own_bias = direction == "dkdv", direction == "dbias"
-    needs = (direction == "dq", dkdv, dkdv, own_bias, False)
+    needs = Needs(direction == "dq", dkdv, dkdv, own_bias)
     return lambda: backward.backward(call, out, out, lse, None, needs)
 
 

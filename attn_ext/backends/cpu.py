@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import operator
 import os
 import sys
 from pathlib import Path
@@ -18,14 +17,16 @@ import torch
 
 from attn_ext.backends.native import (
     alibi_stride_b,
+    canonical,
     fields,
-    keep,
     rows,
     score_strides,
     strides,
 )
-from attn_ext.core.call import Call, Problem
-from attn_ext.core.layout import empty_like_layout, looks, prototype
+from attn_ext.core.layout import empty_like_layout, four, looks, prototype
+from attn_ext.core.plans import Plans
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import TENSORS, Call, Grads, Needs, lse_shape, statistics_dtype
 
 try:
     from attn_ext import _C
@@ -80,6 +81,7 @@ if _C is not None:
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NORMALIZERS = ("softmax", "sigmoid")
+SCORES = ("dot", "additive")
 
 
 def available() -> str:
@@ -94,7 +96,7 @@ def unsupported(problem: Problem) -> list[str]:
         why.append(f"tensors must be on the cpu, got {problem.device}")
     if problem.dtype not in _DTYPES:
         why.append(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {problem.dtype}")
-    if problem.grad and problem.kind == "decode":
+    if problem.grad and problem.kind == "decode" and problem.score == "dot":
         why.append("decode has no backward; use attention_varlen to train")
     return why
 
@@ -103,34 +105,9 @@ def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _statistics_dtype(call: Call) -> torch.dtype:
-    return torch.float64 if call.q.dtype == torch.float64 else torch.float32
-
-
 def _canonical(call: Call) -> dict:
-    """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous in
-    their fixed dtypes."""
-    statistics = _statistics_dtype(call)
-    fixed = {
-        "alibi_slopes": torch.float32,
-        "sink": statistics,
-        "rng_state": torch.int64,
-        "cu_seqlens_q": torch.int32,
-        "cu_seqlens_k": torch.int32,
-        "seqlens_k": torch.int32,
-        "block_table": torch.int32,
-    }
-    tensors = {"q": rows(call.q), "k": rows(call.k), "v": rows(call.v)}
-    for name, dtype in fixed.items():
-        x = getattr(call, name)
-        tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
-    tensors["mask"] = call.mask
-    bias = None if call.bias is None else call.bias.resolve_neg()
-    tensors["bias"] = bias if bias is None or bias.dtype in _DTYPES else bias.to(statistics)
-    for name, x in tensors.items():
-        if x is not None and x.device.type != "cpu":
-            raise ValueError(f"{name} must be on the cpu, got {x.device}")
-    return tensors
+    """The inputs as the kernels take them."""
+    return canonical(call, statistics_dtype(call.q.dtype), _DTYPES)
 
 
 def _problem(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
@@ -151,14 +128,8 @@ def _side_inputs(t: dict) -> list[int]:
     ]
 
 
-def _lse_shape(call: Call) -> tuple[int, ...]:
-    q = call.q
-    return (q.shape[1], q.shape[0]) if call.cu_seqlens_q is not None else tuple(q.shape[:3])
-
-
-_SCALARS = Call.__slots__[12:]  # every field that is no tensor
-_scalars_of = operator.attrgetter(*_SCALARS)
-_plans: dict[tuple, Plan] = {}
+_plans: Plans[Plan] = Plans()
+PLANNED = 5  # q, k, v, mask, bias: the tensors that a plan's call may have
 
 
 class Plan:
@@ -172,11 +143,11 @@ class Plan:
     def __init__(self, call: Call):
         q, v = call.q, call.v
         out = empty_like_layout(q, v.shape[-1])
-        lse = torch.empty(_lse_shape(call), dtype=_statistics_dtype(call), device="cpu")
+        lse = torch.empty(lse_shape(call), dtype=statistics_dtype(q.dtype), device="cpu")
         self.problem = _problem(call, _canonical(call), out, lse)
         self.out, self.lse = prototype(out), prototype(lse)
-        self.scalars = _scalars_of(call)
-        self.backwards: dict[tuple, tuple] = {}  # by the strides of dout, out, lse and by `needs`
+        self.scalars = call[TENSORS:]
+        self.backwards: Plans[tuple] = Plans()  # by the strides of dout, out, lse and by `needs`
 
     def forward(self, q, k, v, mask, bias, lse) -> torch.Tensor:
         """O; LSE goes into `lse`, a tensor like self.lse, where it is wanted."""
@@ -221,7 +192,8 @@ class Plan:
         known = self.backwards.get(key)
         if known is not None:
             return known
-        call = Call(q, k, v, _four(mask), _four(bias), *(None,) * 7, *self.scalars)
+        absent = (None,) * (TENSORS - PLANNED)
+        call = Call(q, k, v, four(mask), four(bias), *absent, *self.scalars)
         grads = [
             empty_like_layout(x, x.shape[-1]) if need else None
             for x, need in zip((q, k, v), needs, strict=False)
@@ -230,28 +202,32 @@ class Plan:
         problem = _problem(call, _canonical(call), out, lse)
         _set_gradient_strides(problem, call, dout, grads, sums)
         made = [x if x is None else prototype(x) for x in (*grads, sums)]
-        return keep(self.backwards, key, (problem, *made))
+        return self.backwards.keep(key, (problem, *made))
 
 
-def _four(scores: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask or bias with its missing leading dimensions."""
-    return scores if scores is None else scores[(None,) * (4 - scores.dim())]
+def forget() -> None:
+    """Drop every plan."""
+    _plans.clear()
+
+
+def plan_key(call: Call) -> tuple | None:
+    """What a plan is remembered by; None where the call has other inputs, or what a plan cannot
+    hold: statistics, dropout, rows that must be copied, empty tensors."""
+    seen = looks(call.q, call.k, call.v, call.mask, call.bias)
+    return None if seen is None or not _may_be_planned(call) else (seen, call[TENSORS:])
 
 
 def plan_of(call: Call) -> Plan | None:
-    """The plan of a call, remembered; None where it has other inputs, or what a plan cannot hold:
-    statistics, dropout, rows that must be copied, empty tensors."""
-    seen = looks(call.q, call.k, call.v, call.mask, call.bias)
-    if seen is None or not _may_be_planned(call):
+    """The plan of a call, remembered; None where it has none."""
+    key = plan_key(call)
+    if key is None:
         return None
-    key = (seen, _scalars_of(call))
-    return _plans.get(key) or keep(_plans, key, Plan(call))
+    return _plans.get(key) or _plans.keep(key, Plan(call))
 
 
 def _may_be_planned(call: Call) -> bool:
     return (
-        call.cu_seqlens_q is None and call.seqlens_k is None and call.block_table is None
-        and call.alibi_slopes is None and call.sink is None
+        all(x is None for x in call[PLANNED:TENSORS])
         and call.dropout_p == 0 and not call.need_stats and call.normalizer == "softmax"
         and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
         and 0 not in call.q.shape and 0 not in call.k.shape
@@ -264,12 +240,12 @@ def forward(call: Call):
     if plan is not None:
         lse = torch.empty_like(plan.lse)
         return plan.forward(call.q, call.k, call.v, call.mask, call.bias, lse), lse, None, None
-    if call.normalizer == "sigmoid":
-        return (*family_forward(call, None), None, None)
+    if _is_family(call):
+        return (*_family_forward(call), None, None)
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     out = empty_like_layout(call.q, call.v.shape[-1])
-    lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
+    lse = call.q.new_empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
     stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
     if varlen:  # rows that belong to no sequence are empty rows
         out.zero_()
@@ -322,20 +298,19 @@ def _set_gradient_strides(problem, call: Call, dout, grads, dbias) -> None:
     )
 
 
-def backward(call: Call, dout, out, lse, dlse, needs):
-    """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
-    dtype."""
-    if call.normalizer == "sigmoid":
-        return (*family_backward(call, None, dout, out, None, None, needs)[:4], None)
+def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+    """The gradients; None where `needs` says so.  That of the bias has its own shape and dtype."""
+    if _is_family(call):
+        return _family_backward(call, dout, out, lse, dlse, needs)
     plan = None
     if dlse is None and dout.dtype == call.q.dtype and lse.is_contiguous() and not lse.is_neg():
         plan = plan_of(call)
     if plan is not None:
         inputs = (call.q, call.k, call.v, call.mask, call.bias)
-        return (*plan.backward(*inputs, rows(out), lse, dout, tuple(needs[:4])), None)
+        return Grads(*plan.backward(*inputs, rows(out), lse, dout, tuple(needs[:4])))
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
-    statistics = _statistics_dtype(call)
+    statistics = statistics_dtype(call.q.dtype)
     dout, out = rows(dout.to(call.q.dtype)), rows(out)
     lse = lse.resolve_neg().contiguous()
     dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
@@ -348,8 +323,8 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             g.zero_()
         grads.append(g)
     dq, dk, dv = grads
-    dbias = _bias_sums(call, statistics) if needs[3] else None
-    dsink = torch.zeros(call.sink.shape, dtype=statistics, device="cpu") if needs[4] else None
+    dbias = _bias_sums(call, statistics) if needs.bias else None
+    dsink = torch.zeros(call.sink.shape, dtype=statistics, device="cpu") if needs.sink else None
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
         _set_gradient_strides(problem, call, dout, grads, dbias)
@@ -366,75 +341,78 @@ def backward(call: Call, dout, out, lse, dlse, needs):
             _address(dlse),
             *map(_address, (dq, dk, dv, dbias, dsink)),
         )
-    return dq, dk, dv, _bias_gradient(call.bias, dbias), dsink
+    return Grads(dq, dk, dv, _bias_gradient(call.bias, dbias), dsink)
 
 
-def _family_run(call, t, problem, w, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
+def _is_family(call: Call) -> bool:
+    """Whether csrc/cpu/family*.h serve the call: sigmoid weights or additive scores."""
+    return call.normalizer == "sigmoid" or call.w is not None
+
+
+def _family_run(call, t, problem, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
     """One native call of the kernels in csrc/cpu/family*.h."""
     dq, dk, dv, dbias, dw = grads
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
              "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip
-    tensors = [*(t[name] for name in names), out, lse, dout, dlse, dq, dk, dv, dbias, w, dw]
+    tensors = [*(t[name] for name in names), out, lse, dout, dlse, dq, dk, dv, dbias, t["w"], dw]
     _C.cpu_family(
         problem, torch.get_num_threads(), backward, [_address(x) for x in tensors],
         alibi_stride_b(t["alibi_slopes"]), call.normalizer == "sigmoid", call.sigmoid_bias,
     )  # fmt: skip
 
 
-def family_forward(call: Call, w) -> tuple:
-    """(O, LSE) of sigmoid attention (LSE 0) or, with w [Hq, D] in the statistics' dtype, of
-    additive attention."""
+def _family_forward(call: Call) -> tuple:
+    """(O, LSE) of sigmoid attention, whose LSE is 0, or of additive attention."""
     t = _canonical(call)
-    varlen = call.cu_seqlens_q is not None
-    sigmoid = call.normalizer == "sigmoid"
     out = empty_like_layout(call.q, call.v.shape[-1])
-    lse = call.q.new_empty(_lse_shape(call), dtype=_statistics_dtype(call))
-    if varlen:  # rows that belong to no sequence are empty rows
+    lse = call.q.new_empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
+    if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
         out.zero_()
         lse.fill_(float("-inf"))
-    if sigmoid:
+    if call.normalizer == "sigmoid":
         lse.zero_()
     if out.numel() or lse.numel():
-        _family_run(call, t, _problem(call, t, out, lse), w, False, out, lse)
+        _family_run(call, t, _problem(call, t, out, lse), False, out, lse)
     return out, lse
 
 
-def family_backward(call: Call, w, dout, out, lse, dlse, needs) -> tuple:
-    """(dq, dk, dv, dbias, dw) of `family_forward`; `needs` holds four bools (q, k, v, bias)."""
+def _family_backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+    """The gradients of `_family_forward`; those of q, k and v come together."""
     t = _canonical(call)
-    statistics = _statistics_dtype(call)
+    statistics = statistics_dtype(call.q.dtype)
     ragged = call.cu_seqlens_q is not None or call.seqlens_k is not None
     dout, out = rows(dout.to(call.q.dtype)), rows(out)
-    if lse is None:
-        lse = torch.empty(_lse_shape(call), dtype=statistics, device=call.q.device)
-    lse = lse.contiguous()
+    lse = lse.resolve_neg().contiguous()
+    if call.normalizer == "sigmoid":  # LSE is 0, whatever the weights are
+        dlse = None
     dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
     # dQ, dK, dV: zeros where no task writes, i.e. beyond the sequences or without queries or keys
     blank = ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0
     grads = [empty_like_layout(x, x.shape[-1]) for x in (call.q, call.k, call.v)]
     for g in grads if blank else ():
         g.zero_()
-    dbias = _bias_sums(call, statistics) if needs[3] else None
-    dw = None if w is None else torch.zeros_like(w)
+    dbias = _bias_sums(call, statistics) if needs.bias else None
+    dw = None if call.w is None else torch.zeros_like(t["w"])
     if call.q.numel() and call.k.numel() and call.v.numel():
         problem = _problem(call, t, out, lse)
         _set_gradient_strides(problem, call, dout, grads, dbias)
-        _family_run(call, t, problem, w, True, out, lse, (*grads, dbias, dw), dout, dlse)
-    return *grads, _bias_gradient(call.bias, dbias), dw
+        _family_run(call, t, problem, True, out, lse, (*grads, dbias, dw), dout, dlse)
+    dbias = _bias_gradient(call.bias, dbias)
+    return Grads(*grads, bias=dbias, w=None if dw is None else dw.to(call.w.dtype))
 
 
 ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What
 
 
-def inspect(call: Call, w, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
-    """csrc/cpu/inspect.h on a dense call, w as in `family_forward`: fills `out` (and `entropy`,
-    `keys`); all contiguous, in the statistics' dtype (keys: int64).  lse is read, and written for
-    ROW_STATS; sizes are (n, rows, cols)."""
+def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
+    """csrc/cpu/inspect.h on a dense call: fills `out` (and `entropy`, `keys`); all contiguous, in
+    the statistics' dtype (keys: int64).  lse is read, and written for ROW_STATS; sizes are
+    (n, rows, cols)."""
     t = _canonical(call)
     if not out.numel():
         return
     names = ("q", "k", "v", "mask", "bias", "alibi_slopes")
-    tensors = [*(t[name] for name in names), *(None,) * 6, lse, *(None,) * 6, w, None]
+    tensors = [*(t[name] for name in names), *(None,) * 6, lse, *(None,) * 6, t["w"], None]
     _C.cpu_inspect(
         _problem(call, t, call.q, lse), torch.get_num_threads(), what,
         [_address(x) for x in tensors], alibi_stride_b(t["alibi_slopes"]),

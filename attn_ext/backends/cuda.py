@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from attn_ext.backends import native_gpu
-from attn_ext.core.call import Problem
+from attn_ext.core.problem import Problem
 
 try:
     from attn_ext import _cuda
@@ -58,5 +58,5 @@ def forward(call):
 
 
 def backward(call, dout, out, lse, dlse, needs):
-    """(dq, dk, dv, dbias | None, dsink | None); None where `needs` says so."""
+    """The gradients; None where `needs` says so."""
     return _kernels().backward(call, dout, out, lse, dlse, needs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.core.call import Call, Problem
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import KERNEL_SCALARS, Call
 
 NO_SCORES = (0, 0, 0, 0)
 
@@ -67,19 +68,38 @@ def fields(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dtypes: di
         bias=score_strides(t["bias"], sizes),
         lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
         pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
-        scale=call.scale,
-        softcap=call.softcap,
-        dropout_p=call.dropout_p,
-        window_left=call.window_left,
-        window_right=call.window_right,
         bottom_right=call.align,
-        num_splits=call.num_splits,
+        **{name: getattr(call, name) for name in KERNEL_SCALARS},
     )
 
 
-def keep(plans: dict, key: tuple, plan):
-    """`plan`, remembered under `key` for calls that look alike; old ones go when there are many."""
-    if len(plans) > 4096:
-        plans.clear()
-    plans[key] = plan
-    return plan
+# Side inputs of one dtype, which the kernels read contiguously; "statistics" is float32 on a GPU,
+# and float64 for float64 inputs on a CPU.
+SIDE_DTYPES = {
+    "alibi_slopes": torch.float32,
+    "sink": "statistics",
+    "w": "statistics",
+    "rng_state": torch.int64,
+    "cu_seqlens_q": torch.int32,
+    "cu_seqlens_k": torch.int32,
+    "seqlens_k": torch.int32,
+    "block_table": torch.int32,
+}
+
+
+def canonical(call: Call, statistics: torch.dtype, dtypes: dict) -> dict[str, torch.Tensor | None]:
+    """The tensors as the kernels take them, by name: last dimension contiguous, side inputs
+    contiguous in their fixed dtypes, all on q's device.  dtypes: those that a bias may have."""
+    tensors = {"q": rows(call.q), "k": rows(call.k), "v": rows(call.v), "mask": call.mask}
+    bias = None if call.bias is None else call.bias.resolve_neg()
+    tensors["bias"] = bias if bias is None or bias.dtype in dtypes else bias.to(statistics)
+    for name, dtype in SIDE_DTYPES.items():
+        x = getattr(call, name)
+        if x is not None:
+            x = x.detach().to(statistics if dtype == "statistics" else dtype)
+            x = x.resolve_neg().contiguous()
+        tensors[name] = x
+    for name, x in tensors.items():
+        if x is not None and x.device != call.q.device:
+            raise ValueError(f"{name} must be on q's device {call.q.device}, got {x.device}")
+    return tensors

@@ -12,9 +12,18 @@ import os
 
 import torch
 
-from attn_ext.backends.native import NO_SCORES, alibi_stride_b, fields, keep, rows, strides
-from attn_ext.core.call import Call, Problem
+from attn_ext.backends.native import (
+    NO_SCORES,
+    alibi_stride_b,
+    canonical,
+    fields,
+    rows,
+    strides,
+)
 from attn_ext.core.layout import empty_like_layout, memory_order
+from attn_ext.core.plans import Plans
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import TENSORS, Call, Grads, Needs, lse_shape
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/params.h
 MAX_HEAD_DIM = 256
@@ -48,14 +57,20 @@ def _gradient_strides(x: torch.Tensor | None) -> tuple[int, int, int, int]:
 def _is_plain(call: Call) -> bool:
     """Dense, not empty, no side input, no statistics, rows in place."""
     return (
-        call.mask is None and call.bias is None and call.cu_seqlens_q is None
-        and call.seqlens_k is None and call.block_table is None and call.alibi_slopes is None
-        and call.sink is None and call.dropout_p == 0 and not call.need_stats
+        all(x is None for x in call[3:TENSORS]) and call.dropout_p == 0 and not call.need_stats
         and call.q.device == call.k.device == call.v.device
         and call.q.stride(-1) == 1 and call.k.stride(-1) == 1 and call.v.stride(-1) == 1
         and not (call.q.is_neg() or call.k.is_neg() or call.v.is_neg())
         and call.q.shape[:3].numel() > 0
     )  # fmt: skip
+
+
+def plan_key(call: Call) -> tuple | None:
+    """What the plan of a plain call is remembered by; None for other calls."""
+    if not _is_plain(call):
+        return None
+    looks = [(x.shape, x.stride()) for x in (call.q, call.k, call.v)]
+    return (*looks, call.q.dtype, call.q.device, call[TENSORS:])
 
 
 class Kernels:
@@ -66,7 +81,7 @@ class Kernels:
         # Hopper's own kernels have not been measured on hardware yet: only on request.
         self.sm90 = os.environ.get("ATTN_EXT_CUDA_SM90", "0") not in ("", "0")
         self._devices: dict[int, tuple[int, bool]] = {}  # multiprocessors; is a Hopper GPU
-        self._plans: dict[tuple, tuple] = {}  # what a plain dense call needs, by shapes, strides
+        self._plans: Plans[tuple] = Plans()  # what a plain dense call needs, by shapes, strides
 
     def _target(self, device: torch.device) -> tuple[int, int, int, bool]:
         """(device index, current stream, multiprocessors, whether sm_90 kernels may serve)"""
@@ -88,31 +103,13 @@ class Kernels:
             return contextlib.nullcontext()
         return torch.cuda.device(device)
 
-    def _canonical(self, call: Call) -> dict:
-        """The inputs as the kernels take them: last dimension contiguous, side inputs contiguous
-        in their fixed dtypes."""
-        fixed = {
-            "alibi_slopes": torch.float32,
-            "sink": torch.float32,
-            "rng_state": torch.int64,
-            "cu_seqlens_q": torch.int32,
-            "cu_seqlens_k": torch.int32,
-            "seqlens_k": torch.int32,
-            "block_table": torch.int32,
-        }
-        tensors = {"q": rows(call.q), "k": rows(call.k), "v": rows(call.v)}
-        for name, dtype in fixed.items():
-            x = getattr(call, name)
-            tensors[name] = None if x is None else x.detach().to(dtype).resolve_neg().contiguous()
+    @staticmethod
+    def _canonical(call: Call) -> dict:
+        """The inputs as the kernels take them."""
+        tensors = canonical(call, torch.float32, DTYPES)
         for name, total in (("cu_seqlens_q", call.q.shape[0]), ("cu_seqlens_k", call.k.shape[0])):
             if tensors[name] is not None:  # not read back: what is not true must stay in the tensor
                 tensors[name] = tensors[name].clamp(0, min(total, 2**31 - 1))
-        tensors["mask"] = call.mask
-        bias = None if call.bias is None else call.bias.resolve_neg()
-        tensors["bias"] = bias if bias is None or bias.dtype in DTYPES else bias.float()
-        for name, x in tensors.items():
-            if x is not None and x.device != call.q.device:
-                raise ValueError(f"{name} must be on q's device {call.q.device}, got {x.device}")
         return tensors
 
     def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
@@ -130,15 +127,10 @@ class Kernels:
     def _point(native, **tensors) -> None:
         native.set_addresses({n: x.data_ptr() for n, x in tensors.items() if x is not None})
 
-    def _plain_forward(self, call: Call):
+    def _plain_forward(self, call: Call, key: tuple):
         """Forward of a dense call without side inputs: all but the addresses is remembered, which
         is most of the time of a small call.  None where the call needs scratch."""
         q, k, v = call.q, call.k, call.v
-        key = (
-            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
-            call.scale, call.softcap, call.align, call.window_left, call.window_right,
-            call.num_splits,
-        )  # fmt: skip
         target = self._target(q.device)
         plan = self._plans.get(key)
         if plan is None:
@@ -146,7 +138,7 @@ class Kernels:
             lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
             native = self._native(call, self._canonical(call), out, lse)
             scratch = native.forward_workspace(target[2])
-            plan = keep(self._plans, key, (native, scratch, out.shape, memory_order(q)))
+            plan = self._plans.keep(key, (native, scratch, out.shape, memory_order(q)))
         native, scratch, shape, order = plan
         if scratch:
             return None
@@ -160,16 +152,16 @@ class Kernels:
 
     def forward(self, call: Call):
         """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
-        if _is_plain(call):
-            results = self._plain_forward(call)
+        key = plan_key(call)
+        if key is not None:
+            results = self._plain_forward(call, key)
             if results is not None:
                 return results
         t = self._canonical(call)
         varlen = call.cu_seqlens_q is not None
         q = call.q
         out = empty_like_layout(q, call.v.shape[-1])
-        lse_shape = (q.shape[1], q.shape[0]) if varlen else tuple(q.shape[:3])
-        lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(lse_shape(call), dtype=torch.float32, device=q.device)
         stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
         if varlen:  # rows that belong to no sequence are empty rows
             out.zero_()
@@ -189,9 +181,9 @@ class Kernels:
             native.forward(address, *target)
         return out, lse, *stats
 
-    def backward(self, call: Call, dout, out, lse, dlse, needs):
-        """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape
-        and dtype."""
+    def backward(self, call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+        """The gradients; None where `needs` says so.  That of the bias has its own shape and
+        dtype."""
         t = self._canonical(call)
         varlen = call.cu_seqlens_q is not None
         dout, out = rows(dout.to(call.q.dtype)), rows(out)
@@ -207,8 +199,8 @@ class Kernels:
             grads.append(g)
         dq, dk, dv = grads
         f32 = {"dtype": torch.float32, "device": call.q.device}
-        dbias = torch.zeros(call.bias.shape, **f32) if needs[3] else None
-        dsink = torch.zeros(call.sink.shape, **f32) if needs[4] else None
+        dbias = torch.zeros(call.bias.shape, **f32) if needs.bias else None
+        dsink = torch.zeros(call.sink.shape, **f32) if needs.sink else None
         if call.q.numel() and call.k.numel() and call.v.numel():
             native = self._native(call, t, out, lse)
             none = (0, 0, 0)
@@ -223,4 +215,5 @@ class Kernels:
             scratch = torch.empty(native.backward_workspace(target[3]), **f32)
             with self._on(call.q.device):
                 native.backward(scratch.data_ptr(), *target)
-        return dq, dk, dv, None if dbias is None else dbias.to(call.bias.dtype), dsink
+        dbias = None if dbias is None else dbias.to(call.bias.dtype)
+        return Grads(dq, dk, dv, dbias, dsink)

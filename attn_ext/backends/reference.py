@@ -5,15 +5,15 @@ Forward is `attn_ext.core.reference.attend`; backward runs it again under autogr
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from attn_ext.core import reference
-from attn_ext.core.call import Call, Problem
 from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import GRADIENTS, Call, Grads, Needs, given
 
 NORMALIZERS = ("softmax", "sigmoid")
+SCORES = ("dot", "additive")
 
 
 def available() -> str:
@@ -35,21 +35,18 @@ def forward(call: Call):
     return out, lse, max_logit, entropy
 
 
-def backward(call: Call, dout, out, lse, dlse, needs):
-    """(dq, dk, dv, dbias | None, dsink | None); None where `needs` (q, k, v, bias, sink) is
-    False.
-    """
-    names = ("q", "k", "v", "bias", "sink")
-    leaves = {}
-    for name, needed in zip(names, needs, strict=True):
-        tensor = getattr(call, name)
-        if needed and tensor is not None:
-            leaves[name] = tensor.detach().requires_grad_()
+def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+    """The gradients; None where `needs` says so."""
+    leaves = {
+        name: getattr(call, name).detach().requires_grad_()
+        for name in GRADIENTS
+        if getattr(needs, name) and getattr(call, name) is not None
+    }
     # `call` may hold tensors that are part of the caller's graph; autograd must stop at our leaves
-    held = {name: getattr(call, name).detach() for name in names if getattr(call, name) is not None}
+    held = {name: x.detach() for name, x in given(call).items()}
     with reference.recording():
-        call = dataclasses.replace(call, **{**held, **leaves, "need_stats": False})
-        result, result_lse, _, _ = reference.attend(call)
+        again = call._replace(**{**held, **leaves, "need_stats": False})
+        result, result_lse, _, _ = reference.attend(again)
     outputs, grads = [result], [dout]
     if dlse is not None:
         outputs.append(result_lse)
@@ -60,7 +57,9 @@ def backward(call: Call, dout, out, lse, dlse, needs):
         outs, seeds = zip(*pairs, strict=True)
         values = torch.autograd.grad(outs, list(leaves.values()), seeds, allow_unused=True)
         found = dict(zip(leaves, values, strict=True))
-    for name, leaf in leaves.items():
-        if found[name] is None:
-            found[name] = torch.zeros_like(leaf)
-    return tuple(found.get(name) for name in names)
+    return Grads(
+        **{
+            name: torch.zeros_like(leaf) if found[name] is None else found[name]
+            for name, leaf in leaves.items()
+        }
+    )

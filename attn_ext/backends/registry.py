@@ -5,12 +5,13 @@ A backend is a module with
     available() -> str                     "" when it can run here, else the reason and the remedy
     unsupported(problem) -> list[str]      empty when it can serve `problem`, else every reason
     forward(call) -> (out, lse, max_logit | None, entropy | None)
-    backward(call, dout, out, lse, dlse | None, needs) -> (dq, dk, dv, dbias | None, dsink | None)
+    backward(call, dout, out, lse, dlse | None, needs) -> Grads
 
-A module that serves other normalizers than softmax names them in NORMALIZERS.
+A module that serves other normalizers than softmax names them in NORMALIZERS, other scores than dot
+products in SCORES.
 
-`needs` is five bools (q, k, v, bias, sink); a gradient not needed may be None.  `out` has the
-strides that `attn_ext.core.layout.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q]
+`needs` is a `attn_ext.core.schema.Needs`; a gradient not needed may be None.  `out` has the strides
+that `attn_ext.core.layout.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q]
 for varlen.  Backends never import each other.
 """
 
@@ -22,9 +23,10 @@ import importlib.util
 import warnings
 from types import ModuleType, SimpleNamespace
 
-from attn_ext.core.call import Problem
+from attn_ext.core.problem import Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
+NOT_ADDITIVE = ("sink", "paged", "stats")  # features of dot products alone
 TEST_ONLY: dict[str, ModuleType] = {}  # modules that tests put up by name; never chosen by "auto"
 
 
@@ -45,12 +47,18 @@ def get(name: str) -> ModuleType:
 def reasons(name: str, problem: Problem) -> list[str]:
     """Why backend `name` cannot serve `problem`; empty when it can."""
     module = get(name)
+    if problem.score not in getattr(module, "SCORES", ("dot",)):
+        return [f"{problem.score} attention has no {name} kernel"]
     missing = module.available()
     if missing:
         return [missing]
     served = getattr(module, "NORMALIZERS", ("softmax",))
     if problem.normalizer not in served:
         return [f"normalizer must be {' or '.join(map(repr, served))}, got {problem.normalizer!r}"]
+    if problem.score == "additive":
+        absent = [f for f in NOT_ADDITIVE if getattr(problem, f)]
+        if absent or problem.normalizer != "softmax":
+            return [f"additive attention has no {' and no '.join(absent) or problem.normalizer}"]
     return module.unsupported(problem)
 
 

@@ -13,10 +13,12 @@ import os
 
 import torch
 
-from attn_ext.core.call import Call, Problem
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import Call
 
 MAX_HEAD_DIM = 256
 NORMALIZERS = ("softmax", "sigmoid")
+SCORES = ("dot", "additive")
 OLDEST = (3, 6)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRET = (
@@ -76,7 +78,7 @@ def unsupported(problem: Problem) -> list[str]:
     for name, dim in (("head_dim", problem.head_dim), ("head_dim of v", problem.head_dim_v)):
         if dim > MAX_HEAD_DIM:
             why.append(f"{name} must be at most {MAX_HEAD_DIM} on triton, got {dim}")
-    if problem.grad and problem.kind == "decode":
+    if problem.grad and problem.kind == "decode" and problem.score == "dot":
         why.append("decode has no backward; use attention_varlen to train")
     if problem.normalizer == "sigmoid" and problem.kind == "decode":
         why.append("sigmoid weights have no decode kernel on triton")
@@ -85,31 +87,17 @@ def unsupported(problem: Problem) -> list[str]:
 
 def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
-    from attn_ext.triton_kernels.launch import attention
+    from attn_ext.triton_kernels.launch import additive, attention
 
-    return attention.forward(call)
+    return (attention if call.w is None else additive).forward(call)
 
 
 def backward(call: Call, dout, out, lse, dlse, needs):
-    """(dq, dk, dv, dbias, dsink); None where `needs` says so.  dbias has the bias' own shape and
-    dtype."""
-    from attn_ext.triton_kernels.launch import backward
+    """The gradients; None where `needs` says so.  That of the bias has its own shape and dtype."""
+    from attn_ext.triton_kernels.launch import additive, backward
 
-    return backward.backward(call, dout, out, lse, dlse, needs)
-
-
-def additive_forward(call: Call, w):
-    """(out, lse) of additive attention, w float32 [Hq, D]."""
-    from attn_ext.triton_kernels.launch import additive
-
-    return additive.forward(call, w)
-
-
-def additive_backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool):
-    """(dq, dk, dv, dbias or None, dw) of additive attention."""
-    from attn_ext.triton_kernels.launch import additive
-
-    return additive.backward(call, w, dout, out, lse, dlse, bias_grad)
+    launch = backward if call.w is None else additive
+    return launch.backward(call, dout, out, lse, dlse, needs)
 
 
 def inspect_top_k(call: Call, n: int, lse):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from attn_ext.backends import registry
-from attn_ext.cli.main import BadArgument
+from attn_ext.cli.errors import BadArgument
 from attn_ext.measure import ceilings, timing
 from attn_ext.measure.cases import PRESETS, Case, make
 from attn_ext.measure.measure import measure_all

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ import torch
 from attn_ext import testing
 from attn_ext.backends import reference as reference_backend
 from attn_ext.cli.matrix import Check
-from attn_ext.core.call import Call
 from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.schema import GRADIENTS, Call
 from attn_ext.measure.cases import DTYPES
 from attn_ext.measure.peers import available_bytes
 
@@ -114,7 +113,7 @@ class Prepared:
     def gradients(self, with_lse: bool):
         """(truths, naives) of the five gradients, with or without one through LSE"""
         if with_lse not in self._grads:
-            needs = tuple(getattr(self.call, n) is not None for n in testing.GRADIENTS)
+            needs = testing.needs_of(self.call)
             dlse = self.dlse if with_lse else None
             exact = testing.to_float64(self.call)
             dlse64 = None if dlse is None else dlse.double()
@@ -141,7 +140,7 @@ class Prepared:
         if grads is None:
             return found
         truths, naives = self.gradients(dlse is not None)
-        for name, got, truth, naive in zip(testing.GRADIENTS, grads, truths, naives, strict=True):
+        for name, got, truth, naive in zip(GRADIENTS, grads, truths, naives, strict=True):
             if got is None or truth is None:
                 if subject.ours and truth is not None:
                     raise AssertionError(f"d{name} must be given")
@@ -175,7 +174,7 @@ def _stream(prepared: Prepared, subject) -> list[Measure]:
         torch.cuda._sleep(50_000_000)
         for name, tensor in late.items():
             tensor.copy_(getattr(call, name), non_blocking=True)
-        found = prepared.measures(subject, dataclasses.replace(call, **late))
+        found = prepared.measures(subject, call._replace(**late))
     stream.synchronize()
     return found
 

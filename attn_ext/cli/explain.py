@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from attn_ext.cli.main import BadArgument
-from attn_ext.core.call import Problem
+from attn_ext.cli.errors import BadArgument
+from attn_ext.core.problem import Problem
 from attn_ext.functional.explain import of
 from attn_ext.measure.cases import make
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attn_ext.cli.main import BadArgument
+from attn_ext.cli.errors import BadArgument
 from attn_ext.inspect import load, look
 
 

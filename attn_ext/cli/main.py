@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from attn_ext.cli.errors import BadArgument
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -20,10 +22,6 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-
-
-class BadArgument(Exception):
-    """Printed as one line; exit code 2"""
 
 
 def words(text: str | None) -> list[str] | None:

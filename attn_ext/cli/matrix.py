@@ -6,13 +6,12 @@ numbers do not give.  Its name says what it would catch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from attn_ext.core.call import TOP_LEFT, Call
+from attn_ext.core.schema import TOP_LEFT, Call
 
 HALVES_AND_SINGLE = ("fp32", "bf16", "fp16")
 
@@ -39,32 +38,32 @@ def _no_rows_in_thirds(call: Call) -> Call:
     mask = call.mask.clone()
     mask[:, :, ::3] = False
     mask[:, -1] = False
-    return dataclasses.replace(call, mask=mask)
+    return call._replace(mask=mask)
 
 
 def _nan_where_masked(call: Call) -> Call:
     """K and V are NaN and inf at the keys that the padding mask [B, 1, 1, Sk] excludes"""
     out = ~call.mask[:, :, 0, :, None].expand(-1, call.k.shape[1], -1, 1)
     k = call.k.masked_fill(out, torch.nan)
-    return dataclasses.replace(call, k=k, v=call.v.masked_fill(out, torch.inf))
+    return call._replace(k=k, v=call.v.masked_fill(out, torch.inf))
 
 
 def _bias_of(value: float):
     def prepare(call: Call) -> Call:
-        return dataclasses.replace(call, bias=call.bias + value)
+        return call._replace(bias=call.bias + value)
 
     return prepare
 
 
 def _opposed(call: Call) -> Call:
     """q and k point away from each other: every logit is far below 0, with no bias"""
-    return dataclasses.replace(call, q=call.q.abs() * 8, k=-call.k.abs() * 8)
+    return call._replace(q=call.q.abs() * 8, k=-call.k.abs() * 8)
 
 
 def _shared_keys(call: Call) -> Call:
     """K and V broadcast over the batch by a stride of 0"""
     k, v = (x[:1].expand(x.shape) for x in (call.k, call.v))
-    return dataclasses.replace(call, k=k, v=v)
+    return call._replace(k=k, v=v)
 
 
 def _every_other_column(call: Call) -> Call:
@@ -75,7 +74,7 @@ def _every_other_column(call: Call) -> Call:
         wide[..., ::2] = x
         return wide[..., ::2]
 
-    return dataclasses.replace(call, q=spread(call.q), k=spread(call.k), v=spread(call.v))
+    return call._replace(q=spread(call.q), k=spread(call.k), v=spread(call.v))
 
 
 def _far_apart(call: Call) -> Call:
@@ -87,7 +86,7 @@ def _far_apart(call: Call) -> Call:
         storage = torch.empty(gap + x[0].numel(), dtype=x.dtype, device=x.device)
         strides = (gap, *x[0].contiguous().stride())
         fields[name] = storage.as_strided(x.shape, strides).copy_(x)
-    return dataclasses.replace(call, **fields)
+    return call._replace(**fields)
 
 
 def _checks() -> list[Check]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from attn_ext.cli.main import BadArgument
+from attn_ext.cli.errors import BadArgument
 from attn_ext.measure import report, trace
 
 RULE = "profile runs Python: attn-ext profile -- python train.py ..."

@@ -1,7 +1,7 @@
 """What `attn-ext verify` puts to the test: attn_ext's backends, and peers with the same interface.
 
 unsupported(call, grad) -> list of reasons;  run(call, dout, dlse) -> (outputs, grads): outputs
-(out, lse, max_logit, entropy), grads (q, k, v, bias, sink) or None; None where not given.
+(out, lse, max_logit, entropy), grads a Grads or None; None where not given.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from attn_ext.backends import registry
 from attn_ext.core import reference
-from attn_ext.core.call import TOP_LEFT, Call, Problem
-from attn_ext.testing import GRADIENTS, poisoned_memory
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import TOP_LEFT, Call, Grads
+from attn_ext.testing import differentiated, needs_of, poisoned_memory
 
 ALSO = ("torch", "flash_attn")
 
@@ -33,7 +34,7 @@ class Backend:
 
     def unsupported(self, call: Call, grad: bool) -> list[str]:
         """The backend's own reasons"""
-        return self.module.unsupported(Problem.of(call, grad, grad and call.bias is not None))
+        return self.module.unsupported(Problem.of(differentiated(call, grad)))
 
     def run(self, call: Call, dout, dlse):
         """Forward and, where dout is given, backward, in poisoned memory"""
@@ -41,7 +42,7 @@ class Backend:
             outputs = self.module.forward(call)
             if dout is None:
                 return outputs, None
-            needs = tuple(getattr(call, name) is not None for name in GRADIENTS)
+            needs = needs_of(call)
             out, lse = outputs[:2]
             return outputs, self.module.backward(call, dout, out, lse, dlse, needs)
 
@@ -105,7 +106,7 @@ class TorchSdpa:
             if dout is not None:
                 found = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
                 named = dict(zip(leaves, found, strict=True))
-                grads = tuple(named.get(name) for name in GRADIENTS)
+                grads = Grads(**named)
         return (out.detach(), None, None, None), grads
 
     @staticmethod
@@ -158,7 +159,7 @@ class FlashAttn:
         ).transpose(1, 2)  # fmt: skip
         grads = None
         if dout is not None:
-            grads = (*torch.autograd.grad(out, leaves, dout), None, None)
+            grads = Grads(*torch.autograd.grad(out, leaves, dout))
         return (out.detach(), None, None, None), grads
 
 

@@ -11,7 +11,7 @@ import torch
 
 from attn_ext.cli import matrix, subjects
 from attn_ext.cli.conform import Outcome, run_check
-from attn_ext.cli.main import BadArgument
+from attn_ext.cli.errors import BadArgument
 from attn_ext.measure.results import machine, rounded
 
 FORMAT = 1

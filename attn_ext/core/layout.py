@@ -41,6 +41,11 @@ def looks(q, k, v, mask, bias) -> tuple | None:
     )  # fmt: skip
 
 
+def four(scores: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask or bias with its missing leading dimensions."""
+    return scores if scores is None else scores[(None,) * (4 - scores.dim())]
+
+
 def prototype(x: torch.Tensor) -> torch.Tensor:
     """A tensor like x without memory, for torch.empty_like: the cheapest allocation there is."""
     x.untyped_storage().resize_(0)

@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from attn_ext.core.call import BOTTOM_RIGHT, Call
+from attn_ext.core.schema import BOTTOM_RIGHT, Call, is_decode
 
 # Philox4x32-7 as in csrc/philox.h; tests/api/test_philox.py reads that file and compares.
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -35,20 +35,18 @@ _WORD64 = 0xFFFFFFFFFFFFFFFF
 
 def attend(
     call: Call,
-    w: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(out, lse, max_logit, entropy) of `call`; the last two are None unless `call.need_stats`.
 
     Dense and decode: out [B, Hq, Sq, Dv], the others [B, Hq, Sq].  Varlen: out [total_q, Hq, Dv],
     others [Hq, total_q]. LSE and statistics are float32, float64 for float64 inputs.  Rows that see
-    no key: out 0, lse and max_logit -inf, entropy 0, and no gradient.  With w [Hq, D] the
-    scores are additive; LSE of the sigmoid is 0.
+    no key: out 0, lse and max_logit -inf, entropy 0, and no gradient.  LSE of the sigmoid is 0.
     """
     if call.cu_seqlens_q is not None:
-        return _varlen(call, w)
-    if call.block_table is not None or call.seqlens_k is not None:
-        return _decode(call, w)
-    out, lse, max_logit, entropy = _dense(call, w, call.q, call.k, call.v, call.mask, call.bias, 0)
+        return _varlen(call)
+    if is_decode(call):
+        return _decode(call)
+    out, lse, max_logit, entropy = _dense(call, call.q, call.k, call.v, call.mask, call.bias, 0)
     return (out, lse, max_logit, entropy) if call.need_stats else (out, lse, None, None)
 
 
@@ -199,7 +197,7 @@ class _WeightedSum(torch.autograd.Function):
         return dp, safe_matmul(p.transpose(-1, -2), dout)
 
 
-def _dense(call: Call, w, q, k, v, mask, bias, first_batch: int):
+def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     """The core: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], batch elements
     first_batch, first_batch + 1, ...
     """
@@ -220,7 +218,7 @@ def _dense(call: Call, w, q, k, v, mask, bias, first_batch: int):
 
     # S [B, Hq, Sq, Sk] in the inputs' dtype; excluded pairs are zeroed first, so that softcap's
     # tanh never sees their NaN
-    s = (_Scores.apply(q, k) if w is None else _additive(q, k, w, visible)) * call.scale
+    s = (_Scores.apply(q, k) if call.w is None else _additive(q, k, call.w, visible)) * call.scale
     s = torch.where(visible, s, torch.zeros_like(s))
     if call.softcap > 0:
         s = call.softcap * torch.tanh(s / call.softcap)
@@ -298,7 +296,7 @@ def _dropout(call: Call, p: torch.Tensor, first_batch: int) -> torch.Tensor:
     return torch.where(keep, p / (1 - call.dropout_p), torch.zeros_like(p))
 
 
-def _part(scores: torch.Tensor | None, b: int, seqlen_q: int, seqlen_k: int):
+def sequence_scores(scores: torch.Tensor | None, b: int, seqlen_q: int, seqlen_k: int):
     """Sequence b's part of a mask or bias [B or 1, Hq or 1, max_sq or 1, max_sk or 1];
     broadcast dimensions stay 1.
     """
@@ -309,7 +307,7 @@ def _part(scores: torch.Tensor | None, b: int, seqlen_q: int, seqlen_k: int):
     return scores[..., :seqlen_k] if scores.shape[3] != 1 else scores
 
 
-def _varlen(call: Call, w):
+def _varlen(call: Call):
     """Each sequence by itself.  Rows that belong to no sequence are empty rows."""
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     total_q, heads_q, _ = call.q.shape
@@ -320,8 +318,8 @@ def _varlen(call: Call, w):
         q, k, v = (
             x[s].transpose(0, 1)[None] for x, s in ((call.q, rows), (call.k, cols), (call.v, cols))
         )
-        mask, bias = (_part(x, b, q.shape[2], k.shape[2]) for x in (call.mask, call.bias))
-        parts.append(_dense(call, w, q, k, v, mask, bias, b))
+        mask, bias = (sequence_scores(x, b, q.shape[2], k.shape[2]) for x in (call.mask, call.bias))
+        parts.append(_dense(call, q, k, v, mask, bias, b))
     rest = total_q - starts_q[-1]
     out = [o[0].transpose(0, 1) for o, *_ in parts]
     out.append(call.q.new_zeros(rest, heads_q, call.v.shape[-1]))
@@ -335,7 +333,7 @@ def _varlen(call: Call, w):
     return torch.cat(out), *rows
 
 
-def _decode(call: Call, w):
+def _decode(call: Call):
     """Each batch element with the used part of its cache, gathered from its pages where there
     is a block table.
     """
@@ -345,9 +343,9 @@ def _decode(call: Call, w):
         lengths = call.seqlens_k.tolist()
     parts = []
     for b, length in enumerate(lengths):
-        k, v = (_cache(call, x, b, length) for x in (call.k, call.v))
-        mask, bias = (_part(x, b, seqlen_q, length) for x in (call.mask, call.bias))
-        parts.append(_dense(call, w, call.q[b : b + 1], k, v, mask, bias, b))
+        k, v = (cached_rows(call, x, b, length) for x in (call.k, call.v))
+        mask, bias = (sequence_scores(x, b, seqlen_q, length) for x in (call.mask, call.bias))
+        parts.append(_dense(call, call.q[b : b + 1], k, v, mask, bias, b))
     if not parts:
         empty = call.q.new_zeros(0, heads_q, seqlen_q, call.v.shape[-1])
         stat = empty[..., 0].to(torch.promote_types(call.q.dtype, torch.float32))
@@ -357,7 +355,7 @@ def _decode(call: Call, w):
     return *joined, *([None] * (4 - len(joined)))
 
 
-def _cache(call: Call, x: torch.Tensor, b: int, length: int) -> torch.Tensor:
+def cached_rows(call: Call, x: torch.Tensor, b: int, length: int) -> torch.Tensor:
     """[1, Hk, length, D] of sequence b, from x [B, Hk, Smax, D] or the pages x [pages, Hk,
     page_size, D].
     """

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED
+from attn_ext.core.schema import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CAUSAL = (False, True, "top_left", "bottom_right")
@@ -480,7 +480,7 @@ def pages(block_table: torch.Tensor, used: list[int], page_size: int, num_pages:
                 )
 
 
-def values(call, lengths_name: str = "cache_seqlens") -> None:
+def values(call) -> None:
     """Check the values that a kernel takes for addresses, where they can be read (CPU)."""
     if call.q.device.type != "cpu":
         return
@@ -495,6 +495,7 @@ def values(call, lengths_name: str = "cache_seqlens") -> None:
                     f"max_{name[3:-3]}_{name[-1]} must be at least {most}, got {longest}"
                 )
     if call.seqlens_k is not None:
-        used = lengths(lengths_name, call.seqlens_k, call.max_seqlen_k)
+        name = "cache_seqlens" if call.w is None else "lengths"
+        used = lengths(name, call.seqlens_k, call.max_seqlen_k)
         if call.block_table is not None:
             pages(call.block_table, used, call.k.shape[2], call.k.shape[0])

@@ -3,8 +3,7 @@
     s_ij = w . tanh(q_i + k_j [+ b]) [+ bias_ij];   P = softmax(s);   O = dropout(P) V
 
 q and k are the *projected* queries and keys, Wq x and Wk y (`attn_ext.nn.AdditiveAttention` holds
-the projections).  The [Sq, Sk, D] tensor of tanh never exists.  `attn_ext.ops.additive` holds the
-operators.
+the projections).  The [Sq, Sk, D] tensor of tanh never exists.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate
-from attn_ext.functional import dense
-from attn_ext.ops import additive
+from attn_ext.core.schema import Call
+from attn_ext.functional import common, varlen
+from attn_ext.ops import route
 
 
 def additive_attention(
@@ -47,12 +47,9 @@ def additive_attention(
             raise ValueError(f"lengths must have {batch} entries, got {lengths.shape[0]}")
         lengths = lengths.contiguous()
     w = _weights(w, heads, dim, q)
-    rng_state = dense.draw_rng_state(q) if dropout_p > 0 else None
-    out, lse = additive.run(
-        (q, k, v, w, mask, bias, rng_state, None, None, lengths, seqlen_q, k.shape[2],
-         float(dropout_p), *canonical, backend)
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    sizes = {"seqlens_k": lengths, "max_seqlen_q": seqlen_q, "max_seqlen_k": k.shape[2]}
+    call = _call(q, k, v, mask, bias, w, dropout_p, canonical, backend, **sizes)
+    return common.result(call, return_lse, False)
 
 
 def additive_attention_varlen(
@@ -71,20 +68,32 @@ def additive_attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, left, right, 0.0, dropout_p, None, False,
         backend,
     )  # fmt: skip
-    longest_q, longest_k = dense.longest_pair(
+    longest_q, longest_k = varlen.longest_pair(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask is bias is None
     )
     if causal is True:
-        dense._equal_lengths(cu_seqlens_q, cu_seqlens_k)
+        varlen.equal_lengths(cu_seqlens_q, cu_seqlens_k)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
     mask, bias = _scores(q, mask, bias, batch, heads, longest_q, longest_k)
     w = _weights(w, heads, q.shape[2], q)
-    rng_state = dense.draw_rng_state(q) if dropout_p > 0 else None
-    out, lse = additive.run(
-        (q, k, v, w, mask, bias, rng_state, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
-         None, longest_q, longest_k, float(dropout_p), *canonical, backend)
+    call = _call(
+        q, k, v, mask, bias, w, dropout_p, canonical, backend,
+        cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
+        max_seqlen_q=longest_q, max_seqlen_k=longest_k,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return common.result(call, return_lse, False)
+
+
+def _call(q, k, v, mask, bias, w, dropout_p, canonical, backend, **sizes) -> Call:
+    """The canonical call: scale 1, everything that belongs to dot products alone off."""
+    align, window_left, window_right = canonical
+    return Call(
+        q=q, k=k, v=v, mask=mask, bias=bias, w=w,
+        rng_state=common.draw_rng_state(q) if dropout_p > 0 else None, scale=1.0,
+        dropout_p=float(dropout_p), align=align, window_left=window_left,
+        window_right=window_right, grad=route.wants_grad(q, k, v, bias, w),
+        bias_grad=route.wants_grad(bias), backend=backend, **sizes,
+    )  # fmt: skip
 
 
 def _prepared(dims: int, q, k, v, w, b, bias) -> tuple:
@@ -93,7 +102,7 @@ def _prepared(dims: int, q, k, v, w, b, bias) -> tuple:
         validate.tensor(name, value)
     if bias is not None:
         validate.tensor("bias", bias)
-    q, k, v, w, bias = dense.autocast(q, k, v, w, bias)
+    q, k, v, w, bias = common.autocast(q, k, v, w, bias)
     if b is None:
         return q, k, v, w, bias
     validate.tensor("b", b)

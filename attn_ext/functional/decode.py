@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate
-from attn_ext.core.call import BOTTOM_RIGHT
-from attn_ext.functional.dense import autocast, call_of, result
-from attn_ext.ops import execute
+from attn_ext.core.schema import BOTTOM_RIGHT, Call
+from attn_ext.functional.common import autocast, result
+from attn_ext.ops import execute, route
 
 
 def _refuse_grad(**tensors) -> None:
@@ -57,16 +57,14 @@ def _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new) -> int:
     return k_new.shape[2]
 
 
-def decode_args(
+def decode_call(
     q, k_cache, v_cache, cache_seqlens=None, *, k_new=None, v_new=None, block_table=None,
     causal=True,
     window=(None, None), mask=None, bias=None, softcap=0.0, alibi_slopes=None, sink=None,
     scale=None,
     num_splits=0, need_stats=False, backend="auto", append=True,
-) -> tuple:  # fmt: skip
-    """The checked flat op arguments of a decode call; appends k_new and v_new to the caches on the
-    way.
-    """
+) -> Call:  # fmt: skip
+    """The checked, canonical call; appends k_new and v_new to the caches on the way."""
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         validate.tensor(name, value)
     if q.dtype != k_cache.dtype:
@@ -97,26 +95,26 @@ def decode_args(
         q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, bias=bias, sink=sink
     )
     compiling = torch.compiler.is_compiling()
-    if added and not compiling and q.device.type == "cpu" and execute.is_plain(q, k_cache, v_cache):
+    if added and not compiling and q.device.type == "cpu" and route.is_plain(q, k_cache, v_cache):
         lengths = validate.lengths("cache_seqlens", cache_seqlens, capacity, added)
         if block_table is not None:
             validate.pages(
                 block_table, [n + added for n in lengths], k_cache.shape[2], k_cache.shape[0]
             )
     starts, cache_seqlens = cache_seqlens, cache_seqlens + added if added else cache_seqlens
-    args = (
-        q, k_cache, v_cache, mask, bias, alibi_slopes, sink, None, None, None,
-        None if cache_seqlens is None else cache_seqlens.contiguous(),
-        None if block_table is None else block_table.contiguous(),
-        seqlen_q, capacity, scale, softcap, 0.0, BOTTOM_RIGHT, window_left, window_right,
-        need_stats, False, "softmax", None, num_splits,
-        False, False, backend,
+    call = Call(
+        q=q, k=k_cache, v=v_cache, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink,
+        seqlens_k=None if cache_seqlens is None else cache_seqlens.contiguous(),
+        block_table=None if block_table is None else block_table.contiguous(),
+        max_seqlen_q=seqlen_q, max_seqlen_k=capacity, scale=scale, softcap=softcap,
+        align=BOTTOM_RIGHT, window_left=window_left, window_right=window_right,
+        need_stats=need_stats, num_splits=num_splits, backend=backend,
     )  # fmt: skip
     if added and append:
         if not compiling:  # nothing is written for a call that none serves
-            execute.backend_of(call_of(args), False, False, backend)
+            execute.backend_of(call)
         _append(k_cache, v_cache, k_new, v_new, starts, block_table)
-    return args
+    return call
 
 
 def attention_decode(
@@ -149,10 +147,10 @@ def attention_decode(
     sync), they are the caller's promise.
     """
     validate.boolean("return_lse", return_lse)  # before anything is written into the caches
-    args = decode_args(
+    call = decode_call(
         q, k_cache, v_cache, cache_seqlens, k_new=k_new, v_new=v_new, block_table=block_table,
         causal=causal,
         window=window, mask=mask, bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink,
         scale=scale, num_splits=num_splits, backend=backend,
     )  # fmt: skip
-    return result(args, return_lse, False)
+    return result(call, return_lse, False)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
-from attn_ext.backends import registry as registry
+from attn_ext.backends import registry
 from attn_ext.core import validate
-from attn_ext.core.call import Problem
-from attn_ext.functional.decode import attention_decode, decode_args
-from attn_ext.functional.dense import (
-    NO_LSE,
-    attention,
-    attention_varlen,
-    call_of,
-    dense_args,
-    varlen_args,
-)
-from attn_ext.ops import execute
+from attn_ext.core.problem import Problem
+from attn_ext.functional.common import NO_LSE
+from attn_ext.functional.decode import attention_decode, decode_call
+from attn_ext.functional.dense import attention, dense_call
+from attn_ext.functional.varlen import attention_varlen, varlen_call
 
 
 @dataclass(frozen=True)
@@ -60,11 +54,11 @@ def explain(q, k, v, *args, **kwargs) -> Explanation:
     would raise for bad arguments.
     """
     if args or {"cu_seqlens_q", "cu_seqlens_k"} & kwargs.keys():
-        function, checked = attention_varlen, varlen_args
+        function, checked = attention_varlen, varlen_call
     elif {"block_table", "cache_seqlens", "k_new", "v_new"} & kwargs.keys():
-        function, checked = attention_decode, decode_args
+        function, checked = attention_decode, decode_call
     else:
-        function, checked = attention, dense_args
+        function, checked = attention, dense_call
     try:
         inspect.signature(function).bind(q, k, v, *args, **kwargs)
     except TypeError as error:
@@ -76,8 +70,7 @@ def explain(q, k, v, *args, **kwargs) -> Explanation:
     else:
         kwargs["need_stats"] = kwargs.pop("return_stats", False)
         validate.boolean("return_stats", kwargs["need_stats"])
-    flat = checked(q, k, v, *args, **kwargs)
+    call = checked(q, k, v, *args, **kwargs)
     if return_lse and kwargs.get("normalizer") == "sigmoid":
         raise ValueError(NO_LSE)
-    grad, bias_grad, name = flat[execute.CALL_FIELDS :]
-    return of(Problem.of(call_of(flat), grad, bias_grad), name)
+    return of(Problem.of(call), call.backend)

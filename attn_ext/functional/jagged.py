@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate
-from attn_ext.functional.dense import attention_varlen
+from attn_ext.functional.varlen import attention_varlen
 
 # torch 2.6 cannot trace the lengths that a nested tensor keeps ("Unexpected type in sourceless
 # builder torch.SymInt").

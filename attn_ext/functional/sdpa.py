@@ -12,7 +12,8 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.functional import jagged
-from attn_ext.functional.dense import attention, autocast
+from attn_ext.functional.common import autocast
+from attn_ext.functional.dense import attention
 from attn_ext.ops import fast
 
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext.core.call import Call
+from attn_ext.core.schema import Call
 from attn_ext.inspect import logits
 
 
-def _tiles(call: Call, lse, w):
+def _tiles(call: Call, lse):
     """(tile, its rows, logits, weights P) of each tile."""
     for tile in logits.tiles(call):
-        s = logits.scores(call, tile, w=w)
+        s = logits.scores(call, tile)
         rows = slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
         part = None if lse is None else lse[tile.b, tile.h, rows]
         yield tile, rows, s, weights_of(call, tile, s, part)
@@ -39,13 +39,13 @@ def weights_of(call: Call, tile: logits.Tile, s: torch.Tensor, lse=None) -> torc
     return torch.sigmoid(s + (-math.log(max(call.k.shape[2], 1)) if bias is None else bias))
 
 
-def row_stats(call: Call, w=None) -> tuple:
+def row_stats(call: Call) -> tuple:
     """(LSE, largest logit, entropy) of the rows, [B, Hq, Sq]."""
     shape, dtype = call.q.shape[:3], logits.statistics_dtype(call)
     lse = torch.full(shape, -torch.inf, dtype=dtype, device=call.q.device)
     largest, entropy = lse.clone(), torch.zeros_like(lse)
     for tile in logits.tiles(call):
-        s = logits.scores(call, tile, w=w)
+        s = logits.scores(call, tile)
         if s.shape[-1] == 0:
             continue
         rows = slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
@@ -64,12 +64,12 @@ def row_stats(call: Call, w=None) -> tuple:
     return lse, largest, entropy
 
 
-def top_k(call: Call, n: int, lse, w=None) -> tuple:
+def top_k(call: Call, n: int, lse) -> tuple:
     """(weights, keys) [B, Hq, Sq, n]."""
     shape = (*call.q.shape[:3], n)
     weights = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
     keys = torch.full(shape, -1, dtype=torch.int64, device=call.q.device)
-    for tile, rows, s, p in _tiles(call, lse, w):
+    for tile, rows, s, p in _tiles(call, lse):
         m = min(n, s.shape[-1])
         best, index = s.topk(m, dim=-1)
         there = best != -torch.inf
@@ -88,7 +88,7 @@ class MeanTopK(NamedTuple):
     total: torch.Tensor  # [B, Hq, Sq]: sum_j P_ij, less than 1 where a sink takes some
 
 
-def mean_top_k(call: Call, n: int, w=None) -> MeanTopK:
+def mean_top_k(call: Call, n: int) -> MeanTopK:
     """The n largest of (sum_h P_hij) / Hq of each query.  Heads are added up before any key is
     dropped: a tile holds whole rows of all heads, so at least Hq x Sk logits.
     """
@@ -106,7 +106,7 @@ def mean_top_k(call: Call, n: int, w=None) -> MeanTopK:
         rows = positions[first : first + row_block]
         part, at = slice(b, b + batch_block), slice(first, first + row_block)
         tile = logits.Tile(part, slice(0, heads), rows, *logits.key_range(call, rows))
-        s = logits.scores(call, tile, w=w)
+        s = logits.scores(call, tile)
         p, there = weights_of(call, tile, s), s != -torch.inf
         total[part, :, at], seen[part, :, at] = p.sum(-1), there.sum(-1)
         seen_by_any[part, at] = there.any(1).sum(-1)
@@ -119,21 +119,21 @@ def mean_top_k(call: Call, n: int, w=None) -> MeanTopK:
     return MeanTopK(weights, keys, seen, seen_by_any, total)
 
 
-def column_mass(call: Call, lse, w=None) -> torch.Tensor:
+def column_mass(call: Call, lse) -> torch.Tensor:
     """sum_i P_ij, [B, Hq, Sk]."""
     shape = (*call.q.shape[:2], call.k.shape[2])
     mass = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
-    for tile, _, _, p in _tiles(call, lse, w):
+    for tile, _, _, p in _tiles(call, lse):
         mass[tile.b, tile.h, tile.c0 : tile.c1] += p.sum(2)
     return mass
 
 
-def pooled_map(call: Call, rows: int, cols: int, lse, w=None) -> torch.Tensor:
+def pooled_map(call: Call, rows: int, cols: int, lse) -> torch.Tensor:
     """P averaged down to [B, Hq, rows, cols]: first across, [B, Hq, Sq, cols], then down."""
     pool, seqlen_k = torch.nn.functional.adaptive_avg_pool2d, call.k.shape[2]
     shape = (*call.q.shape[:3], cols)
     across = torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
-    for tile, part, _, p in _tiles(call, lse, w):
+    for tile, part, _, p in _tiles(call, lse):
         full = torch.nn.functional.pad(p, (tile.c0, seqlen_k - tile.c1))
         across[tile.b, tile.h, part] = pool(full, (p.shape[2], cols))
     return pool(across, (rows, cols))

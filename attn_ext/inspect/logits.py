@@ -7,15 +7,14 @@ that its window reaches.  A tile holds at most about BUDGET elements, or one row
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from attn_ext.core import reference, validate
-from attn_ext.core.call import BOTTOM_RIGHT, Call
-from attn_ext.functional import dense
+from attn_ext.core import reference, schema, validate
+from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, Call, given
+from attn_ext.functional import common, dense
 from attn_ext.ops import execute
 
 BUDGET = 1 << 21  # elements of a tile: 8 MiB of float32
@@ -62,12 +61,12 @@ def call_of(q, k, **options) -> Call:
         has_values(name, value)
     if torch.jit.is_tracing():  # the trace would hold the results' memory, and not what fills it
         raise NotImplementedError("attn_ext.inspect cannot be recorded by torch.jit.trace")
-    ops_args = dense.dense_args(q, k, k[..., :1] if k.dim() else k, **options)
-    call = dense.call_of(ops_args)
-    if call.scale is None:
-        call.scale = q.shape[-1] ** -0.5
-    call.scale, call.softcap = float(call.scale), float(call.softcap)  # ints of any size
-    return call
+    call = dense.dense_call(q, k, k[..., :1] if k.dim() else k, **options)
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    # ints of any size become floats; what is looked at has no gradients
+    return call._replace(
+        scale=float(scale), softcap=float(call.softcap), grad=False, bias_grad=False
+    )  # fmt: skip
 
 
 def detached(call: Call) -> Call:
@@ -75,22 +74,22 @@ def detached(call: Call) -> Call:
     more (the GPU's kernels take their products as they are, and sum in float32).
     """
     dtype = statistics_dtype(call) if call.q.device.type == "cpu" else call.q.dtype
-    names = [n for n in ("q", "k", "v", "bias", "sink") if getattr(call, n) is not None]
-    values = {n: getattr(call, n).detach().to(dtype) for n in names}
-    return dataclasses.replace(call, **values)
+    values = {name: x.detach().to(dtype) for name, x in given(call).items()}
+    if call.w is not None:  # stays in the statistics' dtype
+        values["w"] = call.w.detach()
+    return call._replace(**values, grad=False, bias_grad=False, backend="auto")
 
 
 def in_float32(call: Call) -> Call:
     """The call with its tensors in float32 at least."""
     dtype = statistics_dtype(call)
-    names = [n for n in ("q", "k", "v", "bias", "sink") if getattr(call, n) is not None]
-    return dataclasses.replace(call, **{n: getattr(call, n).to(dtype) for n in names})
+    return call._replace(**{name: x.to(dtype) for name, x in given(call).items()})
 
 
 def exactly(product, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """product(a, b) in their own dtype, which autocast would lower."""
     device = a.device.type
-    if not dense.autocasting(device):
+    if not common.autocasting(device):
         return product(a, b)
     with torch.autocast(device, enabled=False):
         return product(a, b)
@@ -98,18 +97,12 @@ def exactly(product, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def statistics_dtype(call: Call) -> torch.dtype:
     """float32, or float64 for float64 inputs."""
-    return torch.promote_types(call.q.dtype, torch.float32)
-
-
-def fields(call: Call) -> tuple:
-    """The call as flat arguments of `attn_ext.ops`, without gradients, on the best backend."""
-    values = tuple(getattr(call, f.name) for f in dataclasses.fields(Call))
-    return (*values[: execute.CALL_FIELDS], False, False, "auto")
+    return schema.statistics_dtype(call.q.dtype)
 
 
 def forward(call: Call) -> tuple:
     """(out, lse, max_logit, entropy) by the best backend."""
-    return execute.forward_eager(fields(call))
+    return execute.forward(call)
 
 
 def transposed_product(call: Call, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -119,9 +112,9 @@ def transposed_product(call: Call, dout: torch.Tensor, lse: torch.Tensor) -> tor
     """
     width = dout.shape[-1]
     values = call.k.new_zeros(1).expand(*call.k.shape[:3], 1).expand(-1, -1, -1, width)
-    call = dataclasses.replace(call, v=values.contiguous(), dropout_p=0.0, need_stats=False)
-    needs = (False, False, True, False, False)
-    return execute.backward_eager(dout, None, torch.zeros_like(dout), lse, fields(call), needs)[2]
+    call = call._replace(v=values.contiguous(), dropout_p=0.0, need_stats=False, backend="auto")
+    needs = [name == "v" for name in GRADIENTS]
+    return execute.backward(dout, None, torch.zeros_like(dout), lse, call, needs).v
 
 
 def tiles(call: Call, rows: torch.Tensor | None = None) -> Iterator[Tile]:
@@ -189,9 +182,9 @@ def additive(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return s
 
 
-def scores(call: Call, tile: Tile, slope: bool = False, w: torch.Tensor | None = None):
+def scores(call: Call, tile: Tile, slope: bool = False):
     """S [b, h, r, c1 - c0] with -inf where a pair is excluded; with `slope` also d s / d (scale
-    q.k), the derivative of softcap (None where there is none).  w [Hq, D]: additive scores.
+    q.k), the derivative of softcap (None where there is none).
     """
     dtype = statistics_dtype(call)
     group = call.q.shape[1] // call.k.shape[1]
@@ -199,10 +192,10 @@ def scores(call: Call, tile: Tile, slope: bool = False, w: torch.Tensor | None =
     hk = slice(tile.h.start // group, tile.h.stop // group)
     k = call.k[tile.b, hk, tile.c0 : tile.c1].to(dtype)
     q, k = q.unflatten(1, (-1, group)), k.unsqueeze(2)
-    if w is None:
+    if call.w is None:
         s = exactly(torch.matmul, q, k.transpose(-1, -2))
     else:
-        s = additive(q, k, w[tile.h].to(dtype).unflatten(0, (-1, group)))
+        s = additive(q, k, call.w[tile.h].to(dtype).unflatten(0, (-1, group)))
     s = s.flatten(1, 2).mul_(call.scale)
     derivative = None
     if call.softcap > 0:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from attn_ext.core import validate
-from attn_ext.core.call import Call
+from attn_ext.core.schema import Call
 from attn_ext.inspect import kernels, logits
 
 _OPTIONS = ("causal", "window", "mask", "bias", "softcap", "alibi_slopes", "sink", "scale")
@@ -65,10 +65,10 @@ def top_k(q, k, n: int, *, per_head: bool = True, lse=None, backend="auto", **op
     call = _call(q, k, options)
     n = min(n, call.k.shape[2])
     if per_head:
-        return TopK(*kernels.top_k(call, n, _lse(call, lse), None, backend))
+        return TopK(*kernels.top_k(call, n, _lse(call, lse), backend))
     if lse is not None:
         raise ValueError("lse must be None with per_head=False, which makes use of none, got one")
-    return TopK(*kernels.mean_top_k(call, n, None, backend)[:2])
+    return TopK(*kernels.mean_top_k(call, n, backend)[:2])
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def column_mass(
     """
     validate.boolean("per_head", per_head)
     call = _call(q, k, options)
-    mass = kernels.column_mass(call, _lse(call, lse), None, backend)
+    mass = kernels.column_mass(call, _lse(call, lse), backend)
     return mass if per_head else mass.sum(1)
 
 
@@ -165,17 +165,17 @@ def pooled_map(q, k, size=256, *, lse=None, backend="auto", **options) -> torch.
     for value in pair:
         validate.integer("size", value, 1)
     call = _call(q, k, options)
-    return pooled_map_of(call, pair, _lse(call, lse), None, backend)
+    return pooled_map_of(call, pair, _lse(call, lse), backend)
 
 
-def pooled_map_of(call: Call, size, lse, w=None, backend="auto") -> torch.Tensor:
-    """`pooled_map` of a canonical dense call; w [Hq, D]: additive scores."""
+def pooled_map_of(call: Call, size, lse, backend="auto") -> torch.Tensor:
+    """`pooled_map` of a canonical dense call."""
     seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
     rows, cols = min(size[0], max(seqlen_q, 1)), min(size[1], max(seqlen_k, 1))
     if call.q.numel() == 0 or call.k.numel() == 0:
         shape = (*call.q.shape[:2], rows, cols)
         return torch.zeros(shape, dtype=logits.statistics_dtype(call), device=call.q.device)
-    return kernels.pooled_map(call, rows, cols, lse, w, backend)
+    return kernels.pooled_map(call, rows, cols, lse, backend)
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from attn_ext.core import reference, validate
-from attn_ext.core.call import BOTTOM_RIGHT, Call
+from attn_ext.core.schema import BOTTOM_RIGHT, Call, is_decode
 from attn_ext.inspect import kernels, logits, maps
-from attn_ext.ops import execute
+from attn_ext.ops import route
 
 STATISTICS = ("entropy", "max_logit", "lse", "column_mass", "top_k", "pooled_map")
 
@@ -98,11 +98,11 @@ class record:
         for name, module in self.model.named_modules() if self.model is not None else ():
             self._hooks.append(module.register_forward_pre_hook(self._entering(name)))
             self._hooks.append(module.register_forward_hook(self._leaving, always_call=True))
-        execute.observers.append(self._observe)
+        route.observers.append(self._observe)
         return self
 
     def __exit__(self, *exception) -> None:
-        execute.observers.remove(self._observe)
+        route.observers.remove(self._observe)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._running = [], []
@@ -118,23 +118,22 @@ class record:
             self._running.pop()
 
     @torch.no_grad()
-    def _observe(self, call: Call, w) -> None:
+    def _observe(self, call: Call) -> None:
         name = self._running[-1] if self._running else ""
         index, self._count = self._count, self._count + 1
         if not all(map(logits.holds_values, (call.q, call.k))):  # meta and fake tensors, torch.func
             return
         for sequence, dense in sequences(call):
-            self.calls.append(self._look_at(logits.detached(dense), w, name, index, sequence))
+            self.calls.append(self._look_at(logits.detached(dense), name, index, sequence))
 
-    def _look_at(self, call: Call, w, name: str, index: int, sequence) -> CallRecord:
+    def _look_at(self, call: Call, name: str, index: int, sequence) -> CallRecord:
         batch, heads, seqlen_q, width = call.q.shape
         shape = (batch, heads, call.k.shape[1], seqlen_q, call.k.shape[2], width)
-        kind = "additive" if w is not None else call.normalizer
-        call = dataclasses.replace(call, v=call.k[..., :1].contiguous(), dropout_p=0.0)
-        w = None if w is None else w.detach().to(logits.statistics_dtype(call))
-        lse, max_logit, entropy = kernels.row_stats(call, w)
-        call.need_stats = False
-        mass = kernels.column_mass(call, lse, w)
+        kind = "additive" if call.w is not None else call.normalizer
+        v = call.k[..., :1].contiguous()
+        call = call._replace(v=v, dropout_p=0.0, rng_state=None, need_stats=False)
+        lse, max_logit, entropy = kernels.row_stats(call)
+        mass = kernels.column_mass(call, lse)
         found = CallRecord(name, index, sequence, shape, kind)
         if call.window_left >= 0 or call.window_right >= 0:
             found.first_query = shape[4] - shape[3] if call.align == BOTTOM_RIGHT else 0
@@ -147,14 +146,14 @@ class record:
             setattr(found, statistic, kept[statistic].cpu())
         if "top_k" in self.statistics:
             n = min(self.top_k, shape[4])
-            best, keys = kernels.top_k(call, n, lse, w)
+            best, keys = kernels.top_k(call, n, lse)
             found.top_weights, found.top_keys = best.cpu(), keys.cpu()
             (
                 found.mean_top_weights, found.mean_top_keys, found.keys_seen,
                 found.keys_seen_by_any, found.weight_sum,
-            ) = (x.cpu() for x in kernels.mean_top_k(call, n, w))  # fmt: skip
+            ) = (x.cpu() for x in kernels.mean_top_k(call, n))  # fmt: skip
         if "pooled_map" in self.statistics:
-            found.pooled_map = maps.pooled_map_of(call, (self.pooled, self.pooled), lse, w).cpu()
+            found.pooled_map = maps.pooled_map_of(call, (self.pooled, self.pooled), lse).cpu()
         return found
 
     def _collapsed(self, entropy, lse) -> list:
@@ -213,7 +212,7 @@ def sequences(call: Call) -> Iterator[tuple[int | None, Call]]:
     keys.
     """
     plain = {"cu_seqlens_q": None, "cu_seqlens_k": None, "seqlens_k": None, "block_table": None}
-    if call.cu_seqlens_q is None and call.seqlens_k is None and call.block_table is None:
+    if call.cu_seqlens_q is None and not is_decode(call):
         if call.q.numel() and call.k.numel():
             yield None, call
         return
@@ -231,15 +230,18 @@ def sequences(call: Call) -> Iterator[tuple[int | None, Call]]:
         lengths = [call.max_seqlen_k] * call.q.shape[0]
         lengths = lengths if call.seqlens_k is None else call.seqlens_k.tolist()
         parts = [
-            (call.q[b : b + 1], reference._cache(call, call.k, b, n)) for b, n in enumerate(lengths)
+            (call.q[b : b + 1], reference.cached_rows(call, call.k, b, n))
+            for b, n in enumerate(lengths)
         ]
     for b, (q, k) in enumerate(parts):
         if not (q.numel() and k.numel()):
             continue
-        mask, bias = (reference._part(x, b, q.shape[2], k.shape[2]) for x in (call.mask, call.bias))
+        mask, bias = (
+            reference.sequence_scores(x, b, q.shape[2], k.shape[2]) for x in (call.mask, call.bias)
+        )
         alibi = call.alibi_slopes
         alibi = alibi if alibi is None or alibi.dim() == 1 else alibi[b]
-        yield b, dataclasses.replace(
-            call, q=q, k=k, v=k[..., :1], mask=mask, bias=bias, alibi_slopes=alibi,
+        yield b, call._replace(
+            q=q, k=k, v=k[..., :1], mask=mask, bias=bias, alibi_slopes=alibi,
             max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2], **plain,
         )  # fmt: skip

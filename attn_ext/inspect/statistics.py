@@ -9,14 +9,12 @@ Forward is one pass of the best backend's kernel.  Backward recomputes the logit
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-from attn_ext.core.call import Call
-from attn_ext.functional.dense import RowStats
+from attn_ext.core.schema import Call
+from attn_ext.functional.common import RowStats
 from attn_ext.inspect import logits
-from attn_ext.ops import execute
+from attn_ext.ops import route
 
 
 def row_stats(
@@ -35,8 +33,8 @@ def row_stats(
         q, k, causal=causal, window=window, mask=mask, bias=bias, softcap=softcap,
         alibi_slopes=alibi_slopes, sink=sink, scale=scale,
     )  # fmt: skip
-    call.need_stats = True
-    if execute.wants_grad(call.q, call.k, call.k, call.bias, call.sink):
+    call = call._replace(need_stats=True)
+    if route.wants_grad(call.q, call.k, call.bias, call.sink):
         return RowStats(*_RowStats.apply(call.q, call.k, call.bias, call.sink, call))
     return RowStats(*logits.forward(logits.detached(call))[1:])
 
@@ -48,7 +46,7 @@ class _RowStats(torch.autograd.Function):
     def forward(ctx, q, k, bias, sink, call: Call):
         _, lse, max_logit, entropy = logits.forward(logits.detached(call))
         ctx.save_for_backward(q, k, bias, sink, lse, entropy)
-        ctx.call = dataclasses.replace(call, q=None, k=None, v=None, bias=None, sink=None)
+        ctx.call = call._replace(q=None, k=None, v=None, bias=None, sink=None)
         ctx.set_materialize_grads(False)
         return lse, max_logit, entropy
 
@@ -58,7 +56,7 @@ class _RowStats(torch.autograd.Function):
         q, k, bias, sink, lse, entropy = ctx.saved_tensors
         if dlse is None and dmax is None and dentropy is None:
             return (None,) * 5
-        call = dataclasses.replace(ctx.call, q=q, k=k, v=k, bias=bias, sink=sink)
+        call = ctx.call._replace(q=q, k=k, v=k, bias=bias, sink=sink)
         grads = _gradients(call, ctx.needs_input_grad, (lse, entropy),
                            (dlse, dmax, dentropy))  # fmt: skip
         inputs = (q, k, bias, sink)

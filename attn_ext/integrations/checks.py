@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate
-from attn_ext.functional.dense import autocasting
+from attn_ext.functional.common import autocasting
 
 NAMES = ("query", "key", "value")
 

@@ -17,9 +17,10 @@ import torch
 
 from attn_ext.backends import registry
 from attn_ext.core import validate
-from attn_ext.core.call import TOP_LEFT, Problem
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import TOP_LEFT
 from attn_ext.functional import jagged
-from attn_ext.functional.dense import autocasting
+from attn_ext.functional.common import autocasting
 from attn_ext.functional.sdpa import as_mask, is_causal_bias, serve
 from attn_ext.integrations import sdpa_scopes as scopes
 

@@ -24,12 +24,12 @@ import warnings
 
 import torch
 
-from attn_ext.functional import dense
+from attn_ext.core.schema import GRADIENTS, Call
+from attn_ext.functional import dense, varlen
 from attn_ext.ops import execute
 
 NAME = "attn_ext"
-_RNG_STATE, _DROPOUT = 7, 16  # positions in the flat arguments, attn_ext.core.call.Call
-_QKV = (True, True, True, False, False)
+_QKV = tuple(name in ("q", "k", "v") for name in GRADIENTS)
 
 
 class _Active:
@@ -76,28 +76,26 @@ def _deterministic(query) -> bool:
     return query.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
 
 
-def _dense_args(q, k, v, causal, dropout_p, scale, bias=None) -> tuple:
-    return dense.dense_args(
+def _dense_call(q, k, v, causal, dropout_p, scale, bias=None) -> Call:
+    return dense.dense_call(
         q, k, v, causal=causal, bias=bias, dropout_p=dropout_p, scale=scale,
         deterministic=_deterministic(q),
     )  # fmt: skip
 
 
-def _forward(args: tuple):
+def _forward(call: Call):
     """(out, lse, rng_state as torch's flash attention has it: uint64 [2])."""
-    out, lse = execute.forward_eager(args)[:2]
-    rng = args[_RNG_STATE]
+    out, lse = execute.forward(call)[:2]
+    rng = call.rng_state
     if rng is None:
         rng = torch.zeros(2, dtype=torch.int64, device=out.device)
     return out, lse, rng.view(torch.uint64)
 
 
-def _backward(args: tuple, dropout_p, rng_state, dout, out, lse) -> tuple:
+def _backward(call: Call, dropout_p, rng_state, dout, out, lse) -> tuple:
     if dropout_p > 0:
-        seed = rng_state.view(torch.int64)
-        args = (*args[:_RNG_STATE], seed, *args[_RNG_STATE + 1 : _DROPOUT], dropout_p,
-                *args[_DROPOUT + 1 :])  # fmt: skip
-    return execute.backward_eager(dout, None, out, lse, args, _QKV)[:3]
+        call = call._replace(rng_state=rng_state.view(torch.int64), dropout_p=dropout_p)
+    return execute.backward(dout, None, out, lse, call, _QKV)[:3]
 
 
 def _no_debug_mask(wanted: bool) -> None:
@@ -121,7 +119,7 @@ def sdpa_forward(
     query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None
 ):
     _no_debug_mask(return_debug_mask)
-    args = _dense_args(query, key, value, "bottom_right" if is_causal else False, dropout_p, scale)
+    args = _dense_call(query, key, value, "bottom_right" if is_causal else False, dropout_p, scale)
     out, lse, rng_state = _forward(args)
     lengths = (query.shape[2], key.shape[2])
     return (
@@ -134,7 +132,7 @@ def sdpa_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
     is_causal, philox_seed, philox_offset, *, scale=None,
 ):  # fmt: skip
-    args = _dense_args(query, key, value, "bottom_right" if is_causal else False, 0.0, scale)
+    args = _dense_call(query, key, value, "bottom_right" if is_causal else False, 0.0, scale)
     grads = _backward(args, dropout_p, philox_seed, grad_out, out, logsumexp)
     return _like((query, key, value), grads)
 
@@ -152,7 +150,7 @@ def _cpu_args(query, key, value, is_causal, attn_mask, scale) -> tuple:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
             ~attn_mask, -torch.inf
         )
-    return _dense_args(
+    return _dense_call(
         query, key, value, "top_left" if is_causal else False, 0.0, scale, attn_mask
     )  # fmt: skip
 
@@ -210,17 +208,17 @@ def _keys(key, value, cum_seq_k, seqused_k, block_table):
     return key[rows], value[rows], cu_seqlens
 
 
-def _flash_args(
+def _flash_call(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, scale, window,
     alibi_slopes=None,
-) -> tuple:  # fmt: skip
+) -> Call:  # fmt: skip
     options = dict(
         causal="bottom_right" if is_causal else False, window=window, dropout_p=dropout_p,
         scale=scale, alibi_slopes=alibi_slopes, deterministic=_deterministic(query),
     )  # fmt: skip
     if cum_seq_q is None:
-        return dense.dense_args(*(x.transpose(1, 2) for x in (query, key, value)), **options)
-    return dense.varlen_args(
+        return dense.dense_call(*(x.transpose(1, 2) for x in (query, key, value)), **options)
+    return varlen.varlen_call(
         query, key, value, cum_seq_q, cum_seq_k, int(max_q), int(max_k), **options
     )  # fmt: skip
 
@@ -235,7 +233,7 @@ def flash_forward(
         raise NotImplementedError("seqused_k and block_table must come with cum_seq_q")
     key, value, cum_seq_k = _keys(key, value, cum_seq_k, seqused_k, block_table)
     out, lse, rng_state = _forward(
-        _flash_args(
+        _flash_call(
             query,
             key,
             value,
@@ -265,7 +263,7 @@ def flash_backward(
     is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
     window = _window(window_size_left, window_size_right)
-    args = _flash_args(
+    args = _flash_call(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, 0.0, is_causal, scale, window
     )  # fmt: skip
     dense = cum_seq_q is None

@@ -17,10 +17,11 @@ import warnings
 import torch
 
 from attn_ext.core import validate
-from attn_ext.functional.dense import attention, attention_varlen
+from attn_ext.functional.dense import attention
+from attn_ext.functional.varlen import attention_varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.masks import LazyMask, mask_function
-from attn_ext.ops import execute
+from attn_ext.ops import route
 
 __all__ = ["attention_forward", "mask_function", "register"]
 
@@ -241,7 +242,7 @@ def _checked_bounds(side: str, cu, x, longest):
         raise TypeError(f"{name} must be int32 or int64, got {cu.dtype}")
     validate.index_tensor(name, cu.to(torch.int32), x.device, 1)
     longest = None if longest is None else validate.integer(f"max_length_{side}", longest)
-    if cu.device.type != "cpu" or torch.compiler.is_compiling() or not execute.is_plain(cu, cu, cu):
+    if cu.device.type != "cpu" or torch.compiler.is_compiling() or not route.is_plain(cu, cu, cu):
         return longest
     most = max(validate.cumulative(name, cu, x.shape[0] * x.shape[2]), default=0)
     if longest is not None and longest < most:

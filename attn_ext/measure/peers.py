@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import attn_ext
+from attn_ext.functional.decode import attention_decode
+from attn_ext.functional.dense import attention
 from attn_ext.measure import engines
 from attn_ext.measure.cases import Case
 from attn_ext.measure.engines import Bound, Unavailable
@@ -35,9 +36,9 @@ def _bind_ours(backend: str):
     def bind(case: Case, q, k, v) -> Bound:
         causal = "bottom_right" if case.causal else False
         if case.direction == "fwd" and case.seqlen_k > 4 * case.seqlen_q:
-            attend = attn_ext.attention_decode  # the split of keys is chosen by shape
+            attend = attention_decode  # the split of keys is chosen by shape
             return Bound(lambda: attend(q, k, v, causal=bool(case.causal), backend=backend))
-        return Bound(lambda: attn_ext.attention(q, k, v, causal=causal, backend=backend))
+        return Bound(lambda: attention(q, k, v, causal=causal, backend=backend))
 
     return bind
 

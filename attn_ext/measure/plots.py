@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attn_ext.measure.results import Report, ceilings_line
+from attn_ext.measure.results import Report, Row, ceilings_line
+
+DPI = 130
+MOST_PIXELS = 1600  # of the height: what a page still shows
 
 COLORS = {
     "attn_ext": "#c0392b", "torch": "#2c6fbb", "naive": "#999999", "torch-math": "#c9c9c9",
@@ -27,42 +30,73 @@ def pyplot():
     return pyplot
 
 
+def value_of(row: Row) -> float:
+    """The share of the machine's ceiling; where there is none, attn_ext's time over the peer's"""
+    return row.share if row.share is not None else 1 / row.ratio if row.ratio else 0.0
+
+
 def bars(report: Report, path: Path) -> Path:
     """Each case's least possible time over each peer's median: 1 is the ceiling.  Where there is
-    no ceiling, attn_ext's time over each peer's.
+    no ceiling, attn_ext's time over each peer's.  A bar a peer while that fits MOST_PIXELS, else a
+    line a case with a dot for each peer.
     """
-    plt = pyplot()
     rows = [row for row in report.rows if row.median_ms]
     cases = list(dict.fromkeys(row.case for row in rows))
-    peers = list(dict.fromkeys(row.peer for row in rows))
     height = max(2.5, 0.14 * len(rows) + 0.3 * len(cases) + 1.2)
-    figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
-    y, ticks = 0.0, []
+    draw = _bars if height * DPI <= MOST_PIXELS else _dots
+    figure, all_axes = draw(rows, cases, height)
+    shares = any(row.share is not None for row in rows)
+    for axes in all_axes:
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the machine's ceiling" if shares else "speed, attn_ext = 1")
+        if shares:
+            axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    figure.suptitle(f"{report.title}\n{subtitle(report)}", fontsize=9)
+    if rows:
+        figure.legend(fontsize=7, loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=DPI)
+    pyplot().close(figure)
+    return path
+
+
+def _bars(rows: list[Row], cases: list[str], height: float) -> tuple:
+    figure, axes = pyplot().subplots(figsize=(10, height), layout="constrained")
+    y, ticks, named = 0.0, [], set()
     for case in cases:
         group = [row for row in rows if row.case == case]
         ticks.append(y + (len(group) - 1) / 2)
         for row in group:
-            value = row.share if row.share is not None else 1 / row.ratio if row.ratio else 0.0
-            label = row.peer if row.peer in peers else None
-            if label:
-                peers.remove(label)
-            axes.barh(y, value, 0.9, color=COLORS.get(row.peer, "#444444"), label=label)
-            text = f" {row.median_ms:.3g} ms"
-            axes.text(value, y, text, va="center", fontsize=6)
+            label = None if row.peer in named else row.peer
+            named.add(row.peer)
+            color = COLORS.get(row.peer, "#444444")
+            axes.barh(y, value_of(row), 0.9, color=color, label=label)
+            axes.text(value_of(row), y, f" {row.median_ms:.3g} ms", va="center", fontsize=6)
             y += 1
         y += 1.2
-    shares = any(row.share is not None for row in rows)
     axes.set_yticks(ticks, cases, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the machine's ceiling" if shares else "speed, attn_ext = 1")
-    if shares:
-        axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_title(f"{report.title}\n{subtitle(report)}", fontsize=9)
-    if rows:
-        figure.legend(fontsize=7, loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    return figure, [axes]
+
+
+def _dots(rows: list[Row], cases: list[str], height: float) -> tuple:
+    lines = -(-len(cases) // 2)
+    inches = min(0.2 * lines + 1.6, MOST_PIXELS / DPI)
+    figure, columns = pyplot().subplots(1, 2, figsize=(12, inches), sharex=True,
+                                        layout="constrained")  # fmt: skip
+    named = set()
+    for axes, part in zip(columns, (cases[:lines], cases[lines:]), strict=True):
+        for row in (row for row in rows if row.case in part):
+            label = None if row.peer in named else row.peer
+            named.add(row.peer)
+            ours = row.peer == "attn_ext"
+            axes.plot(
+                value_of(row), part.index(row.case), "o", markersize=7 if ours else 4,
+                fillstyle="full" if row.state == "ok" else "none",
+                color=COLORS.get(row.peer, "#444444"), label=label, zorder=2 if ours else 3,
+            )  # fmt: skip
+        axes.set_yticks(range(len(part)), part, fontsize=7)
+        axes.set_ylim(-0.7, len(part) - 0.3)
+        axes.grid(axis="y", linewidth=0.3)
+    return figure, list(columns)
 
 
 def roofline(report: Report, path: Path) -> Path:

@@ -31,11 +31,11 @@ class profile:  # a context manager, named as it is used
         self.ceilings = None
 
     def __enter__(self) -> profile:
-        from attn_ext.ops import execute
+        from attn_ext.ops import route
 
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        self._through_dispatcher, execute.through_dispatcher = execute.through_dispatcher, True
+        self._through_dispatcher, route.through_dispatcher = route.through_dispatcher, True
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -45,10 +45,10 @@ class profile:  # a context manager, named as it is used
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        from attn_ext.ops import execute
+        from attn_ext.ops import route
 
         wall = time.perf_counter() - self._start
-        execute.through_dispatcher = self._through_dispatcher
+        route.through_dispatcher = self._through_dispatcher
         self._recorder.__exit__(kind, error, traceback)
         with tempfile.TemporaryDirectory() as folder:
             path = (self.out or Path(folder)) / "trace.json"

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from attn_ext.core.version import __version__
 from attn_ext.measure.ceilings import Ceilings
 
-FORMAT = 1  # of the JSON file; see docs/benchmarks.md
+FORMAT = 1  # of the JSON file; see docs/guide/benchmarks.md
 
 
 @dataclass
@@ -62,8 +63,6 @@ def cpu_model() -> str:
 
 def machine(device: str = "cpu") -> dict:
     """Device, versions, threads and the command that runs"""
-    import attn_ext
-
     try:
         from attn_ext import _C
 
@@ -74,7 +73,7 @@ def machine(device: str = "cpu") -> dict:
         "cpu": cpu_model(),
         "isa": isa,
         "threads": torch.get_num_threads(),
-        "attn_ext": attn_ext.__version__,
+        "attn_ext": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from attn_ext.core.call import Call
+from attn_ext.core.schema import INDEX
 from attn_ext.measure.cases import Case
 
 DTYPES = {
@@ -32,7 +32,7 @@ class Operator:
 
 
 _T = "torch "
-_RIGHT = list(Call.__dataclass_fields__).index("window_right")  # 0 there: causal
+_RIGHT = INDEX["window_right"]  # 0 there: causal
 OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": Operator(
         _T + "flash (CPU)", "torch", "fwd", 0, 4),

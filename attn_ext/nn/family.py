@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from attn_ext.core import validate
-from attn_ext.functional import dense
 from attn_ext.functional.additive import additive_attention, additive_attention_varlen
+from attn_ext.functional.dense import attention
+from attn_ext.functional.varlen import attention_varlen
 
 
 def _sizes(**sizes: int) -> None:
@@ -182,7 +183,7 @@ class AttentionPooling(nn.Module):
         k, v = self.keys(x).transpose(1, 2), self._values(x).transpose(1, 2)
         q = self.query.to(k.dtype).transpose(0, 1).expand(x.shape[0], -1, -1, -1)
         if self.score == "dot":
-            out = dense.attention(q, k, v, mask=mask)
+            out = attention(q, k, v, mask=mask)
         else:
             out = additive_attention(q, k, v, self.w, mask=mask)
         return out.transpose(1, 2).flatten(2)
@@ -195,7 +196,7 @@ class AttentionPooling(nn.Module):
         q = self.query.to(k.dtype).repeat(count, 1, 1)
         cu_q = torch.arange(count + 1, dtype=torch.int32, device=x.device) * n
         if self.score == "dot":
-            out = dense.attention_varlen(q, k, v, cu_q, cu_seqlens, n, max_seqlen)
+            out = attention_varlen(q, k, v, cu_q, cu_seqlens, n, max_seqlen)
         else:
             out = additive_attention_varlen(q, k, v, self.w, cu_q, cu_seqlens, n, max_seqlen)
         return out.flatten(1).unflatten(0, (count, n))
@@ -213,7 +214,7 @@ class _PackedBlock(nn.Module):
 
     def forward(self, x, cu_seqlens):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        out = dense.attention_varlen(q, k, v, cu_seqlens, cu_seqlens)
+        out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens)
         return x + self.out_proj(out.flatten(1))
 
 
@@ -286,4 +287,4 @@ class CrossModalAttention(nn.Module):
     def _attend(self, q, kv, mask):
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return dense.attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
+        return attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)

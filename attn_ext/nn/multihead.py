@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attn_ext.core import reference, validate
-from attn_ext.functional import dense
+from attn_ext.core.schema import Call
+from attn_ext.functional import common, dense
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -87,16 +88,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         mask, bias = _merge(masks, k.shape[2] - seqlen_k)
-        args = dense.dense_args(
+        call = dense.dense_call(
             q, k, v, causal="top_left" if hinted else False, mask=mask, bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        out = dense.result(args, False, False)
+        out = common.result(call, False, False)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         shown = None
         if need_weights:
             _check_rows(weights_rows, seqlen_q)
-            shown = _weights(args, weights_rows, average_attn_weights)
+            shown = _weights(call, weights_rows, average_attn_weights)
             shown = shown if batched else shown[0]
         if not batched:
             return out[0], shown
@@ -235,13 +236,12 @@ def _merge(masks: list, extra: int) -> tuple:
     return mask, bias
 
 
-def _weights(args: tuple, rows, average: bool):
+def _weights(call: Call, rows, average: bool):
     """softmax(scale Q K^T + bias) of query rows `rows`: [N, R, S], or [N, H, R, S].
 
     Head by head where the average is asked for, so that memory is that of the result (without
     gradients).
     """
-    call = dense.call_of(args)
     q, heads = call.q, call.q.shape[1]
     if rows is None:
         rows = slice(None)

@@ -1,7 +1,6 @@
 """The autograd.Functions of plain eager mode, where they are cheaper than the dispatcher's way.
 
-They take the twelve tensors of `attn_ext.core.call.Call` and one tuple with the rest of the flat op
-arguments.
+They take the tensors of `attn_ext.core.schema.Call` and one tuple of all its other fields.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext.core.layout import look, looks
-from attn_ext.ops import execute, rules
-from attn_ext.ops.execute import GRADS, TENSORS
+from attn_ext.core.layout import four, look, looks
+from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, Needs
+from attn_ext.ops import dispatch, execute, rules
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -26,7 +25,7 @@ def _batched(tensor) -> bool:
 
 def _scatter(needs, results) -> tuple:
     grads: list = [None] * (TENSORS + 1)
-    for index, need, grad in zip(GRADS, needs, results, strict=True):
+    for index, need, grad in zip(GRADIENT_AT, needs, results, strict=True):
         if need:
             grads[index] = grad
     return tuple(grads)
@@ -48,7 +47,7 @@ class EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         tensors, rest = inputs[:TENSORS], inputs[TENSORS]
-        out, lse, max_logit, entropy = execute.forward_eager((*tensors, *rest))
+        out, lse, max_logit, entropy = execute.forward(Call(*tensors, *rest))
         ctx.save_for_backward(*tensors, out, lse)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -61,15 +60,15 @@ class EagerAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (TENSORS + 1)
         *tensors, out, lse = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[i] for i in GRADS)
-        return _scatter(needs, _gradients(dout, dlse, out, lse, tensors, ctx.rest, needs))
+        needs = tuple(ctx.needs_input_grad[i] for i in GRADIENT_AT)
+        return _scatter(needs, _gradients(dout, dlse, out, lse, Call(*tensors, *ctx.rest), needs))
 
 
 class Remembered(NamedTuple):
     """What `attn_ext.ops.fast` keeps of a call."""
 
     plan: object  # of the cpu backend
-    rest: tuple  # the flat op arguments that are no tensors
+    rest: tuple  # the fields of the call that are no tensors
     saved: tuple  # the looks of the inputs, of out and of lse
 
 
@@ -93,10 +92,12 @@ class RememberedAttention(torch.autograd.Function):
             dq, dk, dv, dbias = known.plan.backward(*saved, dout, needs)
             return dq, dk, dv, None, dbias, None
         q, k, v, mask, bias, out, lse = saved
-        tensors = (q, k, v, _four(mask), _four(bias), *(None,) * (TENSORS - 5))
-        needs = (*needs, False)
-        dq, dk, dv, dbias, _ = _gradients(dout, None, out, lse, tensors, known.rest, needs)
-        return dq, dk, dv, None, dbias.view(bias.shape) if needs[3] else None, None
+        none = (None,) * (TENSORS - 5)
+        call = Call(q, k, v, four(mask), four(bias), *none, *known.rest)
+        wanted = Needs(*needs, sink=False, w=False)
+        grads = _gradients(dout, None, out, lse, call, wanted)
+        dbias = grads[3].view(bias.shape) if wanted.bias else None
+        return grads[0], grads[1], grads[2], None, dbias, None
 
 
 def _as_before(saved, known, dout) -> bool:
@@ -122,19 +123,17 @@ def _as_before(saved, known, dout) -> bool:
 remembered_attention = super(torch.autograd.Function, RememberedAttention).apply
 
 
-def _four(scores):
-    return scores if scores is None else scores[(None,) * (4 - scores.dim())]
-
-
-def _gradients(dout, dlse, out, lse, tensors, rest, needs) -> tuple:
+def _gradients(dout, dlse, out, lse, call: Call, needs) -> tuple:
     if dout is None:
         dout = torch.zeros_like(out)
     if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
-        return torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *rest, needs)
-    args = execute.checked_backward(dout, dlse, out, lse, (*tensors, *rest))
+        return torch.ops.attn_ext.backward(dout, dlse, out, lse, *call, needs)
+    call = dispatch.checked_backward(dout, dlse, out, lse, call)
     if torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
-        return EagerBackward.apply(needs, args[TENSORS:], dout, dlse, out, lse, *tensors)
-    return execute.backward_eager(dout, dlse, out, lse, args, needs)
+        return EagerBackward.apply(
+            needs, call[TENSORS:], dout, dlse, out, lse, *call[:TENSORS]
+        )  # fmt: skip
+    return execute.backward(dout, dlse, out, lse, call, needs)
 
 
 class EagerBackward(Gradients):
@@ -142,4 +141,4 @@ class EagerBackward(Gradients):
 
     @staticmethod
     def forward(ctx, needs, rest, dout, dlse, out, lse, *tensors):
-        return execute.backward_eager(dout, dlse, out, lse, (*tensors, *rest), needs)
+        return tuple(execute.backward(dout, dlse, out, lse, Call(*tensors, *rest), needs))

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core.layout import look, looks
-from attn_ext.ops import execute
+from attn_ext.core.plans import Plans
+from attn_ext.core.schema import TENSORS, Call
+from attn_ext.ops import execute, route
 from attn_ext.ops.autograd import Remembered, remembered_attention
-from attn_ext.ops.execute import TENSORS
 
-LIMIT = 4096
-_known: dict[tuple, Remembered] = {}
+_known: Plans[Remembered] = Plans()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._is_tracing
@@ -31,8 +31,8 @@ def key_of(
         torch.compiler.is_compiling()
         or not (isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) and q.is_cpu)
         or type(window) is not tuple
-        or execute.observers
-        or execute.through_dispatcher
+        or route.observers
+        or route.through_dispatcher
         or _jit_tracing()
         or _dispatch_modes()
         or _transforms() is not None
@@ -76,6 +76,11 @@ def run(key: tuple | None, q, k, v, mask, bias):
     return known.plan.forward(q, k, v, mask, bias, None)
 
 
+def forget() -> None:
+    """Drop every plan."""
+    _known.clear()
+
+
 def attempt(*call) -> tuple:
     """(key, output) of the arguments of `key_of`; each is None where there is none."""
     key = key_of(*call)
@@ -89,17 +94,15 @@ def _by_identity(key: tuple) -> bool:
     return any(isinstance(x, type) and issubclass(x, torch.Tensor) for x in (*key, *window))
 
 
-def remember(key: tuple | None, args: tuple) -> None:
-    """Keep the plan of a call that went the whole way with the flat op arguments `args`."""
-    if key is None or not all(type(x) in _PLAIN for x in args[:5]) or _by_identity(key):
+def remember(key: tuple | None, call: Call) -> None:
+    """Keep the plan of a call that went the whole way."""
+    if key is None or not all(type(x) in _PLAIN for x in call[:5]) or _by_identity(key):
         return
-    plan = execute.plan_of(args)
+    plan = execute.plan_of(call)
     if plan is None:
         return
     saved = (key[0], look(plan.out), look(plan.lse))
-    if len(_known) >= LIMIT:
-        _known.clear()
     try:
-        _known[key] = Remembered(plan, args[TENSORS:], saved)
+        _known.keep(key, Remembered(plan, call[TENSORS:], saved))
     except TypeError:
         return

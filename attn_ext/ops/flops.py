@@ -14,16 +14,18 @@ import sys
 
 import torch
 
-from attn_ext.ops import execute  # noqa: F401  defines the operators
+from attn_ext.core.schema import FIELDS, Call
+from attn_ext.ops import dispatch  # noqa: F401  defines the operators
 
 COUNTER = "torch.utils.flop_counter"
 
 
 def _matmul_pair(fields) -> tuple[int, int]:
     """(Q K^T, P V) in FLOPs: 2 * B * Hq * Sq * Sk * D, and the same with Dv."""
-    q, v, cu_seqlens_q = fields[0], fields[2], fields[8]
+    call = Call(*fields[: len(FIELDS)])  # of shapes in place of tensors; a backward has needs
+    q, v, cu_seqlens_q = call.q, call.v, call.cu_seqlens_q
     batch = q[0] if cu_seqlens_q is None else cu_seqlens_q[0] - 1
-    scores = 2 * batch * q[1] * fields[12] * fields[13]
+    scores = 2 * batch * q[1] * call.max_seqlen_q * call.max_seqlen_k
     return scores * q[-1], scores * v[-1]
 
 

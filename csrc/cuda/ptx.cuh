@@ -23,7 +23,7 @@
 //   global        ldg_64/128 stg_64/128 atomic_add_global(float*|int*, v) thread_fence()
 //
 // All 32 lanes of a warp must reach a *_sync instruction (shuffles, ballot, sync_warp, ldmatrix,
-// mma) together.  Fragment layouts: docs/emulation.md.
+// mma) together.  Fragment layouts: docs/design/cuda.md.
 #pragma once
 #include <cstdint>
 

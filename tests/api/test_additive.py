@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from additive_checks import arguments, check
+from additive_checks import check
 from closeness import FLOAT32, assert_close
 from torch.library import opcheck
 
@@ -118,8 +118,8 @@ def test_opcheck():
     """Schema, fakes and autograd registration that disagree."""
     call = random_call(seqlen_q=9, mask="bk", bias="hqk", dtype=torch.float32)
     call.q.requires_grad_(), call.bias.requires_grad_()
-    flat = arguments(call, torch.randn(2, 16, requires_grad=True), "auto")
-    opcheck(torch.ops.attn_ext.additive.default, flat)
+    call = call._replace(w=torch.randn(2, 16, requires_grad=True), scale=1.0, grad=True)
+    opcheck(torch.ops.attn_ext.forward.default, tuple(call))
 
 
 def test_compile():
@@ -142,7 +142,7 @@ def test_reference_backend_has_gradients_inside_the_operator():
     q, k, v = (torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3))
     out = attn_ext.additive_attention(q, k, v, torch.randn(4), backend="reference")
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
-    args = attn_ext.functional.dense.dense_args(q, k, v, backend="reference")
+    args = attn_ext.functional.dense.dense_call(q, k, v, backend="reference")
     out = torch.ops.attn_ext.forward(*args)[0]
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
 

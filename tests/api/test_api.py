@@ -5,7 +5,6 @@ A curated list: each shape and feature set stands for a way to be wrong.  Views 
 storage, and torch.empty gives NaN, so that a stray read or an element never written is seen.
 """
 
-import dataclasses
 import importlib.metadata
 
 import pytest
@@ -16,15 +15,16 @@ from hypothesis import strategies as st
 import attn_ext
 from attn_ext.backends import reference as oracle
 from attn_ext.backends import registry
-from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED, Problem
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, TOP_LEFT, UNBOUNDED, Needs
 from attn_ext.testing import (
     assert_close_to_reference,
+    differentiated,
     poisoned_memory,
     random_call,
     to_float64,
 )
 
-GRADIENTS = ("q", "k", "v", "bias", "sink")
 TENSORS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sink")
 
 SHAPES = {
@@ -94,7 +94,7 @@ def keywords(call) -> dict:
 
 def skip_unable(call, backend: str, grad: bool) -> None:
     """An honest refusal is a skip that shows the reason."""
-    why = registry.reasons(backend, Problem.of(call, grad, grad and call.bias is not None))
+    why = registry.reasons(backend, Problem.of(differentiated(call, grad)))
     if why:
         pytest.skip("; ".join(why))
 
@@ -106,7 +106,7 @@ def check(call, backend: str, monkeypatch=None) -> None:
     skip_unable(call, backend, grad=True)
     held = {n: getattr(call, n) for n in GRADIENTS if getattr(call, n) is not None}
     leaves = {n: t.detach().requires_grad_() for n, t in held.items()}
-    public = dataclasses.replace(call, **leaves)
+    public = call._replace(**leaves)
     options = dict(keywords(public), return_lse=True, return_stats=True, backend=backend)
     torch.manual_seed(11)
     with poisoned_memory():
@@ -121,8 +121,8 @@ def check(call, backend: str, monkeypatch=None) -> None:
     if call.dropout_p > 0:
         torch.manual_seed(11)
         rng_state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=call.q.device)
-        call = dataclasses.replace(call, rng_state=rng_state)
-    call = dataclasses.replace(call, need_stats=True)
+        call = call._replace(rng_state=rng_state)
+    call = call._replace(need_stats=True)
     exact = to_float64(call)
     truths, naives = oracle.forward(exact), oracle.forward(call)
     results = (out, lse, stats.max_logit, stats.entropy)
@@ -130,7 +130,7 @@ def check(call, backend: str, monkeypatch=None) -> None:
     for name, got, truth, naive in zip(names, results, truths, naives, strict=True):
         assert_close_to_reference(got, truth, naive, "out", name, call.q.dtype)
     assert torch.equal(stats.lse, lse)
-    needs = tuple(n in leaves for n in GRADIENTS)
+    needs = Needs(**{name: True for name in leaves})
     truths = oracle.backward(exact, dout.double(), None, None, dlse.double(), needs)
     naives = oracle.backward(call, dout, None, None, dlse, needs)
     got = dict(zip(leaves, grads, strict=True))

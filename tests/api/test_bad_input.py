@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import attn_ext
+from attn_ext.core.schema import Call
 
 NAN, INF = float("nan"), float("inf")
 
@@ -282,7 +283,5 @@ def test_bad_values_below_the_public_api():
         cu = torch.tensor(bad, dtype=torch.int32)
         with pytest.raises(ValueError, match="cu_seqlens_q"):
             torch.ops.attn_ext.forward(
-                q, q, q, None, None, None, None, None, cu, cu, None, None, 6, 6, None, 0.0, 0.0, 1,
-                -1, -1,
-                False, False, "softmax", None, 0, False, False, "auto",
-            )  # fmt: skip
+                *Call(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=6, max_seqlen_k=6)
+            )

@@ -63,8 +63,8 @@ def matrix(q, k, options):
         for n, o in options.items()
     })  # fmt: skip
     eye = torch.eye(k.shape[2], dtype=torch.float64)
-    call.v = eye.expand(*k.shape[:2], *eye.shape)
-    call.need_stats = True
+    call = call._replace(v=eye.expand(*k.shape[:2], *eye.shape))
+    call = call._replace(need_stats=True)
     return reference.attend(call)
 
 

@@ -205,7 +205,7 @@ def test_an_exception_leaves_no_hook():
     model = Two()
     with pytest.raises(ValueError), inspect.record(model):
         model(torch.randn(1, 4, 5))
-    assert not attn_ext.ops.execute.observers
+    assert not attn_ext.ops.route.observers
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

@@ -1,6 +1,5 @@
 """The oracle itself, against F.scaled_dot_product_attention, gradcheck, and direct formulas."""
 
-import dataclasses
 import math
 
 import pytest
@@ -9,9 +8,15 @@ import torch.nn.functional as F
 from closeness import assert_same
 
 from attn_ext.backends import reference as backend
-from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, Call
 from attn_ext.core.reference import attend, dropout_keep_mask, safe_matmul, visible_pairs
-from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, padded, random_call
+from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, TOP_LEFT, Call, Needs
+from attn_ext.testing import (
+    assert_close_to_reference,
+    check_call,
+    needs_of,
+    padded,
+    random_call,
+)
 
 F64 = torch.float64
 
@@ -30,7 +35,7 @@ def gradients(call, dout=None, dlse=None):
     if dout is None:
         dout = torch.randn(out.shape, generator=generator, dtype=out.dtype)
         dlse = torch.randn(lse.shape, generator=generator, dtype=lse.dtype)
-    needs = [getattr(call, name) is not None for name in GRADIENTS]
+    needs = needs_of(call)
     grads = backend.backward(call, dout, out, lse, dlse, needs)
     return (out, lse), dict(zip(GRADIENTS, grads, strict=True))
 
@@ -97,7 +102,7 @@ def test_gradcheck_through_out_and_lse(name):
     leaves = [getattr(call, n).detach().clone().requires_grad_() for n in names]
 
     def outputs(*values):
-        out, lse, _, _ = attend(dataclasses.replace(call, **dict(zip(names, values, strict=True))))
+        out, lse, _, _ = attend(call._replace(**dict(zip(names, values, strict=True))))
         return out, torch.where(lse.isinf(), torch.zeros_like(lse), lse)
 
     assert torch.autograd.gradcheck(outputs, leaves)
@@ -122,8 +127,9 @@ def test_backward_returns_only_what_is_needed():
     """
     call = random_call(dtype=F64, bias=True, sink=True, dropout_p=1.0)
     out, lse, _, _ = backend.forward(call)
-    needs = (False, True, True, False, True)
-    dq, dk, dv, dbias, dsink = backend.backward(call, torch.ones_like(out), out, lse, None, needs)
+    needs = Needs(k=True, v=True, sink=True)
+    dout = torch.ones_like(out)
+    dq, dk, dv, dbias, dsink, _ = backend.backward(call, dout, out, lse, None, needs)
     assert dq is None and dbias is None
     for grad in (dk, dv, dsink):
         assert torch.equal(grad, torch.zeros_like(grad))
@@ -238,8 +244,7 @@ def test_varlen_is_a_loop_of_dense_calls():
         def dense(x, start, length, b=b):
             return x[start : start + length].transpose(0, 1).expand(b + 1, -1, -1, -1)
 
-        single = dataclasses.replace(
-            call,
+        single = call._replace(
             q=dense(call.q, start_q, sq),
             k=dense(call.k, start_k, sk),
             v=dense(call.v, start_k, sk),
@@ -261,7 +266,7 @@ def test_varlen_rows_past_the_last_sequence_are_empty():
     """Would catch an output shorter than q, or rubbish in rows that no sequence owns."""
     call = random_call(seqlens_q=[3, 2], stats=True)
     longer = torch.cat((call.q, torch.full_like(call.q, torch.nan)))
-    out, lse, max_logit, entropy = attend(dataclasses.replace(call, q=longer))
+    out, lse, max_logit, entropy = attend(call._replace(q=longer))
     assert out.shape[0] == 10 and out[5:].eq(0).all() and entropy[:, 5:].eq(0).all()
     assert lse[:, 5:].eq(-torch.inf).all() and max_logit[:, 5:].eq(-torch.inf).all()
 
@@ -288,8 +293,7 @@ def test_decode_is_dense_on_the_used_part_and_pages_change_nothing():
     for a, b in zip(results, attend(paged), strict=True):
         close(b, a)
     for b, length in enumerate(lengths):
-        single = dataclasses.replace(
-            flat,
+        single = flat._replace(
             q=flat.q[b : b + 1],
             k=flat.k[b : b + 1, :, :length],
             v=flat.v[b : b + 1, :, :length],
@@ -317,7 +321,7 @@ def test_empty_rows_give_zeros_and_no_nan(name, sink):
     """
     call = random_call(sink=sink, bias="h", stats=True, dtype=F64, **EMPTY_CASES[name])
     if call.mask is not None:
-        call.mask = torch.zeros_like(call.mask)
+        call = call._replace(mask=torch.zeros_like(call.mask))
     first = 12  # rows before it see nothing, in all three cases
     out, lse, max_logit, entropy = attend(call)
     assert out[:, :, :first].eq(0).all() and entropy[:, :, :first].eq(0).all()
@@ -337,12 +341,14 @@ def test_excluded_keys_reach_nothing(value, softcap):
     call.mask[:, :, :, 4] = False
     call.mask[:, :, :, 0] = True
     (out, lse), grads = gradients(call)
-    bad = dataclasses.replace(call, k=call.k.clone(), v=call.v.clone())
+    bad = call._replace(k=call.k.clone(), v=call.v.clone())
     bad.k[:, :, 4], bad.v[:, :, 4] = value, value
     (bad_out, bad_lse), bad_grads = gradients(bad)
     assert torch.equal(bad_out, out) and torch.equal(bad_lse, lse)
     for name, grad in grads.items():
-        close(bad_grads[name], grad)
+        assert (grad is None) == (name == "w")
+        if grad is not None:
+            close(bad_grads[name], grad)
     assert bad_grads["k"][:, :, 4].eq(0).all() and bad_grads["v"][:, :, 4].eq(0).all()
 
 
@@ -390,7 +396,7 @@ def test_infinite_bias_excludes_like_a_mask():
     bias[..., 2] = -torch.inf
     k = call.k.clone()
     k[:, :, 2] = torch.nan
-    biased = dataclasses.replace(call, mask=None, bias=bias, k=k)
+    biased = call._replace(mask=None, bias=bias, k=k)
     (out, lse), grads = gradients(call)
     (bias_out, bias_lse), bias_grads = gradients(biased)
     close(bias_out, out)

@@ -2,8 +2,6 @@
 refusals; torch integration.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -37,7 +35,7 @@ SHORT = ("odd sizes: every tail", "mask and bias", "varlen")
 def call_of(name, dtype=torch.float32, bias=None):
     """The case's call with sigmoid weights."""
     call = random_call(5, dtype=dtype, **CASES[name])
-    return dataclasses.replace(call, normalizer="sigmoid", sigmoid_bias=bias)
+    return call._replace(normalizer="sigmoid", sigmoid_bias=bias)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,8 +84,8 @@ def test_varlen_equals_each_sequence():
 def test_opcheck_and_compile():
     """A schema without the new fields, a graph break."""
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
-    args = attn_ext.functional.dense.dense_args(q, k, v, causal=True, normalizer="sigmoid")
-    opcheck(torch.ops.attn_ext.forward.default, args)
+    args = attn_ext.functional.dense.dense_call(q, k, v, causal=True, normalizer="sigmoid")
+    opcheck(torch.ops.attn_ext.forward.default, tuple(args))
     torch.compiler.reset()
 
     def loss(q):

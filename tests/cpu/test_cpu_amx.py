@@ -17,6 +17,7 @@ from kernel_cases import FEATURES, LEVELS, SHAPES, check_threads, random_feature
 
 from attn_ext import _C
 from attn_ext.backends import cpu
+from attn_ext.core.schema import Needs
 from attn_ext.testing import check_call, random_call
 
 pytestmark = pytest.mark.skipif(amx_unit.missing() != "", reason=amx_unit.missing() or "-")
@@ -135,7 +136,7 @@ def test_products_run_on_the_unit(unit, head_dim):
     before = unit.products()
     out, lse, *_ = cpu.forward(call)
     forward = unit.products() - before
-    cpu.backward(call, torch.ones_like(out), out, lse, None, (True, True, True, False, False))
+    cpu.backward(call, torch.ones_like(out), out, lse, None, Needs(True, True, True))
     backward = unit.products() - before - forward
     one = 16 * 16 * 32
     assert forward * one == 128 * 128 * (whole + head_dim)

@@ -57,11 +57,11 @@ def test_nan_of_a_query_stays_in_its_row(backend):
     """One row's NaN in all cells of the map."""
     call = random_call(seqlen_q=40, seqlen_k=70, batch=1)
     call.q[:, :, 39] = torch.nan
-    call.v = call.k[..., :1].contiguous()
+    call = call._replace(v=call.k[..., :1].contiguous())
     lse = kernels.lse_of(call)
-    grid = kernels.pooled_map(call, 4, 7, lse, None, backend)
+    grid = kernels.pooled_map(call, 4, 7, lse, backend)
     assert torch.isfinite(grid[:, :, :3]).all() and torch.isnan(grid[:, :, 3]).all()
-    weights, keys = kernels.top_k(call, 3, lse, None, backend)
+    weights, keys = kernels.top_k(call, 3, lse, backend)
     assert torch.isfinite(weights[:, :, :39]).all() and torch.isnan(weights[:, :, 39]).all()
     assert (keys >= 0).all()
 
@@ -70,15 +70,15 @@ def test_ties_go_to_the_first_keys():
     """An order that depends on the tile: every key weighs the same here."""
     call = random_call(seqlen_q=3, seqlen_k=200, batch=1)
     call.q.zero_()
-    call.v = call.k[..., :1].contiguous()
-    _, keys = kernels.top_k(call, 70, kernels.lse_of(call), None, "cpu")
+    call = call._replace(v=call.k[..., :1].contiguous())
+    _, keys = kernels.top_k(call, 70, kernels.lse_of(call), "cpu")
     assert torch.equal(keys, torch.arange(70).expand(1, 2, 3, 70))
 
 
 def test_threads_do_not_change_the_result():
     """Sums in an order that depends on the number of threads."""
     call = random_call(seqlen_q=700, seqlen_k=300, batch=1, causal=True, head_dim=32)
-    call.v = call.k[..., :1].contiguous()
+    call = call._replace(v=call.k[..., :1].contiguous())
     lse, before, found = kernels.lse_of(call), torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -95,5 +95,6 @@ def test_dispatch():
         kernels.select("cuda", call)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         kernels.select("gpu", call)
-    assert any("softmax over dot" in why for why in kernels.reasons("triton", call, w=call.q))
+    additive = call._replace(w=call.q)
+    assert any("softmax over dot" in why for why in kernels.reasons("triton", additive))
     assert any("n must be at most 64" in why for why in kernels.reasons("triton", call, n=65))

@@ -3,7 +3,6 @@
 Also the suite that runs under AddressSanitizer: shapes on the edges of tiles, vectors and pages.
 """
 
-import dataclasses
 import math
 import random
 
@@ -14,7 +13,7 @@ from kernel_cases import FEATURES, LEVELS, SHAPES, check_threads, random_feature
 
 from attn_ext import _C
 from attn_ext.backends import cpu
-from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT
+from attn_ext.core.schema import BOTTOM_RIGHT, TOP_LEFT, Needs
 from attn_ext.testing import check_call, random_call
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -100,7 +99,7 @@ def test_rows_of_the_smallest_number_stay_finite(dtype):
     call = random_call(batch=1, heads_q=1, seqlen_q=20, seqlen_k=200, dtype=dtype, bias="qk")
     call.bias[:, :, 3:7] = torch.finfo(dtype).min
     out, lse, *_ = cpu.forward(call)
-    grads = cpu.backward(call, torch.ones_like(out), out, lse, None, (True,) * 4 + (False,))
+    grads = cpu.backward(call, torch.ones_like(out), out, lse, None, Needs(True, True, True, True))
     for x in (out, lse, *grads[:4]):
         assert x.isfinite().all()
     if dtype != torch.float16:  # -65504 does not absorb the products
@@ -158,7 +157,7 @@ def test_gradient_of_one_query_reaches_the_keys_that_it_sees(query, window, alig
     out, lse, *_ = cpu.forward(call)
     dout = torch.zeros_like(out)
     dout[:, :, query] = 1
-    dq, dk, dv, *_ = cpu.backward(call, dout, out, lse, None, (True,) * 3 + (False,) * 2)
+    dq, dk, dv, *_ = cpu.backward(call, dout, out, lse, None, Needs(True, True, True))
     at = torch.arange(601) - query - (401 if align == BOTTOM_RIGHT else 0)
     seen = ((at >= -left) | (left < 0)) & ((at <= right) | (right < 0))
     assert ((dv != 0).any(-1) == seen).all()
@@ -205,8 +204,8 @@ def test_negative_sizes_are_refused():
     """A corrupt struct that reaches a kernel."""
     call = random_call(seqlen_q=4)
     with pytest.raises(ValueError, match="at least"):
-        t = cpu._canonical(dataclasses.replace(call, max_seqlen_q=-1))
+        t = cpu._canonical(call._replace(max_seqlen_q=-1))
         out = torch.empty_like(call.q)
         lse = torch.empty(call.q.shape[:3])
-        problem = cpu._problem(dataclasses.replace(call, max_seqlen_q=-1), t, out, lse)
+        problem = cpu._problem(call._replace(max_seqlen_q=-1), t, out, lse)
         _C.cpu_forward(problem, 1, *([0] * 17))

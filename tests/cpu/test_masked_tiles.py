@@ -82,7 +82,7 @@ def test_strides_of_keys(step):
     """Bytes of the mask read as if they were neighbours."""
     call = random_call(batch=1, seqlen_q=70, seqlen_k=390, head_dim=8, mask="bhqk")
     wide = torch.rand(1, 2, 70, 2 * 390, generator=torch.Generator().manual_seed(0)) < 0.5
-    call.mask = wide[..., :1].expand_as(call.mask) if step == 0 else wide[..., ::2]
+    call = call._replace(mask=wide[..., :1].expand_as(call.mask) if step == 0 else wide[..., ::2])
     check_call(call, "cpu")
 
 

@@ -1,12 +1,10 @@
 """The CUDA kernels against the float64 reference: on the emulated device of csrc/emulation, and on
 a GPU where there is one.
 
-On the emulator every test runs in each of its modes (docs/emulation.md): fixed order, random warp
-priorities, poisoned shared memory, the race detector, and all of these together, so that a missing
-barrier or wait fails here and not on somebody's GPU.
+On the emulator every test runs in each of its modes (docs/design/emulation.md): fixed order, random
+warp priorities, poisoned shared memory, the race detector, and all of these together, so that a
+missing barrier or wait fails here and not on somebody's GPU.
 """
-
-import dataclasses
 
 import emulated_backend as emulated
 import nonfinite_cases as nonfinite
@@ -14,8 +12,9 @@ import pytest
 import torch
 
 from attn_ext.backends import native_gpu, registry
-from attn_ext.core.call import Problem
-from attn_ext.testing import check_call, random_call
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import Needs
+from attn_ext.testing import check_call, needs_of, random_call
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -173,7 +172,7 @@ def test_decode_takes_the_splits_that_are_asked_for(check, asked, used):
         device=check.device,
         **sizes,
     )
-    call = dataclasses.replace(call, num_splits=asked)
+    call = call._replace(num_splits=asked)
     kernels = check.module._kernels()
     lse = torch.empty(call.q.shape[:3], device=check.device)
     native = kernels._native(call, kernels._canonical(call), torch.empty_like(call.q), lse)
@@ -186,7 +185,7 @@ def test_a_remembered_plan_knows_its_splits(check):
     """The scratch of one num_splits used for a dense call of another."""
     call = random_call(seqlen_q=1, seqlen_k=300, dtype=BF16, device=check.device)
     for asked in (1, 7, 1, 0):
-        check(dataclasses.replace(call, num_splits=asked))
+        check(call._replace(num_splits=asked))
 
 
 @pytest.mark.parametrize("options", [{"mask": "bhqk"}, {"bias": "hqk"}, {"window": (100, 0)}])
@@ -215,7 +214,7 @@ def test_nan_in_the_gradient_of_an_excluded_query(check, dtype):
     out, lse, *_ = check.module.forward(call)
     dout = torch.ones_like(out)
     dout[:, :, 3] = torch.nan
-    _, dk, dv, _, _ = check.module.backward(call, dout, out, lse, None, (True,) * 3 + (False,) * 2)
+    _, dk, dv, *_ = check.module.backward(call, dout, out, lse, None, Needs(True, True, True))
     for gradient in (dk, dv):
         assert gradient[:, :, 4:].isfinite().all()
         assert gradient[:, :, :4].isnan().all()
@@ -233,7 +232,7 @@ def test_a_remembered_plan_serves_only_its_own_calls(check):
         check(call)
 
 
-@pytest.mark.parametrize("needs", [(1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 1, 0)])
+@pytest.mark.parametrize("needs", [(1,), (0, 1), (0, 0, 1, 1)])
 @pytest.mark.parametrize("head_dim", [32, 192])
 def test_only_the_gradients_that_are_needed(check, needs, head_dim):
     """A null pointer written to, or a gradient that depends on which others are asked for."""
@@ -242,9 +241,9 @@ def test_only_the_gradients_that_are_needed(check, needs, head_dim):
     )
     out, lse, *_ = check.module.forward(call)
     dout = torch.ones_like(out)
-    every = check.module.backward(call, dout, out, lse, None, (True,) * 5)
-    some = check.module.backward(call, dout, out, lse, None, tuple(map(bool, needs)))
-    for need, a, b in zip(needs, every, some, strict=True):
+    every = check.module.backward(call, dout, out, lse, None, needs_of(call))
+    some = check.module.backward(call, dout, out, lse, None, Needs(*map(bool, needs)))
+    for need, a, b in zip(Needs(*needs), every, some, strict=True):
         assert b is None if not need else torch.equal(a, b)
 
 
@@ -259,8 +258,9 @@ def test_runs_are_bitwise_equal(check):
 
             _emulated.set_mode("random", seed)
         out, lse, *_ = check.module.forward(call)
-        grads = check.module.backward(call, torch.ones_like(out), out, lse, None, (True,) * 5)
-        results.append([out, lse, *grads])
+        needs = needs_of(call)
+        grads = check.module.backward(call, torch.ones_like(out), out, lse, None, needs)
+        results.append([out, lse, *(g for g, n in zip(grads, needs, strict=True) if n)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -271,7 +271,7 @@ def test_unsupported_problems_say_why():
     why = native_gpu.unsupported(problem)
     assert any("head_dim must be at most 256, got 300" in reason for reason in why)
     assert any("dtype must be one of" in reason and "float64" in reason for reason in why)
-    decode = Problem.of(random_call(cache_seqlens=[3], seqlen_k=4, dtype=BF16), grad=True)
+    decode = Problem.of(random_call(cache_seqlens=[3], seqlen_k=4, dtype=BF16)._replace(grad=True))
     assert any("decode has no backward" in reason for reason in native_gpu.unsupported(decode))
 
 
@@ -283,7 +283,7 @@ def test_the_native_side_refuses_what_would_break_memory(check):
         ({"dropout_p": 0.5}, "rng_state is needed"),
         ({"max_seqlen_k": 2**30}, "below 2\\^30"),
     ):
-        call = dataclasses.replace(random_call(dtype=BF16, device=check.device), **change)
+        call = random_call(dtype=BF16, device=check.device)._replace(**change)
         t = kernels._canonical(call)
         lse = torch.empty(call.q.shape[:3], device=check.device)
         native = kernels._native(call, t, torch.empty_like(call.q), lse)

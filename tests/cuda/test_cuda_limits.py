@@ -4,15 +4,13 @@ heads than a grid dimension holds, rows that 16-byte copies cannot read, lengths
 On the emulated device of csrc/emulation, and on a GPU where there is one.
 """
 
-import dataclasses
-
 import emulated_backend as emulated
 import pytest
 import torch
 
 from attn_ext.backends import registry
 from attn_ext.backends.native import strides as strides_of
-from attn_ext.core.call import Call
+from attn_ext.core.schema import Call, Needs
 from attn_ext.testing import check_call, poisoned_memory, random_call
 
 BF16 = torch.bfloat16
@@ -64,7 +62,7 @@ def test_offsets_beyond_31_bits(kernels, name, where):
     sizes |= {size: count for size in sizes if size.startswith(kind)}
     side = {name: True} if name in ("mask", "bias") else {}
     call = random_call(dtype=BF16, device=kernels[1], **sizes, **side)
-    setattr(call, name, far_apart(getattr(call, name), dim, stride))
+    call = call._replace(**{name: far_apart(getattr(call, name), dim, stride)})
     check_call(call, kernels[0])
 
 
@@ -74,7 +72,7 @@ def test_pages_beyond_31_bits(kernels, dim):
     call = random_call(dtype=BF16, batch=1, seqlen_q=1, seqlen_k=20, cache_seqlens=[20],
                        page_size=5, device=kernels[1])  # fmt: skip
     stride = 2**31 // (call.k.shape[dim] - 1) + 8 & ~7
-    call.k, call.v = (far_apart(x, dim, stride) for x in (call.k, call.v))
+    call = call._replace(k=far_apart(call.k, dim, stride), v=far_apart(call.v, dim, stride))
     check_call(call, kernels[0])
 
 
@@ -112,11 +110,11 @@ def test_rows_that_16_byte_copies_cannot_read(kernels, dtype, where, name):
     module, device = kernels
     call = random_call(dtype=dtype, batch=2, heads_q=2, seqlen_q=9, device=device)
     if name != "dout":
-        setattr(call, name, laid(getattr(call, name), where))
+        call = call._replace(**{name: laid(getattr(call, name), where)})
         return check_call(call, module)
     out, lse, *_ = module.forward(call)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    needs = (True, True, True, False, False)
+    needs = Needs(True, True, True)
     want = module.backward(call, dout, out, lse, None, needs)
     got = module.backward(call, laid(dout, where), out, lse, None, needs)
     for a, b in zip(want[:3], got[:3], strict=True):
@@ -139,9 +137,9 @@ def test_a_cache_length_that_is_not_true(kernels, length, page_size):
     module, device = kernels
     sizes = dict(dtype=BF16, seqlen_q=2, heads_q=2, seqlen_k=20, page_size=page_size, device=device)
     true = random_call(cache_seqlens=[20 if length > 0 else 0], causal=True, **sizes)
-    lie = dataclasses.replace(true, seqlens_k=torch.full_like(true.seqlens_k, length))
+    lie = true._replace(seqlens_k=torch.full_like(true.seqlens_k, length))
     if length < 0:  # the cache holds values, so that a key read is seen
-        lie.k, lie.v = lie.k.nan_to_num(1.0), lie.v.nan_to_num(1.0)
+        lie = lie._replace(k=lie.k.nan_to_num(1.0), v=lie.v.nan_to_num(1.0))
     with poisoned_memory():
         want, got = module.forward(true), module.forward(lie)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -158,9 +156,9 @@ def test_a_block_table_that_is_not_true(kernels, dtype, num_splits, entry):
     assert call.k.shape[0] == 6  # pages
     for name in ("k", "v"):  # a read outside is seen: there is NaN, which O would have
         x = getattr(call, name).nan_to_num(1.0)  # also of the page that no entry names
-        setattr(call, name, Guarded(x.shape, dtype, device, x, torch.nan).x)
+        call = call._replace(**{name: Guarded(x.shape, dtype, device, x, torch.nan).x})
     call.block_table[:, 1::2] = entry
-    true = dataclasses.replace(call, block_table=call.block_table.clamp(0, 5))
+    true = call._replace(block_table=call.block_table.clamp(0, 5))
     got, want = module.forward(call), module.forward(true)
     assert want[0].isfinite().all()
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -173,11 +171,11 @@ def test_sequences_longer_than_they_were_told_to_be(kernels):
                        device=device)  # fmt: skip
     want = module.forward(random_call(seqlens_q=[5, 9], seqlens_k=[6, 9], mask="k", bias="qk",
                                       dtype=BF16, device=device))  # fmt: skip
-    told = dataclasses.replace(call, max_seqlen_q=7, max_seqlen_k=9)
+    told = call._replace(max_seqlen_q=7, max_seqlen_k=9)
     with poisoned_memory():
         out, lse = module.forward(told)[:2]
-        dq, dk, dv, dbias, _ = module.backward(
-            told, torch.ones_like(out), out, lse, None, (True,) * 4 + (False,)
+        dq, dk, dv, dbias, *_ = module.backward(
+            told, torch.ones_like(out), out, lse, None, Needs(True, True, True, True)
         )
     assert torch.equal(out[:5], want[0][:5])  # the first sequence is as long as promised
     for x in (out, dq, dk, dv, dbias):
@@ -189,7 +187,7 @@ def test_a_call_with_too_many_tiles_is_refused(kernels):
     module, device = kernels
     call = random_call(dtype=BF16, batch=1, heads_q=1, seqlen_q=1, device=device)
     many = call.q.expand(2**10, 2**10, 1, 16)
-    call = dataclasses.replace(call, q=many, max_seqlen_q=2**29)
+    call = call._replace(q=many, max_seqlen_q=2**29)
     native = module._kernels()._native(call, module._kernels()._canonical(call), many, many[..., 0])
     with pytest.raises(ValueError, match="blocks, more than a CUDA grid holds"):
         native.forward(0, 0, 0, 1, False)
@@ -254,9 +252,7 @@ def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
     options = {"heads_q": 2, "heads_k": 2, "head_dim": 64, "dtype": BF16, "device": device}
     call = random_call(seqlens_q=[5, 7], seqlens_k=[5, 7], **options)
     lie = torch.tensor(LIES[name], dtype=torch.int32, device=device)
-    call = dataclasses.replace(
-        call, cu_seqlens_q=lie, cu_seqlens_k=lie, max_seqlen_q=40, max_seqlen_k=40
-    )
+    call = call._replace(cu_seqlens_q=lie, cu_seqlens_k=lie, max_seqlen_q=40, max_seqlen_k=40)
     dout = torch.ones_like(call.q)
     inputs = [
         Guarded(x.shape, BF16, device, x, torch.nan).x for x in (call.q, call.k, call.v, dout)

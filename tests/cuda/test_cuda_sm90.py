@@ -5,14 +5,13 @@ They are off unless ATTN_EXT_CUDA_SM90 asks for them, so that these tests switch
 what they do not serve must go to the sm80 kernels without a word.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from closeness import BFLOAT16_LAYERS, assert_close
 
 import attn_ext
 from attn_ext.backends import registry
+from attn_ext.core.schema import Needs
 from attn_ext.testing import assert_close_to_reference, check_call, to_float64
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -77,7 +76,7 @@ def test_strided_inputs(hopper):
         buffer = x.new_full((2, x.shape[0], x.shape[2] + 3, x.shape[1], 80), torch.nan)
         view = buffer[1, :, 2 : 2 + x.shape[2], :, 8:72].transpose(1, 2)
         view.copy_(x)
-        call = dataclasses.replace(call, **{name: view})
+        call = call._replace(**{name: view})
     hopper.check(call)
 
 
@@ -135,7 +134,7 @@ def test_bad_output_gradients_reach_exactly_who_is_seen(hopper, head_dim, determ
     dout = torch.randn_like(out.float()).to(out)
     dout[:, :, 9] = torch.nan
     assert hopper.backward_kernel(call, dout) == "sm90"
-    needs = (True, True, True, False, False)
+    needs = Needs(True, True, True)
     results = hopper.module.backward(call, dout, out, lse, None, needs)
     reference = registry.get("reference")
     exact = reference.backward(to_float64(call), dout.double(), None, None, None, needs)
@@ -171,7 +170,7 @@ def test_runs_are_bitwise_equal(hopper, head_dim):
         if hopper.name == "emulated":
             hopper.module.set_mode("random", seed)
         out, lse = hopper.module.forward(call)[:2]
-        needs = (True, True, True, False, False)
+        needs = Needs(True, True, True)
         again = (out, lse, *hopper.module.backward(call, out, out, lse, None, needs)[:3])
         first = first or again
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -181,11 +180,11 @@ def test_some_gradients_only(hopper):
     """A null pointer that is written to; dQ's own kernel where nothing else is wanted."""
     call = hopper.call(seqlen_q=140, seqlen_k=200, head_dim=64, causal=True, deterministic=True)
     out, lse = hopper.module.forward(call)[:2]
-    every = hopper.module.backward(call, out, out, lse, None, (True, True, True, False, False))
+    every = hopper.module.backward(call, out, out, lse, None, Needs(True, True, True))
     for deterministic in (False, True):
-        call = dataclasses.replace(call, deterministic=deterministic)
+        call = call._replace(deterministic=deterministic)
         for needs in ((True, False, False), (False, True, False), (False, False, True)):
-            some = hopper.module.backward(call, out, out, lse, None, (*needs, False, False))
+            some = hopper.module.backward(call, out, out, lse, None, Needs(*needs))
             for need, got, want in zip(needs, some, every, strict=False):
                 # all gradients are computed by the same instructions but the sums of dQ
                 assert (got is None) == (not need)
@@ -241,7 +240,7 @@ def test_misaligned_and_broadcast_inputs_go_to_the_sm80_kernels(hopper):
     k.copy_(call.k)
     v = call.v[:, :1].expand_as(call.v)
     for name, x in (("k", k), ("v", v)):
-        other = dataclasses.replace(call, **{name: x})
+        other = call._replace(**{name: x})
         assert hopper.kernel(other) == hopper.backward_kernel(other) == "sm80 plain"
         check_call(other, hopper.module, grads=False)
     dout = torch.ones(1, 1, 1, 64, dtype=BF16, device=call.q.device).expand(1, 4, 70, 64)

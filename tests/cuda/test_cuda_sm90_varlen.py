@@ -5,17 +5,16 @@ The copy engine knows where the tensor ends and not where a sequence does: a til
 holds rows of the next, which must not count, whatever they are, and must not be stored to.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
 from attn_ext.backends import registry
 from attn_ext.backends.native import strides as strides_of
+from attn_ext.core.schema import Needs
 from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, to_float64
 
 BF16, FP16 = torch.bfloat16, torch.float16
-NEEDS = (True, True, True, False, False)
+NEEDS = Needs(True, True, True)
 
 # What each would catch.
 CASES = {
@@ -81,7 +80,7 @@ def test_neighbours_do_not_count(hopper, value, head_dim, deterministic, causal)
             good[cu[s] : cu[s + 1]] = False
     dout = torch.randn(*call.q.shape[:2], call.v.shape[2], device=call.q.device).to(BF16)
     clean, clean_dout = call, dout.clone()
-    call = dataclasses.replace(call, **{n: getattr(call, n).clone() for n in ("q", "k", "v")})
+    call = call._replace(**{n: getattr(call, n).clone() for n in ("q", "k", "v")})
     for x, good in ((call.q, good_q), (dout, good_q), (call.k, good_k), (call.v, good_k)):
         x[~good.to(x.device)] = value
     assert hopper.kernel(call) == hopper.backward_kernel(call, dout) == "sm90"
@@ -107,10 +106,8 @@ def test_rows_of_no_sequence_are_not_touched(hopper, deterministic):
         seqlens_q=[50, 130, 60, 40], seqlens_k=[70, 150, 40, 90], head_dim=64, heads_q=2, heads_k=1,
         deterministic=deterministic,
     )  # fmt: skip
-    whole = dataclasses.replace(
-        call, cu_seqlens_q=call.cu_seqlens_q[:-1], cu_seqlens_k=call.cu_seqlens_k[:-1]
-    )
-    cut = dataclasses.replace(whole, max_seqlen_q=100, max_seqlen_k=90)
+    whole = call._replace(cu_seqlens_q=call.cu_seqlens_q[:-1], cu_seqlens_k=call.cu_seqlens_k[:-1])
+    cut = whole._replace(max_seqlen_q=100, max_seqlen_k=90)
     for call in (whole, cut):
         assert hopper.kernel(call) == hopper.backward_kernel(call) == "sm90"
         out, lse = hopper.module.forward(call)[:2]
@@ -141,7 +138,7 @@ def test_strided_heads_of_sequences(hopper):
     """q, k and v that are slices of one tensor, as of a fused projection."""
     call = hopper.call(seqlens_q=[70, 140], head_dim=64, heads_q=2, heads_k=2)
     packed = torch.stack((call.q, call.k, call.v), 1)
-    call = dataclasses.replace(call, q=packed[:, 0], k=packed[:, 1], v=packed[:, 2])
+    call = call._replace(q=packed[:, 0], k=packed[:, 1], v=packed[:, 2])
     hopper.check(call, grads=True)
 
 

@@ -59,8 +59,8 @@ def test_shared_memory_fits_every_architecture():
 
 
 def test_the_occupancy_of_the_document_is_that_of_the_table():
-    """docs/cuda.md tells the occupancy of kernels that are no more."""
-    assert resources.occupancy(TABLE) in (ROOT / "docs" / "cuda.md").read_text()
+    """docs/design/cuda.md tells the occupancy of kernels that are no more."""
+    assert resources.occupancy(TABLE) in (ROOT / "docs" / "design" / "cuda.md").read_text()
 
 
 def test_two_forward_blocks_for_head_dim_128_fit_sm_80():

@@ -1,7 +1,5 @@
 """The kernels of attn_ext.inspect against the N x N way: what their tests on each backend share."""
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 
@@ -25,13 +23,13 @@ CASES = {
 }
 
 
-def matrix(call, w):
+def matrix(call):
     """P [B, Hq, Sq, Sk] in float64: with V = identity the reference's output is P itself."""
     call = to_float64(call)
     eye = torch.eye(call.k.shape[2], dtype=torch.float64)
-    call.v = eye.expand(*call.k.shape[:2], *eye.shape)
-    call.need_stats = call.normalizer == "softmax"
-    out, lse, largest, entropy = reference.attend(call, w)
+    call = call._replace(v=eye.expand(*call.k.shape[:2], *eye.shape))
+    call = call._replace(need_stats=call.normalizer == "softmax")
+    out, lse, largest, entropy = reference.attend(call)
     if call.normalizer == "sigmoid":
         total = out.sum(-1)
         share = out / total.unsqueeze(-1)
@@ -52,28 +50,29 @@ def check(options, backend, dtype=torch.float32, family="dot", change=None, few=
     call = random_call(3, dtype=dtype, **options)
     if change is not None:
         change(call)
-    w = torch.randn(call.q.shape[1], call.q.shape[-1]) if family == "additive" else None
-    if family == "sigmoid":
-        call = dataclasses.replace(call, normalizer="sigmoid")
-    p, truths = matrix(call, None if w is None else w.double())
-    call.v = call.k[..., :1].contiguous()
     wide = torch.promote_types(dtype, torch.float32)
-    w, lse = None if w is None else w.to(wide), truths[0].to(wide)
+    if family == "additive":
+        call = call._replace(w=torch.randn(call.q.shape[1], call.q.shape[-1], dtype=wide))
+    if family == "sigmoid":
+        call = call._replace(normalizer="sigmoid")
+    p, truths = matrix(call)
+    call = call._replace(v=call.k[..., :1].contiguous())
+    lse = truths[0].to(wide)
     with poisoned_memory():
         if not few and call.sink is None:
-            found = kernels.row_stats(call, w, backend)
+            found = kernels.row_stats(call, backend)
             for name, got, want in zip(("lse", "max", "entropy"), found, truths, strict=True):
                 if want is not None:
                     close(got, want, name, wide)
-        close(kernels.column_mass(call, lse, w, backend), p.sum(2), "mass", wide)
+        close(kernels.column_mass(call, lse, backend), p.sum(2), "mass", wide)
         seqlen_q, seqlen_k = p.shape[2:]
         sizes = ((7, 3), (1, 1), (64, 50), (seqlen_q, seqlen_k))
         for rows, cols in ((7, 3), (20, 33)) if few else sizes:
             rows, cols = min(rows, seqlen_q), min(cols, seqlen_k)
-            got = kernels.pooled_map(call, rows, cols, lse, w, backend)
+            got = kernels.pooled_map(call, rows, cols, lse, backend)
             close(got, F.adaptive_avg_pool2d(p, (rows, cols)), f"map {rows} x {cols}", wide)
         for n in (3, 40) if few else (1, 5, 40):
-            weights, keys = kernels.top_k(call, n, lse, w, backend)
+            weights, keys = kernels.top_k(call, n, lse, backend)
             most = min(n, seqlen_k)
             want = F.pad(p.topk(most, dim=-1).values, (0, n - most))
             close(weights, want, f"weights {n}", wide)

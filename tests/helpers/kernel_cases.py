@@ -8,6 +8,7 @@ import torch
 
 from attn_ext import _C
 from attn_ext.backends import cpu
+from attn_ext.testing import needs_of
 
 # (seqlen_q, seqlen_k, head_dim, head_dim_v): what each would catch
 SHAPES = {
@@ -82,7 +83,7 @@ def random_features(r: random.Random) -> dict:
 def check_threads(call, openmp: bool, counts: tuple) -> None:
     """Outputs and gradients are bitwise equal for these numbers of threads, torch's or our own."""
     _C.use_openmp(cpu._torch_openmp() if openmp else 0)
-    needs = (True, True, True, call.bias is not None, False)
+    needs = needs_of(call)
     before, results = torch.get_num_threads(), []
     try:
         for threads in counts:

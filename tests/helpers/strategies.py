@@ -6,7 +6,7 @@ Arguments rather than calls: a failing example then prints as one line that repr
 import torch
 from hypothesis import strategies as st
 
-from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED
+from attn_ext.core.schema import BOTTOM_RIGHT, TOP_LEFT, UNBOUNDED
 from attn_ext.testing import LAYOUTS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

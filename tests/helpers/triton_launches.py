@@ -3,7 +3,6 @@ tests/triton/test_triton_replay.py.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 
@@ -16,7 +15,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_offline import ALL_FEATURES, StubDriver
 
-from attn_ext.testing import poisoned_memory, random_call
+from attn_ext.testing import needs_of, poisoned_memory, random_call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.launch import attention, backward, replay
 
@@ -65,7 +64,7 @@ def run(call, dout=None, forward=None):
         results = attention.forward(call)
         inputs = replay.tensors_of(call)
     else:
-        needs = (True, True, True, call.bias is not None, call.sink is not None)
+        needs = needs_of(call)
         results = backward.backward(call, dout, *forward, None, needs)
         inputs = (*replay.tensors_of(call), dout, *forward)
     return own_pointers_hidden(launches, inputs), results
@@ -102,7 +101,7 @@ def same_again(call) -> dict:
     the pointers of other inputs."""
     found = {}
     replay.forget()
-    other = dataclasses.replace(call, q=call.q.clone(memory_format=torch.preserve_format))
+    other = call._replace(q=call.q.clone(memory_format=torch.preserve_format))
     forward = attention.forward(call)[:2]
     dout = torch.randn_like(forward[0])
     for direction in ("forward", "backward"):
@@ -167,7 +166,7 @@ def capture_safety(call) -> dict:
         launches.clear()
         with Operators() as seen, counting() as used:
             attention.forward(call)
-            needs = (True, True, True, call.bias is not None, False)
+            needs = needs_of(call)._replace(sink=False)
             backward.backward(call, dout, out, lse, None, needs)
         found[name] = {
             "streams": sorted({args[3] for args in launches}), "launches": len(launches),
@@ -194,14 +193,14 @@ def main() -> None:
     }  # fmt: skip
     for name, options in calls.items():
         call = random_call(**options)
-        call.normalizer = name if name == "sigmoid" else "softmax"
+        call = call._replace(normalizer=name if name == "sigmoid" else "softmax")
         found["replayed"][name] = same_again(call)
     with configs.using(configs.key("fwd", 64, 2), configs.Tile(64, 64, 4, 2, 1)):
         found["replayed"]["descriptors"] = same_again(random_call(**shape))
 
     shape = shape | {"head_dim": 16}
     base = random_call(**shape, bias="hqk", sink=True)
-    change = dataclasses.replace
+    change = type(base)._replace
     wide = random_call(**shape | {"head_dim": 24}, bias="hqk", sink=True)
     differ = {
         "q misaligned": change(base, q=moved(base.q, 1)),

@@ -31,7 +31,7 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 
-from attn_ext.testing import random_call
+from attn_ext.testing import needs_of, random_call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels import fwd
 from attn_ext.triton_kernels.launch import attention, backward, replay
@@ -267,7 +267,7 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
         with asked:
             out, lse, *_ = attention.forward(call)
         if call.seqlens_k is None:
-            needs = (True, True, True, call.bias is not None, call.sink is not None)
+            needs = needs_of(call)
             backward.backward(call, out, out, lse, lse, needs)
     return table
 

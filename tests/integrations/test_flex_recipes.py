@@ -1,4 +1,4 @@
-"""The table of flex_attention recipes in docs/migrate.md: each row, both sides.
+"""The table of flex_attention recipes in docs/guide/migrate.md: each row, both sides.
 
 Values against flex_attention itself, which has no backward on the CPU; gradients against the same
 mods applied to the whole score matrix.
@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_ext
 
-TEXT = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "guide" / "migrate.md").read_text()
 TABLE = TEXT[TEXT.index("## flex_attention recipes") :]
 B, H, S, D = 2, 4, 12, 8
 

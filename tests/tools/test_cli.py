@@ -52,10 +52,9 @@ def off_by_one(name="planted"):
     """A backend whose causal mask ends one key late"""
 
     def late(call):
-        import dataclasses
 
         wrong = call.window_right == 0 and call.max_seqlen_k > 1
-        return dataclasses.replace(call, window_right=1) if wrong else call
+        return call._replace(window_right=1) if wrong else call
 
     return types.SimpleNamespace(
         __name__=name,
@@ -366,9 +365,9 @@ def test_look_at_what_is_no_recording(capsys, tmp_path):
 def documented():
     """(document, command, options) of every attn-ext command line in the documents"""
     root = Path(__file__).parents[2]
-    for document in [*root.glob("*.md"), *(root / "docs").glob("*.md")]:
+    for document in [*root.glob("*.md"), *(root / "docs").rglob("*.md")]:
         for line in re.findall(
-            r"(?:^ {4}\$? ?|`)attn-ext ([a-z][^`\n]*)", document.read_text(), re.M
+            r"(?:^ {0,4}\$? ?|`)attn-ext ([a-z][^`\n]*)", document.read_text(), re.M
         ):
             words = line.split(" -- ")[0].split()
             yield document.name, words[0], [w.split("=")[0] for w in words if w.startswith("--")]

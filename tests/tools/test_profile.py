@@ -10,7 +10,7 @@ from reports import MAYBE, NUMBER, Page, check
 import attn_ext
 from attn_ext.cli.main import main
 from attn_ext.measure import report, trace
-from attn_ext.ops import execute
+from attn_ext.ops import route
 
 PROFILE = {
     "format": int, "machine": dict, "ceilings": (dict, None), "headline": str, "device": str,
@@ -46,7 +46,7 @@ def test_a_block_is_recorded(tmp_path, capsys):
             for _ in range(2):
                 attn_ext.attention(q, k, k)
         torch.softmax(torch.randn(2, 64, 64), -1)
-    assert not execute.through_dispatcher
+    assert not route.through_dispatcher
     found = {(g.shape, g.backend, g.direction): g for g in p.result.groups}
     assert {key: g.calls for key, g in found.items()} == {
         ("2,4(2),40,16 fp32 causal", "attn_ext", "fwd"): 3,
@@ -69,7 +69,7 @@ def test_an_error_in_the_block_is_the_users(tmp_path):
     """A profile that swallows exceptions, or leaves the fast path off."""
     with pytest.raises(ZeroDivisionError), attn_ext.profile(quiet=True):
         _ = 1 / 0
-    assert not execute.through_dispatcher
+    assert not route.through_dispatcher
 
 
 def test_a_script_is_profiled(capfd, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_ext.core.schema import Needs
 from attn_ext.measure import ceilings, plots, timing
 from attn_ext.measure.cases import DTYPES, PRESETS, Case, make, parse_shape
 from attn_ext.measure.checks import Reference, blockwise
@@ -77,7 +78,7 @@ def test_blockwise_truth_equals_the_reference(monkeypatch):
     case = Case(1, 1, 1, 31, 33, 16, "fp64", True, "fwd+bwd")
     got = blockwise(case, call.q[0], call.k[0, 0], call.v[0, 0], dout[0])
     out = reference.forward(call)[0]
-    grads = reference.backward(call, dout, None, None, None, (True,) * 3 + (False,) * 2)
+    grads = reference.backward(call, dout, None, None, None, Needs(True, True, True))
     expected = (out[0], grads[0][0], grads[1][0, 0], grads[2][0, 0])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -200,6 +201,16 @@ def test_figures_are_not_blank(plot, tmp_path):
     pixels = image.imread(path)
     assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.02
     assert len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3).round(2).tolist()}) > 5
+
+
+def test_a_long_report_fits_a_page(tmp_path):
+    """A picture of all rows that is 7,900 pixels tall, as it was."""
+    from matplotlib import image
+
+    report = Report.load(ROOT / "bench" / "results" / "cpu.json")
+    assert len({row.case for row in report.rows}) > 60
+    pixels = image.imread(plots.bars(report, tmp_path / "p.png"))
+    assert 400 < pixels.shape[0] <= plots.MOST_PIXELS
 
 
 def test_bench_cpu_runs_a_row(tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch
 from closeness import assert_same
 
 import attn_ext
+from attn_ext.core.schema import Call
 from attn_ext.testing import random_call
 
 CU = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -67,15 +68,16 @@ def test_inspect_refuses_a_trace():
             torch.jit.trace(call, (q, k))
 
 
-WRONG = {  # position among the flat arguments, what is put there, the name in the message
-    "k shorter than v": (1, torch.zeros(2, 4, 5, 8), "v must have k's length"),
-    "v of another batch": (2, torch.zeros(1, 4, 12, 8), "v must have q's batch"),
-    "q of another head_dim": (0, torch.zeros(2, 4, 12, 16), "k must have q's head_dim"),
-    "short mask": (3, torch.ones(1, 1, 12, 5, dtype=torch.bool), "mask must be broadcastable"),
-    "short bias": (4, torch.zeros(2, 4, 5, 12), "bias must be broadcastable"),
-    "few slopes": (5, torch.zeros(2), "alibi_slopes must have shape"),
-    "few sinks": (6, torch.zeros(1), "sink must have shape"),
-    "no random state": (16, 0.5, "rng_state must have shape"),
+WRONG = {  # a field, what is put there, the name in the message
+    "k shorter than v": ("k", torch.zeros(2, 4, 5, 8), "v must have k's length"),
+    "v of another batch": ("v", torch.zeros(1, 4, 12, 8), "v must have q's batch"),
+    "q of another head_dim": ("q", torch.zeros(2, 4, 12, 16), "k must have q's head_dim"),
+    "short mask": ("mask", torch.ones(1, 1, 12, 5, dtype=torch.bool), "mask must be broadcastable"),
+    "short bias": ("bias", torch.zeros(2, 4, 5, 12), "bias must be broadcastable"),
+    "few slopes": ("alibi_slopes", torch.zeros(2), "alibi_slopes must have shape"),
+    "few sinks": ("sink", torch.zeros(1), "sink must have shape"),
+    "w of another head_dim": ("w", torch.zeros(4, 9), "w must have shape"),
+    "no random state": ("dropout_p", 0.5, "rng_state must have shape"),
 }
 
 
@@ -83,19 +85,14 @@ WRONG = {  # position among the flat arguments, what is put there, the name in t
 def test_wrong_shapes_below_the_public_api(case):
     """Memory beyond a tensor, read or written by a traced program that meets other sizes."""
     call = random_call(batch=2, heads_q=4, heads_k=4, seqlen_q=12, seqlen_k=12, head_dim=8)
-    fields = [getattr(call, name) for name in call.__dataclass_fields__]
-    args = [*fields, False, False, "auto"]
-    position, value, message = WRONG[case]
-    dtype = call.q.dtype if isinstance(value, torch.Tensor) and position < 3 else None
-    args[position] = value if dtype is None else value.to(dtype)
+    name, value, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
-        torch.ops.attn_ext.forward(*args)
+        torch.ops.attn_ext.forward(*call._replace(**{name: value}))
 
 
 def test_lengths_below_the_public_api_are_the_tensors():
     """max_seqlen_q and max_seqlen_k of a trace's example, which size a kernel's loops."""
     q, k, v = qkv(seqlen=7)
-    args = [q, k, v, *[None] * 9, 1000, 2000, None, 0.0, 0.0, 1, -1, -1, False, False, "softmax",
-            None, 0, False, False, "auto"]  # fmt: skip
-    got = torch.ops.attn_ext.forward(*args)[0]
+    call = Call(q, k, v, max_seqlen_q=1000, max_seqlen_k=2000, scale=None)
+    got = torch.ops.attn_ext.forward(*call)[0]
     assert_same(got, attn_ext.attention(q, k, v))

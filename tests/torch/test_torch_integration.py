@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import attn_ext
-from attn_ext.testing import random_call
+from attn_ext.testing import differentiated, needs_of, random_call
 
 OPTIONS = {
     "plain": {},
@@ -34,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 def op_args(call, backend: str, grad: bool = True) -> tuple:
     """The flat arguments of torch.ops.attn_ext.forward for `call`."""
-    fields = tuple(getattr(call, name) for name in call.__dataclass_fields__)
-    return (*fields, grad, grad and call.bias is not None, backend)
+    return tuple(differentiated(call, grad)._replace(backend=backend))
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -49,7 +48,7 @@ def test_opcheck(case, backend, device):
     with torch.no_grad():
         args = op_args(call, backend)
         out, lse, _, _ = torch.ops.attn_ext.forward(*args)
-        needs = [True, True, True, call.bias is not None, call.sink is not None]
+        needs = list(needs_of(call))
         given = (torch.randn_like(out), torch.randn_like(lse), out, lse, *args, needs)
         torch.library.opcheck(
             torch.ops.attn_ext.backward.default,
@@ -393,8 +392,7 @@ def test_batched_gradients(case, device):
         leaves.append(torch.randn(call.q.shape[1], 3, device=device, requires_grad=True))
         outs = attn_ext.additive_attention(call.q, call.k, call.v, leaves[-1], return_lse=True)
     else:
-        fields = [getattr(call, name) for name in call.__dataclass_fields__]
-        outs = attn_ext.ops.execute.run((*fields, True, call.bias is not None, "auto"))[:2]
+        outs = attn_ext.ops.route.run(differentiated(call))[:2]
     seeds = [torch.randn(3, *x.shape, device=device) for x in outs]
     together = torch.autograd.grad(outs, leaves, seeds, is_grads_batched=True, retain_graph=True)
     for n in range(3):

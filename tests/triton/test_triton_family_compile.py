@@ -14,14 +14,14 @@ from attn_ext.triton_kernels import configs
 
 # Compiles in a process of its own, since Triton remembers its target.
 SCRIPT = """
-import dataclasses, functools, json, sys
+import functools, json, sys
 import torch, triton
 import triton_offline as offline
 from attn_ext.triton_kernels.launch import additive as additive_launch
 from attn_ext.triton_kernels.launch import attention as launch
 from attn_ext.triton_kernels.launch import backward as launch_backward
 from attn_ext.triton_kernels.launch import inspect as inspect_launch
-from attn_ext.testing import random_call
+from attn_ext.testing import needs_of, random_call
 
 architecture, table = sys.argv[1], {}
 triton.runtime.driver.set_active(offline.StubDriver(architecture))
@@ -42,18 +42,17 @@ calls = {
 }
 
 def additive(call):
-    w = torch.zeros(4, call.q.shape[-1])
-    out, lse = additive_launch.forward(call, w)
-    additive_launch.backward(call, w, out, out, lse, lse, call.bias is not None)
+    call = call._replace(w=torch.zeros(4, call.q.shape[-1]), scale=1.0)
+    out, lse, _, _ = additive_launch.forward(call)
+    additive_launch.backward(call, out, out, lse, lse, needs_of(call))
 
 def sigmoid(call):
-    call = dataclasses.replace(call, normalizer="sigmoid")
+    call = call._replace(normalizer="sigmoid")
     out, lse, _, _ = launch.forward(call)
-    needs = (True, True, True, call.bias is not None, False)
-    launch_backward.backward(call, out, out, lse, None, needs)
+    launch_backward.backward(call, out, out, lse, None, needs_of(call))
 
 def look(call):
-    call.v, call.rng_state, call.dropout_p = call.k[..., :1], None, 0.0
+    call = call._replace(v=call.k[..., :1], rng_state=None, dropout_p=0.0)
     lse = torch.zeros(call.q.shape[:3])
     inspect_launch.column_mass(call, lse)
     inspect_launch.top_k(call, 16, lse)

@@ -1,11 +1,11 @@
-"""From a `Call` with weights w to the launches of additive attention's kernels (additive.py)."""
+"""From a `Call` with w to the launches of additive attention's kernels (additive.py)."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from attn_ext.core.call import Call
+from attn_ext.core.schema import Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.additive import (
     additive_dkdv_kernel,
@@ -47,8 +47,8 @@ def _shared(plan: attention.Plan, o: torch.Tensor) -> tuple:
     )  # fmt: skip
 
 
-def forward(call: Call, w: torch.Tensor) -> tuple:
-    """(O, LSE); w [Hq, D] float32."""
+def forward(call: Call) -> tuple:
+    """(O, LSE, None, None)"""
     plan = attention.Plan(call)
     out, lse, _, _ = attention.outputs(plan)
     if lse.numel():
@@ -57,35 +57,36 @@ def forward(call: Call, w: torch.Tensor) -> tuple:
         with attention.on_device(plan.q):
             attention.run(
                 additive_forward_kernel, blocks * plan.heads_q * plan.batch, found,
-                plan.q, plan.k, plan.v, w.contiguous(), out, lse, *_shared(plan, out),
+                plan.q, plan.k, plan.v, plan.w, out, lse, *_shared(plan, out),
                 *_sizes(plan, blocks), *_tiles(plan, found), plan.flags,
             )  # fmt: skip
-    return out, lse
+    return out, lse, None, None
 
 
-def backward(call: Call, w, dout, out, lse, dlse, bias_grad: bool) -> tuple:
-    """(dQ, dK, dV, dbias or None, dw)"""
+def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+    """The gradients; all but that of the bias come together."""
     plan = attention.Plan(call)
     grads = [backward_launch.empty_gradient(x, plan) for x in (call.q, call.k, call.v)]
     if call.seqlens_k is not None:  # rows past a length have no program
         for g in grads:
             g.zero_()
     dbias = None
-    if bias_grad:
+    if needs.bias:
         dbias = torch.zeros(call.bias.shape, dtype=torch.float32, device=call.q.device)
-    dw = torch.zeros_like(w)
+    dw = torch.zeros_like(plan.w)
     if call.q.numel() and call.k.numel() and call.v.numel():
         with attention.on_device(plan.q):
-            dw = _gradients(plan, w.contiguous(), dout, out, lse, dlse, grads, dbias)
-    return *grads, None if dbias is None else dbias.to(call.bias.dtype), dw
+            dw = _gradients(plan, dout, out, lse, dlse, grads, dbias)
+    dbias = None if dbias is None else dbias.to(call.bias.dtype)
+    return Grads(*grads, bias=dbias, w=dw.to(call.w.dtype))
 
 
-def _gradients(plan: attention.Plan, w, dout, out, lse, dlse, grads, dbias) -> torch.Tensor:
+def _gradients(plan: attention.Plan, dout, out, lse, dlse, grads, dbias) -> torch.Tensor:
     """Fill dQ, dK, dV and dbias; returns dw [Hq, D]."""
     (dq, dk, dv), varlen = grads, plan.varlen
     rows = backward_launch.Backward(plan, dout, out, lse, dlse)
     rows.preprocess()
-    inputs = (plan.q, plan.k, plan.v, w, rows.dout, rows.lse, rows.delta)
+    inputs = (plan.q, plan.k, plan.v, plan.w, rows.dout, rows.lse, rows.delta)
     shared = _shared(plan, rows.dout)
     found = tile(plan)
     blocks = triton.cdiv(plan.seqlen_k, found.block_n)
@@ -96,7 +97,7 @@ def _gradients(plan: attention.Plan, w, dout, out, lse, dlse, grads, dbias) -> t
     )  # fmt: skip
     found = tile(plan)
     blocks = triton.cdiv(plan.seqlen_q, found.block_m)
-    parts = w.new_zeros(plan.batch, plan.heads_q, blocks, plan.dim)
+    parts = plan.w.new_zeros(plan.batch, plan.heads_q, blocks, plan.dim)
     flags = plan.flags + (0 if dbias is None else gradients.dbias_flags(plan, tuple(dbias.shape)))
     attention.run(
         additive_dq_kernel, blocks * plan.heads_q * plan.batch, found, *inputs, dq, parts, dbias,

@@ -12,8 +12,8 @@ import math
 import torch
 import triton
 
-from attn_ext.core.call import BOTTOM_RIGHT, Call
 from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.schema import BOTTOM_RIGHT, FIELDS, TENSORS, Call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels import primitives
 from attn_ext.triton_kernels.kernels.decode import combine_kernel, decode_kernel
@@ -92,8 +92,9 @@ class Plan:
         self.bias = None if call.bias is None else call.bias.detach().resolve_neg()
         if self.bias is not None and self.bias.dtype not in _FLOATS:
             self.bias = self.bias.float()
-        self.alibi = self._side(call.alibi_slopes, torch.float32)
+        self.alibi = self.alibi_slopes = self._side(call.alibi_slopes, torch.float32)
         self.sink = self._side(call.sink, torch.float32)
+        self.w = self._side(call.w, torch.float32)
         self.rng_state = self._side(call.rng_state, torch.int64)
         self.cu_seqlens_q = self._side(call.cu_seqlens_q, torch.int32)
         self.cu_seqlens_k = self._side(call.cu_seqlens_k, torch.int32)
@@ -170,10 +171,8 @@ class Plan:
         self.launched.append((run(kernel, programs, tile, *args), programs, args))
 
     def taken(self) -> tuple:
-        """What the kernels get in place of the call's tensors, in the order of replay.TENSORS."""
-        return (self.q, self.k, self.v, self.mask, self.bias, self.alibi, self.sink,
-                self.rng_state, self.cu_seqlens_q, self.cu_seqlens_k, self.seqlens_k,
-                self.block_table)  # fmt: skip
+        """What the kernels get in place of the call's tensors, in their order."""
+        return tuple(getattr(self, name) for name in FIELDS[:TENSORS])
 
     def side_tensors(self) -> tuple:
         """mask, bias and their kin, in the order of the kernels' arguments."""
@@ -340,7 +339,7 @@ def forward(call: Call):
     """(out, lse, max_logit | None, entropy | None) of `call`."""
     known = key = None
     if not INTERPRETED and replay.usable(call.q):
-        tensors = replay.tensors_of(call)
+        tensors = call[:TENSORS]
         key = replay.key_of(call, tensors)
         known = replay.find(key)
     if known:

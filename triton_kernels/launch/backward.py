@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from attn_ext.core.call import Call
 from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.schema import TENSORS, Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
 from attn_ext.triton_kernels.kernels.dbias import dbias_kernel
@@ -102,11 +102,11 @@ class Backward:
         )  # fmt: skip
 
 
-def backward(call: Call, dout, out, lse, dlse, needs):
-    """(dq, dk, dv, dbias, dsink); None where `needs` says so."""
+def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+    """The gradients; None where `needs` says so."""
     known = key = None
     if not attention.INTERPRETED and replay.usable(call.q):
-        tensors = (*replay.tensors_of(call), dout, out, lse, dlse)
+        tensors = (*call[:TENSORS], dout, out, lse, dlse)
         key = (needs, *replay.key_of(call, tensors))
         known = replay.find(key)
     owned = replay.replay(known, tensors) if known else None
@@ -114,15 +114,15 @@ def backward(call: Call, dout, out, lse, dlse, needs):
         owned = backward_long(call, dout, out, lse, dlse, needs, None if known else key)
     owned = iter(owned)
     grads = [next(owned) if need else None for need in needs[:4]]
-    if needs[3]:
+    if needs.bias:
         grads[3] = grads[3].to(call.bias.dtype)
     dsink = None
-    if needs[4]:
+    if needs.sink:
         delta = next(owned, None)  # none without any pair of query and key
         dsink = torch.zeros_like(call.sink, dtype=torch.float32)
         if delta is not None:
             dsink = sink_gradient(call.sink, call.cu_seqlens_q is not None, lse.detach(), delta)
-    return (*grads, dsink)
+    return Grads(*grads, dsink)
 
 
 def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Tensor]:
@@ -133,7 +133,7 @@ def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Te
         for x, need in zip((call.q, call.k, call.v), needs, strict=False)
     )
     dbias = None
-    if needs[3]:
+    if needs.bias:
         dbias = plan.own(call.q.new_empty(call.bias.shape, dtype=torch.float32), 0.0)
     if call.q.numel() and call.k.numel() and call.v.numel():
         kernels = Backward(plan, dout, out, lse, dlse)
@@ -142,7 +142,7 @@ def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Te
                 kernels.preprocess()
             if dk is not None or dv is not None:
                 kernels.keys(dk, dv)
-            apart = needs[3] and call.deterministic and tuple(dbias.shape) != plan.sizes
+            apart = needs.bias and call.deterministic and tuple(dbias.shape) != plan.sizes
             if dq is not None or (dbias is not None and not apart):
                 kernels.queries(dq, None if apart else dbias)
             if apart:
@@ -150,6 +150,6 @@ def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Te
         if key:
             rows_taken = (lse, dlse) if plan.sigmoid else (kernels.lse, kernels.dlse)
             taken = (*plan.taken(), kernels.dout, kernels.out, *rows_taken)
-            given = (*replay.tensors_of(call), dout, out, lse, dlse)
+            given = (*call[:TENSORS], dout, out, lse, dlse)
             replay.remember(key, given, taken, plan.owned, plan.launched)
     return [x for x, _ in plan.owned]

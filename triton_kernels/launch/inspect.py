@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from attn_ext.core.call import Call
+from attn_ext.core.schema import Call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.inspect import (
     column_mass_kernel,

@@ -10,7 +10,6 @@ bytes.  Any other call takes the long way.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,24 +17,15 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attn_ext.core.call import Call
+from attn_ext.core.plans import Plans
+from attn_ext.core.schema import TENSORS, Call
 from attn_ext.triton_kernels import configs
 
 ALIGNMENT = 16  # bytes, that which Triton specialises pointers for
-MOST = 4096  # recipes; then all are forgotten, which costs each call the long way once
 # Triton's launcher is no public interface: other versions take the long way
 LAUNCHER_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 _NUMBERS = {int, float, bool, type(None)}
-TENSORS = (
-    "q", "k", "v", "mask", "bias", "alibi_slopes", "sink", "rng_state", "cu_seqlens_q",
-    "cu_seqlens_k", "seqlens_k", "block_table",
-)  # fmt: skip
-tensors_of = operator.attrgetter(*TENSORS)
-_scalars_of = operator.attrgetter(
-    "max_seqlen_q", "max_seqlen_k", "scale", "softcap", "dropout_p", "align", "window_left",
-    "window_right", "need_stats", "deterministic", "normalizer", "sigmoid_bias", "num_splits",
-)  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -57,7 +47,7 @@ class Recipe(NamedTuple):
     launches: tuple[Launch, ...]
 
 
-_recipes: dict[tuple, Recipe] = {}
+_recipes: Plans[Recipe] = Plans()
 
 
 def layout(x: torch.Tensor | None):
@@ -68,7 +58,7 @@ def layout(x: torch.Tensor | None):
 def key_of(call: Call, tensors: Sequence) -> tuple:
     """Equal for calls that launch the same kernels with the same integers.  `tensors`: all inputs,
     a call's own first."""
-    return (call.q.device, configs.generation(), _scalars_of(call), *map(layout, tensors))
+    return (call.q.device, configs.generation(), call[TENSORS:], *map(layout, tensors))
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -124,10 +114,8 @@ def remember(key: tuple, inputs: Sequence, taken: Sequence, owned: Sequence, lau
             else:
                 described.append((at, slot, arg.shape, arg.strides, arg.block_shape))
         launches.append(Launch(compiled, programs, kept, tuple(pointers), tuple(described)))
-    if len(_recipes) >= MOST:
-        _recipes.clear()
     allocations = tuple((tuple(x.shape), x.stride(), x.dtype, fill) for x, fill in owned)
-    _recipes[key] = Recipe(allocations, tuple(launches))
+    _recipes.keep(key, Recipe(allocations, tuple(launches)))
 
 
 def replay(recipe: Recipe, inputs: Sequence) -> list[torch.Tensor] | None:

@@ -11,7 +11,6 @@ import importlib
 from attn_ext.integrations import importing
 from attn_ext.integrations.flash_attn import bert_padding, passes, rotary
 from attn_ext.integrations.flash_attn.functions import (
-    _get_block_size_n,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -19,6 +18,7 @@ from attn_ext.integrations.flash_attn.functions import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    get_block_size_n,
 )  # fmt: skip
 
 VERSION = "2.8.3"  # the version whose signatures these are
@@ -34,8 +34,8 @@ def _top() -> dict:
 
 
 def _interface() -> dict:
-    names = {f.__name__: f for f in (*FUNCTIONS, _get_block_size_n)}
-    return {**names, **passes.NAMES, "USE_TRITON_ROCM": False}
+    own = {f.__name__: f for f in FUNCTIONS} | {"_get_block_size_n": get_block_size_n}
+    return {**own, **passes.NAMES, "USE_TRITON_ROCM": False}
 
 
 def _padding() -> dict:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from attn_ext.core import reference, validate
-from attn_ext.functional import decode, dense
+from attn_ext.core.schema import Call
+from attn_ext.functional import common, decode, dense, varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.flash_attn import rotary
-from attn_ext.ops import execute
+from attn_ext.ops import route
 
 
 def _scale(softmax_scale):
@@ -66,12 +67,11 @@ def _round_up(n: int) -> int:
     return (n + 127) // 128 * 128
 
 
-def _signed_weights(args: tuple, max_logit, seqlens_q, seqlens_k):
+def _signed_weights(call: Call, max_logit, seqlens_q, seqlens_k):
     """S_dmask [B, H, round128(Sq), round128(Sk)]: exp(logit - row maximum), negative where dropped.
 
     For tests only, as in flash-attn: it holds the whole matrix.
     """
-    call = dense.call_of(args)
     varlen = call.cu_seqlens_q is not None
     batch, heads = len(seqlens_q), call.q.shape[1]
     sizes = (batch, heads, _round_up(call.max_seqlen_q), _round_up(call.max_seqlen_k))
@@ -105,19 +105,20 @@ def _signed_weights(args: tuple, max_logit, seqlens_q, seqlens_k):
     return result
 
 
-def _run(args: tuple, return_attn_probs: bool, layout):
+def _run(call: Call, return_attn_probs: bool, layout):
     """The outputs of a call; `layout` puts `out` into flash-attn's order."""
     if not return_attn_probs:
-        return layout(dense.result(args, False, False))
-    out, lse, stats = dense.result(args, True, True)
-    weights = args[0].new_empty((0,))
-    if args[16] > 0:  # dropout_p
-        if args[8] is not None:
-            lengths = (args[8].diff().tolist(), args[9].diff().tolist())
+        return layout(common.result(call, False, False))
+    out, lse, stats = common.result(call, True, True)
+    weights = call.q.new_empty((0,))
+    if call.dropout_p > 0:
+        if call.cu_seqlens_q is not None:
+            lengths = (call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist())
         else:
-            lengths = ([args[12]] * args[0].shape[0], [args[13]] * args[0].shape[0])
+            batch = call.q.shape[0]
+            lengths = ([call.max_seqlen_q] * batch, [call.max_seqlen_k] * batch)
         with torch.no_grad():
-            weights = _signed_weights(args, stats.max_logit, *lengths)
+            weights = _signed_weights(call, stats.max_logit, *lengths)
     return layout(out), _flash_lse(lse), weights
 
 
@@ -138,11 +139,11 @@ def flash_attn_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
     return_attn_probs = validate.switch("return_attn_probs", return_attn_probs)
-    args = dense.dense_args(
+    call = dense.dense_call(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         need_stats=return_attn_probs, **options,
     )  # fmt: skip
-    return _run(args, return_attn_probs, lambda out: out.transpose(1, 2))
+    return _run(call, return_attn_probs, lambda out: out.transpose(1, 2))
 
 
 def flash_attn_qkvpacked_func(
@@ -228,11 +229,11 @@ def flash_attn_varlen_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
     return_attn_probs = validate.switch("return_attn_probs", return_attn_probs)
-    args = dense.varlen_args(
+    call = varlen.varlen_call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         need_stats=return_attn_probs, **options,
     )  # fmt: skip
-    return _run(args, return_attn_probs, lambda out: out)
+    return _run(call, return_attn_probs, lambda out: out)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -286,7 +287,7 @@ def _per_batch(name: str, value, batch: int, device, low: int = 0, high: int = (
 def _readable(value) -> bool:
     """Whether the elements may be looked at: on CPU, and not while a graph is traced."""
     known = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    return known and execute.is_plain(value, value, value)
+    return known and route.is_plain(value, value, value)
 
 
 def _lengths(value, batch: int, device, capacity: int, added: int):
@@ -429,6 +430,6 @@ def flash_attn_with_kvcache(
     return result.transpose(1, 2)
 
 
-def _get_block_size_n(device, head_dim, is_dropout, is_causal) -> int:
+def get_block_size_n(device, head_dim, is_dropout, is_causal) -> int:
     """Keys in a block of S_dmask: here the row maximum is the whole row's, so one block."""
     return 1 << 30

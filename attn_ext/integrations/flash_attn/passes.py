@@ -8,21 +8,20 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate
+from attn_ext.core.schema import GRADIENTS, Call
 from attn_ext.functional import dense
 from attn_ext.integrations import checks
 
-_RNG, _DROPOUT = 7, 16  # among the flat op arguments: rng_state and dropout_p
 
-
-def _args(
+def _call(
     q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
     deterministic=False, **options,
-) -> tuple:  # fmt: skip
+) -> Call:  # fmt: skip
     checks.heads_last(q, k, v, ("q", "k", "v"))
     named = (("window_size_left", window_size_left), ("window_size_right", window_size_right))
     left, right = (validate.integer(name, x, low=-(1 << 31)) for name, x in named)
     causal = validate.switch("causal", causal)
-    return dense.dense_args(
+    return dense.dense_call(
         *(x.detach().transpose(1, 2) for x in (q, k, v)),
         scale=None if softmax_scale is None else validate.number("softmax_scale", softmax_scale),
         causal="bottom_right" if causal else False,
@@ -55,12 +54,12 @@ def _flash_attn_forward(
         raise NotImplementedError(
             "return_softmax must be False here: use flash_attn_func(return_attn_probs=True)"
         )
-    args = _args(
+    call = _call(
         q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, dropout_p=dropout_p,
     )  # fmt: skip
-    out, lse, _, _ = torch.ops.attn_ext.forward(*args)
-    state = args[_RNG]
+    out, lse, _, _ = torch.ops.attn_ext.forward(*call)
+    state = call.rng_state
     if state is None:
         state = torch.zeros(2, dtype=torch.int64, device=q.device)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
@@ -77,14 +76,14 @@ def _flash_attn_backward(
     """Write the gradients of a call of `_flash_attn_forward` into dq, dk and dv, each of which may
     be None; returns softmax_d [B, H, Sq], the row sums of dout * out in float32.
     """
-    args = list(_args(
+    call = _call(
         q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, deterministic,
-    ))  # fmt: skip
-    args[_DROPOUT] = validate.number("dropout_p", dropout_p, 0.0, 1.0)
-    if args[_DROPOUT] > 0:
+    )  # fmt: skip
+    call = call._replace(dropout_p=validate.number("dropout_p", dropout_p, 0.0, 1.0))
+    if call.dropout_p > 0:
         _like("rng_state", rng_state, (2,), (torch.int64,), q.device)
-        args[_RNG] = rng_state
+        call = call._replace(rng_state=rng_state)
     of_out, rows = (*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     _like("softmax_lse", softmax_lse, rows, (statistics,), q.device)
@@ -95,12 +94,12 @@ def _flash_attn_backward(
         if x is not None or name in ("dout", "out"):
             _like(name, x, shape, (q.dtype,) if "out" in name else validate.FLOATING, q.device)
     lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
-    given = (dq, dk, dv)
-    needs = [x is not None for x in given]
+    wanted = {"q": dq, "k": dk, "v": dv}
+    needs = [wanted.get(name) is not None for name in GRADIENTS]
     results = torch.ops.attn_ext.backward(
-        dout.transpose(1, 2), None, out.transpose(1, 2), lse, *args, [*needs, False, False]
+        dout.transpose(1, 2), None, out.transpose(1, 2), lse, *call, needs
     )
-    for grad, target in zip(results[:3], given, strict=True):
+    for grad, target in zip(results[:3], wanted.values(), strict=True):
         if target is not None:
             target.copy_(grad.transpose(1, 2))
     return (dout.float() * out.float()).sum(-1).transpose(1, 2)

@@ -13,7 +13,7 @@ import importlib
 import torch
 
 from attn_ext.core import validate
-from attn_ext.functional import dense
+from attn_ext.functional import common, dense, varlen
 from attn_ext.integrations import checks, importing
 from attn_ext.integrations.xformers import bias as biases
 from attn_ext.integrations.xformers import paged as paged
@@ -145,7 +145,7 @@ def _check_blocks(name: str, x, total: int) -> None:
 def _run_blocks(query, key, value, attn_bias, kind, p, scale):
     """(out [1, total_q, ..., Kv], lse [1, H, total_q]) of packed sequences."""
     q_info, k_info = attn_bias.q_seqinfo, attn_bias.k_seqinfo
-    in_pages = issubclass(kind, paged._Paged)
+    in_pages = issubclass(kind, paged.Paged)
     _check_blocks("query", query, q_info.seqstart_py[-1])
     shared = _shared(key, value)
     if shared:  # before anything is gathered: one head a group
@@ -170,11 +170,11 @@ def _run_blocks(query, key, value, attn_bias, kind, p, scale):
     )
     checks.rows(q, k, v)
     causal, window = _window_of(attn_bias, kind)
-    args = dense.varlen_args(
+    call = varlen.varlen_call(
         q, k, v, cu_q, cu_k, _longest(q_blocks), _longest(k_blocks), causal=causal, window=window,
         dropout_p=p, scale=scale,
     )  # fmt: skip
-    out, lse = dense.result(args, True, False)
+    out, lse = common.result(call, True, False)
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse[None]
 
 
@@ -193,10 +193,10 @@ def _run_dense(query, key, value, attn_bias, kind, p, scale):
     checks.heads_first(*folded)
     if bias is not None:
         bias = checks.scores("attn_bias", bias, folded[0], folded[1].shape[2])
-    args = dense.dense_args(
+    call = dense.dense_call(
         *folded, causal=causal, window=window, bias=bias, dropout_p=p, scale=scale,
     )  # fmt: skip
-    out, lse = dense.result(args, True, False)
+    out, lse = common.result(call, True, False)
     return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]), lse
 
 
@@ -223,7 +223,7 @@ def _run(query, key, value, attn_bias, p, scale, output_dtype):
         raise TypeError(
             f"attn_bias must be a tensor or a bias of xformers, got {type(attn_bias).__name__}"
         )
-    blocks = kind is not None and issubclass(kind, biases._Blocks)
+    blocks = kind is not None and issubclass(kind, biases.Blocks)
     function = _run_blocks if blocks else _run_dense
     out, lse = function(query, key, value, attn_bias, kind, p, scale)
     if query.dim() == 5:
@@ -377,10 +377,10 @@ def _bias_module() -> dict:
     """Besides the biases what callers use to recognise and describe them."""
     return {
         **_BY_NAME,
-        "VARLEN_BIASES": (biases._Blocks,),
-        "_GappySeqInfo": biases._PaddedSeqLenInfo,
-        "_PaddedSeqLenInfo": biases._PaddedSeqLenInfo,
-        "_SeqLenInfo": biases._SeqLenInfo,
+        "VARLEN_BIASES": (biases.Blocks,),
+        "_GappySeqInfo": biases.PaddedSeqLenInfo,
+        "_PaddedSeqLenInfo": biases.PaddedSeqLenInfo,
+        "_SeqLenInfo": biases.SeqLenInfo,
     }
 
 

@@ -16,7 +16,7 @@ import torch
 UNBOUNDED = (None, None)
 
 
-def _integers(name: str, values: Sequence[int], low: int = 0) -> list[int]:
+def integers(name: str, values: Sequence[int], low: int = 0) -> list[int]:
     if isinstance(values, torch.Tensor):
         raise TypeError(f"{name} must be a sequence of ints, got a tensor")
     if not isinstance(values, Sequence) or isinstance(values, str):
@@ -27,7 +27,7 @@ def _integers(name: str, values: Sequence[int], low: int = 0) -> list[int]:
     return list(values)
 
 
-def _at_least(name: str, value: int, low: int) -> None:
+def at_least(name: str, value: int, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
@@ -115,7 +115,7 @@ class LowerTriangularFromBottomRightLocalAttentionMask(
     _window_size: int
 
     def __post_init__(self):
-        _at_least("window_size", self._window_size, 1)
+        at_least("window_size", self._window_size, 1)
 
 
 @dataclass
@@ -126,8 +126,8 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
     window_right: int
 
     def __post_init__(self):
-        _at_least("window_left", self.window_left, 0)
-        _at_least("window_right", self.window_right, 0)
+        at_least("window_left", self.window_left, 0)
+        at_least("window_right", self.window_right, 0)
 
     @property
     def window(self):
@@ -135,7 +135,7 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
 
 
 @dataclass
-class _SeqLenInfo:
+class SeqLenInfo:
     """Blocks one after the other: block i is [seqstart_py[i], seqstart_py[i + 1])."""
 
     seqstart_py: list[int]
@@ -143,7 +143,7 @@ class _SeqLenInfo:
     @classmethod
     def from_seqlens(cls, seqlens, *, device=None):
         starts = [0]
-        for length in _integers("seqlens", seqlens):
+        for length in integers("seqlens", seqlens):
             starts.append(starts[-1] + length)
         return cls(starts)
 
@@ -183,7 +183,7 @@ class _SeqLenInfo:
 
 
 @dataclass
-class _PaddedSeqLenInfo(_SeqLenInfo):
+class PaddedSeqLenInfo(SeqLenInfo):
     """Blocks that begin at seqstart_py[i] and use seqlen_py[i] of their room."""
 
     seqlen_py: list[int]
@@ -191,8 +191,8 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 
     @classmethod
     def from_seqlens_padded(cls, seqlens, padding, *, device=None):
-        seqlens = _integers("kv_seqlen", seqlens)
-        _at_least("kv_padding", padding, max(seqlens, default=0))
+        seqlens = integers("kv_seqlen", seqlens)
+        at_least("kv_padding", padding, max(seqlens, default=0))
         starts = [i * padding for i in range(len(seqlens) + 1)]
         return cls(starts, seqlens, padding)
 
@@ -212,11 +212,11 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 
 
 @dataclass
-class _Blocks(AttentionBias):
+class Blocks(AttentionBias):
     """Queries of block i see keys of block i only."""
 
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: _SeqLenInfo
+    q_seqinfo: SeqLenInfo
+    k_seqinfo: SeqLenInfo
 
     def blocks(self) -> tuple[list, list]:
         """(first, end) of each block of queries and of keys."""
@@ -238,7 +238,7 @@ def _pack(tensors) -> torch.Tensor:
 
 
 @dataclass
-class BlockDiagonalMask(_Blocks):
+class BlockDiagonalMask(Blocks):
     """Sequences of different lengths packed in one row: block i sees block i."""
 
     _batch_sizes: Sequence[int] | None = None
@@ -246,17 +246,17 @@ class BlockDiagonalMask(_Blocks):
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
         """Of the lengths of queries and keys (the same if None)."""
-        _integers("q_seqlen", q_seqlen)
+        integers("q_seqlen", q_seqlen)
         if kv_seqlen is not None:
-            _integers("kv_seqlen", kv_seqlen)
-        q_seqinfo = _SeqLenInfo.from_seqlens(q_seqlen)
+            integers("kv_seqlen", kv_seqlen)
+        q_seqinfo = SeqLenInfo.from_seqlens(q_seqlen)
         if kv_seqlen is None or list(q_seqlen) == list(kv_seqlen):
             return cls(q_seqinfo=q_seqinfo, k_seqinfo=q_seqinfo)
         if len(q_seqlen) != len(kv_seqlen):
             raise ValueError(
                 f"kv_seqlen must have q_seqlen's {len(q_seqlen)} entries, got {len(kv_seqlen)}"
             )
-        return cls(q_seqinfo=q_seqinfo, k_seqinfo=_SeqLenInfo.from_seqlens(kv_seqlen))
+        return cls(q_seqinfo=q_seqinfo, k_seqinfo=SeqLenInfo.from_seqlens(kv_seqlen))
 
     @classmethod
     def from_tensor_list(cls, tensors):
@@ -350,7 +350,7 @@ class BlockDiagonalCausalLocalAttentionMask(_CausalWindow, BlockDiagonalCausalMa
     _window_size: int = 0
 
     def __post_init__(self):
-        _at_least("window_size", self._window_size, 1)
+        at_least("window_size", self._window_size, 1)
 
 
 @dataclass
@@ -363,24 +363,24 @@ class BlockDiagonalCausalLocalAttentionFromBottomRightMask(
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least("window_size", self._window_size, 1)
+        at_least("window_size", self._window_size, 1)
 
 
 @dataclass
-class BlockDiagonalPaddedKeysMask(_Blocks):
+class BlockDiagonalPaddedKeysMask(Blocks):
     """Keys in blocks of one room kv_padding, of which kv_seqlen[i] are used."""
 
     @classmethod
     def _infos(cls, q_seqlen, kv_padding, kv_seqlen) -> dict:
-        _integers("q_seqlen", q_seqlen)
-        _integers("kv_seqlen", kv_seqlen)
+        integers("q_seqlen", q_seqlen)
+        integers("kv_seqlen", kv_seqlen)
         if len(q_seqlen) != len(kv_seqlen):
             raise ValueError(
                 f"kv_seqlen must have q_seqlen's {len(q_seqlen)} entries, got {len(kv_seqlen)}"
             )
         return dict(
-            q_seqinfo=_SeqLenInfo.from_seqlens(q_seqlen),
-            k_seqinfo=_PaddedSeqLenInfo.from_seqlens_padded(kv_seqlen, kv_padding),
+            q_seqinfo=SeqLenInfo.from_seqlens(q_seqlen),
+            k_seqinfo=PaddedSeqLenInfo.from_seqlens_padded(kv_seqlen, kv_padding),
         )
 
     @classmethod
@@ -417,8 +417,8 @@ class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
     window_right: int = 0
 
     def __post_init__(self):
-        _at_least("window_left", self.window_left, 0)
-        _at_least("window_right", self.window_right, 0)
+        at_least("window_left", self.window_left, 0)
+        at_least("window_right", self.window_right, 0)
 
     @property
     def window(self):
@@ -441,7 +441,7 @@ class BlockDiagonalCausalLocalAttentionPaddedKeysMask(_CausalWindow, BlockDiagon
     _window_size: int = 1
 
     def __post_init__(self):
-        _at_least("window_size", self._window_size, 1)
+        at_least("window_size", self._window_size, 1)
 
     @classmethod
     def from_seqlens_local(cls, q_seqlen, kv_padding, kv_seqlen, window_size):
@@ -450,7 +450,7 @@ class BlockDiagonalCausalLocalAttentionPaddedKeysMask(_CausalWindow, BlockDiagon
 
 
 @dataclass
-class BlockDiagonalGappyKeysMask(_Blocks):
+class BlockDiagonalGappyKeysMask(Blocks):
     """Keys in blocks that begin anywhere: kv_seqlen[i] keys from kv_seqstarts[i]."""
 
     @classmethod
@@ -461,13 +461,13 @@ class BlockDiagonalGappyKeysMask(_Blocks):
                 f"kv_seqstarts must have {len(q_seqlen) + 1} entries and kv_seqlen "
                 f"{len(q_seqlen)}, got {len(kv_seqstarts)} and {len(kv_seqlen)}"
             )
-        starts = _integers("kv_seqstarts", kv_seqstarts)
-        used = _integers("kv_seqlen", kv_seqlen)
-        return cls(_SeqLenInfo.from_seqlens(q_seqlen), _PaddedSeqLenInfo(starts, used))
+        starts = integers("kv_seqstarts", kv_seqstarts)
+        used = integers("kv_seqlen", kv_seqlen)
+        return cls(SeqLenInfo.from_seqlens(q_seqlen), PaddedSeqLenInfo(starts, used))
 
     def make_paged(self, block_tables, page_size: int, notional_padding: int, paged_type):
         """The same keys in pages, where block i lies in row i of rows of notional_padding keys."""
-        _at_least("page_size", page_size, 1)
+        at_least("page_size", page_size, 1)
         if notional_padding % page_size:
             raise ValueError(
                 f"notional_padding must be a multiple of page_size {page_size}, "

@@ -12,23 +12,23 @@ import torch
 
 from attn_ext.integrations.xformers import bias as biases
 from attn_ext.integrations.xformers.bias import (
-    _at_least,
-    _Blocks,
-    _integers,
-    _PaddedSeqLenInfo,
-    _SeqLenInfo,
+    Blocks,
+    PaddedSeqLenInfo,
+    SeqLenInfo,
+    at_least,
+    integers,
 )
 
 
 @dataclass
-class _Paged(_Blocks):
+class Paged(Blocks):
     """Blocks of keys in pages; block_tables int32 [blocks, pages of a block]."""
 
     block_tables: torch.Tensor
     page_size: int
 
     def __post_init__(self):
-        _at_least("page_size", self.page_size, 1)
+        at_least("page_size", self.page_size, 1)
         blocks, tables = len(self.q_seqinfo.seqstart_py) - 1, self.block_tables
         if not isinstance(tables, torch.Tensor) or tables.dim() != 2 or len(tables) != blocks:
             got = tuple(tables.shape) if isinstance(tables, torch.Tensor) else type(tables).__name__
@@ -85,7 +85,7 @@ def rows_of_blocks(attn_bias) -> list[torch.Tensor]:
 
 
 @dataclass
-class PagedBlockDiagonalPaddedKeysMask(_Paged):
+class PagedBlockDiagonalPaddedKeysMask(Paged):
     """Block i uses the first kv_seqlen[i] keys of its pages."""
 
     _UNPAGED_TYPE = biases.BlockDiagonalPaddedKeysMask
@@ -93,15 +93,15 @@ class PagedBlockDiagonalPaddedKeysMask(_Paged):
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen, block_tables, page_size: int, *, device=None):
         """Of the lengths of queries and keys."""
-        _integers("q_seqlen", q_seqlen)
-        _integers("kv_seqlen", kv_seqlen)
+        integers("q_seqlen", q_seqlen)
+        integers("kv_seqlen", kv_seqlen)
         if len(q_seqlen) != len(kv_seqlen):
             raise ValueError(
                 f"kv_seqlen must have q_seqlen's {len(q_seqlen)} entries, got {len(kv_seqlen)}"
             )
-        used = _integers("kv_seqlen", kv_seqlen)
-        info = _PaddedSeqLenInfo.from_seqlens_padded(used, max(used, default=0))
-        return cls(_SeqLenInfo.from_seqlens(q_seqlen), info, block_tables, page_size)
+        used = integers("kv_seqlen", kv_seqlen)
+        info = PaddedSeqLenInfo.from_seqlens_padded(used, max(used, default=0))
+        return cls(SeqLenInfo.from_seqlens(q_seqlen), info, block_tables, page_size)
 
 
 @dataclass
@@ -113,7 +113,7 @@ class PagedBlockDiagonalCausalWithOffsetPaddedKeysMask(PagedBlockDiagonalPaddedK
 
 
 @dataclass
-class PagedBlockDiagonalGappyKeysMask(_Paged):
+class PagedBlockDiagonalGappyKeysMask(Paged):
     """Block i uses kv_seqlen[i] keys from kv_seqstarts[i], counted within its own pages."""
 
     _UNPAGED_TYPE = biases.BlockDiagonalGappyKeysMask
@@ -121,19 +121,19 @@ class PagedBlockDiagonalGappyKeysMask(_Paged):
     @classmethod
     def in_pages(cls, q_seqinfo, kv_seqstarts, kv_seqlen, block_tables, page_size: int):
         """Of the first keys and the numbers of keys."""
-        starts = _integers("kv_seqstarts", kv_seqstarts)
-        used = _integers("kv_seqlen", kv_seqlen)
+        starts = integers("kv_seqstarts", kv_seqstarts)
+        used = integers("kv_seqlen", kv_seqlen)
         if len(starts) != len(used):
             raise ValueError(f"kv_seqstarts must have {len(used)} entries, got {len(starts)}")
         ends = [first + count for first, count in zip(starts, used, strict=True)]
-        return cls(q_seqinfo, _PaddedSeqLenInfo([*starts, -1], ends), block_tables, page_size)
+        return cls(q_seqinfo, PaddedSeqLenInfo([*starts, -1], ends), block_tables, page_size)
 
     @classmethod
     def from_seqlens(
         cls, q_seqlen, kv_seqstarts, kv_seqlen, block_tables, page_size: int, *, device=None
     ):
         """Of the lengths of queries, and the first keys and numbers of keys."""
-        q_seqinfo = _SeqLenInfo.from_seqlens(q_seqlen)
+        q_seqinfo = SeqLenInfo.from_seqlens(q_seqlen)
         return cls.in_pages(q_seqinfo, kv_seqstarts, kv_seqlen, block_tables, page_size)
 
 

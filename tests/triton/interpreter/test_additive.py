@@ -9,6 +9,7 @@ from additive_checks import check, check_call
 from closeness import FLOAT32, assert_close
 
 import attn_ext
+from attn_ext.core.problem import Problem
 from attn_ext.testing import random_call
 
 # name -> random_call's options: what each would catch
@@ -63,7 +64,7 @@ def test_bad_values_behind_a_mask(value):
     call.bias[..., 9] = -torch.inf
     for tensor in (call.k, call.v):
         tensor[:, :, 4] = tensor[:, :, 9] = value
-    check_call(call, torch.float32, "triton")
+    check_call(call, "triton")
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
@@ -71,7 +72,7 @@ def test_nan_reaches_who_sees_it(where):
     """A NaN that is lost in a maximum, or that reaches rows which do not see it."""
     call = random_call(7, seqlen_q=40, causal=True, batch=1, head_dim=3)
     getattr(call, where)[:, :, 19] = torch.nan
-    check_call(call, torch.float32, "triton")
+    check_call(call, "triton")
 
 
 def test_the_public_function_and_its_gradients():
@@ -92,8 +93,9 @@ def test_the_public_function_and_its_gradients():
 
 def test_auto_never_interprets():
     """A call that gets a thousand times slower because a variable is set."""
-    from attn_ext.ops import additive
+    from attn_ext.backends import registry
 
-    assert additive.select("auto", random_call()) == "cpu"
-    reasons = additive.unsupported("triton", random_call(head_dim=257))
+    call = random_call(additive=True)
+    assert registry.select("auto", Problem.of(call)) == "cpu"
+    reasons = registry.reasons("triton", Problem.of(random_call(additive=True, head_dim=257)))
     assert any("at most 256" in why for why in reasons), reasons

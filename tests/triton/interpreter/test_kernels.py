@@ -9,7 +9,7 @@ import triton
 
 import attn_ext
 from attn_ext.core import reference
-from attn_ext.core.call import Problem
+from attn_ext.core.problem import Problem
 from attn_ext.testing import check_call, random_call
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -106,7 +106,8 @@ def test_varlen(name):
 def test_varlen_with_rows_past_the_last_sequence():
     """Rows without a sequence that are left uninitialised."""
     call = random_call(seqlens_q=[3, 5, 4], seqlens_k=[4, 7, 6], stats=True)
-    call.cu_seqlens_q, call.cu_seqlens_k = call.cu_seqlens_q[:3], call.cu_seqlens_k[:3]
+    starts = {"cu_seqlens_q": call.cu_seqlens_q[:3], "cu_seqlens_k": call.cu_seqlens_k[:3]}
+    call = call._replace(**starts)
     check_call(call, "triton")
 
 
@@ -200,13 +201,13 @@ def test_cu_seqlens_that_are_not_true(starts):
     for name in ("q", "k", "v"):  # NaN around the inputs
         x = getattr(call, name)
         storage = torch.full((x.numel() + 2 * room,), torch.nan)
-        setattr(call, name, storage[room:-room].view(x.shape).copy_(x))
+        call = call._replace(**{name: storage[room:-room].view(x.shape).copy_(x)})
     lie = torch.tensor(starts, dtype=torch.int32)
     true = lie.clamp(0, 12)
     results = []
     for cu in (lie, true):
-        call.cu_seqlens_q = call.cu_seqlens_k = cu
-        call.max_seqlen_q = call.max_seqlen_k = 12
+        lengths = {"max_seqlen_q": 12, "max_seqlen_k": 12}
+        call = call._replace(cu_seqlens_q=cu, cu_seqlens_k=cu, **lengths)
         results.append(attn_ext.backends.registry.get("triton").forward(call)[0])
     assert results[0].isfinite().all()
     torch.testing.assert_close(*results)
@@ -224,7 +225,7 @@ def test_dropout_bits_are_those_of_the_reference():
     """Philox words in another order, another key, or counted from the tile."""
     call = random_call(3, seqlen_q=70, seqlen_k=65, heads_q=2, batch=2, dropout_p=0.4)
     call.q.zero_()  # P = 1 / Sk everywhere
-    call.v = torch.eye(65).expand(2, 2, 65, 65).contiguous()
+    call = call._replace(v=torch.eye(65).expand(2, 2, 65, 65).contiguous())
     out = attn_ext.backends.registry.get("triton").forward(call)[0]
     seed, offset = call.rng_state.tolist()
     keep = reference.dropout_keep_mask(seed, offset, 2, 2, 70, 65, 0.4)
@@ -257,7 +258,7 @@ def test_what_triton_cannot_do_is_refused_with_a_reason():
     reasons = {
         "float64": Problem.of(random_call(dtype=torch.float64)),
         "at most 256": Problem.of(random_call(head_dim=257)),
-        "decode has no backward": Problem.of(random_call(cache_seqlens=[3, 4]), grad=True),
+        "decode has no backward": Problem.of(random_call(cache_seqlens=[3, 4])._replace(grad=True)),
     }
     for word, problem in reasons.items():
         assert any(word in why for why in triton.unsupported(problem)), word
@@ -284,7 +285,7 @@ def test_offsets_beyond_31_bits(dim, count, stride):
     name = ("batch", "heads", "seqlen")[dim]
     sizes |= {size: count for size in sizes if size.startswith(name)}
     call = random_call(dtype=torch.float16, **sizes)
-    call.k = far_apart(call.k, dim, stride)
+    call = call._replace(k=far_apart(call.k, dim, stride))
     check_call(call, "triton")
 
 

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import attn_ext
-from attn_ext.core.call import BOTTOM_RIGHT, TOP_LEFT
+from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, TOP_LEFT, Grads
 from attn_ext.functional import dense
-from attn_ext.testing import GRADIENTS, check_call, random_call
+from attn_ext.testing import check_call, random_call
 
 EXAMPLES = int(os.environ.get("ATTN_EXT_EXAMPLES", "0"))
 # around the edges of the interpreter's tiles of 32 x 32
@@ -78,7 +78,7 @@ class PublicFunctions:
             results, seeds = (self.out,), (dout,)
         found = torch.autograd.grad(results, list(self.leaves.values()), seeds)
         found = dict(zip(self.leaves, found, strict=True))
-        return tuple(found.get(name) for name in GRADIENTS)
+        return Grads(**found)
 
 
 @st.composite

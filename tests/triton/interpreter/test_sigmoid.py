@@ -3,22 +3,20 @@
 Tiles are 32 x 32 under the interpreter: lengths around 32 and 64 are the edges.
 """
 
-import dataclasses
-
 import pytest
 import torch
 import triton
 from closeness import FLOAT32, assert_close
 
 import attn_ext
-from attn_ext.core.call import Problem
+from attn_ext.core.problem import Problem
 from attn_ext.testing import check_call, random_call
 
 
 def sigmoid_call(seed=5, shift=None, **options):
     """random_call with sigmoid weights; `sigmoid_bias` is `shift`."""
     call = random_call(seed, **options)
-    return dataclasses.replace(call, normalizer="sigmoid", sigmoid_bias=shift)
+    return call._replace(normalizer="sigmoid", sigmoid_bias=shift)
 
 
 # name -> random_call's options: what each would catch

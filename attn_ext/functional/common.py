@@ -1,0 +1,61 @@
+"""What the functions of every kind of call share: autocast, dropout's seed, and how results are
+given.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from attn_ext.core import validate
+from attn_ext.core.schema import Call
+from attn_ext.ops import route
+
+MAX_SEED = 2**63 - 1
+NO_LSE = "return_lse must be False with normalizer='sigmoid', which has no LSE, got True"
+
+
+class RowStats(NamedTuple):
+    """Statistics of each query's row, [B, Hq, Sq] ([Hq, total_q] for varlen), from the same pass;
+    not differentiable.
+    """
+
+    lse: torch.Tensor  # natural log of sum exp(logits), the sink included; -inf for an empty row
+    max_logit: torch.Tensor  # the largest visible logit, without the sink; -inf for an empty row
+    entropy: torch.Tensor  # -sum P ln P over keys, in nats; 0 for an empty row
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this kind of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta
+
+
+def autocast(*tensors):
+    """The tensors in autocast's dtype where autocast is on (as torch's SDPA does it; float64
+    stays).
+    """
+    device = tensors[0].device.type
+    if not autocasting(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def draw_rng_state(q: torch.Tensor) -> torch.Tensor:
+    """int64 [2], seed and offset of a dropout mask, from the default generator of q's device."""
+    return torch.randint(0, MAX_SEED, (2,), dtype=torch.int64, device=q.device)
+
+
+def result(call: Call, return_lse: bool, return_stats: bool):
+    """Run the call and shape what the user asked for."""
+    validate.boolean("return_lse", return_lse)
+    validate.boolean("return_stats", return_stats)
+    out, lse, max_logit, entropy = route.run(call)
+    if return_stats:
+        stats = RowStats(lse.detach(), max_logit, entropy)
+        return (out, lse, stats) if return_lse else (out, stats)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,78 @@
+"""The way of a call: straight to the backend in plain eager mode, an autograd.Function when a
+gradient or a transform of torch.func asks for one, else the dispatcher.  `run` takes the cheapest
+that is right.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch._functorch.utils import unwrap_dead_wrappers
+
+from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, is_decode
+from attn_ext.ops import dispatch, execute, rules  # noqa: F401  dispatch defines the operators
+from attn_ext.ops.autograd import EagerAttention
+
+observers: list = []  # functions of a Call that see each eager call (inspect.record)
+through_dispatcher = False  # every call, for torch's profiler to see it (attn_ext.profile)
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_jit_tracing = torch._C._is_tracing
+
+
+def is_plain(q, k, v) -> bool:
+    """Whether nothing (compiler, torch.jit.trace, dispatch mode, transform, subclass, meta) needs
+    to see this call.
+    """
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not _jit_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not q.is_meta
+    )
+
+
+def _sides_are_plain(call: Call) -> bool:
+    """Whether mask, bias, slopes, sink, ... are plain too: a subclass may have no memory."""
+    return all(x is None or type(x) in _PLAIN for x in call[3:TENSORS])
+
+
+def wants_grad(*tensors) -> bool:
+    """Whether autograd will ask for a gradient of one of these tensors (or None)."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _differentiable(call: Call) -> Call:
+    """The call as one that may be differentiated, whatever its tensors say now; a decode call never
+    is.
+    """
+    grad = not is_decode(call) or call.w is not None
+    return call._replace(grad=grad, bias_grad=grad and call.bias is not None)
+
+
+def run(call: Call) -> tuple:
+    """(out, lse, max_logit, entropy); statistics are None or empty where not asked for."""
+    if torch.compiler.is_compiling():
+        return torch.ops.attn_ext.forward(*call)
+    if _jit_tracing():
+        return torch.ops.attn_ext.forward(*_differentiable(call))
+    for observe in observers:
+        observe(execute.prepared(call))
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.ops.attn_ext.forward(*_differentiable(call))
+    call = Call(*unwrap_dead_wrappers(call[:TENSORS]), *call[TENSORS:])  # leaked by a transform
+    if torch.autograd.forward_ad._current_level >= 0:
+        rules.refuse_tangents(call[at] for at in GRADIENT_AT)
+    if through_dispatcher or not (is_plain(*call[:3]) and _sides_are_plain(call)):
+        if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
+            from attn_ext.ops import dtensor
+
+            dtensor.register()
+        return torch.ops.attn_ext.forward(*call)
+    if call.grad:
+        return EagerAttention.apply(*call[:TENSORS], call[TENSORS:])
+    return execute.forward(call)

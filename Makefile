@@ -1,7 +1,7 @@
-# make test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64 | test-avx512
+# make check | test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64 | test-avx512
 # Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
 # the default is the version that the project is developed with (a CPU build where the index offers one).  Whatever else
-# is installed has the version that tests/constraints.txt gives.
+# is installed has the version that tests/package/constraints.txt gives.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.6.0
@@ -13,17 +13,17 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
+.PHONY: check test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
   test-tsan test-aarch64 test-avx512 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c tests/constraints.txt --upgrade pip
+	$(PY) -m pip install -q -c tests/package/constraints.txt --upgrade pip
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
 	touch $@
 
-$(PINS): $(VENV)/torch.done tests/constraints.txt tests/constrain.py
-	$(PY) tests/constrain.py > $@
+$(PINS): $(VENV)/torch.done tests/package/constraints.txt tests/package/constrain.py
+	$(PY) tests/package/constrain.py > $@
 
 $(VENV)/installed.done: $(PINS) $(SOURCES)
 	$(PY) -m pip install -q -c $(PINS) setuptools pybind11 ninja
@@ -38,41 +38,51 @@ $(VENV)/emulated.done: $(VENV)/installed.done
 # Libraries whose models the tests run, beside the torch that is there.  timm comes without its
 # dependency torchvision.  Where they cannot be installed, their tests are skipped.
 $(VENV)/integrations.done: $(VENV)/installed.done
-	{ $(PY) tests/constrain.py integrations > $(VENV)/integrations.txt && \
+	{ $(PY) tests/package/constrain.py integrations > $(VENV)/integrations.txt && \
 	  $(PY) -m pip install -q -c $(PINS) -r $(VENV)/integrations.txt && \
 	  $(PY) -m pip install -q -c $(PINS) --no-deps timm && touch $@; } || \
 	  echo "extra 'integrations' could not be installed: the tests of real models are skipped"
 
 # Tests of the public API that name no backend, once more over the CUDA kernels on the emulator.
-ON_EMULATOR := $(addprefix tests/test_, sdpa_semantics.py nonfinite.py flash_attn_compat.py \
-  xformers_compat.py inspect.py flex_recipes.py bad_input.py nn_multihead.py)
+ON_EMULATOR := \
+  $(addprefix tests/api/test_, nonfinite.py inspect.py bad_input.py nn_multihead.py) \
+  $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py flex_recipes.py) \
+  tests/torch/test_sdpa_semantics.py
+
+# Two tiers (tests/helpers/tiers.py): `make check` for every change, `make test` everything.  One torch
+# thread a worker: 2 cores.  loadgroup: tests that share what takes long to set up share a worker.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup
+
+check: $(VENV)/emulated.done
+	ATTN_EXT_TIER=check $(PYTEST) -m "not thorough" tests
 
 test: $(VENV)/emulated.done $(VENV)/integrations.done
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # one torch thread a worker: 2 cores
-	ATTN_EXT_TEST_AUTO=emulated OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_EMULATOR) -k "not memory"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/triton_interpreter
+	$(PYTEST) tests
+	ATTN_EXT_TEST_AUTO=emulated $(PYTEST) $(ON_EMULATOR) -k "not memory"
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
 # and what CI compiles for sm_90.
 test-triton-oldest: $(VENV)/installed.done build/triton-3.6/triton
 	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  $(addprefix tests/triton_interpreter/test_, kernels.py mixes.py compile.py decode.py)
+	  $(addprefix tests/triton/interpreter/test_, kernels.py mixes.py compile.py decode.py)
 	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  tests/test_triton_compile.py -k "what_the_table_says and sm_90"
+	  tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
 
 build/triton-3.6/triton: $(VENV)/installed.done
 	test -d $@ || $(PY) -m pip install -q --no-deps --target build/triton-3.6 triton==3.6.0
 	touch $@
 
-# Every row of tests/triton_resources/ compiled again and compared; triton-table writes the tables.
+# Every row of tests/triton/resources/ compiled again and compared; triton-table writes the tables.
 test-triton-table: $(VENV)/installed.done build/triton-3.6/triton
-	ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/test_triton_compile.py
+	ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
+	  tests/triton/test_triton_compile.py tests/triton/test_triton_family_compile.py
 	PYTHONPATH=build/triton-3.6 ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  tests/test_triton_compile.py -k "what_the_table_says and sm_90"
+	  tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
 
 triton-table: $(VENV)/installed.done build/triton-3.6/triton
-	OMP_NUM_THREADS=1 $(PY) tests/triton_offline.py --write
-	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) tests/triton_offline.py --write
+	OMP_NUM_THREADS=1 $(PY) tests/helpers/triton_offline.py --write
+	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) tests/helpers/triton_offline.py --write
 
 # The archive of the sources, and a wheel built from it in isolation, without torch; what either lacks
 # is missing here.  The wheel is then read and run in an environment that has nothing but torch.
@@ -81,15 +91,18 @@ wheel: $(PINS)
 	$(PY) -m pip install -q -c $(PINS) setuptools
 	$(PY) -c "from setuptools import build_meta as b; b.build_sdist('dist')" > build/sdist/log
 	ATTN_EXT_CUDA=$(or $(ATTN_EXT_CUDA),0) $(PY) -m pip wheel -q --no-deps -w dist dist/attn_ext-*.tar.gz
-	$(PY) tests/check_wheel.py dist/attn_ext-*.whl
+	$(PY) tests/package/check_wheel.py dist/attn_ext-*.whl
 	ls -l dist
 
 # Tests of what other packages can break: the public API, autograd, compile, and real models.
-WITH_OTHERS := $(addprefix tests/test_, api.py compile.py torch_integration.py sdpa_semantics.py \
-  replace_sdpa.py nn_multihead.py nn_family.py inspect.py record.py jit_trace.py dtensor.py \
-  strangers_calls.py flash_attn_compat.py xformers_compat.py flex_recipes.py cli.py profile.py \
-  examples.py family_examples.py models_diffusers.py models_encoders.py models_function.py \
-  models_llama.py models_timm.py)
+WITH_OTHERS := \
+  $(addprefix tests/api/test_, api.py nn_multihead.py nn_family.py inspect.py record.py \
+    strangers_calls.py) \
+  $(addprefix tests/torch/test_, compile.py torch_integration.py sdpa_semantics.py \
+    replace_sdpa.py jit_trace.py dtensor.py) \
+  $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py flex_recipes.py \
+    models_diffusers.py models_encoders.py models_function.py models_llama.py models_timm.py) \
+  $(addprefix tests/tools/test_, cli.py profile.py examples.py family_examples.py)
 VERSIONS = from importlib.metadata import version as v, distributions as d; \
   names = {x.name for x in d()} & set('$(1)'.split()); import attn_ext; \
   print(attn_ext.__file__, *(n + ' ' + v(n) for n in sorted(names)), sep='\n')
@@ -100,24 +113,24 @@ test-latest: wheel
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install -q --upgrade pip "$(TORCH)"
 	.venv-latest/bin/python -m pip install -q --force-reinstall --no-deps dist/attn_ext-*.whl
-	.venv-latest/bin/python tests/constrain.py | grep "^torch==" > .venv-latest/torch.txt
-	.venv-latest/bin/python tests/constrain.py test demo integrations > .venv-latest/extras.txt
+	.venv-latest/bin/python tests/package/constrain.py | grep "^torch==" > .venv-latest/torch.txt
+	.venv-latest/bin/python tests/package/constrain.py test demo integrations > .venv-latest/extras.txt
 	.venv-latest/bin/python -m pip install -q --upgrade --upgrade-strategy eager \
 	  -c .venv-latest/torch.txt -r .venv-latest/extras.txt
 	.venv-latest/bin/python -m pip install -q --upgrade --no-deps timm
 	cd build && ../.venv-latest/bin/python -c "$(call VERSIONS,$(SHOWN))"
 	OMP_NUM_THREADS=1 .venv-latest/bin/pytest -q -n 2 $(WITH_OTHERS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-latest/bin/pytest -q -n 2 tests/triton_interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-latest/bin/pytest -q -n 2 tests/triton/interpreter
 
 # The same wheel with the oldest torch that README promises.  Linux builds of torch on the package index
 # bring CUDA, 3 GB to download and 6 GB on disk: PIP_EXTRA_INDEX_URL may name an index of CPU builds.
 test-oldest: wheel
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q -c tests/constraints.txt --upgrade pip
+	.venv-oldest/bin/python -m pip install -q -c tests/package/constraints.txt --upgrade pip
 	.venv-oldest/bin/python -m pip install -q "$(OLDEST_TORCH)"
 	.venv-oldest/bin/python -m pip install -q --force-reinstall --no-deps dist/attn_ext-*.whl
-	.venv-oldest/bin/python tests/constrain.py > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python tests/constrain.py test demo integrations > .venv-oldest/extras.txt
+	.venv-oldest/bin/python tests/package/constrain.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python tests/package/constrain.py test demo integrations > .venv-oldest/extras.txt
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt \
 	  -r .venv-oldest/extras.txt
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt --no-deps timm
@@ -143,36 +156,38 @@ bench: $(VENV)/installed.done
 
 # The kernels under AddressSanitizer + UndefinedBehaviorSanitizer, in a build of their own.
 test-asan: $(VENV)/installed.done
-	bash tests/sanitize.sh address,undefined tests/test_kernels.py tests/test_masked_tiles.py \
-	  tests/test_additive.py::test_dtypes tests/test_inspect_kernels.py::test_dtypes \
-	  tests/test_cpu_amx.py
+	bash tests/cpu/sanitize.sh address,undefined tests/cpu/test_kernels.py \
+	  tests/cpu/test_masked_tiles.py tests/api/test_additive.py::test_dtypes \
+	  tests/cpu/test_inspect_kernels.py::test_dtypes tests/cpu/test_cpu_amx.py \
+	  -k "not largest_logit and not gradient_of_one_query"  # other numbers, the same addresses
 
 # The thread pool and both kernels under ThreadSanitizer, without Python in the process.
 test-tsan: $(VENV)/installed.done
-	bash tests/tsan.sh
+	bash tests/cpu/tsan.sh
 
 # The CPU kernels for aarch64 against a naive formula, under qemu.
 test-aarch64:
-	bash tests/aarch64.sh
+	bash tests/cpu/aarch64.sh
 
 # The CPU kernels for AVX-512 against the same formula, on a machine that has AVX2 only.
 test-avx512:
-	bash tests/avx512.sh
+	bash tests/cpu/avx512.sh
 
 # On a machine with an NVIDIA GPU: the kernels against the reference, then under compute-sanitizer.
 # Without torch's caching allocator memcheck sees the end of each tensor.
 test-gpu: $(VENV)/installed.done
 	ATTN_EXT_CUDA=1 ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_limits.py tests/test_cuda_sm90.py \
-	  tests/test_cuda_sm90_varlen.py -k "not emulated"
-	$(PY) -m pytest -q tests/test_api.py tests/test_torch_integration.py tests/test_backends_hypothesis.py -k cuda
-	$(PY) -m pytest -q tests/test_golden_bits.py tests/test_emulator_sm90.py
-	ATTN_EXT_CUDA_SM90=1 $(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_api.py \
-	  tests/test_backends_hypothesis.py -k "cuda and not emulated"  # the same on Hopper's kernels
+	$(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_limits.py \
+	  tests/cuda/test_cuda_sm90.py tests/cuda/test_cuda_sm90_varlen.py -k "not emulated"
+	$(PY) -m pytest -q tests/api/test_api.py tests/torch/test_torch_integration.py \
+	  tests/api/test_backends_hypothesis.py -k cuda
+	$(PY) -m pytest -q tests/cuda/test_golden_bits.py tests/cuda/test_emulator_sm90.py
+	ATTN_EXT_CUDA_SM90=1 $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/api/test_api.py \
+	  tests/api/test_backends_hypothesis.py -k "cuda and not emulated"  # the same on Hopper's kernels
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q tests/test_cuda_kernels.py tests/test_cuda_sm90.py \
-	      tests/test_cuda_sm90_varlen.py -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
+	    $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_sm90.py \
+	      tests/cuda/test_cuda_sm90_varlen.py -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
 	    || exit 1; done
 	$(PY) bench/sm90.py || test $$? = 2  # speed; 2: not a Hopper GPU
 

@@ -1,5 +1,5 @@
 # What a type checker sees of `import attn_ext`: what a call returns follows from return_lse and
-# return_stats.  tests/test_typing.py holds the names to the functions themselves.
+# return_stats.  tests/package/test_typing.py holds the names to the functions themselves.
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, overload

@@ -151,28 +151,43 @@ def kernel_archs(kernel: str) -> set[str]:
     return {"sm_90a"} if kernel.startswith("sm90_") else {f"sm_{arch}" for arch in ARCHS}
 
 
-def kept_unit(nvcc: str, dtype: str, head_dim: int) -> Path:
-    """Where `compile_unit` keeps what it found; its fatbin is beside it."""
+def unit_archs(dtype: str) -> tuple[str, ...]:
+    """The architectures of a unit."""
+    return ("90a",) if dtype.startswith("sm90") else ARCHS
+
+
+def kept_unit(nvcc: str, dtype: str, head_dim: int, arch: str) -> Path:
+    """Where `compile_unit` keeps what it found for an architecture; its fatbin is beside it."""
     keep = ROOT / "build" / "nvcc"
     keep.mkdir(parents=True, exist_ok=True)
-    return keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}.json"
+    return keep / f"{sources_hash()}-{nvcc_version(nvcc)}-{dtype}-{head_dim}-{arch}.json"
 
 
-def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, dict[str, int]]]:
-    """What `parse` finds in one unit; RuntimeError with nvcc's text when it does not compile."""
-    kept = kept_unit(nvcc, dtype, head_dim)
+def compile_unit(
+    nvcc: str, dtype: str, head_dim: int, archs: tuple[str, ...] = ()
+) -> dict[str, dict[str, dict[str, int]]]:
+    """What `parse` finds in one unit, for these of its architectures or for all; RuntimeError with
+    nvcc's text when it does not compile."""
+    found = {}
+    for arch in archs or unit_archs(dtype):
+        for kernel, rows in _compile(nvcc, dtype, head_dim, arch).items():
+            found.setdefault(kernel, {}).update(rows)
+    return found
+
+
+def _compile(nvcc: str, dtype: str, head_dim: int, arch: str) -> dict[str, dict]:
+    kept = kept_unit(nvcc, dtype, head_dim, arch)
     if kept.exists() and kept.with_suffix(".fatbin").exists():
         return json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
         source, fatbin = Path(folder) / "unit.cu", Path(folder) / "unit.fatbin"
         source.write_text(source_text(dtype, head_dim))
         command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "--fatbin", f"-I{ROOT / 'csrc'}"]
-        archs = ("90a",) if dtype.startswith("sm90") else ARCHS
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
         command += [f'-DATTN_EXT_CUDA_ARCHS="{",".join(ARCHS)}"', str(source)]
         done = subprocess.run([*command, "-o", str(fatbin)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"nvcc {dtype} {head_dim}:\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"nvcc {dtype} {head_dim} sm_{arch}:\n{done.stdout}{done.stderr}")
         shutil.copy(fatbin, kept.with_suffix(".fatbin"))
     result = parse(done.stdout + done.stderr)
     kept.write_text(json.dumps(result))
@@ -181,8 +196,8 @@ def compile_unit(nvcc: str, dtype: str, head_dim: int) -> dict[str, dict[str, di
 
 def cubin(nvcc: str, dtype: str, head_dim: int, arch: str, folder: Path) -> Path:
     """The machine code of one unit for one architecture, such as "90a", extracted into `folder`."""
-    compile_unit(nvcc, dtype, head_dim)
-    fatbin = kept_unit(nvcc, dtype, head_dim).with_suffix(".fatbin")
+    compile_unit(nvcc, dtype, head_dim, (arch,))
+    fatbin = kept_unit(nvcc, dtype, head_dim, arch).with_suffix(".fatbin")
     command = [find_cuda_tool("cuobjdump"), "--extract-elf", f"sm_{arch}", str(fatbin)]
     subprocess.run(command, check=True, cwd=folder, capture_output=True)
     return next(Path(folder).glob(f"*sm_{arch}*.cubin"))
@@ -285,11 +300,12 @@ def measure(nvcc: str) -> dict:
     }
 
 
-def differences(table: dict, found: dict) -> list[str]:
-    """What compiled kernels use more of, in words, against the table; kernels that it lacks."""
+def differences(table: dict, found: dict, archs: tuple[str, ...] = ARCHS) -> list[str]:
+    """What kernels, compiled for `archs`, use more of, in words, against the table; kernels that it
+    lacks."""
     lines = []
     for kernel, rows in found.items():
-        if set(rows) != kernel_archs(kernel):
+        if set(rows) != kernel_archs(kernel) & {f"sm_{arch}" for arch in archs}:
             lines.append(f"{kernel}: compiled for {', '.join(rows)} only")
         for arch, row in rows.items():
             known = table["kernels"].get(kernel, {}).get(arch)

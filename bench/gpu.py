@@ -75,10 +75,10 @@ class Device:
 
     def tests(self) -> list[str]:
         """The GPU tests of every backend"""
-        names = ("test_cuda_sm90", "test_cuda_sm90_varlen", "test_cuda_kernels",
-                 "test_triton_backend", "test_api", "test_backends_hypothesis", "test_kernels",
-                 "test_nonfinite")  # fmt: skip
-        files = [f"tests/{n}.py" for n in names if (ROOT / "tests" / f"{n}.py").exists()]
+        names = ("cuda/test_cuda_sm90", "cuda/test_cuda_sm90_varlen", "cuda/test_cuda_kernels",
+                 "triton/test_triton_backend", "api/test_api", "api/test_backends_hypothesis",
+                 "cpu/test_kernels", "api/test_nonfinite")  # fmt: skip
+        files = [f"tests/{name}.py" for name in names]
         # the emulator and the CPU are tested without a GPU
         return [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p",
                 "no:cacheprovider", *files, "-k", "(cuda or triton) and not emulated"]  # fmt: skip
@@ -151,7 +151,7 @@ class Fake(Device):
     def tests(self) -> list[str]:
         """One quick test file"""
         return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                "tests/test_ceilings.py"]  # fmt: skip
+                "tests/tools/test_ceilings.py"]  # fmt: skip
 
     def sanitize(self) -> list[str]:
         """The sanitizer's calls, without it"""

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tiers
 import torch
 from hypothesis import settings
 
@@ -17,18 +18,31 @@ from attn_ext import _C
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("explore", deadline=None, max_examples=500)
-settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "ci"))
+settings.register_profile("check", settings.get_profile("ci"), max_examples=5)
+settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "check" if tiers.CHECK else "ci"))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`make check` does not even import what it leaves out."""
+    place = collection_path.relative_to(Path(__file__).parent).as_posix()
+    return True if tiers.CHECK and tiers.reason(place) else None
+
+
+def pytest_itemcollected(item):
+    """Marks tests as `thorough` by the table of tests/helpers/tiers.py."""
+    if why := tiers.reason(item.nodeid):
+        item.add_marker(pytest.mark.thorough(reason=why))
 
 
 def register_emulated():
-    """tests/emulated_backend.py, as the name "emulated" of the registry, last in its order, where
-    attn_ext._emulated is built: the CUDA kernels on the emulator.
+    """tests/helpers/emulated_backend.py, as the name "emulated" of the registry, last in its order,
+    where attn_ext._emulated is built: the CUDA kernels on the emulator.
 
     With ATTN_EXT_TEST_AUTO=emulated it is the first, and "auto" takes it for CPU tensors: files
     that name no backend then test the CUDA kernels, in mode "all".
     """
     name = "attn_ext.backends.emulated"
-    path = Path(__file__).with_name("emulated_backend.py")
+    path = Path(__file__).parent / "helpers" / "emulated_backend.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -88,6 +102,12 @@ def seeded():
 
 
 @pytest.fixture
+def fresh_compiler():
+    """No graph of another test is reused."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """The calls that reach attn_ext from transformers' attention interface."""
     from model_checks import Calls, integration
@@ -95,7 +115,7 @@ def calls(monkeypatch):
     return Calls(monkeypatch, integration())
 
 
-@pytest.fixture(params=_C.supported_isas())
+@pytest.fixture(params=tiers.isas(_C.supported_isas(), _C.isa()))
 def isa(request):
     """Each instruction set of the machine"""
     _C.set_isa(request.param)

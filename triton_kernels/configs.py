@@ -2,10 +2,10 @@
 
 A row is (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages, loads).  Calls with features that
 take registers (mask, bias, ALiBi, softcap, dropout) are "rich" and have rows of their own.
-`python tests/triton_offline.py --write` compiles each row for each architecture and commits what it
-takes; tests/test_triton_compile.py compares.  `tune` measures tiles on a GPU and stores the best
-ones; those win over this table.  Keys of stored tiles: "fwd/128/2" is direction, width, bytes of
-an element.
+`python tests/helpers/triton_offline.py --write` compiles each row for each architecture and commits
+what it takes; tests/triton/test_triton_compile.py compares.  `tune` measures tiles on a GPU and
+stores the best ones; those win over this table.  Keys of stored tiles: "fwd/128/2" is direction,
+width, bytes of an element.
 """
 
 from __future__ import annotations

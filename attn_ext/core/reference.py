@@ -25,7 +25,7 @@ import torch
 
 from attn_ext.core.schema import BOTTOM_RIGHT, Call, is_decode
 
-# Philox4x32-7 as in csrc/philox.h; tests/test_philox.py reads that file and compares.
+# Philox4x32-7 as in csrc/philox.h; tests/api/test_philox.py reads that file and compares.
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 7

@@ -2,7 +2,7 @@
 // Every wrapper is one instruction under nvcc; under g++ with -DATTN_EMULATED the same names come
 // from ../emulation/ptx_host.h, so that one kernel text runs on a GPU and on a laptop.
 //
-// Rules for kernels (tests/test_emulator.py greps for them): no asm, no __shared__, no
+// Rules for kernels (tests/cuda/test_emulator.py greps for them): no asm, no __shared__, no
 // threadIdx-like names, no pointer into shared memory.  Shared memory is a 32-bit byte address:
 // smem_base() + offset.  Global memory is plain pointers.
 //

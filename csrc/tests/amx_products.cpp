@@ -1,5 +1,5 @@
 // gemm() on the tile unit against sums of integers, which are exact in any order, and what the unit
-// itself promises.  A shared library for tests/test_cpu_amx.py: each function returns what is
+// itself promises.  A shared library for tests/cpu/test_cpu_amx.py: each function returns what is
 // wrong, or "".
 #include <string>
 

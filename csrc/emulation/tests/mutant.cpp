@@ -1,30 +1,25 @@
-// Runs the bf16 kernels of one PART on a few problems in each mode of the emulator and prints one
-// line a mode: "<mode>: ok", "<mode>: wrong ..." against float64, or "<mode>: raised ...".
-// tests/test_emulator_mutations.py compiles it against copies of csrc with one planted bug each.
+// The problems on which planted bugs are tried: runs the bf16 kernels that mutant_kernels.cpp holds
+// on a few of them, in the modes of the emulator that are named (all of them without a name), and
+// prints one line a mode: "<mode>: ok", "<mode>: wrong ..." against float64, or "<mode>: raised
+// ...". tests/cuda/test_emulator_mutations.py links it with kernels of which each has one planted
+// bug.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
-#ifndef KERNELS_GENERAL
-#define KERNELS_GENERAL false  // the plain kernels; true: those that know every feature
-#endif
-#if PART == 0
-#include "example.cuh"
-#elif PART == 1
-#include "../../cuda/sm80/forward.cuh"
-#elif PART >= 3
-#include "../../cuda/sm90/kernels.cuh"
-#else
-#include "../../cuda/sm80/backward.cuh"
-#endif
 #include "../machine.h"
+#include "mutant.h"
 
 namespace {
 
 using attn::emulation::machine;
 using namespace attn::ptx;
+using attn::planted::PART, attn::planted::HEAD_DIM;
+constexpr int HQ = 2;
 
 std::vector<bf16> random_tensor(int64_t n, uint32_t seed) {
   std::vector<bf16> x(n);
@@ -36,7 +31,7 @@ std::vector<bf16> random_tensor(int64_t n, uint32_t seed) {
 }
 
 // NaN, once met, stays: std::max would lose it.
-[[maybe_unused]] double worse(double a, double b) { return std::isnan(a) || a > b ? a : b; }
+double worse(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 // The largest difference, NaN where either side alone is NaN, infinite where infinities differ.
 double distance(const float* got, const double* want, int64_t n) {
@@ -47,17 +42,15 @@ double distance(const float* got, const double* want, int64_t n) {
   }
   return worst;
 }
-[[maybe_unused]] double distance(const std::vector<bf16>& got, const std::vector<double>& want) {
+double distance(const std::vector<bf16>& got, const std::vector<double>& want) {
   std::vector<float> x;
   for (const bf16 v : got) x.push_back(to_float(v));
   return distance(x.data(), want.data(), int64_t(x.size()));
 }
 
-#if PART == 0
-// Returns the error; above 0.05 is wrong.  bf16 products of 96 numbers, summed in fp32: exact to
-// 1e-4.
-double run_all() {
-  using namespace attn::example;
+// The error of the example; above 0.05 is wrong.  bf16 products of 96 numbers, summed in fp32:
+// exact to 1e-4.
+double run_example() {
   const int M = 100, N = 50, K = 96;
   const auto A = random_tensor(M * K, 1), B = random_tensor(N * K, 2);
   std::vector<float> C(M * N, NAN);
@@ -65,13 +58,11 @@ double run_all() {
   for (int i = 0; i < M * N; ++i)
     for (int k = 0; k < K; ++k)
       want[i] += double(to_float(A[i / N * K + k])) * to_float(B[i % N * K + k]);
-  launch(gemm<bf16>, {2, 2, 1}, THREADS, SMEM_BYTES, nullptr,
-         Params{A.data(), B.data(), C.data(), M, N, K});
+  attn::planted::run_example(A.data(), B.data(), C.data(), M, N, K);
   return distance(C.data(), want.data(), M * N);
 }
-#else
+
 using attn::cuda::Params;
-constexpr int D = PART == 5 ? 192 : PART >= 3 ? 128 : 64, HQ = 2;
 
 // Lengths of a sequence; bad: all that it holds is NaN, and what becomes of it is not looked at.
 struct Length {
@@ -87,7 +78,7 @@ struct Case {  // dense where there is one sequence, else varlen
 // one after the other, some hardly exceed those before, some by far.
 std::vector<bf16> growing(std::vector<bf16> K) {
   for (size_t i = 0; i < K.size(); ++i) {
-    const int tile = int(i / D / 128);
+    const int tile = int(i / HEAD_DIM / 128);
     K[i] = from_float<bf16>(std::ldexp(to_float(K[i]), tile * tile));
   }
   return K;
@@ -95,26 +86,26 @@ std::vector<bf16> growing(std::vector<bf16> K) {
 // Queries of which the first 8 of every 16, the rows g of a warp, have next to no logits.
 std::vector<bf16> half_asleep(std::vector<bf16> Q) {
   for (size_t i = 0; i < Q.size(); ++i)
-    if (i / D % 16 < 8) Q[i] = from_float<bf16>(std::ldexp(to_float(Q[i]), -9));
+    if (i / HEAD_DIM % 16 < 8) Q[i] = from_float<bf16>(std::ldexp(to_float(Q[i]), -9));
   return Q;
 }
 // Ragged and causal with several tiles of keys; more queries than keys, so that the first tile
-// sees nothing; whole tiles only.  Hopper: several sequences, NaN behind and between them.
-#if PART == 3    // tiles of 128: each ring goes round twice, and one warpgroup rests
-const Case CASES[] = {{{{70, 500}}, true},
-                      {{{200, 70}}, true},
-                      {{{128, 512}}, false, true},
-                      {{{70, 130}, {0, 3}, {33, 40, true}, {129, 1}, {2, 0}, {20, 270}}, false}};
-#elif PART >= 4  // whole tiles and edges of both kinds, heads of a group, empty rows
-const Case CASES[] = {
+// sees nothing; whole tiles only.
+const Case SM80[] = {{{{70, 201}}, true}, {{{140, 70}}, true}, {{{64, 192}}, false}};
+// Hopper: several sequences, NaN behind and between them.
+// Forward: tiles of 128: each ring goes round twice, and one warpgroup rests
+const Case HOPPER_FORWARD[] = {
+    {{{70, 500}}, true},
+    {{{200, 70}}, true},
+    {{{128, 512}}, false, true},
+    {{{70, 130}, {0, 3}, {33, 40, true}, {129, 1}, {2, 0}, {20, 270}}, false}};
+// Backward: whole tiles and edges of both kinds, heads of a group, empty rows
+const Case HOPPER_BACKWARD[] = {
     {{{70, 200}}, true},
     {{{40, 20}}, true},
     {{{64, 100}, {2, 0}, {0, 3}, {33, 40, true}, {20, 1}, {90, 30, true}, {5, 2}}, false}};
-#else
-const Case CASES[] = {{{{70, 201}}, true}, {{{140, 70}}, true}, {{{64, 192}}, false}};
-#endif
 
-// Everything in float64, one K/V head, [H, S, D] tensors.
+// Everything in float64, one K/V head, [H, S, HEAD_DIM] tensors.
 struct Reference {
   std::vector<double> o, lse, delta, dq, dk, dv;
   Reference(const Length& c, bool causal, double scale, const std::vector<bf16>& q,
@@ -122,7 +113,7 @@ struct Reference {
       : o(q.size()), lse(HQ * c.sq), delta(HQ * c.sq), dq(q.size()), dk(k.size()), dv(k.size()) {
     const auto dot = [](const bf16* a, const bf16* b) {
       double sum = 0;
-      for (int d = 0; d < D; ++d) sum += double(to_float(a[d])) * to_float(b[d]);
+      for (int d = 0; d < HEAD_DIM; ++d) sum += double(to_float(a[d])) * to_float(b[d]);
       return sum;
     };
     std::vector<double> P(c.sk);
@@ -131,22 +122,22 @@ struct Reference {
       const int end = causal ? std::min(c.sk, std::max(0, i + c.sk - c.sq + 1)) : c.sk;
       double top = -INFINITY, sum = 0;
       for (int j = 0; j < end; ++j) {
-        P[j] = scale * dot(&q[row * D], &k[j * D]);
+        P[j] = scale * dot(&q[row * HEAD_DIM], &k[j * HEAD_DIM]);
         top = std::max(top, P[j]);
       }
       for (int j = 0; j < end; ++j) sum += P[j] = std::exp(P[j] - top);
       lse[row] = end ? top + std::log(sum) : -INFINITY;
       for (int j = 0; j < end; ++j) P[j] /= sum;
-      for (int d = 0; d < D; ++d) {
-        for (int j = 0; j < end; ++j) o[row * D + d] += P[j] * to_float(v[j * D + d]);
-        delta[row] += o[row * D + d] * to_float(dout[row * D + d]);
+      for (int d = 0; d < HEAD_DIM; ++d) {
+        for (int j = 0; j < end; ++j) o[row * HEAD_DIM + d] += P[j] * to_float(v[j * HEAD_DIM + d]);
+        delta[row] += o[row * HEAD_DIM + d] * to_float(dout[row * HEAD_DIM + d]);
       }
       for (int j = 0; j < end; ++j) {
-        const double dS = P[j] * (dot(&dout[row * D], &v[j * D]) - delta[row]);
-        for (int d = 0; d < D; ++d) {
-          dv[j * D + d] += P[j] * to_float(dout[row * D + d]);
-          dk[j * D + d] += scale * dS * to_float(q[row * D + d]);
-          dq[row * D + d] += scale * dS * to_float(k[j * D + d]);
+        const double dS = P[j] * (dot(&dout[row * HEAD_DIM], &v[j * HEAD_DIM]) - delta[row]);
+        for (int d = 0; d < HEAD_DIM; ++d) {
+          dv[j * HEAD_DIM + d] += P[j] * to_float(dout[row * HEAD_DIM + d]);
+          dk[j * HEAD_DIM + d] += scale * dS * to_float(q[row * HEAD_DIM + d]);
+          dq[row * HEAD_DIM + d] += scale * dS * to_float(k[j * HEAD_DIM + d]);
         }
       }
     }
@@ -155,27 +146,27 @@ struct Reference {
 
 constexpr bf16 NO_NUMBER = {0xffff};
 
-// [heads, rows, D]
+// [heads, rows, HEAD_DIM]
 struct Tensor {
   int heads, rows;
   std::vector<bf16> data;
-  Tensor(int h, int r) : heads(h), rows(r), data(size_t(h) * r * D, NO_NUMBER) {}
+  Tensor(int h, int r) : heads(h), rows(r), data(size_t(h) * r * HEAD_DIM, NO_NUMBER) {}
 
   // Rows start.. of each head from x, or the other way round.
   void put(const std::vector<bf16>& x, int start) {
     const size_t n = x.size() / heads;
     for (int h = 0; h < heads; ++h)
-      std::copy_n(x.data() + h * n, n, data.data() + (size_t(h) * rows + start) * D);
+      std::copy_n(x.data() + h * n, n, data.data() + (size_t(h) * rows + start) * HEAD_DIM);
   }
   std::vector<bf16> get(int start, int length) const {
     std::vector<bf16> x;
     for (int h = 0; h < heads; ++h) {
-      const auto from = data.begin() + (int64_t(h) * rows + start) * D;
-      x.insert(x.end(), from, from + int64_t(length) * D);
+      const auto from = data.begin() + (int64_t(h) * rows + start) * HEAD_DIM;
+      x.insert(x.end(), from, from + int64_t(length) * HEAD_DIM);
     }
     return x;
   }
-  attn::Strides strides() const { return {0, int64_t(rows) * D, D}; }
+  attn::Strides strides() const { return {0, int64_t(rows) * HEAD_DIM, HEAD_DIM}; }
 };
 
 // All that a launch gets and gives: sequences one behind the other, then rows that are nobody's.
@@ -207,10 +198,11 @@ struct Run {
         delta(lse) {
     for (const Length& x : c.lengths) {
       const uint32_t seed = 5 * uint32_t(want.size());
-      auto Q = random_tensor(HQ * x.sq * D, seed + 1), K = random_tensor(x.sk * D, seed + 2);
+      auto Q = random_tensor(HQ * x.sq * HEAD_DIM, seed + 1),
+           K = random_tensor(x.sk * HEAD_DIM, seed + 2);
       if (c.grows) Q = half_asleep(Q), K = growing(K);
-      const auto V = random_tensor(x.sk * D, seed + 3);
-      const auto dO = random_tensor(HQ * x.sq * D, seed + 4);
+      const auto V = random_tensor(x.sk * HEAD_DIM, seed + 3);
+      const auto dO = random_tensor(HQ * x.sq * HEAD_DIM, seed + 4);
       want.emplace_back(x, c.causal, scale, Q, K, V, dO);
       if (!x.bad) q.put(Q, total_q), k.put(K, total_k), v.put(V, total_k), dout.put(dO, total_q);
       begin_q.push_back(total_q), begin_k.push_back(total_k);
@@ -234,7 +226,7 @@ struct Run {
       p.p.seqlen_q = std::max<int64_t>(p.p.seqlen_q, x.sq);
       p.p.seqlen_k = std::max<int64_t>(p.p.seqlen_k, x.sk);
     }
-    p.p.head_dim = p.p.head_dim_v = D;
+    p.p.head_dim = p.p.head_dim_v = HEAD_DIM;
     p.p.q = p.p.o = p.p.dout = p.p.dq = q.strides();
     p.p.k = p.p.v = p.p.dk = p.p.dv = k.strides();
     p.p.lse_stride_h = q.rows;
@@ -278,55 +270,38 @@ struct Run {
 };
 
 double run_case(const Case& c) {
-  Run run(c);
+  static std::map<const Case*, Run> made;  // the reference is computed once for all modes
+  Run run = made.try_emplace(&c, c).first->second;
   Params p = run.params();
-  using namespace attn::cuda;
-#if PART == 3
-  p.ptr.o = run.out.data.data();
-  machine.mode.smem_limit = 227 * 1024;
-  sm90::run_forward<bf16, D>(p, nullptr);
-  return worse(run.error(run.out, &Reference::o, run.begin_q), run.lse_error());
-#elif PART == 1
-  using Tile = ForwardTile<bf16, D>;
-  p.ptr.o = run.out.data.data();
-  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::forward<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS,
-         Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
-  return worse(run.error(run.out, &Reference::o, run.begin_q), run.lse_error());
-#else
+  if (PART >= 3) machine.mode.smem_limit = 227 * 1024;
+  const bool forward = PART == 1 || PART == 3;
+  if (forward) {
+    p.ptr.o = run.out.data.data();
+    attn::planted::run_kernels(p);
+    return worse(run.error(run.out, &Reference::o, run.begin_q), run.lse_error());
+  }
   run.give_rows();
   p.ptr.dout = run.dout.data.data(), p.delta = run.delta.data();
   p.ptr.dq = run.out.data.data(), p.ptr.dk = run.dk.data.data(), p.ptr.dv = run.dv.data.data();
-#if PART >= 4
-  machine.mode.smem_limit = 227 * 1024;
-#if PART == 6
-  std::vector<float> sums(sm90::query_sums(p.p, p.ptr) + 4, NAN);
-  p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
-#endif
-  sm90::run_backward<bf16, D>(p, nullptr);
-#else
-  using Tile = BackwardTile<bf16, D>;
-  const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
-  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dq<bf16, D, KERNELS_GENERAL>, {HQ * p.m_tiles, 1, 1}, Tile::THREADS, smem,
-         nullptr, p);
-  p.n_tiles = int(p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
-         nullptr, p);
-#endif
+  attn::planted::run_kernels(p);
   // of numbers of size 1 (dQ) to 20 (dV), rounded to bf16
   return worse(run.error(run.out, &Reference::dq, run.begin_q),
                worse(run.error(run.dk, &Reference::dk, run.begin_k) / 4,
                      run.error(run.dv, &Reference::dv, run.begin_k) / 4));
-#endif
 }
 
-double run_all() {
+template <size_t N>
+double run_cases(const Case (&cases)[N]) {
   double worst = 0;
-  for (const Case& c : CASES) worst = worse(worst, run_case(c));
+  for (const Case& c : cases) worst = worse(worst, run_case(c));
   return worst;
 }
-#endif
+double run_all() {
+  if (PART == 0) return run_example();
+  return PART >= 4   ? run_cases(HOPPER_BACKWARD)
+         : PART == 3 ? run_cases(HOPPER_FORWARD)
+                     : run_cases(SM80);
+}
 
 struct NamedMode {
   const char* name;
@@ -355,26 +330,36 @@ void report_banks() {
   }
 }
 
+// "ok", or what is wrong in this mode.
+std::string verdict(const NamedMode& m) {
+  for (int seed = 0; seed < (m.random ? 4 : 1); ++seed) {
+    machine.mode = {};
+    machine.mode.random = m.random, machine.mode.poison = m.poison, machine.mode.race = m.race;
+    machine.mode.seed = uint64_t(seed);
+    machine.mode.repairs = false;  // they would hide a NaN that a planted bug lets in
+    try {
+      const double error = run_all();
+      if (!(error < 0.05)) return "wrong by " + std::to_string(error);
+    } catch (const attn::emulation::Error& e) {
+      std::string raised = std::string("raised ") + e.what();
+      std::replace(raised.begin(), raised.end(), '\n', ' ');
+      return raised;
+    }
+  }
+  return "ok";
+}
+
 }  // namespace
 
-int main() {
-  for (const NamedMode& m : MODES) {
-    std::string verdict = "ok";
-    for (int seed = 0; seed < (m.random ? 4 : 1) && verdict == "ok"; ++seed) {
-      machine.mode = {};
-      machine.mode.random = m.random, machine.mode.poison = m.poison, machine.mode.race = m.race;
-      machine.mode.seed = uint64_t(seed);
-      machine.mode.repairs = false;  // they would hide a NaN that a planted bug lets in
-      try {
-        const double error = run_all();
-        if (!(error < 0.05)) verdict = "wrong by " + std::to_string(error);
-      } catch (const attn::emulation::Error& e) {
-        verdict = std::string("raised ") + e.what();
-        std::replace(verdict.begin(), verdict.end(), '\n', ' ');
-      }
-    }
-    printf("%s: %s\n", m.name, verdict.c_str());
-  }
+int main(int argc, char** argv) {
+  const auto asked = [&](const char* name) {
+    for (int i = 1; i < argc; ++i)
+      if (!strcmp(argv[i], name)) return true;
+    return argc == 1;
+  };
+  for (const NamedMode& m : MODES)
+    if (asked(m.name)) printf("%s: %s\n", m.name, verdict(m).c_str());
+  if (!asked("banks")) return 0;
   try {
     report_banks();
   } catch (const attn::emulation::Error&) {

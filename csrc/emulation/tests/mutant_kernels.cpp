@@ -1,0 +1,65 @@
+// The bf16 kernels of one PART (mutant.h), with KERNELS_GENERAL those of sm_80 that know every
+// feature.
+#include <vector>
+
+#include "mutant.h"
+#if PART_HERE == 0
+#include "example.cuh"
+#elif PART_HERE == 1
+#include "../../cuda/sm80/forward.cuh"
+#elif PART_HERE >= 3
+#include "../../cuda/sm90/kernels.cuh"
+#else
+#include "../../cuda/sm80/backward.cuh"
+#endif
+#ifndef KERNELS_GENERAL
+#define KERNELS_GENERAL false
+#endif
+
+namespace attn::planted {
+
+using namespace ptx;
+extern const int PART = PART_HERE, HEAD_DIM = PART == 5 ? 192 : PART >= 3 ? 128 : 64;
+#if PART_HERE == 5
+constexpr int D = 192;
+#else
+constexpr int D = PART_HERE >= 3 ? 128 : 64;
+#endif
+
+#if PART_HERE == 0
+void run_example(const bf16* A, const bf16* B, float* C, int m, int n, int k) {
+  using namespace example;
+  launch(gemm<bf16>, {2, 2, 1}, THREADS, SMEM_BYTES, nullptr, Params{A, B, C, m, n, k});
+}
+void run_kernels(cuda::Params) {}
+#else
+void run_example(const bf16*, const bf16*, float*, int, int, int) {}
+void run_kernels(cuda::Params p) {
+  using namespace cuda;
+#if PART_HERE == 1
+  using Tile = ForwardTile<bf16, D>;
+  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  launch(sm80::forward<bf16, D, KERNELS_GENERAL>, {int(p.p.heads_q) * p.m_tiles, 1, 1},
+         Tile::THREADS, Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
+#elif PART_HERE == 2
+  using Tile = BackwardTile<bf16, D>;
+  const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
+  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  launch(sm80::backward_dq<bf16, D, KERNELS_GENERAL>, {int(p.p.heads_q) * p.m_tiles, 1, 1},
+         Tile::THREADS, smem, nullptr, p);
+  p.n_tiles = int(p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
+         nullptr, p);
+#elif PART_HERE == 3
+  sm90::run_forward<bf16, D>(p, nullptr);
+#else
+#if PART_HERE == 6
+  std::vector<float> sums(sm90::query_sums(p.p, p.ptr) + 4, NAN);
+  p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
+#endif
+  sm90::run_backward<bf16, D>(p, nullptr);
+#endif
+}
+#endif
+
+}  // namespace attn::planted

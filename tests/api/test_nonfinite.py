@@ -1,0 +1,149 @@
+"""NaN and inf in K, V and Q on the kernels: nothing leaks from an excluded pair, nothing visible is
+swallowed.
+
+check_call demands NaN exactly where the reference has it, in O, LSE and every gradient.
+"""
+
+import emulated_backend as emulated
+import pytest
+import torch
+from nonfinite_cases import CASES
+
+from attn_ext.core.reference import attend
+from attn_ext.testing import check_call, random_call
+
+NAN, INF = torch.nan, torch.inf
+
+
+@pytest.fixture(params=["cpu", *(["emulated"] if emulated.available() == "" else [])])
+def kernels(request):
+    """The CPU kernels, and the CUDA kernels on the emulator in mode "all"."""
+    if request.param == "emulated":
+        emulated.set_mode("all", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("seqlen", [17, 150, 450])  # one tile of keys, several tiles, and blocks
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("name", CASES)
+def test_bad_values_reach_exactly_who_sees_them(name, value, seqlen):
+    """Would catch 0 * NaN in one of the five products, and NaN lost in a max or a skipped tile."""
+    spoil, options = CASES[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        call = random_call(7, dtype=dtype, seqlen_q=seqlen, **options)
+        spoil(call, value)
+        check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("value", [1000.0, -INF])
+def test_extreme_sinks(value):
+    """Would catch exp(sink) that overflows, and -inf - -inf: a sink of -inf is no sink."""
+    call = random_call(7, sink=True, stats=True)
+    call.sink[:] = value
+    check_call(call, "cpu")
+
+
+def negative_key(call):
+    """K of key 5 is -inf: its logits are, and no row sees it."""
+    call.q.abs_()
+    call.k[:, :, 5] = -INF
+
+
+def negative_key_with_value(call):
+    """The same, with a V that must not reach O."""
+    negative_key(call)
+    call.v[:, :, 5] = INF
+
+
+def query_without_keys(call):
+    """Query 9 is inf before negative keys: an empty row, whose Q must not reach dK."""
+    call.k.abs_().neg_()
+    call.q[:, :, 9] = INF
+
+
+def query_with_some_keys(call):
+    """Query 9 is NaN by some keys; those of logit -inf get nothing of it."""
+    call.q[:, :, 9] = INF
+    call.k.abs_()[:, :, 1::3].neg_()
+
+
+VISIBLE = (negative_key, negative_key_with_value, query_without_keys, query_with_some_keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": "qk"}], ids=str)
+@pytest.mark.parametrize("spoil", VISIBLE, ids=lambda f: f.__name__)
+def test_infinities_in_visible_rows(kernels, spoil, options, dtype):
+    """A logit of -inf excludes its pair: 0 * inf in the products of tiles that nothing cuts, NaN
+    of three tf32 products with an infinite factor, exp(-inf - NaN) in a row of NaN."""
+    call = random_call(7, dtype=dtype, seqlen_q=70, batch=1, **options)
+    spoil(call)
+    check_call(call, kernels)
+
+
+@pytest.mark.parametrize("spoil", [negative_key, negative_key_with_value])
+def test_infinities_in_a_cache(kernels, spoil):
+    """The same in the kernels of few queries, whose keys are shared."""
+    call = random_call(7, seqlen_q=1, seqlen_k=600, cache_seqlens=[600, 300], batch=2)
+    spoil(call)
+    check_call(call, kernels)
+
+
+def smallest_row(call):
+    """finfo.min, as additive masks have it, over a whole row."""
+    call.bias[:, :, 2] = torch.finfo(call.bias.dtype).min
+
+
+def billion_row(call):
+    call.bias[:, :, 2] = -1e9
+
+
+def smallest_keys(call):
+    """finfo.min over the first tiles of keys."""
+    call.bias[..., : call.k.shape[2] - 20] = torch.finfo(call.bias.dtype).min
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"sink": True}, {"num_splits": 3, "cache_seqlens": [250, 180]}], ids=str
+)
+@pytest.mark.parametrize(
+    "spoil", [smallest_row, billion_row, smallest_keys], ids=lambda f: f.__name__
+)
+def test_rows_of_huge_negative_logits(kernels, spoil, options, dtype):
+    """An excluding -inf in other units (O = 0), a P whose LSE has lost ln(number of keys) (O = the
+    sum of V, entropy 0), 0 * inf in the sum of the entropy."""
+    call = random_call(7, dtype=dtype, bias="qk", seqlen_q=5, seqlen_k=250, stats=True, **options)
+    spoil(call)
+    check_call(call, kernels, grads=False)
+
+
+def test_a_nan_in_a_bias_is_not_a_small_number(kernels):
+    """max(NaN, least number) is the least number."""
+    call = random_call(7, bias="qk", seqlen_q=5)
+    call.bias[:, :, 2, 3] = NAN
+    check_call(call, kernels)
+
+
+def test_a_logit_of_minus_infinity_gets_no_gradient():
+    """The reference: 0 * NaN of a row of NaN at a key that the row does not see."""
+    call = random_call(7, seqlen_q=12, batch=1)
+    query_with_some_keys(call)
+    call.k.requires_grad_()
+    (dk,) = torch.autograd.grad(attend(call)[0][:, :, 9].sum(), call.k)
+    assert dk[:, :, 1::3].eq(0).all()
+    assert dk[:, :, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_row_of_the_smallest_number_is_a_mean(dtype):
+    """exp(S - LSE) where LSE has lost ln(number of keys): O, entropy and dV n times too large."""
+    call = random_call(7, dtype=dtype, bias="qk", stats=True)
+    call.bias[:, :, 2] = torch.finfo(torch.float32).min
+    group, count = call.q.shape[1] // call.k.shape[1], call.k.shape[2]
+    call.v.requires_grad_()
+    out, _, _, entropy = attend(call)
+    torch.testing.assert_close(out[:, :, 2], call.v.mean(2).repeat_interleave(group, 1))
+    torch.testing.assert_close(entropy[:, :, 2], torch.full_like(entropy[:, :, 2], count).log())
+    (dv,) = torch.autograd.grad(out[:, :, 2].sum(), call.v)
+    torch.testing.assert_close(dv, torch.full_like(dv, group / count))

@@ -1,0 +1,90 @@
+"""How the text of csrc/cpu is kept: headers that an editor can read, and what belongs in one place
+only.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+CSRC = ROOT / "csrc"
+HEADERS = sorted([*(CSRC / "cpu").rglob("*.h"), CSRC / "params.h", CSRC / "philox.h"])
+FLAGS = shlex.split((CSRC / "compile_flags.txt").read_text())  # what clangd reads, too
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="parses with g++")
+def test_headers_parse_alone():
+    """A header that stands on what another one happened to include before it: an editor that opens
+    it sees nothing but errors."""
+
+    def errors(header: Path) -> str:
+        command = ["g++", *FLAGS, "-w", "-fsyntax-only", str(header)]
+        return subprocess.run(command, cwd=CSRC, capture_output=True, text=True).stderr
+
+    # and the programs of tests, most of which need a processor that few machines have
+    files = [*HEADERS, *sorted((CSRC / "tests").glob("*.cpp"))]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(files, pool.map(errors, files), strict=True))
+    assert len(found) > 25
+    assert {str(h.relative_to(CSRC)): e for h, e in found.items() if e} == {}
+
+
+def test_kernels_include_nothing_that_is_compiled_for_other_processors():
+    """A library's function inside a target region: the linker may hand its AVX-512 code to the
+    baseline.  isa/region.h includes all that is needed before a region opens."""
+    kernels = [h for h in HEADERS if "namespace attn::cpu::ATTN_ISA" in h.read_text()]
+    assert len(kernels) > 12
+    for header in kernels:
+        outside = re.findall(r'#include (<.*>|"(?!cpu/).*")', header.read_text())
+        assert outside == [], header
+
+
+MOST_LINES = 40
+
+
+def long_functions(text: str) -> list[tuple[int, str]]:
+    """(lines, head) of each function of a C++ text that is longer than MOST_LINES, from the line of
+    its opening parenthesis' name to the closing brace."""
+    code = re.sub(r"//[^\n]*", "", text)
+    code = re.sub(r"""\"(?:\\.|[^"\\\n])*\"|'(?:\\.|[^'\\\n])*'""", '""', code)
+    found, scopes, head, line, first = [], [], "", 1, 1
+    for c in code:
+        if c == "{":
+            scope = re.search(r"\b(namespace|struct|class|enum|union)\b[^()]*$", head)
+            scopes.append((first if ")" in head and not scope else None, head.strip()))
+        elif c == "}" and scopes:
+            begin, name = scopes.pop()
+            if begin and not any(b for b, _ in scopes) and line - begin >= MOST_LINES:
+                found.append((line - begin + 1, " ".join(name.split())))
+        if c in "{};":
+            head = ""
+        elif head.strip() or not c.isspace():
+            first = first if head else line
+            head += c
+        line += c == "\n"
+    return found
+
+
+def test_functions_are_short():
+    """A driver that grows by one flag after the other until nobody can follow it."""
+    bodies = ["", "  y();\n" * 39, "  if (x) {\n" + "    y();\n" * 38 + "  }\n"]
+    texts = [f"struct A {{\n  int f(int x) const {{\n{b}  }}\n}};\n" for b in bodies]
+    assert [len(long_functions(t)) for t in texts] == [0, 1, 1]  # the count itself
+    sources = [*HEADERS, *(CSRC / "cpu").rglob("*.cpp")]
+    assert {
+        str(s.relative_to(CSRC)): f for s in sources if (f := long_functions(s.read_text()))
+    } == {}
+
+
+def test_tile_sizes_are_in_one_file():
+    """A tile's size that someone who tunes the kernels does not find."""
+    for header in HEADERS:
+        if header.name != "tiles.h":
+            assert not re.search(
+                r"\bk\w*(Keys|Queries|Panels?|Grains?) = \d", header.read_text()
+            ), header

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Build csrc/tests/threads.cpp with the kernels under ThreadSanitizer and run it on each ISA of this machine.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mkdir -p build/tsan
+${CXX:-c++} -std=c++17 -O1 -g1 -pthread -fsanitize=thread -ffp-contract=fast -Wno-psabi -Icsrc \
+  csrc/tests/threads.cpp $(find csrc/cpu -name "*.cpp") -o build/tsan/threads
+# die_after_fork: the child of a threaded process may start threads again, which is what is tested here.
+export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0"
+for isa in baseline $(grep -o -m1 -w avx2 /proc/cpuinfo || true) $(grep -q -w avx512vl /proc/cpuinfo && echo avx512 || true); do
+  echo "$isa: $(ATTN_EXT_ISA=$isa build/tsan/threads)"
+done

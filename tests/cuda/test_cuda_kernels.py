@@ -1,0 +1,291 @@
+"""The CUDA kernels against the float64 reference: on the emulated device of csrc/emulation, and on
+a GPU where there is one.
+
+On the emulator every test runs in each of its modes (docs/design/emulation.md): fixed order, random
+warp priorities, poisoned shared memory, the race detector, and all of these together, so that a
+missing barrier or wait fails here and not on somebody's GPU.
+"""
+
+import emulated_backend as emulated
+import nonfinite_cases as nonfinite
+import pytest
+import torch
+
+from attn_ext.backends import native_gpu, registry
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import Needs
+from attn_ext.testing import check_call, needs_of, random_call
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+BACKENDS = []
+if emulated.available() == "":
+    BACKENDS += [("emulated", "cpu", mode) for mode in emulated.MODES]
+if registry.get("cuda").available() == "":
+    BACKENDS.append(("cuda", "cuda", ""))
+
+
+@pytest.fixture(
+    params=BACKENDS or [None], ids=lambda p: "-".join(filter(None, p[::2])) if p else "none built"
+)
+def check(request):
+    """check(**options of random_call) or check(call) on a backend with these kernels."""
+    if request.param is None:
+        pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a GPU is here")
+    name, device, mode = request.param
+    module = emulated if name == "emulated" else registry.get("cuda")
+
+    def run(call=None, seed=1, **options):
+        if mode:
+            emulated.set_mode(mode, seed)
+        check_call(random_call(device=device, **options) if call is None else call, module)
+
+    if mode:
+        emulated.set_mode(mode, 1)
+    run.device, run.module = device, module
+    return run
+
+
+# (seqlen_q, seqlen_k, head_dim, head_dim_v): what each would catch
+SHAPES = {
+    "one of everything": (1, 1, 1, 1),
+    "no keys: empty rows": (5, 0, 8, 8),
+    "no queries: dK and dV are zero": (0, 5, 8, 8),
+    "odd head_dim: rows that 16-byte copies cannot read": (33, 70, 15, 9),
+    "exactly one tile": (64, 64, 64, 64),
+    "last tiles hold one row": (65, 129, 64, 64),
+    "one query, many keys: split-KV": (1, 900, 64, 64),
+    "Dv wider than D": (33, 65, 16, 111),
+    "D wider than Dv": (40, 40, 128, 24),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_shapes(check, name, dtype):
+    """Wrong tails, reads or writes past a row, uninitialised outputs."""
+    seqlen_q, seqlen_k, head_dim, head_dim_v = SHAPES[name]
+    check(
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        layout="padded",
+    )
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("bias", [False, "qk"], ids=["plain", "general"])
+def test_every_kernel(check, head_dim, dtype, bias):
+    """A tile size or swizzle that is wrong for one head_dim, in either kernel of the pair."""
+    sizes = {"seqlen_q": 70, "seqlen_k": 90, "batch": 1, "heads_q": 2, "heads_k": 1}
+    check(head_dim=head_dim, dtype=dtype, bias=bias, causal=True, **sizes)
+
+
+FEATURES = {
+    "causal, top left": {"causal": True, "align": 0},
+    "causal, bottom right: first rows empty": {"causal": True, "align": 1, "seqlen_k": 30},
+    "window": {"window": (20, 5)},
+    "window without a right side": {"window": (9, -1)},
+    "mask with empty rows": {"mask": "qk", "seqlen_k": 3},
+    "mask broadcast over keys": {"mask": "bhq"},
+    "bias": {"bias": True},
+    "bias broadcast over batch and heads": {"bias": "qk"},
+    "bias broadcast over queries": {"bias": "bk"},
+    "bias broadcast over keys": {"bias": "hq"},
+    "bias broadcast over everything": {"bias": ""},
+    "softcap": {"softcap": 2.0},
+    "ALiBi": {"alibi": "b"},
+    "sink": {"sink": True},
+    "dropout": {"dropout_p": 0.3},
+    "drop all": {"dropout_p": 1.0},
+    "GQA 8:1": {"heads_q": 8, "heads_k": 1},
+    "negative scale": {"scale": -0.3},
+    "layout [B, S, H, D]": {"layout": "bshd"},
+    "all at once": {
+        "causal": True,
+        "window": (60, -1),
+        "mask": "bk",
+        "bias": "hqk",
+        "softcap": 5.0,
+        "alibi": True,
+        "sink": True,
+        "dropout_p": 0.2,
+        "heads_q": 4,
+        "heads_k": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_features(check, name, dtype):
+    """A feature left out, or its gradient."""
+    options = {"seqlen_q": 70, "seqlen_k": 134, "head_dim": 24, "stats": True, "dtype": dtype}
+    check(**{**options, **FEATURES[name]})
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_varlen(check, name):
+    """Positions, masks or dropout bits counted from the buffer's start and not the sequence's."""
+    options = {k: v for k, v in FEATURES[name].items() if k != "seqlen_k"}
+    lengths = {"seqlens_q": [0, 5, 71, 1], "seqlens_k": [4, 7, 80, 0]}
+    check(stats=True, dtype=FP16, head_dim=32, **lengths, **options)
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 3, 64, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 4, 50])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_decode(check, page_size, seqlen_q, dtype):
+    """A tile that crosses pages, keys beyond the used length (NaN there), a cache without keys, a
+    share of the keys that is empty, rows that belong to another head of the group."""
+    check(
+        seqlen_q=seqlen_q,
+        heads_q=6,
+        heads_k=2,
+        head_dim=40,
+        seqlen_k=520,
+        cache_seqlens=[0, 7, 520],
+        page_size=page_size,
+        causal=True,
+        sink=True,
+        stats=True,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize(("asked", "used"), [(1, 1), (2, 2), (5, 5), (16, 9), (2**40, 9), (0, 3)])
+def test_decode_takes_the_splits_that_are_asked_for(check, asked, used):
+    """num_splits ignored, parts without a key of their own, or a merge that is right for one
+    number."""
+    sizes = {"seqlen_q": 2, "heads_q": 4, "heads_k": 2, "head_dim": 64, "seqlen_k": 520}
+    call = random_call(
+        cache_seqlens=[520, 3],
+        page_size=16,
+        dtype=BF16,
+        sink=True,
+        stats=True,
+        causal=True,
+        device=check.device,
+        **sizes,
+    )
+    call = call._replace(num_splits=asked)
+    kernels = check.module._kernels()
+    lse = torch.empty(call.q.shape[:3], device=check.device)
+    native = kernels._native(call, kernels._canonical(call), torch.empty_like(call.q), lse)
+    floats = native.forward_workspace(6 if asked == 0 else 1000)
+    assert floats == (used * lse.numel() * (64 + 3) if used > 1 else 0)
+    check(call)
+
+
+def test_a_remembered_plan_knows_its_splits(check):
+    """The scratch of one num_splits used for a dense call of another."""
+    call = random_call(seqlen_q=1, seqlen_k=300, dtype=BF16, device=check.device)
+    for asked in (1, 7, 1, 0):
+        check(call._replace(num_splits=asked))
+
+
+@pytest.mark.parametrize("options", [{"mask": "bhqk"}, {"bias": "hqk"}, {"window": (100, 0)}])
+def test_decode_features(check, options):
+    """A mask or bias indexed by the packed row instead of its head and position."""
+    sizes = {"seqlen_q": 3, "heads_q": 4, "heads_k": 2, "seqlen_k": 300}
+    check(cache_seqlens=[300, 77], page_size=16, dtype=BF16, **sizes, **options)
+
+
+@pytest.mark.parametrize("seqlen", [17, 90])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", nonfinite.CASES)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_bad_values_reach_exactly_who_sees_them(check, name, value, seqlen, dtype):
+    """0 * NaN of an excluded pair, or NaN of a visible one lost in a maximum."""
+    spoil, options = nonfinite.CASES[name]
+    call = random_call(7, dtype=dtype, seqlen_q=seqlen, device=check.device, **options)
+    spoil(call, value)
+    check(call)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_nan_in_the_gradient_of_an_excluded_query(check, dtype):
+    """dV of key 9 must not see dO of query 3, which cannot see that key."""
+    call = random_call(seqlen_q=20, causal=True, dtype=dtype, device=check.device)
+    out, lse, *_ = check.module.forward(call)
+    dout = torch.ones_like(out)
+    dout[:, :, 3] = torch.nan
+    _, dk, dv, *_ = check.module.backward(call, dout, out, lse, None, Needs(True, True, True))
+    for gradient in (dk, dv):
+        assert gradient[:, :, 4:].isfinite().all()
+        assert gradient[:, :, :4].isnan().all()
+
+
+def test_a_remembered_plan_serves_only_its_own_calls(check):
+    """Addresses or strides of an earlier call of the same shape."""
+    a = random_call(1, seqlen_q=20, dtype=BF16, device=check.device)
+    b = random_call(2, seqlen_q=20, dtype=BF16, device=check.device)
+    c = random_call(2, seqlen_q=20, dtype=BF16, layout="bshd", device=check.device)
+    outs = [check.module.forward(call)[0] for call in (a, b, c, a)]
+    assert torch.equal(outs[0], outs[3]) and not torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[1], outs[2]) and outs[1].stride() != outs[2].stride()
+    for call in (a, b, c):
+        check(call)
+
+
+@pytest.mark.parametrize("needs", [(1,), (0, 1), (0, 0, 1, 1)])
+@pytest.mark.parametrize("head_dim", [32, 192])
+def test_only_the_gradients_that_are_needed(check, needs, head_dim):
+    """A null pointer written to, or a gradient that depends on which others are asked for."""
+    call = random_call(
+        seqlen_q=20, dtype=BF16, head_dim=head_dim, bias="k", sink=True, device=check.device
+    )
+    out, lse, *_ = check.module.forward(call)
+    dout = torch.ones_like(out)
+    every = check.module.backward(call, dout, out, lse, None, needs_of(call))
+    some = check.module.backward(call, dout, out, lse, None, Needs(*map(bool, needs)))
+    for need, a, b in zip(Needs(*needs), every, some, strict=True):
+        assert b is None if not need else torch.equal(a, b)
+
+
+def test_runs_are_bitwise_equal(check):
+    """An order of additions that depends on the scheduling of warps."""
+    options = {"heads_q": 4, "heads_k": 2, "bias": "k", "sink": True, "device": check.device}
+    call = random_call(seqlen_q=100, dtype=BF16, head_dim=32, **options)
+    results = []
+    for seed in (1, 2, 3):
+        if check.device == "cpu":
+            from attn_ext import _emulated
+
+            _emulated.set_mode("random", seed)
+        out, lse, *_ = check.module.forward(call)
+        needs = needs_of(call)
+        grads = check.module.backward(call, torch.ones_like(out), out, lse, None, needs)
+        results.append([out, lse, *(g for g, n in zip(grads, needs, strict=True) if n)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_unsupported_problems_say_why():
+    """A head_dim or dtype that reaches a kernel which was not made for it."""
+    problem = Problem.of(random_call(head_dim=300, dtype=torch.float64))
+    why = native_gpu.unsupported(problem)
+    assert any("head_dim must be at most 256, got 300" in reason for reason in why)
+    assert any("dtype must be one of" in reason and "float64" in reason for reason in why)
+    decode = Problem.of(random_call(cache_seqlens=[3], seqlen_k=4, dtype=BF16)._replace(grad=True))
+    assert any("decode has no backward" in reason for reason in native_gpu.unsupported(decode))
+
+
+def test_the_native_side_refuses_what_would_break_memory(check):
+    """A corrupt struct that reaches a kernel."""
+    kernels = check.module._kernels()
+    for change, message in (
+        ({"max_seqlen_q": -1}, "seqlen_q must be at least 0, got -1"),
+        ({"dropout_p": 0.5}, "rng_state is needed"),
+        ({"max_seqlen_k": 2**30}, "below 2\\^30"),
+    ):
+        call = random_call(dtype=BF16, device=check.device)._replace(**change)
+        t = kernels._canonical(call)
+        lse = torch.empty(call.q.shape[:3], device=check.device)
+        native = kernels._native(call, t, torch.empty_like(call.q), lse)
+        with pytest.raises(ValueError, match=message):
+            native.forward(0, 0, 0, 1, False)

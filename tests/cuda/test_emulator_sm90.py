@@ -1,0 +1,203 @@
+"""The wrappers of csrc/cuda/ptx_sm90.cuh on the emulated device, against layouts written out here
+from the PTX manual; and the same program on a Hopper GPU, bit by bit.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+emulated = pytest.importorskip(
+    "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "csrc/emulation/tests"
+OPS = re.findall(
+    r"(\w+),\s+//",
+    re.search(r"enum Op : int \{(.*?)\}", (TESTS / "hopper.cuh").read_text(), re.S)[1],
+)
+GOLDEN = OPS[: OPS.index("UNFENCED")]  # what golden_sm90.cu runs; then faults
+MODES = ["plain", "random", "poison", "race", "all"]
+
+
+@pytest.fixture(autouse=True)
+def plain_mode():
+    yield
+    emulated.set_mode("plain")
+
+
+def integers(n, seed):
+    return (7919 * np.arange(n, dtype=np.int64) + seed) % 9 - 4
+
+
+def half_bits(x, bf16):
+    if bf16:
+        return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return x.astype(np.float16).view(np.uint16)
+
+
+def expected_product(op):
+    """[128 threads, 16 tiles, 4]: acc + A B of the fragments, which hold n + i before."""
+    A = integers(64 * 64, 1).reshape(64, 64)
+    B = integers(128 * 64, 2)
+    product = A @ (B.reshape(64, 128) if op.endswith("MN") else B.reshape(128, 64).T)
+    thread, n, i = np.ogrid[:128, :16, :4]
+    row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i // 2)
+    column = 8 * n + 2 * (thread % 4) + i % 2
+    return (product[row, column] + n + i).astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("op", ["SS_K", "SS_MN", "RS_MN", "STORED"])
+def test_wgmma(op, bf16, mode):
+    """A wrong fragment, descriptor field, swizzle, slab or step; copies that land elsewhere."""
+    emulated.set_mode(mode, seed=3)
+    got = emulated.hopper(OPS.index(op), bf16).view(np.float32).reshape(128, 16, 4)
+    np.testing.assert_array_equal(got, expected_product(op))
+
+
+@pytest.mark.parametrize("mode", ["race", "all"])
+def test_wgmma_of_plain_stores_needs_a_fence(mode):
+    """On hardware the tensor cores may read what was there before."""
+    emulated.set_mode(mode, seed=3)
+    with pytest.raises(RuntimeError, match=r"hopper.cuh:\d+.* stored: no fence_proxy_async"):
+        emulated.hopper(OPS.index("UNFENCED"), True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_narrow_wgmma(bf16, mode):
+    """Rows of B beyond the 32, or accumulators of a wider shape."""
+    emulated.set_mode(mode, seed=3)
+    got = emulated.hopper(OPS.index("N32"), bf16).view(np.float32).reshape(128, 16, 4)
+    n, i = np.ogrid[:4, :4]
+    np.testing.assert_array_equal(got[:, :4], expected_product("SS_K")[:, :4] - n - i)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stmatrix_turns_each_tile_over(mode):
+    """Rows and columns, tiles or halves of a word exchanged."""
+    emulated.set_mode(mode, seed=3)
+    words = emulated.hopper(OPS.index("TURNED"), True)[: 128 * 4].reshape(128, 4)[::-1]
+    rows = np.ascontiguousarray(words).view(np.uint16).reshape(4, 4, 8, 8)  # warp, tile, row
+    warp, tile, row, column = np.ogrid[:4, :4, :8, :8]
+    lane = 4 * column + row // 2  # holds (column, row), (column, row + 1) of the tile
+    np.testing.assert_array_equal(rows, (32 * warp + lane) * 8 + 2 * tile + row % 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bulk_add(mode):
+    """Bytes beyond the size, a group lost, additions that replace."""
+    emulated.set_mode(mode, seed=3)
+    got = emulated.hopper(OPS.index("ADDED"), True).view(np.float32)[:520]
+    want = np.arange(1, 521, dtype=np.float32)
+    want[:256] *= 2
+    want[512:] = 0
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["race", "all"])
+@pytest.mark.parametrize(
+    ("op", "report"),
+    [("ADD_UNFENCED", r"stored: no fence_proxy_async"), ("ADD_REUSED", r"overwrites what")],
+)
+def test_bulk_add_needs_a_fence_and_a_wait(op, report, mode):
+    """On hardware the engine may read what was there before, or what comes after."""
+    emulated.set_mode(mode, seed=3)
+    with pytest.raises(RuntimeError, match=rf"hopper.cuh:\d+.* {report}"):
+        emulated.hopper(OPS.index(op), True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_box(mode):
+    """Rows and columns beyond the tensor that are not zero, wrong strides, another swizzle."""
+    emulated.set_mode(mode, seed=3)
+    words = emulated.hopper(OPS.index("BOX"), False)[: 64 * 32]
+    chunks = words.view(np.uint16).reshape(64, 8, 8)
+    tensor = half_bits(integers(72 * 50 * 5 * 3, 1), False).reshape(3, 5, 50, 72)
+    box = np.zeros((64, 64), np.uint16)
+    box[:20, :32] = tensor[1, 2, 30:50, 40:72]
+    for row in range(64):
+        for chunk in range(8):
+            np.testing.assert_array_equal(
+                chunks[row, chunk ^ (row % 8)], box[row, 8 * chunk : 8 * chunk + 8]
+            )
+
+
+def test_votes():
+    """Two lanes elected in a warp, a vote that some warp does not hear or that outlives its
+    round."""
+    for mode in MODES:
+        emulated.set_mode(mode, seed=3)
+        out = emulated.hopper(OPS.index("VOTES"), True)[: 128 * 4].reshape(128, 4)
+        assert (out[:, 0].reshape(4, 32).sum(1) == 1).all()
+        assert (out[:, 1] == 1).all() and (out[:, 2] == 0).all()
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    path = Path(home) / "bin" / "nvcc"
+    return str(path) if path.exists() else None
+
+
+def has_hopper():
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return False
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    return "9.0" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def run(binary, folder):
+    subprocess.run([str(binary), str(folder / "out")], check=True)
+    return np.fromfile(folder / "out", np.uint32).reshape(2, len(GOLDEN), -1)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the emulator answers."""
+    emulated.set_mode("plain")
+    return np.stack([[emulated.hopper(op, b) for op in range(len(GOLDEN))] for b in (False, True)])
+
+
+def test_program_agrees_with_the_module(expected, tmp_path):
+    """The program that a GPU runs, run as C++."""
+    binary = tmp_path / "golden"
+    emulator = [str(p) for p in (ROOT / "csrc/emulation").glob("*.cpp") if p.stem != "bindings"]
+    flags = ["-O1", "-std=c++17", "-w", "-DATTN_EMULATED", "-fno-strict-aliasing", "-pthread"]
+    source = ["-x", "c++", str(TESTS / "golden_sm90.cu"), *emulator]
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, *source, "-o", str(binary)], check=True)
+    np.testing.assert_array_equal(run(binary, tmp_path), expected)
+
+
+@pytest.fixture(scope="module")
+def gpu_program(tmp_path_factory):
+    if nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    binary = tmp_path_factory.mktemp("golden") / "golden_sm90"
+    command = [nvcc(), "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cudart", "static"]
+    subprocess.run([*command, str(TESTS / "golden_sm90.cu"), "-o", str(binary)], check=True)
+    return binary
+
+
+def test_program_compiles_with_nvcc(gpu_program):
+    """The test below must not turn out broken on the day a GPU is at hand."""
+    assert gpu_program.stat().st_size > 0
+
+
+@pytest.mark.skipif(not has_hopper(), reason="needs an NVIDIA GPU of compute capability 9.0")
+def test_gpu_gives_the_emulators_bits(gpu_program, expected, tmp_path):
+    found = run(gpu_program, tmp_path)
+    names = [f"{t} {op}" for t in ("fp16", "bf16") for op in GOLDEN]
+    same = (found == expected).reshape(2 * len(GOLDEN), -1).all(1)
+    # any lane may be the elected one
+    for t in range(2):
+        votes = found[t, OPS.index("VOTES"), : 128 * 4].reshape(128, 4)
+        assert (votes[:, 0].reshape(4, 32).sum(1) == 1).all()
+        assert (votes[:, 1:3] == [1, 0]).all()
+        same[t * len(GOLDEN) + OPS.index("VOTES")] = True
+    assert [n for n, ok in zip(names, same, strict=True) if not ok] == []

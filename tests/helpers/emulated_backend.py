@@ -1,0 +1,68 @@
+"""The backend `emulated`: the CUDA kernels on CPU tensors, through the Python code of the cuda
+backend.  It exists in tests only.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import tiers
+
+from attn_ext.backends import native_gpu
+
+# What the tests run in, of plain, random, poison, race and all (docs/emulation.md).  "all" notices
+# whatever another mode notices of the bugs of tests/mutants (a test of theirs holds it); "plain"
+# depends on no seed.  ATTN_EXT_EMULATOR_MODE=race (or plain,random, ...) asks for others.
+MODES = ("plain",) if tiers.CHECK else ("plain", "all")
+MODES = tuple(os.environ.get("ATTN_EXT_EMULATOR_MODE", ",".join(MODES)).split(","))
+
+
+def set_mode(mode: str, seed: int) -> None:
+    """One of MODES, with the least shared memory that a GPU from sm_80 on has; with the Hopper
+    kernels that of sm_90."""
+    from attn_ext import _emulated
+
+    _emulated.set_mode(mode, seed=seed, smem_limit=(227 if _kernels().sm90 else 99) * 1024)
+
+
+@functools.cache
+def _kernels() -> native_gpu.Kernels:
+    from attn_ext import _emulated
+
+    return native_gpu.Kernels(_emulated, "cpu")
+
+
+def available() -> str:
+    """ "" when attn_ext._emulated is built, else the remedy."""
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"attn_ext._emulated is not built: reinstall with ATTN_EXT_EMULATED=1 ({error})"
+    return ""
+
+
+def unsupported(problem) -> list[str]:
+    why = native_gpu.unsupported(problem)
+    if problem.device != "cpu":
+        why.append(f"tensors must be on the cpu, got {problem.device}")
+    return why
+
+
+def _repair_only_for(*tensors) -> None:
+    """Let the kernels compute results with NaN once more only where a tensor has NaN or infinities:
+    else it is a fault that a poisoned buffer shows, and must not be mended."""
+    from attn_ext import _emulated
+
+    finite = all(bool(x.isfinite().all()) for x in tensors if x is not None)
+    _emulated.set_repairs(not finite)
+
+
+def forward(call):
+    _repair_only_for(call.q, call.k, call.v)
+    return _kernels().forward(call)
+
+
+def backward(call, dout, out, lse, dlse, needs):
+    _repair_only_for(call.q, call.k, call.v, dout)
+    return _kernels().backward(call, dout, out, lse, dlse, needs)

@@ -1,0 +1,68 @@
+"""Two tiers of tests: `make check` before each commit, `make test` everything.
+
+What `make check` leaves out is marked `thorough` (pytest -m "not thorough"), by the table below: a
+room, a file or a test, and why it takes long.  ATTN_EXT_TIER=check also runs what is left on less:
+the CUDA kernels in the emulator's mode "plain", two instruction sets, five examples of hypothesis.
+"""
+
+import os
+
+CHECK = os.environ.get("ATTN_EXT_TIER", "everything") == "check"
+
+THOROUGH = {
+    "api/test_additive.py::test_memory": "long sequences",
+    "api/test_additive.py::test_opcheck": "traces the operators many times",
+    "api/test_inspect.py::test_memory": "long sequences",
+    "api/test_nn_multihead.py::test_compile": "torch.compile",
+    "api/test_numbers.py::test_symbolic_floats": "torch.compile",
+    "api/test_numbers.py::test_symbolic_ints": "torch.compile",
+    "api/test_strangers_calls.py::test_command_line_on_a_terminal_of_little_help": "processes",
+    "cpu/test_cpu_amx.py": "each AMX instruction is a signal",
+    "cpu/test_fork.py": "a process for each order of calls",
+    "cpu/test_kernels.py::test_many_heads": "the largest blocks of keys",
+    "cpu/test_masked_tiles.py::test_structures": "long sequences; those with bands remain",
+    "cpu/test_threads_and_fork.py": "processes that could hang",
+    "cuda/test_emulator_mutations.py::test_planted_bug_is_caught": "a compilation each",
+    "cuda/test_emulator_mutations.py::test_kernels_as_they_are_pass_every_mode": "the same",
+    "cuda/test_emulator_mutations.py::test_kernels_stay_within_their_tensors": "the same",
+    "cuda/test_emulator_mutations.py::test_sanitizer_sees_a_copy_past_the_last_key": "the same",
+    "cuda/test_golden_bits.py": "compiles the emulator",
+    "cuda/test_nvcc.py::test_hopper_kernels_use_hoppers_instructions": "nvcc",
+    "cuda/test_nvcc.py::test_hopper_kernels_compute_while_the_tensor_cores_do": "nvcc",
+    "cuda/test_nvcc.py::test_kernels_compile_and_use_no_more_than_the_table_says": "nvcc",
+    "cuda/test_nvcc.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "nvcc",
+    "cuda/test_nvcc.py::test_shared_memory_fits_every_architecture": "compiles the emulator",
+    "integrations/test_models_checkpoint.py": "libraries of models",
+    "integrations/test_models_diffusers.py": "libraries of models",
+    "integrations/test_models_encoders.py": "libraries of models",
+    "integrations/test_models_function.py": "libraries of models",
+    "integrations/test_models_llama.py": "libraries of models",
+    "integrations/test_models_timm.py": "libraries of models",
+    "package/test_install.py": "builds an archive; processes that import torch",
+    "tools/test_examples.py": "trains models",
+    "tools/test_family_examples.py": "trains models",
+    "tools/test_gpu_bench.py": "benchmarks, in processes of their own",
+    "torch/test_compile.py": "torch.compile",
+    "torch/test_compile_transforms.py": "torch.compile",
+    "torch/test_dtensor.py": "two processes",
+    "torch/test_sdpa_compile_scope.py": "torch.compile",
+    "triton/interpreter": "Triton's interpreter",
+    "triton/test_triton_compile.py::test_kernels_compile_and_take_what_the_table_says": "compiles",
+    "triton/test_triton_family_compile.py": "compiles Triton kernels",
+    "triton/test_triton_replay.py": "compiles Triton kernels",
+}
+
+
+def reason(nodeid: str) -> str:
+    """Why a test (tests/room/file.py::name[case]) or a file is thorough; "" if it is not."""
+    place, _, name = nodeid.removeprefix("tests/").partition("::")
+    places = [place, *(f"{place}::{name.split('[')[0]}" for _ in [0] if name)]
+    while "/" in place:
+        place = place.rpartition("/")[0]
+        places.append(place)
+    return next((THOROUGH[each] for each in places if each in THOROUGH), "")
+
+
+def isas(supported: list[str], default: str) -> list[str]:
+    """The instruction sets that tests run on: the plainest and the default one to check."""
+    return [i for i in supported if i in (supported[0], default)] if CHECK else list(supported)

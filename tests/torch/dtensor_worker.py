@@ -1,0 +1,55 @@
+"""One of the processes of test_dtensor.py: `python dtensor_worker.py RANK SIZE STORE_FILE`.
+
+Attention of DTensors sharded over batch or heads equals that of whole tensors, gradients included.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+import attn_ext
+
+
+def attend(q, k, v, bias, sink):
+    out, lse = attn_ext.attention(q, k, v, causal=True, bias=bias, sink=sink, return_lse=True)
+    return out, lse
+
+
+def main(rank: int, size: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    mesh = init_device_mesh("cpu", (size,))
+    torch.manual_seed(0)
+    # bias is broadcast over the batch: sharding the batch must sum its gradient over the processes
+    shapes = ((4, 8, 7, 8), (4, 4, 7, 8), (4, 4, 7, 6), (1, 8, 7, 7), (8,))
+    whole = [torch.randn(s, requires_grad=True) for s in shapes]
+    out, lse = attend(*whole)
+    (out.square().sum() + lse.sum()).backward()
+    for placements in (
+        [Shard(0)] * 3 + [Replicate()] * 2,
+        [Shard(1)] * 4 + [Shard(0)],
+    ):
+        parts = [
+            distribute_tensor(x.detach(), mesh, [p]).requires_grad_()
+            for x, p in zip(whole, placements, strict=True)
+        ]
+        got, got_lse = attend(*parts)
+        assert got.placements == (placements[0],), got.placements  # no communication
+        assert got.to_local().numel() * size == out.numel()
+        torch.testing.assert_close(got.full_tensor(), out)
+        torch.testing.assert_close(got_lse.full_tensor(), lse)
+        (got.square().sum() + got_lse.sum()).backward()
+        for name, part, x in zip(("q", "k", "v", "bias", "sink"), parts, whole, strict=True):
+            torch.testing.assert_close(
+                part.grad.full_tensor(), x.grad, msg=lambda text, name=name: f"d{name}: {text}"
+            )
+    # a sequence shard cannot be attended to alone: torch must gather it
+    rows = [distribute_tensor(x.detach(), mesh, [Shard(2)]) for x in whole[:3]]
+    want = attn_ext.attention(*whole[:3], causal=True)
+    torch.testing.assert_close(attn_ext.attention(*rows, causal=True).full_tensor(), want)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

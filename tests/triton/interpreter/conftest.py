@@ -1,0 +1,34 @@
+"""Tests of the Triton kernels in Triton's interpreter.  Triton decides when it is imported whether
+it interprets, so they have a process of their own:
+
+    TRITON_INTERPRET=1 pytest tests/triton/interpreter
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETING:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    import triton
+    from triton.runtime import interpreter
+
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        # Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses
+        patch = interpreter._patch_lang_tensor
+
+        def patch_lang_tensor(tensor, scope):
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+        interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """inf - inf and 0 * NaN are what some cases are about; numpy need not warn of them."""
+    with np.errstate(all="ignore"):
+        yield

@@ -1,0 +1,165 @@
+"""The Triton kernels compile for every architecture, without a GPU, and take what the committed
+tables say: a tile that spills, does not fit shared memory or loses its tensor cores shows here.
+
+tests/triton/resources/ holds a row for each tile of the configuration; `make triton-table` compiles
+all of them again and its difference is what a review reads.  Here a selection is compiled afresh,
+or with ATTN_EXT_TRITON_ALL=1 every row, and the tables are held against the configuration and the
+kernels.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import triton_offline as offline
+
+from attn_ext.triton_kernels import configs, tune
+
+SCRIPT = offline.__file__
+
+# "sm_90", and "sm_90-triton-3.6" for the oldest Triton
+TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(offline.TABLES.iterdir())}
+PRODUCT = {
+    "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync", "gfx942": "v_mfma",
+}  # fmt: skip
+# What another version of Triton than the tables' may take beyond them, before a tile must change
+SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 64, 1.5
+EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
+
+
+@pytest.mark.parametrize("architecture", configs.SHARED_LIMIT)
+def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
+    """A kernel that Triton refuses; more spills, registers or shared memory than before."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, architecture, *(["--all"] if EVERYTHING else [])],
+        capture_output=True, text=True, env=environment, timeout=7200 if EVERYTHING else 600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    table = TABLES[offline.table_path(architecture).stem]
+    same = metadata.version("triton") == table["triton"]
+    assert (
+        found.keys() == table["rows"].keys()
+        if EVERYTHING and same
+        else len(found) >= (12 if architecture == "sm_90" else 3)
+    )
+    for name, row in found.items():
+        if name not in table["rows"]:  # everything, with a Triton that has no table
+            continue
+        expected = table["rows"][name]
+        if same:
+            assert row == expected, name
+        tile, registers, spilled, shared, instructions = row
+        assert tile == expected[0], name
+        assert registers <= expected[1] + SLACK_REGISTERS, (name, row, expected)
+        assert spilled <= expected[2] + SLACK_SPILLED, (name, row, expected)
+        assert shared <= expected[3] * SLACK_SHARED + 256, (name, row, expected)
+        assert shared <= configs.SHARED_LIMIT[architecture], (name, row)
+        assert instructions.split()[:1] == expected[4].split()[:1], (name, row, expected)
+
+
+def test_there_is_a_table_for_each_architecture_and_the_oldest_triton():
+    """A table that was not written, or is left of an architecture that is gone."""
+    oldest = {offline.table_path(name, offline.OLDEST + ".0").stem for name in offline.OLDEST_FOR}
+    assert TABLES.keys() == configs.SHARED_LIMIT.keys() | oldest
+    assert len(oldest) == len(offline.OLDEST_FOR)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_table_is_that_of_these_kernels(name):
+    """Kernels that were changed after the table was written: run `make triton-table`."""
+    assert TABLES[name]["kernels"] == offline.digest()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(table, monkeypatch):
+    """A tile that was changed or added without compiling it, that spills, or that does not fit."""
+    rows, version = TABLES[table]["rows"], TABLES[table]["triton"]
+    monkeypatch.setattr(configs, "_triton", lambda: tuple(map(int, version.split(".")[:2])))
+    architecture = table.split("-")[0]
+    compiled = {tuple([*name.split()[::2][:2], *row[0]]) for name, row in rows.items()}
+    for direction, dtype, tile, name in offline.configuration(architecture):
+        kernel = offline.DIRECTIONS[direction][0]
+        expected = (kernel, dtype, *tile)
+        if kernel == "decode":  # its tiles hold no more rows than there are
+            assert any(row[:2] == expected[:2] and row[3:] == expected[3:] for row in compiled), (
+                name
+            )
+        else:
+            assert expected in compiled, name
+    assert offline.shipped_rows(architecture).keys() <= rows.keys()
+    for (direction, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
+        assert direction == "fwd"
+        assert rows[f"forward {width} bf16 specialized"][0] == list(tile)
+        repair = configs.shipped(architecture, "fwd", width, 2, False, False)
+        if width == 128:  # the narrower one needs less
+            assert rows[f"repair {width} bf16 specialized"][0] == list(repair)
+    for name, (_, _, spilled, shared, _) in rows.items():
+        assert shared <= configs.SHARED_LIMIT[architecture], name
+        assert spilled == 0, (name, spilled)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_instructions_are_those_that_the_rows_claim(table):
+    """Products that leave the tensor cores, loads that fall back from TMA."""
+    architecture = table.split("-")[0]
+    for name, (tile, _, _, _, instructions) in TABLES[table]["rows"].items():
+        kernel, width, dtype, case = name.split(" ", 3)
+        if kernel in ("delta", "combine", "repair"):
+            continue
+        assert instructions, name  # float32 too: three products of TF32, or FMA by matrix cores
+        if kernel == "forward" and case in ("causal", "specialized") and dtype != "fp32":
+            assert ("cp.async.bulk.tensor" in instructions) == (tile[4] > 0), name
+            assert ("setmaxnreg" in instructions) == (tile[4] == 2), name
+            if int(width) in (64, 128):
+                assert PRODUCT[architecture] in instructions, name
+
+
+def test_triton_3_6_gets_no_tcgen05(monkeypatch):
+    """Tiles of 64 queries and more on sm_100, which Triton 3.6 fails to compile."""
+    monkeypatch.setattr(configs, "_triton", lambda: (3, 6))
+    for direction, width, rich in itertools.product(("fwd", "dq"), configs.WIDTHS, (False, True)):
+        assert configs.shipped("sm_100", direction, width, 2, rich).block_m <= 32
+        assert configs.shipped("sm_100", direction, width, 2, rich).loads == 0
+    assert configs.shipped("sm_90", "fwd", 64, 2).block_m == 128
+
+
+def test_tune_measures_specialized_warps():
+    """A candidate that is never measured, or is given to a GPU or dtype that cannot take it."""
+    for (direction, width), tile in configs.SPECIALIZED["sm_90"].items():
+        assert tile in tune.candidates(direction, width, "sm_90", 2)
+        assert tile not in tune.candidates(direction, width, "sm_90", 4)
+        assert tile not in tune.candidates(direction, width, "sm_80", 2)
+        assert tile not in tune.candidates("dq", width, "sm_90", 2)
+
+
+def test_tuned_tiles_are_stored_and_win(tmp_path, monkeypatch):
+    """A measurement that is lost, or holds for another device or version; a damaged file."""
+    monkeypatch.setenv("ATTN_EXT_CACHE", str(tmp_path))
+    monkeypatch.setattr(configs, "_device_name", lambda: "GPU A")
+    configs._tuned.cache_clear()
+    try:
+        before = configs.tile("sm_90", "fwd", 128, 2)
+        assert before == configs.shipped("sm_90", "fwd", 128, 2)
+        mine = configs.Tile(32, 64, 4, 1, 0)
+        configs.store("GPU B", {"fwd/128/2": mine})
+        assert configs.tile("sm_90", "fwd", 128, 2) == before
+        configs.store("GPU A", {"fwd/128/2": mine})
+        assert configs.tile("sm_90", "fwd", 128, 2) == mine
+        with configs.using("fwd/128/2", before):
+            assert configs.tile("sm_90", "fwd", 128, 2) == before
+        content = json.loads(configs.cache_file().read_text())
+        content[configs.identity("GPU A")] = {"fwd/128/2": [33, 64, 4, 1, 0]}
+        for damaged in (json.dumps(content), "{", "[]"):
+            configs.cache_file().write_text(damaged)
+            configs._tuned.cache_clear()
+            assert configs.tile("sm_90", "fwd", 128, 2) == before
+    finally:
+        configs._tuned.cache_clear()

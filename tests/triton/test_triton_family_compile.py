@@ -1,0 +1,93 @@
+"""The Triton kernels of additive and sigmoid attention and of attn_ext.inspect compile for absent
+GPUs: without spills, within shared memory, with tensor cores for products of matrices.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_ext.triton_kernels import configs
+
+# Compiles in a process of its own, since Triton remembers its target.
+SCRIPT = """
+import functools, json, sys
+import torch, triton
+import triton_offline as offline
+from attn_ext.triton_kernels.launch import additive as additive_launch
+from attn_ext.triton_kernels.launch import attention as launch
+from attn_ext.triton_kernels.launch import backward as launch_backward
+from attn_ext.triton_kernels.launch import inspect as inspect_launch
+from attn_ext.testing import needs_of, random_call
+
+architecture, table = sys.argv[1], {}
+triton.runtime.driver.set_active(offline.StubDriver(architecture))
+launch.architecture = lambda x: architecture
+launch.multiprocessors = lambda x: 132
+
+def run(label, kernel, programs, tile, *args):
+    compiled = kernel.warmup(*args, grid=(programs,), **launch.options(tile))
+    table[f"{kernel.fn.__name__} {label}"] = offline.resources(compiled)
+
+shape = {"seqlen_q": 128, "seqlen_k": 128, "heads_q": 4, "heads_k": 2}
+rest = {"mask": "bk", "bias": "hqk", "dropout_p": 0.2, "window": (30, 5)}
+calls = {
+    "64": random_call(causal=True, head_dim=64, dtype=torch.bfloat16, **shape),
+    "128": random_call(causal=True, head_dim=128, dtype=torch.bfloat16, **shape),
+    "float32": random_call(causal=True, head_dim=64, **shape),
+    "features": random_call(head_dim=64, dtype=torch.bfloat16, **rest, **shape),
+}
+
+def additive(call):
+    call = call._replace(w=torch.zeros(4, call.q.shape[-1]), scale=1.0)
+    out, lse, _, _ = additive_launch.forward(call)
+    additive_launch.backward(call, out, out, lse, lse, needs_of(call))
+
+def sigmoid(call):
+    call = call._replace(normalizer="sigmoid")
+    out, lse, _, _ = launch.forward(call)
+    launch_backward.backward(call, out, out, lse, None, needs_of(call))
+
+def look(call):
+    call = call._replace(v=call.k[..., :1], rng_state=None, dropout_p=0.0)
+    lse = torch.zeros(call.q.shape[:3])
+    inspect_launch.column_mass(call, lse)
+    inspect_launch.top_k(call, 16, lse)
+    inspect_launch.pooled_map(call, 64, 64, lse)
+
+families = {additive: calls, sigmoid: ["128"], look: ["128", "features"]}
+for family, names in families.items():
+    for name in names:
+        launch.run = functools.partial(run, f"{family.__name__} {name}")
+        family(calls[name])
+print(json.dumps(table))
+"""
+
+
+# wgmma and large tiles, the least shared memory, AMD; with ATTN_EXT_TRITON_ALL=1 all
+ARCHITECTURES = ["sm_90", "sm_120", "gfx942"]
+if os.environ.get("ATTN_EXT_TRITON_ALL") == "1":
+    ARCHITECTURES += ["sm_80", "sm_89", "sm_100"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills(architecture, tmp_path):
+    """A kernel that Triton refuses, that spills, or that asks for more shared memory than is."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "helpers")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, architecture],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = json.loads(done.stdout)
+    assert len(table) >= 20, table.keys()
+    for name, (registers, spilled, shared, products) in table.items():
+        assert spilled == 0, (name, registers, spilled)
+        assert shared <= configs.SHARED_LIMIT[architecture], (name, shared)
+        if "delta" not in name and "float32" not in name:  # those multiply by FMA
+            assert products, name

@@ -2,7 +2,8 @@
 // avx512_bf16 are compiled for AVX2.  Their 64-byte vectors, which g++ splits by itself, stay; each
 // intrinsic that they call is a loop here.  So their text runs where no processor has AVX-512,
 // slowly, and with the meaning of Intel's manual but for two things: vdpbf16ps and the conversions
-// to bfloat16 do not take denormals for 0.  tests/cpu/avx512.sh and tests/helpers/cpu_bits.py use it.
+// to bfloat16 do not take denormals for 0.  tests/cpu/avx512.sh and tests/helpers/cpu_bits.py use
+// it.
 #pragma once
 #include <immintrin.h>
 

@@ -2,7 +2,7 @@
 instruction set of this machine and with one and two threads.
 
     python tests/helpers/cpu_bits.py --write         renews tests/cpu/cpu_bits.json
-    python tests/helpers/cpu_bits.py FILE            writes this build's hashes of every case to FILE
+    python tests/helpers/cpu_bits.py FILE            writes this build's hashes to FILE
     python tests/helpers/cpu_bits.py --compare A B   names the cases whose hashes differ
 
 A change that only moves code runs the second line before and after, and then the third.  The

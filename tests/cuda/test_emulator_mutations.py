@@ -50,21 +50,17 @@ class Workshop(NamedTuple):
     sanitize: list
 
     @classmethod
-    def build(cls, folder, sanitize=()):
+    def build(cls, folder, emulator, sanitize=()):
         tree, prelude = folder / "tree", folder / "prelude.h"
         shutil.copytree(
             ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("cpu", "bindings.cpp")
         )
         prelude.write_text("".join(f"#include <{name}>\n" for name in PRELUDE))
         compiler(*FLAGS, *sanitize, "-x", "c++-header", prelude, "-o", f"{prelude}.gch")
-        sources = [*sorted((tree / "csrc/emulation").glob("*.cpp"))]
-        sources.append(tree / "csrc/emulation/tests/mutant.cpp")
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        for source, target in zip(sources, objects, strict=True):
-            # the emulator itself checks what it is given: no sanitizer
-            instrumented = sanitize if source.stem == "mutant" else ()
-            compiler(*FLAGS, "-O2", *instrumented, "-c", source, "-o", target)
-        return cls(tree, objects, prelude, list(sanitize))
+        driver = folder / "mutant.o"
+        source = tree / "csrc/emulation/tests/mutant.cpp"
+        compiler(*FLAGS, "-O2", *sanitize, "-c", source, "-o", driver)
+        return cls(tree, [driver, *emulator], prelude, list(sanitize))
 
     def run(self, part, folder, modes, *flags):
         """What the kernels in the tree say: exit code, {mode: verdict}, stderr."""
@@ -92,14 +88,25 @@ class Workshop(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return Workshop.build(tmp_path_factory.mktemp("mutants"))
+def emulator(tmp_path_factory):
+    """The emulator's objects.  It checks what it is given itself: no sanitizer."""
+    folder, objects = tmp_path_factory.mktemp("emulator"), []
+    for source in sorted(ROOT.glob("csrc/emulation/*.cpp")):
+        if source.stem != "bindings":
+            objects.append(folder / f"{source.stem}.o")
+            compiler(*FLAGS, "-O2", "-c", source, "-o", objects[-1])
+    return objects
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
+def workshop(emulator, tmp_path_factory):
+    return Workshop.build(tmp_path_factory.mktemp("mutants"), emulator)
+
+
+@pytest.fixture(scope="module")
+def sanitized(emulator, tmp_path_factory):
     """The same under AddressSanitizer."""
-    return Workshop.build(tmp_path_factory.mktemp("sanitized"), SANITIZE)
+    return Workshop.build(tmp_path_factory.mktemp("sanitized"), emulator, SANITIZE)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -26,7 +26,16 @@ from attn_ext.backends.native import (
 from attn_ext.core.layout import empty_like_layout, four, looks, prototype
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
-from attn_ext.core.schema import TENSORS, Call, Grads, Needs, lse_shape, statistics_dtype
+from attn_ext.core.schema import (
+    INDEX,
+    TENSORS,
+    Call,
+    Grads,
+    Needs,
+    call_of,
+    lse_shape,
+    statistics_dtype,
+)
 
 try:
     from attn_ext import _C
@@ -129,7 +138,7 @@ def _side_inputs(t: dict) -> list[int]:
 
 
 _plans: Plans[Plan] = Plans()
-PLANNED = 5  # q, k, v, mask, bias: the tensors that a plan's call may have
+PLANNED = INDEX["bias"] + 1  # a plan's call may have the tensors up to it: q, k, v, mask, bias
 
 
 class Plan:
@@ -192,13 +201,13 @@ class Plan:
         known = self.backwards.get(key)
         if known is not None:
             return known
-        absent = (None,) * (TENSORS - PLANNED)
-        call = Call(q, k, v, four(mask), four(bias), *absent, *self.scalars)
+        call = call_of(self.scalars, q=q, k=k, v=v, mask=four(mask), bias=four(bias))
+        *of_rows, of_bias = needs  # q, k, v, bias
         grads = [
             empty_like_layout(x, x.shape[-1]) if need else None
-            for x, need in zip((q, k, v), needs, strict=False)
+            for x, need in zip((q, k, v), of_rows, strict=True)
         ]
-        sums = _bias_sums(call, self.lse.dtype) if needs[3] else None
+        sums = _bias_sums(call, self.lse.dtype) if of_bias else None
         problem = _problem(call, _canonical(call), out, lse)
         _set_gradient_strides(problem, call, dout, grads, sums)
         made = [x if x is None else prototype(x) for x in (*grads, sums)]
@@ -307,7 +316,8 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         plan = plan_of(call)
     if plan is not None:
         inputs = (call.q, call.k, call.v, call.mask, call.bias)
-        return Grads(*plan.backward(*inputs, rows(out), lse, dout, tuple(needs[:4])))
+        wanted = (needs.q, needs.k, needs.v, needs.bias)
+        return Grads(*plan.backward(*inputs, rows(out), lse, dout, wanted))
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = statistics_dtype(call.q.dtype)

@@ -114,6 +114,11 @@ PARAMETERS = ", ".join(map(_declared, FIELDS))  # of the operator attn_ext::forw
 GRADIENT_RESULTS = ", ".join(f"Tensor d{name}" for name in GRADIENTS)  # of attn_ext::backward
 
 
+def call_of(scalars: tuple, **tensors) -> Call:
+    """The call of these tensors and of `scalars`, the slice [TENSORS:] of another call."""
+    return Call(**tensors, **dict(zip(FIELDS[TENSORS:], scalars, strict=True)))
+
+
 def given(call: Call, names=GRADIENTS) -> dict[str, torch.Tensor]:
     """The fields among `names` that the call has, by name."""
     return {name: x for name in names if (x := getattr(call, name)) is not None}

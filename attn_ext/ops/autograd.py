@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from attn_ext.core.layout import four, look, looks
-from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, Needs
+from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, Grads, Needs, call_of
 from attn_ext.ops import dispatch, execute, rules
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -86,18 +86,18 @@ class RememberedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        saved, known, needs = ctx.saved_tensors, ctx.known, ctx.needs_input_grad
-        needs = (needs[0], needs[1], needs[2], needs[4])
+        saved, known = ctx.saved_tensors, ctx.known
+        of_q, of_k, of_v, _, of_bias, _ = ctx.needs_input_grad
+        needs = (of_q, of_k, of_v, of_bias)
         if _as_before(saved, known, dout):
             dq, dk, dv, dbias = known.plan.backward(*saved, dout, needs)
             return dq, dk, dv, None, dbias, None
         q, k, v, mask, bias, out, lse = saved
-        none = (None,) * (TENSORS - 5)
-        call = Call(q, k, v, four(mask), four(bias), *none, *known.rest)
-        wanted = Needs(*needs, sink=False, w=False)
-        grads = _gradients(dout, None, out, lse, call, wanted)
-        dbias = grads[3].view(bias.shape) if wanted.bias else None
-        return grads[0], grads[1], grads[2], None, dbias, None
+        call = call_of(known.rest, q=q, k=k, v=v, mask=four(mask), bias=four(bias))
+        wanted = Needs(q=of_q, k=of_k, v=of_v, bias=of_bias)
+        grads = Grads(*_gradients(dout, None, out, lse, call, wanted))
+        dbias = grads.bias.view(bias.shape) if of_bias else None
+        return grads.q, grads.k, grads.v, None, dbias, None
 
 
 def _as_before(saved, known, dout) -> bool:

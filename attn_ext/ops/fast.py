@@ -90,8 +90,9 @@ def attempt(*call) -> tuple:
 def _by_identity(key: tuple) -> bool:
     """Whether a tensor was given for a number: it is found by what it is, whatever it holds by
     then."""
-    window = key[10] or ()
-    return any(isinstance(x, type) and issubclass(x, torch.Tensor) for x in (*key, *window))
+    _, *scalars = key  # behind the looks of the tensors
+    flat = (x for part in scalars for x in (part if isinstance(part, tuple) else (part,)))
+    return any(isinstance(x, type) and issubclass(x, torch.Tensor) for x in flat)
 
 
 def remember(key: tuple | None, call: Call) -> None:

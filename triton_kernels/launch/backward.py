@@ -113,7 +113,8 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     if owned is None:
         owned = backward_long(call, dout, out, lse, dlse, needs, None if known else key)
     owned = iter(owned)
-    grads = [next(owned) if need else None for need in needs[:4]]
+    wanted = (needs.q, needs.k, needs.v, needs.bias)  # allocated in this order
+    grads = [next(owned) if need else None for need in wanted]
     if needs.bias:
         grads[3] = grads[3].to(call.bias.dtype)
     dsink = None

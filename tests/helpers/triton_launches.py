@@ -15,6 +15,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_offline import ALL_FEATURES, StubDriver
 
+from attn_ext.core.schema import TENSORS
 from attn_ext.testing import needs_of, poisoned_memory, random_call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.launch import attention, backward, replay
@@ -62,11 +63,11 @@ def run(call, dout=None, forward=None):
     launches.clear()
     if dout is None:
         results = attention.forward(call)
-        inputs = replay.tensors_of(call)
+        inputs = call[:TENSORS]
     else:
         needs = needs_of(call)
         results = backward.backward(call, dout, *forward, None, needs)
-        inputs = (*replay.tensors_of(call), dout, *forward)
+        inputs = (*call[:TENSORS], dout, *forward)
     return own_pointers_hidden(launches, inputs), results
 
 

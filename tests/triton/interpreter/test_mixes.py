@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import attn_ext
 from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, TOP_LEFT, Grads
-from attn_ext.functional import dense
+from attn_ext.functional import dense, varlen
 from attn_ext.testing import check_call, random_call
 
 EXAMPLES = int(os.environ.get("ATTN_EXT_EXAMPLES", "0"))
@@ -62,11 +62,11 @@ class PublicFunctions:
             "dropout_p": call.dropout_p, "return_stats": call.need_stats,
             "deterministic": call.deterministic,
         }  # fmt: skip
-        function = attn_ext.attention
+        function, module = attn_ext.attention, dense
         if call.cu_seqlens_q is not None:
-            function = attn_ext.attention_varlen
+            function, module = attn_ext.attention_varlen, varlen
             tensors += [call.cu_seqlens_q, call.cu_seqlens_k]
-        with mock.patch.object(dense, "draw_rng_state", lambda q: call.rng_state):
+        with mock.patch.object(module, "draw_rng_state", lambda q: call.rng_state):
             self.out, self.lse, *stats = function(*tensors, **options)
         max_logit, entropy = stats[0][1:] if stats else (None, None)
         return self.out.detach(), self.lse.detach(), max_logit, entropy

@@ -65,7 +65,7 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # and what CI compiles for sm_90.
 test-triton-oldest: $(VENV)/installed.done build/triton-3.6/triton
 	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  $(addprefix tests/triton/interpreter/test_, kernels.py mixes.py compile.py decode.py)
+	  $(addprefix tests/triton/interpreter/test_, kernels.py compile.py decode.py)
 	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
 	  tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
 

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from attn_ext.backends.native import (
-    alibi_stride_b,
-    canonical,
-    fields,
+from attn_ext.backends.native import alibi_stride_b, canonical, fields
+from attn_ext.core.layout import (
+    empty_like_layout,
+    four,
+    looks,
+    prototype,
     rows,
     score_strides,
     strides,
 )
-from attn_ext.core.layout import empty_like_layout, four, looks, prototype
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import (

@@ -12,15 +12,8 @@ import os
 
 import torch
 
-from attn_ext.backends.native import (
-    NO_SCORES,
-    alibi_stride_b,
-    canonical,
-    fields,
-    rows,
-    strides,
-)
-from attn_ext.core.layout import empty_like_layout, memory_order
+from attn_ext.backends.native import alibi_stride_b, canonical, fields
+from attn_ext.core.layout import NO_SCORES, empty_like_layout, memory_order, rows, strides
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs, lse_shape

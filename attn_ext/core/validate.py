@@ -48,8 +48,7 @@ def boolean(name: str, value) -> None:
 
 def switch(name: str, value) -> bool:
     """A switch that the other library takes by its truth: bool, None, 0 and 1, numpy's and torch's
-    bool; else TypeError.
-    """
+    bool; else TypeError."""
     one = getattr(value, "shape", None) == () and str(value.dtype) in ("bool", "torch.bool")
     if value is None or isinstance(value, bool) or one or (type(value) is int and value in (0, 1)):
         return bool(value)

@@ -40,7 +40,7 @@ def additive_attention(
         causal, left, right, 0.0, dropout_p, None, False, backend,
     )  # fmt: skip
     batch, heads, seqlen_q, dim = q.shape
-    mask, bias = _scores(q, mask, bias, batch, heads, seqlen_q, k.shape[2])
+    mask, bias = common.scores(q, mask, bias, batch, heads, seqlen_q, k.shape[2])
     if lengths is not None:
         validate.index_tensor("lengths", lengths, q.device, 1)
         if lengths.shape[0] != batch:
@@ -74,7 +74,7 @@ def additive_attention_varlen(
     if causal is True:
         varlen.equal_lengths(cu_seqlens_q, cu_seqlens_k)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
-    mask, bias = _scores(q, mask, bias, batch, heads, longest_q, longest_k)
+    mask, bias = common.scores(q, mask, bias, batch, heads, longest_q, longest_k)
     w = _weights(w, heads, q.shape[2], q)
     call = _call(
         q, k, v, mask, bias, w, dropout_p, canonical, backend,
@@ -113,15 +113,6 @@ def _prepared(dims: int, q, k, v, w, b, bias) -> tuple:
     if b.dim() == 2 and dims == 4:
         b = b.unsqueeze(1)
     return q + b.to(q.dtype), k, v, w, bias
-
-
-def _scores(q, mask, bias, *sizes) -> tuple:
-    """mask and bias, checked, as four-dimensional tensors that broadcast to `sizes`."""
-    if mask is not None:
-        mask = validate.scores("mask", mask, True, q.device, *sizes)
-    if bias is not None:
-        bias = validate.scores("bias", bias, False, q.device, *sizes)
-    return mask, bias
 
 
 def _vector(name: str, value, heads: int, dim: int, device) -> None:

@@ -50,6 +50,26 @@ def draw_rng_state(q: torch.Tensor) -> torch.Tensor:
     return torch.randint(0, MAX_SEED, (2,), dtype=torch.int64, device=q.device)
 
 
+def scores(q, mask, bias, batch, heads, seqlen_q, seqlen_k) -> tuple:
+    """mask and bias, checked, as four-dimensional tensors that broadcast to these sizes."""
+    sizes = (batch, heads, seqlen_q, seqlen_k)
+    if mask is not None:
+        mask = validate.scores("mask", mask, True, q.device, *sizes)
+    if bias is not None:
+        bias = validate.scores("bias", bias, False, q.device, *sizes)
+    return mask, bias
+
+
+def sides(q, mask, bias, alibi_slopes, sink, batch, heads, seqlen_q, seqlen_k) -> tuple:
+    """mask, bias, alibi_slopes and sink, checked, as a `Call` has them."""
+    mask, bias = scores(q, mask, bias, batch, heads, seqlen_q, seqlen_k)
+    if alibi_slopes is not None:
+        alibi_slopes = validate.alibi(alibi_slopes, q.device, batch, heads)
+    if sink is not None:
+        sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    return mask, bias, alibi_slopes, sink
+
+
 def result(call: Call, return_lse: bool, return_stats: bool):
     """Run the call and shape what the user asked for."""
     validate.boolean("return_lse", return_lse)

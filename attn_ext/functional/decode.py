@@ -11,7 +11,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
-from attn_ext.functional.common import autocast, result
+from attn_ext.functional.common import autocast, result, sides
 from attn_ext.ops import execute, route
 
 
@@ -83,14 +83,9 @@ def decode_call(
     added = _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new)
     batch, heads, seqlen_q, _ = q.shape
     capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[2]
-    if mask is not None:
-        mask = validate.scores("mask", mask, True, q.device, batch, heads, seqlen_q, capacity)
-    if bias is not None:
-        bias = validate.scores("bias", bias, False, q.device, batch, heads, seqlen_q, capacity)
-    if alibi_slopes is not None:
-        alibi_slopes = validate.alibi(alibi_slopes, q.device, batch, heads)
-    if sink is not None:
-        sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    mask, bias, alibi_slopes, sink = sides(
+        q, mask, bias, alibi_slopes, sink, batch, heads, seqlen_q, capacity
+    )
     _refuse_grad(
         q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, bias=bias, sink=sink
     )

@@ -10,7 +10,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
-from attn_ext.functional.common import NO_LSE, autocast, autocasting, draw_rng_state, result
+from attn_ext.functional.common import NO_LSE, autocast, autocasting, draw_rng_state, result, sides
 from attn_ext.ops import fast, route
 
 
@@ -37,14 +37,9 @@ def dense_call(
     )  # fmt: skip
     batch, heads, seqlen_q, _ = q_shape
     seqlen_k = k_shape[2]
-    if mask is not None:
-        mask = validate.scores("mask", mask, True, q.device, batch, heads, seqlen_q, seqlen_k)
-    if bias is not None:
-        bias = validate.scores("bias", bias, False, q.device, batch, heads, seqlen_q, seqlen_k)
-    if alibi_slopes is not None:
-        alibi_slopes = validate.alibi(alibi_slopes, q.device, batch, heads)
-    if sink is not None:
-        sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    mask, bias, alibi_slopes, sink = sides(
+        q, mask, bias, alibi_slopes, sink, batch, heads, seqlen_q, seqlen_k
+    )
     if normalizer != "softmax" or sigmoid_bias is not None:
         sigmoid_bias = validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     if scale is None and lean:

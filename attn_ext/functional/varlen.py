@@ -6,7 +6,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
-from attn_ext.functional.common import NO_LSE, autocast, draw_rng_state, result
+from attn_ext.functional.common import NO_LSE, autocast, draw_rng_state, result, sides
 from attn_ext.ops import route
 
 
@@ -79,14 +79,9 @@ def varlen_call(
     if causal is True:
         equal_lengths(cu_seqlens_q, cu_seqlens_k)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
-    if mask is not None:
-        mask = validate.scores("mask", mask, True, q.device, batch, heads, longest_q, longest_k)
-    if bias is not None:
-        bias = validate.scores("bias", bias, False, q.device, batch, heads, longest_q, longest_k)
-    if alibi_slopes is not None:
-        alibi_slopes = validate.alibi(alibi_slopes, q.device, batch, heads)
-    if sink is not None:
-        sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    mask, bias, alibi_slopes, sink = sides(
+        q, mask, bias, alibi_slopes, sink, batch, heads, longest_q, longest_k
+    )
     if normalizer != "softmax" or sigmoid_bias is not None:
         sigmoid_bias = validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     return Call(

@@ -10,21 +10,13 @@ from closeness import assert_same
 from attn_ext.backends import reference as backend
 from attn_ext.core.reference import attend, dropout_keep_mask, safe_matmul, visible_pairs
 from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, TOP_LEFT, Call, Needs
-from attn_ext.testing import (
-    assert_close_to_reference,
-    check_call,
-    needs_of,
-    padded,
-    random_call,
-)
+from attn_ext.testing import assert_close_to_reference, check_call, needs_of, padded, random_call
 
 F64 = torch.float64
 
 
 def close(actual, expected):
-    """Equal up to float64 rounding, NaN and inf included: the tolerance rule with an exact
-    naive.
-    """
+    """Equal up to float64 rounding, NaN and inf included: the tolerance rule, naive exact."""
     assert_close_to_reference(actual, expected.double(), expected.double(), dtype=F64)
 
 

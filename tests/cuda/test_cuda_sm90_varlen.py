@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attn_ext.backends import registry
-from attn_ext.backends.native import strides as strides_of
+from attn_ext.core.layout import strides as strides_of
 from attn_ext.core.schema import Needs
 from attn_ext.testing import GRADIENTS, assert_close_to_reference, check_call, to_float64
 

@@ -7,17 +7,16 @@ emulator's loops.  On a GPU `wrapper` must give the same bits but for mma sums a
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from closeness import TWO_LAST_PLACES, TWO_LAST_PLACES_NEAR_0, assert_arrays_close
+from repository import ROOT
 
 emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "csrc/emulation/tests"
 
 
@@ -481,9 +480,8 @@ def test_portable_fibers(tmp_path):
     sources = [str(s) for s in sources if s.name != "bindings.cpp"]
     flags = ["-O1", "-std=c++17", "-w", "-DATTN_EMULATED", "-DATTN_FIBER_UCONTEXT", "-pthread"]
     binary = str(tmp_path / "main")
-    subprocess.run(
-        ["c++", *flags, f"-I{ROOT / 'csrc'}", str(main), *sources, "-o", binary], check=True
-    )
+    command = ["c++", *flags, f"-I{ROOT / 'csrc'}", str(main), *sources, "-o", binary]
+    subprocess.run(command, check=True)
     done = subprocess.run([binary], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from attn_ext.core.layout import score_strides, strides
 from attn_ext.core.schema import Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.additive import (
@@ -41,8 +42,8 @@ def _shared(plan: attention.Plan, o: torch.Tensor) -> tuple:
     varlen = plan.varlen
     return (
         *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k, plan.seqlens_k,
-        *attention.strides(plan.q, varlen), *attention.strides(plan.k, varlen),
-        *attention.strides(plan.v, varlen), *attention.strides(o, varlen), *plan.lse_strides(),
+        *strides(plan.q, varlen), *strides(plan.k, varlen),
+        *strides(plan.v, varlen), *strides(o, varlen), *plan.lse_strides(),
         *plan.score_strides(),
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def _gradients(plan: attention.Plan, dout, out, lse, dlse, grads, dbias) -> torc
     blocks = triton.cdiv(plan.seqlen_k, found.block_n)
     attention.run(
         additive_dkdv_kernel, blocks * plan.heads_k * plan.batch, found, *inputs, dk, dv, *shared,
-        *attention.strides(dk, varlen), *attention.strides(dv, varlen), *_sizes(plan, blocks),
+        *strides(dk, varlen), *strides(dv, varlen), *_sizes(plan, blocks),
         *_tiles(plan, found), plan.flags,
     )  # fmt: skip
     found = tile(plan)
@@ -101,7 +102,7 @@ def _gradients(plan: attention.Plan, dout, out, lse, dlse, grads, dbias) -> torc
     flags = plan.flags + (0 if dbias is None else gradients.dbias_flags(plan, tuple(dbias.shape)))
     attention.run(
         additive_dq_kernel, blocks * plan.heads_q * plan.batch, found, *inputs, dq, parts, dbias,
-        *shared, *attention.strides(dq, varlen), *attention.score_strides(dbias, plan.sizes),
+        *shared, *strides(dq, varlen), *score_strides(dbias, plan.sizes),
         *_sizes(plan, blocks), *_tiles(plan, found), flags,
     )  # fmt: skip
     return parts.sum((0, 2))

@@ -12,8 +12,8 @@ import math
 import torch
 import triton
 
-from attn_ext.core.layout import empty_like_layout
-from attn_ext.core.schema import BOTTOM_RIGHT, FIELDS, TENSORS, Call
+from attn_ext.core.layout import empty_like_layout, rows, score_strides, strides
+from attn_ext.core.schema import BOTTOM_RIGHT, FIELDS, TENSORS, Call, lse_shape
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels import primitives
 from attn_ext.triton_kernels.kernels.decode import combine_kernel, decode_kernel
@@ -46,27 +46,6 @@ def power_of_2(n: int) -> int:
 def width(dim: int) -> int:
     """The width of a tile that holds rows of `dim` elements: a power of two, at least 32."""
     return max(configs.WIDTHS[0], power_of_2(dim))
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself when its last dimension is contiguous and its memory holds its values, else a
-    copy."""
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def strides(x: torch.Tensor, varlen: bool) -> tuple[int, int, int]:
-    """(batch, head, position) strides of a dense [B, H, S, D] or varlen [total, H, D] tensor."""
-    s = x.stride()
-    return (0, s[1], s[0]) if varlen else s[:3]
-
-
-def score_strides(x: torch.Tensor | None, sizes: tuple) -> tuple[int, int, int, int]:
-    """Strides of a mask or bias, 0 in each dimension that is broadcast to `sizes`."""
-    if x is None:
-        return (0, 0, 0, 0)
-    pairs = zip(x.shape, x.stride(), sizes, strict=True)
-    return tuple(0 if n == 1 and full != 1 else s for n, s, full in pairs)
 
 
 def on_device(x: torch.Tensor):
@@ -252,7 +231,7 @@ def outputs(plan: Plan):
     """O, LSE and the statistics or None; what no program writes holds the values of empty rows."""
     q = plan.call.q
     gaps = plan.varlen  # rows of no sequence
-    shape = (q.shape[1], q.shape[0]) if plan.varlen else q.shape[:3]
+    shape = lse_shape(plan.call)
     out = plan.own(empty_like_layout(q, plan.dim_v), 0.0 if gaps else None)
 
     def row_values(fill, always=False):

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.layout import empty_like_layout, rows, score_strides, strides
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
 from attn_ext.triton_kernels.kernels.dbias import dbias_kernel
 from attn_ext.triton_kernels.launch import attention, replay
-from attn_ext.triton_kernels.launch.attention import Plan, ceil_div, rows, score_strides, strides
+from attn_ext.triton_kernels.launch.attention import Plan, ceil_div
 from attn_ext.triton_kernels.launch.gradients import dbias_flags, sink_gradient
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from attn_ext.core.layout import strides
 from attn_ext.core.schema import Call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.inspect import (
@@ -29,8 +30,8 @@ def _arguments(plan: attention.Plan, blocks: int, lse_strides: bool) -> tuple:
     """Side inputs, strides, sizes and scalars."""
     alibi_b = plan.score_strides()[-1]
     return (
-        plan.mask, plan.bias, plan.alibi, *attention.strides(plan.q, False),
-        *attention.strides(plan.k, False), *(plan.lse_strides() if lse_strides else ()),
+        plan.mask, plan.bias, plan.alibi, *strides(plan.q, False),
+        *strides(plan.k, False), *(plan.lse_strides() if lse_strides else ()),
         *plan.score_strides()[:-1], alibi_b, plan.heads_q, plan.heads_q // plan.heads_k,
         plan.seqlen_q, plan.seqlen_k, blocks, plan.scale, plan.cap_in, plan.cap_out, plan.left,
         plan.right,

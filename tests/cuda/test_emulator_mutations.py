@@ -11,15 +11,16 @@ is compiled, and whatever a change of the kernels, of the emulator or of a patch
 
 import functools
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import emulator_build
 import patches
 import pytest
 import seen
+from emulator_build import FLAGS, SOURCES, compiler, compiler_version, emulator
 from repository import ROOT
 
 pytest.importorskip(
@@ -32,19 +33,10 @@ PARTS = (
     "sm90_backward_split", "sm90_backward_fused",
 )  # fmt: skip
 MUTANTS = {p.name: p for p in map(patches.read, sorted(ROOT.glob("tests/mutants/*/*.patch")))}
-FLAGS = ["-O1", "-std=c++17", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-pthread",
-         "-DATTN_EMULATED"]  # fmt: skip
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # headers that every kernel takes half a second to read
 PRELUDE = ("algorithm", "array", "cmath", "cstdint", "cstring", "functional", "map", "stdexcept",
            "string", "vector")  # fmt: skip
-
-
-def compiler(*arguments):
-    """The C++ compiler, which must succeed."""
-    command = [os.environ.get("CXX", "c++"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr[-3000:]}"
 
 
 class Workshop(NamedTuple):
@@ -64,10 +56,9 @@ class Workshop(NamedTuple):
             ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("cpu", "bindings.cpp")
         )
         shared = seen.shared_folder(factory)
-        emulator = seen.once(shared / "emulator", build_emulator)
         name = "sanitized" if sanitize else "driver"
         driver = seen.once(shared / name, functools.partial(build_driver, sanitize=sanitize))
-        objects = [driver / "mutant.o", *sorted(emulator.glob("*.o"))]
+        objects = [driver / "mutant.o", *emulator(factory)]
         return cls(tree, objects, driver / "prelude.h", list(sanitize))
 
     def run(self, part, folder, modes, *flags):
@@ -95,14 +86,8 @@ class Workshop(NamedTuple):
                 (self.tree / file).write_text(text)
 
 
-EMULATOR = [p for p in sorted(ROOT.glob("csrc/emulation/*.cpp")) if p.stem != "bindings"]
 DRIVER = ROOT / "csrc/emulation/tests/mutant.cpp"
-
-
-def build_emulator(folder):
-    """The emulator's objects.  It checks what it is given itself: no sanitizer."""
-    for source in EMULATOR:
-        compiler(*FLAGS, "-O2", "-c", source, "-o", folder / f"{source.stem}.o")
+HELPERS = (patches.__file__, emulator_build.__file__)
 
 
 def build_driver(folder, sanitize):
@@ -131,16 +116,9 @@ def sources(part):
     command = [os.environ.get("CXX", "c++"), *FLAGS, f"-DPART_HERE={PARTS.index(part)}", "-MM"]
     done = subprocess.run([*command, kernels], capture_output=True, text=True, check=True)
     found = {Path(name).resolve() for name in done.stdout.replace("\\\n", " ").split()[1:]}
-    for source in (DRIVER, *EMULATOR):
+    for source in (DRIVER, *SOURCES):
         found |= seen.included(source)
-    return found | {Path(__file__).resolve(), Path(patches.__file__).resolve()}
-
-
-@functools.cache
-def compiler_version():
-    command = [os.environ.get("CXX", "c++"), "-dumpfullversion", "-dumpversion"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return f"{done.stdout.strip()} {platform.machine()}"
+    return found | {Path(file).resolve() for file in (__file__, *HELPERS)}
 
 
 def digest(part, *facts, patch=None):

@@ -27,6 +27,7 @@ from attn_ext.core.schema import (
     GRADIENTS,
     UNBOUNDED,
     Call,
+    Grads,
     Needs,
     given,
     is_decode,
@@ -323,24 +324,17 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
             f"out: must be {expected.dtype} with strides {expected.stride()}, "
             f"got {out.dtype} with {out.stride()}"
         )
-    dout = d_lse = truth64 = needs = None
-    if grads:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        normal = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-        dout = torch.empty_like(out)
-        dout.copy_(torch.randn(out.shape, **normal))
-        if dlse:
-            d_lse = torch.randn(lse.shape, **normal).to(lse)
-            truth64 = d_lse.double()
-        needs = needs_of(call)
-    truths, true_grads = referred(exact, dout.double() if grads else None, truth64, needs)
-    naives, naive_grads = referred(call, dout, d_lse, needs)
+    seeds, needs = _seeds(out, lse, grads, dlse, seed), needs_of(call)
+    doubles = [None if x is None else x.double() for x in seeds]
+    truths, true_grads = referred(exact, *doubles, needs)
+    naives, naive_grads = referred(call, *seeds, needs)
     dtype = call.q.dtype
     for name, got, truth, naive in zip(_OUTPUTS, results, truths, naives, strict=True):
         _compare(name, got, truth, naive, "out", dtype)
     if not grads:
         return
 
+    dout, d_lse = seeds
     with poisoned_memory():
         results = module.backward(call, dout, out, lse, d_lse, needs)
     for name, got, truth, naive in zip(GRADIENTS, results, true_grads, naive_grads, strict=True):
@@ -348,7 +342,18 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
         _compare(f"d{name}", got, truth, naive, "grad", dtype, cancelled)
 
 
-def referred(call: Call, dout=None, dlse=None, needs=None) -> tuple[tuple, Grads | None]:
+def _seeds(out, lse, grads: bool, dlse: bool, seed: int) -> list:
+    """[dO, dLSE], random; None where there is none."""
+    if not grads:
+        return [None, None]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    normal = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    dout = torch.empty_like(out)
+    dout.copy_(torch.randn(out.shape, **normal))
+    return [dout, torch.randn(lse.shape, **normal).to(lse) if dlse else None]
+
+
+def referred(call: Call, dout, dlse, needs) -> tuple[tuple, Grads | None]:
     """The reference's results for a call and, where dout is given, its gradients."""
     if dout is None:
         return reference_backend.forward(call), None

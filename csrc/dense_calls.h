@@ -1,0 +1,12 @@
+// The short way of small dense calls: functions of attn_ext._C that take torch's tensors
+// themselves.
+#pragma once
+#include <Python.h>
+
+namespace attn {
+
+// Adds use_exchange, looks, dense_forward and dense_backward to the module; false with Python's
+// error set.
+bool add_dense_calls(PyObject* module);
+
+}  // namespace attn

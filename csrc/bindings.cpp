@@ -52,6 +52,12 @@ Pointers pointers(const Addresses& a, int64_t alibi_stride_b) {
   return ptr;
 }
 
+const Problem* problem_of(PyObject* x) {
+  if (py::isinstance<Problem>(x)) return py::handle(x).cast<const Problem*>();
+  PyErr_SetString(PyExc_TypeError, "problem must be a Problem");
+  return nullptr;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -168,5 +174,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
 
-  if (!attn::add_dense_calls(m.ptr())) throw py::error_already_set();
+  if (!attn::add_dense_calls(m.ptr(), problem_of)) throw py::error_already_set();
 }

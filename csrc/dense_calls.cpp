@@ -4,12 +4,12 @@
 // Where torch has no such table, `looks` is not used and addresses come from Tensor.data_ptr().
 #include "dense_calls.h"
 
-#include <pybind11/pybind11.h>
-
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <new>
+#include <stdexcept>
 
 #include "binding_parts.h"
 #include "cpu/isa/dispatch.h"
@@ -41,6 +41,7 @@ struct ExchangeTable {
 const ExchangeTable* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *is_neg = nullptr, *data_ptr = nullptr;
+ProblemOf problem_of = nullptr;
 
 // use_exchange(table, Tensor, Parameter): whether the table is one that `looks` can read.
 PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -97,63 +98,75 @@ PyObject* looks(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                    (at - text.data()) * Py_ssize_t(sizeof(int64_t)));
 }
 
-// The address of a tensor's first element, 0 for None.
-void* address(PyObject* x) {
-  if (x == Py_None) return nullptr;
+// Finds the address of a tensor's first element, nullptr for None; false with Python's error set.
+bool find_address(PyObject* x, void*& found) {
+  found = nullptr;
+  if (x == Py_None) return true;
   if (exchange && (Py_TYPE(x) == tensor_type || Py_TYPE(x) == parameter_type)) {
     DLTensor seen;
-    if (exchange->view(x, &seen) != 0) throw pybind11::error_already_set();
-    return static_cast<char*>(seen.data) + seen.byte_offset;
+    if (exchange->view(x, &seen) != 0) return false;
+    found = static_cast<char*>(seen.data) + seen.byte_offset;
+    return true;
   }
-  const auto number =
-      pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(x, data_ptr));
-  if (!number) throw pybind11::error_already_set();
-  void* found = PyLong_AsVoidPtr(number.ptr());
-  if (PyErr_Occurred()) throw pybind11::error_already_set();
-  return found;
+  PyObject* number = PyObject_CallMethodNoArgs(x, data_ptr);
+  if (!number) return false;
+  found = PyLong_AsVoidPtr(number);
+  Py_DECREF(number);
+  return !PyErr_Occurred();
 }
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
 
 using Kernel = void (*)(const Problem&, const Pointers&, int);
 
-// Runs a kernel on (problem, threads, tensors...) without the GIL.  `fill` takes the tensors'
-// `wanted` addresses in their order.
-template <class Fill>
-PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted,
-              Fill fill) {
-  if (count != 2 + wanted) {
-    PyErr_Format(PyExc_TypeError,
-                 "a problem, threads and %zd tensors are wanted, got %zd arguments", wanted, count);
-    return nullptr;
-  }
+// Runs the kernel; false with Python's error set.
+bool compute(Kernel kernel, const Problem& problem, const Pointers& pointers, int threads) {
   try {
-    const auto& problem = pybind11::handle(args[0]).cast<const Problem&>();
-    const int threads = pybind11::handle(args[1]).cast<int>();
-    std::array<void*, 12> at{};
-    for (Py_ssize_t i = 0; i < wanted; ++i) at[i] = address(args[2 + i]);
-    Pointers pointers;
-    fill(pointers, at);
     check(problem, pointers);
     check_at_least("num_threads", threads, 1);
-    pybind11::gil_scoped_release release;
+    WithoutGil release;
     kernel(problem, pointers, threads);
-  } catch (pybind11::error_already_set& error) {
-    error.restore();
-    return nullptr;
+    return true;
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
-    return nullptr;
   } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
   }
+  return false;
+}
+
+constexpr int kMostAddresses = 12;
+using Addresses = std::array<void*, kMostAddresses>;
+
+// Runs a kernel on (problem, threads, tensors...).  `fill` takes the `wanted` tensors' addresses in
+// their order.
+PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted,
+              void (*fill)(Pointers&, const Addresses&)) {
+  if (count != 2 + wanted)
+    return PyErr_Format(PyExc_TypeError,
+                        "a problem, threads and %zd tensors are wanted, got %zd arguments", wanted,
+                        count);
+  const Problem* problem = problem_of(args[0]);
+  if (!problem) return nullptr;
+  const long threads = PyLong_AsLong(args[1]);
+  if (PyErr_Occurred()) return nullptr;
+  Addresses at{};
+  for (Py_ssize_t i = 0; i < wanted; ++i)
+    if (!find_address(args[2 + i], at[i])) return nullptr;
+  Pointers pointers;
+  fill(pointers, at);
+  if (!compute(kernel, *problem, pointers, int(threads))) return nullptr;
   Py_RETURN_NONE;
 }
 
 // dense_forward(problem, threads, q, k, v, mask, bias, out, lse): O, and LSE where it is no None.
 PyObject* dense_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return run(&cpu::forward, args, count, 7, [](Pointers& p, const auto& at) {
+  return run(&cpu::forward, args, count, 7, [](Pointers& p, const Addresses& at) {
     p.q = at[0], p.k = at[1], p.v = at[2], p.mask = at[3], p.bias = at[4];
     p.o = at[5], p.lse = at[6];
   });
@@ -162,7 +175,7 @@ PyObject* dense_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // dense_backward(problem, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, dv, dbias): the
 // gradients that are no None; dbias is added to.
 PyObject* dense_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return run(&cpu::backward, args, count, 12, [](Pointers& p, const auto& at) {
+  return run(&cpu::backward, args, count, 12, [](Pointers& p, const Addresses& at) {
     p.q = at[0], p.k = at[1], p.v = at[2], p.mask = at[3], p.bias = at[4];
     p.o = at[5], p.lse = at[6], p.dout = at[7];
     p.dq = at[8], p.dk = at[9], p.dv = at[10], p.dbias = at[11];
@@ -189,7 +202,8 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-bool add_dense_calls(PyObject* module) {
+bool add_dense_calls(PyObject* module, ProblemOf of) {
+  problem_of = of;
   is_neg = PyUnicode_InternFromString("is_neg");
   data_ptr = PyUnicode_InternFromString("data_ptr");
   return is_neg && data_ptr && PyModule_AddFunctions(module, methods) == 0;

@@ -62,16 +62,16 @@ def poisoned_memory():
     """Within it torch.empty and its kin give NaN, so that an element that a kernel forgets to
     write is seen.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    before_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # use_deterministic_algorithms would import torch's compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(before, warn_only=before_warn)
+        torch.set_deterministic_debug_mode(before)
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,14 @@ from torch.overrides import TorchFunctionMode
 from attn_ext.backends import registry
 from attn_ext.core import validate
 from attn_ext.integrations import sdpa_scopes as scopes
-from attn_ext.integrations.sdpa_calls import TORCH_SDPA, Report, call, report, reset
+from attn_ext.integrations.sdpa_calls import (
+    TORCH_SDPA,
+    Report,
+    call,
+    not_served_in_hook,
+    report,
+    reset,
+)
 
 __all__ = ["Report", "replace_sdpa", "report", "reset"]
 
@@ -49,6 +56,8 @@ def _kernel(
         return call(
             *settings, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
+    if (lost := scopes.lost()) is not None:
+        not_served_in_hook(lost.strict)
     return _ATEN._op_dk(
         torch._C.DispatchKey.CompositeImplicitAutograd, query, key, value, attn_mask, dropout_p,
         is_causal, scale=scale, enable_gqa=enable_gqa,

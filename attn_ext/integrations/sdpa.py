@@ -122,9 +122,9 @@ class replace_sdpa(TorchFunctionMode):
 
     Arguments and result are torch's: any number of leading dimensions, bool masks with True =
     attend, is_causal top-left, fully masked rows 0, autocast, gradients of a float mask, jagged
-    nested tensors.  Dropout draws another mask than torch from the same seed.  Second derivatives
-    raise: run such a part under sdpa_kernel(SDPBackend.MATH), which leaves it to torch, as do
-    forward-mode AD and tensor subclasses unknown here.
+    nested tensors, forward-mode AD and second derivatives.  Dropout draws another mask than torch
+    from the same seed.  Third derivatives raise: run such a part under
+    sdpa_kernel(SDPBackend.MATH), which leaves it to torch, as tensor subclasses unknown here are.
 
     nn.MultiheadAttention (need_weights=False) and nn.TransformerEncoder in evaluation go around
     scaled_dot_product_attention by a fused path of their own; it is off where this mode is on.

@@ -12,9 +12,10 @@ import torch
 from attn_ext.backends.looks import looks
 from attn_ext.core.layout import four
 from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, Grads, Needs, call_of
-from attn_ext.ops import dispatch, execute, rules
+from attn_ext.ops import dispatch, execute
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_forward_ad = torch.autograd.forward_ad
 
 
 def _batched(tensor) -> bool:
@@ -30,14 +31,6 @@ def _scatter(needs, results) -> tuple:
         if need:
             grads[index] = grad
     return tuple(grads)
-
-
-class Gradients(rules.WithoutForwardMode):
-    """Gradients as a Function of their own, whose derivative raises."""
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(rules.DOUBLE_BACKWARD)
 
 
 class EagerAttention(torch.autograd.Function):
@@ -105,9 +98,11 @@ class RememberedAttention(torch.autograd.Function):
 
 
 def _is_eager() -> bool:
-    """Whether neither a mode nor a transform of torch is at work, nor create_graph."""
+    """Whether neither a mode nor a transform of torch is at work, nor create_graph or forward
+    mode."""
     return (
         not torch.is_grad_enabled()
+        and _forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -135,19 +130,14 @@ remembered_attention = super(torch.autograd.Function, RememberedAttention).apply
 def _gradients(dout, dlse, out, lse, call: Call, needs) -> tuple:
     if dout is None:
         dout = torch.zeros_like(out)
-    if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
+    # The dispatcher takes batched gradients apart, one by one, and knows the derivatives that
+    # create_graph and forward mode ask for.
+    if (
+        torch.is_grad_enabled()
+        or _forward_ad._current_level >= 0
+        or _batched(dout)
+        or _batched(dlse)
+    ):
         return torch.ops.attn_ext.backward(dout, dlse, out, lse, *call, needs)
     call = dispatch.checked_backward(dout, dlse, out, lse, call)
-    if torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
-        return EagerBackward.apply(
-            needs, call[TENSORS:], dout, dlse, out, lse, *call[:TENSORS]
-        )  # fmt: skip
     return execute.backward(dout, dlse, out, lse, call, needs)
-
-
-class EagerBackward(Gradients):
-    """The backward under create_graph=True."""
-
-    @staticmethod
-    def forward(ctx, needs, rest, dout, dlse, out, lse, *tensors):
-        return tuple(execute.backward(dout, dlse, out, lse, Call(*tensors, *rest), needs))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.layout import conform, empty_like_layout
 from attn_ext.core.schema import (
     FIELDS,
     GRADIENT_AT,
@@ -40,15 +40,6 @@ lib.define(
 )
 
 
-def _conform(tensor, promised):
-    """`tensor` with the strides and dtype that the fake promised; copies only where they differ."""
-    if tensor is None:
-        return promised
-    if tensor.stride() == promised.stride() and tensor.dtype == promised.dtype:
-        return tensor
-    return promised.copy_(tensor)
-
-
 def _forward_outputs(call: Call) -> tuple:
     shape, dtype = lse_shape(call), statistics_dtype(call.q.dtype)
     out = empty_like_layout(call.q, call.v.shape[-1])
@@ -71,7 +62,7 @@ def _backward_outputs(call: Call, needs: Needs) -> list:
 def _forward_kernel(*fields):
     call = checks.call(Call(*fields))
     promised = _forward_outputs(call)
-    return tuple(_conform(t, p) for t, p in zip(execute.forward(call), promised, strict=True))
+    return tuple(conform(t, p) for t, p in zip(execute.forward(call), promised, strict=True))
 
 
 def checked_backward(dout, dlse, out, lse, call: Call) -> Call:
@@ -86,7 +77,7 @@ def _backward_kernel(dout, dlse, out, lse, *rest):
     call = checked_backward(dout, dlse, out, lse, call)
     promised = _backward_outputs(call, needs)
     grads = execute.backward(dout, dlse, out, lse, call, needs)
-    return tuple(_conform(t, p) for t, p in zip(grads, promised, strict=True))
+    return tuple(conform(t, p) for t, p in zip(grads, promised, strict=True))
 
 
 for _device in ("CPU", "CUDA"):

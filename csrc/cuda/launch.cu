@@ -67,7 +67,9 @@ bool rows_are_vectors(const void* base, const Strides& s, int64_t dim, int bytes
          fits(dim);
 }
 
-float scale_log2(const Problem& p) { return float(p.scale * 1.4426950408889634); }
+Terms<float> terms_of(const Problem& p, const Pointers& ptr) {
+  return Terms<float>::of(p, ptr, 1.4426950408889634);
+}
 
 Params make_params(const Problem& p, const Pointers& ptr) {
   for (int64_t n : {p.seqlen_q, p.seqlen_k})
@@ -76,9 +78,8 @@ Params make_params(const Problem& p, const Pointers& ptr) {
                                   std::to_string(n));
   Params x{};
   x.p = p, x.ptr = ptr;
-  x.scale = float(p.scale), x.scale_log2 = scale_log2(p);
-  x.softcap = float(p.softcap);
-  x.inverse_softcap = p.softcap > 0 ? float(1 / p.softcap) : 0.0f;
+  x.terms = terms_of(p, ptr);
+  x.scale = x.terms.scale, x.scale_log2 = x.terms.factor;
   x.keep_scale = p.dropout_p < 1 ? float(1 / (1 - p.dropout_p)) : 0.0f;
   x.keep_threshold = dropout_threshold(p.dropout_p);
   x.window_left = p.window_left < 0 ? -1 : int(std::min(p.window_left, kLongest));
@@ -96,8 +97,8 @@ Params make_params(const Problem& p, const Pointers& ptr) {
 // What the plain kernels do not know.  They mask before they scale: the scale is above 0 as a
 // float.
 bool is_general(const Problem& p, const Pointers& ptr) {
-  return ptr.mask || ptr.bias || ptr.alibi_slopes || ptr.sink || ptr.entropy || ptr.block_table ||
-         p.softcap > 0 || p.dropout_p > 0 || !(scale_log2(p) > 0);
+  return ptr.mask || ptr.sink || ptr.entropy || ptr.block_table || p.dropout_p > 0 ||
+         !terms_of(p, ptr).plain();
 }
 
 sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../logit.h"
 #include "../params.h"
 #include "../philox.h"
 #include "ptx.cuh"
@@ -35,7 +36,7 @@ struct Params {
   Problem p;
   Pointers ptr;
   float scale, scale_log2;             // softmax_scale, and that times log2(e)
-  float softcap, inverse_softcap;      // 0: none
+  Terms<float> terms;                  // of logits, in units of log2(e)
   float keep_scale;                    // 1 / (1 - dropout_p); 0 where everything is dropped
   uint64_t keep_threshold;             // a Philox word survives when it is at least this
   int window_left, window_right;       // -1: unbounded

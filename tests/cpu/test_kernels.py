@@ -207,5 +207,4 @@ def test_negative_sizes_are_refused():
         t = cpu._canonical(call._replace(max_seqlen_q=-1))
         out = torch.empty_like(call.q)
         lse = torch.empty(call.q.shape[:3])
-        problem = cpu._problem(call._replace(max_seqlen_q=-1), t, out, lse)
-        _C.cpu_forward(problem, 1, *([0] * 17))
+        cpu._native(call._replace(max_seqlen_q=-1), t, out, lse).forward(1)

@@ -69,7 +69,7 @@ class Decode {
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, int threads)
-      : p(problem), ptr(pointers), threads(threads) {
+      : p(problem), ptr(pointers), threads(threads), terms(Terms<float>::of(problem, pointers, 1)) {
     group = p.heads_q / p.heads_k;
     rows = group * p.seqlen_q;
     const int64_t tasks = p.batch * p.heads_k, chunks = (p.seqlen_k + 511) / 512;
@@ -107,6 +107,7 @@ class Decode {
   const Problem& p;
   const Pointers& ptr;
   int threads;
+  const Terms<float> terms;
   int64_t group, rows, splits;
 
   // One query's keys of a chunk, those that mask and bias exclude left out.
@@ -269,7 +270,6 @@ class Decode {
                 float* sum) const {
     const int64_t n = keys.n;
     const float ninf = -std::numeric_limits<float>::infinity();
-    const Terms<float> terms = Terms<float>::of(p, ptr, 1);
     const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
     const int64_t padded = (n + L - 1) / L * L;
     Vec<float> top = set1(ninf);

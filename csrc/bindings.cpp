@@ -9,7 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "binding_parts.h"
+#include "binding_call.h"
+#include "dense_calls.h"
 #include "cpu/isa/amx.h"
 #include "cpu/measure/ceilings.h"
 #include "cpu/isa/dispatch.h"
@@ -33,16 +34,6 @@ T* at(uintptr_t address) {
 void check(const attn::Problem& p, const Pointers& ptr, int threads) {
   attn::check(p, ptr);
   attn::check_at_least("num_threads", threads, 1);
-}
-
-// The addresses of a dense call, 0 where absent.
-Pointers dense_pointers(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse,
-                        uintptr_t mask, uintptr_t bias) {
-  Pointers ptr;
-  ptr.q = at<void>(q), ptr.k = at<void>(k), ptr.v = at<void>(v);
-  ptr.o = at<void>(o), ptr.lse = at<void>(lse);
-  ptr.mask = at<void>(mask), ptr.bias = at<void>(bias);
-  return ptr;
 }
 
 void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>& sizes,
@@ -89,41 +80,10 @@ void define_whole(py::class_<Call>& call) {
            "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
 }
 
-// Small dense calls that are repeated: all but the addresses is remembered.
-void define_repeated(py::class_<Call>& call) {
-  call.def(
-          "plain_forward",
-          [](const Call& c, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-             uintptr_t lse) {
-            const Pointers ptr = dense_pointers(q, k, v, o, lse, 0, 0);
-            check(c.p, ptr, threads);
-            py::gil_scoped_release release;
-            attn::cpu::forward(c.p, ptr, threads);
-          },
-          "O (and LSE) of the addresses given, without side inputs")
-      .def(
-          "dense_forward",
-          [](const Call& c, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-             uintptr_t lse, uintptr_t mask, uintptr_t bias) {
-            const Pointers ptr = dense_pointers(q, k, v, o, lse, mask, bias);
-            check(c.p, ptr, threads);
-            py::gil_scoped_release release;
-            attn::cpu::forward(c.p, ptr, threads);
-          },
-          "The same with a mask, a bias or both")
-      .def(
-          "dense_backward",
-          [](const Call& c, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-             uintptr_t lse, uintptr_t mask, uintptr_t bias, uintptr_t dout, uintptr_t dq,
-             uintptr_t dk, uintptr_t dv, uintptr_t dbias) {
-            Pointers ptr = dense_pointers(q, k, v, o, lse, mask, bias);
-            ptr.dout = at<void>(dout), ptr.dbias = at<void>(dbias);
-            ptr.dq = at<void>(dq), ptr.dk = at<void>(dk), ptr.dv = at<void>(dv);
-            check(c.p, ptr, threads);
-            py::gil_scoped_release release;
-            attn::cpu::backward(c.p, ptr, threads);
-          },
-          "Its gradients, 0 where one is not wanted");
+const attn::Problem* problem_of(PyObject* x) {
+  if (py::isinstance<Call>(x)) return &py::handle(x).cast<const Call*>()->p;
+  PyErr_SetString(PyExc_TypeError, "call must be a Call");
+  return nullptr;
 }
 
 }  // namespace
@@ -131,7 +91,6 @@ void define_repeated(py::class_<Call>& call) {
 PYBIND11_MODULE(_C, m) {
   py::class_<Call> call = attn::define_call<Call>(m);
   define_whole(call);
-  define_repeated(call);
 
   m.def("ceilings", &attn::cpu::ceiling, py::arg("name"), py::arg("isa") = "",
         py::arg("threads") = 1, py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
@@ -148,4 +107,6 @@ PYBIND11_MODULE(_C, m) {
         "For tests: whether this machine has the CPU features, named as in isa_table()");
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
+
+  if (!attn::add_dense_calls(m.ptr(), problem_of)) throw py::error_already_set();
 }

@@ -6,7 +6,7 @@ the whole matrix or a block of it, as csrc/logit.h is the one of the native kern
     excluded where window, mask or a bias of -inf say so
 
 `of` takes products q_i . k_j (or additive scores) and gives s; `seen` says which pairs count.
-A new term of the logit is added in `of`.
+A new term of the logit is added in `_added`, or in `_capped`.
 """
 
 from __future__ import annotations
@@ -64,26 +64,50 @@ def seen(call: Call, pairs: Pairs, mask, bias) -> torch.Tensor:
     return visible
 
 
-def of(call: Call, products: torch.Tensor, pairs: Pairs, bias, slope: bool = False):
-    """s [b, h, r, c] of products [b, h, r, c], in their dtype, and with `slope` also
-    d s / d (scale * product), None where it is 1.  What `seen` leaves out has no meaning in it.
+class Derivatives(NamedTuple):
+    """What the derivatives of softcap need of a block's logits; None without one."""
+
+    capped: torch.Tensor | None  # softcap * tanh(scale * product / softcap)
+    slope: torch.Tensor | None  # its derivative by scale * product
+
+
+def of(call: Call, products: torch.Tensor, pairs: Pairs, bias) -> torch.Tensor:
+    """s [b, h, r, c] of products [b, h, r, c], in their dtype.  What `seen` leaves out has no
+    meaning in it.
     """
-    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    s, derivative = products * scale, None
-    if call.softcap > 0:
-        capped = torch.tanh(s / call.softcap)
-        s, derivative = call.softcap * capped, 1 - capped * capped if slope else None
+    return _added(call, _capped(call, products)[0], pairs, bias)
+
+
+def with_derivatives(call: Call, products: torch.Tensor, pairs: Pairs, bias) -> tuple:
+    """(s, its `Derivatives`)"""
+    s, bent = _capped(call, products)
+    found = Derivatives(None, None) if bent is None else Derivatives(s, 1 - bent * bent)
+    return _added(call, s, pairs, bias), found
+
+
+def _capped(call: Call, products: torch.Tensor) -> tuple:
+    """(scale * products through softcap, the tanh in it or None)"""
+    s = products * (call.q.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    if call.softcap <= 0:
+        return s, None
+    bent = torch.tanh(s / call.softcap)
+    return call.softcap * bent, bent
+
+
+def _added(call: Call, s: torch.Tensor, pairs: Pairs, bias) -> torch.Tensor:
+    """The terms that are added to capped products."""
     if bias is not None:
         s = s + bias.to(s.dtype)
     if call.alibi_slopes is not None:
         s = s - _alibi(call, pairs).to(s.dtype)
-    return (s, derivative) if slope else s
+    return s
 
 
 def _alibi(call: Call, pairs: Pairs) -> torch.Tensor:
     """slope[b, h] * |i + (Sk - Sq) - j|   [b or 1, h, r, c]"""
     slopes = call.alibi_slopes.to(statistics_dtype(call.q.dtype))
-    slopes = slopes[pairs.b] if slopes.dim() == 2 else slopes[None]
+    slopes = slopes if slopes.dim() == 2 else slopes[None]
+    slopes = slopes[pairs.b] if slopes.shape[0] > 1 else slopes
     aligned = pairs.rows[:, None] + (pairs.seqlen_k - pairs.seqlen_q)
     distance = (aligned - pairs.cols[None, :]).abs().to(slopes.dtype)
     return slopes[:, pairs.h, None, None] * distance

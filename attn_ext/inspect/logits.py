@@ -191,9 +191,9 @@ def scores(call: Call, tile: Tile, slope: bool = False):
     else:
         s = additive(q, k, call.w[tile.h].to(dtype).unflatten(0, (-1, group)))
     pairs, (mask, bias) = pairs_of(call, tile), (part(x, tile) for x in (call.mask, call.bias))
-    s, derivative = logit.of(call, s.flatten(1, 2), pairs, bias, slope=True)
+    s, found = logit.with_derivatives(call, s.flatten(1, 2), pairs, bias)
     s = torch.where(logit.seen(call, pairs, mask, bias), s, -torch.inf)
-    return (s, derivative) if slope else s
+    return (s, found.slope) if slope else s
 
 
 def row_lse(call: Call, tile: Tile, s: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../binding_parts.h"
+#include "../binding_call.h"
 #include "launch.h"
 
 namespace py = pybind11;

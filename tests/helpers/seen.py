@@ -21,6 +21,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import tokenize
 import warnings
@@ -90,6 +91,8 @@ def digest(files, *facts, changed=None) -> str:
 
 def commit() -> str:
     """What says which sample is due: the commit; "" where there is no git."""
+    if shutil.which("git") is None:
+        return ""
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()

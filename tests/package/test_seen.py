@@ -1,5 +1,7 @@
 """What makes a result known, so that a test need not compile it again (tests/helpers/seen.py)."""
 
+import re
+
 import pytest
 import seen
 from repository import ROOT
@@ -87,3 +89,16 @@ def test_what_a_script_printed_is_kept(monkeypatch):
     assert seen.printed("script", "2", lambda: {"a": 2}) == {"a": 2}
     monkeypatch.setattr(seen, "turn", lambda name, every: True)
     assert seen.printed("script", "2", lambda: {"a": 3}) == {"a": 3}
+
+
+def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
+    """A merge that left both sides, a line written by hand, a table that no test reads."""
+    committed = (ROOT / "tests" / "seen").glob("*.txt")
+    tables = {path.stem: path.read_text().splitlines() for path in committed}
+    assert tables.keys() <= {"planted_bugs", "nvcc", "triton", "programs"}
+    for lines in tables.values():
+        assert all(re.fullmatch(r"[0-9a-f]{16} \S.*", line) for line in lines)
+        names = [line.split(" ", 1)[1] for line in lines]
+        assert names == sorted(set(names))
+    programs = {line.split(" ", 1)[1] for line in tables.get("programs", [])}
+    assert programs <= {"portable fibers", "headers that parse alone"}

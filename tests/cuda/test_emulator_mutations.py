@@ -22,7 +22,8 @@ pytest.importorskip(
 # folders of tests/mutants in the order of PART in csrc/emulation/tests/mutant.h
 PARTS = (
     "example", "sm80_forward", "sm80_backward", "sm90_forward", "sm90_backward",
-    "sm90_backward_split", "sm90_backward_fused",
+    "sm90_backward_split", "sm90_backward_fused", "sm80_forward_plain",
+    "sm80_backward_fused",
 )  # fmt: skip
 MUTANTS = {p.name: p for p in map(patches.read, sorted(ROOT.glob("tests/mutants/*/*.patch")))}
 FLAGS = ["-O1", "-std=c++17", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-pthread",
@@ -168,9 +169,10 @@ def test_planted_bug_is_caught(name, workshop, tmp_path):
 @pytest.mark.parametrize(
     ("part", "general"),
     [
-        ("sm80_forward", False),
         ("sm80_forward", True),
+        ("sm80_forward_plain", False),
         ("sm80_backward", False),
+        ("sm80_backward_fused", False),
         ("sm80_backward", True),
         ("sm90_forward", False),
         ("sm90_backward", False),
@@ -185,8 +187,14 @@ def test_kernels_stay_within_their_tensors(part, general, sanitized, tmp_path):
     assert found == {"plain": "ok"}
 
 
-def test_sanitizer_sees_a_copy_past_the_last_key(sanitized, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a-copy-past-the-last-key", "sm80_forward"),
+        ("a-tile-behind-the-last-key", "sm80_forward_plain"),
+    ],
+)
+def test_sanitizer_sees_a_copy_past_the_last_key(name, part, sanitized, tmp_path):
     """Without this the test above might pass because nothing looks."""
-    patch = MUTANTS["sanitizer/a-copy-past-the-last-key"]
-    code, _, stderr = sanitized.run_with(patch, "sm80_forward", tmp_path, ("plain",))
+    code, _, stderr = sanitized.run_with(MUTANTS[f"sanitizer/{name}"], part, tmp_path, ("plain",))
     assert code != 0 and "heap-buffer-overflow" in stderr

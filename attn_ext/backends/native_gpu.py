@@ -195,11 +195,11 @@ class Kernels:
                 strides(dout, varlen),
                 *(none if g is None else strides(g, varlen) for g in grads),
                 _gradient_strides(dbias),
-                call.deterministic,
+                call.deterministic or torch.are_deterministic_algorithms_enabled(),
             )
             point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
             target = self._target(call.q.device)
-            scratch = torch.empty(native.backward_workspace(target[3]), **f32)
+            scratch = torch.empty(native.backward_workspace(target[3], target[0]), **f32)
             with self._on(call.q.device):
                 native.backward(scratch.data_ptr(), *target)
         dbias = None if dbias is None else dbias.to(call.bias.dtype)

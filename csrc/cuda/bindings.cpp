@@ -45,11 +45,12 @@ void bind(py::module_& m) {
           "What backward launches, in the words of forward_kernel")
       .def(
           "backward_workspace",
-          [](const NativeCall& c, bool sm90) {
+          [](const NativeCall& c, bool sm90, int device) {
             check(c.p, c.ptr);
-            return backward_workspace(c.p, c.ptr, target(0, 0, 1, sm90));
+            return backward_workspace(c.p, c.ptr, target(device, 0, 1, sm90));
           },
-          "Floats of scratch that backward needs, once all addresses are set")
+          py::arg("sm90"), py::arg("device") = 0,
+          "Floats of scratch that backward needs on a device, once all addresses are set")
       .def(
           "forward",
           [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,

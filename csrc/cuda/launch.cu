@@ -112,6 +112,19 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
   return result;
 }
 
+// Bytes of shared memory that a CTA may have.
+int shared_memory(int device) {
+#ifdef ATTN_EMULATED
+  (void)device;
+  return int(emulation::machine.mode.smem_limit);
+#else
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDevAttr");
+  return bytes;
+#endif
+}
+
 #ifdef ATTN_EMULATED
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
@@ -146,14 +159,22 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
   return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
-// delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of the Hopper kernels.
+// delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of a backward in one
+// kernel.
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
   // not lse_stride_h: torch may say anything of a single head
   const int64_t rows = p.heads_q * (ptr.cu_seqlens_q ? p.rows_q : p.batch * p.seqlen_q);
   return (rows + 31) / 32 * 32;
 }
+// Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
+int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
+  if (choose_backward(p, ptr, target) != Choice::SM80_PLAIN) return 0;
+  return sm80::fused_queries(p, ptr, padded_head_dim(p), shared_memory(target.device));
+}
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
-  return choose_backward(p, ptr, target) == Choice::SM90 ? sm90::query_sums(p, ptr) : 0;
+  if (choose_backward(p, ptr, target) == Choice::SM90) return sm90::query_sums(p, ptr);
+  return fused_queries(p, ptr, target) ? p.heads_q * sum_tiles(p, ptr) * 64 * padded_head_dim(p)
+                                       : 0;
 }
 
 const char* name(Choice choice) {
@@ -236,7 +257,8 @@ std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& 
 }
 
 std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target& target) {
-  return name(choose_backward(p, ptr, target));
+  return std::string(name(choose_backward(p, ptr, target))) +
+         (fused_queries(p, ptr, target) ? " fused" : "");
 }
 
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
@@ -245,6 +267,7 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
   Params x = make_params(p, ptr);
   x.delta = workspace;
   if (sums_floats(p, ptr, target)) x.dq_sums = workspace + delta_floats(p, ptr);
+  x.fused_block_m = fused_queries(p, ptr, target);
   void* stream = reinterpret_cast<void*>(target.stream);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);

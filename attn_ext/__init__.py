@@ -4,11 +4,13 @@ import attn_ext
 out = attn_ext.attention(q, k, v, causal=True)   # q [B, Hq, S, D], k and v [B, Hk, S, D]
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 # before what imports torch: it says what to do where torch is missing or too old
 import attn_ext.core.requires as _requires  # noqa: F401
 
 # isort: split
-from attn_ext import backends, inspect, nn, testing  # noqa: F401
+from attn_ext import inspect, nn, testing  # noqa: F401
 
 # at once, not at the first call: it prepares for fork()
 from attn_ext.backends import cpu as _cpu  # noqa: F401
@@ -25,6 +27,14 @@ from attn_ext.integrations import torch_flash as _torch_flash
 from attn_ext.integrations.sdpa import replace_sdpa
 from attn_ext.measure.recorder import profile
 from attn_ext.ops import flops as _flops  # noqa: F401
+
+if _TYPE_CHECKING:
+
+    def backends() -> dict[str, str]:
+        """Each backend's name, with "" where it runs on this machine, else reason and remedy."""
+
+else:
+    from attn_ext import backends  # a module that can be called, which no type checker knows
 
 _torch_flash.offer()
 

@@ -62,10 +62,14 @@ class Kernel:
     block: str
     mma_threads: int = 0
     plain: bool = False  # an instantiation without the general options: the last flag is 0
+    only: str = ""  # a pattern of the mangled name, where a head_dim has several instantiations
 
 
 KERNELS = {
-    "sm80_forward": Kernel("sm80", "forward", "forward", plain=True),
+    "sm80_forward": Kernel("sm80", "forward_plain", "forward_plain"),
+    "sm80_backward_fused": Kernel(
+        "sm80", "backward_fused", "backward_fused", only="Li64ELi128E|Li128ELi64E"
+    ),
     "sm80_backward_dq": Kernel("sm80", "backward_dq", "backward", plain=True),
     "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", "backward", plain=True),
     "sm90_forward": Kernel("sm90", "forward", "sm90_forward", 256),
@@ -301,7 +305,8 @@ def paths_of(text: str, family: str) -> dict[str, tuple[list[Instruction], int]]
         for name, kernel in KERNELS.items():
             length = f"{len(kernel.function)}{kernel.function}IN"
             general = kernel.plain and "Lb0E" not in mangled
-            if kernel.family == family and length in mangled and not general:
+            other = general or not re.search(kernel.only, mangled)
+            if kernel.family == family and length in mangled and not other:
                 path, _ = hot_path(Code.of(section), ARCHITECTURES[family])
                 out[name] = (path, int(registers[mangled], 16))
     return out

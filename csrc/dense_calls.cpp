@@ -143,13 +143,13 @@ bool compute(Kernel kernel, const Problem& problem, const Pointers& pointers, in
 constexpr int kMostAddresses = 12;
 using Addresses = std::array<void*, kMostAddresses>;
 
-// Runs a kernel on (problem, threads, tensors...).  `fill` takes the `wanted` tensors' addresses in
+// Runs a kernel on (call, threads, tensors...).  `fill` takes the `wanted` tensors' addresses in
 // their order.
 PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted,
               void (*fill)(Pointers&, const Addresses&)) {
   if (count != 2 + wanted)
     return PyErr_Format(PyExc_TypeError,
-                        "a problem, threads and %zd tensors are wanted, got %zd arguments", wanted,
+                        "a call, threads and %zd tensors are wanted, got %zd arguments", wanted,
                         count);
   const Problem* problem = problem_of(args[0]);
   if (!problem) return nullptr;
@@ -164,7 +164,7 @@ PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t
   Py_RETURN_NONE;
 }
 
-// dense_forward(problem, threads, q, k, v, mask, bias, out, lse): O, and LSE where it is no None.
+// dense_forward(call, threads, q, k, v, mask, bias, out, lse): O, and LSE where it is no None.
 PyObject* dense_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run(&cpu::forward, args, count, 7, [](Pointers& p, const Addresses& at) {
     p.q = at[0], p.k = at[1], p.v = at[2], p.mask = at[3], p.bias = at[4];
@@ -172,7 +172,7 @@ PyObject* dense_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// dense_backward(problem, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, dv, dbias): the
+// dense_backward(call, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, dv, dbias): the
 // gradients that are no None; dbias is added to.
 PyObject* dense_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run(&cpu::backward, args, count, 12, [](Pointers& p, const Addresses& at) {
@@ -193,9 +193,9 @@ PyMethodDef methods[] = {
     {"looks", fastcall<looks>(), METH_FASTCALL,
      "All of CPU tensors that a plan depends on, as bytes; None where there is no plan"},
     {"dense_forward", fastcall<dense_forward>(), METH_FASTCALL,
-     "O (and LSE) of a dense call: problem, threads, q, k, v, mask, bias, out, lse"},
+     "O (and LSE) of a dense call: call, threads, q, k, v, mask, bias, out, lse"},
     {"dense_backward", fastcall<dense_backward>(), METH_FASTCALL,
-     "Gradients of a dense call: problem, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, "
+     "Gradients of a dense call: call, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, "
      "dv, dbias"},
     {nullptr, nullptr, 0, nullptr},
 };

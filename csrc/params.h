@@ -46,6 +46,23 @@ struct Problem {
   int64_t num_splits = 0;  // decode: parts of the keys that are worked on at a time; 0: not said
 };
 
+// The numbers of a call that core/schema.py marks KERNEL: Python hands them over by name.
+struct Scalar {
+  const char* name;
+  double Problem::* real;
+  int64_t Problem::* whole;  // the other one is null
+  constexpr Scalar(const char* n, double Problem::* x) : name(n), real(x), whole(nullptr) {}
+  constexpr Scalar(const char* n, int64_t Problem::* x) : name(n), real(nullptr), whole(x) {}
+};
+constexpr Scalar kScalars[] = {
+    {"scale", &Problem::scale},
+    {"softcap", &Problem::softcap},
+    {"dropout_p", &Problem::dropout_p},
+    {"window_left", &Problem::window_left},
+    {"window_right", &Problem::window_right},
+    {"num_splits", &Problem::num_splits},
+};
+
 // Null where absent.  LSE, statistics and sink gradients are float, or double when dtype is
 // kFloat64.
 struct Pointers {

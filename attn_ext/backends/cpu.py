@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from attn_ext.backends.looks import looks
-from attn_ext.backends.native import alibi_stride_b, canonical, fields
+from attn_ext.backends.native import canonical, fields, point
 from attn_ext.core.layout import (
     empty_like_layout,
     four,
@@ -92,6 +92,7 @@ if _C is not None:
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
+MAPS = ("row_stats", "top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 
 
 def available() -> str:
@@ -120,22 +121,16 @@ def _canonical(call: Call) -> dict:
     return canonical(call, statistics_dtype(call.q.dtype), _DTYPES)
 
 
-def _problem(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
-    """The native problem: sizes, strides and scalars."""
-    return _C.Problem(**fields(call, t, out, lse, _DTYPES))
-
-
-def _side_inputs(t: dict) -> list[int]:
-    return [
-        _address(t["mask"]),
-        _address(t["bias"]),
-        _address(t["alibi_slopes"]),
-        alibi_stride_b(t["alibi_slopes"]),
-        _address(t["sink"]),
-        _address(t["rng_state"]),
-        _address(t["cu_seqlens_q"]),
-        _address(t["cu_seqlens_k"]),
-    ]
+def _native(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dw=None):
+    """The native call: sizes, strides, scalars and the addresses of the inputs."""
+    native = _C.Call(**fields(call, t, out, lse, _DTYPES))
+    w, sigmoid = t["w"], call.normalizer == "sigmoid"
+    if sigmoid or w is not None:
+        native.set_options(
+            sigmoid=sigmoid, sigmoid_bias=call.sigmoid_bias, w=_address(w), dw=_address(dw)
+        )
+    point(native, **{name: x for name, x in t.items() if name != "w"})
+    return native
 
 
 _plans: Plans[Plan] = Plans()
@@ -154,7 +149,7 @@ class Plan:
         q, v = call.q, call.v
         out = empty_like_layout(q, v.shape[-1])
         lse = torch.empty(lse_shape(call), dtype=statistics_dtype(q.dtype), device="cpu")
-        self.problem = _problem(call, _canonical(call), out, lse)
+        self.native = _native(call, _canonical(call), out, lse)
         self.out, self.lse = prototype(out), prototype(lse)
         self.scalars = call[TENSORS:]
         self.backwards: Plans[tuple] = Plans()  # by the tensors' looks and by `needs`
@@ -162,7 +157,7 @@ class Plan:
     def forward(self, q, k, v, mask, bias, lse) -> torch.Tensor:
         """O; LSE goes into `lse`, a tensor like self.lse, where it is wanted."""
         out = torch.empty_like(self.out)
-        _C.dense_forward(self.problem, torch.get_num_threads(), q, k, v, mask, bias, out, lse)
+        _C.dense_forward(self.native, torch.get_num_threads(), q, k, v, mask, bias, out, lse)
         return out
 
     def backward(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
@@ -185,19 +180,19 @@ class Plan:
         return None if known is None else self._run(known, q, k, v, mask, bias, out, lse, dout)
 
     def _run(self, known, q, k, v, mask, bias, out, lse, dout) -> tuple:
-        problem, dq, dk, dv, sums = known
+        native, dq, dk, dv, sums = known
         dq = dq if dq is None else torch.empty_like(dq)
         dk = dk if dk is None else torch.empty_like(dk)
         dv = dv if dv is None else torch.empty_like(dv)
         sums = sums if sums is None else torch.zeros_like(sums)
         _C.dense_backward(
-            problem, torch.get_num_threads(),
+            native, torch.get_num_threads(),
             q, k, v, mask, bias, out, lse, dout, dq, dk, dv, sums,
         )  # fmt: skip
         return dq, dk, dv, None, None if sums is None else _bias_gradient(bias, sums), None
 
     def _backward_of(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
-        """The native problem of a backward, and prototypes of what it writes."""
+        """The native call of a backward, and prototypes of what it writes."""
         call = call_of(self.scalars, q=q, k=k, v=v, mask=four(mask), bias=four(bias))
         *of_rows, of_bias = needs  # q, k, v, bias
         grads = [
@@ -205,10 +200,10 @@ class Plan:
             for x, need in zip((q, k, v), of_rows, strict=True)
         ]
         sums = _bias_sums(call, self.lse.dtype) if of_bias else None
-        problem = _problem(call, _canonical(call), out, lse)
-        _set_gradient_strides(problem, call, dout, grads, sums)
+        native = _native(call, _canonical(call), out, lse)
+        _set_gradients(native, call, dout, grads, sums)
         made = [x if x is None else prototype(x) for x in (*grads, sums)]
-        return (problem, *made)
+        return (native, *made)
 
 
 def forget() -> None:
@@ -246,33 +241,21 @@ def forward(call: Call):
     if plan is not None:
         lse = torch.empty_like(plan.lse)
         return plan.forward(call.q, call.k, call.v, call.mask, call.bias, lse), lse, None, None
-    if _is_family(call):
-        return (*_family_forward(call), None, None)
     t = _canonical(call)
-    varlen = call.cu_seqlens_q is not None
     out = empty_like_layout(call.q, call.v.shape[-1])
     lse = call.q.new_empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
     stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
-    if varlen:  # rows that belong to no sequence are empty rows
+    if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
         out.zero_()
         for x, value in ((lse, float("-inf")), (stats[0], float("-inf")), (stats[1], 0.0)):
             if x is not None:
                 x.fill_(value)
+    if call.normalizer == "sigmoid":  # has no LSE
+        lse.zero_()
     if out.numel() or lse.numel():
-        _C.cpu_forward(
-            _problem(call, t, out, lse),
-            torch.get_num_threads(),
-            _address(t["q"]),
-            _address(t["k"]),
-            _address(t["v"]),
-            _address(out),
-            _address(lse),
-            *_side_inputs(t),
-            _address(t["seqlens_k"]),
-            _address(t["block_table"]),
-            _address(stats[0]),
-            _address(stats[1]),
-        )
+        native = _native(call, t, out, lse)
+        point(native, o=out, lse=lse, max_logit=stats[0], entropy=stats[1])
+        native.forward(torch.get_num_threads())
     return out, lse, *stats
 
 
@@ -295,19 +278,19 @@ def _bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tenso
     return sums if sums.dtype == bias.dtype else sums.to(bias.dtype)
 
 
-def _set_gradient_strides(problem, call: Call, dout, grads, dbias) -> None:
+def _set_gradients(native, call: Call, dout, grads, dbias) -> None:
+    """How dout and the gradients of q, k, v and the bias lie in memory."""
     varlen, of = call.cu_seqlens_q is not None, Problem.of(call)
-    problem.set_gradient_strides(
+    native.set_gradients(
         strides(dout, varlen),
         *((0, 0, 0) if g is None else strides(g, varlen) for g in grads),
         score_strides(dbias, (of.batch, of.heads_q, of.seqlen_q, of.seqlen_k)),
+        call.deterministic,
     )
 
 
 def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     """The gradients; None where `needs` says so.  That of the bias has its own shape and dtype."""
-    if _is_family(call):
-        return _family_backward(call, dout, out, lse, dlse, needs)
     plan = None
     if dlse is None and dout.dtype == call.q.dtype and lse.is_contiguous() and not lse.is_neg():
         plan = plan_of(call)
@@ -316,100 +299,37 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         wanted = (needs.q, needs.k, needs.v, needs.bias)
         dq, dk, dv, _, dbias, _ = plan.backward(*inputs, rows(out), lse, dout, wanted)
         return Grads(dq, dk, dv, dbias)
-    t = _canonical(call)
-    varlen = call.cu_seqlens_q is not None
-    statistics = statistics_dtype(call.q.dtype)
-    dout, out = rows(dout.to(call.q.dtype)), rows(out)
-    lse = lse.resolve_neg().contiguous()
-    dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
-    grads = []
-    for x, need in zip((call.q, call.k, call.v), needs, strict=False):
-        g = empty_like_layout(x, x.shape[-1]) if need else None
-        # Rows without a task: beyond the sequences of a varlen call, or with no queries or no keys
-        # at all.
-        if need and (varlen or call.max_seqlen_q == 0 or call.max_seqlen_k == 0):
-            g.zero_()
-        grads.append(g)
-    dq, dk, dv = grads
-    dbias = _bias_sums(call, statistics) if needs.bias else None
-    dsink = torch.zeros(call.sink.shape, dtype=statistics, device="cpu") if needs.sink else None
-    if call.q.numel() and call.k.numel() and call.v.numel():
-        problem = _problem(call, t, out, lse)
-        _set_gradient_strides(problem, call, dout, grads, dbias)
-        _C.cpu_backward(
-            problem,
-            torch.get_num_threads(),
-            _address(t["q"]),
-            _address(t["k"]),
-            _address(t["v"]),
-            _address(out),
-            _address(lse),
-            *_side_inputs(t),
-            _address(dout),
-            _address(dlse),
-            *map(_address, (dq, dk, dv, dbias, dsink)),
-        )
-    return Grads(dq, dk, dv, _bias_gradient(call.bias, dbias), dsink)
-
-
-def _is_family(call: Call) -> bool:
-    """Whether the call has sigmoid weights or additive scores."""
-    return call.normalizer == "sigmoid" or call.w is not None
-
-
-def _family_run(call, t, problem, backward, out, lse, grads=(None,) * 5, dout=None, dlse=None):
-    """One native call with sigmoid weights or additive scores."""
-    dq, dk, dv, dbias, dw = grads
-    names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "rng_state", "cu_seqlens_q",
-             "cu_seqlens_k", "seqlens_k", "block_table")  # fmt: skip
-    tensors = [*(t[name] for name in names), out, lse, dout, dlse, dq, dk, dv, dbias, t["w"], dw]
-    _C.cpu_family(
-        problem, torch.get_num_threads(), backward, [_address(x) for x in tensors],
-        alibi_stride_b(t["alibi_slopes"]), call.normalizer == "sigmoid", call.sigmoid_bias,
-    )  # fmt: skip
-
-
-def _family_forward(call: Call) -> tuple:
-    """(O, LSE) of sigmoid attention, whose LSE is 0, or of additive attention."""
-    t = _canonical(call)
-    out = empty_like_layout(call.q, call.v.shape[-1])
-    lse = call.q.new_empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
-    if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
-        out.zero_()
-        lse.fill_(float("-inf"))
-    if call.normalizer == "sigmoid":
-        lse.zero_()
-    if out.numel() or lse.numel():
-        _family_run(call, t, _problem(call, t, out, lse), False, out, lse)
-    return out, lse
-
-
-def _family_backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
-    """The gradients of `_family_forward`; those of q, k and v come together."""
-    t = _canonical(call)
-    statistics = statistics_dtype(call.q.dtype)
-    ragged = call.cu_seqlens_q is not None or call.seqlens_k is not None
+    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
     dout, out = rows(dout.to(call.q.dtype)), rows(out)
     lse = lse.resolve_neg().contiguous()
     if call.normalizer == "sigmoid":  # LSE is 0, whatever the weights are
         dlse = None
     dlse = None if dlse is None else dlse.to(statistics).resolve_neg().contiguous()
-    # dQ, dK, dV: zeros where no task writes, i.e. beyond the sequences or without queries or keys
+    # Rows without a task: beyond the sequences of a ragged call, or with no queries or no keys.
+    ragged = call.cu_seqlens_q is not None or call.seqlens_k is not None
     blank = ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0
-    grads = [empty_like_layout(x, x.shape[-1]) for x in (call.q, call.k, call.v)]
+    grads = [
+        empty_like_layout(x, x.shape[-1]) if need else None
+        for x, need in zip((call.q, call.k, call.v), needs, strict=False)
+    ]
     for g in grads if blank else ():
-        g.zero_()
+        if g is not None:
+            g.zero_()
     dbias = _bias_sums(call, statistics) if needs.bias else None
-    dw = None if call.w is None else torch.zeros_like(t["w"])
+    dsink = torch.zeros_like(t["sink"]) if needs.sink else None
+    dw = None if t["w"] is None else torch.zeros_like(t["w"])
     if call.q.numel() and call.k.numel() and call.v.numel():
-        problem = _problem(call, t, out, lse)
-        _set_gradient_strides(problem, call, dout, grads, dbias)
-        _family_run(call, t, problem, True, out, lse, (*grads, dbias, dw), dout, dlse)
-    dbias = _bias_gradient(call.bias, dbias)
-    return Grads(*grads, bias=dbias, w=None if dw is None else dw.to(call.w.dtype))
+        native = _native(call, t, out, lse, dw)
+        _set_gradients(native, call, dout, grads, dbias)
+        dq, dk, dv = grads
+        point(native, o=out, lse=lse, dout=dout, dlse=dlse)
+        point(native, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
+        native.backward(torch.get_num_threads())
+    dw = None if dw is None else dw.to(call.w.dtype)
+    return Grads(*grads, _bias_gradient(call.bias, dbias), dsink, dw)
 
 
-ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # InspectOptions::What
+ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # Map::What
 
 
 def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:
@@ -419,11 +339,8 @@ def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 
     t = _canonical(call)
     if not out.numel():
         return
-    names = ("q", "k", "v", "mask", "bias", "alibi_slopes")
-    tensors = [*(t[name] for name in names), *(None,) * 6, lse, *(None,) * 6, t["w"], None]
-    _C.cpu_inspect(
-        _problem(call, t, call.q, lse), torch.get_num_threads(), what,
-        [_address(x) for x in tensors], alibi_stride_b(t["alibi_slopes"]),
-        call.normalizer == "sigmoid", call.sigmoid_bias, sizes, _address(out), _address(entropy),
-        _address(keys),
-    )  # fmt: skip
+    native = _native(call, t, call.q, lse)
+    point(native, lse=lse)
+    native.inspect(
+        torch.get_num_threads(), what, sizes, _address(out), _address(entropy), _address(keys)
+    )

@@ -15,8 +15,13 @@ def alibi_stride_b(slopes: torch.Tensor | None) -> int:
     return slopes.stride(0) if per_batch else 0
 
 
+def point(native, **tensors: torch.Tensor | None) -> None:
+    """Tell a native call the addresses of tensors by the names of csrc/params.h."""
+    native.set_addresses({n: x.data_ptr() for n, x in tensors.items() if x is not None})
+
+
 def fields(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dtypes: dict) -> dict:
-    """The native problem's sizes, strides and scalars, of the canonical tensors `t`; dtypes: the
+    """The native call's sizes, strides and scalars, of the canonical tensors `t`; dtypes: the
     numbers of csrc/params.h."""
     problem = Problem.of(call)
     varlen = problem.kind == "varlen"
@@ -43,7 +48,8 @@ def fields(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dtypes: di
         lse=(0, lse.stride(0)) if varlen else (lse.stride(0), lse.stride(1)),
         pages=(t["block_table"].stride(0), t["k"].shape[2]) if paged else (0, 0),
         bottom_right=call.align,
-        **{name: getattr(call, name) for name in KERNEL_SCALARS},
+        alibi_stride_b=alibi_stride_b(t["alibi_slopes"]),
+        scalars={name: getattr(call, name) for name in KERNEL_SCALARS},
     )
 
 

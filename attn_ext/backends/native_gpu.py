@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from attn_ext.backends.native import alibi_stride_b, canonical, fields
+from attn_ext.backends.native import canonical, fields, point
 from attn_ext.core.layout import NO_SCORES, empty_like_layout, memory_order, rows, strides
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
@@ -108,17 +108,11 @@ class Kernels:
     def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
         """The native call: sizes, strides, scalars and the addresses of the inputs."""
         counted = call.cu_seqlens_q is not None or call.block_table is not None
-        native = self.module.Call(
-            **fields(call, t, out, lse, DTYPES),
-            rows=(t["q"].shape[0], t["k"].shape[0]) if counted else (0, 0),
-            alibi_stride_b=alibi_stride_b(t["alibi_slopes"]),
-        )
-        self._point(native, o=out, lse=lse, **t)
+        native = self.module.Call(**fields(call, t, out, lse, DTYPES))
+        if counted:
+            native.set_rows(t["q"].shape[0], t["k"].shape[0])
+        point(native, o=out, lse=lse, **t)
         return native
-
-    @staticmethod
-    def _point(native, **tensors) -> None:
-        native.set_addresses({n: x.data_ptr() for n, x in tensors.items() if x is not None})
 
     def _plain_forward(self, call: Call, key: tuple):
         """Forward of a dense call without side inputs: all but the addresses is remembered, which
@@ -166,7 +160,7 @@ class Kernels:
         target = self._target(q.device)
         native = self._native(call, t, out, lse)
         if call.need_stats:
-            self._point(native, max_logit=stats[0], entropy=stats[1])
+            point(native, max_logit=stats[0], entropy=stats[1])
         floats = native.forward_workspace(target[2])
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device) if floats else None
         address = 0 if scratch is None else scratch.data_ptr()
@@ -201,11 +195,11 @@ class Kernels:
                 strides(dout, varlen),
                 *(none if g is None else strides(g, varlen) for g in grads),
                 _gradient_strides(dbias),
-                call.deterministic,
+                call.deterministic or torch.are_deterministic_algorithms_enabled(),
             )
-            self._point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
+            point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
             target = self._target(call.q.device)
-            scratch = torch.empty(native.backward_workspace(target[3]), **f32)
+            scratch = torch.empty(native.backward_workspace(target[3], target[0]), **f32)
             with self._on(call.q.device):
                 native.backward(scratch.data_ptr(), *target)
         dbias = None if dbias is None else dbias.to(call.bias.dtype)

@@ -9,7 +9,7 @@ import torch
 
 from attn_ext.core import reference
 from attn_ext.core.layout import empty_like_layout
-from attn_ext.core.problem import Problem
+from attn_ext.core.problem import MAPS, Problem  # noqa: F401
 from attn_ext.core.schema import GRADIENTS, Call, Grads, Needs, given
 
 NORMALIZERS = ("softmax", "sigmoid")

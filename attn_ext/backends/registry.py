@@ -8,7 +8,7 @@ A backend is a module with
     backward(call, dout, out, lse, dlse | None, needs) -> Grads
 
 A module that serves other normalizers than softmax names them in NORMALIZERS, other scores than dot
-products in SCORES.
+products in SCORES, and the maps of `attn_ext.inspect` that it has a kernel for in MAPS.
 
 `needs` is a `attn_ext.core.schema.Needs`; a gradient not needed may be None.  `out` has the strides
 that `attn_ext.core.layout.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q]
@@ -23,7 +23,7 @@ import importlib.util
 import warnings
 from types import ModuleType, SimpleNamespace
 
-from attn_ext.core.problem import Problem
+from attn_ext.core.problem import FAR_LSE, Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 NOT_ADDITIVE = ("sink", "paged", "stats")  # features of dot products alone
@@ -49,9 +49,13 @@ def reasons(name: str, problem: Problem) -> list[str]:
     module = get(name)
     if problem.score not in getattr(module, "SCORES", ("dot",)):
         return [f"{problem.score} attention has no {name} kernel"]
+    if problem.map and problem.map not in getattr(module, "MAPS", ()):
+        return [f"attn_ext.inspect has no {name} kernel for {problem.map}"]
     missing = module.available()
     if missing:
         return [missing]
+    if problem.far_lse and name != "reference":  # which takes the sums of whole rows instead
+        return [f"lse must be within {FAR_LSE:g} of 0 in its kernels, got {problem.far_lse:g}"]
     served = getattr(module, "NORMALIZERS", ("softmax",))
     if problem.normalizer not in served:
         return [f"normalizer must be {' or '.join(map(repr, served))}, got {problem.normalizer!r}"]

@@ -19,6 +19,8 @@ from attn_ext.core.schema import Call
 MAX_HEAD_DIM = 256
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
+MAPS = ("top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
+MAX_TOP_K = 64  # keys a query that its kernel keeps in registers
 OLDEST = (3, 6)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRET = (
@@ -80,6 +82,10 @@ def unsupported(problem: Problem) -> list[str]:
             why.append(f"{name} must be at most {MAX_HEAD_DIM} on triton, got {dim}")
     if problem.grad and problem.kind == "decode" and problem.score == "dot":
         why.append("decode has no backward; use attention_varlen to train")
+    if problem.map and (problem.score != "dot" or problem.normalizer != "softmax"):
+        why.append("its inspect kernels know softmax over dot products only")
+    if problem.top_k > MAX_TOP_K:
+        why.append(f"n must be at most {MAX_TOP_K} on triton, got {problem.top_k}")
     if problem.normalizer == "sigmoid" and problem.kind == "decode":
         why.append("sigmoid weights have no decode kernel on triton")
     return why

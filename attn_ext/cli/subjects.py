@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_ext.backends import registry
-from attn_ext.core import reference
+from attn_ext.core import logit
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TOP_LEFT, Call, Grads
 from attn_ext.testing import differentiated, needs_of, poisoned_memory
@@ -114,7 +114,8 @@ class TorchSdpa:
         """bool, or the bias with -inf where the call excludes; None where nothing is excluded"""
         visible = call.mask
         if call.window_left >= 0 or call.window_right >= 0:
-            pairs = reference.visible_pairs(call, call.max_seqlen_q, call.max_seqlen_k)
+            whole = (call.max_seqlen_q, call.max_seqlen_k, call.q.device)
+            pairs = logit.in_window(call, logit.Pairs.all_of(*whole))
             visible = pairs if visible is None else visible & pairs
         if bias is None:
             return visible

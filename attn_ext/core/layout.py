@@ -66,3 +66,14 @@ def score_strides(
         0 if n == 1 and full != 1 else s
         for n, s, full in zip(x.shape, x.stride(), sizes, strict=True)
     )
+
+
+def conform(tensor: torch.Tensor | None, promised: torch.Tensor) -> torch.Tensor:
+    """`tensor` with the strides and dtype of what was promised, such as by a fake kernel; copies
+    only where they differ.  What was promised itself, where there is no tensor.
+    """
+    if tensor is None:
+        return promised
+    if tensor.stride() == promised.stride() and tensor.dtype == promised.dtype:
+        return tensor
+    return promised.copy_(tensor)

@@ -8,6 +8,9 @@ import torch
 
 from attn_ext.core.schema import BOTTOM_RIGHT, Call, is_decode
 
+MAPS = ("row_stats", "top_k", "mean_top_k", "column_mass", "pooled_map")
+FAR_LSE = 256.0  # beyond it half of float32's last bit is 1.5e-5 of a weight
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -40,10 +43,14 @@ class Problem:
     device_index: int = 0
     normalizer: str = "softmax"
     score: str = "dot"  # q . k, or "additive": w . tanh(q + k)
+    # what attn_ext.inspect asks for in place of attention: a name of `MAPS`
+    map: str = ""
+    top_k: int = 0  # keys a query, for the map of that name
+    far_lse: float = 0.0  # the largest |LSE| where one is beyond FAR_LSE, which kernels cannot use
 
     @classmethod
-    def of(cls, call: Call) -> Problem:
-        """The problem that `call` poses."""
+    def of(cls, call: Call, **more) -> Problem:
+        """The problem that `call` poses; more: fields that no call has."""
         q, k, v = call.q, call.k, call.v
         varlen = call.cu_seqlens_q is not None
         return cls(
@@ -74,4 +81,5 @@ class Problem:
             device_index=q.device.index or 0,
             normalizer=call.normalizer,
             score="dot" if call.w is None else "additive",
+            **more,
         )

@@ -1,14 +1,12 @@
 """The naive oracle: every feature of attention in eager torch, any device, any dtype including
 float64.
 
-    s = scale * (q_i . k_j)                          q [B, Hq, Sq, D], k [B, Hk, Sk, D]
-    s = softcap * tanh(s / softcap)                  where softcap > 0
-    s = s + bias - slope[h] * |i + (Sk - Sq) - j|
+    s = the logit of q_i . k_j, by core/logit.py     q [B, Hq, Sq, D], k [B, Hk, Sk, D]
     s = -inf                                         where mask, window or length excludes (i, j)
     LSE = ln(sum_j exp(s_ij) + exp(sink[h]))         P = exp(s - LSE)
     O = (P * keep / (1 - p)) V                       v [B, Hk, Sk, Dv]
 
-and the family: P = sigmoid(s + sigmoid_bias) without LSE; additive s = sum_d w_d tanh(q_id + k_jd).
+or P = sigmoid(s + sigmoid_bias) without LSE; or sum_d w_d tanh(q_id + k_jd) in place of q_i . k_j.
 
 It holds the whole Sq x Sk matrix and computes in the inputs' dtype as a plain torch user would, so
 that on float64 copies it is the truth, and on the inputs themselves the error that an honest
@@ -23,7 +21,8 @@ import math
 
 import torch
 
-from attn_ext.core.schema import BOTTOM_RIGHT, Call, is_decode
+from attn_ext.core import logit
+from attn_ext.core.schema import Call, is_decode
 
 # Philox4x32-7 as in csrc/philox.h; tests/api/test_philox.py reads that file and compares.
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -68,22 +67,6 @@ def recording():
     finally:
         for key in off:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-
-
-def visible_pairs(call: Call, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
-    """bool [Sq, Sk]: i + off - left <= j <= i + off + right, off = Sk - Sq when bottom-right
-    aligned, else 0.
-    """
-    device = call.q.device
-    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
-    diagonal = torch.arange(seqlen_q, device=device)[:, None] + off
-    j = torch.arange(seqlen_k, device=device)[None, :]
-    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    if call.window_left >= 0:
-        visible &= j >= diagonal - call.window_left
-    if call.window_right >= 0:
-        visible &= j <= diagonal + call.window_right
-    return visible
 
 
 def dropout_keep_mask(
@@ -216,24 +199,15 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     v = v.repeat_interleave(group, dim=1)
 
     # visible [B, Hq, Sq, Sk]: a bias of -inf excludes like the mask does
-    visible = visible_pairs(call, seqlen_q, seqlen_k)
-    if mask is not None:
-        visible = visible & mask
-    if bias is not None:
-        visible = visible & (bias.detach() != -torch.inf)
-    visible = visible.expand(batch, heads_q, seqlen_q, seqlen_k)
+    part = slice(first_batch, first_batch + batch)
+    pairs = logit.Pairs.all_of(seqlen_q, seqlen_k, q.device, part)
+    visible = logit.seen(call, pairs, mask, bias).expand(batch, heads_q, seqlen_q, seqlen_k)
 
     # S [B, Hq, Sq, Sk] in the inputs' dtype; excluded pairs are zeroed first, so that softcap's
     # tanh never sees their NaN
-    s = (_Scores.apply(q, k) if call.w is None else _additive(q, k, call.w, visible)) * call.scale
-    s = torch.where(visible, s, torch.zeros_like(s))
-    if call.softcap > 0:
-        s = call.softcap * torch.tanh(s / call.softcap)
-    if bias is not None:
-        s = s + bias.to(s.dtype)
-    if call.alibi_slopes is not None:
-        s = s - _alibi(call, first_batch, batch, seqlen_q, seqlen_k, stat).to(s.dtype)
-    s = s.to(stat)
+    products = _Scores.apply(q, k) if call.w is None else _additive(q, k, call.w, visible)
+    products = torch.where(visible, products, torch.zeros_like(products))
+    s = logit.of(call, products, pairs, bias).to(stat)
     # a logit of -inf, as of an infinite K, excludes too, and gets no gradient even in a row of NaN
     visible = visible & (s.detach() != -torch.inf)
     s = torch.where(visible, s, torch.full_like(s, -torch.inf))
@@ -283,15 +257,6 @@ def _additive(q, k, w, visible: torch.Tensor) -> torch.Tensor:
     pre = q.unsqueeze(3) + k.unsqueeze(2)
     pre = torch.where(visible.unsqueeze(-1), pre, torch.zeros_like(pre))
     return (torch.tanh(pre) * w.to(q.dtype)[:, None, None, :]).sum(-1)
-
-
-def _alibi(call: Call, first_batch: int, batch: int, seqlen_q: int, seqlen_k: int, dtype):
-    """slope[b, h] * |i + (Sk - Sq) - j|   [B or 1, Hq, Sq, Sk]"""
-    slopes = call.alibi_slopes.to(dtype)
-    slopes = slopes[first_batch : first_batch + batch] if slopes.dim() == 2 else slopes[None]
-    i = torch.arange(seqlen_q, device=slopes.device)[:, None]
-    j = torch.arange(seqlen_k, device=slopes.device)[None, :]
-    return slopes[:, :, None, None] * (i + (seqlen_k - seqlen_q) - j).abs().to(dtype)
 
 
 def _dropout(call: Call, p: torch.Tensor, first_batch: int) -> torch.Tensor:

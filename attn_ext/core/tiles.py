@@ -1,6 +1,6 @@
 """Tiles of an attention call that hold all keys of their rows, in torch operations.
 
-    z = scale q . k       s = softcap tanh(z / softcap)       t = s + bias - ALiBi, -inf if hidden
+    z = scale q . k       s = softcap tanh(z / softcap)       t: the logit, -inf where hidden
     P = exp(t - LSE)      [b, h, rows, keys]                  M: dropout's factor, 0 or 1 / (1 - p)
 
 A panel is a block of batch elements and whole groups of heads; a tile is a block of its queries
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext.core import reference
+from attn_ext.core import logit, reference
 from attn_ext.core.schema import BOTTOM_RIGHT, Call, statistics_dtype
 
-BUDGET = 1 << 19  # pairs of a tile: 2 MiB of float32 for each of the some eight tensors of it
+BUDGET = 1 << 18  # pairs of a tile: 1 MiB of float32 for each of the some fifteen tensors of it
 FEWEST_ROWS = 16  # of a group of heads; products of fewer read K and V too often
 
 
@@ -47,27 +47,30 @@ class Panel:
         """The statistics' dtype."""
         return statistics_dtype(self.call.q.dtype)
 
-    @property
-    def _group(self) -> int:
-        return self.call.q.shape[1] // self.call.k.shape[1]
+    def _folded(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, h, r, x] -> [b, hk, group * r, x], the rows of a group one after the other."""
+        group = self.call.q.shape[1] // self.call.k.shape[1]
+        return x if group == 1 else x.unflatten(1, (-1, group)).flatten(2, 3)
+
+    def _of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_folded`."""
+        group = self.call.q.shape[1] // self.call.k.shape[1]
+        return x if group == 1 else x.unflatten(2, (group, -1)).flatten(1, 2)
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b if self.finite else reference.safe_matmul(a, b)
 
     def against(self, a: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """a y^T: a [b, h, r, x], y [b, hk, c, x] -> [b, h, r, c]; NaN stays where it arises."""
-        folded = a.unflatten(1, (-1, self._group)).flatten(2, 3)
-        return (folded @ y.mT).unflatten(2, (self._group, -1)).flatten(1, 2)
+        return self._of_heads(self._folded(a) @ y.mT)
 
     def times(self, p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """p y: p [b, h, r, c], y [b, hk, c, x] -> [b, h, r, x]; a zero of p silences NaN of y."""
-        folded = p.unflatten(1, (-1, self._group)).flatten(2, 3)
-        return self._product(folded, y).unflatten(2, (self._group, -1)).flatten(1, 2)
+        return self._of_heads(self._product(self._folded(p), y))
 
     def transposed(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """p^T x, summed over each group: p [b, h, r, c], x [b, h, r, d] -> [b, hk, c, d]."""
-        p, x = (y.unflatten(1, (-1, self._group)).flatten(2, 3) for y in (p, x))
-        return self._product(p.mT, x)
+        return self._product(self._folded(p).mT, self._folded(x))
 
     def part(self, scores: torch.Tensor, rows: slice, keys: slice) -> torch.Tensor:
         """The tile of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1], as a view."""
@@ -77,8 +80,11 @@ class Panel:
 
 
 def all_finite(*tensors: torch.Tensor | None) -> bool:
-    """Whether none of the tensors holds NaN or an infinity."""
-    return all(x is None or bool(torch.isfinite(x).all()) for x in tensors)
+    """Whether no tensor holds NaN or an infinity, as their sums say, which is one pass over each;
+    False where a sum of large numbers overflows, too, which only costs time."""
+    wide = statistics_dtype(next(x for x in tensors if x is not None).dtype)
+    sums = [x.sum(dtype=wide) for x in tensors if x is not None]
+    return bool(torch.isfinite(torch.stack(sums).sum()))
 
 
 def panels(call: Call, first_batch: int, finite: bool) -> Iterator[Panel]:
@@ -131,19 +137,14 @@ class Scores(NamedTuple):
 def scores(panel: Panel, q: torch.Tensor, k: torch.Tensor, rows: slice, keys: slice) -> Scores:
     """The logits of queries q [b, h, r, D] and keys k [b, hk, c, D] at these positions."""
     call = panel.call
-    t = panel.against(q, k).mul_(call.scale)
+    products = panel.against(q, k)
     seen = _visible(panel, rows, keys)
     if seen is not None and not panel.finite:
-        t = torch.where(seen, t, 0.0)  # what tanh makes of a hidden NaN
-    capped = slope = None
-    if call.softcap > 0:
-        bent = torch.tanh(t / call.softcap)
-        t = capped = bent * call.softcap
-        slope = 1 - bent * bent
-    if call.bias is not None:
-        t = t + panel.part(call.bias, rows, keys).to(panel.dtype)
-    if call.alibi_slopes is not None:
-        t = t - _alibi(panel, rows, keys)
+        products = torch.where(seen, products, 0.0)  # what tanh makes of a hidden NaN
+    i, j = (torch.arange(x.start, x.stop, device=call.q.device) for x in (rows, keys))
+    pairs = logit.Pairs(i, j, call.q.shape[2], call.k.shape[2], panel.b, panel.h)
+    bias = None if call.bias is None else panel.part(call.bias, rows, keys)
+    t, (capped, slope) = logit.with_derivatives(call, products, pairs, bias)
     if not panel.finite:  # a logit of -inf hides, too
         seen = t != -torch.inf if seen is None else seen & (t != -torch.inf)
     if seen is not None:
@@ -170,17 +171,6 @@ def _visible(panel: Panel, rows: slice, keys: slice) -> torch.Tensor | None:
         there = panel.part(call.bias, rows, keys) != -torch.inf
         seen = there if seen is None else seen & there
     return seen
-
-
-def _alibi(panel: Panel, rows: slice, keys: slice) -> torch.Tensor:
-    """slope[b, h] * |i + (Sk - Sq) - j|"""
-    call = panel.call
-    slopes = call.alibi_slopes.to(panel.dtype)
-    slopes = slopes[panel.b] if slopes.dim() == 2 and slopes.shape[0] > 1 else slopes
-    slopes = slopes[..., panel.h, None, None]
-    i = torch.arange(rows.start, rows.stop, device=slopes.device)[:, None]
-    j = torch.arange(keys.start, keys.stop, device=slopes.device)
-    return slopes * (i + (call.k.shape[2] - call.q.shape[2]) - j).abs()
 
 
 class Weights(NamedTuple):

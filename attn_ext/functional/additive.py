@@ -8,12 +8,66 @@ the projections).  The [Sq, Sk, D] tensor of tanh never exists.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
 from attn_ext.functional import common, varlen
 from attn_ext.ops import route
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    class AdditiveOptions(common.ScoreOptions, total=False):
+        """The keywords of `additive_attention_varlen`."""
+
+        b: Tensor | None
+        causal: bool | Literal["top_left", "bottom_right"]
+        dropout_p: float
+
+    class AdditiveDenseOptions(AdditiveOptions, total=False):
+        """Those of `additive_attention`."""
+
+        lengths: Tensor | None
+
+
+@overload
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AdditiveDenseOptions],
+) -> Tensor: ...
+
+
+@overload
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AdditiveDenseOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[AdditiveDenseOptions],
+) -> Any: ...
 
 
 def additive_attention(
@@ -50,6 +104,54 @@ def additive_attention(
     sizes = {"seqlens_k": lengths, "max_seqlen_q": seqlen_q, "max_seqlen_k": k.shape[2]}
     call = _call(q, k, v, mask, bias, w, dropout_p, canonical, backend, **sizes)
     return common.result(call, return_lse, False)
+
+
+@overload
+def additive_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AdditiveOptions],
+) -> Tensor: ...
+
+
+@overload
+def additive_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AdditiveOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def additive_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[AdditiveOptions],
+) -> Any: ...
 
 
 def additive_attention_varlen(

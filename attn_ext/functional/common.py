@@ -4,13 +4,25 @@ given.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
 from attn_ext.ops import route
+
+if TYPE_CHECKING:
+    # what type checkers see of the keywords of the public functions
+    class ScoreOptions(TypedDict, total=False):
+        """Of every function."""
+
+        window: Sequence[int | None] | None
+        mask: torch.Tensor | None
+        bias: torch.Tensor | None
+        backend: str
+
 
 MAX_SEED = 2**63 - 1
 NO_LSE = "return_lse must be False with normalizer='sigmoid', which has no LSE, got True"

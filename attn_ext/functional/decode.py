@@ -7,12 +7,29 @@ max_pages] (the paged layout of vLLM, arXiv 2309.06180).  Not differentiable.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
 from attn_ext.functional.common import autocast, result, sides
 from attn_ext.ops import execute, route
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    from attn_ext.functional.dense import DotOptions
+
+    class DecodeOptions(DotOptions, total=False):
+        """The keywords of `attention_decode`."""
+
+        k_new: Tensor | None
+        v_new: Tensor | None
+        block_table: Tensor | None
+        causal: bool
+        num_splits: int
 
 
 def _refuse_grad(**tensors) -> None:
@@ -110,6 +127,42 @@ def decode_call(
             execute.backend_of(call)
         _append(k_cache, v_cache, k_new, v_new, starts, block_table)
     return call
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[DecodeOptions],
+) -> Any: ...
 
 
 def attention_decode(

@@ -6,12 +6,37 @@ The user's arguments become a canonical `attn_ext.core.schema.Call`.  FlashAtten
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
 from attn_ext.functional.common import NO_LSE, autocast, autocasting, draw_rng_state, result, sides
 from attn_ext.ops import fast, route
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    from attn_ext.functional.common import RowStats, ScoreOptions
+
+    class DotOptions(ScoreOptions, total=False):
+        """The keywords of every function of dot products."""
+
+        softcap: float
+        alibi_slopes: Tensor | None
+        sink: Tensor | None
+        scale: float | None
+
+    class AttentionOptions(DotOptions, total=False):
+        """Those of `attention` and `attention_varlen`."""
+
+        causal: bool | Literal["top_left", "bottom_right"]
+        dropout_p: float
+        deterministic: bool
+        normalizer: Literal["softmax", "sigmoid"]
+        sigmoid_bias: float | None
 
 
 def dense_call(
@@ -40,7 +65,7 @@ def dense_call(
     mask, bias, alibi_slopes, sink = sides(
         q, mask, bias, alibi_slopes, sink, batch, heads, seqlen_q, seqlen_k
     )
-    if normalizer != "softmax" or sigmoid_bias is not None:
+    if type(normalizer) is not str or normalizer != "softmax" or sigmoid_bias is not None:
         sigmoid_bias = validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     if scale is None and lean:
         scale = q_shape[3] ** -0.5
@@ -53,6 +78,66 @@ def dense_call(
         grad=route.wants_grad(q, k, v, bias, sink), bias_grad=route.wants_grad(bias),
         backend=backend,
     )  # fmt: skip
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_stats: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_stats: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_stats: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, RowStats]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_stats: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor, RowStats]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool,
+    return_stats: bool = False,
+    **options: Unpack[AttentionOptions],
+) -> Any: ...
 
 
 def attention(
@@ -95,7 +180,7 @@ def attention(
         alibi_slopes is sink is sigmoid_bias is None
         and return_lse is return_stats is False
         and type(dropout_p) in (float, int) and dropout_p == 0
-        and normalizer == "softmax" and isinstance(q, torch.Tensor)
+        and type(normalizer) is str and normalizer == "softmax" and isinstance(q, torch.Tensor)
     ):  # fmt: skip
         key, out = fast.attempt(
             q, k, v, mask, bias, causal, window, softcap, scale, deterministic, backend

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
 from attn_ext.functional.common import NO_LSE, autocast, draw_rng_state, result, sides
 from attn_ext.ops import route
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    from attn_ext.functional.common import RowStats
+    from attn_ext.functional.dense import AttentionOptions
 
 
 def _longest(name: str, value, cu_seqlens, total):
@@ -82,7 +91,7 @@ def varlen_call(
     mask, bias, alibi_slopes, sink = sides(
         q, mask, bias, alibi_slopes, sink, batch, heads, longest_q, longest_k
     )
-    if normalizer != "softmax" or sigmoid_bias is not None:
+    if type(normalizer) is not str or normalizer != "softmax" or sigmoid_bias is not None:
         sigmoid_bias = validate.normalizer(normalizer, sigmoid_bias, sink, need_stats)
     return Call(
         q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink,
@@ -94,6 +103,86 @@ def varlen_call(
         sigmoid_bias=sigmoid_bias, grad=route.wants_grad(q, k, v, bias, sink),
         bias_grad=route.wants_grad(bias), backend=backend,
     )  # fmt: skip
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    return_stats: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    return_stats: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    return_stats: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, RowStats]: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    return_stats: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor, RowStats]: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: bool,
+    return_stats: bool = False,
+    **options: Unpack[AttentionOptions],
+) -> Any: ...
 
 
 def attention_varlen(

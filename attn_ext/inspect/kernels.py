@@ -1,5 +1,6 @@
-"""Which kernel computes a map of a dense call: the CPU's (inspect.h), Triton's (inspect.py) or
-blocked torch code (`attn_ext.inspect.blocked`), the reference, which serves every device.
+"""Each map of a dense call by the kernel that the registry chooses: the CPU's (inspect.h),
+Triton's (inspect.py) or blocked torch code (`attn_ext.inspect.blocked`), the reference, which
+serves every device.
 
 Calls are dense and without autograd.  lse [B, Hq, Sq] is ignored by sigmoid weights.
 """
@@ -13,42 +14,20 @@ from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Call
 from attn_ext.inspect import blocked, logits
 
-BACKENDS = ("triton", "cpu", "reference")
-TRITON_TOP_K = 64  # keys a query that the Triton kernel keeps in registers
 
-
-def reasons(name: str, call: Call, n: int = 0, lse=None) -> list[str]:
-    """Why backend `name` has no kernel for `call`; empty where it has."""
-    if name == "reference":
-        return []
-    if name not in BACKENDS and registry.get(name):  # get: ValueError for an unknown name
-        return [f"attn_ext.inspect has no {name} kernel"]
-    why = list(registry.reasons(name, Problem.of(call)))
-    if name == "triton" and (call.w is not None or call.normalizer != "softmax"):
-        why.append("its inspect kernels know softmax over dot products only")
-    if name == "triton" and n > TRITON_TOP_K:
-        why.append(f"n must be at most {TRITON_TOP_K} on triton, got {n}")
+def problem_of(call: Call, name: str, lse=None, top_k: int = 0) -> Problem:
+    """The problem that the map called `name` poses."""
+    far = 0.0
     if lse is not None and bool(logits.too_large(lse).any()):
-        most = float(torch.where(lse.isfinite(), lse.abs(), 0.0).max())
-        why.append(f"lse must be within {logits.LARGEST_LSE:g} of 0 in its kernels, got {most:g}")
-    return why
+        far = float(torch.where(lse.isfinite(), lse.abs(), 0.0).max())
+    return Problem.of(call, map=name, top_k=top_k, far_lse=far)
 
 
-def select(name: str, call: Call, n: int = 0, lse=None) -> str:
-    """The backend whose kernel serves `call`: the first able one for "auto", else `name` itself;
-    NotImplementedError with the reasons where it cannot.
-    """
-    if name == "auto":
-        problem = Problem.of(call)
-        return next(
-            b for b in BACKENDS if registry.automatic(b, problem) and not reasons(b, call, n, lse)
-        )
-    if not isinstance(name, str):
-        raise TypeError(f"backend must be a str, got {type(name).__name__} {name!r}")
-    why = reasons(name, call, n, lse)
-    if why:
-        raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
-    return name
+def select(backend: str, call: Call, name: str, lse=None, top_k: int = 0) -> str:
+    """The backend whose kernel makes the map of `call`, as the registry chooses it."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")
+    return registry.select(backend, problem_of(call, name, lse, top_k))
 
 
 def row_stats(call: Call, backend: str = "auto") -> tuple:
@@ -58,7 +37,7 @@ def row_stats(call: Call, backend: str = "auto") -> tuple:
     if call.w is None and call.normalizer == "softmax" and backend == "auto":
         return logits.forward(call._replace(need_stats=True))[1:]
     dtype = logits.statistics_dtype(call)
-    if select(backend, call) != "cpu":
+    if select(backend, call, "row_stats") != "cpu":
         return blocked.row_stats(call)
     lse = torch.full(call.q.shape[:3], -torch.inf, dtype=dtype, device=call.q.device)
     largest, entropy = lse.clone(), torch.zeros_like(lse)
@@ -67,14 +46,9 @@ def row_stats(call: Call, backend: str = "auto") -> tuple:
     return lse, largest, entropy
 
 
-def lse_of(call: Call) -> torch.Tensor | None:
-    """LSE [B, Hq, Sq] by a forward pass; None for sigmoid weights, which need none."""
-    return None if call.normalizer == "sigmoid" else logits.forward(call)[1]
-
-
 def top_k(call: Call, n: int, lse, backend: str = "auto") -> tuple:
     """(weights, keys) [B, Hq, Sq, n], largest first; 0 and -1 where a row sees fewer keys."""
-    name = select(backend, call, n, lse)
+    name = select(backend, call, "top_k", lse, n)
     if name == "reference":
         return blocked.top_k(call, n, lse)
     if name == "triton":
@@ -90,17 +64,13 @@ def top_k(call: Call, n: int, lse, backend: str = "auto") -> tuple:
 
 def mean_top_k(call: Call, n: int, backend: str = "auto") -> blocked.MeanTopK:
     """The n largest of the mean over heads, from whole rows; blocked torch code on every device."""
-    if backend not in ("auto", "reference"):
-        select(backend, call, n)  # an unknown name, or one that cannot serve the call anyway
-        raise NotImplementedError(
-            f"backend {backend!r} cannot serve this call: it has no kernel for a mean over heads"
-        )
+    select(backend, call, "mean_top_k")
     return blocked.mean_top_k(call, n)
 
 
 def column_mass(call: Call, lse, backend: str = "auto") -> torch.Tensor:
     """sum_i P_ij, [B, Hq, Sk]"""
-    name = select(backend, call, lse=lse)
+    name = select(backend, call, "column_mass", lse)
     if name == "reference":
         return blocked.column_mass(call, lse)
     if name == "triton":
@@ -116,7 +86,7 @@ def pooled_map(call: Call, rows: int, cols: int, lse, backend: str = "auto"):
     """P averaged down to [B, Hq, rows, cols], rows <= Sq and cols <= Sk, as adaptive_avg_pool2d
     cuts it.
     """
-    name = select(backend, call, lse=lse)
+    name = select(backend, call, "pooled_map", lse)
     if name == "reference":
         return blocked.pooled_map(call, rows, cols, lse)
     if name == "triton":

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_ext.core import reference, schema, validate
+from attn_ext.core import logit, reference, schema, validate
+from attn_ext.core.problem import FAR_LSE
 from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, Call, given
 from attn_ext.functional import common, dense
 from attn_ext.ops import execute
 
 BUDGET = 1 << 21  # elements of a tile: 8 MiB of float32
 SIDES = ("mask", "bias", "alibi_slopes", "sink")  # tensors among the options
-LARGEST_LSE = 256.0  # beyond it half of float32's last bit is 1.5e-5 of a weight
 
 
 @dataclass(slots=True)
@@ -149,26 +149,20 @@ def key_range(call: Call, rows: torch.Tensor) -> tuple[int, int]:
     return low, min(max(high, low), seqlen_k)
 
 
-def part(scores: torch.Tensor, tile: Tile) -> torch.Tensor:
+def part(scores: torch.Tensor | None, tile: Tile) -> torch.Tensor | None:
     """The tile of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1]; broadcast dimensions stay."""
+    if scores is None:
+        return None
     scores = scores if scores.shape[0] == 1 else scores[tile.b]
     scores = scores if scores.shape[1] == 1 else scores[:, tile.h]
     scores = scores if scores.shape[2] == 1 else scores[:, :, tile.rows]
     return scores if scores.shape[3] == 1 else scores[..., tile.c0 : tile.c1]
 
 
-def visible(call: Call, tile: Tile) -> torch.Tensor:
-    """bool [r, c1 - c0]: the window's pairs."""
-    seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
-    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
-    i = tile.rows[:, None] + off
-    j = torch.arange(tile.c0, tile.c1, device=call.q.device)[None, :]
-    seen = torch.ones(len(tile.rows), tile.c1 - tile.c0, dtype=torch.bool, device=call.q.device)
-    if call.window_left >= 0:
-        seen &= j >= i - call.window_left
-    if call.window_right >= 0:
-        seen &= j <= i + call.window_right
-    return seen
+def pairs_of(call: Call, tile: Tile) -> logit.Pairs:
+    """The tile's queries and keys."""
+    cols = torch.arange(tile.c0, tile.c1, device=call.q.device)
+    return logit.Pairs(tile.rows, cols, call.q.shape[2], call.k.shape[2], tile.b, tile.h)
 
 
 def additive(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -196,25 +190,10 @@ def scores(call: Call, tile: Tile, slope: bool = False):
         s = exactly(torch.matmul, q, k.transpose(-1, -2))
     else:
         s = additive(q, k, call.w[tile.h].to(dtype).unflatten(0, (-1, group)))
-    s = s.flatten(1, 2).mul_(call.scale)
-    derivative = None
-    if call.softcap > 0:
-        t = torch.tanh(s / call.softcap)
-        s, derivative = t * call.softcap, 1 - t * t
-    if call.bias is not None:
-        bias = part(call.bias, tile).to(dtype)
-        s = torch.where(bias == -torch.inf, -torch.inf, s + bias)
-    if call.alibi_slopes is not None:
-        slopes = call.alibi_slopes.to(dtype)
-        slopes = slopes[tile.b] if slopes.dim() == 2 else slopes[None]
-        j = torch.arange(tile.c0, tile.c1, device=s.device)
-        distance = (tile.rows[:, None] + call.k.shape[2] - call.q.shape[2] - j[None, :]).abs()
-        s = s - slopes[:, tile.h, None, None] * distance.to(dtype)
-    seen = visible(call, tile)
-    if call.mask is not None:
-        seen = seen & part(call.mask, tile)
-    s = torch.where(seen, s, -torch.inf)
-    return (s, derivative) if slope else s
+    pairs, (mask, bias) = pairs_of(call, tile), (part(x, tile) for x in (call.mask, call.bias))
+    s, found = logit.with_derivatives(call, s.flatten(1, 2), pairs, bias)
+    s = torch.where(logit.seen(call, pairs, mask, bias), s, -torch.inf)
+    return (s, found.slope) if slope else s
 
 
 def row_lse(call: Call, tile: Tile, s: torch.Tensor) -> torch.Tensor:
@@ -248,7 +227,7 @@ def too_large(lse: torch.Tensor) -> torch.Tensor:
     """Where LSE is so large that exp(S - LSE) is not P: its last bit alone is then worth more than
     the sum's digits that are shown, as in rows whose whole mask is -1e9 or finfo.min.
     """
-    return lse.isfinite() & (lse.abs() > LARGEST_LSE)
+    return lse.isfinite() & (lse.abs() > FAR_LSE)
 
 
 def add_to_keys(total: torch.Tensor, ds: torch.Tensor, call: Call, tile: Tile) -> None:

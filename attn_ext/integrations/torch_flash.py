@@ -24,6 +24,7 @@ import warnings
 
 import torch
 
+from attn_ext.core.layout import conform
 from attn_ext.core.schema import GRADIENTS, Call
 from attn_ext.functional import dense, varlen
 from attn_ext.ops import execute
@@ -64,12 +65,6 @@ def activate() -> _Active:
         for name, kernel in _CPU_KERNELS.items():
             library.impl(name, kernel, "CPU", allow_override=True)
     return _Active(library)
-
-
-def _conform(tensor, promised):
-    """`tensor` with the strides that torch's meta kernel promised."""
-    same = tensor.stride() == promised.stride() and tensor.dtype == promised.dtype
-    return tensor if same else promised.copy_(tensor)
 
 
 def _deterministic(query) -> bool:
@@ -123,7 +118,7 @@ def sdpa_forward(
     out, lse, rng_state = _forward(args)
     lengths = (query.shape[2], key.shape[2])
     return (
-        _conform(out, torch.empty_like(query)), lse, None, None, *lengths, rng_state,
+        conform(out, torch.empty_like(query)), lse, None, None, *lengths, rng_state,
         *_rest(query),
     )  # fmt: skip
 
@@ -138,7 +133,7 @@ def sdpa_backward(
 
 
 def _like(inputs, grads) -> tuple:
-    return tuple(_conform(g, torch.empty_like(x)) for g, x in zip(grads, inputs, strict=True))
+    return tuple(conform(g, torch.empty_like(x)) for g, x in zip(grads, inputs, strict=True))
 
 
 # aten::_scaled_dot_product_flash_attention_for_cpu: the same with a floating attn_mask that needs
@@ -163,7 +158,7 @@ def cpu_forward(
     out, lse, _ = _forward(_cpu_args(query, key, value, is_causal, attn_mask, scale))
     batch, heads, rows = lse.shape
     promised = lse.new_empty((batch, rows, heads)).transpose(1, 2)
-    return _conform(out, torch.empty_like(query)), _conform(lse, promised)
+    return conform(out, torch.empty_like(query)), conform(lse, promised)
 
 
 def cpu_backward(
@@ -172,7 +167,7 @@ def cpu_backward(
     args = _cpu_args(query, key, value, is_causal, attn_mask, scale)
     grads = _backward(args, 0.0, None, grad_out, out, logsumexp.contiguous())
     return tuple(
-        _conform(
+        conform(
             g, torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device)
         )
         for g, x in zip(grads, (query, key, value), strict=True)
@@ -249,7 +244,7 @@ def flash_forward(
         )
     )
     out = out if cum_seq_q is not None else out.transpose(1, 2)
-    return _conform(out, torch.empty_like(query)), lse, rng_state, *_rest(query)
+    return conform(out, torch.empty_like(query)), lse, rng_state, *_rest(query)
 
 
 def flash_forward_inplace(out, query, *rest, **options):

@@ -138,6 +138,8 @@ def _gradients(dout, dlse, out, lse, call: Call, needs) -> tuple:
         or _batched(dout)
         or _batched(dlse)
     ):
+        # nothing flows back through O and LSE: their node must not run again for zeros
+        out, lse = out.detach(), lse.detach()
         return torch.ops.attn_ext.backward(dout, dlse, out, lse, *call, needs)
     call = dispatch.checked_backward(dout, dlse, out, lse, call)
     return execute.backward(dout, dlse, out, lse, call, needs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.core.layout import empty_like_layout
+from attn_ext.core.layout import conform, empty_like_layout
 from attn_ext.core.schema import (
     GRADIENT_AT,
     GRADIENT_RESULTS,
@@ -35,15 +35,6 @@ lib.define(
     f"-> ({GRADIENT_RESULTS})",
     tags=tuple(TAGS),
 )
-
-
-def conform(tensor, promised):
-    """`tensor` with the strides and dtype that the fake promised; copies only where they differ."""
-    if tensor is None:
-        return promised
-    if tensor.stride() == promised.stride() and tensor.dtype == promised.dtype:
-        return tensor
-    return promised.copy_(tensor)
 
 
 def _forward_outputs(call: Call) -> tuple:

@@ -67,7 +67,9 @@ bool rows_are_vectors(const void* base, const Strides& s, int64_t dim, int bytes
          fits(dim);
 }
 
-float scale_log2(const Problem& p) { return float(p.scale * 1.4426950408889634); }
+Terms<float> terms_of(const Problem& p, const Pointers& ptr) {
+  return Terms<float>::of(p, ptr, 1.4426950408889634);
+}
 
 Params make_params(const Problem& p, const Pointers& ptr) {
   for (int64_t n : {p.seqlen_q, p.seqlen_k})
@@ -76,9 +78,8 @@ Params make_params(const Problem& p, const Pointers& ptr) {
                                   std::to_string(n));
   Params x{};
   x.p = p, x.ptr = ptr;
-  x.scale = float(p.scale), x.scale_log2 = scale_log2(p);
-  x.softcap = float(p.softcap);
-  x.inverse_softcap = p.softcap > 0 ? float(1 / p.softcap) : 0.0f;
+  x.terms = terms_of(p, ptr);
+  x.scale = x.terms.scale, x.scale_log2 = x.terms.factor;
   x.keep_scale = p.dropout_p < 1 ? float(1 / (1 - p.dropout_p)) : 0.0f;
   x.keep_threshold = dropout_threshold(p.dropout_p);
   x.window_left = p.window_left < 0 ? -1 : int(std::min(p.window_left, kLongest));
@@ -96,8 +97,8 @@ Params make_params(const Problem& p, const Pointers& ptr) {
 // What the plain kernels do not know.  They mask before they scale: the scale is above 0 as a
 // float.
 bool is_general(const Problem& p, const Pointers& ptr) {
-  return ptr.mask || ptr.bias || ptr.alibi_slopes || ptr.sink || ptr.entropy || ptr.block_table ||
-         p.softcap > 0 || p.dropout_p > 0 || !(scale_log2(p) > 0);
+  return ptr.mask || ptr.sink || ptr.entropy || ptr.block_table || p.dropout_p > 0 ||
+         !terms_of(p, ptr).plain();
 }
 
 sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -109,6 +110,19 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
                                 target.multiprocessors);
   });
   return result;
+}
+
+// Bytes of shared memory that a CTA may have.
+int shared_memory(int device) {
+#ifdef ATTN_EMULATED
+  (void)device;
+  return int(emulation::machine.mode.smem_limit);
+#else
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDevAttr");
+  return bytes;
+#endif
 }
 
 #ifdef ATTN_EMULATED
@@ -145,14 +159,22 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
   return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
-// delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of the Hopper kernels.
+// delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of a backward in one
+// kernel.
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
   // not lse_stride_h: torch may say anything of a single head
   const int64_t rows = p.heads_q * (ptr.cu_seqlens_q ? p.rows_q : p.batch * p.seqlen_q);
   return (rows + 31) / 32 * 32;
 }
+// Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
+int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
+  if (choose_backward(p, ptr, target) != Choice::SM80_PLAIN) return 0;
+  return sm80::fused_queries(p, ptr, padded_head_dim(p), shared_memory(target.device));
+}
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
-  return choose_backward(p, ptr, target) == Choice::SM90 ? sm90::query_sums(p, ptr) : 0;
+  if (choose_backward(p, ptr, target) == Choice::SM90) return sm90::query_sums(p, ptr);
+  return fused_queries(p, ptr, target) ? p.heads_q * sum_tiles(p, ptr) * 64 * padded_head_dim(p)
+                                       : 0;
 }
 
 const char* name(Choice choice) {
@@ -235,7 +257,8 @@ std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& 
 }
 
 std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target& target) {
-  return name(choose_backward(p, ptr, target));
+  return std::string(name(choose_backward(p, ptr, target))) +
+         (fused_queries(p, ptr, target) ? " fused" : "");
 }
 
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
@@ -244,6 +267,7 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
   Params x = make_params(p, ptr);
   x.delta = workspace;
   if (sums_floats(p, ptr, target)) x.dq_sums = workspace + delta_floats(p, ptr);
+  x.fused_block_m = fused_queries(p, ptr, target);
   void* stream = reinterpret_cast<void*>(target.stream);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);

@@ -34,7 +34,7 @@ int multiprocessors(int device);
 std::string sm90_problem(int device);
 // The kernel that forward launches: "sm90", "sm80 plain" or "sm80 general".
 std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& target);
-// The same of backward.
+// The same of backward; "sm80 plain fused": all in one kernel.
 std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target& target);
 
 }  // namespace attn::cuda

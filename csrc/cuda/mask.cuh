@@ -32,4 +32,32 @@ struct Band {
   }
 };
 
+// The key tiles of a CTA in the order of their turns: first those at an edge of the band, which
+// need a mask, then those that every row sees whole.
+struct Turns {
+  int first, whole_first, whole_end, end;  // tiles
+  int lo, hi;                              // keys that some row sees
+  ATTN_DEVICE int edges() const { return end - first - (whole_end - whole_first); }
+  ATTN_DEVICE int count() const { return end - first; }
+  ATTN_DEVICE int tile(int turn) const {
+    if (turn >= edges()) return whole_first + turn - edges();
+    const int t = first + turn;
+    return t < whole_first ? t : t + whole_end - whole_first;
+  }
+
+  // Of queries [i0, i1).
+  ATTN_DEVICE static Turns of(const Band& band, int i0, int i1, int seqlen_k, int block_n) {
+    Turns s;
+    band.key_range(i0, i1, seqlen_k, s.lo, s.hi);
+    s.first = s.lo / block_n, s.end = s.hi > s.lo ? ceil_div(s.hi, block_n) : s.first;
+    const int whole_lo = band.left < 0 ? 0 : max_int(0, i1 - 1 + band.diagonal - band.left);
+    const int whole_hi = band.right < 0
+                             ? seqlen_k
+                             : max_int(0, min_int(seqlen_k, i0 + band.diagonal + band.right + 1));
+    s.whole_first = min_int(s.end, max_int(s.first, ceil_div(whole_lo, block_n)));
+    s.whole_end = max_int(s.whole_first, min_int(s.end, whole_hi / block_n));
+    return s;
+  }
+};
+
 }  // namespace attn::cuda

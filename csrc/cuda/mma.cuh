@@ -151,6 +151,62 @@ ATTN_DEVICE void accumulate(float (&acc)[HEAD_DIM / 8][4], const float (&C)[TILE
   }
 }
 
+// The same for FRAGMENTS times 16 rows a warp, of halves: what is read of B feeds all of them.
+// C[f] = A B^T: rows a_row + 16 f .. of one tile against all rows of another, over HEAD_DIM
+template <class T, int HEAD_DIM, int FRAGMENTS, int TILES>
+ATTN_DEVICE void multiply_rows(float (&C)[FRAGMENTS][TILES][4], uint32_t a_tile, int a_row,
+                               uint32_t b_tile) {
+  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
+  const int lane = lane_id(), a_lane = lane & 15, b_lane = (lane & 7) + ((lane >> 4) << 3);
+  const int a_swizzle = row_swizzle<T, HEAD_DIM>(a_lane);  // a_row is a multiple of 16
+  const int b_swizzle = row_swizzle<T, HEAD_DIM>(b_lane);
+  a_tile += (a_row + a_lane) * BYTES, b_tile += b_lane * BYTES;
+  ATTN_UNROLL
+  for (int f = 0; f < FRAGMENTS; ++f) ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) C[f][n][0] = C[f][n][1] = C[f][n][2] = C[f][n][3] = 0.0f;
+  ATTN_UNROLL
+  for (int step = 0; step < Row<T, HEAD_DIM>::STEPS; ++step) {
+    typename Mma<T>::A a[FRAGMENTS];
+    ATTN_UNROLL
+    for (int f = 0; f < FRAGMENTS; ++f)
+      ldmatrix_x4(a[f].r, a_tile + 16 * f * BYTES +
+                              chunk_offset<T, HEAD_DIM>(a_swizzle, 2 * step, lane >> 4));
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, b_tile + 8 * n * BYTES +
+                         chunk_offset<T, HEAD_DIM>(b_swizzle, 2 * step, (lane >> 3) & 1));
+      ATTN_UNROLL
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        Mma<T>::run(C[f][n], a[f], b[0], b[1]);
+        Mma<T>::run(C[f][n + 1], a[f], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// acc[f] += C[f] B   [16, HEAD_DIM] each: fragments C against a tile of 8 * TILES rows.
+template <class T, int HEAD_DIM, int FRAGMENTS, int TILES>
+ATTN_DEVICE void accumulate_rows(float (&acc)[FRAGMENTS][HEAD_DIM / 8][4],
+                                 const float (&C)[FRAGMENTS][TILES][4], uint32_t tile) {
+  ATTN_UNROLL
+  for (int step = 0; step < TILES / Mma<T>::TILES; ++step) {
+    typename Mma<T>::A a[FRAGMENTS];
+    ATTN_UNROLL
+    for (int f = 0; f < FRAGMENTS; ++f) a[f] = Mma<T>::operand(&C[f][step * Mma<T>::TILES]);
+    ATTN_UNROLL
+    for (int n = 0; n < HEAD_DIM / 8; n += 2) {
+      uint32_t b[4];
+      Mma<T>::template load_transposed<HEAD_DIM>(b, tile, step, n);
+      ATTN_UNROLL
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        Mma<T>::run(acc[f][n], a[f], b[0], b[1]);
+        Mma<T>::run(acc[f][n + 1], a[f], b[2], b[3]);
+      }
+    }
+  }
+}
+
 // One of three views of a tensor that holds NaN or infinities: its finite part, or 1 where it is
 // +inf (-inf) or NaN.
 struct View {

@@ -1,6 +1,5 @@
-// From products to logits in units of log2(e), one pair at a time:
-//   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|
-// and -inf where length, band or mask exclude (i, j), or where the bias is -inf.
+// From products to logits in units of log2(e), one pair at a time: the formula of logit.h, and -inf
+// where length, band or mask exclude (i, j), or where the bias is -inf.
 #pragma once
 #include "mask.cuh"
 
@@ -13,10 +12,21 @@ ATTN_DEVICE float load_bias(DType dtype, const void* bias, int64_t at) {
   return static_cast<const float*>(bias)[at];
 }
 
-// What a query row needs: its position, head, ALiBi slope, rows of mask and bias.
+// logit.h on numbers in units of log2(e).
+struct FloatWays {
+  ATTN_DEVICE static float tanh(float x) { return tanh_accurate(x); }
+  ATTN_DEVICE static float magnitude(float x) { return fabsf(x); }
+  ATTN_DEVICE static float over_cap(float x, const Terms<float>& terms) {
+    return x * terms.inverse_cap;
+  }
+  ATTN_DEVICE static float in_units(float bias) { return (bias < kLeast ? kLeast : bias) * kLog2e; }
+  ATTN_DEVICE static float excluded() { return -kInf; }
+};
+
+// What a query row needs: its position, head, what its head adds, rows of mask and bias.
 struct Query {
   int i, h;
-  float slope;
+  HeadTerms<float> head;
   int64_t mask_row, bias_row;
 };
 
@@ -29,10 +39,7 @@ struct Score {
       : p(params), seq(s), band(Band::of(params, s)) {}
 
   ATTN_DEVICE Query query(int h, int i) const {
-    Query q{i, h, 0.0f, 0, 0};
-    if (p.ptr.alibi_slopes)
-      q.slope =
-          static_cast<const float*>(p.ptr.alibi_slopes)[seq.b * p.ptr.alibi_stride_b + h] * kLog2e;
+    Query q{i, h, HeadTerms<float>::of(p.ptr, seq, h, kLog2e), 0, 0};
     q.mask_row = seq.b * p.p.mask.b + h * p.p.mask.h + i * p.p.mask.q;
     q.bias_row = seq.b * p.p.bias.b + h * p.p.bias.h + i * p.p.bias.q;
     return q;
@@ -44,23 +51,11 @@ struct Score {
     if (q.i >= seq.seqlen_q || j >= seq.seqlen_k || !band.keep(q.i, j)) return -kInf;
     if (p.ptr.mask && !static_cast<const uint8_t*>(p.ptr.mask)[q.mask_row + j * p.p.mask.k])
       return -kInf;
-    float s;
-    if (p.softcap > 0.0f) {
-      const float t = tanh_accurate(product * p.scale * p.inverse_softcap);
-      derivative = 1.0f - t * t;
-      s = t * p.softcap * kLog2e;
-    } else {
-      s = product * p.scale_log2;
-    }
-    if (p.ptr.alibi_slopes) {
-      const int distance = q.i + seq.seqlen_k - seq.seqlen_q - j;
-      s -= q.slope * float(distance < 0 ? -distance : distance);
-    }
-    if (p.ptr.bias) {
-      const float bias = load_bias(p.p.bias_dtype, p.ptr.bias, q.bias_row + j * p.p.bias.k);
-      s = bias == -kInf ? -kInf : s + (bias < kLeast ? kLeast : bias) * kLog2e;
-    }
-    return s;
+    return attn::logit<FloatWays>(
+        p.terms.has, p.terms, q.head, product,
+        [&] { return float(q.i + seq.seqlen_k - seq.seqlen_q - j); },
+        [&] { return load_bias(p.p.bias_dtype, p.ptr.bias, q.bias_row + j * p.p.bias.k); },
+        [&](float slope) { derivative = slope; });
   }
 };
 

@@ -112,6 +112,37 @@ ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, 
   }
 }
 
+// Whole tiles of ROWS rows, one behind the other, that come into the same buffer by cp.async.  A
+// thread keeps its chunk, a pointer that moves on, and rows that are a multiple of 8 apart, so that
+// their swizzle is the same: a copy is one addition and one instruction.
+template <class T, int HEAD_DIM, int ROWS, int THREADS>
+struct TileStream {
+  using R = Row<T, HEAD_DIM>;
+  static constexpr int STEP = THREADS / R::CHUNKS / 8 * 8;  // rows that the CTA copies at a time
+  static constexpr bool ALL = STEP * R::CHUNKS == THREADS;  // else some threads rest
+  static_assert(STEP > 0 && ROWS % STEP == 0);
+  uint32_t to;
+  const char* from;
+  int64_t step;  // bytes
+  bool inside;   // columns behind `dim` are zeros
+
+  // From rows[first] on.
+  ATTN_DEVICE TileStream(uint32_t tile, const Rows& rows, int first, int dim) {
+    const int row = thread_id() / R::CHUNKS, chunk = thread_id() % R::CHUNKS;
+    to = tile_address<T, HEAD_DIM>(tile, row, chunk);
+    from = rows.base + (first + row) * rows.stride + 16 * chunk;
+    step = STEP * rows.stride;
+    inside = chunk * R::PER_CHUNK < dim;
+  }
+  // The next tile; the caller commits and waits.
+  ATTN_DEVICE void copy() {
+    if (!ALL && thread_id() >= STEP * R::CHUNKS) return;
+    ATTN_UNROLL
+    for (int i = 0; i < ROWS / STEP; ++i, from += step)
+      cp_async_16(to + i * STEP * R::BYTES, from, inside);
+  }
+};
+
 ATTN_DEVICE bool word_is_finite(float, uint32_t w) { return (w & 0x7f800000u) != 0x7f800000u; }
 ATTN_DEVICE bool word_is_finite(bf16, uint32_t w) {
   return (w & 0x7f80u) != 0x7f80u && (w & 0x7f800000u) != 0x7f800000u;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../logit.h"
 #include "../params.h"
 #include "../philox.h"
 #include "ptx.cuh"
@@ -35,7 +36,7 @@ struct Params {
   Problem p;
   Pointers ptr;
   float scale, scale_log2;             // softmax_scale, and that times log2(e)
-  float softcap, inverse_softcap;      // 0: none
+  Terms<float> terms;                  // of logits, in units of log2(e)
   float keep_scale;                    // 1 / (1 - dropout_p); 0 where everything is dropped
   uint64_t keep_threshold;             // a Philox word survives when it is at least this
   int window_left, window_right;       // -1: unbounded
@@ -45,8 +46,9 @@ struct Params {
   int splits;                          // CTAs that share the keys of one tile of queries
   int pass;                            // backward for wide heads: 0 = dV, 1 = dK
   bool q_vec, k_vec, v_vec, dout_vec;  // rows can be copied 16 bytes at a time
+  int fused_block_m;                   // backward in one kernel on sm80: queries of a tile
   float* delta;                        // as LSE: rowsum(dO * O) - dLSE
-  float* dq_sums;                      // of sm90/backward_fused.cuh, or null
+  float* dq_sums;                      // of a backward in one kernel, or null
   float* partial_o;                    // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
   float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE - largest logit, that, entropy
 };
@@ -101,6 +103,44 @@ template <class T, int HEAD_DIM>
 using ForwardTile = typename ForwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
 template <class T, int HEAD_DIM>
 using BackwardTile = typename BackwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
+
+// The plain forward: a warp owns FRAGMENTS times 16 rows, so that what it reads of K and V feeds as
+// many products; K and V have one buffer each.
+template <int WARPS_, int FRAGMENTS_, int BLOCK_N_>
+struct PlainTile {
+  static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
+  static constexpr int FRAGMENTS = FRAGMENTS_, WARP_ROWS = 16 * FRAGMENTS_;
+  static constexpr int BLOCK_M = WARP_ROWS * WARPS_, BLOCK_N = BLOCK_N_, FLAG_BYTES = 128;
+  static constexpr int smem(int row_bytes) {
+    return row_bytes * (BLOCK_M + 2 * BLOCK_N) + FLAG_BYTES;
+  }
+};
+// O and S of 32 rows up to 128 columns: registers for two CTAs of 4 warps (three spill in the loop,
+// 7 times at 32 columns, 40 at 64).
+// 192: 96 KiB; 256: the same with half of the keys.
+template <int HEAD_DIM>
+using PlainForwardTile = std::conditional_t<
+    HEAD_DIM <= 128, PlainTile<4, 2, 64>,
+    std::conditional_t<HEAD_DIM <= 192, PlainTile<8, 1, 64>, PlainTile<8, 1, 32>>>;
+
+// The backward in one kernel: 8 warps own BLOCK_N keys, the queries come BLOCK_M at a time through
+// two buffers; P and dS cross shared memory.
+template <int HEAD_DIM, int BLOCK_M_>
+struct FusedBackwardTile {
+  static constexpr int WARPS = 8, THREADS = 32 * WARPS, BLOCK_M = BLOCK_M_, BLOCK_N = 128;
+  static constexpr int SMEM =
+      2 * HEAD_DIM * (2 * BLOCK_N + 4 * BLOCK_M) + 2 * 2 * BLOCK_M * BLOCK_N + 2 * 2 * 4 * BLOCK_M;
+};
+// BLOCK_M where a CTA may have `limit` bytes of shared memory, 0: none fits.  64 columns take 128
+// queries in 162 KiB, or 64 in 97; 32, 96 and 128 columns 64 queries in 65, 129 and 161 KiB.
+constexpr int fused_block_m(int head_dim, int limit) {
+  if (head_dim == 64 && FusedBackwardTile<64, 128>::SMEM <= limit) return 128;
+  const int smem = head_dim == 32   ? FusedBackwardTile<32, 64>::SMEM
+                   : head_dim == 64 ? FusedBackwardTile<64, 64>::SMEM
+                   : head_dim == 96 ? FusedBackwardTile<96, 64>::SMEM
+                                    : FusedBackwardTile<128, 64>::SMEM;
+  return head_dim <= 128 && smem <= limit ? 64 : 0;
+}
 
 template <class T>
 constexpr bool kIsHalf = sizeof(T) == 2;

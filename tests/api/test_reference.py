@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from closeness import assert_same
 
 from attn_ext.backends import reference as backend
-from attn_ext.core.reference import attend, dropout_keep_mask, safe_matmul, visible_pairs
+from attn_ext.core import logit
+from attn_ext.core.reference import attend, dropout_keep_mask, safe_matmul
 from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, TOP_LEFT, Call, Needs
 from attn_ext.testing import assert_close_to_reference, check_call, needs_of, padded, random_call
 
@@ -203,7 +204,7 @@ def test_window_edges_are_inclusive():
     left neighbour.
     """
     call = random_call(seqlen_q=2, seqlen_k=4, window=(1, 0))
-    assert visible_pairs(call, 2, 4).tolist() == [
+    assert logit.in_window(call, logit.Pairs.all_of(2, 4, "cpu")).tolist() == [
         [False, True, True, False],
         [False, False, True, True],
     ]

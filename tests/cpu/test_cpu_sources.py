@@ -15,7 +15,8 @@ from emulator_build import compiler_version
 from repository import ROOT
 
 CSRC = ROOT / "csrc"
-HEADERS = sorted([*(CSRC / "cpu").rglob("*.h"), CSRC / "params.h", CSRC / "philox.h"])
+SHARED = [CSRC / name for name in ("params.h", "philox.h", "logit.h")]  # with csrc/cuda
+HEADERS = sorted([*(CSRC / "cpu").rglob("*.h"), *SHARED])
 FLAGS = shlex.split((CSRC / "compile_flags.txt").read_text())  # what clangd reads, too
 PARSED = "headers that parse alone"
 
@@ -48,8 +49,13 @@ def test_kernels_include_nothing_that_is_compiled_for_other_processors():
     kernels = [h for h in HEADERS if "namespace attn::cpu::ATTN_ISA" in h.read_text()]
     assert len(kernels) > 12
     for header in kernels:
-        outside = re.findall(r'#include (<.*>|"(?!cpu/).*")', header.read_text())
+        outside = re.findall(r'#include (<.*>|"(?!cpu/|logit\.h).*")', header.read_text())
         assert outside == [], header
+    # The shared formula is compiled for each instruction set: no function of it stands by itself.
+    text = (CSRC / "logit.h").read_text()
+    functions = re.findall(r"^ *(.*\b(?:of|plain|with_exactly|logit)\()", text, re.M)
+    declared = [f for f in functions if not f.startswith("//")]
+    assert len(declared) == 5 and all("ATTN_FORMULA" in f for f in declared), declared
 
 
 MOST_LINES = 40

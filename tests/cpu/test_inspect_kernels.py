@@ -6,7 +6,9 @@ import pytest
 import torch
 from inspect_checks import CASES, check
 
-from attn_ext.inspect import kernels
+from attn_ext.backends import registry
+from attn_ext.core.problem import MAPS
+from attn_ext.inspect import kernels, logits
 from attn_ext.testing import random_call
 
 ADDITIVE = [name for name, options in CASES.items() if "sink" not in options]
@@ -58,7 +60,7 @@ def test_nan_of_a_query_stays_in_its_row(backend):
     call = random_call(seqlen_q=40, seqlen_k=70, batch=1)
     call.q[:, :, 39] = torch.nan
     call = call._replace(v=call.k[..., :1].contiguous())
-    lse = kernels.lse_of(call)
+    lse = logits.forward(call)[1]
     grid = kernels.pooled_map(call, 4, 7, lse, backend)
     assert torch.isfinite(grid[:, :, :3]).all() and torch.isnan(grid[:, :, 3]).all()
     weights, keys = kernels.top_k(call, 3, lse, backend)
@@ -71,7 +73,7 @@ def test_ties_go_to_the_first_keys():
     call = random_call(seqlen_q=3, seqlen_k=200, batch=1)
     call.q.zero_()
     call = call._replace(v=call.k[..., :1].contiguous())
-    _, keys = kernels.top_k(call, 70, kernels.lse_of(call), "cpu")
+    _, keys = kernels.top_k(call, 70, logits.forward(call)[1], "cpu")
     assert torch.equal(keys, torch.arange(70).expand(1, 2, 3, 70))
 
 
@@ -79,7 +81,7 @@ def test_threads_do_not_change_the_result():
     """Sums in an order that depends on the number of threads."""
     call = random_call(seqlen_q=700, seqlen_k=300, batch=1, causal=True, head_dim=32)
     call = call._replace(v=call.k[..., :1].contiguous())
-    lse, before, found = kernels.lse_of(call), torch.get_num_threads(), []
+    lse, before, found = logits.forward(call)[1], torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         found.append((kernels.column_mass(call, lse), kernels.pooled_map(call, 16, 16, lse)))
@@ -90,11 +92,17 @@ def test_threads_do_not_change_the_result():
 def test_dispatch():
     """A kernel that is chosen for a call that it does not serve; an unknown name in silence."""
     call = random_call()
-    assert kernels.select("auto", call) == "cpu"
-    with pytest.raises(NotImplementedError, match="has no cuda kernel"):
-        kernels.select("cuda", call)
+    for name in MAPS:
+        chosen = "reference" if name == "mean_top_k" else "cpu"
+        assert kernels.select("auto", call, name) == chosen
+    with pytest.raises(NotImplementedError, match="no cuda kernel for top_k"):
+        kernels.select("cuda", call, "top_k")
+    with pytest.raises(NotImplementedError, match="no cpu kernel for mean_top_k"):
+        kernels.select("cpu", call, "mean_top_k")
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
-        kernels.select("gpu", call)
-    additive = call._replace(w=call.q)
-    assert any("softmax over dot" in why for why in kernels.reasons("triton", additive))
-    assert any("n must be at most 64" in why for why in kernels.reasons("triton", call, n=65))
+        kernels.select("gpu", call, "top_k")
+    unsupported = registry.get("triton").unsupported
+    additive = kernels.problem_of(call._replace(w=call.q), "top_k")
+    assert any("softmax over dot" in why for why in unsupported(additive))
+    many = kernels.problem_of(call, "top_k", top_k=65)
+    assert any("n must be at most 64" in why for why in unsupported(many))

@@ -207,5 +207,22 @@ def test_negative_sizes_are_refused():
         t = cpu._canonical(call._replace(max_seqlen_q=-1))
         out = torch.empty_like(call.q)
         lse = torch.empty(call.q.shape[:3])
-        problem = cpu._problem(call._replace(max_seqlen_q=-1), t, out, lse)
-        _C.cpu_forward(problem, 1, *([0] * 17))
+        cpu._native(call._replace(max_seqlen_q=-1), t, out, lse).forward(1)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "additive"])
+def test_each_gradient_alone(kind):
+    """A gradient that is written where none is wanted, or that others' absence changes."""
+    call = random_call(seqlen_q=70, seqlen_k=300, heads_q=4, heads_k=2, head_dim=24)
+    if kind == "sigmoid":
+        call = call._replace(normalizer="sigmoid")
+    if kind == "additive":
+        call = call._replace(w=torch.randn(4, 24), scale=1.0)
+    out, lse, *_ = cpu.forward(call)
+    dout = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    every = Needs(True, True, True, w=kind == "additive")
+    whole = cpu.backward(call, dout, out, lse, None, every)
+    for name in ("q", "k", "v"):
+        alone = cpu.backward(call, dout, out, lse, None, Needs(**{name: True}))
+        assert torch.equal(getattr(alone, name), getattr(whole, name))
+        assert all(getattr(alone, other) is None for other in "qkv" if other != name)

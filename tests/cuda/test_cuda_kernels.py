@@ -43,7 +43,7 @@ def check(request):
 
     if mode:
         emulated.set_mode(mode, 1)
-    run.device, run.module = device, module
+    run.device, run.module, run.mode = device, module, mode
     return run
 
 
@@ -261,6 +261,83 @@ def test_runs_are_bitwise_equal(check):
         needs = needs_of(call)
         grads = check.module.backward(call, torch.ones_like(out), out, lse, None, needs)
         results.append([out, lse, *(g for g, n in zip(grads, needs, strict=True) if n)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+FUSED = {
+    "whole tiles": {"seqlen_q": 128, "seqlen_k": 256},
+    "causal, grouped heads, ragged": {"seqlen_q": 150, "seqlen_k": 200, "causal": True},
+    "fewer queries than a tile": {"seqlen_q": 9, "seqlen_k": 130, "window": (20, 5)},
+    "narrow heads": {"seqlen_q": 70, "seqlen_k": 70, "head_dim_v": 17},
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_backward_in_one_kernel(check, head_dim, name):
+    """A tile or a sum of dQ that is wrong for one width; with 163 KiB, which few tests have."""
+    if check.mode:
+        emulated.set_mode(check.mode, 1, smem_kib=163)
+    sizes = {"batch": 2, "heads_q": 4, "heads_k": 2, "head_dim": head_dim, "dtype": BF16}
+    call = random_call(3, device=check.device, **{**sizes, **FUSED[name]})
+    assert "fused" in backward_kernel(check, call)
+    check(call)
+
+
+def test_backward_in_one_kernel_varlen(check):
+    """Sums of dQ that two sequences share, or a tile behind the end of one."""
+    if check.mode:
+        emulated.set_mode(check.mode, 1, smem_kib=163)
+    lengths = {"seqlens_q": [0, 65, 140, 1, 63], "seqlens_k": [4, 70, 80, 0, 200]}
+    check(head_dim=64, dtype=BF16, heads_q=4, heads_k=2, causal=True, **lengths)
+
+
+def backward_kernel(check, call, deterministic=False):
+    """The kernels that backward of a call launches, all gradients wanted."""
+    kernels = check.module._kernels()
+    lse = torch.empty(call.q.shape[:3], device=check.device)
+    out = torch.empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.q.dtype)
+    native = kernels._native(call, kernels._canonical(call), out, lse)
+    rows = (0, 0, 0)
+    native.set_gradients(rows, rows, rows, rows, (0, 0, 0, 0), deterministic)
+    kernels._point(native, dout=out, dq=call.q, dk=call.k, dv=call.v)
+    return native.backward_kernel(6, False)
+
+
+def test_who_gets_the_backward_in_one_kernel(check):
+    """Atomics in a deterministic call, or a tile that does not fit the GPU."""
+    wide = random_call(head_dim=128, dtype=BF16, device=check.device)
+    assert backward_kernel(check, wide, deterministic=True) == "sm80 plain"
+    floats = random_call(head_dim=64, dtype=FP32, device=check.device)
+    assert backward_kernel(check, floats) == "sm80 plain"
+    if not check.mode:
+        return
+    for head_dim, kib in ((32, 99), (64, 99), (96, 163), (128, 163)):
+        call = random_call(head_dim=head_dim, dtype=BF16)
+        for limit in (99, 163):
+            emulated.set_mode(check.mode, 1, smem_kib=limit)
+            name = "sm80 plain fused" if kib <= limit else "sm80 plain"
+            assert backward_kernel(check, call) == name, (head_dim, limit)
+
+
+@pytest.mark.parametrize("asked_of", ["call", "torch"])
+def test_deterministic_runs_are_bitwise_equal(check, asked_of):
+    """The backward in one kernel where the same bits are asked for, of the call or of torch."""
+    call = random_call(seqlen_q=100, head_dim=64, dtype=BF16, causal=True, device=check.device)
+    call = call._replace(deterministic=asked_of == "call")
+    results = []
+    for seed in (1, 2, 3):
+        if check.mode:
+            emulated.set_mode("random", seed)
+        out, lse, *_ = check.module.forward(call)
+        torch.use_deterministic_algorithms(asked_of == "torch")
+        try:
+            needs = needs_of(call)
+            grads = check.module.backward(call, torch.ones_like(out), out, lse, None, needs)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([out, lse, *grads[:3]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -19,12 +19,12 @@ MODES = ("plain",) if tiers.CHECK else ("all",)
 MODES = tuple(os.environ.get("ATTN_EXT_EMULATOR_MODE", ",".join(MODES)).split(","))
 
 
-def set_mode(mode: str, seed: int) -> None:
-    """One of MODES, with the least shared memory that a GPU from sm_80 on has; with the Hopper
-    kernels that of sm_90."""
+def set_mode(mode: str, seed: int, smem_kib: int = 99) -> None:
+    """One of MODES, with the shared memory of a GPU: 99 KiB, the least from sm_80 on, or 163, what
+    sm_80 itself has; with the Hopper kernels that of sm_90."""
     from attn_ext import _emulated
 
-    _emulated.set_mode(mode, seed=seed, smem_limit=(227 if _kernels().sm90 else 99) * 1024)
+    _emulated.set_mode(mode, seed=seed, smem_limit=(227 if _kernels().sm90 else smem_kib) * 1024)
 
 
 @functools.cache

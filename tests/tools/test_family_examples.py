@@ -10,11 +10,11 @@ from repository import ROOT, run_script
 
 NEEDS = {
     "pipeline": "sklearn", "digits_vit": "sklearn", "cross_modal": "sklearn",
-    "numbers_to_words": "num2words",
+    "numbers_to_words": "num2words", "meanflow": "sklearn", "gradient_penalty": "sklearn",
 }  # fmt: skip
 NAMES = [
     "worked_example", "pipeline", "digits_vit", "numbers_to_words", "regression", "text_attention",
-    "long_context", "cross_modal", "spoken_digits",
+    "long_context", "cross_modal", "spoken_digits", "forces", "meanflow", "gradient_penalty",
 ]  # fmt: skip
 
 

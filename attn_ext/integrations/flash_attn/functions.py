@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attn_ext.core import reference, validate
+from attn_ext.core import logit, reference, validate
 from attn_ext.core.schema import Call
 from attn_ext.functional import common, decode, dense, varlen
 from attn_ext.integrations import checks
@@ -87,16 +87,9 @@ def _signed_weights(call: Call, max_logit, seqlens_q, seqlens_k):
             q, k, top = call.q[b], call.k[b], max_logit[b]
         start_q, start_k = start_q + rows, start_k + cols
         k = k.repeat_interleave(heads // k.shape[0], dim=0)
-        s = (q.float() @ k.float().transpose(1, 2)) * (call.scale or q.shape[-1] ** -0.5)
-        if call.softcap > 0:
-            s = call.softcap * torch.tanh(s / call.softcap)
-        if call.alibi_slopes is not None:
-            slopes = call.alibi_slopes
-            slopes = (slopes[b] if slopes.dim() == 2 else slopes)[:, None, None]
-            i = torch.arange(rows, device=s.device)[:, None] + cols - rows
-            s = s - slopes * (i - torch.arange(cols, device=s.device)).abs()
-        s = torch.exp(s - top.to(s.dtype)[..., None])
-        s = s * reference.visible_pairs(call, rows, cols)
+        pairs = logit.Pairs.all_of(rows, cols, q.device, slice(b, b + 1))
+        s = logit.of(call, (q.float() @ k.float().transpose(1, 2))[None], pairs, None)[0]
+        s = torch.exp(s - top.to(s.dtype)[..., None]) * logit.in_window(call, pairs)
         keep = reference.dropout_keep_mask(
             seed, offset, 1, heads, rows, cols, call.dropout_p, s.device, b
         )[0]

@@ -201,7 +201,8 @@ def _run_dense(query, key, value, attn_bias, kind, p, scale):
 
 
 def _output_dtype(output_dtype) -> None:
-    if output_dtype is not None and output_dtype not in validate.FLOATING:
+    known = isinstance(output_dtype, torch.dtype) and output_dtype in validate.FLOATING
+    if output_dtype is not None and not known:
         raise TypeError(
             "output_dtype must be None, torch.float16, bfloat16, float32 or float64, "
             f"got {output_dtype!r}"

@@ -11,12 +11,11 @@
 
 namespace attn::cpu {
 
-#define ATTN_DECLARE(ISA)                                                                    \
-  namespace ISA {                                                                            \
-  void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);        \
-  void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads);       \
-  void inspect(const Problem& p, const Pointers& ptr, const Options&, const InspectOptions&, \
-               int n);                                                                       \
+#define ATTN_DECLARE(ISA)                                                                 \
+  namespace ISA {                                                                         \
+  void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);     \
+  void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads);    \
+  void inspect(const Problem& p, const Pointers& ptr, const Options&, const Map&, int n); \
   }
 ATTN_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -32,8 +31,7 @@ ATTN_DECLARE(avx512_amx)
 namespace {
 
 using Kernel = void (*)(const Problem&, const Pointers&, const Options&, int);
-using InspectKernel = void (*)(const Problem&, const Pointers&, const Options&,
-                               const InspectOptions&, int);
+using InspectKernel = void (*)(const Problem&, const Pointers&, const Options&, const Map&, int);
 
 struct Isa {
   const char *name, *features;  // features: of its target region (features.h)
@@ -111,7 +109,7 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
 }
 void forward(const Problem& p, const Pointers& ptr, int threads) { forward(p, ptr, {}, threads); }
 void backward(const Problem& p, const Pointers& ptr, int threads) { backward(p, ptr, {}, threads); }
-void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map& wanted,
              int threads) {
   active().inspect(p, ptr, o, wanted, threads);
 }

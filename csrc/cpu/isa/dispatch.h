@@ -16,7 +16,7 @@ void forward(const Problem& p, const Pointers& ptr, int threads);
 void backward(const Problem& p, const Pointers& ptr, int threads);
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);
 void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads);
-void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map& wanted,
              int threads);
 
 std::vector<std::string> supported_isas();  // of this machine

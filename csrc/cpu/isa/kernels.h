@@ -56,7 +56,7 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
     Backward<Plain<float>>(p, ptr, o, threads).run();
 }
 
-void inspect(const Problem& p, const Pointers& ptr, const Options& o, const InspectOptions& wanted,
+void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map& wanted,
              int threads) {
   if (p.dtype == DType::kFloat64)
     Inspect<double>(p, ptr, o, wanted, threads).run();

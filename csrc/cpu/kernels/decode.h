@@ -7,8 +7,14 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/tile/rows.h"
+#include "cpu/tile/score.h"
 
 namespace attn::cpu::ATTN_ISA {
+
+// logit.h for decode, which has always divided by softcap: its results keep their bits.
+struct DecodeWays : VectorWays<float> {
+  static ATTN_INLINE Vec<float> over_cap(Vec<float> x, const Terms<float>& t) { return x / t.cap; }
+};
 
 // 2 L numbers of storage as float: *a has the first L and *b the rest, but for bfloat16 *a has the
 // even ones and *b the odd ones, which takes one instruction each.
@@ -63,7 +69,7 @@ class Decode {
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, int threads)
-      : p(problem), ptr(pointers), threads(threads) {
+      : p(problem), ptr(pointers), threads(threads), terms(Terms<float>::of(problem, pointers, 1)) {
     group = p.heads_q / p.heads_k;
     rows = group * p.seqlen_q;
     const int64_t tasks = p.batch * p.heads_k, chunks = (p.seqlen_k + 511) / 512;
@@ -101,6 +107,7 @@ class Decode {
   const Problem& p;
   const Pointers& ptr;
   int threads;
+  const Terms<float> terms;
   int64_t group, rows, splits;
 
   // One query's keys of a chunk, those that mask and bias exclude left out.
@@ -263,20 +270,14 @@ class Decode {
                 float* sum) const {
     const int64_t n = keys.n;
     const float ninf = -std::numeric_limits<float>::infinity();
-    const float scale = float(p.scale), cap = float(p.softcap);
+    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
     const int64_t padded = (n + L - 1) / L * L;
     Vec<float> top = set1(ninf);
     for (int64_t j = 0; j < padded; j += L) {
-      Vec<float> s = load(S + j) * scale;
-      if (cap > 0) s = vtanh(s / cap) * cap;
-      if (ptr.alibi_slopes) {
-        const float slope =
-            static_cast<const float*>(ptr.alibi_slopes)[seq.b * ptr.alibi_stride_b + h];
-        const Vec<float> distance =
-            load(keys.position + j) - float(i + seq.seqlen_k - seq.seqlen_q);
-        s -= slope * (distance < 0.f ? -distance : distance);
-      }
-      if (ptr.bias) s += load(keys.bias + j);
+      Vec<float> s = logit<DecodeWays>(
+          terms.has, terms, head, load(S + j),
+          [&] { return float(i + seq.seqlen_k - seq.seqlen_q) - load(keys.position + j); },
+          [&] { return load(keys.bias + j); }, [](Vec<float>) {});
       s = iota<float>() + float(j) < float(n) ? s : set1(ninf);
       store(S + j, s);
       top = vmax(s, top);

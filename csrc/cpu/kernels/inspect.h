@@ -22,7 +22,7 @@ class Inspect {
   const Problem& p;
   const Pointers& ptr;
   const Options& o;
-  const InspectOptions& wanted;
+  const Map& wanted;
   const int threads;
   const int64_t heads, m_tiles;
 
@@ -48,8 +48,7 @@ class Inspect {
           panel(seq, h, m0, nq,
                 {nullptr, scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))}),
           scores(seq, all.o, h, 1, scratch) {
-      const bool known =
-          all.ptr.lse && !all.o.sigmoid && all.wanted.what != InspectOptions::kRowStats;
+      const bool known = all.ptr.lse && !all.o.sigmoid && all.wanted.what != Map::kRowStats;
       for (int64_t i = 0; i < kPanel; ++i)
         lse[i] =
             known && i < nq ? static_cast<const T*>(all.ptr.lse)[seq.lse_offset(h, m0 + i)] : T(0);
@@ -70,8 +69,8 @@ class Inspect {
   };
 
  public:
-  Inspect(const Problem& problem, const Pointers& pointers, const Options& options,
-          const InspectOptions& w, int n)
+  Inspect(const Problem& problem, const Pointers& pointers, const Options& options, const Map& w,
+          int n)
       : p(problem),
         ptr(pointers),
         o(options),
@@ -81,9 +80,9 @@ class Inspect {
         m_tiles((p.seqlen_q + kPanel - 1) / kPanel) {}
 
   void run() {
-    if (wanted.what == InspectOptions::kColumnMass) {
+    if (wanted.what == Map::kColumnMass) {
       mass();
-    } else if (wanted.what == InspectOptions::kPooledMap) {
+    } else if (wanted.what == Map::kPooledMap) {
       // as many pooled rows as their queries, with one shared at each end, fill one panel
       const int64_t fit = (kPanel - 2) * wanted.rows / std::max<int64_t>(p.seqlen_q, 1);
       const int64_t some = std::clamp<int64_t>(fit, 1, wanted.rows);
@@ -93,7 +92,7 @@ class Inspect {
         pooled(i / tasks, r, std::min(r + some, wanted.rows));
       });
     } else {
-      const bool top = wanted.what == InspectOptions::kTopK;
+      const bool top = wanted.what == Map::kTopK;
       parallel_for(heads * m_tiles, threads, [&](int64_t i) {
         const int64_t unit = heads * m_tiles - 1 - i;  // with causal the last are longest
         top ? top_k(unit / m_tiles, unit % m_tiles * kPanel)

@@ -16,8 +16,8 @@ struct Options {
   bool plain() const { return !sigmoid && !w; }
 };
 
-// What attn_ext.inspect asks of inspect.h.
-struct InspectOptions {
+// A map of the weights, which attn_ext.inspect asks of inspect.h.
+struct Map {
   enum What { kRowStats, kTopK, kColumnMass, kPooledMap };
   What what = kRowStats;
   int64_t n = 0;               // kTopK: keys a query

@@ -1,15 +1,27 @@
-// From products to logits, one tile S^T [keys][kPanel queries] at a time:
-//   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|;
-//   -inf where (i, j) is excluded.
-// Queries lie in lanes: lane q of a panel is query m0 + q.  Also the dropout multipliers.
+// From products to logits, one tile S^T [keys][kPanel queries] at a time: the formula of logit.h,
+// and -inf where (i, j) is excluded. Queries lie in lanes: lane q of a panel is query m0 + q.  Also
+// the dropout multipliers.
 #pragma once
 #include "cpu/simd/prefetch.h"
 #include "cpu/simd/transpose.h"
 #include "cpu/tile/dropout.h"
 #include "cpu/tile/mask.h"
 #include "cpu/tile/rows.h"
+#include "logit.h"
 
 namespace attn::cpu::ATTN_ISA {
+
+// logit.h on vectors of T, in natural logarithms.
+template <class T>
+struct VectorWays {
+  static ATTN_INLINE Vec<T> tanh(Vec<T> x) { return vtanh(x); }
+  static ATTN_INLINE Vec<T> magnitude(Vec<T> x) { return x < T(0) ? -x : x; }
+  static ATTN_INLINE Vec<T> over_cap(Vec<T> x, const Terms<T>& terms) {
+    return x * terms.inverse_cap;
+  }
+  static ATTN_INLINE Vec<T> in_units(Vec<T> bias) { return bias; }
+  static ATTN_INLINE T excluded() { return -std::numeric_limits<T>::infinity(); }
+};
 
 struct Keys {
   int64_t lo, hi;  // relative to the tile's first
@@ -50,7 +62,13 @@ class Panel {
   int64_t grains, columns;
 
   Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, PanelScratch<T> scratch)
-      : seq(s), h(head), m0(first), nq(queries), keep_scratch(scratch.keep), mask(scratch.mask) {
+      : seq(s),
+        h(head),
+        m0(first),
+        nq(queries),
+        keep_scratch(scratch.keep),
+        mask(scratch.mask),
+        terms(Terms<T>::of(*s.p, *s.ptr, 1)) {
     grains = (nq + kGrain - 1) / kGrain;
     columns = grains * kGrain;
     for (int64_t g = 0; g < grains; ++g)
@@ -108,7 +126,7 @@ class Panel {
   // S: products in; logits = factor * S out, with the factor that is returned.  dcap (or null)
   // receives d softcap(s) / ds.
   ATTN_NOINLINE double logits(const Tile& t, T* S, T* dcap) const {
-    const bool scaled_later = products_scaled();
+    const bool scaled_later = terms.plain();
     if (!scaled_later) compute(t, S, dcap);
     apply_band(t, S);
     if (seq.ptr->mask) mask.apply(t, grains, S);
@@ -116,7 +134,7 @@ class Panel {
   }
 
   // True when only the band stands between products and weights.
-  bool plain() const { return products_scaled() && !seq.ptr->mask && seq.p->dropout_p <= 0; }
+  bool plain() const { return terms.plain() && !seq.ptr->mask && seq.p->dropout_p <= 0; }
 
   // The tile's keys that every query of the panel sees as far as the band goes, from an even one.
   Keys seen_by_all(const Tile& t, int64_t pack) const {
@@ -145,6 +163,7 @@ class Panel {
  private:
   T* keep_scratch;
   MaskBits<T> mask;
+  const Terms<T> terms;
   PhiloxKey philox{};
   int64_t lo_[kGrains], hi_[kGrains];
 
@@ -191,11 +210,6 @@ class Panel {
     return true;
   }
 
-  // True when logits are products times the scale.
-  bool products_scaled() const {
-    return seq.p->scale > 0 && seq.p->softcap <= 0 && !seq.ptr->alibi_slopes && !seq.ptr->bias;
-  }
-
   // The tile's keys that every query of a grain sees, as far as the band goes.
   Keys seen_by_grain(const Tile& t, int64_t g) const {
     const int64_t d = seq.diagonal(), first = m0 + g * kGrain, last = last_query(g);
@@ -233,53 +247,30 @@ class Panel {
     }
   }
 
-  //   s = scale * qk;  s = softcap * tanh(s / softcap);  s += bias - slope * |i + Sk - Sq - j|
   void compute(const Tile& t, T* S, T* dcap) const {
-    const auto with = [](bool flag, auto then) {
-      flag ? then(std::true_type{}) : then(std::false_type{});
-    };
-    with(seq.p->softcap > 0, [&](auto cap) {
-      with(seq.ptr->alibi_slopes, [&](auto alibi) {
-        with(seq.ptr->bias,
-             [&](auto bias) { compute_some<cap.value, alibi.value, bias.value>(t, S, dcap); });
-      });
-    });
+    with_exactly(terms.has, [&](auto has) { compute_some(has, t, S, dcap); });
   }
 
-  template <bool kCap, bool kAlibi, bool kBias>
-  void compute_some(const Tile& t, T* S, T* dcap) const {
+  template <class Flags>
+  void compute_some(Flags has, const Tile& t, T* S, T* dcap) const {
     constexpr int L = kLanes<T>, N = 2 * L;
-    const Problem& p = *seq.p;
-    const T ninf = -std::numeric_limits<T>::infinity();
-    const T scale = T(p.scale), cap = T(p.softcap), inverse_cap = T(1) / cap;
-    const T slope = kAlibi ? T(static_cast<const float*>(
-                                 seq.ptr->alibi_slopes)[seq.b * seq.ptr->alibi_stride_b + h])
-                           : T(0);
+    const HeadTerms<T> head = HeadTerms<T>::of(*seq.ptr, seq, h, 1);
     const int64_t corner = m0 + seq.seqlen_k - seq.seqlen_q - t.n0;
     T bias[N][L];  // [key][query]
     for (int64_t g = 0; g < grains; ++g)
       for (int64_t j0 = t.lo[g] / N * N; j0 < t.hi[g]; j0 += N)
         for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
           const int64_t begin = std::max(t.lo[g], j0), end = std::min<int64_t>(t.hi[g], j0 + N);
-          if constexpr (kBias) load_bias(q, t.n0 + j0, std::min<int64_t>(N, t.nk - j0), bias);
+          if constexpr (Flags::bias) load_bias(q, t.n0 + j0, std::min<int64_t>(N, t.nk - j0), bias);
           const Vec<T> position = iota<T>() + T(q + corner);
           for (int64_t j = begin; j < end; ++j) {
             T* at = S + j * kPanel + q;
-            Vec<T> s = load(at) * scale;
-            if constexpr (kCap) {
-              const Vec<T> u = vtanh(s * inverse_cap);
-              s = u * cap;
-              if (dcap) store(dcap + j * kPanel + q, T(1) - u * u);
-            }
-            if constexpr (kAlibi) {
-              const Vec<T> distance = position - T(j);
-              s -= slope * (distance < T(0) ? -distance : distance);
-            }
-            if constexpr (kBias) {
-              const Vec<T> b = load(bias[j - j0]);
-              s = b == ninf ? b : s + b;
-            }
-            store(at, s);
+            const auto capped = [&](Vec<T> slope) {
+              if (dcap) store(dcap + j * kPanel + q, slope);
+            };
+            store(at, logit<VectorWays<T>>(
+                          has, terms, head, load(at), [&] { return position - T(j); },
+                          [&] { return load(bias[j - j0]); }, capped));
           }
         }
   }

@@ -9,6 +9,7 @@
 // product (mma.cuh).
 #pragma once
 #include "../backward_parts.cuh"
+#include "../repair.cuh"
 #include "forward.cuh"
 
 namespace attn::cuda::sm80 {

@@ -5,47 +5,26 @@
 // plans, combine.cuh merges).  A warp owns 16 rows and all BLOCK_N keys of a tile, so the softmax
 // needs only its own quads.  K and V tiles arrive by cp.async one tile ahead.
 //
-// GENERAL = false: dense or varlen with at most a causal or window band; the inner loop knows
-// nothing else.  GENERAL = true: everything, by run-time branches; also paged caches and `pack`
-// query heads of one K/V head in one tile of rows (row r = query r % Sq of head r / Sq).
+// It knows everything, by run-time branches; also paged caches and `pack` query heads of one K/V
+// head in one tile of rows (row r = query r % Sq of head r / Sq).  Plain calls in 16 bits have a
+// kernel of their own, forward_plain.cuh.
 #pragma once
 #include "../dropout.cuh"
 #include "../forward_parts.cuh"
-#include "../repair.cuh"
+#include "rows.cuh"
 
 namespace attn::cuda::sm80 {
 
 // Keys [lo, hi) that the tile's rows may see.
-template <bool GENERAL>
 ATTN_DEVICE void task_keys(const Params& p, const Sequence& seq, const Band& band, int row0,
                            int row1, int& lo, int& hi) {
-  if (GENERAL && p.pack > 1) {
+  if (p.pack > 1) {
     const bool one_head = row0 / seq.seqlen_q == (row1 - 1) / seq.seqlen_q;
     band.key_range(one_head ? row0 % seq.seqlen_q : 0,
                    one_head ? (row1 - 1) % seq.seqlen_q + 1 : seq.seqlen_q, seq.seqlen_k, lo, hi);
   } else {
     band.key_range(row0, row1, seq.seqlen_k, lo, hi);
   }
-}
-
-ATTN_DEVICE Rows query_rows(const Params& p, const Sequence& seq, const void* base,
-                            const Strides& s, int head, int bytes) {
-  const int64_t first = seq.b * s.b + head * s.h + seq.q_start * s.s;
-  return {static_cast<const char*>(base) + first * bytes, s.s * bytes,
-          p.pack > 1 ? seq.seqlen_q : 0, s.h * bytes, nullptr};
-}
-
-ATTN_DEVICE Rows key_rows(const Params& p, const Sequence& seq, const void* base, const Strides& s,
-                          int head_k, int bytes) {
-  const auto* start = static_cast<const char*>(base) + head_k * s.h * bytes;
-  if (p.ptr.block_table)
-    return {start,
-            s.s * bytes,
-            int(p.p.page_size),
-            s.b * bytes,
-            p.ptr.block_table + seq.b * p.p.block_table_stride,
-            int(p.p.rows_k)};
-  return {start + (seq.b * s.b + seq.k_start * s.s) * bytes, s.s * bytes, 0, 0, nullptr};
 }
 
 // P: the weights of dropped pairs become 0 (1 / (1 - p) comes with the normalisation)
@@ -64,9 +43,9 @@ ATTN_DEVICE void drop(float (&P)[TILES][4], const Dropout& dropout, const Query 
   }
 }
 
-template <class T, int HEAD_DIM, bool GENERAL>
+template <class T, int HEAD_DIM>
 ATTN_KERNEL((ForwardTile<T, HEAD_DIM>::THREADS), 1)
-void forward(ATTN_GRID_CONSTANT const Params p) {
+void forward_general(ATTN_GRID_CONSTANT const Params p) {
   using Tile = ForwardTile<T, HEAD_DIM>;
   constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, N = Tile::BLOCK_N, TILES = N / 8;
   const uint32_t Q_smem = smem_base(), K_smem = Q_smem + Tile::BLOCK_M * BYTES;
@@ -75,15 +54,15 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
 
   ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
   const Sequence seq = Sequence::of(p, task.b);
-  task.rows = GENERAL ? p.pack * seq.seqlen_q : seq.seqlen_q;
+  task.rows = p.pack * seq.seqlen_q;
   if (task.row0 >= task.rows) return;
   const Score score(p, seq);
   const Dropout dropout = Dropout::of(p, seq.b);
   const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
   int lo, hi;
-  task_keys<GENERAL>(p, seq, score.band, task.row0, row_end, lo, hi);
+  task_keys(p, seq, score.band, task.row0, row_end, lo, hi);
   int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
-  if (GENERAL && p.splits > 1) {
+  if (p.splits > 1) {
     const int share = ceil_div(t1 - t0, p.splits);
     t0 += task.split * share;
     t1 = min_int(t1, t0 + share);
@@ -96,11 +75,8 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int at = min_int(row + 8 * r, task.rows - 1);
-    if constexpr (GENERAL)
-      query[r] = p.pack > 1 ? score.query(task.head + at / seq.seqlen_q, at % seq.seqlen_q)
-                            : score.query(task.head, at);
-    else
-      query[r] = Query{at, task.head, 0.0f, 0, 0};
+    query[r] = p.pack > 1 ? score.query(task.head + at / seq.seqlen_q, at % seq.seqlen_q)
+                          : score.query(task.head, at);
   }
 
   const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, task.head, sizeof(T));
@@ -109,18 +85,17 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
   const int dim = int(p.p.head_dim), dim_v = int(p.p.head_dim_v);
   auto copy_keys = [&](int t) {
     const uint32_t stage = uint32_t(t % Tile::STAGES) * N * BYTES;
-    copy_tile<T, HEAD_DIM, N, Tile::THREADS, GENERAL>(K_smem + stage, K, t * N, seq.seqlen_k, dim,
-                                                      p.k_vec);
-    copy_tile<T, HEAD_DIM, N, Tile::THREADS, GENERAL>(V_smem + stage, V, t * N, seq.seqlen_k, dim_v,
-                                                      p.v_vec);
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, true>(K_smem + stage, K, t * N, seq.seqlen_k, dim,
+                                                   p.k_vec);
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, true>(V_smem + stage, V, t * N, seq.seqlen_k, dim_v,
+                                                   p.v_vec);
     cp_async_commit();
   };
 
   float O[HEAD_DIM / 8][4] = {};
   RowState state;
-  const float scale = GENERAL ? 1.0f : p.scale_log2;
-  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, GENERAL>(Q_smem, Q, task.row0, row_end, dim,
-                                                                p.q_vec);
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, true>(Q_smem, Q, task.row0, row_end, dim,
+                                                             p.q_vec);
   if (t0 < t1) copy_keys(t0);
   for (int t = t0; t < t1; ++t) {
     const uint32_t stage = uint32_t(t % Tile::STAGES) * N * BYTES;
@@ -128,21 +103,18 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
     cp_async_wait<0>();
     sync_threads();  // tile t is complete, and every warp is done with the buffer of t - 1
     if (Tile::STAGES > 1 && t + 1 < t1) copy_keys(t + 1);
-    const bool whole = n0 + N <= seq.seqlen_k && score.band.full(task.row0, row_end, n0, n0 + N) &&
-                       !(GENERAL && p.pack > 1);
 
     float S[TILES][4];
     if (active) {
       // S = Q K^T   [16, BLOCK_N] a warp
       multiply<T, HEAD_DIM, TILES>(S, Q_smem, 16 * warp_id(), K_smem + stage);
-      if (GENERAL || !whole) mask_scores<GENERAL>(S, score, query, n0);
-      online_softmax<GENERAL>(S, O, state, scale, GENERAL && p.ptr.entropy);
-      if (GENERAL && p.p.dropout_p > 0) drop(S, dropout, query, n0);
+      mask_scores<true>(S, score, query, n0);
+      online_softmax<true>(S, O, state, 1.0f, p.ptr.entropy);
+      if (p.p.dropout_p > 0) drop(S, dropout, query, n0);
     }
     // O += P V   [16, Dv] a warp
-    const bool bad = (GENERAL || !whole) &&
-                     tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(V_smem + stage, flags);
-    accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, GENERAL>(
+    const bool bad = tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(V_smem + stage, flags);
+    accumulate_visible<T, HEAD_DIM, TILES, Tile::THREADS, true>(
         O, S, V_smem + stage, V, n0, seq.seqlen_k, dim_v, bad, false, active);
     if (Tile::STAGES == 1 && t + 1 < t1) {
       sync_threads();  // every warp has read K and V
@@ -152,12 +124,7 @@ void forward(ATTN_GRID_CONSTANT const Params p) {
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
   cp_async_wait<0>();
-  if (!active) return;
-  const bool bad = !GENERAL && warp_finds_nan(O);
-  store_rows<T, GENERAL>(p, seq, task, O, state, query, row, scale);
-  if (bad)
-    each_row(task.row0 + 16 * warp_id(), task.rows,
-             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.output(task.head, i); });
+  if (active) store_rows<T, true>(p, seq, task, O, state, query, row, 1.0f);
 }
 
 }  // namespace attn::cuda::sm80

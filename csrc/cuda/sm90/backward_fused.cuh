@@ -8,16 +8,10 @@
 //   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][128 threads][4], float, fragments as they are
 // (varlen: [Hq, tiles of all sequences]).  convert_dq makes dQ of them.
 #pragma once
+#include "../query_sums.cuh"
 #include "backward_dkdv.cuh"
 
 namespace attn::cuda::sm90 {
-
-// The first tile of a sequence in the sums.  Varlen: sequences share no tile, total_q / 64 + B
-// tiles are enough for all.
-ATTN_DEVICE int64_t sum_tile(const Params& p, const Sequence& seq, int head) {
-  if (p.ptr.cu_seqlens_q) return head * (p.p.rows_q / 64 + p.p.batch) + seq.q_start / 64 + seq.b;
-  return (seq.b * p.p.heads_q + head) * p.m_tiles;
-}
 
 template <class T, class Tile>
 struct FusedGradients : KeyGradients<T, Tile> {
@@ -227,16 +221,7 @@ void convert_dq(ATTN_GRID_CONSTANT const Params p) {
     acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
     acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
   }
-  ATTN_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const int i = 64 * m + 16 * warp_id() + (lane_id() >> 2) + 8 * r;
-    if (i >= seq.seqlen_q) continue;
-    const int64_t at = seq.b * p.p.dq.b + head * p.p.dq.h + (seq.q_start + i) * p.p.dq.s;
-    store_row(static_cast<T*>(p.ptr.dq) + at, acc, r, p.scale, int(p.p.head_dim));
-  }
-  if (warp_finds_nan(acc))
-    each_row(64 * m + 16 * warp_id(), seq.seqlen_q,
-             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(head, i); });
+  store_query_gradient<T, HEAD_DIM>(p, seq, head, 64 * m, acc);
 }
 
 }  // namespace attn::cuda::sm90

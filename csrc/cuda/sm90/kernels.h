@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../head_dims.h"
+#include "../sum_tiles.h"
 #include "traits.cuh"
 
 namespace attn::cuda::sm90 {
@@ -69,11 +70,7 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
-// Tiles of 64 queries of a head in the sums that backward_fused adds dQ up in (sum_tile there).
-inline int64_t sum_tiles(const Problem& p, const Pointers& ptr) {
-  return ptr.cu_seqlens_q ? p.rows_q / 64 + p.batch : p.batch * ((p.seqlen_q + 63) / 64);
-}
-// Floats of those sums; 0: dQ has a kernel of its own.
+// Floats of the sums that backward_fused adds dQ up in; 0: dQ has a kernel of its own.
 inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
   const int head_dim = kernel_head_dim(p);
   if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;

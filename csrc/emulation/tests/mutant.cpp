@@ -20,6 +20,7 @@ using attn::emulation::machine;
 using namespace attn::ptx;
 using attn::planted::PART, attn::planted::HEAD_DIM;
 constexpr int HQ = 2;
+const bool HOPPER = PART >= 3 && PART <= 6;
 
 std::vector<bf16> random_tensor(int64_t n, uint32_t seed) {
   std::vector<bf16> x(n);
@@ -92,6 +93,20 @@ std::vector<bf16> half_asleep(std::vector<bf16> Q) {
 // Ragged and causal with several tiles of keys; more queries than keys, so that the first tile
 // sees nothing; whole tiles only.
 const Case SM80[] = {{{{70, 201}}, true}, {{{140, 70}}, true}, {{{64, 192}}, false}};
+// The plain forward: these, and many whole tiles of which the logits grow, so that O is rescaled;
+// several sequences, NaN behind and between them
+const Case SM80_PLAIN[] = {{{{70, 201}}, true},
+                           {{{140, 70}}, true},
+                           {{{64, 192}}, false},
+                           {{{128, 512}}, false, true},
+                           {{{70, 130}, {0, 3}, {33, 40, true}, {129, 65}, {2, 0}}, true}};
+// The backward in one kernel: whole tiles and edges of both kinds, heads of a group, empty rows
+const Case SM80_FUSED[] = {
+    {{{70, 201}}, true},
+    {{{140, 70}}, true},
+    {{{192, 128}}, false},
+    {{{192, 128}}, true},
+    {{{64, 100}, {2, 0}, {0, 3}, {33, 40, true}, {20, 1}, {90, 30, true}, {5, 2}}, true}};
 // Hopper: several sequences, NaN behind and between them.
 // Forward: tiles of 128: each ring goes round twice, and one warpgroup rests
 const Case HOPPER_FORWARD[] = {
@@ -273,8 +288,8 @@ double run_case(const Case& c) {
   static std::map<const Case*, Run> made;  // the reference is computed once for all modes
   Run run = made.try_emplace(&c, c).first->second;
   Params p = run.params();
-  if (PART >= 3) machine.mode.smem_limit = 227 * 1024;
-  const bool forward = PART == 1 || PART == 3;
+  if (HOPPER) machine.mode.smem_limit = 227 * 1024;
+  const bool forward = PART == 1 || PART == 3 || PART == 7;
   if (forward) {
     p.ptr.o = run.out.data.data();
     attn::planted::run_kernels(p);
@@ -298,6 +313,8 @@ double run_cases(const Case (&cases)[N]) {
 }
 double run_all() {
   if (PART == 0) return run_example();
+  if (PART == 7) return run_cases(SM80_PLAIN);
+  if (PART == 8) return run_cases(SM80_FUSED);
   return PART >= 4   ? run_cases(HOPPER_BACKWARD)
          : PART == 3 ? run_cases(HOPPER_FORWARD)
                      : run_cases(SM80);

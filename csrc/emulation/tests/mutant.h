@@ -6,7 +6,8 @@
 namespace attn::planted {
 
 // 0: the example; 1 and 2: forward and backward of sm_80; of sm_90, 3: forward, 4: backward with dQ
-// by itself, 5: the same with heads of 192, 6: all of backward in one kernel.
+// by itself, 5: the same with heads of 192, 6: all of backward in one kernel; 7: the forward of
+// sm_80 for plain calls; 8: all of their backward in one kernel.
 extern const int PART, HEAD_DIM;
 
 // C = A B^T.  A [m, k], B [n, k], C [m, n]

@@ -1,5 +1,5 @@
-// The bf16 kernels of one PART (mutant.h), with KERNELS_GENERAL those of sm_80 that know every
-// feature.
+// The bf16 kernels of one PART (mutant.h), with KERNELS_GENERAL those of backward on sm_80 that
+// know every feature.
 #include <vector>
 
 #include "mutant.h"
@@ -7,6 +7,10 @@
 #include "example.cuh"
 #elif PART_HERE == 1
 #include "../../cuda/sm80/forward.cuh"
+#elif PART_HERE == 7
+#include "../../cuda/sm80/forward_plain.cuh"
+#elif PART_HERE == 8
+#include "../../cuda/sm80/kernels.cuh"
 #elif PART_HERE >= 3
 #include "../../cuda/sm90/kernels.cuh"
 #else
@@ -19,12 +23,12 @@
 namespace attn::planted {
 
 using namespace ptx;
-extern const int PART = PART_HERE, HEAD_DIM = PART == 5 ? 192 : PART >= 3 ? 128 : 64;
 #if PART_HERE == 5
 constexpr int D = 192;
 #else
-constexpr int D = PART_HERE >= 3 ? 128 : 64;
+constexpr int D = PART_HERE >= 3 && PART_HERE <= 6 || PART_HERE == 8 ? 128 : 64;
 #endif
+extern const int PART = PART_HERE, HEAD_DIM = D;
 
 #if PART_HERE == 0
 void run_example(const bf16* A, const bf16* B, float* C, int m, int n, int k) {
@@ -39,8 +43,14 @@ void run_kernels(cuda::Params p) {
 #if PART_HERE == 1
   using Tile = ForwardTile<bf16, D>;
   p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::forward<bf16, D, KERNELS_GENERAL>, {int(p.p.heads_q) * p.m_tiles, 1, 1},
-         Tile::THREADS, Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
+  launch(sm80::forward_general<bf16, D>, {int(p.p.heads_q) * p.m_tiles, 1, 1}, Tile::THREADS,
+         Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
+#elif PART_HERE == 7
+  using Tile = PlainForwardTile<D>;
+  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
+  const int tiles = int(p.p.batch * p.p.heads_q) * p.m_tiles;
+  launch(sm80::forward_plain<bf16, D>, {tiles, 1, 1}, Tile::THREADS,
+         Tile::smem(Row<bf16, D>::BYTES), nullptr, p);
 #elif PART_HERE == 2
   using Tile = BackwardTile<bf16, D>;
   const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
@@ -50,6 +60,11 @@ void run_kernels(cuda::Params p) {
   p.n_tiles = int(p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
          nullptr, p);
+#elif PART_HERE == 8
+  std::vector<float> sums(p.p.heads_q * sum_tiles(p.p, p.ptr) * 64 * D + 4, NAN);
+  p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
+  p.fused_block_m = 64;
+  sm80::run_backward<bf16, D>(p, false, nullptr);
 #elif PART_HERE == 3
   sm90::run_forward<bf16, D>(p, nullptr);
 #else

@@ -1,4 +1,4 @@
-"""Modules of the attention family: additive attention with its projections, pooling by a learned
+"""Blocks that models are made of: additive attention with its projections, pooling by a learned
 query, words -> sentences -> document, and two modalities that attend to each other.
 
 x [N, S, E] throughout; masks are bool, True = attend, lengths int32 [N].  Packed sequences are

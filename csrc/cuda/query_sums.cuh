@@ -1,0 +1,32 @@
+// The float32 sums in which a backward of one kernel adds up dQ: tiles of 64 queries, of all heads.
+#pragma once
+#include "backward_parts.cuh"
+#include "forward_parts.cuh"
+#include "repair.cuh"
+
+namespace attn::cuda {
+
+// The first tile of a sequence in the sums.  Varlen: sequences share no tile, total_q / 64 + B
+// tiles are enough for all.
+ATTN_DEVICE int64_t sum_tile(const Params& p, const Sequence& seq, int head) {
+  if (p.ptr.cu_seqlens_q) return head * (p.p.rows_q / 64 + p.p.batch) + seq.q_start / 64 + seq.b;
+  return (seq.b * p.p.heads_q + head) * p.m_tiles;
+}
+
+// dQ of rows m0 + 16 * warp .. of a head, from fragments of their sums.
+template <class T, int HEAD_DIM>
+ATTN_DEVICE void store_query_gradient(const Params& p, const Sequence& seq, int head, int m0,
+                                      const float (&acc)[HEAD_DIM / 8][4]) {
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int i = m0 + 16 * warp_id() + (lane_id() >> 2) + 8 * r;
+    if (i >= seq.seqlen_q) continue;
+    const int64_t at = seq.b * p.p.dq.b + head * p.p.dq.h + (seq.q_start + i) * p.p.dq.s;
+    store_row(static_cast<T*>(p.ptr.dq) + at, acc, r, p.scale, int(p.p.head_dim));
+  }
+  if (warp_finds_nan(acc))
+    each_row(m0 + 16 * warp_id(), seq.seqlen_q,
+             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(head, i); });
+}
+
+}  // namespace attn::cuda

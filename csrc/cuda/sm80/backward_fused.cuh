@@ -1,0 +1,287 @@
+// dQ, dK and dV of a plain call in one kernel: five products of tiles where two kernels need seven
+// (FlashAttention-2, Dao 2023).  dQ is added up in float32 in global memory by atomics: the order
+// of the additions, and with it the last bits, is not said (deterministic: backward.cuh).
+//
+// One CTA = BLOCK_N keys of one K/V head, to which the queries of its group come, BLOCK_M at a
+// time.
+//   S = Q K^T, dP = dO V^T   [BLOCK_M, 128]  a warp: half of the queries, 32 keys
+//   dV += P^T dO, dK += dS^T Q  [128, D]     a warp: 32 keys, half of the columns
+//   dQ = dS K                [BLOCK_M, D]    a warp: QUERY_ROWS queries, QUERY_COLUMNS columns
+// P and dS go from one layout to the other through shared memory, as [query][key].
+//   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][4][128 threads], float: fragments, so that the
+//   lanes of an addition are neighbours (varlen: [Hq, tiles of all sequences]).  convert_dq makes
+//   dQ of them.
+// No tile is looked at for NaN: what 0 * NaN leaves is computed once more (repair.cuh).
+#pragma once
+#include "../mma_across.cuh"
+#include "../query_sums.cuh"
+#include "rows.cuh"
+
+namespace attn::cuda::sm80 {
+
+template <class T, int HEAD_DIM, int BLOCK_M>
+struct FusedBackward {
+  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
+  static constexpr int M = Tile::BLOCK_M, N = Tile::BLOCK_N, THREADS = Tile::THREADS;
+  static constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, SCORE_BYTES = Row<T, N>::BYTES;
+  static constexpr int QUERY_BYTES = M * BYTES, KEY_BYTES = N * BYTES;
+  // columns of dK and dV, rows and columns of dQ that a warp has
+  static constexpr int KEY_COLUMNS = HEAD_DIM / 2;
+  static constexpr int QUERY_WARPS = M == 64 && HEAD_DIM % 64 == 0 ? 2 : 4;
+  static constexpr int QUERY_ROWS = M / QUERY_WARPS, QUERY_COLUMNS = HEAD_DIM * QUERY_WARPS / 8;
+  static constexpr int SF = M / 32, QF = QUERY_ROWS / 16, QT = QUERY_COLUMNS / 8,
+                       KT = KEY_COLUMNS / 8;
+
+  const Params& p;
+  const Sequence& seq;
+  const Score score;
+  int head_k, n0, n1;
+  const float* my_row_values;  // row_values(0, 0)
+  float dK[2][KT][4] = {}, dV[2][KT][4] = {};
+
+  ATTN_DEVICE FusedBackward(const Params& params, const Sequence& s, int head, int first)
+      : p(params),
+        seq(s),
+        score(params, s),
+        head_k(head),
+        n0(first),
+        n1(min_int(first + N, s.seqlen_k)),
+        my_row_values(all_row_values() + s.lse_offset(params, 0, thread_id() % M)) {}
+
+  ATTN_DEVICE static uint32_t K_smem() { return smem_base(); }
+  ATTN_DEVICE static uint32_t V_smem() { return K_smem() + KEY_BYTES; }
+  ATTN_DEVICE static uint32_t Q_smem() { return V_smem() + KEY_BYTES; }  // [2][Q, dO]
+  ATTN_DEVICE static uint32_t P_smem() { return Q_smem() + 4 * QUERY_BYTES; }
+  ATTN_DEVICE static uint32_t dS_smem() { return P_smem() + M * SCORE_BYTES; }
+  ATTN_DEVICE static uint32_t rows_smem() {
+    return dS_smem() + M * SCORE_BYTES;
+  }  // [2][LSE, delta]
+  ATTN_DEVICE static int query_row() { return M / 2 * (warp_id() & 1); }  // of S and dP
+  ATTN_DEVICE static int key_row() { return 32 * (warp_id() >> 1); }      // of S, dP, dK and dV
+  ATTN_DEVICE static int key_column() { return KEY_COLUMNS * (warp_id() & 1); }
+  ATTN_DEVICE static int dq_row() { return QUERY_ROWS * (warp_id() % QUERY_WARPS); }
+  ATTN_DEVICE static int dq_column() { return QUERY_COLUMNS * (warp_id() / QUERY_WARPS); }
+
+  ATTN_DEVICE void copy_keys() const {
+    const Rows K = key_rows(p, seq, p.ptr.k, p.p.k, head_k, sizeof(T));
+    const Rows V = key_rows(p, seq, p.ptr.v, p.p.v, head_k, sizeof(T));
+    copy_tile<T, HEAD_DIM, N, THREADS, false>(K_smem(), K, n0, n1, int(p.p.head_dim), p.k_vec);
+    copy_tile<T, HEAD_DIM, N, THREADS, false>(V_smem(), V, n0, n1, int(p.p.head_dim_v), p.v_vec);
+  }
+  ATTN_DEVICE const float* all_row_values() const {
+    return thread_id() < M ? static_cast<const float*>(p.ptr.lse) : p.delta;
+  }
+  // LSE or delta that this thread copies of queries m0.. of a head.  With 128 queries no register
+  // is left to keep where they begin.
+  ATTN_DEVICE const float* row_values(int head, int m0) const {
+    if constexpr (M == 64) return my_row_values + (head * p.p.lse_stride_h + m0);
+    return all_row_values() + (seq.lse_offset(p, head, m0) + thread_id() % M);
+  }
+  // Q, dO, LSE and delta of queries m0.. of a head into buffer `stage`.
+  ATTN_DEVICE void copy_queries(const Rows& Q, const Rows& dO, int head, int m0, int stage) const {
+    const uint32_t to = Q_smem() + uint32_t(stage) * 2 * QUERY_BYTES;
+    const int dim = int(p.p.head_dim), dim_v = int(p.p.head_dim_v);
+    if (m0 + M <= seq.seqlen_q && p.q_vec && p.dout_vec) {
+      TileStream<T, HEAD_DIM, M, THREADS>(to, Q, m0, dim).copy();
+      TileStream<T, HEAD_DIM, M, THREADS>(to + QUERY_BYTES, dO, m0, dim_v).copy();
+    } else {
+      copy_tile<T, HEAD_DIM, M, THREADS, false>(to, Q, m0, seq.seqlen_q, dim, p.q_vec);
+      copy_tile<T, HEAD_DIM, M, THREADS, false>(to + QUERY_BYTES, dO, m0, seq.seqlen_q, dim_v,
+                                                p.dout_vec);
+    }
+    if (thread_id() < 2 * M) {
+      const bool valid = m0 + thread_id() % M < seq.seqlen_q;
+      const float* from = row_values(head, m0);
+      const float* nothing = M == 64 ? my_row_values : all_row_values();
+      cp_async_4(rows_smem() + 4 * uint32_t(2 * M * stage + thread_id()), valid ? from : nothing,
+                 valid);
+    }
+    cp_async_commit();
+  }
+
+  // P: products in, weights out.  EDGE: some pair does not count.
+  template <bool EDGE>
+  ATTN_DEVICE void weigh(float (&P)[SF][4][4], int m0, int stage) const {
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = query_row() + 16 * f + 8 * r + (lane_id() >> 2);
+      const float value = lds_f32(rows_smem() + 4 * uint32_t(2 * M * stage + row));
+      // -inf in a tile that the row sees whole: every logit is, which leaves NaN for the repair
+      const float lse = EDGE ? RowGradient::of(value, 0.0f).lse : value * kLog2e;
+      ATTN_UNROLL
+      for (int n = 0; n < 4; ++n) ATTN_UNROLL
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        P[f][n][c] = exp2_approx(fmaf(P[f][n][c], p.scale_log2, -lse));
+        const int i = m0 + row, j = n0 + key_row() + 8 * n + 2 * (lane_id() & 3) + (c & 1);
+        if (EDGE && !(j < seq.seqlen_k && i < seq.seqlen_q && score.band.keep(i, j)))
+          P[f][n][c] = 0.0f;
+      }
+    }
+  }
+  // dP in, dS out.
+  template <bool EDGE>
+  ATTN_DEVICE void differentiate(float (&dS)[SF][4][4], const float (&P)[SF][4][4],
+                                 int stage) const {
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = query_row() + 16 * f + 8 * r + (lane_id() >> 2);
+      const float delta = lds_f32(rows_smem() + 4 * uint32_t(2 * M * stage + M + row));
+      ATTN_UNROLL
+      for (int n = 0; n < 4; ++n) ATTN_UNROLL
+      for (int c = 2 * r; c < 2 * r + 2; ++c)  // not P * (..) where P = 0: V there may hold NaN
+        dS[f][n][c] = EDGE && P[f][n][c] == 0.0f ? 0.0f : P[f][n][c] * (dS[f][n][c] - delta);
+    }
+  }
+  // S or dP of a warp -> [query][key]
+  ATTN_DEVICE static void store_scores(uint32_t tile, const float (&C)[SF][4][4]) {
+    const int row = query_row() + (lane_id() >> 2);
+    ATTN_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      const uint32_t at = tile_address<T, N>(tile, row, key_row() / 8 + n) + 4 * (lane_id() & 3);
+      ATTN_UNROLL
+      for (int f = 0; f < SF; ++f) ATTN_UNROLL
+      for (int r = 0; r < 2; ++r)  // rows that are a multiple of 8 apart have the same swizzle
+        sts_32(at + (16 * f + 8 * r) * SCORE_BYTES, pack<T>(C[f][n][2 * r], C[f][n][2 * r + 1]));
+    }
+  }
+
+  ATTN_DEVICE void add_queries(const float (&dQ)[QF][QT][4], int head, int m0) const {
+    // a tile of 64 queries behind the last one has no sums
+    if (M > 64 && m0 + dq_row() / 64 * 64 >= seq.seqlen_q) return;
+    float* sums = p.dq_sums + (sum_tile(p, seq, head) + (m0 + dq_row()) / 64) * (64 * HEAD_DIM) +
+                  (64 * dq_column() + 2 * (dq_row() % 64) + lane_id());
+    ATTN_UNROLL
+    for (int f = 0; f < QF; ++f) ATTN_UNROLL
+    for (int n = 0; n < QT; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c) atomic_add_global(sums + (512 * n + 128 * c + 32 * f), dQ[f][n][c]);
+  }
+
+  // Queries m0.. of a head, which are in buffer `stage`.
+  template <bool EDGE>
+  ATTN_DEVICE void tile(int head, int m0, int stage) {
+    const uint32_t Q = Q_smem() + uint32_t(stage) * 2 * QUERY_BYTES, dO = Q + QUERY_BYTES;
+    float P[SF][4][4], dS[SF][4][4];
+    // S = Q K^T, dP = dO V^T   [M / 2, 32] a warp
+    multiply_rows<T, HEAD_DIM>(P, Q, query_row(), K_smem() + key_row() * BYTES);
+    weigh<EDGE>(P, m0, stage);
+    store_scores(P_smem(), P);
+    multiply_rows<T, HEAD_DIM>(dS, dO, query_row(), V_smem() + key_row() * BYTES);
+    differentiate<EDGE>(dS, P, stage);
+    store_scores(dS_smem(), dS);
+    sync_threads();  // P and dS of every warp are there
+    // dV += P^T dO   [32, KEY_COLUMNS] a warp
+    add_across<T, N, HEAD_DIM, M / 16>(dV, P_smem(), key_row(), dO, key_column());
+    // dQ = dS K   [QUERY_ROWS, QUERY_COLUMNS] a warp
+    float dQ[QF][QT][4] = {};
+    add_along<T, N, HEAD_DIM>(dQ, dS_smem(), dq_row(), K_smem(), dq_column());
+    add_queries(dQ, head, m0);
+    // dK += dS^T Q
+    add_across<T, N, HEAD_DIM, M / 16>(dK, dS_smem(), key_row(), Q, key_column());
+  }
+
+  ATTN_DEVICE void store() {
+    bool bad = false;
+    ATTN_UNROLL
+    for (int f = 0; f < 2; ++f) {
+      bad |= warp_finds_nan(dK[f]) || warp_finds_nan(dV[f]);
+      ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int j = n0 + key_row() + 16 * f + 8 * r + (lane_id() >> 2);
+        if (j >= seq.seqlen_k) continue;
+        if (p.ptr.dk) store_columns(p.ptr.dk, p.p.dk, j, dK[f], r, p.scale, int(p.p.head_dim));
+        if (p.ptr.dv) store_columns(p.ptr.dv, p.p.dv, j, dV[f], r, 1.0f, int(p.p.head_dim_v));
+      }
+    }
+    sync_threads();  // the other half of these rows' columns is stored, too
+    if (!bad) return;
+    ATTN_NO_UNROLL
+    for (int f = 0; f < 2; ++f)
+      each_row(n0 + key_row() + 16 * f, seq.seqlen_k,
+               [&](int j) { Repair<T, HEAD_DIM>{p, seq}.key_gradients(head_k, j, true, true); });
+  }
+  ATTN_DEVICE void store_columns(void* base, const Strides& s, int j, const float (&acc)[KT][4],
+                                 int r, float factor, int dim) const {
+    T* row = static_cast<T*>(base) + seq.b * s.b + head_k * s.h + (seq.k_start + j) * s.s;
+    store_row(row + key_column(), acc, r, factor, dim - key_column());
+  }
+};
+
+template <class T, int HEAD_DIM, int BLOCK_M>
+ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, BLOCK_M>::THREADS), 1)
+void backward_fused(ATTN_GRID_CONSTANT const Params p) {
+  using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M>;
+  constexpr int M = Kernel::M;
+  const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
+  const int head_k = block_id().x / p.n_tiles % heads_k;
+  const Sequence seq = Sequence::of(p, block_id().x / p.n_tiles / heads_k);
+  if (n_block * Kernel::N >= seq.seqlen_k) return;
+  Kernel mine(p, seq, head_k, n_block * Kernel::N);
+  const Band& band = mine.score.band;
+  int lo, hi;
+  band.query_range(mine.n0, mine.n1, seq.seqlen_q, lo, hi);
+  const int first = lo / M * M;  // the first query of each head's tiles
+
+  // What is copied next: queries m of head h.
+  int h = head_k * p.group, m = first;
+  const int h_end = lo < hi ? h + p.group : h;
+  Rows Q{}, dO{};
+  const auto take_head = [&] {
+    Q = query_rows(p, seq, p.ptr.q, p.p.q, h, sizeof(T));
+    dO = query_rows(p, seq, p.ptr.dout, p.p.dout, h, sizeof(T));
+  };
+  mine.copy_keys();
+  if (h < h_end) {
+    take_head();
+    mine.copy_queries(Q, dO, h, m, 0);
+  }
+  ATTN_NO_UNROLL
+  for (int stage = 0; h < h_end; stage ^= 1) {
+    const int head = h, m0 = m;
+    m += M;
+    if (m >= hi) {
+      m = first, ++h;
+      if (h < h_end) take_head();
+    }
+    cp_async_wait<0>();
+    sync_threads();  // this tile is complete, and every warp is done with P, dS and the tile before
+    if (h < h_end) mine.copy_queries(Q, dO, h, m, stage ^ 1);
+    if (m0 + M > seq.seqlen_q || mine.n0 + Kernel::N > seq.seqlen_k ||
+        !band.full(m0, m0 + M, mine.n0, mine.n1))
+      mine.template tile<true>(head, m0, stage);
+    else
+      mine.template tile<false>(head, m0, stage);
+  }
+  // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
+  cp_async_commit();
+  cp_async_wait<0>();
+  mine.store();
+}
+
+// sums = 0, one CTA a tile of 64 queries.
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(128)
+void clear_dq(ATTN_GRID_CONSTANT const Params p) {
+  float* sums = p.dq_sums + int64_t(block_id().x) * 64 * HEAD_DIM + 4 * thread_id();
+  ATTN_UNROLL
+  for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
+}
+
+// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(128)
+void convert_dq(ATTN_GRID_CONSTANT const Params p) {
+  const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
+  const int head = block_id().x / p.m_tiles % heads;
+  const Sequence seq = Sequence::of(p, block_id().x / p.m_tiles / heads);
+  if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
+  const float* sums = p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM) + thread_id();
+  float acc[HEAD_DIM / 8][4];
+  ATTN_UNROLL
+  for (int n = 0; n < HEAD_DIM / 8; ++n) ATTN_UNROLL
+  for (int c = 0; c < 4; ++c) acc[n][c] = sums[n * 512 + 128 * c];
+  store_query_gradient<T, HEAD_DIM>(p, seq, head, 64 * m, acc);
+}
+
+}  // namespace attn::cuda::sm80

@@ -7,13 +7,13 @@ Median of interleaved runs, forward and backward; memory is the growth of the pr
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 
 import torch
 
 import attn_ext
+from attn_ext.measure.timing import CpuClock
 
 
 def inputs(length: int, dim: int):
@@ -33,10 +33,8 @@ def main() -> None:
     # first: afterwards the peak is the naive way's
     attn_ext.additive_attention(*inputs(64, 128)).sum().backward()
     x = inputs(8192, 128)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    attn_ext.additive_attention(*x).sum().backward()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = CpuClock().peak_mib(lambda: attn_ext.additive_attention(*x).sum().backward())
     print(f"S=8192 D=128, forward and backward: {time.perf_counter() - start:.2f} s, ", end="")
     print(f"{grown:.0f} MiB more (naive: one of its tensors has 32768 MiB)")
     x = inputs(512, 128)

@@ -5,7 +5,6 @@ learned.
 from __future__ import annotations
 
 import argparse
-import resource
 from pathlib import Path
 
 import matplotlib
@@ -67,8 +66,3 @@ def learned(what: str, value: float, baseline: float, goal: float, higher: bool 
     good = min(value - goal, value - baseline) >= 0 if higher else value <= min(goal, baseline)
     assert good, f"{what} must reach {goal:.4g} and beat {baseline:.4g}, got {value:.4g}"
     console.print("learned")
-
-
-def peak_mib() -> float:
-    """The largest memory this process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

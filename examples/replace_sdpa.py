@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -65,11 +66,20 @@ def step(model, batch: dict) -> float:
     return loss.item()
 
 
+def peak_mib() -> float:
+    """The largest memory that this process has had, in MiB."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # not ru_maxrss, which on Linux begins with the memory of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+
+
 def measure(case: str, way: str, length: int, repeats: int) -> dict:
     """Median milliseconds of a step, MiB that steps added to the process, loss, gradient norm."""
     model, batch = build(way), inputs(case, length)
     step(model, inputs(case, 16))  # libraries load and threads start before memory is counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     replaced = attn_ext.replace_sdpa() if way == "replace_sdpa" else contextlib.nullcontext()
     times = []
     with replaced:
@@ -77,12 +87,11 @@ def measure(case: str, way: str, length: int, repeats: int) -> dict:
             start = time.perf_counter()
             loss = step(model, batch)
             times.append(1000 * (time.perf_counter() - start))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    grown = peak_mib() - before
     norm = sum(p.grad.double().square().sum().item() for p in model.parameters()) ** 0.5
     calls = sdpa.report()
     return {
-        "ms": statistics.median(times[1:]), "mib": (after - before) / unit, "loss": loss,
+        "ms": statistics.median(times[1:]), "mib": grown, "loss": loss,
         "norm": norm, "served": sum(calls.served.values()), "left": sum(calls.torch.values()),
     }  # fmt: skip
 

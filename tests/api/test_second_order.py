@@ -3,9 +3,8 @@ transforms and what is refused.
 """
 
 import itertools
-import subprocess
-import sys
 
+import high_water
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,8 +143,6 @@ def test_tangents_with_a_large_common_part():
 MEMORY = """
 import torch, attn_ext
 torch.set_num_threads(1)
-def high_water():  # ru_maxrss begins with the memory of the process that started this one
-    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 def run(n):
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
     out = attn_ext.attention(q, k, v, causal=True)
@@ -154,17 +151,14 @@ def run(n):
 run(64)
 before = high_water()
 run(8192)
-print(high_water() - before)
 """
 
 
 def test_memory():
     """Anything of size N x N, which would be 256 MiB each.  Allowed: 6 times q, k and v beyond
     these themselves, and 32 MiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     inputs = 3 * 8192 * 16 * 4 / 2**20
-    assert int(done.stdout) / 1024 < 7 * inputs + 32
+    assert high_water.grown_mib(MEMORY) < 7 * inputs + 32
 
 
 def leaves(*shapes):

@@ -20,6 +20,7 @@ not overlap fully.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -92,6 +93,12 @@ LABEL = re.compile(r"(\.L_x_\d+):")
 LEAVES = re.compile(r"(BRA|BRA\.U.*|EXIT|RET.*|BRX.*)$")
 
 
+@functools.cache
+def group_of(opcode: str) -> str:
+    """The name among GROUPS."""
+    return next(name for name, pattern in GROUPS.items() if re.match(pattern, opcode))
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: str
@@ -101,7 +108,7 @@ class Instruction:
 
     @property
     def group(self) -> str:
-        return next(name for name, pattern in GROUPS.items() if re.match(pattern, self.opcode))
+        return group_of(self.opcode)
 
     def tensor_cycles(self, architecture: Architecture) -> float:
         """Of one scheduler's tensor core: HMMA.16816, or HGMMA.64xNx16, which takes all four."""

@@ -1,4 +1,4 @@
-# make check | test | demo [TEXT="..."] | fmt | lint | bench | wheel | test-latest | test-oldest | test-asan | test-tsan | test-aarch64 | test-avx512
+# make check | test | demo [TEXT="..."] | fmt | lint | bench | wheel | seen | test-anew | test-latest | test-oldest | test-asan | test-tsan | test-aarch64 | test-avx512
 # Everything runs in .venv, which the first target makes.  TORCH says which torch goes there when none is installed;
 # the default is the version that the project is developed with (a CPU build where the index offers one).  Whatever else
 # is installed has the version that tests/package/constraints.txt gives.
@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: check test-gpu test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
+.PHONY: check test-gpu seen test-anew test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
   test-tsan test-aarch64 test-avx512 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
@@ -61,13 +61,27 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 	ATTN_EXT_TEST_AUTO=emulated $(PYTEST) $(ON_EMULATOR) -k "not memory"
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpreter
 
+# What takes minutes to compile is compiled where its sources are not those of tests/seen, and else in
+# turn (tests/helpers/seen.py).  seen writes what is new there (`ATTN_EXT_SEEN=write make test` does so,
+# too); test-anew compiles all of it, on every architecture, whatever was seen.
+COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py) tests/cpu/test_cpu_sources.py \
+  tests/triton/test_triton_compile.py \
+  tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py
+ON_OLDEST := tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
+
+seen: $(VENV)/emulated.done build/triton-3.6/triton
+	ATTN_EXT_SEEN=write $(PYTEST) $(COMPILED)
+	PYTHONPATH=build/triton-3.6 ATTN_EXT_SEEN=write $(PYTEST) $(ON_OLDEST)
+
+test-anew: $(VENV)/emulated.done
+	ATTN_EXT_SEEN=nothing ATTN_EXT_NVCC_ALL=1 ATTN_EXT_TRITON_ALL=1 $(PYTEST) $(COMPILED)
+
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
 # and what CI compiles for sm_90.
 test-triton-oldest: $(VENV)/installed.done build/triton-3.6/triton
 	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
 	  $(addprefix tests/triton/interpreter/test_, kernels.py compile.py decode.py)
-	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
+	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_OLDEST)
 
 build/triton-3.6/triton: $(VENV)/installed.done
 	test -d $@ || $(PY) -m pip install -q --no-deps --target build/triton-3.6 triton==3.6.0
@@ -77,8 +91,7 @@ build/triton-3.6/triton: $(VENV)/installed.done
 test-triton-table: $(VENV)/installed.done build/triton-3.6/triton
 	ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
 	  tests/triton/test_triton_compile.py tests/triton/test_triton_family_compile.py
-	PYTHONPATH=build/triton-3.6 ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 \
-	  tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
+	PYTHONPATH=build/triton-3.6 ATTN_EXT_TRITON_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ON_OLDEST)
 
 triton-table: $(VENV)/installed.done build/triton-3.6/triton
 	OMP_NUM_THREADS=1 $(PY) tests/helpers/triton_offline.py --write

@@ -25,7 +25,7 @@ FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi 
 # The kernels say themselves what is inlined and unrolled, so that -O3 only makes copies: these
 # flags of it matter; the kernels' loops are the same instructions, built in half of the time.
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
-BINDING_FLAGS = "-O1"  # pybind11's templates; the calls are as fast as at -O3
+BINDING_FLAGS = "-O1"  # csrc/*.cpp: pybind11's templates; the calls are as fast as at -O3
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
@@ -56,7 +56,7 @@ def relative(files) -> list[str]:
 def sources() -> list[str]:
     """The C++ files of attn_ext._C, relative to the root."""
     return relative(
-        [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
+        [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     )
 
 
@@ -181,7 +181,8 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
             rule = "nvcc_sm90"
         lines.append(f"build {output}: {rule} {ROOT / source}")
         if name == "attn_ext._C":
-            lines.append(f"  opt = {BINDING_FLAGS if 'bindings' in source else kernel_flags()}")
+            binding = Path(source).parent.name == "csrc"
+            lines.append(f"  opt = {BINDING_FLAGS if binding else kernel_flags()}")
     lines.append(f"build {target}: {'nvlink' if cuda else 'link'} {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 

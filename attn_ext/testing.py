@@ -27,6 +27,7 @@ from attn_ext.core.schema import (
     GRADIENTS,
     UNBOUNDED,
     Call,
+    Grads,
     Needs,
     given,
     is_decode,
@@ -62,16 +63,16 @@ def poisoned_memory():
     """Within it torch.empty and its kin give NaN, so that an element that a kernel forgets to
     write is seen.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    before_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # use_deterministic_algorithms would import torch's compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(before, warn_only=before_warn)
+        torch.set_deterministic_debug_mode(before)
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
@@ -316,7 +317,6 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
     exact = to_float64(call)
     with poisoned_memory():
         results = module.forward(call)
-    truths, naives = reference_backend.forward(exact), reference_backend.forward(call)
     out, lse = results[:2]
     expected = empty_like_layout(call.q, call.v.shape[-1])
     if (out.dtype, out.stride()) != (expected.dtype, expected.stride()):
@@ -324,28 +324,40 @@ def check_call(call: Call, backend="cpu", grads: bool = True, dlse: bool = True,
             f"out: must be {expected.dtype} with strides {expected.stride()}, "
             f"got {out.dtype} with {out.stride()}"
         )
+    seeds, needs = _seeds(out, lse, grads, dlse, seed), needs_of(call)
+    doubles = [None if x is None else x.double() for x in seeds]
+    truths, true_grads = referred(exact, *doubles, needs)
+    naives, naive_grads = referred(call, *seeds, needs)
     dtype = call.q.dtype
     for name, got, truth, naive in zip(_OUTPUTS, results, truths, naives, strict=True):
         _compare(name, got, truth, naive, "out", dtype)
     if not grads:
         return
 
+    dout, d_lse = seeds
+    with poisoned_memory():
+        results = module.backward(call, dout, out, lse, d_lse, needs)
+    for name, got, truth, naive in zip(GRADIENTS, results, true_grads, naive_grads, strict=True):
+        cancelled = 0.0 if truth is None else cancellation(call, dout, out, name)
+        _compare(f"d{name}", got, truth, naive, "grad", dtype, cancelled)
+
+
+def _seeds(out, lse, grads: bool, dlse: bool, seed: int) -> list:
+    """[dO, dLSE], random; None where there is none."""
+    if not grads:
+        return [None, None]
     generator = torch.Generator("cpu").manual_seed(seed)
     normal = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     dout = torch.empty_like(out)
     dout.copy_(torch.randn(out.shape, **normal))
-    d_lse = None
-    if dlse:
-        d_lse = torch.randn(lse.shape, **normal).to(lse)
-    needs = needs_of(call)
-    with poisoned_memory():
-        results = module.backward(call, dout, out, lse, d_lse, needs)
-    truth64 = None if d_lse is None else d_lse.double()
-    truths = reference_backend.backward(exact, dout.double(), None, None, truth64, needs)
-    naives = reference_backend.backward(call, dout, None, None, d_lse, needs)
-    for name, got, truth, naive in zip(GRADIENTS, results, truths, naives, strict=True):
-        cancelled = 0.0 if truth is None else cancellation(call, dout, out, name)
-        _compare(f"d{name}", got, truth, naive, "grad", dtype, cancelled)
+    return [dout, torch.randn(lse.shape, **normal).to(lse) if dlse else None]
+
+
+def referred(call: Call, dout, dlse, needs) -> tuple[tuple, Grads | None]:
+    """The reference's results for a call and, where dout is given, its gradients."""
+    if dout is None:
+        return reference_backend.forward(call), None
+    return reference_backend.forward_and_backward(call, dout, dlse, needs)
 
 
 _OUTPUTS = ("out", "lse", "max_logit", "entropy")

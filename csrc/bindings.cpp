@@ -10,6 +10,7 @@
 #include <string>
 
 #include "binding_parts.h"
+#include "dense_calls.h"
 #include "cpu/isa/amx.h"
 #include "cpu/measure/ceilings.h"
 #include "cpu/isa/dispatch.h"
@@ -51,6 +52,12 @@ Pointers pointers(const Addresses& a, int64_t alibi_stride_b) {
   return ptr;
 }
 
+const Problem* problem_of(PyObject* x) {
+  if (py::isinstance<Problem>(x)) return py::handle(x).cast<const Problem*>();
+  PyErr_SetString(PyExc_TypeError, "problem must be a Problem");
+  return nullptr;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -83,19 +90,6 @@ PYBIND11_MODULE(_C, m) {
         attn::cpu::forward(p, ptr, threads);
       },
       "O, LSE (and row statistics) of one call; addresses, 0 where absent");
-
-  m.def(
-      "cpu_forward_plain",
-      [](const Problem& p, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-         uintptr_t lse) {
-        Pointers ptr;
-        ptr.q = in<void>(q), ptr.k = in<void>(k), ptr.v = in<void>(v);
-        ptr.o = reinterpret_cast<void*>(o), ptr.lse = reinterpret_cast<void*>(lse);
-        check(p, ptr, threads);
-        py::gil_scoped_release release;
-        attn::cpu::forward(p, ptr, threads);
-      },
-      "O (and LSE) of a call without side inputs, for small calls");
 
   m.def(
       "cpu_backward",
@@ -179,4 +173,6 @@ PYBIND11_MODULE(_C, m) {
         "For tests: whether this machine has the CPU features, named as in isa_table()");
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
+
+  if (!attn::add_dense_calls(m.ptr(), problem_of)) throw py::error_already_set();
 }

@@ -5,7 +5,7 @@
 "torch" is transformers' own 'sdpa' attention; "replace_sdpa" the same model inside
 `with attn_ext.replace_sdpa():`; "attn_ext" is attn_implementation="attn_ext", which repeats no keys
 and makes no [S, S] mask.  LlamaForCausalLM at random weights: nothing is downloaded.  Each
-measurement has a process of its own, so that its memory is its own.
+measurement has a process of its own, so that its memory is its own (with --short all have one).
 """
 
 from __future__ import annotations
@@ -87,8 +87,11 @@ def measure(case: str, way: str, length: int, repeats: int) -> dict:
     }  # fmt: skip
 
 
-def in_a_process(case: str, way: str, args) -> dict:
-    """`measure` in a fresh process."""
+def measured(case: str, way: str, args) -> dict:
+    """`measure`, in a fresh process if its memory is to be right."""
+    if args.short:
+        sdpa.reset()
+        return measure(case, way, args.length, args.repeats)
     command = [
         sys.executable, __file__, "--measure", case, way, "--length", str(args.length),
         "--repeats", str(args.repeats), "--threads", str(args.threads),
@@ -135,7 +138,7 @@ def main() -> None:
     for column in ("input", "attention", "ms a step", "MiB added", "loss", "gradient norm"):
         table.add_column(column, justify="left" if column in ("input", "attention") else "right")
     for case in args.cases:
-        rows = {way: in_a_process(case, way, args) for way in WAYS}
+        rows = {way: measured(case, way, args) for way in WAYS}
         for way, row in rows.items():
             table.add_row(
                 case, way, f"{row['ms']:.1f}", f"{row['mib']:.1f}", f"{row['loss']:.5f}",

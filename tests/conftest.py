@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiers
 import torch
+import truths
 from hypothesis import settings
 
 import attn_ext
@@ -29,9 +30,20 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_itemcollected(item):
-    """Marks tests as `thorough` by the table of tests/helpers/tiers.py."""
+    """Marks tests as `thorough` by the table of tests/helpers/tiers.py.  A case that several
+    instruction sets or backends meet stays with one worker, which remembers the reference's results
+    (tests/helpers/truths.py).
+    """
     if why := tiers.reason(item.nodeid):
         item.add_marker(pytest.mark.thorough(reason=why))
+    params = getattr(item, "callspec", None)
+    if params and {"isa", "backend_and_device"} & params.params.keys():
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.split("[")[0]))
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: tiers.place_in_line(item.nodeid))
 
 
 def register_emulated():
@@ -58,6 +70,7 @@ def register_emulated():
 
 
 emulated_backend = register_emulated()
+truths.remember()
 
 # (backend, device, emulator mode) that run here: the emulated backend once a mode.  Triton without
 # a GPU has interpreter processes of its own.

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from attn_ext.backends.looks import looks
 from attn_ext.backends.native import alibi_stride_b, canonical, fields
 from attn_ext.core.layout import (
     empty_like_layout,
     four,
-    looks,
     prototype,
     rows,
     score_strides,
@@ -146,7 +146,7 @@ class Plan:
     """All but the addresses of a dense call, forward and backward: most of the time of a small one.
 
     The call has q, k, v, mask and bias, nothing else, and none is empty.  `forward` and `backward`
-    are for tensors that look (`attn_ext.core.layout.look`) as the call's do; mask and bias may lack
+    are for tensors that look (`attn_ext.backends.looks`) as the call's do; mask and bias may lack
     leading dimensions of size 1.
     """
 
@@ -157,51 +157,47 @@ class Plan:
         self.problem = _problem(call, _canonical(call), out, lse)
         self.out, self.lse = prototype(out), prototype(lse)
         self.scalars = call[TENSORS:]
-        self.backwards: Plans[tuple] = Plans()  # by the strides of dout, out, lse and by `needs`
+        self.backwards: Plans[tuple] = Plans()  # by the tensors' looks and by `needs`
 
     def forward(self, q, k, v, mask, bias, lse) -> torch.Tensor:
         """O; LSE goes into `lse`, a tensor like self.lse, where it is wanted."""
         out = torch.empty_like(self.out)
-        lse_address = 0 if lse is None else lse.data_ptr()
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_address)
-        if mask is None and bias is None:
-            _C.cpu_forward_plain(self.problem, torch.get_num_threads(), *pointers)
-        else:
-            _C.cpu_forward(
-                self.problem, torch.get_num_threads(), *pointers,
-                0 if mask is None else mask.data_ptr(), 0 if bias is None else bias.data_ptr(),
-                0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-            )  # fmt: skip
+        _C.dense_forward(self.problem, torch.get_num_threads(), q, k, v, mask, bias, out, lse)
         return out
 
     def backward(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
-        """(dq, dk, dv, dbias); dout is of q's dtype and out's shape."""
-        key = (dout.stride(), out.stride(), lse.stride(), needs)
-        known = None if dout.is_neg() else self.backwards.get(key)
+        """(dq, dk, dv, None, dbias, None), the gradients of q, k, v, mask, bias and of what is no
+        tensor; dout is of q's dtype and out's shape."""
+        dout = rows(dout)
+        key = (looks(q, k, v, mask, bias, out, lse, dout), needs)
+        known = self.backwards.get(key)
         if known is None:
-            dout = rows(dout)
             known = self._backward_of(q, k, v, mask, bias, out, lse, dout, needs)
+            if key[0] is not None:
+                self.backwards.keep(key, known)
+        return self._run(known, q, k, v, mask, bias, out, lse, dout)
+
+    def backward_again(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple | None:
+        """`backward` where tensors that look the same went that way; else None, with nothing done
+        and nothing of the tensors assumed."""
+        seen = looks(q, k, v, mask, bias, out, lse, dout)
+        known = self.backwards.get((seen, needs))
+        return None if known is None else self._run(known, q, k, v, mask, bias, out, lse, dout)
+
+    def _run(self, known, q, k, v, mask, bias, out, lse, dout) -> tuple:
         problem, dq, dk, dv, sums = known
         dq = dq if dq is None else torch.empty_like(dq)
         dk = dk if dk is None else torch.empty_like(dk)
         dv = dv if dv is None else torch.empty_like(dv)
         sums = sums if sums is None else torch.zeros_like(sums)
-        _C.cpu_backward(
+        _C.dense_backward(
             problem, torch.get_num_threads(),
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            0 if mask is None else mask.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            0, 0, 0, 0, 0, 0, dout.data_ptr(), 0,
-            0 if dq is None else dq.data_ptr(), 0 if dk is None else dk.data_ptr(),
-            0 if dv is None else dv.data_ptr(), 0 if sums is None else sums.data_ptr(), 0,
+            q, k, v, mask, bias, out, lse, dout, dq, dk, dv, sums,
         )  # fmt: skip
-        return dq, dk, dv, None if sums is None else _bias_gradient(bias, sums)
+        return dq, dk, dv, None, None if sums is None else _bias_gradient(bias, sums), None
 
     def _backward_of(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
         """The native problem of a backward, and prototypes of what it writes."""
-        key = (dout.stride(), out.stride(), lse.stride(), needs)
-        known = self.backwards.get(key)
-        if known is not None:
-            return known
         call = call_of(self.scalars, q=q, k=k, v=v, mask=four(mask), bias=four(bias))
         *of_rows, of_bias = needs  # q, k, v, bias
         grads = [
@@ -212,7 +208,7 @@ class Plan:
         problem = _problem(call, _canonical(call), out, lse)
         _set_gradient_strides(problem, call, dout, grads, sums)
         made = [x if x is None else prototype(x) for x in (*grads, sums)]
-        return self.backwards.keep(key, (problem, *made))
+        return (problem, *made)
 
 
 def forget() -> None:
@@ -318,7 +314,8 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     if plan is not None:
         inputs = (call.q, call.k, call.v, call.mask, call.bias)
         wanted = (needs.q, needs.k, needs.v, needs.bias)
-        return Grads(*plan.backward(*inputs, rows(out), lse, dout, wanted))
+        dq, dk, dv, _, dbias, _ = plan.backward(*inputs, rows(out), lse, dout, wanted)
+        return Grads(dq, dk, dv, dbias)
     t = _canonical(call)
     varlen = call.cu_seqlens_q is not None
     statistics = statistics_dtype(call.q.dtype)

@@ -37,6 +37,11 @@ def forward(call: Call):
 
 def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     """The gradients; None where `needs` says so."""
+    return forward_and_backward(call._replace(need_stats=False), dout, dlse, needs)[1]
+
+
+def forward_and_backward(call: Call, dout, dlse, needs: Needs) -> tuple[tuple, Grads]:
+    """What `forward` gives (but for the memory order of out), and `backward` of it."""
     leaves = {
         name: getattr(call, name).detach().requires_grad_()
         for name in GRADIENTS
@@ -45,21 +50,16 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     # `call` may hold tensors that are part of the caller's graph; autograd must stop at our leaves
     held = {name: x.detach() for name, x in given(call).items()}
     with reference.recording():
-        again = call._replace(**{**held, **leaves, "need_stats": False})
-        result, result_lse, _, _ = reference.attend(again)
-    outputs, grads = [result], [dout]
+        results = reference.attend(call._replace(**{**held, **leaves}))
+    outputs, grads = [results[0]], [dout]
     if dlse is not None:
-        outputs.append(result_lse)
-        grads.append(dlse.to(result_lse.dtype))
+        outputs.append(results[1])
+        grads.append(dlse.to(results[1].dtype))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     found = dict.fromkeys(leaves)
     if pairs and leaves:
         outs, seeds = zip(*pairs, strict=True)
         values = torch.autograd.grad(outs, list(leaves.values()), seeds, allow_unused=True)
         found = dict(zip(leaves, values, strict=True))
-    return Grads(
-        **{
-            name: torch.zeros_like(leaf) if found[name] is None else found[name]
-            for name, leaf in leaves.items()
-        }
-    )
+    zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if found[name] is None}
+    return tuple(x if x is None else x.detach() for x in results), Grads(**found | zeros)

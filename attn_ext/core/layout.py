@@ -1,44 +1,8 @@
-"""What a tensor looks like in memory: its key in what is remembered of a call, and the order of an
-output's dimensions."""
+"""How tensors lie in memory: dimensions, strides, and the order of an output's dimensions."""
 
 from __future__ import annotations
 
 import torch
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def look(x: torch.Tensor | None) -> tuple | None:
-    """All of a tensor of the CPU that the way of a call depends on, but its values and address.
-
-    What is remembered of a call is found by the looks of its tensors, so that each memory asks for
-    all of these, and a kernel never gets a tensor that looks otherwise than the checked one.  False
-    for a tensor that is not memory of the CPU with the values as they are (a view with torch's
-    negative bit, one that a transform of torch.func has wrapped).
-    """
-    if x is None:
-        return None
-    if not x.is_cpu or x.is_neg() or _is_wrapped(x):
-        return False
-    return type(x), x.shape, x.stride(), x.dtype
-
-
-def looks(q, k, v, mask, bias) -> tuple | None:
-    """The looks of a dense call's tensors in one tuple; None where one of them has none."""
-    if (
-        not (q.is_cpu and k.is_cpu and v.is_cpu)
-        or q.is_neg() or k.is_neg() or v.is_neg()
-        or _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v)
-    ):  # fmt: skip
-        return None
-    of_mask = None if mask is None else look(mask)
-    of_bias = None if bias is None else look(bias)
-    if of_mask is False or of_bias is False:
-        return None
-    return (
-        type(q), q.shape, q.stride(), q.dtype, type(k), k.shape, k.stride(), k.dtype,
-        type(v), v.shape, v.stride(), v.dtype, of_mask, of_bias,
-    )  # fmt: skip
 
 
 def four(scores: torch.Tensor | None) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ LIMIT = 4096  # plans; then all of them are forgotten, which costs each call the
 
 class Plans(dict, Generic[T]):
     """A dict of at most LIMIT plans, by what a call looks like.  Keys of calls are made of
-    `attn_ext.core.layout.looks` and of whole slices of `attn_ext.core.schema.Call`, so that a field
+    `attn_ext.backends.looks` and of whole slices of `attn_ext.core.schema.Call`, so that a field
     that is added belongs to them.
     """
 

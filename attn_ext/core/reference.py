@@ -13,7 +13,7 @@ and the family: P = sigmoid(s + sigmoid_bias) without LSE; additive s = sum_d w_
 It holds the whole Sq x Sk matrix and computes in the inputs' dtype as a plain torch user would, so
 that on float64 copies it is the truth, and on the inputs themselves the error that an honest
 implementation has (`attn_ext.testing`). Differentiable by autograd in q, k, v, bias and sink,
-through `out` and `lse`.  Varlen and decode loop over the sequences.
+through `out` and `lse`, as often as one likes.  Varlen and decode loop over the sequences.
 """
 
 from __future__ import annotations
@@ -103,21 +103,30 @@ def dropout_keep_mask(
     The key is splitmix64 of (seed, offset), h the query head, i and j positions within the
     sequence.  `first_batch` is the index of the first batch element.
     """
-    key0, key1 = philox_key(seed, offset)
-    blocks = (seqlen_k + 3) // 4
-    sizes = (batch, heads, seqlen_q, blocks)
-    b, h, i, j4 = (
-        torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
-        for dim, n in enumerate(sizes)
+    b = range(first_batch, first_batch + batch)
+    every = (b, range(heads), range(seqlen_q), range(seqlen_k))
+    return keep_tile(philox_key(seed, offset), p, *every, device)
+
+
+def keep_tile(
+    key: tuple[int, int], p: float, b: range, h: range, i: range, j: range, device
+) -> torch.Tensor:
+    """`dropout_keep_mask` at some batch elements, heads, queries and keys, of a `philox_key`."""
+    key0, key1 = key
+    blocks = range(j.start // 4, (j.stop + 3) // 4)
+    sizes = tuple(map(len, (b, h, i, blocks)))
+    c3, c2, c1, c0 = (
+        torch.arange(r.start, r.stop, device=device).view([-1 if d == dim else 1 for d in range(4)])
+        for dim, r in enumerate((b, h, i, blocks))
     )
-    c0, c1, c2, c3 = j4, i, h, b + first_batch
     for _ in range(PHILOX_ROUNDS):
         hi0, lo0 = _mul_words(PHILOX_M0, c0)
         hi1, lo1 = _mul_words(PHILOX_M1, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ key0, lo1, hi0 ^ c3 ^ key1, lo0
         key0, key1 = (key0 + PHILOX_W0) & _WORD, (key1 + PHILOX_W1) & _WORD
     words = torch.stack([c.expand(sizes) for c in (c0, c1, c2, c3)], dim=-1)
-    words = words.reshape(batch, heads, seqlen_q, 4 * blocks)[..., :seqlen_k]
+    skipped = j.start - 4 * blocks.start
+    words = words.flatten(3)[..., skipped : skipped + len(j)]
     return words >= int(p * 4294967296.0)
 
 
@@ -172,7 +181,6 @@ class _Scores(torch.autograd.Function):
         return q @ k.transpose(-1, -2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, ds):
         q, k = ctx.saved_tensors
         return safe_matmul(ds, k), safe_matmul(ds.transpose(-1, -2), q)
@@ -189,7 +197,6 @@ class _WeightedSum(torch.autograd.Function):
         return safe_matmul(p, v)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         p, v = ctx.saved_tensors
         dp = dout @ v.transpose(-1, -2)

@@ -98,6 +98,25 @@ Grads = NamedTuple("Grads", [(name, torch.Tensor | None) for name in GRADIENTS])
 Grads.__new__.__defaults__ = (None,) * len(GRADIENTS)
 Grads.__doc__ = "The gradients of a call; None where one is not wanted or not there."
 
+Tangents = NamedTuple("Tangents", [(name, torch.Tensor | None) for name in GRADIENTS])
+Tangents.__new__.__defaults__ = (None,) * len(GRADIENTS)
+Tangents.__doc__ = "Tangents of a call's inputs, each like its input; None where it is 0."
+
+
+class Rows(NamedTuple):
+    """What the tangent of a backward takes beside the call: tensors like O and LSE, the gradients
+    with respect to them (d...), and the tangents of these four (t...).  None: 0."""
+
+    dout: torch.Tensor | None = None
+    dlse: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    tout: torch.Tensor | None = None
+    tlse: torch.Tensor | None = None
+    tdout: torch.Tensor | None = None
+    tdlse: torch.Tensor | None = None
+
+
 _NAMES = {torch.Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
 
 
@@ -112,6 +131,13 @@ def _declared(name: str) -> str:
 _SYMBOLIC = _marked(SYMBOLIC)
 PARAMETERS = ", ".join(map(_declared, FIELDS))  # of the operator attn_ext::forward
 GRADIENT_RESULTS = ", ".join(f"Tensor d{name}" for name in GRADIENTS)  # of attn_ext::backward
+# Of attn_ext::tangent and attn_ext::backward_tangent
+TANGENT_PARAMETERS = ", ".join(f"Tensor? t{name}" for name in GRADIENTS)
+TANGENT_RESULTS = ", ".join(f"Tensor td{name}" for name in GRADIENTS)
+ROW_PARAMETERS = (
+    "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor tout, Tensor tlse, Tensor? tdout, "
+    "Tensor? tdlse"
+)
 
 
 def call_of(scalars: tuple, **tensors) -> Call:

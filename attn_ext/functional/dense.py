@@ -62,7 +62,7 @@ def attention(
     backend="auto",
 ):  # fmt: skip
     """Exact attention softmax(scale * q k^T) v in O(N) memory, differentiable in q, k, v, bias,
-    sink and through LSE.
+    sink and through LSE, twice and in forward mode (sigmoid: once).
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] of one floating dtype and device; Hq is a
     multiple of Hk (GQA).
@@ -88,8 +88,7 @@ def attention(
     backend: "auto", or a name of `attn_ext.backends()`, which then never falls back.
 
     ValueError or TypeError name the argument, the rule and the value; NotImplementedError when no
-    backend can serve the call (`attn_ext.explain` says why), and for double backward and
-    forward-mode AD.
+    backend can serve the call (`attn_ext.explain` says why), and for third derivatives.
     """
     key = None
     if (

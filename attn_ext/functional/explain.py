@@ -12,6 +12,9 @@ from attn_ext.functional.common import NO_LSE
 from attn_ext.functional.decode import attention_decode, decode_call
 from attn_ext.functional.dense import attention, dense_call
 from attn_ext.functional.varlen import attention_varlen, varlen_call
+from attn_ext.ops import rules
+
+BLOCKED = "torch operations on tiles, in O(N) memory, whoever serves the call"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,15 @@ class Explanation:
         for name, why in self.reasons.items():
             verdict = "chosen" if name == self.chosen else "; ".join(why) or "able"
             lines.append(f"  {name:<10} {verdict}")
+        lines.append(f"  second derivatives and forward mode: {self.second}")
         return "\n".join(lines)
+
+    @property
+    def second(self) -> str:
+        """Who computes second derivatives and forward mode, or what to use in place of them."""
+        p = self.problem
+        missing = rules.not_twice(p.kind, p.normalizer, p.score)
+        return BLOCKED if missing is None else f"none; {missing[1]}"
 
 
 def of(problem: Problem, backend: str = "auto") -> Explanation:

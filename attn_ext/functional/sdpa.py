@@ -110,15 +110,15 @@ def _remembered(query, key, value, attn_mask, causal, scale, enable_gqa: bool, b
     """
     if attn_mask is not None and (causal or type(attn_mask) is not torch.Tensor):
         return None
-    if not type(query) is type(key) is torch.Tensor or query.dim() != 4 or key.dim() != 4:
-        return None
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        return None
     mask = bias = None
     if attn_mask is not None:
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    everything = (mask, bias, causal, (None, None), 0.0, scale, False, backend)
-    return fast.attempt(query, key, value, *everything)[1]
+    seen = fast.key_of(
+        query, key, value, mask, bias, causal, (None, None), 0.0, scale, False, backend
+    )  # fmt: skip
+    if seen is None or (not enable_gqa and query.shape[1:2] != key.shape[1:2]):
+        return None
+    return fast.run(seen, query, key, value, mask, bias)
 
 
 def is_causal_bias(mask) -> bool:

@@ -29,7 +29,14 @@ from torch.overrides import TorchFunctionMode
 from attn_ext.backends import registry
 from attn_ext.core import validate
 from attn_ext.integrations import sdpa_scopes as scopes
-from attn_ext.integrations.sdpa_calls import TORCH_SDPA, Report, call, report, reset
+from attn_ext.integrations.sdpa_calls import (
+    TORCH_SDPA,
+    Report,
+    call,
+    not_served_in_hook,
+    report,
+    reset,
+)
 
 __all__ = ["Report", "replace_sdpa", "report", "reset"]
 
@@ -49,6 +56,8 @@ def _kernel(
         return call(
             *settings, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
+    if (lost := scopes.lost()) is not None:
+        not_served_in_hook(lost.strict)
     return _ATEN._op_dk(
         torch._C.DispatchKey.CompositeImplicitAutograd, query, key, value, attn_mask, dropout_p,
         is_causal, scale=scale, enable_gqa=enable_gqa,
@@ -113,9 +122,9 @@ class replace_sdpa(TorchFunctionMode):
 
     Arguments and result are torch's: any number of leading dimensions, bool masks with True =
     attend, is_causal top-left, fully masked rows 0, autocast, gradients of a float mask, jagged
-    nested tensors.  Dropout draws another mask than torch from the same seed.  Second derivatives
-    raise: run such a part under sdpa_kernel(SDPBackend.MATH), which leaves it to torch, as do
-    forward-mode AD and tensor subclasses unknown here.
+    nested tensors, forward-mode AD and second derivatives.  Dropout draws another mask than torch
+    from the same seed.  Third derivatives raise: run such a part under
+    sdpa_kernel(SDPBackend.MATH), which leaves it to torch, as tensor subclasses unknown here are.
 
     nn.MultiheadAttention (need_weights=False) and nn.TransformerEncoder in evaluation go around
     scaled_dot_product_attention by a fused path of their own; it is off where this mode is on.

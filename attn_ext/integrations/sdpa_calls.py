@@ -74,6 +74,18 @@ def _left_to_torch(reason: str, counter: Counter) -> None:
         )
 
 
+def not_served_in_hook(strict: bool) -> None:
+    """What a block does about a hook that may be its own, seen from another thread."""
+    why = (
+        "it is called by a hook, and backward() runs in another thread than a replace_sdpa block "
+        "in which the graph may have been built: call backward() in that thread, or attention in "
+        "a replace_sdpa block within the hook"
+    )
+    if strict:
+        raise NotImplementedError(why)
+    _left_to_torch(why, _to_torch)
+
+
 @functools.lru_cache(maxsize=4096)
 def _serving(backend, device, index, dtype, seqlen_q, seqlen_k, dim, dim_v, grad, flags) -> str:
     """The name of the backend that serves such a call; NotImplementedError where none does."""

@@ -17,6 +17,9 @@ backward() was reached:
 So a block holds without any help of the model, `torch.utils.checkpoint` itself is left as it is,
 and nothing depends on whether backward() runs in a block, after it, or in another one.  A hook of
 a leaf (a parameter) has no forward and belongs to where backward() is called.
+
+Numbers are a thread's own.  So a hook of such a node is not in its block when backward() is called
+in another thread than the one that built the graph: `lost` tells that it may be so.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import functools
 import sys
 import threading
 import types
+import weakref
 from collections import deque
 from typing import NamedTuple
 
@@ -33,6 +37,7 @@ import torch
 
 _KEY = "attn_ext.replace_sdpa"
 _MARK = "_attn_ext_replace_sdpa"
+_LEAF = 2**63  # the least number of a leaf's node
 _RANGES = 4096  # blocks of a thread whose nodes' hooks are still known
 _has, _get, _set = torch._C._is_key_in_tls, torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
 _task, _node = torch._C._current_graph_task_id, torch._C._current_autograd_node
@@ -61,15 +66,19 @@ class Thread:
     `entries` is replaced, never changed: autograd's threads read it while it is.
     """
 
-    __slots__ = ("ended", "entries")
+    __slots__ = ("__weakref__", "ended", "entries")
 
     def __init__(self):
         self.entries: tuple = ()
         self.ended: deque = deque(maxlen=_RANGES)
+        with _lock:
+            _alive.add(self)
 
 
 everywhere: list[Settings] = []  # of `enable()`, for threads that are in no block
 _lock = threading.Lock()
+_alive: weakref.WeakSet[Thread] = weakref.WeakSet()
+_all_ended: deque = deque(maxlen=_RANGES)  # (thread, first, end, settings), of ended threads too
 _local = threading.local()
 _marking = False
 
@@ -104,6 +113,9 @@ def leave(settings: Settings | None) -> None:
             thread.entries = (*entries[:index], *above)
             if entries[index].first < (end := _next_number()):
                 thread.ended.append((entries[index].first, end, settings))
+                if settings is not None:
+                    with _lock:
+                        _all_ended.append((thread, entries[index].first, end, settings))
             return
 
 
@@ -135,6 +147,30 @@ def current() -> Settings | None:
     # one of autograd's threads has the state of the thread that called backward()
     caller = _get(_KEY) if _has(_KEY) else thread
     return _of_node(node._sequence_nr(), caller)
+
+
+def lost() -> Settings | None:
+    """The block of another thread that the node at work may have been made in, where `current()`
+    finds none because backward() was called in this one."""
+    task, thread = _task(), getattr(_local, "thread", None)
+    node = _node() if task != -1 else None
+    if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
+        return None
+    if thread is not None and thread.entries and thread.entries[-1].task == task:
+        return None  # a hook of saved tensors, which knows that it is in no block
+    caller = _get(_KEY) if _has(_KEY) else thread
+    number = node._sequence_nr()
+    with _lock:
+        others = [each for each in _alive if each is not caller]
+        ended = tuple(_all_ended)
+    for maker, first, end, settings in ended:
+        if maker is not caller and first <= number < end:
+            return settings
+    for each in others:
+        for entry in each.entries:
+            if entry.settings is not None and entry.first <= number < _LEAF:
+                return entry.settings
+    return None
 
 
 def _switch() -> Settings | None:

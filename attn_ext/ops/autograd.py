@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext.core.layout import four, look, looks
+from attn_ext.backends.looks import looks
+from attn_ext.core.layout import four
 from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, Grads, Needs, call_of
-from attn_ext.ops import dispatch, execute, rules
+from attn_ext.ops import dispatch, execute
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_forward_ad = torch.autograd.forward_ad
 
 
 def _batched(tensor) -> bool:
@@ -29,14 +31,6 @@ def _scatter(needs, results) -> tuple:
         if need:
             grads[index] = grad
     return tuple(grads)
-
-
-class Gradients(rules.WithoutForwardMode):
-    """Gradients as a Function of their own, whose derivative raises."""
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(rules.DOUBLE_BACKWARD)
 
 
 class EagerAttention(torch.autograd.Function):
@@ -69,7 +63,7 @@ class Remembered(NamedTuple):
 
     plan: object  # of the cpu backend
     rest: tuple  # the fields of the call that are no tensors
-    saved: tuple  # the looks of the inputs, of out and of lse
+    saved: tuple  # the looks of the inputs, and those of out and lse
 
 
 class RememberedAttention(torch.autograd.Function):
@@ -89,9 +83,12 @@ class RememberedAttention(torch.autograd.Function):
         saved, known = ctx.saved_tensors, ctx.known
         of_q, of_k, of_v, _, of_bias, _ = ctx.needs_input_grad
         needs = (of_q, of_k, of_v, of_bias)
-        if _as_before(saved, known, dout):
-            dq, dk, dv, dbias = known.plan.backward(*saved, dout, needs)
-            return dq, dk, dv, None, dbias, None
+        if type(dout) is torch.Tensor and _is_eager():
+            grads = known.plan.backward_again(*saved, dout, needs)
+            if grads is None and _as_before(saved, known, dout):
+                grads = known.plan.backward(*saved, dout, needs)
+            if grads is not None:
+                return grads
         q, k, v, mask, bias, out, lse = saved
         call = call_of(known.rest, q=q, k=k, v=v, mask=four(mask), bias=four(bias))
         wanted = Needs(q=of_q, k=of_k, v=of_v, bias=of_bias)
@@ -100,23 +97,30 @@ class RememberedAttention(torch.autograd.Function):
         return grads.q, grads.k, grads.v, None, dbias, None
 
 
+def _is_eager() -> bool:
+    """Whether neither a mode nor a transform of torch is at work, nor create_graph or forward
+    mode."""
+    return (
+        not torch.is_grad_enabled()
+        and _forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def _as_before(saved, known, dout) -> bool:
-    """Whether the saved tensors look as they did and the gradient as it must, in plain eager mode.
+    """Whether the saved tensors look as they did and the gradient as it must.
 
     Hooks of saved tensors may put others in their place, and hooks of the output another gradient.
     """
-    q, k, v, mask, bias, out, lse = saved
+    *inputs, out, lse = saved
     return (
-        (looks(q, k, v, mask, bias), look(out), look(lse)) == known.saved
-        and type(dout) is torch.Tensor
+        (looks(*inputs), looks(out, lse)) == known.saved
         and dout.shape == out.shape
         and dout.dtype == out.dtype
         and dout.is_cpu
         and not _is_batched(dout)
-        and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )  # fmt: skip
+    )
 
 
 # Without what Function.apply adds for torch.func's transforms, under which no call is remembered.
@@ -126,19 +130,14 @@ remembered_attention = super(torch.autograd.Function, RememberedAttention).apply
 def _gradients(dout, dlse, out, lse, call: Call, needs) -> tuple:
     if dout is None:
         dout = torch.zeros_like(out)
-    if _batched(dout) or _batched(dlse):  # the dispatcher takes them apart, one by one
+    # The dispatcher takes batched gradients apart, one by one, and knows the derivatives that
+    # create_graph and forward mode ask for.
+    if (
+        torch.is_grad_enabled()
+        or _forward_ad._current_level >= 0
+        or _batched(dout)
+        or _batched(dlse)
+    ):
         return torch.ops.attn_ext.backward(dout, dlse, out, lse, *call, needs)
     call = dispatch.checked_backward(dout, dlse, out, lse, call)
-    if torch.is_grad_enabled():  # create_graph: gradients that refuse to be differentiated
-        return EagerBackward.apply(
-            needs, call[TENSORS:], dout, dlse, out, lse, *call[:TENSORS]
-        )  # fmt: skip
     return execute.backward(dout, dlse, out, lse, call, needs)
-
-
-class EagerBackward(Gradients):
-    """The backward under create_graph=True."""
-
-    @staticmethod
-    def forward(ctx, needs, rest, dout, dlse, out, lse, *tensors):
-        return tuple(execute.backward(dout, dlse, out, lse, Call(*tensors, *rest), needs))

@@ -8,7 +8,7 @@ these; a kernel would read and write past their ends.
 from __future__ import annotations
 
 from attn_ext.core import validate
-from attn_ext.core.schema import Call, is_decode, lse_shape, statistics_dtype
+from attn_ext.core.schema import GRADIENTS, Call, is_decode, lse_shape, statistics_dtype
 
 
 def call(given: Call) -> Call:
@@ -73,3 +73,18 @@ def results(dout, dlse, out, lse, given: Call) -> None:
     for name, value, dtype in dtypes:
         if value.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+
+
+def tangents(given: Call, found) -> None:
+    """ValueError or TypeError unless each tangent is like its input."""
+    for name, tangent in zip(GRADIENTS, found, strict=True):
+        if tangent is None:
+            continue
+        like = getattr(given, name)
+        if like is None or tangent.shape != like.shape:
+            want = None if like is None else tuple(like.shape)
+            raise ValueError(f"t{name} must have {name}'s shape {want}, got {tuple(tangent.shape)}")
+        if tangent.dtype != like.dtype:
+            raise TypeError(f"t{name} must have {name}'s dtype {like.dtype}, got {tangent.dtype}")
+        if tangent.device != like.device:
+            raise ValueError(f"t{name} must be on {like.device}, got {tangent.device}")

@@ -6,11 +6,11 @@ from types import ModuleType
 
 import torch
 
-from attn_ext.backends import registry
+from attn_ext.backends import blocked, registry
 from attn_ext.core import validate
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
-from attn_ext.core.schema import TENSORS, Call, Grads, Needs
+from attn_ext.core.schema import TENSORS, Call, Grads, Needs, Rows, Tangents
 
 
 def prepared(call: Call) -> Call:
@@ -88,3 +88,30 @@ def backward(dout, dlse, out, lse, call: Call, needs) -> Grads:
     else:
         grads = module.backward(call, dout, out, lse, dlse, needs)
     return Grads(*[g if need else None for g, need in zip(grads, needs, strict=True)])
+
+
+def tangent(call: Call, tangents: Tangents) -> tuple:
+    """The tangents of O and LSE."""
+    return _in_torch(blocked.tangent, call, tangents)
+
+
+def backward_tangent(
+    call: Call, tangents: Tangents, rows: Rows, needs: Needs, primal: Needs
+) -> tuple[Grads, Grads]:
+    """The tangents of the gradients that `needs` asks for, and the gradients that `primal` asks
+    for."""
+    return _in_torch(blocked.backward_tangent, call, tangents, rows, needs, primal)
+
+
+def _in_torch(function, call: Call, *others):
+    """function(call, ...) of torch operations, which autograd, autocast and forward mode leave as
+    they are."""
+    call = prepared(call)
+    if call.cu_seqlens_q is not None:
+        validate.values(call)
+    device = call.q.device.type
+    with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+        if not torch.is_autocast_enabled(device):
+            return function(call, *others)
+        with torch.autocast(device, enabled=False):
+            return function(call, *others)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.core.layout import look, looks
+from attn_ext.backends.looks import looks
 from attn_ext.core.plans import Plans
 from attn_ext.core.schema import TENSORS, Call
 from attn_ext.ops import execute, route
@@ -19,7 +19,6 @@ _known: Plans[Remembered] = Plans()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._is_tracing
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 _forward_ad = torch.autograd.forward_ad
 
 
@@ -29,7 +28,6 @@ def key_of(
     """What the call looks like; None when it cannot take this way."""
     if (
         torch.compiler.is_compiling()
-        or not (isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) and q.is_cpu)
         or type(window) is not tuple
         or route.observers
         or route.through_dispatcher
@@ -40,11 +38,11 @@ def key_of(
         or torch.is_autocast_enabled("cpu")
     ):
         return None
+    seen = looks(q, k, v, mask, bias)
+    if seen is None:
+        return None
     recorded = torch.is_grad_enabled()
     try:
-        seen = looks(q, k, v, mask, bias)
-        if seen is None:
-            return None
         return (
             seen,
             # with the types, so that 1 and True are not taken for each other
@@ -57,9 +55,7 @@ def key_of(
                 or (bias is not None and bias.requires_grad)
             ),
         )  # fmt: skip
-    except (RuntimeError, AttributeError, ValueError):
-        # of a nested or sparse tensor, which has no strides; a mask that is no tensor; an array
-        # of numpy in the window, which has no truth
+    except ValueError:  # an array of numpy in the window, which has no truth
         return None
 
 
@@ -97,12 +93,12 @@ def _by_identity(key: tuple) -> bool:
 
 def remember(key: tuple | None, call: Call) -> None:
     """Keep the plan of a call that went the whole way."""
-    if key is None or not all(type(x) in _PLAIN for x in call[:5]) or _by_identity(key):
+    if key is None or _by_identity(key):
         return
     plan = execute.plan_of(call)
     if plan is None:
         return
-    saved = (key[0], look(plan.out), look(plan.lse))
+    saved = (key[0], looks(plan.out, plan.lse))
     try:
         _known.keep(key, Remembered(plan, call[TENSORS:], saved))
     except TypeError:

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from attn_ext.core.schema import FIELDS, Call
-from attn_ext.ops import dispatch  # noqa: F401  defines the operators
+from attn_ext.ops import second
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -39,10 +39,26 @@ def _backward_flops(dout, dlse, out, lse, *fields, out_shape=None, **unused) -> 
     return 3 * scores + 2 * values
 
 
+def _tangent_flops(out, lse, *fields, out_shape=None, **unused) -> int:
+    # S, q' K^T, Q k'^T; (P t') V and P V'
+    scores, values = _matmul_pair(fields)
+    return 3 * scores + 2 * values
+
+
+def _backward_tangent_flops(*inputs, out_shape=None, **unused) -> int:
+    # the same S and its tangent, two products each for dQ' and dK'; dP, two for dP' and for dV'.
+    # Gradients that are asked for beside cost one product each.
+    scores, values = _matmul_pair(inputs[second.ROWS :])
+    primal = inputs[-1]
+    return (7 + sum(primal[:2])) * scores + (5 + primal[2]) * values
+
+
 def _register(counter) -> None:
     """Hand the formulas to the module torch.utils.flop_counter."""
     counter.register_flop_formula(torch.ops.attn_ext.forward)(_forward_flops)
     counter.register_flop_formula(torch.ops.attn_ext.backward)(_backward_flops)
+    counter.register_flop_formula(torch.ops.attn_ext.tangent)(_tangent_flops)
+    counter.register_flop_formula(torch.ops.attn_ext.backward_tangent)(_backward_tangent_flops)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

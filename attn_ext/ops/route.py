@@ -10,8 +10,8 @@ import sys
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, is_decode
-from attn_ext.ops import dispatch, execute, rules  # noqa: F401  dispatch defines the operators
+from attn_ext.core.schema import TENSORS, Call, is_decode
+from attn_ext.ops import derivatives, execute  # noqa: F401  derivatives of the operators
 from attn_ext.ops.autograd import EagerAttention
 
 observers: list = []  # functions of a Call that see each eager call (inspect.record)
@@ -65,9 +65,11 @@ def run(call: Call) -> tuple:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return torch.ops.attn_ext.forward(*_differentiable(call))
     call = Call(*unwrap_dead_wrappers(call[:TENSORS]), *call[TENSORS:])  # leaked by a transform
-    if torch.autograd.forward_ad._current_level >= 0:
-        rules.refuse_tangents(call[at] for at in GRADIENT_AT)
-    if through_dispatcher or not (is_plain(*call[:3]) and _sides_are_plain(call)):
+    if (
+        through_dispatcher
+        or torch.autograd.forward_ad._current_level >= 0  # only its derivatives have a forward mode
+        or not (is_plain(*call[:3]) and _sides_are_plain(call))
+    ):
         if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
             from attn_ext.ops import dtensor
 

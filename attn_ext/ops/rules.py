@@ -2,7 +2,8 @@
 
 torch.library.register_autograd serves plain autograd only: within torch.func.grad, vjp or jacrev
 the torch.autograd.Function that it makes raises, and torch.compile traces those transforms by
-running the operator within them.  The derivative registered here holds in all of these.
+running the operator within them; and it has no forward mode.  The derivatives registered here hold
+in all of these.
 """
 
 from __future__ import annotations
@@ -12,36 +13,71 @@ import contextlib
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 
-FORWARD_AD = (
-    "attn_ext has no forward-mode AD: use reverse mode (torch.func.vjp, jacrev) or "
-    "torch's attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+from attn_ext.core.schema import Call, is_decode
+
+MATH = (
+    "use torch's attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be "
+    "differentiated any number of times"
 )
-DOUBLE_BACKWARD = (
-    "attn_ext has no double backward: use torch's attention under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be differentiated twice"
+THIRD = (
+    "attn_ext has no third derivative of attention (nor a tangent of a tangent; "
+    "torch.autograd.functional.hvp asks for one, its vhp and torch.func.jvp of grad do not): "
+    f"{MATH}"
 )
+FORWARD_MODE, DOUBLE_BACKWARD = "forward-mode AD", "double backward"
 
 
-class WithoutForwardMode(torch.autograd.Function):
-    """A Function whose forward-mode derivative raises."""
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(FORWARD_AD)
-
-
-def refuse_tangents(tensors) -> None:
-    """NotImplementedError where one of the tensors is a dual number of forward-mode AD."""
-    for tensor in tensors:
-        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(FORWARD_AD)
+def not_twice(kind: str, normalizer: str, score: str) -> tuple[str, str] | None:
+    """(name, what to use) of a kind of attention that is differentiated once; None for others."""
+    formula = "write its formula in torch operations, as attn_ext.core.reference does"
+    if score != "dot":
+        return f"{score} attention", formula
+    if normalizer != "softmax":
+        return f"{normalizer} attention", formula
+    if kind == "decode":
+        return "attention_decode", "use attention or attention_varlen"
+    return None
 
 
-def derivative(lib, name: str, setup_context, backward, recorded=lambda inputs: inputs) -> None:
-    """Register the derivative of the operator attn_ext::name.
+def refuse_once_only(call: Call, what: str) -> None:
+    """NotImplementedError where this kind of call has no derivative of second order; `what` the
+    caller asked for."""
+    kind = "decode" if is_decode(call) else ""
+    found = not_twice(kind, call.normalizer, "dot" if call.w is None else "additive")
+    if found is not None:
+        raise NotImplementedError(f"attn_ext has no {what} of {found[0]}: {found[1]}")
 
-    setup_context(ctx, inputs, output) and backward(ctx, *grads) are as torch.library has them;
-    recorded(inputs) are the inputs of a call that is differentiated.
+
+_unpack_dual = torch._VF._unpack_dual
+
+
+def primal_of(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x without its tangent at this level of forward-mode AD; those of outer levels stay."""
+    return x if x is None else _unpack_dual(x, level=0)[0]
+
+
+def _may_be_dual() -> bool:
+    """Whether forward-mode AD may be on: torch.autograd.forward_ad does not know of the levels of
+    torch.func, nor of those in a graph that is being traced, which a dispatch mode tells."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or _transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _is_dual(inputs) -> bool:
+    """Whether one of the inputs is a dual number of forward-mode AD."""
+    return _may_be_dual() and any(
+        isinstance(x, torch.Tensor) and _unpack_dual(x, level=0)[1] is not None for x in inputs
+    )
+
+
+def derivative(lib, name: str, context, backward, jvp, recorded=lambda inputs: inputs) -> None:
+    """Register the derivatives of the operator attn_ext::name.
+
+    context(ctx, inputs, output), backward(ctx, *grads) and jvp(ctx, *tangents) are as those of a
+    torch.autograd.Function; recorded(inputs) are the inputs of a call that is differentiated.
     """
     operator = getattr(torch.ops.attn_ext, name).default
 
@@ -49,18 +85,23 @@ def derivative(lib, name: str, setup_context, backward, recorded=lambda inputs: 
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    class Recorded(WithoutForwardMode):
+    class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs_and_keyset):
             *inputs, keyset = inputs_and_keyset
             with _outer_levels_record():
                 output = below(keyset, inputs)
-            setup_context(ctx, tuple(inputs), output)
+            context(ctx, tuple(inputs), output)
             return output
 
         @staticmethod
         def backward(ctx, *grads):
             return (*backward(ctx, *grads), None)
+
+        @staticmethod
+        def jvp(ctx, *tangents_and_none):
+            with _outer_levels_record():
+                return jvp(ctx, *tangents_and_none[:-1])
 
     # Function.apply would hand the whole Function to the innermost transform.  Here the dispatcher
     # has come to this operator's derivative at one level of the transforms, as it comes to the
@@ -68,9 +109,8 @@ def derivative(lib, name: str, setup_context, backward, recorded=lambda inputs: 
     record = super(torch.autograd.Function, Recorded).apply
 
     def implementation(keyset, *inputs):
-        if torch.autograd.forward_ad._current_level >= 0:
-            refuse_tangents(x for x in inputs if isinstance(x, torch.Tensor))
-        if not (torch.is_grad_enabled() and _requires_grad(inputs)):
+        recording = torch.is_grad_enabled() and _requires_grad(inputs)
+        if not (recording or _is_dual(inputs)):
             return below(keyset, inputs)
         with _one_level():
             return record(*recorded(inputs), keyset)
@@ -94,8 +134,8 @@ def _one_level():
 
 @contextlib.contextmanager
 def _outer_levels_record():
-    """Undo within transforms what a Function's forward switches off: derivatives of outer levels,
-    to which the dispatcher goes from here."""
+    """Undo within transforms what a Function's forward and jvp switch off: derivatives of outer
+    levels, to which the dispatcher goes from here."""
     if not _transformed():
         yield
         return

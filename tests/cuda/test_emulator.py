@@ -7,10 +7,13 @@ emulator's loops.  On a GPU `wrapper` must give the same bits but for mma sums a
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import seen
 from closeness import TWO_LAST_PLACES, TWO_LAST_PLACES_NEAR_0, assert_arrays_close
+from emulator_build import FLAGS, SOURCES, compiler, compiler_version
 from repository import ROOT
 
 emulated = pytest.importorskip(
@@ -455,6 +458,11 @@ def test_both_sides_of_the_header_have_the_same_wrappers(suffix, least):
 
 def test_portable_fibers(tmp_path):
     """The ucontext switch, which other CPUs use, runs the example too."""
+    files = set().union(*map(seen.included, (*SOURCES, TESTS / "example.cuh")))
+    digest = seen.digest({*files, Path(__file__).resolve()}, compiler_version(), FLAGS)
+    due = ["portable fibers"] if seen.turn("portable fibers", 8) else []
+    if seen.known("programs", "portable fibers", digest, due):
+        return
     main = tmp_path / "main.cpp"
     main.write_text(
         """
@@ -476,14 +484,12 @@ def test_portable_fibers(tmp_path):
         }
         """
     )
-    sources = sorted((ROOT / "csrc/emulation").glob("*.cpp"))
-    sources = [str(s) for s in sources if s.name != "bindings.cpp"]
-    flags = ["-O1", "-std=c++17", "-w", "-DATTN_EMULATED", "-DATTN_FIBER_UCONTEXT", "-pthread"]
     binary = str(tmp_path / "main")
-    command = ["c++", *flags, f"-I{ROOT / 'csrc'}", str(main), *sources, "-o", binary]
-    subprocess.run(command, check=True)
+    flags = [*FLAGS, "-DATTN_FIBER_UCONTEXT", f"-I{ROOT / 'csrc'}"]
+    compiler(*flags, main, *SOURCES, "-o", binary)
     done = subprocess.run([binary], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    seen.passed("programs", "portable fibers", digest)
 
 
 def test_faults_leave_the_process_alive():

@@ -4,15 +4,23 @@ Each bug is a patch of tests/mutants, applied to a copy of csrc.  Only the kerne
 (csrc/emulation/tests/mutant_kernels.cpp) are compiled again; the emulator and the problems that
 they run on are compiled once.  A bug that passes everywhere would mean that the emulator, or these
 problems, cannot see its kind.
+
+A bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of those
+is compiled, and whatever a change of the kernels, of the emulator or of a patch can affect.
 """
 
+import functools
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
+import emulator_build
 import patches
 import pytest
+import seen
+from emulator_build import FLAGS, SOURCES, compiler, compiler_version, emulator
 from repository import ROOT
 
 pytest.importorskip(
@@ -24,20 +32,12 @@ PARTS = (
     "example", "sm80_forward", "sm80_backward", "sm90_forward", "sm90_backward",
     "sm90_backward_split", "sm90_backward_fused",
 )  # fmt: skip
-MUTANTS = {p.name: p for p in map(patches.read, sorted(ROOT.glob("tests/mutants/*/*.patch")))}
-FLAGS = ["-O1", "-std=c++17", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-pthread",
-         "-DATTN_EMULATED"]  # fmt: skip
+FILES = [p for p in sorted(ROOT.glob("tests/mutants/*/*.patch")) if p.parent.name != "second"]
+MUTANTS = {p.name: p for p in map(patches.read, FILES)}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # headers that every kernel takes half a second to read
 PRELUDE = ("algorithm", "array", "cmath", "cstdint", "cstring", "functional", "map", "stdexcept",
            "string", "vector")  # fmt: skip
-
-
-def compiler(*arguments):
-    """The C++ compiler, which must succeed."""
-    command = [os.environ.get("CXX", "c++"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr[-3000:]}"
 
 
 class Workshop(NamedTuple):
@@ -50,17 +50,17 @@ class Workshop(NamedTuple):
     sanitize: list
 
     @classmethod
-    def build(cls, folder, emulator, sanitize=()):
-        tree, prelude = folder / "tree", folder / "prelude.h"
+    def build(cls, factory, sanitize=()):
+        """With what all workers of the run share."""
+        tree = factory.mktemp("mutants") / "tree"
         shutil.copytree(
             ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("cpu", "bindings.cpp")
         )
-        prelude.write_text("".join(f"#include <{name}>\n" for name in PRELUDE))
-        compiler(*FLAGS, *sanitize, "-x", "c++-header", prelude, "-o", f"{prelude}.gch")
-        driver = folder / "mutant.o"
-        source = tree / "csrc/emulation/tests/mutant.cpp"
-        compiler(*FLAGS, "-O2", *sanitize, "-c", source, "-o", driver)
-        return cls(tree, [driver, *emulator], prelude, list(sanitize))
+        shared = seen.shared_folder(factory)
+        name = "sanitized" if sanitize else "driver"
+        driver = seen.once(shared / name, functools.partial(build_driver, sanitize=sanitize))
+        objects = [driver / "mutant.o", *emulator(factory)]
+        return cls(tree, objects, driver / "prelude.h", list(sanitize))
 
     def run(self, part, folder, modes, *flags):
         """What the kernels in the tree say: exit code, {mode: verdict}, stderr."""
@@ -87,34 +87,76 @@ class Workshop(NamedTuple):
                 (self.tree / file).write_text(text)
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    """The emulator's objects.  It checks what it is given itself: no sanitizer."""
-    folder, objects = tmp_path_factory.mktemp("emulator"), []
-    for source in sorted(ROOT.glob("csrc/emulation/*.cpp")):
-        if source.stem != "bindings":
-            objects.append(folder / f"{source.stem}.o")
-            compiler(*FLAGS, "-O2", "-c", source, "-o", objects[-1])
-    return objects
+DRIVER = ROOT / "csrc/emulation/tests/mutant.cpp"
+HELPERS = (patches.__file__, emulator_build.__file__)
+
+
+def build_driver(folder, sanitize):
+    """What runs the kernels, and the headers that these take."""
+    prelude = folder / "prelude.h"
+    prelude.write_text("".join(f"#include <{name}>\n" for name in PRELUDE))
+    compiler(*FLAGS, *sanitize, "-x", "c++-header", prelude, "-o", f"{prelude}.gch")
+    compiler(*FLAGS, "-O2", *sanitize, "-c", DRIVER, "-o", folder / "mutant.o")
 
 
 @pytest.fixture(scope="module")
-def workshop(emulator, tmp_path_factory):
-    return Workshop.build(tmp_path_factory.mktemp("mutants"), emulator)
+def workshop(tmp_path_factory):
+    return Workshop.build(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def sanitized(emulator, tmp_path_factory):
+def sanitized(tmp_path_factory):
     """The same under AddressSanitizer."""
-    return Workshop.build(tmp_path_factory.mktemp("sanitized"), emulator, SANITIZE)
+    return Workshop.build(tmp_path_factory, SANITIZE)
+
+
+@functools.cache
+def sources(part):
+    """The files that the kernels of a part are made of, and those that run them."""
+    kernels = DRIVER.with_name("mutant_kernels.cpp")
+    command = [os.environ.get("CXX", "c++"), *FLAGS, f"-DPART_HERE={PARTS.index(part)}", "-MM"]
+    done = subprocess.run([*command, kernels], capture_output=True, text=True, check=True)
+    found = {Path(name).resolve() for name in done.stdout.replace("\\\n", " ").split()[1:]}
+    for source in (DRIVER, *SOURCES):
+        found |= seen.included(source)
+    return found | {Path(file).resolve() for file in (__file__, *HELPERS)}
+
+
+def digest(part, *facts, patch=None):
+    """Of all that decides what the kernels of a part do on the emulator."""
+    changed = patches.apply(patch, ROOT) if patch else {}
+    return seen.digest(sources(part), compiler_version(), *facts, changed=changed)
+
+
+TABLE = "planted_bugs"
+BUGS = [name for name in MUTANTS if not name.startswith("sanitizer/")]
+CLEAN = [f"no bug: {part}" for part in PARTS]
+WITHIN = [
+    f"within tensors: {part}{' general' * general}"
+    for part in PARTS[1:]
+    for general in ((False, True) if part.startswith("sm80") else (False,))
+    if part != "sm90_backward_split"
+]
+OUTSIDE = "sanitizer/a-copy-past-the-last-key"
+# at each commit, whatever was seen: eight bugs, one part without a bug, one part for its tensors
+DUE = {*seen.sample(BUGS, 8), *seen.sample(CLEAN, 1), *seen.sample(WITHIN, 1)}
+
+
+def test_the_table_names_no_bug_that_is_gone():
+    """A bug that was taken out, and still looks as if it was caught."""
+    assert not seen.strangers(TABLE, [*BUGS, *CLEAN, *WITHIN, OUTSIDE])
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_kernels_as_they_are_pass_every_mode(part, workshop, tmp_path):
+def test_kernels_as_they_are_pass_every_mode(part, request, tmp_path):
     """Without this, a driver that always complains would pass all tests below."""
-    code, found, stderr = workshop.run(part, tmp_path, ())
+    name, today = f"no bug: {part}", digest(part)
+    if seen.known(TABLE, name, today, DUE):
+        return
+    code, found, stderr = request.getfixturevalue("workshop").run(part, tmp_path, ())
     assert code == 0, stderr
     assert found == dict.fromkeys([*patches.MODES, "banks"], "ok")
+    seen.passed(TABLE, name, today)
 
 
 def test_every_patch_applies():
@@ -152,41 +194,45 @@ def test_a_stale_patch_is_named(tmp_path):
         patches.apply(patch, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in MUTANTS if not name.startswith("sanitizer/")])
-def test_planted_bug_is_caught(name, workshop, tmp_path):
-    patch = MUTANTS[name]
-    modes = (*patch.caught, *patch.silent)
-    code, found, stderr = workshop.run_with(patch, name.split("/")[0], tmp_path, modes)
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(name, request, tmp_path):
+    patch, part = MUTANTS[name], name.split("/")[0]
+    today = digest(part, patch.caught, patch.silent, patch=patch)
+    if seen.known(TABLE, name, today, DUE):
+        return
+    workshop, modes = request.getfixturevalue("workshop"), (*patch.caught, *patch.silent)
+    code, found, stderr = workshop.run_with(patch, part, tmp_path, modes)
     assert code == 0, f"the driver died: {stderr}"
     assert set(found) == set(modes)
     passed = [mode for mode in patch.caught if found[mode] == "ok"]
     assert passed == [], f"not caught by {passed}: {found}"
     noticed = [mode for mode in patch.silent if found[mode] != "ok"]
     assert noticed == [], f"caught by more modes than stated, {noticed}: {found}"
+    seen.passed(TABLE, name, today)
 
 
-@pytest.mark.parametrize(
-    ("part", "general"),
-    [
-        ("sm80_forward", False),
-        ("sm80_forward", True),
-        ("sm80_backward", False),
-        ("sm80_backward", True),
-        ("sm90_forward", False),
-        ("sm90_backward", False),
-        ("sm90_backward_fused", False),
-    ],
-)
-def test_kernels_stay_within_their_tensors(part, general, sanitized, tmp_path):
+@pytest.mark.parametrize("name", WITHIN)
+def test_kernels_stay_within_their_tensors(name, request, tmp_path):
     """Global memory, which the emulator does not check: ragged ends under AddressSanitizer."""
+    part, general = name.split()[2], name.endswith("general")
+    today = digest(part, SANITIZE, general)
+    if seen.known(TABLE, name, today, DUE):
+        return
     flag = f"-DKERNELS_GENERAL={str(general).lower()}"
+    sanitized = request.getfixturevalue("sanitized")
     code, found, stderr = sanitized.run(part, tmp_path, ("plain",), flag)
     assert code == 0, stderr[-3000:]
     assert found == {"plain": "ok"}
+    seen.passed(TABLE, name, today)
 
 
-def test_sanitizer_sees_a_copy_past_the_last_key(sanitized, tmp_path):
+def test_sanitizer_sees_a_copy_past_the_last_key(request, tmp_path):
     """Without this the test above might pass because nothing looks."""
-    patch = MUTANTS["sanitizer/a-copy-past-the-last-key"]
-    code, _, stderr = sanitized.run_with(patch, "sm80_forward", tmp_path, ("plain",))
+    patch, part = MUTANTS[OUTSIDE], "sm80_forward"
+    today = digest(part, SANITIZE, patch=patch)
+    if seen.known(TABLE, OUTSIDE, today):
+        return
+    sanitized = request.getfixturevalue("sanitized")
+    code, _, stderr = sanitized.run_with(patch, part, tmp_path, ("plain",))
     assert code != 0 and "heap-buffer-overflow" in stderr
+    seen.passed(TABLE, OUTSIDE, today)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from emulator_build import FLAGS, compiler, emulator
 
 emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
@@ -164,13 +165,11 @@ def expected():
     return np.stack([[emulated.hopper(op, b) for op in range(len(GOLDEN))] for b in (False, True)])
 
 
-def test_program_agrees_with_the_module(expected, tmp_path):
+def test_program_agrees_with_the_module(expected, tmp_path, tmp_path_factory):
     """The program that a GPU runs, run as C++."""
     binary = tmp_path / "golden"
-    emulator = [str(p) for p in (ROOT / "csrc/emulation").glob("*.cpp") if p.stem != "bindings"]
-    flags = ["-O1", "-std=c++17", "-w", "-DATTN_EMULATED", "-fno-strict-aliasing", "-pthread"]
-    source = ["-x", "c++", str(TESTS / "golden_sm90.cu"), *emulator]
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, *source, "-o", str(binary)], check=True)
+    objects = emulator(tmp_path_factory)
+    compiler(*FLAGS, "-x", "c++", TESTS / "golden_sm90.cu", "-x", "none", *objects, "-o", binary)
     np.testing.assert_array_equal(run(binary, tmp_path), expected)
 
 

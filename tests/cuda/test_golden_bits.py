@@ -14,6 +14,7 @@ import closeness
 import numpy as np
 import pytest
 from closeness import assert_arrays_close
+from emulator_build import FLAGS, compiler, emulator
 
 emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
@@ -94,13 +95,11 @@ def run(binary, records, folder):
     return np.fromfile(folder / "out", np.uint32).reshape(len(records), 32, 16)
 
 
-def test_program_agrees_with_the_module(records, expected, tmp_path):
+def test_program_agrees_with_the_module(records, expected, tmp_path, tmp_path_factory):
     """The program that a GPU runs, run as C++: it must read and write what the module does."""
     binary = tmp_path / "golden"
-    emulator = [str(p) for p in (ROOT / "csrc/emulation").glob("*.cpp") if p.stem != "bindings"]
-    flags = ["-O1", "-std=c++17", "-w", "-DATTN_EMULATED", "-fno-strict-aliasing", "-pthread"]
-    source = ["-x", "c++", str(TESTS / "golden.cu"), *emulator]
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, *source, "-o", str(binary)], check=True)
+    objects = emulator(tmp_path_factory)
+    compiler(*FLAGS, "-x", "c++", TESTS / "golden.cu", "-x", "none", *objects, "-o", binary)
     np.testing.assert_array_equal(run(binary, records, tmp_path), expected)
     answered = [op for i, op in enumerate(OPS) if expected[i :: len(OPS)].any()]
     assert answered == OPS  # every wrapper writes something

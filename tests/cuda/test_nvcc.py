@@ -2,15 +2,19 @@
 
 The half of ptx.cuh that the emulator never runs is at least compiled for every architecture, and a
 change that costs registers or spills shows here.  `python bench/cuda_resources.py --write` renews
-the table.
+the table.  What was compiled of these very sources is known (tests/helpers/seen.py): only a sample
+of it is compiled again.
 """
 
 import json
 import os
 import re
 import subprocess
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import seen
 from repository import ROOT, load
 
 resources, machine_code = load("bench/cuda_resources.py"), load("bench/machine_code.py")
@@ -106,6 +110,52 @@ def test_log_parser_reads_names_spills_and_warnings():
         resources.parse("ptxas info : (C7510) Potential Performance Loss: wgmma serialized")
 
 
+# Each kernel for one architecture, and each architecture for some widths of each dtype.  The hot
+# loops are counted in the machine code for sm_80 at 64 and 128.  fp16 is the text of bf16 with
+# another type: two widths of it.
+CHOSEN = {
+    ("launch", 0): "80",
+    ("bf16", 32): "90a", ("bf16", 64): "80", ("bf16", 96): "120", ("bf16", 128): "80",
+    ("bf16", 192): "90a", ("bf16", 256): "120",
+    ("fp16", 64): "90a", ("fp16", 128): "120",
+    ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
+    ("float", 192): "120", ("float", 256): "80",
+    **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
+    **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
+}  # fmt: skip
+COMPILED = [(dtype, dim, (arch,)) for (dtype, dim), arch in CHOSEN.items()]
+if os.environ.get("ATTN_EXT_NVCC_ALL") == "1":  # every row of the table
+    COMPILED = [(dtype, dim, resources.unit_archs(dtype)) for dtype, dim in resources.UNITS]
+
+
+SEEN = "nvcc"
+DUE = seen.sample([f"{dtype} {dim}" for dtype, dim in CHOSEN], 1)  # a unit at each commit
+
+
+class Known(NamedTuple):
+    """A test by its name in the table, and the digest of all that decides what it finds."""
+
+    name: str
+    digest: str
+
+    @classmethod
+    def of(cls, what, dtype, head_dim, *facts):
+        """facts: the rows of a table that nvcc's result is held against."""
+        unit = re.findall(r'#include "(.*)"', resources.source_text(dtype, head_dim))
+        files = set().union(*(seen.included(ROOT / "csrc" / name, "emulation") for name in unit))
+        files |= {ROOT / "bench/cuda_resources.py", ROOT / "bench/machine_code.py"}
+        files.add(Path(__file__).resolve())
+        facts = (resources.nvcc_version(NVCC), dtype, head_dim, *facts)
+        return cls(f"{dtype} {head_dim}: {what}", seen.digest(files, *facts))
+
+    def __bool__(self):
+        due = [self.name] if self.name.split(":")[0] in DUE else []
+        return seen.known(SEEN, self.name, self.digest, due)
+
+    def passed(self):
+        seen.passed(SEEN, self.name, self.digest)
+
+
 TOOLS = NVCC and all(map(resources.find_cuda_tool, ("cuobjdump", "nvdisasm")))
 needs_tools = pytest.mark.skipif(not TOOLS, reason="nvcc, cuobjdump or nvdisasm is missing")
 
@@ -136,15 +186,19 @@ INSTRUCTIONS = ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG.DEALLOC")
         ("sm90_backward_fused", ("STSM.16.MT88.4", "UBLKRED.G.S.ADD.F32")),
     ],
 )
-def test_hopper_kernels_use_hoppers_instructions(hopper_sass, kernel, more):
+def test_hopper_kernels_use_hoppers_instructions(request, kernel, more):
     """wgmma that the compiler waits for one by one, loads that are no copies of the engine, arrays
     that went to local memory, registers that were not handed over."""
-    sass = hopper_sass[kernel]
+    known = TOOLS and Known.of(f"instructions of {kernel}", "sm90 bf16", 128)
+    if known:
+        return
+    sass = request.getfixturevalue("hopper_sass")[kernel]
     for name in (*INSTRUCTIONS, *more):
         assert name in sass, name
     assert not re.search(r"\b(STL|LDL)\b", sass)
     # a wait behind each product instead of each group: 4 or 8 products a group
     assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) * 4 <= len(re.findall(r"\bHGMMA", sass))
+    known.passed()
 
 
 def until_the_next_wait(sass, before):
@@ -153,8 +207,12 @@ def until_the_next_wait(sass, before):
     return sass[begin : sass.index("WARPGROUP.DEPBAR", begin + 16)]
 
 
-def test_hopper_kernels_compute_while_the_tensor_cores_do(hopper_sass):
+def test_hopper_kernels_compute_while_the_tensor_cores_do(request):
     """ptxas moves arithmetic behind a wait that it need not wait for."""
+    known = TOOLS and Known.of("what overlaps", "sm90 bf16", 128)
+    if known:
+        return
+    hopper_sass = request.getfixturevalue("hopper_sass")
     # softmax of a tile (32 values a row and thread, 2 rows) while P V is under way
     overlapped = until_the_next_wait(hopper_sass["sm90_forward"], "HGMMA")
     assert overlapped.count("MUFU.EX2") >= 64
@@ -168,24 +226,7 @@ def test_hopper_kernels_compute_while_the_tensor_cores_do(hopper_sass):
         # dS packed, 16 words, while dV is
         sass = sass[sass.index(overlapped) + len(overlapped) :]
         assert sass[: sass.index("WARPGROUP.DEPBAR", 16)].count("F2FP.BF16") >= 16
-
-
-# Each kernel for one architecture, and each architecture for some widths of each dtype.  The hot
-# loops are counted in the machine code for sm_80 at 64 and 128.  fp16 is the text of bf16 with
-# another type: two widths of it.
-CHOSEN = {
-    ("launch", 0): "80",
-    ("bf16", 32): "90a", ("bf16", 64): "80", ("bf16", 96): "120", ("bf16", 128): "80",
-    ("bf16", 192): "90a", ("bf16", 256): "120",
-    ("fp16", 64): "90a", ("fp16", 128): "120",
-    ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
-    ("float", 192): "120", ("float", 256): "80",
-    **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
-    **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
-}  # fmt: skip
-COMPILED = [(dtype, dim, (arch,)) for (dtype, dim), arch in CHOSEN.items()]
-if os.environ.get("ATTN_EXT_NVCC_ALL") == "1":  # every row of the table
-    COMPILED = [(dtype, dim, resources.unit_archs(dtype)) for dtype, dim in resources.UNITS]
+    known.passed()
 
 
 def test_every_unit_but_those_of_fp16_is_compiled():
@@ -202,6 +243,16 @@ def test_every_unit_but_those_of_fp16_is_compiled():
     ids=lambda x: "-".join(x) if isinstance(x, tuple) else None,
 )
 def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim, archs):
+    kind = f"<{resources.DTYPES.get(dtype.split()[-1])}, {head_dim}"
+    rows = {
+        kernel: [row.get(f"sm_{arch}") for arch in archs]
+        for kernel, row in TABLE["kernels"].items()
+        if kernel.startswith("sm90_") == dtype.startswith("sm90")
+        and (kind in kernel or not head_dim)
+    }
+    known = Known.of(f"compiles for {', '.join(archs)}", dtype, head_dim, TABLE["nvcc"], rows)
+    if known:
+        return
     found = resources.compile_unit(NVCC, dtype, head_dim, archs)
     bad = resources.differences(TABLE, found, archs)
     if resources.nvcc_version(NVCC) != TABLE["nvcc"]:
@@ -213,6 +264,7 @@ def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim, ar
             if row["spill_bytes"] > resources.spill_budget(kernel, arch)
         ]
     assert bad == []
+    known.passed()
 
 
 @needs_tools
@@ -223,9 +275,21 @@ def test_hot_loops_have_no_more_instructions_than_the_table_says(family, head_di
     table = json.loads(machine_code.TABLE.read_text())
     if resources.nvcc_version(NVCC) != table["nvcc"]:
         pytest.skip(f"the table is of nvcc {table['nvcc']}")
+    names = [f"{name} {head_dim}" for name, k in machine_code.KERNELS.items() if k.family == family]
+    expected = {name: table["kernels"].get(name) for name in names}
+    known = Known.of("hot loops", "bf16" if family == "sm80" else "sm90 bf16", head_dim, expected)
+    if known:
+        return
     rows = machine_code.measure(NVCC, (family,), (head_dim,))
     assert len(rows) == sum(k.family == family for k in machine_code.KERNELS.values())
     assert machine_code.differences(table, rows) == []
+    known.passed()
+
+
+def test_the_table_of_what_was_seen_names_no_test_that_is_gone():
+    """A unit that is compiled no more, and still looks as if it was."""
+    units = {f"{dtype} {dim}" for dtype, dim in resources.UNITS}
+    assert not {name for name in seen.read(SEEN) if name.split(":")[0] not in units}
 
 
 def test_hopper_loops_take_descriptors_from_uniform_registers():

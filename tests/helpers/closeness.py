@@ -22,6 +22,7 @@ BFLOAT16 = Tolerance(2e-2, 2e-2)  # inputs, weights and a result of 8 bits
 BFLOAT16_LAYERS = Tolerance(3e-2, 3e-2)  # the same after one more product, or through backward
 HALF = Tolerance(1e-2, 1e-2)  # a result that passed through 11 bits, or a gradient through 8
 MEAN_IN_HALF = Tolerance(0.0, 4e-3)  # one rounding to 8 bits of a number below 1
+SECOND = Tolerance(1e-12, 1e-12)  # second derivatives in float64, added up in another order
 LSE = Tolerance(1e-6, 1e-6)  # a logarithm in float32 against float64
 QUOTIENT = Tolerance(1e-6, 1e-6)  # a difference quotient with steps of 1e-6, in float64
 TRAINED = Tolerance(1e-6, 1e-7)  # losses of two steps of one model, trained by the same arithmetic

@@ -30,7 +30,7 @@ MODES = (
     "all",
 )  # of the emulator; beside them "banks" and "address"
 HEAD = re.compile(
-    r"(?P<what>.+)\. Caught by test_emulator_mutations\.py in: (?P<caught>[\w, ]+)\."
+    r"(?P<what>.+)\. Caught by test_\w+_mutations\.py in: (?P<caught>[\w, ]+)\."
     r"(?: Not in: (?P<silent>[\w, ]+)\.)?"
 )
 

@@ -16,6 +16,8 @@ THOROUGH = {
     "api/test_nn_multihead.py::test_compile": "torch.compile",
     "api/test_numbers.py::test_symbolic_floats": "torch.compile",
     "api/test_numbers.py::test_symbolic_ints": "torch.compile",
+    "api/test_second_order.py::test_every_combination_of_features": "256 calls",
+    "api/test_second_order.py::test_memory": "long sequences",
     "api/test_strangers_calls.py::test_command_line_on_a_terminal_of_little_help": "processes",
     "cpu/test_cpu_amx.py": "each AMX instruction is a signal",
     "cpu/test_fork.py": "a process for each order of calls",
@@ -27,6 +29,7 @@ THOROUGH = {
     "cuda/test_emulator_mutations.py::test_kernels_stay_within_their_tensors": "the same",
     "cuda/test_emulator_mutations.py::test_sanitizer_sees_a_copy_past_the_last_key": "the same",
     "cuda/test_cuda_limits.py::test_more_heads_than_a_grid_dimension_holds": "66,000 heads",
+    "cuda/test_cuda_sm90.py::test_infinities_in_visible_rows": "each result is computed twice",
     "cuda/test_emulator.py::test_portable_fibers": "compiles the emulator",
     "cuda/test_emulator_sm90.py::test_program_agrees_with_the_module": "compiles the emulator",
     "cuda/test_emulator_sm90.py::test_program_compiles_with_nvcc": "nvcc",
@@ -35,26 +38,51 @@ THOROUGH = {
     "cuda/test_nvcc.py::test_hopper_kernels_compute_while_the_tensor_cores_do": "nvcc",
     "cuda/test_nvcc.py::test_kernels_compile_and_use_no_more_than_the_table_says": "nvcc",
     "cuda/test_nvcc.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "nvcc",
-    "cuda/test_nvcc.py::test_shared_memory_fits_every_architecture": "compiles the emulator",
+    "cuda/test_nvcc.py::test_shared_memory_fits_every_architecture": "compiles",
+    "integrations/test_flash_attn_helpers.py::test_diffusers_imports_the_stand_in": "a process",
     "integrations/test_models_checkpoint.py": "libraries of models",
     "integrations/test_models_diffusers.py": "libraries of models",
     "integrations/test_models_encoders.py": "libraries of models",
     "integrations/test_models_function.py": "libraries of models",
     "integrations/test_models_llama.py": "libraries of models",
     "integrations/test_models_timm.py": "libraries of models",
+    "integrations/test_xformers_compat.py::test_compiled": "torch.compile",
     "package/test_install.py": "builds an archive; processes that import torch",
+    "package/test_pictures.py::test_pictures_are_drawn_by_their_scripts": "draws all of them",
+    "package/test_pictures.py::test_the_picture_of_look_can_be_drawn": "a process",
+    "tools/test_cli.py::test_bench": "measures",
+    "tools/test_cli.py::test_the_installed_script_runs_without_a_traceback": "processes",
     "tools/test_examples.py": "trains models",
     "tools/test_family_examples.py": "trains models",
     "tools/test_gpu_bench.py": "benchmarks, in processes of their own",
+    "torch/test_allocations.py::test_defaults_change_no_result": "processes",
     "torch/test_compile.py": "torch.compile",
     "torch/test_compile_transforms.py": "torch.compile",
     "torch/test_dtensor.py": "two processes",
+    "torch/test_fast.py::test_import_leaves_the_flop_counter_alone": "a process",
+    "torch/test_replace_sdpa.py::test_a_compiled_module_on_jagged_tensors": "torch.compile",
+    "torch/test_replace_sdpa.py::test_the_first_compilation_of_a_process_under_the_switch": "same",
     "torch/test_sdpa_compile_scope.py": "torch.compile",
+    "torch/test_second_transforms.py::test_compiled": "torch.compile",
     "triton/interpreter": "Triton's interpreter",
     "triton/test_triton_compile.py::test_kernels_compile_and_take_what_the_table_says": "compiles",
     "triton/test_triton_family_compile.py": "compiles Triton kernels",
     "triton/test_triton_replay.py": "compiles Triton kernels",
 }
+
+
+# Begun before all others, since some of each takes ten seconds and more
+FIRST = (
+    "tests/tools/test_gpu_bench.py", "tests/tools/test_family_examples.py",
+    "tests/tools/test_examples.py", "tests/triton/test_triton_", "tests/cuda/test_nvcc.py",
+    "tests/torch/test_compile.py", "tests/torch/test_allocations.py", "tests/torch/test_dtensor.py",
+    "tests/api/test_backends_hypothesis.py",
+)  # fmt: skip
+
+
+def place_in_line(nodeid: str) -> int:
+    """By which a run orders its tests; equal ones stay as they were collected."""
+    return next((i for i, place in enumerate(FIRST) if nodeid.startswith(place)), len(FIRST))
 
 
 def reason(nodeid: str) -> str:

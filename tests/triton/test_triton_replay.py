@@ -9,12 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import seen
+import torch
+from repository import ROOT
 
-pytest.importorskip("triton")
-SCRIPT = Path(__file__).parents[1] / "helpers" / "triton_launches.py"
+triton = pytest.importorskip("triton")
+SCRIPT = ROOT / "tests" / "helpers" / "triton_launches.py"
 
 pytestmark = pytest.mark.xdist_group("replay")  # what the fixture below computes takes long
 
@@ -22,14 +24,20 @@ pytestmark = pytest.mark.xdist_group("replay")  # what the fixture below compute
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What the script prints: name of a check -> what it found."""
-    folder = str(tmp_path_factory.mktemp("triton"))
-    environment = {**os.environ, "TRITON_CACHE_DIR": folder, "ATTN_EXT_CACHE": folder}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+
+    def run_script():
+        folder = str(tmp_path_factory.mktemp("triton"))
+        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "ATTN_EXT_CACHE": folder}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, str(SCRIPT)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    files = [*ROOT.glob("triton_kernels/**/*.py"), *ROOT.glob("attn_ext/core/*.py")]
+    files += [SCRIPT, SCRIPT.with_name("triton_offline.py"), ROOT / "attn_ext" / "testing.py"]
+    digest = seen.digest(files, torch.__version__, triton.__version__)
+    return seen.printed("triton_replay", digest, run_script)
 
 
 @pytest.mark.parametrize(

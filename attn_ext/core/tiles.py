@@ -1,0 +1,232 @@
+"""Tiles of an attention call that hold all keys of their rows, in torch operations.
+
+    z = scale q . k       s = softcap tanh(z / softcap)       t = s + bias - ALiBi, -inf if hidden
+    P = exp(t - LSE)      [b, h, rows, keys]                  M: dropout's factor, 0 or 1 / (1 - p)
+
+A panel is a block of batch elements and whole groups of heads; a tile is a block of its queries
+with the keys that its window reaches, at most about BUDGET pairs.  All of it is in the statistics'
+dtype.  `Panel.times` and its like know the groups of heads: K and V are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from attn_ext.core import reference
+from attn_ext.core.schema import BOTTOM_RIGHT, Call, statistics_dtype
+
+BUDGET = 1 << 19  # pairs of a tile: 2 MiB of float32 for each of the some eight tensors of it
+FEWEST_ROWS = 16  # of a group of heads; products of fewer read K and V too often
+
+
+@dataclass(slots=True, frozen=True)
+class Panel:
+    """Batch elements b, query heads h and their key heads hk of a dense call."""
+
+    call: Call
+    b: slice
+    h: slice
+    hk: slice
+    first_batch: int  # of the call within the whole, for dropout's counter
+    finite: bool  # whether no input holds NaN or inf, but for a bias of -inf
+
+    def of_queries(self, x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        """The panel's part of x [B, Hq, Sq, ...] in the statistics' dtype."""
+        return None if x is None else x[self.b, self.h, rows].to(self.dtype)
+
+    def of_keys(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """The panel's part of x [B, Hk, Sk, ...] in the statistics' dtype."""
+        return None if x is None else x[self.b, self.hk].to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The statistics' dtype."""
+        return statistics_dtype(self.call.q.dtype)
+
+    @property
+    def _group(self) -> int:
+        return self.call.q.shape[1] // self.call.k.shape[1]
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b if self.finite else reference.safe_matmul(a, b)
+
+    def against(self, a: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """a y^T: a [b, h, r, x], y [b, hk, c, x] -> [b, h, r, c]; NaN stays where it arises."""
+        folded = a.unflatten(1, (-1, self._group)).flatten(2, 3)
+        return (folded @ y.mT).unflatten(2, (self._group, -1)).flatten(1, 2)
+
+    def times(self, p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """p y: p [b, h, r, c], y [b, hk, c, x] -> [b, h, r, x]; a zero of p silences NaN of y."""
+        folded = p.unflatten(1, (-1, self._group)).flatten(2, 3)
+        return self._product(folded, y).unflatten(2, (self._group, -1)).flatten(1, 2)
+
+    def transposed(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """p^T x, summed over each group: p [b, h, r, c], x [b, h, r, d] -> [b, hk, c, d]."""
+        p, x = (y.unflatten(1, (-1, self._group)).flatten(2, 3) for y in (p, x))
+        return self._product(p.mT, x)
+
+    def part(self, scores: torch.Tensor, rows: slice, keys: slice) -> torch.Tensor:
+        """The tile of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1], as a view."""
+        ranges = (self.b, self.h, rows, keys)
+        whole, pairs = slice(None), zip(scores.shape, ranges, strict=True)
+        return scores[tuple(whole if n == 1 else r for n, r in pairs)]
+
+
+def all_finite(*tensors: torch.Tensor | None) -> bool:
+    """Whether none of the tensors holds NaN or an infinity."""
+    return all(x is None or bool(torch.isfinite(x).all()) for x in tensors)
+
+
+def panels(call: Call, first_batch: int, finite: bool) -> Iterator[Panel]:
+    """Panels that cover a dense call."""
+    batch, heads, seqlen_q, _ = call.q.shape
+    heads_k = call.k.shape[1]
+    group = heads // heads_k
+    unit = max(group * call.k.shape[2] * min(seqlen_q, rows_of(call)), 1)  # pairs of one key head
+    heads_at_once = min(max(BUDGET // unit, 1), heads_k)
+    batch_at_once = max(BUDGET // (unit * heads_k), 1)
+    for b in range(0, batch, batch_at_once):
+        for hk in range(0, heads_k, heads_at_once):
+            last = min(hk + heads_at_once, heads_k)
+            of_b = slice(b, min(b + batch_at_once, batch))
+            of_h = slice(hk * group, last * group)
+            yield Panel(call, of_b, of_h, slice(hk, last), first_batch, finite)
+
+
+def rows_of(call: Call) -> int:
+    """How many queries a tile has."""
+    group = call.q.shape[1] // call.k.shape[1]
+    fewest = max(FEWEST_ROWS // group, 1)
+    return max(BUDGET // max(group * call.k.shape[2], 1), fewest)
+
+
+def tiles(call: Call) -> Iterator[tuple[slice, slice]]:
+    """(rows, keys) of the tiles that have any: the keys are those that the window lets see."""
+    seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
+    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
+    for first in range(0, seqlen_q, rows_of(call)):
+        last = min(first + rows_of(call), seqlen_q)
+        low, high = 0, seqlen_k
+        if call.window_left >= 0:
+            low = max(0, first + off - call.window_left)
+        if call.window_right >= 0:
+            high = min(seqlen_k, last + off + call.window_right)
+        if low < high:
+            yield slice(first, last), slice(low, high)
+
+
+class Scores(NamedTuple):
+    """The logits of a tile and what their derivatives need."""
+
+    t: torch.Tensor  # [b, h, r, c], -inf at hidden pairs
+    seen: torch.Tensor | None  # bool, broadcastable to t; None: all pairs
+    capped: torch.Tensor | None  # s; None without softcap
+    slope: torch.Tensor | None  # ds / dz; None without softcap
+
+
+def scores(panel: Panel, q: torch.Tensor, k: torch.Tensor, rows: slice, keys: slice) -> Scores:
+    """The logits of queries q [b, h, r, D] and keys k [b, hk, c, D] at these positions."""
+    call = panel.call
+    t = panel.against(q, k).mul_(call.scale)
+    seen = _visible(panel, rows, keys)
+    if seen is not None and not panel.finite:
+        t = torch.where(seen, t, 0.0)  # what tanh makes of a hidden NaN
+    capped = slope = None
+    if call.softcap > 0:
+        bent = torch.tanh(t / call.softcap)
+        t = capped = bent * call.softcap
+        slope = 1 - bent * bent
+    if call.bias is not None:
+        t = t + panel.part(call.bias, rows, keys).to(panel.dtype)
+    if call.alibi_slopes is not None:
+        t = t - _alibi(panel, rows, keys)
+    if not panel.finite:  # a logit of -inf hides, too
+        seen = t != -torch.inf if seen is None else seen & (t != -torch.inf)
+    if seen is not None:
+        t = torch.where(seen, t, -torch.inf)
+    return Scores(t, seen, capped, slope)
+
+
+def _visible(panel: Panel, rows: slice, keys: slice) -> torch.Tensor | None:
+    """bool, broadcastable to [b, h, r, c]: what window, mask and a bias of -inf leave."""
+    call, seen = panel.call, None
+    if call.window_left >= 0 or call.window_right >= 0:
+        device = call.q.device
+        off = call.k.shape[2] - call.q.shape[2] if call.align == BOTTOM_RIGHT else 0
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + off
+        j = torch.arange(keys.start, keys.stop, device=device)
+        seen = j <= i + call.window_right if call.window_right >= 0 else None
+        if call.window_left >= 0:
+            left = j >= i - call.window_left
+            seen = left if seen is None else seen & left
+    if call.mask is not None:
+        mask = panel.part(call.mask, rows, keys)
+        seen = mask if seen is None else seen & mask
+    if call.bias is not None:
+        there = panel.part(call.bias, rows, keys) != -torch.inf
+        seen = there if seen is None else seen & there
+    return seen
+
+
+def _alibi(panel: Panel, rows: slice, keys: slice) -> torch.Tensor:
+    """slope[b, h] * |i + (Sk - Sq) - j|"""
+    call = panel.call
+    slopes = call.alibi_slopes.to(panel.dtype)
+    slopes = slopes[panel.b] if slopes.dim() == 2 and slopes.shape[0] > 1 else slopes
+    slopes = slopes[..., panel.h, None, None]
+    i = torch.arange(rows.start, rows.stop, device=slopes.device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=slopes.device)
+    return slopes * (i + (call.k.shape[2] - call.q.shape[2]) - j).abs()
+
+
+class Weights(NamedTuple):
+    """The softmax of a tile's rows."""
+
+    p: torch.Tensor  # [b, h, r, c]
+    of_sink: torch.Tensor | None  # [b, h, r, 1]: the sink's weight
+
+
+def weights(panel: Panel, found: Scores) -> Weights:
+    """P, from the logits alone: they hold all keys of their rows, and LSE has lost the number of
+    keys beside logits of finfo.min, as additive masks have them.  Rows without keys are 0."""
+    sink = panel.call.sink
+    largest = found.t.amax(-1, keepdim=True)
+    empty = None if found.seen is None else largest == -torch.inf
+    if sink is not None:
+        sink = sink[panel.h].to(panel.dtype)[:, None, None]
+        largest = torch.maximum(largest, sink)
+    if empty is not None:
+        largest = largest.masked_fill(empty, 0.0)
+    p = torch.exp(found.t - largest)
+    total = p.sum(-1, keepdim=True)
+    rest = None if sink is None else torch.exp(sink - largest)
+    total = total if rest is None else total + rest
+    if empty is not None:
+        total = total.masked_fill(empty, 1.0)
+        rest = rest if rest is None else rest.masked_fill(empty, 0.0)
+    p = p.div_(total)
+    if found.seen is not None and not panel.finite:  # of a row of NaN
+        p = torch.where(found.seen, p, 0.0)
+    return Weights(p, rest if rest is None else rest / total)
+
+
+def dropout_factor(panel: Panel, key, rows: slice, keys: slice) -> torch.Tensor | float | None:
+    """M [b, h, r, c] of the call's Philox `key`; None without dropout."""
+    p = panel.call.dropout_p
+    if p == 0:
+        return None
+    if p >= 1:
+        return 0.0
+    b = range(panel.b.start + panel.first_batch, panel.b.stop + panel.first_batch)
+    h, i, j = (range(s.start, s.stop) for s in (panel.h, rows, keys))
+    keep = reference.keep_tile(key, p, b, h, i, j, panel.call.q.device)
+    return keep.to(panel.dtype).mul_(1 / (1 - p))
+
+
+def key_of(call: Call) -> tuple[int, int] | None:
+    """The Philox key of a call; None without dropout."""
+    return reference.philox_key(*call.rng_state.tolist()) if 0 < call.dropout_p < 1 else None

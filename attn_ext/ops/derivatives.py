@@ -1,0 +1,167 @@
+"""The derivatives of the four operators, closed under one further derivative:
+
+                     reverse mode                        forward mode
+    forward          backward                            tangent
+    backward         tangent and backward_tangent        backward_tangent
+    tangent          backward_tangent                    raises
+    backward_tangent raises                              raises
+
+since <cotangents, VJP(G)> = <G, JVP(cotangents)>: the cotangents of the gradients are tangents of
+the inputs.  O and LSE are inputs of three operators, so that these need not compute them again; a
+derivative with respect to them is none, since each operator's derivatives with respect to the call
+are those of the whole function of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.core.schema import (
+    FIELDS,
+    GRADIENT_AT,
+    GRADIENTS,
+    TENSORS,
+    Call,
+    Tangents,
+    is_decode,
+)
+from attn_ext.ops import rules
+from attn_ext.ops.dispatch import lib
+from attn_ext.ops.second import call_and_tangents
+
+_GIVEN = 4  # dout, dlse, out, lse, before the fields of the call of a backward
+_NOTHING = [False] * len(GRADIENTS)
+
+
+def _save(ctx, *tensors) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _at_gradients(values) -> list:
+    """What belongs to the inputs with a gradient, of one value for each field."""
+    return [values[at] for at in GRADIENT_AT]
+
+
+def _placed(grads, needs) -> list:
+    """One value for each field: the gradients that are needed where they belong, else None."""
+    placed: list = [None] * len(FIELDS)
+    for at, grad, need in zip(GRADIENT_AT, grads, needs, strict=True):
+        if need:
+            placed[at] = grad
+    return placed
+
+
+def _forward_context(ctx, inputs, output):
+    out, lse, max_logit, entropy = output
+    ctx.mark_non_differentiable(max_logit, entropy)
+    ctx.rest = inputs[TENSORS:]
+    _save(ctx, *inputs[:TENSORS], out, lse)
+
+
+def _forward_backward(ctx, dout, dlse, dmax_logit, dentropy):
+    *tensors, out, lse = ctx.saved_tensors
+    needs = _at_gradients(ctx.needs_input_grad)
+    if dout is None and dlse is None:
+        return [None] * len(FIELDS)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *ctx.rest, needs)
+    return _placed(grads, needs)
+
+
+def _forward_jvp(ctx, *tangents):
+    *tensors, out, lse = map(rules.primal_of, ctx.saved_tensors)
+    call = Call(*tensors, *ctx.rest)
+    rules.refuse_once_only(call, rules.FORWARD_MODE)
+    found = torch.ops.attn_ext.tangent(out, lse, *call, *_at_gradients(tangents))
+    return *found, None, None
+
+
+def _backward_context(ctx, inputs, output):
+    *given, needs = inputs
+    ctx.rest, ctx.needs = given[_GIVEN + TENSORS :], needs
+    _save(ctx, *given[: _GIVEN + TENSORS])
+
+
+def _backward_backward(ctx, *cotangents):
+    dout, dlse, out, lse, *tensors = ctx.saved_tensors
+    call = Call(*tensors, *ctx.rest)
+    given = [c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)]
+    grads: list = [None] * (_GIVEN + len(FIELDS) + 1)
+    if all(x is None for x in given):
+        return grads
+    rules.refuse_once_only(call, rules.DOUBLE_BACKWARD)
+    tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *given)
+    of_dout, of_dlse, _, _, *of_fields, _, _ = ctx.needs_input_grad
+    grads[0], grads[1] = tout if of_dout else None, tlse if of_dlse else None
+    needs = _at_gradients(of_fields)
+    if any(needs):
+        found = torch.ops.attn_ext.backward_tangent(
+            dout, dlse, out, lse, tout, tlse, None, None, *call, *given, needs, _NOTHING
+        )
+        grads[_GIVEN:-1] = _placed(found[: len(GRADIENTS)], needs)
+    return grads
+
+
+def _backward_jvp(ctx, tdout, tdlse, tout, tlse, *rest):
+    dout, dlse, out, lse, *tensors = map(rules.primal_of, ctx.saved_tensors)
+    call = Call(*tensors, *ctx.rest)
+    rules.refuse_once_only(call, rules.FORWARD_MODE)
+    tangents = _at_gradients(rest)
+    if tout is None or tlse is None:  # only of LSE or only of O, or none: nobody differentiated it
+        tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *tangents)
+    found = torch.ops.attn_ext.backward_tangent(
+        dout, dlse, out, lse, tout, tlse, tdout, tdlse, *call, *tangents, ctx.needs, _NOTHING
+    )
+    return found[: len(GRADIENTS)]
+
+
+def _tangent_context(ctx, inputs, output):
+    out, lse, *rest = inputs
+    call, tangents = call_and_tangents(rest)
+    ctx.rest = call[TENSORS:]
+    _save(ctx, out, lse, *output, *call[:TENSORS], *tangents)
+
+
+def _tangent_backward(ctx, dtout, dtlse):
+    out, lse, tout, tlse, *tensors = ctx.saved_tensors
+    call, tangents = Call(*tensors[:TENSORS], *ctx.rest), Tangents(*tensors[TENSORS:])
+    if dtout is None and dtlse is None:
+        return [None] * (2 + len(FIELDS) + len(GRADIENTS))
+    dtout = torch.zeros_like(out) if dtout is None else dtout
+    of_fields = ctx.needs_input_grad[2 : 2 + len(FIELDS)]
+    needs, primal = _at_gradients(of_fields), list(ctx.needs_input_grad[2 + len(FIELDS) : -1])
+    found = torch.ops.attn_ext.backward_tangent(
+        dtout, dtlse, out, lse, tout, tlse, None, None, *call, *tangents, needs, primal
+    )
+    second, first = found[: len(GRADIENTS)], found[len(GRADIENTS) :]
+    of_tangents = [x if need else None for x, need in zip(first, primal, strict=True)]
+    return [None, None, *_placed(second, needs), *of_tangents]
+
+
+def _no_context(ctx, inputs, output):
+    """Nothing is saved for a derivative that raises."""
+
+
+def _third(ctx, *values):
+    """A derivative of third order."""
+    raise NotImplementedError(rules.THIRD)
+
+
+def _recorded(fields: tuple) -> tuple:
+    """The fields of a call that is differentiated: while torch.compile traces a transform, no
+    tensor says so in time.
+    """
+    call = Call(*fields)
+    if is_decode(call) and call.w is None:
+        return fields
+    bias_grad = call.bias is not None and call.bias.requires_grad
+    return call._replace(grad=True, bias_grad=call.bias_grad or bias_grad)
+
+
+rules.derivative(lib, "forward", _forward_context, _forward_backward, _forward_jvp, _recorded)
+rules.derivative(lib, "backward", _backward_context, _backward_backward, _backward_jvp)
+rules.derivative(lib, "tangent", _tangent_context, _tangent_backward, _third)
+rules.derivative(lib, "backward_tangent", _no_context, _third, _third)

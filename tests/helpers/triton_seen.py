@@ -1,0 +1,27 @@
+"""Which Triton kernels are compiled at this commit, and the digest of what decides the rest."""
+
+from importlib import metadata
+from pathlib import Path
+
+import seen
+from repository import ROOT
+
+from attn_ext.triton_kernels import configs
+
+TABLE = "triton"
+
+
+def families(architecture: str) -> str:
+    """The line of the table for the kernels of test_triton_family_compile.py."""
+    return f"{architecture}, families"
+
+
+# One at each commit, whatever was seen
+DUE = seen.sample([*configs.SHARED_LIMIT, *map(families, configs.SHARED_LIMIT)], 1)
+
+
+def digest(test_file: str, *facts) -> str:
+    """Of all that decides what Triton makes of the kernels; facts: what it is held against."""
+    tools = [ROOT / "tests/helpers/triton_offline.py", ROOT / "bench/machine_code.py"]
+    files = [*ROOT.glob("triton_kernels/**/*.py"), *tools]
+    return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)

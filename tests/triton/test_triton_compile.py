@@ -42,6 +42,12 @@ SPILLS_IN_LOOPS = {
     ("sm_89", "dkdv 64 bf16 causal"): 1,  # two spills
     ("sm_89", "dq 64 bf16 causal"): 9,
     ("sm_89", "dq 128 bf16 causal"): 16,
+    ("sm_120", "forward 64 bf16 causal"): 1,  # and sm_120
+    ("sm_120", "forward 128 bf16 causal"): 17,
+    ("sm_120", "dkdv 64 bf16 causal"): 8,
+    ("sm_120", "dkdv 128 bf16 causal"): 4,
+    ("sm_120", "dq 64 bf16 causal"): 9,
+    ("sm_120", "dq 128 bf16 causal"): 12,
 }
 EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
 

@@ -51,7 +51,7 @@ def microseconds(function) -> float:
 
 def stub() -> str:
     """Put the stub in the driver's place; what is measured then."""
-    path = Path(__file__).parents[1] / "tests" / "triton_offline.py"
+    path = Path(__file__).parents[1] / "tests" / "helpers" / "triton_offline.py"
     spec = importlib.util.spec_from_file_location("triton_offline", path)
     offline = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(offline)

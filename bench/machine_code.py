@@ -3,6 +3,7 @@
     python bench/machine_code.py            compile; compare with bench/results/machine_code.json
     python bench/machine_code.py --write    compile, and write that table
     python bench/machine_code.py --dump sm90_forward 128    the instructions of one loop
+    python bench/machine_code.py --triton [--write]         the same of the Triton kernels
 
 nvcc compiles the bf16 kernels of head_dim 64 and 128; nvdisasm, of the toolkit or of Triton's
 wheel, prints their machine code.  Of each kernel the loop with the most tensor work is taken, and
@@ -19,6 +20,7 @@ not overlap fully.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -80,7 +82,8 @@ KERNELS = {
 
 # The first pattern that an opcode begins with names its group.
 GROUPS = {
-    "product": "HMMA|HGMMA", "ldmatrix": "LDSM", "copy": "LDGSTS", "store_shared": "STS",
+    "product": "HMMA|HGMMA|UTC[A-Z]*MMA", "ldmatrix": "LDSM", "copy": "LDGSTS",
+    "store_shared": "STS",
     "load_shared": "LDS", "spill": "LDL|STL", "reduction": "RED|ATOM", "global": "LDG|STG",
     "exp2": r"MUFU\.EX2", "special": "MUFU", "fma": "FFMA", "multiply": "FMUL", "add": "FADD",
     "max": "FMNMX", "select": "FSEL", "compare": "FSETP", "convert": "F2F|I2F|F2I",
@@ -94,6 +97,12 @@ LABEL = re.compile(r"(\.L_x_\d+):")
 LEAVES = re.compile(r"(BRA|BRA\.U.*|EXIT|RET.*|BRX.*)$")
 
 
+@functools.cache
+def group_of(opcode: str) -> str:
+    """The name among GROUPS."""
+    return next(name for name, pattern in GROUPS.items() if re.match(pattern, opcode))
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: str
@@ -103,7 +112,7 @@ class Instruction:
 
     @property
     def group(self) -> str:
-        return next(name for name, pattern in GROUPS.items() if re.match(pattern, self.opcode))
+        return group_of(self.opcode)
 
     def tensor_cycles(self, architecture: Architecture) -> float:
         """Of one scheduler's tensor core: HMMA.16816, or HGMMA.64xNx16, which takes all four."""
@@ -272,15 +281,20 @@ def report(kernel: Kernel, path: list[Instruction], registers: int, block: dict)
     }
 
 
+def load_beside(name: str):
+    """The file of this name in this folder, as a module."""
+    if name not in sys.modules:
+        path = Path(__file__).with_name(f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
 def load_resources():
     """bench/cuda_resources.py, which knows the kernels' translation units."""
-    if "cuda_resources" not in sys.modules:
-        path = Path(__file__).with_name("cuda_resources.py")
-        spec = importlib.util.spec_from_file_location("cuda_resources", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    return sys.modules["cuda_resources"]
+    return load_beside("cuda_resources")
 
 
 def disassemble(nvcc: str, family: str, head_dim: int) -> str:
@@ -293,22 +307,28 @@ def disassemble(nvcc: str, family: str, head_dim: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def paths_of(text: str, family: str) -> dict[str, tuple[list[Instruction], int]]:
-    """{kernel of KERNELS: (hot path, registers a thread)} in nvdisasm's text."""
+def sections(text: str):
+    """(mangled name, text, registers a thread) of each kernel in nvdisasm's text."""
     found = re.findall(
         r"EIATTR_REGCOUNT\n(?:.*\n){1,6}?.*index@\((\S+)\)\n.*\.word\s+(0x\w+)", text
     )
     registers = dict(found)
-    out = {}
     for section in re.split(r"^\t\.section\t\.text\.", text, flags=re.M)[1:]:
         mangled = section.split(",")[0].strip('"')
+        yield mangled, section, int(registers[mangled], 16)
+
+
+def paths_of(text: str, family: str) -> dict[str, tuple[list[Instruction], int]]:
+    """{kernel of KERNELS: (hot path, registers a thread)} in nvdisasm's text."""
+    out = {}
+    for mangled, section, registers in sections(text):
         for name, kernel in KERNELS.items():
             length = f"{len(kernel.function)}{kernel.function}IN"
             general = kernel.plain and "Lb0E" not in mangled
             other = general or not re.search(kernel.only, mangled)
             if kernel.family == family and length in mangled and not other:
                 path, _ = hot_path(Code.of(section), ARCHITECTURES[family])
-                out[name] = (path, int(registers[mangled], 16))
+                out[name] = (path, registers)
     return out
 
 
@@ -365,8 +385,11 @@ def markdown(rows: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--triton", action="store_true", help="of the Triton kernels")
     parser.add_argument("--dump", nargs=2, metavar=("KERNEL", "HEAD_DIM"), help="print one loop")
     arguments = parser.parse_args()
+    if arguments.triton:
+        return load_beside("triton_code").report(arguments.write)
     nvcc = load_resources().find_nvcc()
     if nvcc is None or load_resources().find_cuda_tool("nvdisasm") is None:
         print("nvcc and nvdisasm are needed; Triton's wheel has the latter", file=sys.stderr)

@@ -47,18 +47,20 @@ DIRECTIONS = ("fwd", "dkdv", "dq", "dbias", "decode")
 
 # Kind of GPU -> (direction, width) -> tile for 16-bit elements.  "large" is sm_80; the others say
 # what differs from it, an architecture what differs from its kind; "amd" has rows of its own.
-# Narrower heads take the rows of 64 where they have none.
+# Narrower heads take the rows of 64 where they have none.  The rows of 64 and 128 columns on sm_80
+# and sm_90 have the largest share of the tensor cores' peak, by the model of bench/machine_code.py,
+# of those whose loop over whole tiles spills nothing: `bench/triton_code.py --search`.
 _PLAIN = {
     "large": {
-        ("fwd", 64): Tile(128, 64, 8, 2),  # 64 rows, 4 warps: as many registers for half the rows
-        ("fwd", 128): Tile(64, 64, 8, 3),  # 128 rows spill
+        # 32 rows a warp: each ldmatrix of K or V feeds 4 products, where 16 rows make it 2
+        ("fwd", 64): Tile(128, 64, 4, 2),
+        ("fwd", 128): Tile(128, 32, 4, 2),  # 64 keys spill 100 registers in the loop
         ("fwd", 256): Tile(32, 32, 8, 2),  # O alone is half the registers
-        ("dkdv", 32): Tile(32, 32, 8, 1),  # the row of 64 spills
-        ("dkdv", 64): Tile(64, 32, 4, 2),  # dK, dV, P and dS at once: 64 keys spill
-        ("dkdv", 128): Tile(64, 32, 8, 1),  # a second stage spills
+        ("dkdv", 64): Tile(32, 128, 4, 2),
+        ("dkdv", 128): Tile(32, 128, 8, 2),  # with 4 warps 128 keys do not fit the registers
         ("dkdv", 256): Tile(16, 16, 8, 1),  # 32 keys spill
-        ("dq", 64): Tile(64, 64, 8, 2),
-        ("dq", 128): Tile(64, 64, 8, 2),
+        ("dq", 64): Tile(128, 64, 4, 3),
+        ("dq", 128): Tile(128, 32, 4, 2),  # 64 keys spill
         ("dq", 256): Tile(32, 32, 8, 1),
         ("dbias", 64): Tile(64, 32, 8, 1),  # a check, not a hot path: one stage
         ("dbias", 128): Tile(32, 32, 8, 1),
@@ -67,17 +69,31 @@ _PLAIN = {
         ("decode", 128): Tile(16, 64, 4, 2),
         ("decode", 256): Tile(16, 32, 8, 1),  # 4 warps spill
     },
-    "hopper": {  # sm_90 and sm_100: wgmma wants 64 keys as its rows
-        ("dkdv", 64): Tile(32, 64, 8, 2),
+    "hopper": {
         ("dkdv", 256): Tile(32, 16, 8, 1),  # 32 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
     },
-    "small": {  # 99 KiB of shared memory on sm_89 and sm_120
-        ("fwd", 64): Tile(128, 32, 8, 2),  # 64 keys spill
-        ("fwd", 128): Tile(64, 64, 8, 2),  # three stages take 112 KiB
-        ("dkdv", 64): Tile(64, 32, 8, 2),  # 4 warps spill, and 64 keys with Triton 3.6
+    "sm_90": {  # wgmma wants 64 rows, each 4 warps; 128 of both sides halve what is read for one
+        ("fwd", 64): Tile(128, 128, 8, 2),
+        ("fwd", 128): Tile(128, 128, 8, 2),
+        ("dkdv", 64): Tile(64, 128, 8, 2),
+        ("dkdv", 128): Tile(64, 128, 8, 2),
+        ("dq", 64): Tile(128, 128, 8, 2),
+        ("dq", 128): Tile(128, 64, 8, 2),  # 128 keys spill
+    },
+    "sm_100": {  # chosen by registers, since no loop of tcgen05 was looked at
+        ("fwd", 64): Tile(128, 64, 8, 2),
+        ("fwd", 128): Tile(64, 64, 8, 3),
+        ("dkdv", 32): Tile(32, 32, 8, 1),
+        ("dkdv", 64): Tile(32, 64, 8, 2),
+        ("dkdv", 128): Tile(64, 32, 8, 1),
+        ("dq", 64): Tile(64, 64, 8, 2),
+        ("dq", 128): Tile(64, 64, 8, 2),
+    },
+    # 99 KiB of shared memory on sm_89 and sm_120, which the rows of 64 and 128 columns above fit;
+    # of those of 128 one block at a time, dK and dV and dQ at 82 KiB
+    "small": {
         ("dkdv", 256): Tile(32, 32, 8, 1),
-        ("dq", 128): Tile(32, 64, 8, 2),
         ("decode", 64): Tile(16, 32, 4, 2),  # 64 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
     },
@@ -151,8 +167,8 @@ _RICH = {
 # descriptors for what TMA cannot load from (`descriptors.describable`).
 _DESCRIBED = {
     "sm_90": {
-        ("fwd", 64): Tile(128, 128, 8, 2, 1),
-        ("fwd", 128): Tile(128, 64, 8, 2, 1),  # 128 keys spill
+        ("fwd", 64): Tile(128, 128, 8, 2, 1),  # 4 warps spill with causal
+        ("fwd", 128): Tile(128, 128, 8, 2, 1),
     },
     "sm_100": {
         ("fwd", 64): Tile(128, 64, 8, 2, 1),  # at width 128 such tiles spill 8 bytes

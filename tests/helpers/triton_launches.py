@@ -37,6 +37,11 @@ def plain(x):
     return x.data_ptr() if isinstance(x, torch.Tensor) else 0 if x is None else x
 
 
+def flat(args):
+    """The arguments, those within tuples in the place of these."""
+    return [y for x in args for y in (flat(x) if isinstance(x, tuple) else (x,))]
+
+
 def own_pointers_hidden(rows, tensors):
     """Launches as (grid, binary, args), the pointers of allocations numbered as they come: they
     differ from call to call."""
@@ -49,7 +54,7 @@ def own_pointers_hidden(rows, tensors):
     shown = []
     for grid, _, _, _, function, packed, _, _, _, *args in rows:
         values = []
-        for x in args:
+        for x in flat(args):
             value = plain(x)
             # an allocation's pointer: a tensor in the long way, a large integer in a replay
             large = isinstance(value, int) and value > 1 << 40 and value not in known

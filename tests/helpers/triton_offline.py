@@ -8,12 +8,15 @@
 A stub in place of Triton's driver says which GPU is meant; the launch code runs as it is, on CPU
 tensors, with `warmup` (compile) in place of the launch.  A row is the tile and what it takes:
 [[queries, keys, warps, stages, loads], registers, bytes spilled per thread, bytes of shared memory,
-instructions of matrix products and of TMA].
+instructions of matrix products and of TMA, hot loop].  The last is, on NVIDIA GPUs, [instructions a
+product, instructions, accesses to spilled registers] of the loop with the most products
+(bench/machine_code.py), or [] where there is none.
 """
 
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -107,10 +110,21 @@ def table_path(architecture: str, version: str = triton.__version__) -> Path:
     return TABLES / (f"{architecture}-triton-{OLDEST}.json" if oldest else f"{architecture}.json")
 
 
+def load_machine_code():
+    """bench/machine_code.py as a module."""
+    if "machine_code" not in sys.modules:
+        path = Path(__file__).parents[2] / "bench" / "machine_code.py"
+        spec = importlib.util.spec_from_file_location("machine_code", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["machine_code"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["machine_code"]
+
+
 def digest() -> str:
     """What rows hold for: the kernels' text without comments, docstrings and imports."""
     found = hashlib.sha256()
-    for name in ("primitives", "dropout", "scores", "fwd", "bwd", "dbias", "decode"):
+    for name in ("primitives", "softmax", "dropout", "scores", "fwd", "bwd", "dbias", "decode"):
         text = (KERNELS / f"{name}.py").read_text()
         first = ""  # token of the line
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -166,14 +180,30 @@ class StubDriver:
         return self.stream
 
 
-def cuobjdump(what: str, name: str) -> str:
-    """What Triton's own cuobjdump prints of a cubin."""
-    command = [BINARIES / "cuobjdump", what, name]
+def printed(tool: str, *arguments: str) -> str:
+    """What a tool of Triton's wheel prints."""
+    command = [BINARIES / tool, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def hot_loop(text: str) -> list:
+    """[instructions a product, instructions, spilled] of the hot loop in nvdisasm's text; [] where
+    no loop has products."""
+    machine_code = load_machine_code()
+    ((_, section, _),) = machine_code.sections(text)
+    family = machine_code.ARCHITECTURES["sm90" if "HGMMA" in section else "sm80"]
+    try:
+        path, _ = machine_code.hot_path(machine_code.Code.of(section), family)
+    except ValueError:
+        return []
+    eights = sum(each.tensor_cycles(family) for each in path) / 8
+    spilled = sum(each.group == "spill" for each in path)
+    return [round(len(path) / eights, 2), len(path), spilled]
+
+
 def resources(compiled) -> list:
-    """[registers, bytes spilled, shared memory, instructions]"""
+    """[registers, bytes spilled, shared memory, instructions, hot loop]"""
+    loop = []
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spilled = (
@@ -186,13 +216,15 @@ def resources(compiled) -> list:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            usage = cuobjdump("-res-usage", file.name)
-            registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-            # ptxas also leaves an unused stack frame of 8 bytes here and there: no spill
-            if spilled and not re.search(r"\b(STL|LDL)\b", cuobjdump("-sass", file.name)):
-                spilled = 0
+            usage = printed("cuobjdump", "-res-usage", file.name)
+            code = printed("nvdisasm", file.name)
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        loop = hot_loop(code)
+        # ptxas also leaves an unused stack frame of 8 bytes here and there: no spill
+        if spilled and not re.search(r"\b(STL|LDL)\b", code):
+            spilled = 0
     found = [name for name in INSTRUCTIONS if name in text]
-    return [registers, spilled, compiled.metadata.shared, " ".join(found)]
+    return [registers, spilled, compiled.metadata.shared, " ".join(found), loop]
 
 
 def cases():

@@ -22,5 +22,6 @@ DUE = seen.sample([*configs.SHARED_LIMIT, *map(families, configs.SHARED_LIMIT)],
 
 def digest(test_file: str, *facts) -> str:
     """Of all that decides what Triton makes of the kernels; facts: what it is held against."""
-    files = [*ROOT.glob("triton_kernels/**/*.py"), ROOT / "tests/helpers/triton_offline.py"]
+    tools = [ROOT / "tests/helpers/triton_offline.py", ROOT / "bench/machine_code.py"]
+    files = [*ROOT.glob("triton_kernels/**/*.py"), *tools]
     return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)

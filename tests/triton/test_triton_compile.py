@@ -31,7 +31,24 @@ PRODUCT = {
     "sm_120": "mma.sync", "gfx942": "v_mfma",
 }  # fmt: skip
 # What another version of Triton than the tables' may take beyond them, before a tile must change
-SLACK_REGISTERS, SLACK_SPILLED, SLACK_SHARED = 64, 64, 1.5
+SLACK_REGISTERS, SLACK_SHARED = 64, 1.5
+SLACK_SPILLED = 32  # accesses in the hot loop
+# (table, row): accesses to spilled registers in a hot loop that is the best even so: by the model
+# .70 of the peak where the best tiles without have .67 and .61 (docs/design/triton.md)
+SPILLS_IN_LOOPS = {
+    ("sm_80", "dq 64 bf16 causal"): 6,
+    ("sm_80", "dq 128 bf16 causal"): 6,
+    ("sm_89", "forward 128 bf16 causal"): 12,  # sm_89 has the tiles of sm_80, where none of these
+    ("sm_89", "dkdv 64 bf16 causal"): 1,  # two spills
+    ("sm_89", "dq 64 bf16 causal"): 9,
+    ("sm_89", "dq 128 bf16 causal"): 16,
+    ("sm_120", "forward 64 bf16 causal"): 1,  # and sm_120
+    ("sm_120", "forward 128 bf16 causal"): 17,
+    ("sm_120", "dkdv 64 bf16 causal"): 8,
+    ("sm_120", "dkdv 128 bf16 causal"): 4,
+    ("sm_120", "dq 64 bf16 causal"): 9,
+    ("sm_120", "dq 128 bf16 causal"): 12,
+}
 EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
 
 
@@ -63,10 +80,10 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
         expected = table["rows"][name]
         if same:
             assert row == expected, name
-        tile, registers, spilled, shared, instructions = row
+        tile, registers, _, shared, instructions, loop = row
         assert tile == expected[0], name
         assert registers <= expected[1] + SLACK_REGISTERS, (name, row, expected)
-        assert spilled <= expected[2] + SLACK_SPILLED, (name, row, expected)
+        assert loop[2:] <= [SLACK_SPILLED], (name, row, expected)
         assert shared <= expected[3] * SLACK_SHARED + 256, (name, row, expected)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, row)
         assert instructions.split()[:1] == expected[4].split()[:1], (name, row, expected)
@@ -109,16 +126,18 @@ def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(tabl
         repair = configs.shipped(architecture, "fwd", width, 2, False, False)
         if width == 128:  # the narrower one needs less
             assert rows[f"repair {width} bf16 specialized"][0] == list(repair)
-    for name, (_, _, spilled, shared, _) in rows.items():
+    for name, (tile, _, spilled, shared, _, loop) in rows.items():
         assert shared <= configs.SHARED_LIMIT[architecture], name
-        assert spilled == 0, (name, spilled)
+        # outside of the loops a spill costs nothing that counts; where no loop was read, none is
+        in_loop = loop[2] if loop else spilled
+        assert in_loop <= SPILLS_IN_LOOPS.get((table, name), 0), (name, tile, loop)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_instructions_are_those_that_the_rows_claim(table):
     """Products that leave the tensor cores, loads that fall back from TMA."""
     architecture = table.split("-")[0]
-    for name, (tile, _, _, _, instructions) in TABLES[table]["rows"].items():
+    for name, (tile, _, _, _, instructions, _) in TABLES[table]["rows"].items():
         kernel, width, dtype, case = name.split(" ", 3)
         if kernel in ("delta", "combine", "repair"):
             continue

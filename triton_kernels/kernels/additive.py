@@ -28,10 +28,8 @@ from attn_ext.triton_kernels.kernels.primitives import (
     key_range,
     load_tile,
     logits,
-    online_softmax,
     program,
     query_range,
-    row_ends,
     sequences,
     store_tile,
 )
@@ -41,6 +39,7 @@ from attn_ext.triton_kernels.kernels.scores import (
     probabilities,
     score_gradient,
 )
+from attn_ext.triton_kernels.kernels.softmax import online_softmax, row_ends
 
 TWICE_LOG2E = tl.constexpr(2.8853900817779268)
 
@@ -75,11 +74,10 @@ def additive_scores(q, q_rows, q_in, k, k_rows, k_in, w, D: tl.constexpr):
 @triton.jit(do_not_specialize=RUNTIME)
 def additive_forward_kernel(
     q, k, v, w, out, lse,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -93,8 +91,6 @@ def additive_forward_kernel(
         return
     b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     q += b * q_b + h * q_h + q_first * q_s
     k += b * k_b + hk * k_h + k_first * k_s
     v += b * v_b + hk * v_h + k_first * v_s
@@ -115,10 +111,12 @@ def additive_forward_kernel(
         k_rows = j.to(tl.int64) * k_s
         s = additive_scores(q, q_rows, q_in, k, k_rows, j < length_k, w + h * D, D)
         s, _cap = logits(
-            s, i[:, None], j[None, :], b, h, length_q, length_k, off, side, scale, left, right,
+            s, i[:, None], j[None, :], b, h, length_q, length_k, off, terms, scale, left, right,
             True, FLAGS,
         )  # fmt: skip
-        p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
+        p, alpha, row_max, row_sum, e, bad = online_softmax(
+            s, scale, row_max, row_sum, e, bad, FLAGS
+        )
         if DROPOUT & FLAGS:
             key0, key1 = philox_key(rng_state)
             p = tl.where(keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
@@ -134,12 +132,12 @@ def additive_forward_kernel(
 
 @triton.jit
 def pair_gradients(
-    s, dp, row_lse, row_delta, i, j, j_first, b, h, seqlen_q, seqlen_k, off, side, rng_state,
+    s, dp, row_lse, row_delta, i, j, j_first, b, h, seqlen_q, seqlen_k, off, terms, rng_state,
     threshold, inverse_keep, scale, left, right, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """(P that dropout keeps, dS) of a tile of scores S and dP = dO V^T   [BLOCK_M, BLOCK_N]"""
     s, cap = logits(
-        s, i[:, None], j[None, :], b, h, seqlen_q, seqlen_k, off, side, scale, left, right, True,
+        s, i[:, None], j[None, :], b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, True,
         FLAGS,
     )  # fmt: skip
     p = probabilities(s, row_lse[:, None], True, FLAGS)
@@ -156,12 +154,11 @@ def pair_gradients(
 @triton.jit(do_not_specialize=RUNTIME)
 def additive_dkdv_kernel(
     q, k, v, w, dout, lse, delta, dk, dv,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -174,8 +171,6 @@ def additive_dkdv_kernel(
     if j_first >= length_k:
         return
     b, hk = b.to(tl.int64), hk.to(tl.int64)
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     k += b * k_b + hk * k_h + k_first * k_s
     v += b * v_b + hk * v_h + k_first * v_s
     v_tile = load_tile(v, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
@@ -205,7 +200,7 @@ def additive_dkdv_kernel(
             row_lse = base2_lse(lse, row + i, q_in)
             row_delta = tl.load(delta + row + i, mask=q_in, other=0.0)
             used, ds = pair_gradients(
-                s, dp, row_lse, row_delta, i, j, j_first, b, h, length_q, length_k, off, side,
+                s, dp, row_lse, row_delta, i, j, j_first, b, h, length_q, length_k, off, terms,
                 rng_state, threshold, inverse_keep, scale, left, right, BLOCK_N, FLAGS,
             )  # fmt: skip
             # dV += P^T @ dO   [BLOCK_N, BLOCK_DV]
@@ -227,12 +222,11 @@ def additive_dkdv_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def additive_dq_kernel(
     q, k, v, w, dout, lse, delta, dq, dw, dbias,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k, seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     dq_b, dq_h, dq_s, g_b, g_h, g_q, g_k,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -247,8 +241,6 @@ def additive_dq_kernel(
         return
     b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     q += b * q_b + h * q_h + q_first * q_s
     k += b * k_b + hk * k_h + k_first * k_s
     v += b * v_b + hk * v_h + k_first * v_s
@@ -275,7 +267,7 @@ def additive_dq_kernel(
         v_tile = load_tile(v, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
         dp = dot(do_tile, tl.trans(v_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         _used, ds = pair_gradients(
-            s, dp, row_lse, row_delta, i, j, j_first, b, h, length_q, length_k, off, side,
+            s, dp, row_lse, row_delta, i, j, j_first, b, h, length_q, length_k, off, terms,
             rng_state, threshold, inverse_keep, scale, left, right, BLOCK_N, FLAGS,
         )  # fmt: skip
         if (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS):

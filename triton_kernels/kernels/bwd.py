@@ -18,6 +18,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
+    GROUPED,
     STREAM,
     careful_rows_at_once,
     diagonal,
@@ -27,6 +28,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     load_each,
     load_rows,
     load_tile,
+    load_whole,
     nan_count,
     outer_present,
     product_each,
@@ -38,6 +40,8 @@ from attn_ext.triton_kernels.kernels.primitives import (
     store_tile,
     streamed_dot,
     tile_logits,
+    tile_pointers,
+    tile_step,
     unknown_zero,
 )
 from attn_ext.triton_kernels.kernels.scores import (
@@ -55,12 +59,12 @@ RUNTIME = (
 
 @triton.jit(do_not_specialize=["heads_q", "total_q", "seqlen_q", "blocks"])
 def delta_kernel(
-    out, dout, dlse, delta, cu_seqlens_q,
+    out, dout, lse, dlse, delta, lse2, cu_seqlens_q,
     o_b, o_h, o_s, do_b, do_h, do_s, lse_b, lse_h, heads_q, total_q, seqlen_q, blocks,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dLSE, float32 in the layout of LSE."""
+    """delta = rowsum(dO * O) - dLSE and LSE in base 2, float32 in the layout of LSE."""
     block, h, b = program(blocks, heads_q)
     i_first = block * BLOCK_M
     q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
@@ -77,11 +81,23 @@ def delta_kernel(
     if DLSE:
         value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
     tl.store(delta + row, value, mask=i < length_q)
+    tl.store(lse2 + row, base2_lse(lse, row, i < length_q), mask=i < length_q)
+
+
+@triton.jit
+def row_values(lse2, delta, i, seqlen_q, EDGE: tl.constexpr):
+    """(LSE in base 2, delta) of queries i; inf, where P = 0, and 0 past the last one."""
+    if EDGE:
+        row_lse = tl.load(lse2 + i, mask=i < seqlen_q, other=float("inf"))
+        row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
+    else:
+        row_lse, row_delta = tl.load(lse2 + i), tl.load(delta + i)
+    return row_lse, row_delta
 
 
 @triton.jit
 def key_gradient_tiles(
-    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng, scale, left,
+    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng, scale, left,
     right, first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
@@ -89,7 +105,11 @@ def key_gradient_tiles(
     """Adds query tiles first..end - 1 of head h, less `skip` from `skip_from` on.  Scores are
     transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are."""
     q, q_s, do, do_s = qdo
-    lse, delta = rows
+    lse2, delta = rows
+    ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
+    if ADVANCE:
+        q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
+        do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
     for step in tl.range(first, end - skip):
         m_block = step
         if EDGE:
@@ -102,20 +122,29 @@ def key_gradient_tiles(
             q_rows = row_pointers(q, q_s, i_first, seqlen_q, BLOCK_M)
             kq = streamed_dot(k, q_rows, zero, D, BLOCK_D)
         else:
-            q_tile = load_tile(q, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+            if ADVANCE:
+                q_tile = load_whole(q_at, D, BLOCK_D)
+                q_at += tile_step(q_s, BLOCK_M, FLAGS)
+            else:
+                q_tile = load_tile(q, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
             kq = dot(k, tl.trans(q_tile), zero)
         r = tl.arange(0, BLOCK_M)[None, :]
         s, cap = tile_logits(
-            kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS,
         )  # fmt: skip
-        p = probabilities(s, base2_lse(lse, i, i < seqlen_q)[None, :], False, FLAGS)
+        row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
+        p = probabilities(s, row_lse[None, :], False, FLAGS)
         # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
         if STREAM & FLAGS:
             do_rows = row_pointers(do, do_s, i_first, seqlen_q, BLOCK_M)
             dp = streamed_dot(v, do_rows, zero, DV, BLOCK_DV)
         else:
-            do_tile = load_tile(do, do_s, i_first, seqlen_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+            if ADVANCE:
+                do_tile = load_whole(do_at, DV, BLOCK_DV)
+                do_at += tile_step(do_s, BLOCK_M, FLAGS)
+            else:
+                do_tile = load_tile(do, do_s, i_first, seqlen_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
             dp = dot(v, tl.trans(do_tile), zero)
         used = p
         if DROPOUT & FLAGS:
@@ -129,7 +158,6 @@ def key_gradient_tiles(
             do_tile = load_rows(do_rows, DV, BLOCK_DV)
         dv = dot(used, do_tile, dv)
         # dK += dS^T @ Q   [BLOCK_N, BLOCK_D]
-        row_delta = tl.load(delta + i, mask=i < seqlen_q, other=0.0)
         _, ds = score_gradient(p, dp, row_delta[None, :], cap, False, FLAGS)
         if STREAM & FLAGS:
             tl.debug_barrier()
@@ -140,7 +168,7 @@ def key_gradient_tiles(
 
 @triton.jit
 def careful_key_gradients(
-    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng, scale, left,
+    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng, scale, left,
     right, i_first, i_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
@@ -148,16 +176,16 @@ def careful_key_gradients(
     """`key_gradient_tiles` of queries i_first..i_end - 1, one by one, with sums that skip excluded
     pairs."""
     q, q_s, do, do_s = qdo
-    lse, delta = rows
+    lse2, delta = rows
     r = tl.arange(0, 1)[None, :]
     for step in tl.range(0, i_end - i_first, num_stages=1):
         i = i_first + step
         q_row = load_each(q, q_s, i, 0, 0, D, BLOCK_N, BLOCK_D, FLAGS)
         s, cap = tile_logits(
-            product_each(k, q_row), i, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale,
+            product_each(k, q_row), i, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale,
             left, right, True, FLAGS,
         )  # fmt: skip
-        p = probabilities(s, base2_lse(lse, i, i < seqlen_q), True, FLAGS)
+        p = probabilities(s, tl.load(lse2 + i), True, FLAGS)
         do_row = load_each(do, do_s, i, 0, 0, DV, BLOCK_N, BLOCK_DV, FLAGS)
         dp = product_each(v, do_row)
         used = p
@@ -174,14 +202,14 @@ def careful_key_gradients(
 
 @triton.jit
 def key_gradients(
-    k, v, pointers, strides, c, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, side, rng,
+    k, v, pointers, strides, c, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, terms, rng,
     scale, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAREFUL: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the keys j_first + c over the group's query heads and the queries that see
     them."""
-    q, do, lse, delta = pointers
+    q, do, lse2, delta = pointers
     q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h = strides
     off = diagonal(seqlen_q, seqlen_k, FLAGS)
     j_last = tl.minimum(j_first + BLOCK_N, seqlen_k) - 1
@@ -190,28 +218,29 @@ def key_gradients(
     )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, group):
+    members = group if (GROUPED & FLAGS) else 1
+    for member in range(0, members):
         h = hk * group + member
         qdo = (q + b * q_b + h * q_h + q_first * q_s, q_s,
                do + b * do_b + h * do_h + q_first * do_s, do_s)  # fmt: skip
         row = b * lse_b + h * lse_h + q_first
-        rows = (lse + row, delta + row)
+        rows = (lse2 + row, delta + row)
         if CAREFUL:
             dk, dv = careful_key_gradients(
-                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
                 scale, left, right, first * BLOCK_M, tl.minimum(end * BLOCK_M, seqlen_q),
                 D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
             )  # fmt: skip
-        else:
+        else:  # the cut tiles first: what their loop needs is not held through the other
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
-                scale, left, right, full_first, full_first, 0, full_end,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
-            )  # fmt: skip
-            dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, side, rng,
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
                 scale, left, right, first, full_first, full_end - full_first, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
+            )  # fmt: skip
+            dk, dv = key_gradient_tiles(
+                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
+                scale, left, right, full_first, full_first, 0, full_end,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
             )  # fmt: skip
     return dk, dv
 
@@ -231,13 +260,12 @@ def store_key_gradients(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, dout, lse2, delta, dk, dv,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right, softmax_scale,
+    scale, threshold, inverse_keep, left, right, softmax_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -251,9 +279,7 @@ def dkdv_kernel(
         return
     b, hk = b.to(tl.int64), hk.to(tl.int64)
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
-    pointers = (q, dout, lse, delta)
+    pointers = (q, dout, lse2, delta)
     strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h)
     k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
     v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
@@ -266,7 +292,7 @@ def dkdv_kernel(
     c = tl.arange(0, BLOCK_N)[:, None]
     dk_tile, dv_tile = key_gradients(
         k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k, group,
-        side, rng, scale, left, right,
+        terms, rng, scale, left, right,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
     )  # fmt: skip
     bad = nan_count(dk_tile) + nan_count(dv_tile)
@@ -286,7 +312,7 @@ def dkdv_kernel(
             part_v = load_tile(v_rows, v_s, row, length_k, DV, ROWS, BLOCK_DV, True, FLAGS)
             part_dk, part_dv = key_gradients(
                 part_k, part_v, pointers, strides, part_c, b, hk, row, q_first, length_q, length_k,
-                group, side, rng, scale, left, right,
+                group, terms, rng, scale, left, right,
                 D, DV, BLOCK_M, ROWS, BLOCK_D, BLOCK_DV, True, FLAGS,
             )  # fmt: skip
             store_key_gradients(
@@ -300,7 +326,7 @@ def dkdv_kernel(
 
 @triton.jit
 def query_gradient_tiles(
-    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, grad,
+    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, terms, rng, grad,
     scale, left, right, first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
@@ -308,6 +334,10 @@ def query_gradient_tiles(
     """dq + dS K over key tiles first..end - 1, less `skip` from `skip_from` on; dbias if any."""
     k, k_s, v, v_s = kv
     DBIAS: tl.constexpr = (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)
+    ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
+    if ADVANCE:
+        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS)
+        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS)
     for step in tl.range(first, end - skip):
         n_block = step
         if EDGE:
@@ -319,12 +349,17 @@ def query_gradient_tiles(
             k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N)
             qk = streamed_dot(q, k_rows, zero, D, BLOCK_D)
         else:
-            k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, EDGE, FLAGS)
-            v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS)
+            if ADVANCE:
+                k_tile, v_tile = load_whole(k_at, D, BLOCK_D), load_whole(v_at, DV, BLOCK_DV)
+                k_at += tile_step(k_s, BLOCK_N, FLAGS)
+                v_at += tile_step(v_s, BLOCK_N, FLAGS)
+            else:
+                k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+                v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
             qk = dot(q, tl.trans(k_tile), zero)
         c = tl.arange(0, BLOCK_N)[None, :]
         s, cap = tile_logits(
-            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS,
         )  # fmt: skip
         p = probabilities(s, row_lse[:, None], DBIAS, FLAGS)
@@ -350,7 +385,7 @@ def query_gradient_tiles(
 
 @triton.jit
 def careful_query_gradients(
-    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng,
+    dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, terms, rng,
     scale, left, right, j_first, j_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
@@ -364,7 +399,7 @@ def careful_query_gradients(
         k_row = load_each(k, k_s, j, 0, 0, D, BLOCK_M, BLOCK_D, FLAGS)
         v_row = load_each(v, v_s, j, 0, 0, DV, BLOCK_M, BLOCK_DV, FLAGS)
         s, cap = tile_logits(
-            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, side, scale,
+            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, terms, scale,
             left, right, True, FLAGS,
         )  # fmt: skip
         p = probabilities(s, row_lse[:, None], True, FLAGS)
@@ -380,13 +415,12 @@ def careful_query_gradients(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
-    q, k, v, dout, lse, delta, dq, dbias,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, dout, lse2, delta, dq, dbias,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     dq_b, dq_h, dq_s, g_b, g_h, g_q, g_k,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right, softmax_scale,
+    scale, threshold, inverse_keep, left, right, softmax_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -401,8 +435,6 @@ def dq_kernel(
     b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     grad = (dbias, g_b, g_h, g_q, g_k)
     kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
           head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
@@ -416,7 +448,7 @@ def dq_kernel(
         do_tile = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
     i = i_first + tl.arange(0, BLOCK_M)
     row = b * lse_b + h * lse_h + q_first + i
-    row_lse = base2_lse(lse, row, i < length_q)
+    row_lse = tl.load(lse2 + row, mask=i < length_q, other=float("inf"))
     row_delta = tl.load(delta + row, mask=i < length_q, other=0.0)
     r = tl.arange(0, BLOCK_M)[:, None]
     off = diagonal(length_q, length_k, FLAGS)
@@ -425,15 +457,16 @@ def dq_kernel(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # The cut tiles first, as above
     acc = query_gradient_tiles(
         acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k, off,
-        side, rng, grad, scale, left, right, full_first, full_first, 0, full_end,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
+        terms, rng, grad, scale, left, right, first, full_first, full_end - full_first, end,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
     )  # fmt: skip
     acc = query_gradient_tiles(
         acc, q_tile, do_tile, row_lse, row_delta, kv, i_first, r, b, h, length_q, length_k, off,
-        side, rng, grad, scale, left, right, first, full_first, full_end - full_first, end,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
+        terms, rng, grad, scale, left, right, full_first, full_first, 0, full_end,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
     )  # fmt: skip
     bad = nan_count(acc)
     if bad > 0:  # each way stores its own result, as in fwd.py
@@ -452,11 +485,11 @@ def dq_kernel(
             part_do = load_tile(do_rows, do_s, i_part, length_q, DV, ROWS, BLOCK_DV, True, FLAGS)
             part_i = i_part + tl.arange(0, ROWS)
             part_row = b * lse_b + h * lse_h + q_first + part_i
-            part_lse = base2_lse(lse, part_row, part_i < length_q)
+            part_lse = tl.load(lse2 + part_row, mask=part_i < length_q, other=float("inf"))
             part_delta = tl.load(delta + part_row, mask=part_i < length_q, other=0.0)
             part_acc = careful_query_gradients(
                 tl.zeros([ROWS, BLOCK_D], tl.float32), part_q, part_do, part_lse, part_delta, kv,
-                i_part, part_r, b, h, length_q, length_k, off, side, rng, scale, left, right,
+                i_part, part_r, b, h, length_q, length_k, off, terms, rng, scale, left, right,
                 first * BLOCK_N, tl.minimum(end * BLOCK_N, length_k),
                 D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS,
             )  # fmt: skip

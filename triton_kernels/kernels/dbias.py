@@ -21,7 +21,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     streamed_dot,
     tile_logits,
 )
-from attn_ext.triton_kernels.kernels.scores import base2_lse, probabilities, score_gradient
+from attn_ext.triton_kernels.kernels.scores import probabilities, score_gradient
 
 
 @triton.jit
@@ -45,13 +45,12 @@ def tile_is_visible(
     ]
 )  # fmt: skip
 def dbias_kernel(
-    q, k, v, dout, lse, delta, dbias,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, dout, lse2, delta, dbias,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     g_b, g_h, g_q, g_k, own_h, own_m, own_n, sum_b, sum_h, sum_m, sum_n,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ONE_QUERY: tl.constexpr,
     ONE_KEY: tl.constexpr, FLAGS: tl.constexpr,
@@ -61,8 +60,6 @@ def dbias_kernel(
     pid = tl.program_id(0)
     pid_n, pid_m = pid % own_n, pid // own_n % own_m
     pid_h, pid_b = pid // own_n // own_m % own_h, pid // own_n // own_m // own_h
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(0, sum_b * sum_h * sum_m * sum_n):
         n_block, m_block = pid_n + step % sum_n, pid_m + step // sum_n % sum_m
@@ -100,11 +97,12 @@ def dbias_kernel(
             i = i_first + tl.arange(0, BLOCK_M)
             r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
             s, cap = tile_logits(
-                qk, i_first, r, j_first, c, b, h, length_q, length_k, off, side, scale, left,
+                qk, i_first, r, j_first, c, b, h, length_q, length_k, off, terms, scale, left,
                 right, True, FLAGS,
             )  # fmt: skip
             row = b * lse_b + h * lse_h + q_first + i
-            p = probabilities(s, base2_lse(lse, row, i < length_q)[:, None], True, FLAGS)
+            row_lse = tl.load(lse2 + row, mask=i < length_q, other=float("inf"))
+            p = probabilities(s, row_lse[:, None], True, FLAGS)
             if DROPOUT & FLAGS:
                 key0, key1 = philox_key(rng_state)
                 kept = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)

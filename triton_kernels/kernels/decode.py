@@ -21,9 +21,9 @@ from attn_ext.triton_kernels.kernels.primitives import (
     STATS,
     STREAM,
     nan_count,
-    row_ends,
     unknown_zero,
 )
+from attn_ext.triton_kernels.kernels.softmax import far_count, row_ends
 
 
 @triton.jit
@@ -77,12 +77,11 @@ def store_packed_rows(state, ends, DV: tl.constexpr, BLOCK_DV: tl.constexpr, FLA
 )  # fmt: skip
 def decode_kernel(
     q, k, v, out, lse, max_logit, entropy, part, sums,
-    mask, bias, alibi, sink, rng_state, seqlens_k, block_table,
+    terms, sink, rng_state, seqlens_k, block_table,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     table_b, page_size, page_count,
     heads_q, group, seqlen_q, seqlen_k, m_blocks, splits,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +99,7 @@ def decode_kernel(
     real = r < group * seqlen_q
     i = r // group
     h = (hk * group + r % group).to(tl.int64)
-    h = tl.where(real, h, 0)  # rows past the last one read side inputs of head 0
+    h = tl.where(real, h, 0)  # rows past the last one read terms inputs of head 0
     i_first = m_block * BLOCK_M // group
     i_last = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
 
@@ -112,8 +111,6 @@ def decode_kernel(
         q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
         q_tile = q_tile.to(tl.float32) if INTERPRETED else q_tile
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     if PAGED & FLAGS:  # k_b and v_b are the strides of pages
         kv = (k + wide_hk * k_h, k_s, k_b, v + wide_hk * v_h, v_s, v_b,
               (block_table + wide_b * table_b, page_size, page_count), 0)  # fmt: skip
@@ -122,20 +119,20 @@ def decode_kernel(
               v + wide_b * v_b + wide_hk * v_h, v_s, 0, 0, 0)  # fmt: skip
     state = forward_rows(
         q_tile, kv, (i - i_first)[:, None], b, h[:, None], i_first, i_last, seqlen_q, length,
-        split, splits, side, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        split, splits, terms, rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         0, FLAGS,
     )  # fmt: skip
     ends = (out + wide_b * o_b, o_h, o_s, lse, max_logit, entropy, wide_b * lse_b + h * lse_h + i,
             part, sums, sink, inverse_keep, split, splits, m_blocks, heads_q, seqlen_q, heads_k,
             real, h, i)  # fmt: skip
-    bad = nan_count(state[0])
+    bad = nan_count(state[0]) + far_count(state[1], FLAGS)
     if bad > 0:  # each way stores its own result, as in the forward kernel
         zero = unknown_zero(bad)
         again = tl.load(zero + q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
         again = again.to(tl.float32) if INTERPRETED else again
         state = careful_rows(
             again, kv, (i - i_first)[:, None], b + zero, h[:, None], i_first + zero, i_last,
-            seqlen_q, length, split, splits, side, rng, scale, left, right,
+            seqlen_q, length, split, splits, terms, rng, scale, left, right,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
         )  # fmt: skip
         store_packed_rows(state, ends, DV, BLOCK_DV, FLAGS)

@@ -2,8 +2,9 @@
 
 Q, O [B, Hq, Sq, D | Dv], K, V [B, Hk, Sk, D | Dv], LSE [B, Hq, Sq]; varlen: [total, H, D],
 LSE [Hq, total_q].  One program = BLOCK_M queries of one head of one sequence; it walks over the
-tiles of BLOCK_N keys that its queries see: first the tiles without an edge, then the cut ones.
-If O has a NaN at the end, the tile is computed again with care (`primitives.nan_count`).
+tiles of BLOCK_N keys that its queries see: first the tiles that an edge cuts, then the others.
+If O has a NaN at the end, the tile is computed again with care (`primitives.nan_count`); so it is
+where logits are huge (`softmax.far_count`).
 """
 
 import triton
@@ -12,8 +13,10 @@ import triton.language as tl
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
 from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
+    PAGED,
     STATS,
     STREAM,
+    UNSCALED,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -24,19 +27,21 @@ from attn_ext.triton_kernels.kernels.primitives import (
     load_keys,
     load_rows,
     load_tile,
+    load_whole,
     nan_count,
-    online_softmax,
     outer_present,
     product_each,
     program,
-    row_ends,
     row_pointers,
     sequences,
     store_tile,
     streamed_dot,
     tile_logits,
+    tile_pointers,
+    tile_step,
     unknown_zero,
 )
+from attn_ext.triton_kernels.kernels.softmax import far_count, online_softmax, row_ends
 
 SPECIALIZED = tl.constexpr(2)  # LOADS: by descriptors, in warps of their own
 REPAIR = tl.constexpr(3)  # LOADS: by pointers, and only for tiles of O that hold a NaN
@@ -44,7 +49,7 @@ REPAIR = tl.constexpr(3)  # LOADS: by pointers, and only for tiles of O that hol
 
 @triton.jit
 def forward_tiles(
-    state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+    state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, terms, rng, scale, left, right,
     first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, LOADS: tl.constexpr,
@@ -54,6 +59,11 @@ def forward_tiles(
     or with STREAM the pointers to its rows."""
     acc, row_max, row_sum, e, bad = state
     k, k_s, k_p, v, v_s, v_p, pages, described = kv
+    # Whole tiles at plain addresses: pointers that move, and no other arithmetic
+    ADVANCE: tl.constexpr = not (EDGE or LOADS or (STREAM & FLAGS) or (PAGED & FLAGS))
+    if ADVANCE:
+        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS)
+        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS)
     for step in tl.range(first, end - skip, warp_specialize=LOADS == SPECIALIZED):
         n_block = step
         if EDGE and LOADS != SPECIALIZED:
@@ -64,21 +74,26 @@ def forward_tiles(
         if STREAM & FLAGS:
             keys = key_pointers(k, k_s, j_first, seqlen_k, pages, k_p, BLOCK_N, FLAGS)
             qk = streamed_dot(q, keys, zero, D, BLOCK_D)
-        elif LOADS:
-            k_desc, v_desc, index_b, index_h = described
-            k_tile = load_described(k_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_D)
-            qk = dot(q, tl.trans(k_tile), zero)
         else:
-            k_tile = load_keys(
-                k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS
-            )
+            if LOADS:
+                k_desc, v_desc, index_b, index_h = described
+                k_tile = load_described(k_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_D)
+            elif ADVANCE:
+                k_tile = load_whole(k_at, D, BLOCK_D)
+                k_at += tile_step(k_s, BLOCK_N, FLAGS)
+            else:
+                k_tile = load_keys(
+                    k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS
+                )
             qk = dot(q, tl.trans(k_tile), zero)
         c = tl.arange(0, BLOCK_N)[None, :]
         s, _ = tile_logits(
-            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS,
         )  # fmt: skip
-        p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
+        p, alpha, row_max, row_sum, e, bad = online_softmax(
+            s, scale, row_max, row_sum, e, bad, FLAGS
+        )
         if DROPOUT & FLAGS:
             key0, key1, threshold, _ = rng
             p = tl.where(keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
@@ -88,6 +103,9 @@ def forward_tiles(
             v_tile = load_rows(values, DV, BLOCK_DV)
         elif LOADS:
             v_tile = load_described(v_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_DV)
+        elif ADVANCE:
+            v_tile = load_whole(v_at, DV, BLOCK_DV)
+            v_at += tile_step(v_s, BLOCK_N, FLAGS)
         else:
             v_tile = load_keys(
                 v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
@@ -106,7 +124,7 @@ def empty_state(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 @triton.jit
 def forward_rows(
-    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, terms, rng, scale, left,
     right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
@@ -126,29 +144,31 @@ def forward_rows(
     state = empty_state(BLOCK_M, BLOCK_DV)
     if LOADS == SPECIALIZED:  # Triton takes one loop apart: all its tiles count as cut
         full_first, full_end = first, first
-    else:
-        state = forward_tiles(
-            state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
-            full_first, full_first, 0, full_end,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
-        )  # fmt: skip
+    # The cut tiles first: what their loop needs is not held through the other
     state = forward_tiles(
-        state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, side, rng, scale, left, right,
+        state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, terms, rng, scale, left, right,
         first, full_first, full_end - full_first, end,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOADS, FLAGS,
     )  # fmt: skip
+    if LOADS != SPECIALIZED:
+        state = forward_tiles(
+            state, q, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, terms, rng, scale, left, right,
+            full_first, full_first, 0, full_end,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
+        )  # fmt: skip
     return state
 
 
 @triton.jit
 def careful_rows(
-    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, side, rng, scale, left,
+    q, kv, r, b, h, i_first, i_last, seqlen_q, seqlen_k, split, splits, terms, rng, scale, left,
     right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """`forward_rows` again where that has left a NaN: key by key, with sums that skip excluded
-    pairs."""
+    """`forward_rows` again where that has left a NaN, or met huge logits: key by key, with sums
+    that skip excluded pairs."""
+    SCALED: tl.constexpr = (~UNSCALED) & FLAGS
     k, k_s, k_p, v, v_s, v_p, pages, _described = kv
     off = diagonal(seqlen_q, seqlen_k, FLAGS)
     first, _full, _full_end, end = key_range(
@@ -165,10 +185,12 @@ def careful_rows(
         # s = Q . k_j   [BLOCK_M, 1]
         k_row = load_each(k, k_s, j, pages, k_p, D, BLOCK_M, BLOCK_D, FLAGS)
         s, _cap = tile_logits(
-            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, side, scale,
-            left, right, True, FLAGS,
+            product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, terms, scale,
+            left, right, True, SCALED,
         )  # fmt: skip
-        p, alpha, row_max, row_sum, e, bad = online_softmax(s, row_max, row_sum, e, bad, FLAGS)
+        p, alpha, row_max, row_sum, e, bad = online_softmax(
+            s, scale, row_max, row_sum, e, bad, SCALED
+        )
         if DROPOUT & FLAGS:
             key0, key1, threshold, _ = rng
             p = tl.where(keep_each(i_first + r, j + c, b, h, key0, key1, threshold), p, 0.0)
@@ -205,11 +227,10 @@ def store_rows(
 )  # fmt: skip
 def forward_kernel(
     q, k, v, q_desc, k_desc, v_desc, out, lse, max_logit, entropy,
-    mask, bias, alibi, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
     heads_q, group, total_q, total_k, seqlen_q, seqlen_k, m_blocks,
-    scale, cap_in, cap_out, threshold, inverse_keep, left, right,
+    scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LOADS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -228,8 +249,6 @@ def forward_kernel(
     wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
     hk = wide_h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     kv = (k + wide_b * k_b + hk * k_h + k_first * k_s, k_s, 0,
           v + wide_b * v_b + hk * v_h + k_first * v_s, v_s, 0, 0,
           (k_desc, v_desc, b, h // group))  # fmt: skip
@@ -248,10 +267,10 @@ def forward_kernel(
     else:
         r = tl.arange(0, BLOCK_M)
         state = forward_rows(
-            q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, side, rng,
-            scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
+            q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, terms,
+            rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
         )  # fmt: skip
-        bad = nan_count(state[0])
+        bad = nan_count(state[0]) + far_count(state[1], FLAGS)
     # Each way stores its own result: joined, they would share a layout that suits neither.
     if LOADS == SPECIALIZED:
         store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)
@@ -264,7 +283,7 @@ def forward_kernel(
             part_q = load_tile(q_rows, q_s, row, length_q, D, ROWS, BLOCK_D, True, FLAGS)
             part_state = careful_rows(
                 part_q, kv, part_r, b + zero, wide_h, row, tl.minimum(row + ROWS, length_q) - 1,
-                length_q, length_k, 0, 1, side, rng, scale, left, right,
+                length_q, length_k, 0, 1, terms, rng, scale, left, right,
                 D, DV, ROWS, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
             )  # fmt: skip
             store_rows(part_state, ends, row, length_q, wide_h, DV, ROWS, BLOCK_DV, FLAGS)

@@ -30,9 +30,8 @@ NOTHING = tl.constexpr(-9223372036854775807)  # of packed logits: less than any
 @triton.jit(do_not_specialize=RUNTIME)
 def column_mass_kernel(
     q, k, lse, mass,
-    mask, bias, alibi, q_b, q_h, q_s, k_b, k_h, k_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
-    heads_q, group, seqlen_q, seqlen_k, blocks, scale, cap_in, cap_out, left, right,
+    terms, q_b, q_h, q_s, k_b, k_h, k_s, lse_b, lse_h,
+    heads_q, group, seqlen_q, seqlen_k, blocks, scale, left, right,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -40,8 +39,6 @@ def column_mass_kernel(
     block, h, b = program(blocks, heads_q)
     h, b = h.to(tl.int64), b.to(tl.int64)
     j_first = block * BLOCK_N
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     k_rows = k + b * k_b + h // group * k_h
     k_tile = load_tile(k_rows, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
     j = j_first + tl.arange(0, BLOCK_N)
@@ -60,7 +57,7 @@ def column_mass_kernel(
         )
         kq = dot(k_tile, tl.trans(q_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         s, _cap = logits(
-            kq, i[None, :], j[:, None], b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+            kq, i[None, :], j[:, None], b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             True, FLAGS,
         )  # fmt: skip
         row_lse = base2_lse(lse, b * lse_b + h * lse_h + i, i < seqlen_q)
@@ -82,9 +79,8 @@ def packed(s, j):
 @triton.jit(do_not_specialize=RUNTIME)
 def top_k_kernel(
     q, k, best_out,
-    mask, bias, alibi, q_b, q_h, q_s, k_b, k_h, k_s,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
-    heads_q, group, seqlen_q, seqlen_k, blocks, scale, cap_in, cap_out, left, right,
+    terms, q_b, q_h, q_s, k_b, k_h, k_s,
+    heads_q, group, seqlen_q, seqlen_k, blocks, scale, left, right,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BEST: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -93,8 +89,6 @@ def top_k_kernel(
     block, h, b = program(blocks, heads_q)
     h, b = h.to(tl.int64), b.to(tl.int64)
     i_first = block * BLOCK_M
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     q_tile = load_tile(
         q + b * q_b + h * q_h, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS
     )
@@ -115,7 +109,7 @@ def top_k_kernel(
         k_tile = load_tile(k_rows, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
         qk = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         s, _cap = logits(
-            qk, i[:, None], j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, True, FLAGS
+            qk, i[:, None], j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, True, FLAGS
         )
         left_over = packed(s, j)
         largest, least = tl.max(left_over, 1), tl.min(best, 1)
@@ -161,9 +155,8 @@ def add_cells(acc, bad, belongs, x, x_bad):
 @triton.jit(do_not_specialize=(*RUNTIME, "rows", "cols", "row_blocks"))
 def pooled_map_kernel(
     q, k, lse, out,
-    mask, bias, alibi, q_b, q_h, q_s, k_b, k_h, k_s, lse_b, lse_h,
-    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, alibi_b,
-    heads_q, group, seqlen_q, seqlen_k, blocks, scale, cap_in, cap_out, left, right,
+    terms, q_b, q_h, q_s, k_b, k_h, k_s, lse_b, lse_h,
+    heads_q, group, seqlen_q, seqlen_k, blocks, scale, left, right,
     rows, cols, row_blocks,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CELLS: tl.constexpr, FLAGS: tl.constexpr,
@@ -173,8 +166,6 @@ def pooled_map_kernel(
     h, b = h.to(tl.int64), b.to(tl.int64)
     block = block.to(tl.int64)
     r_first, c_first = block % row_blocks * CELLS, block // row_blocks * CELLS
-    side = (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-            alibi, alibi_b, cap_in, cap_out)  # fmt: skip
     r, c = r_first + tl.arange(0, CELLS), c_first + tl.arange(0, CELLS)
     off = diagonal(seqlen_q, seqlen_k, FLAGS)
     q_low = cell_low(r_first, rows, seqlen_q).to(tl.int32)
@@ -205,7 +196,7 @@ def pooled_map_kernel(
                 )  # fmt: skip
                 kq = dot(k_tile, tl.trans(q_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
                 s, _cap = logits(
-                    kq, i[None, :], j[:, None], b, h, seqlen_q, seqlen_k, off, side, scale, left,
+                    kq, i[None, :], j[:, None], b, h, seqlen_q, seqlen_k, off, terms, scale, left,
                     right, True, FLAGS,
                 )  # fmt: skip
                 p = probabilities(s, row_lse[None, :], True, FLAGS)

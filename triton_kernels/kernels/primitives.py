@@ -9,6 +9,8 @@ the kernels: s2 = s * log2(e), P = 2^(s2 - m2).
 `FEATURE & FLAGS`: the interpreter hands FLAGS over as an int, which has no `& constexpr`.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
@@ -44,6 +46,31 @@ DBIAS_ONE_KEY = tl.constexpr(131072)  # dbias has one key column
 STREAM = tl.constexpr(1 << 19)  # rows too wide to be held: products over D read them in parts
 SIGMOID = tl.constexpr(1 << 24)  # P = sigmoid(s + shift) in place of softmax; LSE is 0
 SIGMOID_LENGTH = tl.constexpr(1 << 25)  # shift = -ln(seqlen_k) of each sequence
+GROUPED = tl.constexpr(1 << 21)  # query heads share K and V
+# The logits are scale * q . k with scale > 0, and -inf: forward's softmax multiplies them
+UNSCALED = tl.constexpr(1 << 20)
+
+
+class Terms(NamedTuple):
+    """What a logit is made of besides q . k: one argument of every kernel, so that another term
+    changes this class, `tile_logits` and the launcher's `Plan`."""
+
+    mask: object  # uint8, [B, Hq, Sq, Sk] by its strides
+    mask_b: int
+    mask_h: int
+    mask_q: int
+    mask_k: int
+    bias: object
+    bias_b: int
+    bias_h: int
+    bias_q: int
+    bias_k: int
+    alibi: object  # slopes float32, [B, Hq] or [Hq]
+    alibi_b: int
+    cap_in: float  # softmax_scale / softcap
+    cap_out: float  # softcap in base 2
+    shift: float  # of sigmoid weights, in base 2
+
 
 # The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -158,6 +185,32 @@ def tile_offsets(stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAG
 
 
 @triton.jit
+def tile_pointers(
+    base, stride, row, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr
+):
+    """Pointers to rows row, row + 1, ... of base, [BLOCK_ROWS, BLOCK_DIM]."""
+    return base + row.to(tl.int64) * stride + tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
+
+
+@triton.jit
+def tile_step(stride, BLOCK_ROWS: tl.constexpr, FLAGS: tl.constexpr):
+    """How far `tile_pointers` move to the next tile."""
+    if WIDE & FLAGS:
+        return tl.full([], BLOCK_ROWS, tl.int64) * stride
+    return BLOCK_ROWS * stride
+
+
+@triton.jit
+def load_whole(pointers, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The tile at `tile_pointers`, of which every row exists."""
+    if DIM != BLOCK_DIM:
+        tile = tl.load(pointers, mask=(tl.arange(0, BLOCK_DIM) < DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile.to(tl.float32) if INTERPRETED else tile
+
+
+@triton.jit
 def load_tile(
     base, stride, row, rows, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     EDGE: tl.constexpr, FLAGS: tl.constexpr,
@@ -165,17 +218,13 @@ def load_tile(
     """Rows row, row + 1, ... of base [rows, DIM] as [BLOCK_ROWS, BLOCK_DIM], 0 outside.
 
     EDGE: the tile may reach past the last row."""
-    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
-    pointers = base + row.to(tl.int64) * stride + offsets
-    if EDGE:
-        inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
-        if DIM != BLOCK_DIM:
-            inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
-        tile = tl.load(pointers, mask=inside, other=0.0)
-    elif DIM != BLOCK_DIM:
-        tile = tl.load(pointers, mask=(tl.arange(0, BLOCK_DIM) < DIM)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
+    pointers = tile_pointers(base, stride, row, BLOCK_ROWS, BLOCK_DIM, FLAGS)
+    if not EDGE:
+        return load_whole(pointers, DIM, BLOCK_DIM)
+    inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
+    if DIM != BLOCK_DIM:
+        inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+    tile = tl.load(pointers, mask=inside, other=0.0)
     return tile.to(tl.float32) if INTERPRETED else tile
 
 
@@ -329,8 +378,8 @@ def key_range(
 def query_range(
     j_first, j_last, seqlen_q, off, left, right, BLOCK_M: tl.constexpr, FLAGS: tl.constexpr
 ):
-    """(first, full_first, full_end, end) of the query tiles that see keys j_first..j_last; in
-    tiles full_first..full_end - 1 each query sees each of them (or lies past the last query)."""
+    """(first, full_first, full_end, end) of the query tiles that see keys j_first..j_last; tiles
+    full_first..full_end - 1 are whole, and each of their queries sees each of the keys."""
     low = tl.maximum(j_first - off - right, 0) if (RIGHT & FLAGS) else seqlen_q * 0
     high = tl.minimum(j_last - off + left + 1, seqlen_q) if (LEFT & FLAGS) else seqlen_q
     low_all = tl.maximum(j_last - off - right, 0) if (RIGHT & FLAGS) else seqlen_q * 0
@@ -338,11 +387,8 @@ def query_range(
     first = low // BLOCK_M
     end = tl.maximum((high + BLOCK_M - 1) // BLOCK_M, first)
     full_first = tl.minimum((low_all + BLOCK_M - 1) // BLOCK_M, end)
-    if LEFT & FLAGS:
-        full_end = tl.maximum(tl.minimum(j_first - off + left + 1, seqlen_q), 0) // BLOCK_M
-        full_end = tl.minimum(tl.maximum(full_end, full_first), end)
-    else:
-        full_end = end
+    high_all = tl.minimum(j_first - off + left + 1, seqlen_q) if (LEFT & FLAGS) else seqlen_q
+    full_end = tl.minimum(tl.maximum(tl.maximum(high_all, 0) // BLOCK_M, full_first), end)
     return first, full_first, full_end, end
 
 
@@ -359,13 +405,13 @@ def tanh(x):
 
 @triton.jit
 def logits(
-    qk, i, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, POSITIONS: tl.constexpr,
+    qk, i, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """`tile_logits` of any positions i and j, its offsets in 64 bits."""
     zero = b * 0
     return tile_logits(
-        qk, zero, i, zero, j, b, h, seqlen_q, seqlen_k, off, side, scale, left, right, POSITIONS,
+        qk, zero, i, zero, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS,
         WIDE | FLAGS,
     )  # fmt: skip
 
@@ -383,43 +429,63 @@ def score_pointers(base, b_s, h_s, q_s, k_s, b, h, i_first, r, j_first, c, FLAGS
 
 @triton.jit
 def tile_logits(
-    qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, side, scale, left, right,
+    qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
     POSITIONS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """(s2, cap): base-2 logits, -inf where excluded, and tanh's value where softcap is on.
+    """(s2, cap): base-2 logits, -inf where excluded, and tanh's value where softcap is on.  With
+    UNSCALED the logits are q . k.
 
     qk: q_i . k_j of queries i_first + r and keys j_first + c; r, c and h broadcast to its shape.
-    side: mask, bias and slopes with their strides.  POSITIONS: the tile is cut by a window, or by
-    the last key.
+    POSITIONS: the tile is cut by a window, or by the last key.
     """
-    (mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
-     alibi, alibi_b, cap_in, cap_out) = side  # fmt: skip
     i, j = i_first + r, j_first + c
     cap = qk
     if SOFTCAP & FLAGS:
-        cap = tanh(qk * cap_in)
-        s = cap * cap_out
+        cap = tanh(qk * terms.cap_in)
+        s = cap * terms.cap_out
+    elif UNSCALED & FLAGS:
+        s = qk
     else:
         s = qk * scale
     if SIGMOID_LENGTH & FLAGS:
         s -= tl.log2(tl.maximum(seqlen_k, 1).to(tl.float32))
-    elif (SIGMOID & FLAGS) and (SOFTCAP & FLAGS):
-        s += scale  # the shift comes in a scalar that the logits do not use
     elif SIGMOID & FLAGS:
-        s += cap_in
+        s += terms.shift
     inside = (i < seqlen_q) & (j < seqlen_k)
     if BIAS & FLAGS:
         at = score_pointers(
-            bias, bias_b, bias_h, bias_q, bias_k, b, h, i_first, r, j_first, c, FLAGS
+            terms.bias,
+            terms.bias_b,
+            terms.bias_h,
+            terms.bias_q,
+            terms.bias_k,
+            b,
+            h,
+            i_first,
+            r,
+            j_first,
+            c,
+            FLAGS,
         )
         added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         s += tl.maximum(added, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
     if ALIBI & FLAGS:
-        slope = tl.load(alibi + b.to(tl.int64) * alibi_b + h).to(tl.float32) * LOG2E
+        slope = tl.load(terms.alibi + b.to(tl.int64) * terms.alibi_b + h).to(tl.float32) * LOG2E
         s -= slope * tl.abs(i + (seqlen_k - seqlen_q) - j).to(tl.float32)
     if MASK & FLAGS:
         at = score_pointers(
-            mask, mask_b, mask_h, mask_q, mask_k, b, h, i_first, r, j_first, c, FLAGS
+            terms.mask,
+            terms.mask_b,
+            terms.mask_h,
+            terms.mask_q,
+            terms.mask_k,
+            b,
+            h,
+            i_first,
+            r,
+            j_first,
+            c,
+            FLAGS,
         )
         s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
     if BIAS & FLAGS:  # a bias of -inf excludes even where q . k is NaN
@@ -431,63 +497,3 @@ def tile_logits(
             inside = inside & (j <= i + off + right)
         s = tl.where(inside, s, float("-inf"))
     return s, cap
-
-
-@triton.jit
-def sigmoid(s):
-    """1 / (1 + 2^-s): 0 for the -inf of an excluded pair."""
-    return 1.0 / (1.0 + tl.exp2(-s))
-
-
-@triton.jit
-def online_softmax(s, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
-    """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of base-2 logits.
-
-    SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max;
-    what was summed before shrinks by alpha.  With STATS e = sum_j P_ij (s_ij - m_i), and `bad`
-    counts the NaN of a row, which max ignores.
-    """
-    if SIGMOID & FLAGS:
-        return sigmoid(s), row_sum + 1.0, row_max, row_sum, e, bad
-    m_new = tl.maximum(row_max, tl.max(s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
-    p = tl.exp2(s - m_safe[:, None])
-    alpha = tl.exp2(row_max - m_safe)
-    if STATS & FLAGS:
-        before = tl.maximum(row_max - m_safe, -FAR)
-        terms = tl.where(p > 0, p * (s - m_safe[:, None]), 0.0)
-        e = alpha * (e + before * row_sum) + tl.sum(terms, 1)
-        bad += tl.sum(tl.where(s != s, 1.0, 0.0), 1)
-    row_sum = alpha * row_sum + tl.sum(p, 1)
-    return p, alpha, m_new, row_sum, e, bad
-
-
-@triton.jit
-def natural(s):
-    """Base-2 logits in base e; what a bias of LEAST has left is finfo.min again."""
-    lowest = (s < LEAST2) & (s != float("-inf"))
-    return tl.where(lowest, FINFO_MIN, s * LN2)
-
-
-@triton.jit
-def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
-    """(factor, LSE, largest logit, entropy) of rows with sums row_sum and e; O = factor * acc.
-    The sink joins the normaliser; a row without keys stays empty even then."""
-    if SIGMOID & FLAGS:
-        return row_sum + 1.0, row_sum, row_sum, row_sum
-    empty = row_sum == 0  # not row_max == -inf, which is also a row of nothing but NaN
-    largest = tl.where(bad > 0, float("nan"), natural(row_max))
-    m_all, l_all, shrink = row_max, row_sum, tl.full(row_max.shape, 1.0, tl.float32)
-    if SINK & FLAGS:
-        extra = tl.load(sink + h).to(tl.float32) * LOG2E
-        m_all = tl.maximum(row_max, extra)
-        shrink = tl.exp2(row_max - tl.where(empty, 0.0, m_all))
-        l_all = row_sum * shrink + tl.exp2(extra - m_all)
-    total = tl.where(empty, 1.0, l_all)
-    factor = tl.where(empty, 0.0, shrink / total)
-    lse = tl.where(empty, float("-inf"), natural(m_all + tl.log2(total)))
-    # -sum P ln P with P = shrink * p / total and ln P = ln p + ln(shrink / total).  The maxima
-    # first: beside 1e9 the logarithm would be lost.
-    apart = tl.minimum(m_all - row_max, FAR)
-    entropy = (row_sum * (tl.log2(total) + apart) - e) * factor * LN2
-    return factor, lse, largest, tl.where(empty, 0.0, entropy)

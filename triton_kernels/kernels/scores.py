@@ -11,8 +11,8 @@ from attn_ext.triton_kernels.kernels.primitives import (
     LOG2E,
     SIGMOID,
     SOFTCAP,
-    sigmoid,
 )
+from attn_ext.triton_kernels.kernels.softmax import sigmoid
 
 
 @triton.jit

@@ -41,10 +41,9 @@ def _shared(plan: attention.Plan, o: torch.Tensor) -> tuple:
     """Side inputs and strides; o is O or dO."""
     varlen = plan.varlen
     return (
-        *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k, plan.seqlens_k,
+        *plan.side(), plan.cu_seqlens_q, plan.cu_seqlens_k, plan.seqlens_k,
         *strides(plan.q, varlen), *strides(plan.k, varlen),
         *strides(plan.v, varlen), *strides(o, varlen), *plan.lse_strides(),
-        *plan.score_strides(),
     )  # fmt: skip
 
 

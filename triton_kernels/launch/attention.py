@@ -26,7 +26,8 @@ LOG2E, LEAST = primitives.LOG2E.value, primitives.LEAST.value
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLAG = {name: getattr(primitives, name).value for name in (
     "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",
-    "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE", "STREAM", "SIGMOID", "SIGMOID_LENGTH",
+    "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE", "STREAM", "GROUPED", "SIGMOID",
+    "SIGMOID_LENGTH",
 )}  # fmt: skip
 
 _RICH = sum(_FLAG[name] for name in ("MASK", "BIAS", "ALIBI", "SOFTCAP", "DROPOUT"))
@@ -83,6 +84,7 @@ class Plan:
         self.launched: list[tuple] = []  # (compiled kernel, programs, args)
         self._check_devices()
         self._scalars()
+        self.terms = self._terms()
         self.flags = self._flags()
 
     @staticmethod
@@ -104,10 +106,6 @@ class Plan:
         capped = call.softcap > 0
         self.cap_in = call.scale / call.softcap if capped else 0.0
         self.cap_out = call.softcap * LOG2E if capped else 0.0
-        if self.sigmoid and capped:  # in scalars that the logits do not use
-            self.scale = (call.sigmoid_bias or 0.0) * LOG2E
-        elif self.sigmoid:
-            self.cap_in = (call.sigmoid_bias or 0.0) * LOG2E
         threshold = int(call.dropout_p * 4294967296.0)
         self.dropout = threshold > 0
         self.threshold = threshold - 1 - (1 << 32 if threshold - 1 >= 1 << 31 else 0)
@@ -135,10 +133,17 @@ class Plan:
             "PAGED": self.block_table is not None,
             "WIDE": longest * 256 >= 1 << 31,
             "STREAM": self.q.element_size() == 4 and max(self.block_d, self.block_dv) > 64,
+            "GROUPED": self.heads_q != self.heads_k,
             "SIGMOID": self.sigmoid,
             "SIGMOID_LENGTH": self.sigmoid and call.sigmoid_bias is None,
         }
         return sum(_FLAG[name] for name, on in present.items() if on)
+
+    def forward_flags(self) -> int:
+        """The flags, and UNSCALED where softmax may take q . k and a positive scale."""
+        other = sum(_FLAG[name] for name in ("BIAS", "ALIBI", "SOFTCAP", "SIGMOID"))
+        unscaled = self.scale > 0 and not self.flags & other
+        return self.flags + (primitives.UNSCALED.value if unscaled else 0)
 
     def own(self, x: torch.Tensor, fill: float | None = None) -> torch.Tensor:
         """x, which the call has allocated, filled where no kernel may write it."""
@@ -153,21 +158,22 @@ class Plan:
         """What the kernels get in place of the call's tensors, in their order."""
         return tuple(getattr(self, name) for name in FIELDS[:TENSORS])
 
-    def side_tensors(self) -> tuple:
-        """mask, bias and their kin, in the order of the kernels' arguments."""
-        return (self.mask, self.bias, self.alibi, self.sink, self.rng_state)
+    def side(self) -> tuple:
+        """The terms of a logit, sink and dropout's state, as every kernel takes them."""
+        return (self.terms, self.sink, self.rng_state)
 
-    def score_strides(self) -> tuple:
-        """Strides of mask, bias and slopes, in the order of the kernels' arguments."""
-        alibi = self.alibi
+    def _terms(self) -> primitives.Terms:
+        call, alibi = self.call, self.alibi
         alibi_b = self.heads_q if alibi is not None and alibi.numel() > self.heads_q else 0
-        return (*score_strides(self.mask, self.sizes), *score_strides(self.bias, self.sizes),
-                alibi_b)  # fmt: skip
+        return primitives.Terms(
+            self.mask, *score_strides(self.mask, self.sizes),
+            self.bias, *score_strides(self.bias, self.sizes),
+            alibi, alibi_b, self.cap_in, self.cap_out, (call.sigmoid_bias or 0.0) * LOG2E,
+        )  # fmt: skip
 
     def scalars(self) -> tuple:
         """scale ... right, in the order of the kernels' arguments."""
-        return (self.scale, self.cap_in, self.cap_out, self.threshold, self.inverse_keep,
-                self.left, self.right)  # fmt: skip
+        return (self.scale, self.threshold, self.inverse_keep, self.left, self.right)
 
     def totals(self) -> tuple:
         """Rows of q and of k in memory, which bound what cu_seqlens may say."""
@@ -296,13 +302,13 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
     plan.run(
         decode_kernel, programs * splits, tile,
         plan.q, plan.k, plan.v, out, lse, max_logit, entropy, part, sums,
-        *plan.side_tensors(), plan.seqlens_k, table,
+        *plan.side(), plan.seqlens_k, table,
         *strides(plan.q, False), *strides(plan.k, False), *strides(plan.v, False),
-        *strides(out, False), *plan.lse_strides(), *plan.score_strides(),
+        *strides(out, False), *plan.lse_strides(),
         0 if table is None else table.stride(0), page_size, plan.k.shape[0],
         plan.heads_q, group, plan.seqlen_q, plan.seqlen_k, m_blocks, splits, *plan.scalars(),
         plan.dim, plan.dim_v, block_m, tile.block_n, plan.block_d, plan.block_dv,
-        plan.flags + split_flag,
+        plan.forward_flags() + split_flag,
     )  # fmt: skip
     if splits > 1:
         block = configs.Tile(16, 0, 4, 1)
@@ -355,11 +361,11 @@ def attend_by(plan: Plan, results: tuple, tile: configs.Tile, loads: int, descri
     plan.run(
         forward_kernel, m_blocks * plan.heads_q * plan.batch, tile,
         plan.q, plan.k, plan.v, *described, out, lse, max_logit, entropy,
-        *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+        *plan.side(), plan.cu_seqlens_q, plan.cu_seqlens_k,
         *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
-        *strides(out, varlen), *plan.lse_strides(), *plan.score_strides(),
+        *strides(out, varlen), *plan.lse_strides(),
         plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
         plan.seqlen_k, m_blocks, *plan.scalars(),
         plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
-        loads, plan.flags,
+        loads, plan.flags if loads >= SPECIALIZED.value else plan.forward_flags(),
     )  # fmt: skip

@@ -30,16 +30,17 @@ class Backward:
         self.dout, self.out = rows(dout.to(plan.q.dtype)), rows(out)
         self.lse = lse.detach().resolve_neg().contiguous()
         self.delta = plan.own(torch.empty_like(self.lse))
+        self.lse2 = plan.own(torch.empty_like(self.lse), 0.0 if plan.sigmoid else None)
         if plan.sigmoid:
-            self.lse, dlse = plan.own(torch.empty_like(self.lse), 0.0), None
+            self.lse, dlse = self.lse2, None
         self.dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
         self.shared = (
-            *plan.side_tensors(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+            *plan.side(), plan.cu_seqlens_q, plan.cu_seqlens_k,
             *strides(plan.q, varlen), *strides(plan.k, varlen), *strides(plan.v, varlen),
-            *strides(self.dout, varlen), *plan.lse_strides(), *plan.score_strides(),
+            *strides(self.dout, varlen), *plan.lse_strides(),
         )  # fmt: skip
         self.heads = (plan.heads_q, plan.heads_q // plan.heads_k)
-        self.inputs = (plan.q, plan.k, plan.v, self.dout, self.lse, self.delta)
+        self.inputs = (plan.q, plan.k, plan.v, self.dout, self.lse2, self.delta)
 
     def _sizes(self, blocks: int) -> tuple:
         plan = self.plan
@@ -51,12 +52,12 @@ class Backward:
         return (plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv)
 
     def preprocess(self) -> None:
-        """delta = rowsum(dO * O) - dLSE"""
+        """delta = rowsum(dO * O) - dLSE, and LSE in base 2."""
         plan, tile = self.plan, configs.Tile(32, 0, 4, 1)
         blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             delta_kernel, blocks * plan.heads_q * plan.batch, tile,
-            self.out, self.dout, self.dlse, self.delta, plan.cu_seqlens_q,
+            self.out, self.dout, self.lse, self.dlse, self.delta, self.lse2, plan.cu_seqlens_q,
             *strides(self.out, plan.varlen), *strides(self.dout, plan.varlen),
             *plan.lse_strides(), plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
             plan.dim_v, tile.block_m, plan.block_dv, self.dlse is not None, plan.flags,

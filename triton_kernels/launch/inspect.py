@@ -28,13 +28,10 @@ def tile(plan: attention.Plan) -> configs.Tile:
 
 def _arguments(plan: attention.Plan, blocks: int, lse_strides: bool) -> tuple:
     """Side inputs, strides, sizes and scalars."""
-    alibi_b = plan.score_strides()[-1]
     return (
-        plan.mask, plan.bias, plan.alibi, *strides(plan.q, False),
-        *strides(plan.k, False), *(plan.lse_strides() if lse_strides else ()),
-        *plan.score_strides()[:-1], alibi_b, plan.heads_q, plan.heads_q // plan.heads_k,
-        plan.seqlen_q, plan.seqlen_k, blocks, plan.scale, plan.cap_in, plan.cap_out, plan.left,
-        plan.right,
+        plan.terms, *strides(plan.q, False), *strides(plan.k, False),
+        *(plan.lse_strides() if lse_strides else ()), plan.heads_q, plan.heads_q // plan.heads_k,
+        plan.seqlen_q, plan.seqlen_k, blocks, plan.scale, plan.left, plan.right,
     )  # fmt: skip
 
 

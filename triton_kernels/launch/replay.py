@@ -25,18 +25,18 @@ ALIGNMENT = 16  # bytes, that which Triton specialises pointers for
 # Triton's launcher is no public interface: other versions take the long way
 LAUNCHER_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
-_NUMBERS = {int, float, bool, type(None)}
-
 
 class Launch(NamedTuple):
     """One launch: a compiled kernel, how many programs, its arguments, and which of them are
-    tensors: (place in args, slot), or descriptors: (place, slot, shape, strides, block)."""
+    tensors: (place in args, slot), descriptors: (place, slot, shape, strides, block), or tuples
+    with tensors: (place, ((place in the tuple, slot), ...))."""
 
     compiled: object
     programs: int
     args: list
     pointers: tuple
     described: tuple
+    nested: tuple
 
 
 class Recipe(NamedTuple):
@@ -94,28 +94,39 @@ def remember(key: tuple, inputs: Sequence, taken: Sequence, owned: Sequence, lau
     if any(x is not None and x.data_ptr() % ALIGNMENT for x in tensors):
         return
     slots = {id(x): slot for slot, x in enumerate(tensors) if x is not None}
-    launches = []
-    for compiled, programs, args in launched:
-        if compiled is None:  # compiled only, or refused by a hook of Triton's
-            return
-        pointers, described, kept = [], [], list(args)
-        for at, arg in enumerate(args):
-            if type(arg) in _NUMBERS:
-                continue
-            base = arg.base if isinstance(arg, TensorDescriptor) else arg
-            if not isinstance(base, torch.Tensor):
-                continue
-            slot = slots.get(id(base))
-            if slot is None:  # a temporary of the launching code
-                return
-            kept[at] = None
-            if base is arg:
-                pointers.append((at, slot))
-            else:
-                described.append((at, slot, arg.shape, arg.strides, arg.block_shape))
-        launches.append(Launch(compiled, programs, kept, tuple(pointers), tuple(described)))
+    launches = [_launch(slots, *launch) for launch in launched]
+    if None in launches:
+        return
     allocations = tuple((tuple(x.shape), x.stride(), x.dtype, fill) for x, fill in owned)
     _recipes.keep(key, Recipe(allocations, tuple(launches)))
+
+
+def _slots_of(slots: dict, values) -> tuple | None:
+    """((place, slot), ...) of the tensors among `values`; None where one has no slot: a temporary
+    of the launching code."""
+    found = [(at, slots.get(id(x))) for at, x in enumerate(values) if isinstance(x, torch.Tensor)]
+    return None if any(slot is None for _, slot in found) else tuple(found)
+
+
+def _launch(slots: dict, compiled, programs: int, args: Sequence) -> Launch | None:
+    """A launch as it is kept, without its tensors; None where it cannot be replayed."""
+    if compiled is None:  # compiled only, or refused by a hook of Triton's
+        return None
+    pointers = _slots_of(slots, args)
+    described, nested, kept = [], [], list(args)
+    for at, arg in enumerate(args):
+        if isinstance(arg, TensorDescriptor):
+            slot = slots.get(id(arg.base))
+            described.append((at, slot, arg.shape, arg.strides, arg.block_shape))
+            kept[at] = None
+        elif isinstance(arg, tuple):
+            nested.append((at, _slots_of(slots, arg)))
+            kept[at] = tuple(None if isinstance(x, torch.Tensor) else x for x in arg)
+        elif isinstance(arg, torch.Tensor):
+            kept[at] = None
+    unknown = pointers is None or any(x[1] is None for x in (*described, *nested))
+    nested = tuple(x for x in nested if x[1])
+    return None if unknown else Launch(compiled, programs, kept, pointers, tuple(described), nested)
 
 
 def replay(recipe: Recipe, inputs: Sequence) -> list[torch.Tensor] | None:
@@ -138,10 +149,15 @@ def replay(recipe: Recipe, inputs: Sequence) -> list[torch.Tensor] | None:
     if bits % ALIGNMENT:  # of an input, or from an allocator that knows no alignment
         return None
     stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
-    for compiled, programs, template, patches, described in recipe.launches:
+    for compiled, programs, template, patches, described, nested in recipe.launches:
         args = template.copy()
         for at, slot in patches:
             args[at] = pointers[slot]
+        for at, inner in nested:
+            values = list(args[at])
+            for place, slot in inner:
+                values[place] = pointers[slot]
+            args[at] = tuple(values)
         for at, slot, shape, strides, block in described:
             base = inputs[slot] if slot < len(inputs) else owned[slot - len(inputs)]
             args[at] = TensorDescriptor(base, shape, strides, block)

@@ -191,6 +191,17 @@ def test_rows_of_huge_negative_logits(where, options, dtype):
     check_call(call, "triton", grads=False)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, 0.5, 1e6])
+@pytest.mark.parametrize("options", [{}, {"cache_seqlens": [70, 33]}], ids=str)
+def test_huge_logits_of_any_scale(scale, options):
+    """An exponent that is one multiply-add: its product is exact and the row's maximum is rounded,
+    by 2^8 where logits are 2^33; a maximum taken before a scale that is negative or 0."""
+    call = random_call(3, seqlen_q=40, seqlen_k=70, head_dim=8, stats=True, **options)
+    call.q.mul_(1e4), call.k.mul_(1e5 if scale < 1 else 1.0)
+    call.k[:, :, 40] = 0.0  # a logit of 0 in each row
+    check_call(call._replace(scale=scale), "triton", grads=False)
+
+
 @pytest.mark.parametrize(
     "starts", [[0, 5, 25], [-9, 5, 12], [12, 5, -(2**31)], [30, 30, 40]], ids=str
 )

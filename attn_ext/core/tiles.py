@@ -19,7 +19,7 @@ import torch
 from attn_ext.core import logit, reference
 from attn_ext.core.schema import BOTTOM_RIGHT, Call, statistics_dtype
 
-BUDGET = 1 << 17  # pairs of a tile: half a MiB of float32 for each of the some fifteen tensors of it
+BUDGET = 1 << 17  # pairs of a tile: half a MiB of float32 for each of some fifteen tensors
 FEWEST_ROWS = 16  # of a group of heads; products of fewer read K and V too often
 
 

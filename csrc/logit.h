@@ -2,7 +2,8 @@
 //   s = scale * product;  s = softcap * tanh(s / softcap);
 //   s -= slope * |i + Sk - Sq - j|;  s += bias
 // A term is added to attention here: its numbers in `Terms` or `HeadTerms`, whether a call has it
-// in `Has`, and the term itself in `logit`.  A new number of a call is one line of params.h more.
+// in `Has` and `Terms::plain`, and the term itself in `logit`.  A new number of a call is a field
+// and a row of `kScalars` in params.h.
 //
 // Every function is inlined by force: this text is compiled for each instruction set of csrc/cpu,
 // and no function of one may be taken for that of another.

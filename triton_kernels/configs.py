@@ -48,8 +48,9 @@ DIRECTIONS = ("fwd", "dkdv", "dq", "dbias", "decode")
 # Kind of GPU -> (direction, width) -> tile for 16-bit elements.  "large" is sm_80; the others say
 # what differs from it, an architecture what differs from its kind; "amd" has rows of its own.
 # Narrower heads take the rows of 64 where they have none.  The rows of 64 and 128 columns on sm_80
-# and sm_90 have the largest share of the tensor cores' peak, by the model of bench/machine_code.py,
-# of those whose loop over whole tiles spills nothing: `bench/triton_code.py --search`.
+# and sm_90 have the largest share of the tensor cores' peak by the model of bench/machine_code.py:
+# `bench/triton_code.py --search`.  tests/triton/test_triton_compile.py names those that spill in
+# their loop.
 _PLAIN = {
     "large": {
         # 32 rows a warp: each ldmatrix of K or V feeds 4 products, where 16 rows make it 2

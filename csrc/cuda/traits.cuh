@@ -1,5 +1,5 @@
 // What every kernel shares: the parameter block, the tile sizes, and how a row of head_dim elements
-// is cut.  Tile sizes live here and nowhere else.
+// is cut.  All tile sizes of sm_80 are here; those of Hopper are in sm90/traits.cuh.
 #pragma once
 #include <cmath>
 #include <cstdint>

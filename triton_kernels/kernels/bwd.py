@@ -6,8 +6,7 @@
     dK = scale dS_raw^T Q;  with sigmoid weights dS = P (1 - P) dP
 
 Two passes, 7 products instead of 5: no atomics, so the results are bitwise equal from run to run.
-dK and dV: one program = BLOCK_N keys of one K/V head, over all query heads of its group.
-dQ: one program = BLOCK_M queries of one head.
+dK and dV: a program = BLOCK_N keys of a K/V head, all heads of its group; dQ: BLOCK_M queries.
 """
 
 import triton

@@ -1,7 +1,7 @@
 // O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on
-// vector registers.  One task = kBlockM queries of one head, or a share of its keys when tasks are
-// few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in lanes:
-// row maximum and sum are vertical operations.
+// vector registers.  One task = `block_m` queries of one head, or a share of its keys when tasks
+// are few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in
+// lanes: row maximum and sum are vertical operations.
 #pragma once
 #include "cpu/kernels/scores.h"
 #include "cpu/kernels/sigmoid.h"

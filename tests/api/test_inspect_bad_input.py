@@ -29,7 +29,10 @@ FUNCTIONS = {
         (lambda q: inspect.top_k(q, q, 2, per_head=1), "per_head must be a bool, got int 1"),
         (lambda q: inspect.top_k(q, q, 2, per_head=False, lse=q[..., 0]), "lse must be None with"),
         (lambda q: inspect.top_k(q, q, 2, dropout_p=0.5), "unknown option 'dropout_p'"),
-        (lambda q: inspect.top_k(q, q, 2, per_head=False, backend="cpu"), "no kernel for a mean"),
+        (
+            lambda q: inspect.top_k(q, q, 2, per_head=False, backend="cpu"),
+            "no cpu kernel for mean_top_k",
+        ),
         (lambda q: inspect.weights(q, q, rows=[9]), "rows must be between -5 and 4, got 9"),
         (lambda q: inspect.weights(q, q, cols=[0.5]), "cols must be a slice or a list"),
         (lambda q: inspect.weights(q, q, rows=slice(0, 3, -1)), "rows must be a slice .*-1"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from attn_ext.backends import native_gpu, registry
+from attn_ext.backends.native import point
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Needs
 from attn_ext.testing import check_call, needs_of, random_call
@@ -301,7 +302,7 @@ def backward_kernel(check, call, deterministic=False):
     native = kernels._native(call, kernels._canonical(call), out, lse)
     rows = (0, 0, 0)
     native.set_gradients(rows, rows, rows, rows, (0, 0, 0, 0), deterministic)
-    kernels._point(native, dout=out, dq=call.q, dk=call.k, dv=call.v)
+    point(native, dout=out, dq=call.q, dk=call.k, dv=call.v)
     return native.backward_kernel(6, False)
 
 

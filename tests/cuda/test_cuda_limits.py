@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attn_ext.backends import registry
+from attn_ext.backends.native import point
 from attn_ext.core.layout import strides as strides_of
 from attn_ext.core.schema import Call, Needs
 from attn_ext.testing import check_call, poisoned_memory, random_call
@@ -267,7 +268,7 @@ def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
     native.forward(0, *target)
     strides = [strides_of(x, True) for x in inputs]
     native.set_gradients(strides[3], *strides[:3], (0, 0, 0, 0), False)
-    kernels._point(native, dout=dout, dq=dq.x, dk=dk.x, dv=dv.x)
+    point(native, dout=dout, dq=dq.x, dk=dk.x, dv=dv.x)
     scratch = Guarded((native.backward_workspace(sm90),), torch.float32, device)
     native.backward(scratch.x.data_ptr(), *target)
     for x in (*outputs, lse, scratch):

@@ -11,6 +11,7 @@ from closeness import BFLOAT16_LAYERS, assert_close
 
 import attn_ext
 from attn_ext.backends import registry
+from attn_ext.backends.native import point
 from attn_ext.core.schema import Needs
 from attn_ext.testing import assert_close_to_reference, check_call, to_float64
 
@@ -201,7 +202,7 @@ def test_sums_of_dq_are_for_calls_that_may_have_them(hopper):
         native = hopper.kernels._native(call, hopper.kernels._canonical(call), out, lse)
         strides = out.stride()[:3]
         native.set_gradients(*[strides] * 4, (0, 0, 0, 0), deterministic)
-        hopper.kernels._point(native, dout=out, dq=out, dk=call.k, dv=call.v)
+        point(native, dout=out, dq=out, dk=call.k, dv=call.v)
         floats = native.backward_workspace(True)
         native.set_gradients(*[strides] * 4, (0, 0, 0, 0), True)
         more = floats - native.backward_workspace(True)

@@ -42,6 +42,8 @@ def test_the_table_is_read():
 def test_recipe(recipe):
     """A recipe that says something else than flex_attention does."""
     mask_code, score_code, arguments = RECIPES[recipe]
+    if torch.__version__ < (2, 7) and "bias[" in score_code:
+        pytest.skip("flex_attention of torch 2.6 cannot trace a bias of four dimensions")
     names = dict(
         torch=torch, Sk=S, Sq=5 if "Sk - Sq" in mask_code else S, lengths=torch.tensor([5, 12]),
         doc=torch.tensor([0] * 4 + [1] * 7 + [2]), bias=torch.randn(B, H, S, S),

@@ -250,7 +250,15 @@ def test_vmap_and_grad_transforms():
         torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(q, k, v), expected)
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["mode_outside", "mode_inside"])
+INSIDE = pytest.param(
+    True, id="mode_inside",
+    marks=pytest.mark.skipif(
+        torch.__version__ < (2, 7), reason="Dynamo of torch 2.6 loses its settings: migrate.md"
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("inside", [pytest.param(False, id="mode_outside"), INSIDE])
 def test_torch_compile(inside):
     """A graph break, or a compiled graph that keeps torch's attention."""
     torch._dynamo.reset()

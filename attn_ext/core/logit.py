@@ -52,16 +52,42 @@ def in_window(call: Call, pairs: Pairs) -> torch.Tensor:
     return inside
 
 
+def key_range(call: Call, first: int, last: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """The keys from c0 to c1 that the window lets any query from `first` to `last` see."""
+    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
+    low = first + off - call.window_left if call.window_left >= 0 else 0
+    high = last + off + call.window_right + 1 if call.window_right >= 0 else seqlen_k
+    low = min(max(low, 0), seqlen_k)
+    return low, min(max(high, low), seqlen_k)
+
+
+def part(scores: torch.Tensor | None, b, h, rows, keys) -> torch.Tensor | None:
+    """The block of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1] at these slices (rows may be
+    positions): a view where all are; broadcast dimensions stay.
+    """
+    if scores is None:
+        return None
+    at = zip(scores.shape, (b, h, rows, keys), strict=True)
+    return scores[tuple(EVERY if n == 1 else where for n, where in at)]
+
+
+def restriction(call: Call, pairs: Pairs, mask, bias) -> torch.Tensor | None:
+    """`seen`, or None where the call has neither window nor mask nor bias."""
+    windowed = call.window_left >= 0 or call.window_right >= 0
+    visible = in_window(call, pairs) if windowed else None
+    there = None if bias is None else bias.detach() != -torch.inf
+    for each in (mask, there):
+        if each is not None:
+            visible = each if visible is None else visible & each
+    return visible
+
+
 def seen(call: Call, pairs: Pairs, mask, bias) -> torch.Tensor:
     """bool, broadcastable to [b, h, r, c]: the pairs that window, mask and bias (-inf) leave.  mask
     and bias are those of the block, broadcastable alike.
     """
-    visible = in_window(call, pairs)
-    if mask is not None:
-        visible = visible & mask
-    if bias is not None:
-        visible = visible & (bias.detach() != -torch.inf)
-    return visible
+    visible = restriction(call, pairs, mask, bias)
+    return in_window(call, pairs) if visible is None else visible
 
 
 class Derivatives(NamedTuple):

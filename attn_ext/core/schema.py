@@ -150,6 +150,22 @@ def given(call: Call, names=GRADIENTS) -> dict[str, torch.Tensor]:
     return {name: x for name in names if (x := getattr(call, name)) is not None}
 
 
+def of_gradients(values) -> tuple:
+    """Of one value for each field, those of the inputs that have a gradient."""
+    return tuple(values[at] for at in GRADIENT_AT)
+
+
+def at_inputs(grads, needs, count: int) -> tuple:
+    """One value for each of `count` inputs that begin with the call's fields: the gradients that
+    are needed where they belong, else None.
+    """
+    placed: list = [None] * count
+    for at, grad, need in zip(GRADIENT_AT, grads, needs, strict=True):
+        if need:
+            placed[at] = grad
+    return tuple(placed)
+
+
 def is_decode(call: Call) -> bool:
     """Whether the keys are a cache, of given lengths or in pages."""
     return call.seqlens_k is not None or call.block_table is not None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from attn_ext.core import logit, reference
-from attn_ext.core.schema import BOTTOM_RIGHT, Call, statistics_dtype
+from attn_ext.core.schema import Call, statistics_dtype
 
 BUDGET = 1 << 17  # pairs of a tile: half a MiB of float32 for each of some fifteen tensors
 FEWEST_ROWS = 16  # of a group of heads; products of fewer read K and V too often
@@ -72,11 +72,9 @@ class Panel:
         """p^T x, summed over each group: p [b, h, r, c], x [b, h, r, d] -> [b, hk, c, d]."""
         return self._product(self._folded(p).mT, self._folded(x))
 
-    def part(self, scores: torch.Tensor, rows: slice, keys: slice) -> torch.Tensor:
+    def part(self, scores: torch.Tensor | None, rows: slice, keys: slice) -> torch.Tensor | None:
         """The tile of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1], as a view."""
-        ranges = (self.b, self.h, rows, keys)
-        whole, pairs = slice(None), zip(scores.shape, ranges, strict=True)
-        return scores[tuple(whole if n == 1 else r for n, r in pairs)]
+        return logit.part(scores, self.b, self.h, rows, keys)
 
 
 def all_finite(*tensors: torch.Tensor | None) -> bool:
@@ -113,14 +111,9 @@ def rows_of(call: Call) -> int:
 def tiles(call: Call) -> Iterator[tuple[slice, slice]]:
     """(rows, keys) of the tiles that have any: the keys are those that the window lets see."""
     seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
-    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
     for first in range(0, seqlen_q, rows_of(call)):
         last = min(first + rows_of(call), seqlen_q)
-        low, high = 0, seqlen_k
-        if call.window_left >= 0:
-            low = max(0, first + off - call.window_left)
-        if call.window_right >= 0:
-            high = min(seqlen_k, last + off + call.window_right)
+        low, high = logit.key_range(call, first, last - 1, seqlen_q, seqlen_k)
         if low < high:
             yield slice(first, last), slice(low, high)
 
@@ -137,40 +130,19 @@ class Scores(NamedTuple):
 def scores(panel: Panel, q: torch.Tensor, k: torch.Tensor, rows: slice, keys: slice) -> Scores:
     """The logits of queries q [b, h, r, D] and keys k [b, hk, c, D] at these positions."""
     call = panel.call
-    products = panel.against(q, k)
-    seen = _visible(panel, rows, keys)
-    if seen is not None and not panel.finite:
-        products = torch.where(seen, products, 0.0)  # what tanh makes of a hidden NaN
     i, j = (torch.arange(x.start, x.stop, device=call.q.device) for x in (rows, keys))
     pairs = logit.Pairs(i, j, call.q.shape[2], call.k.shape[2], panel.b, panel.h)
-    bias = None if call.bias is None else panel.part(call.bias, rows, keys)
+    mask, bias = (panel.part(x, rows, keys) for x in (call.mask, call.bias))
+    seen = logit.restriction(call, pairs, mask, bias)
+    products = panel.against(q, k)
+    if seen is not None and not panel.finite:
+        products = torch.where(seen, products, 0.0)  # what tanh makes of a hidden NaN
     t, (capped, slope) = logit.with_derivatives(call, products, pairs, bias)
     if not panel.finite:  # a logit of -inf hides, too
         seen = t != -torch.inf if seen is None else seen & (t != -torch.inf)
     if seen is not None:
         t = torch.where(seen, t, -torch.inf)
     return Scores(t, seen, capped, slope)
-
-
-def _visible(panel: Panel, rows: slice, keys: slice) -> torch.Tensor | None:
-    """bool, broadcastable to [b, h, r, c]: what window, mask and a bias of -inf leave."""
-    call, seen = panel.call, None
-    if call.window_left >= 0 or call.window_right >= 0:
-        device = call.q.device
-        off = call.k.shape[2] - call.q.shape[2] if call.align == BOTTOM_RIGHT else 0
-        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + off
-        j = torch.arange(keys.start, keys.stop, device=device)
-        seen = j <= i + call.window_right if call.window_right >= 0 else None
-        if call.window_left >= 0:
-            left = j >= i - call.window_left
-            seen = left if seen is None else seen & left
-    if call.mask is not None:
-        mask = panel.part(call.mask, rows, keys)
-        seen = mask if seen is None else seen & mask
-    if call.bias is not None:
-        there = panel.part(call.bias, rows, keys) != -torch.inf
-        seen = there if seen is None else seen & there
-    return seen
 
 
 class Weights(NamedTuple):

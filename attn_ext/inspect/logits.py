@@ -14,7 +14,7 @@ import torch
 
 from attn_ext.core import logit, reference, schema, validate
 from attn_ext.core.problem import FAR_LSE
-from attn_ext.core.schema import BOTTOM_RIGHT, GRADIENTS, Call, given
+from attn_ext.core.schema import GRADIENTS, Call, given
 from attn_ext.functional import common, dense
 from attn_ext.ops import execute
 
@@ -142,21 +142,12 @@ def key_range(call: Call, rows: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     if call.window_left < 0 and call.window_right < 0:
         return 0, seqlen_k
-    off = seqlen_k - call.q.shape[2] if call.align == BOTTOM_RIGHT else 0
-    low = int(rows.min()) + off - call.window_left if call.window_left >= 0 else 0
-    high = int(rows.max()) + off + call.window_right + 1 if call.window_right >= 0 else seqlen_k
-    low = min(max(low, 0), seqlen_k)
-    return low, min(max(high, low), seqlen_k)
+    return logit.key_range(call, int(rows.min()), int(rows.max()), call.q.shape[2], seqlen_k)
 
 
 def part(scores: torch.Tensor | None, tile: Tile) -> torch.Tensor | None:
     """The tile of a mask or bias [B or 1, Hq or 1, Sq or 1, Sk or 1]; broadcast dimensions stay."""
-    if scores is None:
-        return None
-    scores = scores if scores.shape[0] == 1 else scores[tile.b]
-    scores = scores if scores.shape[1] == 1 else scores[:, tile.h]
-    scores = scores if scores.shape[2] == 1 else scores[:, :, tile.rows]
-    return scores if scores.shape[3] == 1 else scores[..., tile.c0 : tile.c1]
+    return logit.part(scores, tile.b, tile.h, tile.rows, slice(tile.c0, tile.c1))
 
 
 def pairs_of(call: Call, tile: Tile) -> logit.Pairs:

@@ -11,7 +11,7 @@ import torch
 
 from attn_ext.backends.looks import looks
 from attn_ext.core.layout import four
-from attn_ext.core.schema import GRADIENT_AT, TENSORS, Call, Grads, Needs, call_of
+from attn_ext.core.schema import TENSORS, Call, Grads, Needs, at_inputs, call_of, of_gradients
 from attn_ext.ops import dispatch, execute
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -23,14 +23,6 @@ def _batched(tensor) -> bool:
     gradients at once, without memory of their own, outside of torch.func.
     """
     return tensor is not None and _is_batched(tensor)
-
-
-def _scatter(needs, results) -> tuple:
-    grads: list = [None] * (TENSORS + 1)
-    for index, need, grad in zip(GRADIENT_AT, needs, results, strict=True):
-        if need:
-            grads[index] = grad
-    return tuple(grads)
 
 
 class EagerAttention(torch.autograd.Function):
@@ -54,8 +46,9 @@ class EagerAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (TENSORS + 1)
         *tensors, out, lse = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[i] for i in GRADIENT_AT)
-        return _scatter(needs, _gradients(dout, dlse, out, lse, Call(*tensors, *ctx.rest), needs))
+        needs = of_gradients(ctx.needs_input_grad)
+        grads = _gradients(dout, dlse, out, lse, Call(*tensors, *ctx.rest), needs)
+        return at_inputs(grads, needs, TENSORS + 1)
 
 
 class Remembered(NamedTuple):

@@ -18,12 +18,13 @@ import torch
 
 from attn_ext.core.schema import (
     FIELDS,
-    GRADIENT_AT,
     GRADIENTS,
     TENSORS,
     Call,
     Tangents,
+    at_inputs,
     is_decode,
+    of_gradients,
 )
 from attn_ext.ops import rules
 from attn_ext.ops.dispatch import lib
@@ -39,20 +40,6 @@ def _save(ctx, *tensors) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _at_gradients(values) -> list:
-    """What belongs to the inputs with a gradient, of one value for each field."""
-    return [values[at] for at in GRADIENT_AT]
-
-
-def _placed(grads, needs) -> list:
-    """One value for each field: the gradients that are needed where they belong, else None."""
-    placed: list = [None] * len(FIELDS)
-    for at, grad, need in zip(GRADIENT_AT, grads, needs, strict=True):
-        if need:
-            placed[at] = grad
-    return placed
-
-
 def _forward_context(ctx, inputs, output):
     out, lse, max_logit, entropy = output
     ctx.mark_non_differentiable(max_logit, entropy)
@@ -62,20 +49,20 @@ def _forward_context(ctx, inputs, output):
 
 def _forward_backward(ctx, dout, dlse, dmax_logit, dentropy):
     *tensors, out, lse = ctx.saved_tensors
-    needs = _at_gradients(ctx.needs_input_grad)
+    needs = of_gradients(ctx.needs_input_grad)
     if dout is None and dlse is None:
         return [None] * len(FIELDS)
     if dout is None:
         dout = torch.zeros_like(out)
     grads = torch.ops.attn_ext.backward(dout, dlse, out, lse, *tensors, *ctx.rest, needs)
-    return _placed(grads, needs)
+    return at_inputs(grads, needs, len(FIELDS))
 
 
 def _forward_jvp(ctx, *tangents):
     *tensors, out, lse = map(rules.primal_of, ctx.saved_tensors)
     call = Call(*tensors, *ctx.rest)
     rules.refuse_once_only(call, rules.FORWARD_MODE)
-    found = torch.ops.attn_ext.tangent(out, lse, *call, *_at_gradients(tangents))
+    found = torch.ops.attn_ext.tangent(out, lse, *call, *of_gradients(tangents))
     return *found, None, None
 
 
@@ -96,12 +83,12 @@ def _backward_backward(ctx, *cotangents):
     tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *given)
     of_dout, of_dlse, _, _, *of_fields, _, _ = ctx.needs_input_grad
     grads[0], grads[1] = tout if of_dout else None, tlse if of_dlse else None
-    needs = _at_gradients(of_fields)
+    needs = of_gradients(of_fields)
     if any(needs):
         found = torch.ops.attn_ext.backward_tangent(
             dout, dlse, out, lse, tout, tlse, None, None, *call, *given, needs, _NOTHING
         )
-        grads[_GIVEN:-1] = _placed(found[: len(GRADIENTS)], needs)
+        grads[_GIVEN:-1] = at_inputs(found[: len(GRADIENTS)], needs, len(FIELDS))
     return grads
 
 
@@ -109,7 +96,7 @@ def _backward_jvp(ctx, tdout, tdlse, tout, tlse, *rest):
     dout, dlse, out, lse, *tensors = map(rules.primal_of, ctx.saved_tensors)
     call = Call(*tensors, *ctx.rest)
     rules.refuse_once_only(call, rules.FORWARD_MODE)
-    tangents = _at_gradients(rest)
+    tangents = of_gradients(rest)
     if tout is None or tlse is None:  # only of LSE or only of O, or none: nobody differentiated it
         tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *tangents)
     found = torch.ops.attn_ext.backward_tangent(
@@ -132,13 +119,13 @@ def _tangent_backward(ctx, dtout, dtlse):
         return [None] * (2 + len(FIELDS) + len(GRADIENTS))
     dtout = torch.zeros_like(out) if dtout is None else dtout
     of_fields = ctx.needs_input_grad[2 : 2 + len(FIELDS)]
-    needs, primal = _at_gradients(of_fields), list(ctx.needs_input_grad[2 + len(FIELDS) : -1])
+    needs, primal = of_gradients(of_fields), list(ctx.needs_input_grad[2 + len(FIELDS) : -1])
     found = torch.ops.attn_ext.backward_tangent(
         dtout, dtlse, out, lse, tout, tlse, None, None, *call, *tangents, needs, primal
     )
     second, first = found[: len(GRADIENTS)], found[len(GRADIENTS) :]
     of_tangents = [x if need else None for x, need in zip(first, primal, strict=True)]
-    return [None, None, *_placed(second, needs), *of_tangents]
+    return [None, None, *at_inputs(second, needs, len(FIELDS)), *of_tangents]
 
 
 def _no_context(ctx, inputs, output):

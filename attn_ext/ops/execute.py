@@ -55,17 +55,22 @@ def _serving_backend(call: Call) -> ModuleType:
     return _serving.keep(key, backend_of(call)) if module is None else module
 
 
+def _in_their_dtypes(function, call: Call, *others):
+    """function(call, ...), whose operations autocast leaves in the dtypes that they have."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device):
+        return function(call, *others)
+    with torch.autocast(device, enabled=False):
+        return function(call, *others)
+
+
 def forward(call: Call) -> tuple:
     """(out, lse, max_logit | None, entropy | None)."""
     call = prepared(call)
     if call.cu_seqlens_q is not None or call.seqlens_k is not None:
         validate.values(call)
     module = _serving_backend(call)
-    device = call.q.device.type
-    if torch.is_autocast_enabled(device):  # the backend's own operations keep their dtypes
-        with torch.autocast(device, enabled=False):
-            return module.forward(call)
-    return module.forward(call)
+    return _in_their_dtypes(module.forward, call)
 
 
 def plan_of(call: Call):
@@ -81,12 +86,7 @@ def backward(dout, dlse, out, lse, call: Call, needs) -> Grads:
     """The gradients that `needs` asks for; None for all others."""
     call, needs = prepared(call), Needs(*needs)
     module = _serving_backend(call)
-    device = call.q.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            grads = module.backward(call, dout, out, lse, dlse, needs)
-    else:
-        grads = module.backward(call, dout, out, lse, dlse, needs)
+    grads = _in_their_dtypes(module.backward, call, dout, out, lse, dlse, needs)
     return Grads(*[g if need else None for g, need in zip(grads, needs, strict=True)])
 
 
@@ -109,9 +109,5 @@ def _in_torch(function, call: Call, *others):
     call = prepared(call)
     if call.cu_seqlens_q is not None:
         validate.values(call)
-    device = call.q.device.type
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-        if not torch.is_autocast_enabled(device):
-            return function(call, *others)
-        with torch.autocast(device, enabled=False):
-            return function(call, *others)
+        return _in_their_dtypes(function, call, *others)

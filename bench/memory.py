@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +22,10 @@ from rich.table import Table
 BATCH, HEADS, DIM = 1, 8, 64
 
 
-def status(field: str) -> float:
-    """A field of /proc/self/status in MiB"""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def child(seqlen: int, backward: bool) -> None:
     """Prints the growth of the peak over inputs and libraries, in MiB."""
     import attn_ext
+    from attn_ext.measure.timing import status_mib
 
     shape = (BATCH, HEADS, seqlen, DIM)
     small = [torch.randn(1, 1, 8, DIM, requires_grad=backward) for _ in range(3)]
@@ -39,12 +34,12 @@ def child(seqlen: int, backward: bool) -> None:
         out.sum().backward()
     q, k, v = (torch.randn(shape, requires_grad=backward) for _ in range(3))
     dout = torch.randn(shape)
-    before = status("VmRSS")
+    before = status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     out = attn_ext.attention(q, k, v, causal=True)
     if backward:
         out.backward(dout)
-    print(status("VmHWM") - before)
+    print(status_mib("VmHWM") - before)
 
 
 def main() -> None:

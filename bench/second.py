@@ -16,12 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attn_ext
+from attn_ext.measure.timing import status_mib
 
 SIZES = (64, 256, 1024, 2048, 4096, 8192)
 HEADS, DIM = 2, 64
@@ -88,16 +88,9 @@ def peak(work: str, name: str, n: int, causal: bool) -> None:
     torch.set_num_threads(1)
     WORK[work](FUNCTIONS[name], *data(64), causal)
     inputs = data(n)
-    before = high_water()
+    before = status_mib("VmHWM")
     WORK[work](FUNCTIONS[name], *inputs, causal)
-    print(high_water() - before)
-
-
-def high_water() -> float:
-    """The most memory that this program has had, in MiB.  Not ru_maxrss, which begins with what the
-    process that started this one has had."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    print(status_mib("VmHWM") - before)
 
 
 def main() -> None:

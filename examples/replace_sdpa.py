@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from rich.table import Table
 
 import attn_ext
 from attn_ext.integrations import sdpa
+from attn_ext.measure.timing import status_mib
 
 CASES = ("one sequence", "padded batch of 2")
 WAYS = ("torch", "replace_sdpa", "attn_ext")
@@ -70,9 +70,7 @@ def peak_mib() -> float:
     """The largest memory that this process has had, in MiB."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    # not ru_maxrss, which on Linux begins with the memory of the process that started this one
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    return status_mib("VmHWM")
 
 
 def measure(case: str, way: str, length: int, repeats: int) -> dict:

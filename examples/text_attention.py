@@ -23,6 +23,7 @@ from common import learned, options, plt, save, steps, table
 from text_classifier import DATA, words
 from torch import nn
 
+from attn_ext.measure.timing import status_mib
 from attn_ext.nn import AttentionPooling, HierarchicalAttention
 
 WIDTH, BATCH = 64, 64
@@ -80,17 +81,14 @@ class Classifier(nn.Module):
 def extra_mib(model) -> float:
     """What a pass over one text of 8192 words adds to the peak of the process's memory."""
 
-    def status(field: str) -> float:
-        return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
     ids = torch.randint(1, 1000, (8192,))
     spans = cumulative([8192]), cumulative([16] * 512), cumulative([512])
     model(ids[:64], cumulative([64]), cumulative([16] * 4), cumulative([4])).sum().backward()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-    before = status("VmRSS")
+    before = status_mib("VmRSS")
     model(ids, *spans).sum().backward()
-    return max(0.0, status("VmHWM") - before)
+    return max(0.0, status_mib("VmHWM") - before)
 
 
 def main() -> None:

@@ -62,20 +62,25 @@ class CpuClock:
 
     def peak_mib(self, run) -> float | None:
         """Growth of the resident set over one call in MiB; None where the system does not say"""
-        refs, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+        refs = Path("/proc/self/clear_refs")
         try:
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
             refs.write_text("5")  # the peak starts again from here
-            before = _status_kib(status, "VmRSS")
+            before = status_mib("VmRSS")
             run()
-            return max(0.0, (_status_kib(status, "VmHWM") - before) / 1024)
+            return max(0.0, status_mib("VmHWM") - before)
         except (OSError, TypeError):
             return None
 
 
-def _status_kib(path: Path, name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+) kB", path.read_text())[1])
+def status_mib(name: str) -> float:
+    """MiB that Linux says of this process: VmRSS, what it has now, or VmHWM, the most so far (not
+    getrusage's ru_maxrss, which begins with the memory of the process that started this one).
+    OSError on another system.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 1024
 
 
 class CudaClock:

@@ -29,4 +29,25 @@ ATTN_DEVICE void store_query_gradient(const Params& p, const Sequence& seq, int 
              [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(head, i); });
 }
 
+// sums = 0, one CTA of 128 threads a tile.
+template <int HEAD_DIM>
+ATTN_DEVICE void clear_sums(const Params& p) {
+  float* sums = p.dq_sums + int64_t(block_id().x) * 64 * HEAD_DIM + 4 * thread_id();
+  ATTN_UNROLL
+  for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
+}
+
+// dQ = scale * sums, one CTA of 128 threads a tile of a sequence.  load(sums, acc) takes a thread's
+// fragments from its tile, in the order in which the kernel added them.
+template <class T, int HEAD_DIM, class Load>
+ATTN_DEVICE void convert_sums(const Params& p, const Load& load) {
+  const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
+  const int head = block_id().x / p.m_tiles % heads;
+  const Sequence seq = Sequence::of(p, block_id().x / p.m_tiles / heads);
+  if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
+  float acc[HEAD_DIM / 8][4];
+  load(p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM), acc);
+  store_query_gradient<T, HEAD_DIM>(p, seq, head, 64 * m, acc);
+}
+
 }  // namespace attn::cuda

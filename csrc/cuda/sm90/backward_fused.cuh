@@ -200,28 +200,22 @@ void backward_fused(ATTN_GRID_CONSTANT const BackwardParams x) {
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)
 void clear_dq(ATTN_GRID_CONSTANT const Params p) {
-  float* sums = p.dq_sums + int64_t(block_id().x) * 64 * HEAD_DIM + 4 * thread_id();
-  ATTN_UNROLL
-  for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
+  clear_sums<HEAD_DIM>(p);
 }
 
 // dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)
 void convert_dq(ATTN_GRID_CONSTANT const Params p) {
-  const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
-  const int head = block_id().x / p.m_tiles % heads;
-  const Sequence seq = Sequence::of(p, block_id().x / p.m_tiles / heads);
-  if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
-  const float* sums = p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM) + 4 * thread_id();
-  float acc[HEAD_DIM / 8][4];
-  ATTN_UNROLL
-  for (int n = 0; n < HEAD_DIM / 8; ++n) {
-    const U32x4 v = ldg_128(sums + n * 128 * 4);
-    acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
-    acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
-  }
-  store_query_gradient<T, HEAD_DIM>(p, seq, head, 64 * m, acc);
+  convert_sums<T, HEAD_DIM>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
+    sums += 4 * thread_id();
+    ATTN_UNROLL
+    for (int n = 0; n < HEAD_DIM / 8; ++n) {
+      const U32x4 v = ldg_128(sums + n * 128 * 4);
+      acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
+      acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
+    }
+  });
 }
 
 }  // namespace attn::cuda::sm90

@@ -15,6 +15,7 @@ import seen
 from closeness import TWO_LAST_PLACES, TWO_LAST_PLACES_NEAR_0, assert_arrays_close
 from emulator_build import FLAGS, SOURCES, compiler, compiler_version
 from repository import ROOT
+from words import f32, from_bf16, to_bf16, words_of
 
 emulated = pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
@@ -50,24 +51,6 @@ def wrapper(op, columns=(), smem=None):
         words[:, i] = column.view(np.uint32) if column.dtype.itemsize == 4 else column
     image = np.zeros(512, np.uint32) if smem is None else np.ascontiguousarray(smem).view(np.uint32)
     return emulated.wrapper(OPS.index(op), words, image)
-
-
-def f32(words):
-    return np.ascontiguousarray(words).view(np.float32)
-
-
-def to_bf16(x):
-    """Round to nearest even, as integers."""
-    v = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((v + 0x7FFF + ((v >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits):
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
-
-
-def words_of(lo, hi):
-    return np.uint32(lo) | np.uint32(hi) << np.uint32(16)
 
 
 # ---- matrices -----------------------------------------------------------------------------------

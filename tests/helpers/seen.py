@@ -89,6 +89,7 @@ def digest(files, *facts, changed=None) -> str:
     return total.hexdigest()[:16]
 
 
+@functools.cache
 def commit() -> str:
     """What says which sample is due: the commit; "" where there is no git."""
     if shutil.which("git") is None:

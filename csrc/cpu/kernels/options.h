@@ -12,6 +12,8 @@ struct Options {
   // Additive attention where not null: s_ij = sum_d w[h][d] tanh(q_id + k_jd).  [Hq, D], contiguous
   const void* w = nullptr;
   void* dw = nullptr;  // [Hq, D], contiguous
+  // Whose kernels serve the call where no ISA is forced: an index of isa_index(); -1 the best one.
+  int isa = -1;
 
   bool plain() const { return !sigmoid && !w; }
 };

@@ -150,6 +150,19 @@ class Pages:
             self.lists[b], self.lengths[b], self.starts[b] = pages, length, start
         self.changed.update(targets)
 
+    def replace(self, sources: Sequence[int]) -> None:
+        """A batch whose sequence b is what sources[b] was; pages are shared."""
+        batch = len(sources)
+        more = max(0, batch - len(self.lists))
+        self.lists += [[] for _ in range(more)]
+        self.lengths += [0] * more
+        self.starts += [0] * more
+        self.assign(range(batch), sources)
+        for pages in self.lists[batch:]:
+            self._release(pages)
+        del self.lists[batch:], self.lengths[batch:], self.starts[batch:]
+        self.changed = set(range(batch))
+
     def truncate(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Sequence rows[i] keeps its first lengths[i] positions; ValueError, and no change, where
         a length is larger than now, or needs positions that a window has let go.

@@ -122,6 +122,16 @@ class KVCache:
         """The most positions that one sequence may hold."""
         return self._table.shape[1] * self.page_size
 
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Copies of what is held, k [B, Hk, S, D] and v [B, Hk, S, Dv], S positions being those of
+        the longest sequence; what shorter ones lack is 0.
+        """
+        longest = max(map(self._book.held, range(self.batch)))
+        at = torch.arange(longest, device=self._table.device).expand(self.batch, -1)
+        there = (at < self._lengths[1][:, None])[:, None, :, None]
+        k, v = (tree.positions(x, self._table, at) for x in (self.k_pages, self.v_pages))
+        return torch.where(there, k, 0), torch.where(there, v, 0)
+
     @property
     def free_pages(self) -> int:
         """How many pages belong to no sequence."""
@@ -192,15 +202,20 @@ class KVCache:
 
     def reorder(self, indices) -> KVCache:
         """Sequence b becomes what sequence indices[b] was, for all b; as beam search needs it.
-        Pages are shared, and copied when they are written.
+        Pages are shared, and copied when they are written.  Another number of indices makes another
+        batch size.
         """
         sources = self._checked_rows("indices", indices, distinct=False)
+        if not sources:
+            raise ValueError("indices must have at least one entry, got none")
         if len(sources) != self.batch:
-            raise ValueError(
-                f"indices must have an entry for each of the {self.batch} sequences, got "
-                f"{len(sources)}"
-            )
-        return self._assign(list(range(self.batch)), sources)
+            if self._contiguous:
+                self.resize(pages=max(len(self._book.owners), len(sources)))
+            self._table = self._table.new_zeros((len(sources), self._table.shape[1]))
+            self._lengths = self._lengths.new_zeros((2, len(sources)))
+        self._book.replace(sources)
+        operator.publish(self._book, self._table, self._lengths)
+        return self
 
     def fork(self, source: int, targets: Sequence[int]) -> KVCache:
         """The sequences `targets` become what `source` is, and what they had is freed.  Pages are
@@ -208,7 +223,9 @@ class KVCache:
         """
         (source,) = self._checked_rows("source", [source])
         targets = self._checked_rows("targets", targets)
-        return self._assign(targets, [source] * len(targets))
+        self._book.assign(targets, [source] * len(targets))
+        operator.publish(self._book, self._table, self._lengths)
+        return self
 
     def truncate(self, lengths, *, rows: Sequence[int] | None = None) -> KVCache:
         """Sequence b keeps its first lengths[b] positions (rows: sequence rows[i], lengths[i]), as
@@ -274,11 +291,6 @@ class KVCache:
             more = (self.batch, width - self._table.shape[1])
             self._table = torch.cat([self._table, self._table.new_zeros(more)], dim=1)
         self._book.grow(count, width, page_size)
-        return self
-
-    def _assign(self, targets, sources) -> KVCache:
-        self._book.assign(targets, sources)
-        operator.publish(self._book, self._table, self._lengths)
         return self
 
     def _checked_rows(self, name: str, rows, distinct: bool = True) -> list[int]:

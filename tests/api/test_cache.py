@@ -146,6 +146,22 @@ def test_a_pool_that_is_full_can_grow():
     model.check_book()
 
 
+@pytest.mark.parametrize("page_size", [4, None])
+def test_a_batch_of_another_size(page_size):
+    """Pages of sequences that left and are never freed, or one page a sequence that runs short."""
+    model = Model(2, page_size, max_length=24)
+    assert model.append(7, counts=[7, 3])
+    k, v = model.cache.gathered()
+    assert_same(k[1, :, :3].transpose(0, 1), model.k[1])
+    assert_same(v[0].transpose(0, 1), model.v[0])
+    assert k[1, :, 3:].count_nonzero() == 0
+    for indices in ([0, 0, 1, 1, 0], [4, 2], [1]):
+        model.reorder(indices)
+        assert model.append(2)
+        model.check(2)
+        model.check_book()
+
+
 def compiled(cache, q, k, v, counts=None):
     """A step of a model."""
     cache.append(k, v, counts=counts)
@@ -195,7 +211,8 @@ REFUSED = {
         lambda c: c.append(new, new, counts=[4, 0]),
     "rows must hold numbers of sequences, 0 to 1, got 2": lambda c: c.append(new, new, rows=[0, 2]),
     "rows must name each sequence once, got .1, 1.": lambda c: c.attend(new, rows=[1, 1]),
-    "indices must have an entry for each of the 2 sequences, got 1": lambda c: c.reorder([0]),
+    "indices must have at least one entry, got none": lambda c: c.reorder([]),
+    "indices must hold numbers of sequences, 0 to 1, got 5": lambda c: c.reorder([5]),
     "indices must be integers in one dimension, got torch.float32":
         lambda c: c.reorder(torch.zeros(2)),
     "source must hold numbers of sequences, 0 to 1, got 2": lambda c: c.fork(2, [0]),

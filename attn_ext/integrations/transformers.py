@@ -22,9 +22,10 @@ from attn_ext.functional.dense import attention
 from attn_ext.functional.varlen import attention_varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.masks import LazyMask, mask_function
+from attn_ext.integrations.paged_cache import CachedRows, paged_cache
 from attn_ext.ops import route
 
-__all__ = ["attention_forward", "mask_function", "register"]
+__all__ = ["attention_forward", "mask_function", "paged_cache", "register"]
 
 
 def register(name: str = "attn_ext", prefer: str = "fastest") -> None:
@@ -327,7 +328,10 @@ def _dense(query, key, value, mask, position_bias, row_sinks, options):
     if mask is not None and mask.dtype != torch.bool:
         bias = mask if bias is None else bias + mask
         mask = None
-    if row_sinks is None:
+    if isinstance(key, CachedRows) and row_sinks is None and not options["dropout_p"]:
+        rest = {name: x for name, x in options.items() if name != "dropout_p"}
+        out = key.cache.attend(query, causal=False, mask=mask, bias=bias, **rest)
+    elif row_sinks is None:
         out = attention(query, key, value, mask=mask, bias=bias, **options)
     else:
         _floating("sinks", row_sinks, query)

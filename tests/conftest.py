@@ -19,7 +19,8 @@ import attn_ext
 from attn_ext import _C
 
 # What a developer has measured on this machine chooses no kernel here, nor in processes of tests.
-os.environ["ATTN_EXT_CACHE"] = os.environ.get("ATTN_EXT_TEST_CACHE") or tempfile.mkdtemp()
+CACHE = tempfile.TemporaryDirectory()
+os.environ["ATTN_EXT_CACHE_DIR"] = CACHE.name
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("explore", deadline=None, max_examples=500)

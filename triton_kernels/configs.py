@@ -315,7 +315,7 @@ def using(name: str, chosen: Tile):
 
 
 def cache_file() -> Path:
-    """Where `tune` stores tiles: ATTN_EXT_CACHE, else ~/.cache/attn_ext, triton_tiles.json."""
+    """Where `tune` stores tiles: ATTN_EXT_CACHE_DIR, else ~/.cache/attn_ext, triton_tiles.json."""
     return cache_folder() / "triton_tiles.json"
 
 

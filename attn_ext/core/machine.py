@@ -18,5 +18,8 @@ def cpu_model() -> str:
 
 
 def cache_folder() -> Path:
-    """Where what was measured here is kept: ATTN_EXT_CACHE, else ~/.cache/attn_ext."""
-    return Path(os.environ.get("ATTN_EXT_CACHE") or Path.home() / ".cache" / "attn_ext")
+    """Where what was measured here is kept: the folder of ATTN_EXT_CACHE_DIR, else attn_ext in that
+    of XDG_CACHE_HOME or in ~/.cache."""
+    if own := os.environ.get("ATTN_EXT_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attn_ext"

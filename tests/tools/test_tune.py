@@ -21,7 +21,7 @@ ISAS = registry.get("cpu").available() == "" and cpu._C.supported_isas()
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache folder; what was chosen by a table is forgotten before and after."""
-    monkeypatch.setenv("ATTN_EXT_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
     tuning.choose_again()
     yield tmp_path
     tuning.choose_again()
@@ -300,7 +300,7 @@ def test_the_command(cache, monkeypatch, capsys):
 def test_a_folder_that_cannot_be_written(cache, monkeypatch, capsys):
     """A traceback after minutes of measuring."""
     (cache / "file").write_text("")
-    monkeypatch.setenv("ATTN_EXT_CACHE", str(cache / "file" / "folder"))
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(cache / "file" / "folder"))
     monkeypatch.setattr(tuning, "cases", lambda device: [make("1,2,32,16")])
     monkeypatch.setattr(tuning, "clock_for", lambda device: Clock())
     tuned.forget()

@@ -125,14 +125,15 @@ def read(text: str, device: str, index: int = 0) -> Table:
     """A table from its file's text; ValueError with the reason where it does not hold here."""
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("is no JSON") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError("is of another format")
     if data.get("device") != device_name(device, index):
         raise ValueError(f"was measured on {data.get('device')}")
+    told = data.get("versions")
     for name, version in versions(device).items():
-        measured = (data.get("versions") or {}).get(name)
+        measured = told.get(name) if isinstance(told, dict) else None
         if measured != version:
             raise ValueError(f"was measured with {name} {measured}, and here is {version}")
     if data.get("kernels") != kernels(device):

@@ -93,6 +93,8 @@ def changed(**fields):
         (changed(device="another CPU"), "was measured on another CPU"),
         (changed(versions={"attn_ext": "0.0.1"}), "was measured with attn_ext 0.0.1"),
         (changed(versions=None), "was measured with attn_ext None"),
+        (changed(versions=[7]), "was measured with attn_ext None"),
+        (lambda text: "[" * 100_000, "is no JSON"),
         (changed(kernels="0"), "was measured with other kernels"),
         (changed(rows=[{"dtype": "float32"}]), "has a bad row"),
         (changed(rows=[row({"cpu:avx2": -1.0})._asdict()]), "has a bad row"),
@@ -137,6 +139,7 @@ def test_prefer_in_replace_sdpa_and_modules(cache, prefer, served):
     """A replaced call or a converted module that is slower than what it replaced, although a table
     says so; `prefer="attn_ext"` that is not kept."""
     from attn_ext import nn
+    from attn_ext.integrations import transformers
     from attn_ext.integrations.sdpa import report, reset
 
     keep(row({"torch": 1e-3, "cpu:avx2": 2e-3}), row({"torch": 1e-3, "cpu:avx2": 2e-3}, grad=True))
@@ -157,6 +160,10 @@ def test_prefer_in_replace_sdpa_and_modules(cache, prefer, served):
     assert calls == [served]
     nn.revert(model)
     assert "prefer" not in vars(model)
+    layer = types.SimpleNamespace(is_causal=False, training=True)
+    with counted(served) as calls:
+        transformers.attention_forward(layer, *inputs, None, prefer=prefer)
+    assert calls == [served]
 
 
 @contextlib.contextmanager
@@ -180,11 +187,14 @@ def counted(name: str):
 def test_prefer_is_checked(value, error):
     """A misspelt preference that is taken for the default."""
     from attn_ext import nn
+    from attn_ext.integrations import transformers
 
     with pytest.raises(error, match="prefer must be"):
         attn_ext.replace_sdpa(prefer=value)
     with pytest.raises(error, match="prefer must be"):
         nn.convert(torch.nn.MultiheadAttention(8, 2), prefer=value)
+    with pytest.raises(error, match="prefer must be"):
+        transformers.attention_forward(types.SimpleNamespace(), *qkv(), None, prefer=value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -1,8 +1,8 @@
 """Context parallelism: sequences that lie on several devices, on torch.distributed.
 
-    from attn_ext.distributed import Layout, context_attention
-    layout = Layout.zigzag(seqlen, parts=4)
-    out = context_attention(q, k, v, layout=layout, mesh=mesh, causal=True)  # this rank's shard
+from attn_ext.distributed import Layout, context_attention
+layout = Layout.zigzag(seqlen, parts=4)
+out = context_attention(q, k, v, layout=layout, mesh=mesh, causal=True)  # this rank's shard
 """
 
 from attn_ext.distributed.attention import context_attention

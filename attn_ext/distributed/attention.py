@@ -98,16 +98,17 @@ class Prepared(NamedTuple):
     groups: tuple[str, ...]  # from whose first ranks a seed comes
     whole_lengths: tuple[int, ...] | None  # the ring is one rank: documents, all here
     align: int
-    left: int
-    right: int
+    own_rows: tuple[bool, bool]  # whether mask and bias have a row for each query
 
 
 @torch.compiler.assume_constant_result
 def prepare(
-    layout, mesh, method, shapes, dtype, device, causal, window, scalars, grad_comm_dtype, sides
-) -> Prepared:
+    layout, mesh, method, shapes, dtype, device, causal, window, scalars, grad_comm_dtype, sides,
+    scores,
+) -> Prepared:  # fmt: skip
     """Checks the call, agrees with the other ranks, and names what it does.  shapes, dtype, device:
-    each of q, k and v; sides: which of mask, bias, slopes and sink there are."""
+    each of q, k and v; sides: which of mask, bias, slopes and sink there are; scores: the
+    shapes of mask and bias, or None."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a Layout, got {type(layout).__name__} {layout!r}")
     if method not in METHODS:
@@ -143,14 +144,16 @@ def prepare(
     ring = "" if groups.ring is None else groups.ring.group_name
     ours = plan.Plan(inner, ring, groups.method, numbers, grad_comm_dtype)
     signature = plan.Plan(layout, "", groups.method, numbers, grad_comm_dtype).signature()
-    agree.check(groups.all, shapes, dtype[0], agree_on(signature, sides), lengths)
+    options = agree_on(signature, sides)
+    own_rows = agree.check(groups.all, shapes, dtype[0], options, lengths, scores)
     exchange = ""
     if groups.across > 1:
         first = groups.ring_rank * groups.across
         exchange = Heads(layout, groups.ulysses.group_name, first).name
     alone = layout.lengths if groups.ring is None else None
     names = tuple(g.group_name for g in groups.all)
-    return Prepared(plan.name_of(ours), exchange, (first_h, heads), names, alone, align, left, right)
+    place = (first_h, heads)
+    return Prepared(plan.name_of(ours), exchange, place, names, alone, align, own_rows)
 
 
 def agree_on(signature: str, sides) -> str:
@@ -192,12 +195,11 @@ def context_attention(
         (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device), causal,
         validate.window_pair(window), validate.scalars(softcap, dropout_p, scale)[:2]
         + (scale, deterministic, backend), grad_comm_dtype, there,
+        tuple(None if x is None else tuple(x.shape) for x in (mask, bias)),
     )  # fmt: skip
     validate.boolean("return_lse", return_lse)
     documents = len(layout.lengths) if layout.is_packed else q.shape[0]
-    mask, bias = common.scores(
-        q, mask, bias, q.shape[0], q.shape[1], q.shape[2], layout.seqlen
-    )
+    mask, bias = common.scores(q, mask, bias, q.shape[0], q.shape[1], q.shape[2], layout.seqlen)
     if alibi_slopes is not None:
         alibi_slopes = validate.alibi(alibi_slopes, q.device, documents, q.shape[1])
     if sink is not None:
@@ -222,17 +224,17 @@ def _run(q, k, v, sides, prepared: Prepared) -> tuple:
     def swapped(x):
         return torch.ops.attn_ext.rows_to_heads(x.contiguous(), x.shape[1], prepared.exchange)
 
-    def scores(x):
+    def scores(x, own_rows):
         """Rows of the group, heads of this rank."""
-        if x is None or x.shape[2] == 1:
+        if x is None or not own_rows:
             return x if x is None or x.shape[1] == 1 else x[:, first : first + count]
         return swapped(x)
 
     if mask is not None:
-        mask = scores(mask.to(torch.uint8)).to(torch.bool)
+        mask = scores(mask.to(torch.uint8), prepared.own_rows[0]).to(torch.bool)
     slopes = slopes if slopes is None else slopes[..., first : first + count].contiguous()
     sink = sink if sink is None else sink[first : first + count].contiguous()
-    sides = (mask, scores(bias), slopes, sink, state)
+    sides = (mask, scores(bias, prepared.own_rows[1]), slopes, sink, state)
     out, lse = _inner(swapped(q), swapped(k), swapped(v), sides, prepared)
 
     def back(x):

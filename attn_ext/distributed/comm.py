@@ -134,9 +134,11 @@ def control(group):
     that is out of step there can never meet data of others."""
     if group.group_name not in _controls:
         ranks = dist.get_process_group_ranks(group)
-        timeout = group._get_backend(torch.device("cpu")).options._timeout if (
-            dist.get_backend(group) == "gloo"
-        ) else None
+        timeout = (
+            group._get_backend(torch.device("cpu")).options._timeout
+            if (dist.get_backend(group) == "gloo")
+            else None
+        )
         _controls[group.group_name] = dist.new_group(
             ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
         )

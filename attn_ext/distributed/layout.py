@@ -152,7 +152,9 @@ class Layout:
     def shard(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """A rank's part of a whole tensor; differentiable."""
         if x.shape[dim] != self.seqlen:
-            raise ValueError(f"x must have {self.seqlen} positions in dim {dim}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have {self.seqlen} positions in dim {dim}, got {tuple(x.shape)}"
+            )
         cuts = [self.columns(s) for s in self.segments(rank)]
         parts = [x.narrow(dim, first, last - first) for first, last in cuts]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)

@@ -53,12 +53,15 @@ void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>&
 void define_whole(py::class_<Call>& call) {
   call.def(
           "set_options",
-          [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw) {
+          [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw,
+             bool partial, uintptr_t delta) {
             c.options.sigmoid = sigmoid, c.options.length_bias = !sigmoid_bias;
             c.options.sigmoid_bias = sigmoid_bias.value_or(0);
             c.options.w = at<void>(w), c.options.dw = at<void>(dw);
+            c.options.partial = partial, c.options.delta = at<void>(delta);
           },
           py::kw_only(), py::arg("sigmoid"), py::arg("sigmoid_bias"), py::arg("w"), py::arg("dw"),
+          py::arg("partial"), py::arg("delta"),
           "Other weights than softmax, other scores than dot products")
       .def(
           "set_isa",

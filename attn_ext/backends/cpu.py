@@ -98,6 +98,7 @@ NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
 AMX = "avx512_amx"
 AGREEMENT = 2**-6  # of the largest element: two roundings to bfloat16
+FRAMES = True  # serves shards of larger calls
 MAPS = ("row_stats", "top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 
 
@@ -190,15 +191,16 @@ def _results(call: Call, dout: torch.Tensor, isa: str) -> list[torch.Tensor]:
     return [out, *grads]
 
 
-def _native(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dw=None):
+def _native(call: Call, t: dict, out, lse, dw=None, partial: bool = False, delta=None):
     """The native call: sizes, strides, scalars and the addresses of the inputs."""
     native = _C.Call(**fields(call, t, out, lse, _DTYPES))
     native.set_isa(_isa(call))
     w, sigmoid = t["w"], call.normalizer == "sigmoid"
-    if sigmoid or w is not None:
+    if sigmoid or partial or w is not None:
         native.set_options(
-            sigmoid=sigmoid, sigmoid_bias=call.sigmoid_bias, w=_address(w), dw=_address(dw)
-        )
+            sigmoid=sigmoid, sigmoid_bias=call.sigmoid_bias, w=_address(w), dw=_address(dw),
+            partial=partial, delta=_address(delta),
+        )  # fmt: skip
     point(native, **{name: x for name, x in t.items() if name != "w"})
     return native
 
@@ -397,6 +399,47 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         native.backward(torch.get_num_threads())
     dw = None if dw is None else dw.to(call.w.dtype)
     return Grads(*grads, _bias_gradient(call.bias, dbias), dsink, dw)
+
+
+def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O, LSE) of these keys alone, both in the statistics' dtype.  The call has no sink."""
+    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
+    out = empty_like_layout(call.q, call.v.shape[-1], statistics)
+    lse = call.q.new_empty(lse_shape(call), dtype=statistics)
+    if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if out.numel() or lse.numel():
+        native = _native(call, t, out, lse, partial=True)
+        point(native, o=out, lse=lse)
+        native.forward(torch.get_num_threads())
+    return out, lse
+
+
+def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
+    """What these keys add to the gradients of q, k, v and the bias, in the statistics' dtype;
+    delta = rowsum(dO * O) - dLSE and LSE are those of whole rows."""
+    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
+    dout = rows(dout.to(call.q.dtype))
+    delta, lse = (x.to(statistics).resolve_neg().contiguous() for x in (delta, lse))
+    grads = [
+        empty_like_layout(x, x.shape[-1], statistics) if need else None
+        for x, need in zip((call.q, call.k, call.v), needs, strict=False)
+    ]
+    ragged = call.cu_seqlens_q is not None
+    for g in grads if ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0 else ():
+        if g is not None:
+            g.zero_()
+    dbias = _bias_sums(call, statistics) if needs.bias else None
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        native = _native(call, t, dout, lse, partial=True, delta=delta)
+        _set_gradients(native, call, dout, grads, dbias)
+        dq, dk, dv = grads
+        point(native, lse=lse, dout=dout, dq=dq, dk=dk, dv=dv, dbias=dbias)
+        native.backward(torch.get_num_threads())
+    if dbias is not None and dbias.shape[2:] != call.bias.shape[2:]:
+        dbias = dbias.sum(2, keepdim=True)
+    return Grads(*grads, dbias)
 
 
 ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # Map::What

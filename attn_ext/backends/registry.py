@@ -9,7 +9,8 @@ A backend is a module with
     backward(call, dout, out, lse, dlse | None, needs) -> Grads
 
 A module that serves other normalizers than softmax names them in NORMALIZERS, other scores than dot
-products in SCORES, and the maps of `attn_ext.inspect` that it has a kernel for in MAPS.
+products in SCORES, and the maps of `attn_ext.inspect` that it has a kernel for in MAPS; one that
+serves shards of larger calls (`frame`) says FRAMES = True.
 
 `needs` is a `attn_ext.core.schema.Needs`; a gradient not needed may be None.  `out` has the strides
 that `attn_ext.core.layout.empty_like_layout` gives; lse is [B, Hq, Sq], or [Hq, total_q]
@@ -60,6 +61,8 @@ def reasons(name: str, problem: Problem) -> list[str]:
         return [missing]
     if problem.far_lse and name != "reference":  # which takes the sums of whole rows instead
         return [f"lse must be within {FAR_LSE:g} of 0 in its kernels, got {problem.far_lse:g}"]
+    if problem.frame and not getattr(module, "FRAMES", False):
+        return [f"a shard whose positions count (frame) has no {name} kernel"]
     served = getattr(module, "NORMALIZERS", ("softmax",))
     if problem.normalizer not in served:
         return [f"normalizer must be {' or '.join(map(repr, served))}, got {problem.normalizer!r}"]

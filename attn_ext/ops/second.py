@@ -59,7 +59,7 @@ def _tangent_kernel(out, lse, *rest):
     call, tangents = call_and_tangents(rest)
     call = dispatch.checked_backward(None, None, out, lse, call)
     checks.tangents(call, tangents)
-    found = execute.tangent(call, tangents)
+    found = execute.tangent(call, tangents, Rows(out=out, lse=lse))
     return tuple(map(dispatch.conform, found, _tangent_outputs(call)))
 
 

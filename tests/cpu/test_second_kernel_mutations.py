@@ -23,8 +23,7 @@ from attn_ext.backends import cpu_second
 from attn_ext.testing import allowed_error, to_float64
 
 MUTANTS = {
-    p.name: p
-    for p in map(patches.read, sorted(ROOT.glob("tests/mutants/cpu_second/*.patch")))
+    p.name: p for p in map(patches.read, sorted(ROOT.glob("tests/mutants/cpu_second/*.patch")))
 }
 SOURCE = ROOT / "csrc/tests/second_passes.cpp"
 FLAGS = ["-O1", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-pthread"]

@@ -49,6 +49,30 @@ void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>&
   attn::cpu::inspect(c.p, c.ptr, c.options, map, threads);
 }
 
+Pointers with(Pointers ptr, const py::dict& addresses) {
+  for (const auto& [name, address] : addresses)
+    attn::set_address(ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
+  return ptr;
+}
+
+// A kernel of second derivatives on a call and on its tangents, which have the sizes and the
+// lengths of the call.  Both calls may be shared: the addresses come beside them.
+template <attn::cpu::TangentKernel kernel>
+bool run_on_tangents(const Call& c, const Call& tangents, int threads, const py::dict& addresses,
+                     const py::dict& tangent_addresses) {
+  const attn::Problem p = c.p;
+  attn::Problem tp = tangents.p;
+  const Pointers ptr = with(c.ptr, addresses);
+  Pointers tptr = with({}, tangent_addresses);
+  check(p, ptr, threads);
+  if (p.dtype == attn::DType::kFloat64)
+    throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got float64");
+  tp.dropout_p = 0;  // the mask comes by the call
+  tptr.cu_seqlens_q = ptr.cu_seqlens_q, tptr.cu_seqlens_k = ptr.cu_seqlens_k;
+  py::gil_scoped_release release;
+  return kernel(p, ptr, tp, tptr, threads);
+}
+
 // Calls that have side inputs, or are made once.
 void define_whole(py::class_<Call>& call) {
   call.def(
@@ -83,6 +107,10 @@ void define_whole(py::class_<Call>& call) {
             attn::cpu::backward(c.p, c.ptr, c.options, threads);
           },
           "The gradients whose addresses are set")
+      .def("tangent", &run_on_tangents<&attn::cpu::tangent>,
+           "The tangents of O and LSE; False where nothing was done")
+      .def("backward_tangent", &run_on_tangents<&attn::cpu::backward_tangent>,
+           "The gradients whose addresses are set, and their tangents; False where none counts")
       .def("inspect", &inspect,
            "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
 }
@@ -114,6 +142,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
   m.def("isa_table", &attn::cpu::isa_table,
         "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
+  m.def("plant", &attn::cpu::plant, py::arg("tangent"), py::arg("backward_tangent"),
+        "For tests: the kernels of second derivatives at these addresses run; 0: our own");
   m.def("cpu_has", &attn::cpu::cpu_has,
         "For tests: whether this machine has the CPU features, named as in isa_table()");
   m.def("emulate_amx", &attn::cpu::amx::emulate,

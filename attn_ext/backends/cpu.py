@@ -93,7 +93,7 @@ def _forked() -> bool:
 if _C is not None:
     _C.use_openmp(_torch_openmp())
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
 AMX = "avx512_amx"
@@ -112,8 +112,8 @@ def unsupported(problem: Problem) -> list[str]:
     why = []
     if problem.device != "cpu":
         why.append(f"tensors must be on the cpu, got {problem.device}")
-    if problem.dtype not in _DTYPES:
-        why.append(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {problem.dtype}")
+    if problem.dtype not in DTYPES:
+        why.append(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {problem.dtype}")
     if problem.grad and problem.kind == "decode" and problem.score == "dot":
         why.append("decode has no backward; use attention_varlen to train")
     return why
@@ -123,9 +123,9 @@ def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _canonical(call: Call) -> dict:
+def canonical_inputs(call: Call) -> dict:
     """The inputs as the kernels take them."""
-    return canonical(call, statistics_dtype(call.q.dtype), _DTYPES)
+    return canonical(call, statistics_dtype(call.q.dtype), DTYPES)
 
 
 def _isa(call: Call) -> str:
@@ -178,22 +178,22 @@ def disagreement(first: str, second: str) -> str:
 
 def _results(call: Call, dout: torch.Tensor, isa: str) -> list[torch.Tensor]:
     """O and the gradients of q, k and v by the kernels of one instruction set."""
-    t, threads = _canonical(call), 1
+    t, threads = canonical_inputs(call), 1
     out, lse = torch.empty_like(call.q), torch.empty(lse_shape(call), device="cpu")
-    native = _C.Call(**fields(call, t, out, lse, _DTYPES))
+    native = _C.Call(**fields(call, t, out, lse, DTYPES))
     native.set_isa(isa)
     point(native, q=call.q, k=call.k, v=call.v, o=out, lse=lse, dout=dout)
     native.forward(threads)
     grads = [torch.empty_like(x) for x in (call.q, call.k, call.v)]
-    _set_gradients(native, call, dout, grads, None)
+    set_gradients(native, call, dout, grads, None)
     point(native, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
     native.backward(threads)
     return [out, *grads]
 
 
-def _native(call: Call, t: dict, out, lse, dw=None, partial: bool = False, delta=None):
+def native_call(call: Call, t: dict, out, lse, dw=None, partial: bool = False, delta=None):
     """The native call: sizes, strides, scalars and the addresses of the inputs."""
-    native = _C.Call(**fields(call, t, out, lse, _DTYPES))
+    native = _C.Call(**fields(call, t, out, lse, DTYPES))
     native.set_isa(_isa(call))
     w, sigmoid = t["w"], call.normalizer == "sigmoid"
     if sigmoid or partial or w is not None:
@@ -221,7 +221,7 @@ class Plan:
         q, v = call.q, call.v
         out = empty_like_layout(q, v.shape[-1])
         lse = torch.empty(lse_shape(call), dtype=statistics_dtype(q.dtype), device="cpu")
-        self.native = _native(call, _canonical(call), out, lse)
+        self.native = native_call(call, canonical_inputs(call), out, lse)
         self.out, self.lse = prototype(out), prototype(lse)
         self.scalars = call[TENSORS:]
         self.backwards: Plans[tuple] = Plans()  # by the tensors' looks and by `needs`
@@ -261,7 +261,7 @@ class Plan:
             native, torch.get_num_threads(),
             q, k, v, mask, bias, out, lse, dout, dq, dk, dv, sums,
         )  # fmt: skip
-        return dq, dk, dv, None, None if sums is None else _bias_gradient(bias, sums), None
+        return dq, dk, dv, None, None if sums is None else bias_gradient(bias, sums), None
 
     def _backward_of(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
         """The native call of a backward, and prototypes of what it writes."""
@@ -271,9 +271,9 @@ class Plan:
             empty_like_layout(x, x.shape[-1]) if need else None
             for x, need in zip((q, k, v), of_rows, strict=True)
         ]
-        sums = _bias_sums(call, self.lse.dtype) if of_bias else None
-        native = _native(call, _canonical(call), out, lse)
-        _set_gradients(native, call, dout, grads, sums)
+        sums = bias_sums(call, self.lse.dtype) if of_bias else None
+        native = native_call(call, canonical_inputs(call), out, lse)
+        set_gradients(native, call, dout, grads, sums)
         made = [x if x is None else prototype(x) for x in (*grads, sums)]
         return (native, *made)
 
@@ -313,7 +313,7 @@ def forward(call: Call):
     if plan is not None:
         lse = torch.empty_like(plan.lse)
         return plan.forward(call.q, call.k, call.v, call.mask, call.bias, lse), lse, None, None
-    t = _canonical(call)
+    t = canonical_inputs(call)
     out = empty_like_layout(call.q, call.v.shape[-1])
     lse = call.q.new_empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
     stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
@@ -325,13 +325,13 @@ def forward(call: Call):
     if call.normalizer == "sigmoid":  # has no LSE
         lse.zero_()
     if out.numel() or lse.numel():
-        native = _native(call, t, out, lse)
+        native = native_call(call, t, out, lse)
         point(native, o=out, lse=lse, max_logit=stats[0], entropy=stats[1])
         native.forward(torch.get_num_threads())
     return out, lse, *stats
 
 
-def _bias_sums(call: Call, dtype) -> torch.Tensor:
+def bias_sums(call: Call, dtype) -> torch.Tensor:
     """Zeros that the kernels add dS to: of the bias' shape, but a row for each query where one
     element takes a whole head, whose millions of terms one float32 sum would not hold."""
     shape = list(call.bias.shape)
@@ -340,7 +340,7 @@ def _bias_sums(call: Call, dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def _bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor | None:
+def bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of the bias, in its shape and dtype."""
     if sums is None:
         return None
@@ -350,7 +350,7 @@ def _bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tenso
     return sums if sums.dtype == bias.dtype else sums.to(bias.dtype)
 
 
-def _set_gradients(native, call: Call, dout, grads, dbias) -> None:
+def set_gradients(native, call: Call, dout, grads, dbias) -> None:
     """How dout and the gradients of q, k, v and the bias lie in memory."""
     varlen, of = call.cu_seqlens_q is not None, Problem.of(call)
     native.set_gradients(
@@ -371,7 +371,7 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         wanted = (needs.q, needs.k, needs.v, needs.bias)
         dq, dk, dv, _, dbias, _ = plan.backward(*inputs, rows(out), lse, dout, wanted)
         return Grads(dq, dk, dv, dbias)
-    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
+    t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
     dout, out = rows(dout.to(call.q.dtype)), rows(out)
     lse = lse.resolve_neg().contiguous()
     if call.normalizer == "sigmoid":  # LSE is 0, whatever the weights are
@@ -387,30 +387,30 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     for g in grads if blank else ():
         if g is not None:
             g.zero_()
-    dbias = _bias_sums(call, statistics) if needs.bias else None
+    dbias = bias_sums(call, statistics) if needs.bias else None
     dsink = torch.zeros_like(t["sink"]) if needs.sink else None
     dw = None if t["w"] is None else torch.zeros_like(t["w"])
     if call.q.numel() and call.k.numel() and call.v.numel():
-        native = _native(call, t, out, lse, dw)
-        _set_gradients(native, call, dout, grads, dbias)
+        native = native_call(call, t, out, lse, dw)
+        set_gradients(native, call, dout, grads, dbias)
         dq, dk, dv = grads
         point(native, o=out, lse=lse, dout=dout, dlse=dlse)
         point(native, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
         native.backward(torch.get_num_threads())
     dw = None if dw is None else dw.to(call.w.dtype)
-    return Grads(*grads, _bias_gradient(call.bias, dbias), dsink, dw)
+    return Grads(*grads, bias_gradient(call.bias, dbias), dsink, dw)
 
 
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(O, LSE) of these keys alone, both in the statistics' dtype.  The call has no sink."""
-    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
+    t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
     out = empty_like_layout(call.q, call.v.shape[-1], statistics)
     lse = call.q.new_empty(lse_shape(call), dtype=statistics)
     if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
         out.zero_()
         lse.fill_(float("-inf"))
     if out.numel() or lse.numel():
-        native = _native(call, t, out, lse, partial=True)
+        native = native_call(call, t, out, lse, partial=True)
         point(native, o=out, lse=lse)
         native.forward(torch.get_num_threads())
     return out, lse
@@ -419,7 +419,7 @@ def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
     """What these keys add to the gradients of q, k, v and the bias, in the statistics' dtype;
     delta = rowsum(dO * O) - dLSE and LSE are those of whole rows."""
-    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
+    t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
     dout = rows(dout.to(call.q.dtype))
     delta, lse = (x.to(statistics).resolve_neg().contiguous() for x in (delta, lse))
     grads = [
@@ -430,10 +430,10 @@ def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
     for g in grads if ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0 else ():
         if g is not None:
             g.zero_()
-    dbias = _bias_sums(call, statistics) if needs.bias else None
+    dbias = bias_sums(call, statistics) if needs.bias else None
     if call.q.numel() and call.k.numel() and call.v.numel():
-        native = _native(call, t, dout, lse, partial=True, delta=delta)
-        _set_gradients(native, call, dout, grads, dbias)
+        native = native_call(call, t, dout, lse, partial=True, delta=delta)
+        set_gradients(native, call, dout, grads, dbias)
         dq, dk, dv = grads
         point(native, lse=lse, dout=dout, dq=dq, dk=dk, dv=dv, dbias=dbias)
         native.backward(torch.get_num_threads())
@@ -449,10 +449,10 @@ def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 
     """A map of a dense call, by csrc/cpu: fills `out` (and `entropy`, `keys`); all contiguous, in
     the statistics' dtype (keys: int64).  lse is read, and written for ROW_STATS; sizes are
     (n, rows, cols)."""
-    t = _canonical(call)
+    t = canonical_inputs(call)
     if not out.numel():
         return
-    native = _native(call, t, call.q, lse)
+    native = native_call(call, t, call.q, lse)
     point(native, lse=lse)
     native.inspect(
         torch.get_num_threads(), what, sizes, _address(out), _address(entropy), _address(keys)

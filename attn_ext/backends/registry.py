@@ -31,6 +31,9 @@ from attn_ext.core.problem import FAR_LSE, Problem
 ORDER = ("cuda", "triton", "cpu", "reference")
 TORCH = "torch"  # its own attention: by name, or for "fastest"
 CHOICES = ("auto", "fastest")  # in place of a name
+# The modules that have kernels of second derivatives, by the backend whose calls they take; blocked
+# takes all others.
+SECOND = {"cpu": "cpu_second"}
 NOT_ADDITIVE = ("sink", "paged", "stats")  # features of dot products alone
 TEST_ONLY: dict[str, ModuleType] = {}  # modules that tests put up by name; never chosen by "auto"
 
@@ -40,7 +43,7 @@ def get(name: str) -> ModuleType:
     """The backend module called `name`; ValueError for an unknown one."""
     if name in TEST_ONLY:
         return TEST_ONLY[name]
-    if name not in (*ORDER, TORCH):
+    if name not in (*ORDER, TORCH, *SECOND.values(), "blocked"):
         names = ", ".join(map(repr, (*CHOICES[1:], *ORDER, TORCH)))
         raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
     if importlib.util.find_spec(f"attn_ext.backends.{name}") is None:
@@ -71,6 +74,19 @@ def reasons(name: str, problem: Problem) -> list[str]:
         if absent or problem.normalizer != "softmax":
             return [f"additive attention has no {' and no '.join(absent) or problem.normalizer}"]
     return module.unsupported(problem)
+
+
+def second_reasons(chosen: str, problem: Problem) -> list[str]:
+    """Why the backend that serves `problem` does not compute its second derivatives and tangents by
+    kernels of its own; empty when it does."""
+    if chosen not in SECOND:
+        return [f"{chosen} has no kernels of second derivatives"]
+    return get(SECOND[chosen]).unsupported(problem)
+
+
+def second(chosen: str, problem: Problem) -> str:
+    """The module that computes second derivatives and tangents of what backend `chosen` serves."""
+    return "blocked" if second_reasons(chosen, problem) else SECOND[chosen]
 
 
 def automatic(name: str, problem: Problem) -> bool:

@@ -14,7 +14,10 @@ from attn_ext.functional.dense import attention, dense_call
 from attn_ext.functional.varlen import attention_varlen, varlen_call
 from attn_ext.ops import rules
 
-BLOCKED = "torch operations on tiles, in O(N) memory, whoever serves the call"
+SECOND = {  # by the module that computes them
+    "blocked": "torch operations on tiles, in O(N) memory",
+    "cpu_second": "C++ kernels; torch operations on tiles where an input is not finite",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Explanation:
         """Who computes second derivatives and forward mode, or what to use in place of them."""
         p = self.problem
         missing = rules.not_twice(p.kind, p.normalizer, p.score)
-        return BLOCKED if missing is None else f"none; {missing[1]}"
+        if missing is not None:
+            return f"none; {missing[1]}"
+        return SECOND[registry.second(self.chosen or "", p)]
 
 
 def of(problem: Problem, backend: str = "auto") -> Explanation:

@@ -9,7 +9,9 @@
 #include "cpu/simd/gemm_amx.h"
 #endif
 #ifndef ATTN_BF16_DOT
+#include "cpu/kernels/backward_tangent.h"
 #include "cpu/kernels/inspect.h"
+#include "cpu/kernels/tangent.h"
 #endif
 
 #ifdef ATTN_AMX
@@ -67,6 +69,18 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
     Inspect<double>(p, ptr, o, wanted, threads).run();
   else
     Inspect<float>(p, ptr, o, wanted, threads).run();
+}
+
+bool tangent(const Problem& p, const Pointers& ptr, const Problem& tp, const Pointers& tptr,
+             int threads) {
+  const Dual dual{p, ptr, tp, tptr};
+  return Tangent<float>(dual, threads).run();
+}
+
+bool backward_tangent(const Problem& p, const Pointers& ptr, const Problem& tp,
+                      const Pointers& tptr, int threads) {
+  const Dual dual{p, ptr, tp, tptr};
+  return BackwardTangent<float>(dual, threads).run();
 }
 #endif
 

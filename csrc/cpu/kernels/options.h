@@ -28,6 +28,9 @@ struct Options {
   }
 };
 
+// Beyond this |LSE| half of float32's last bit is 1.5e-5 of a weight exp(S - LSE).
+constexpr double kFarLse = 256;
+
 // A map of the weights, which attn_ext.inspect asks of inspect.h.
 struct Map {
   enum What { kRowStats, kTopK, kColumnMass, kPooledMap };

@@ -41,6 +41,7 @@ class QueryGradient {
     sums.reset(new T[size_t(units * p.head_dim * kPanel)]);
     tickets = std::vector<std::atomic<int32_t>>(units);
   }
+  bool wanted() const { return ptr.dq; }
   void first_block(int64_t unit, int64_t t) {
     if (ptr.dq) tickets[unit].store(int32_t(t), std::memory_order_relaxed);
   }

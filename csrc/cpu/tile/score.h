@@ -133,6 +133,21 @@ class Panel {
     return scaled_later ? seq.p->scale : 1;
   }
 
+  // X = factor * X + bias, for an X that is -inf nowhere.
+  ATTN_NOINLINE void add_bias(const Tile& t, T factor, T* X) const {
+    constexpr int L = kLanes<T>, N = 2 * L;
+    T bias[N][L];  // [key][query]
+    for (int64_t g = 0; g < grains; ++g)
+      for (int64_t j0 = t.lo[g] / N * N; j0 < t.hi[g]; j0 += N)
+        for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
+          load_bias(q, t.n0 + j0, std::min<int64_t>(N, t.nk - j0), bias);
+          for (int64_t j = std::max(t.lo[g], j0); j < std::min<int64_t>(t.hi[g], j0 + N); ++j) {
+            T* at = X + j * kPanel + q;
+            store(at, load(at) * factor + load(bias[j - j0]));
+          }
+        }
+  }
+
   // Numbers that keep() needs for tiles of n keys.
   static constexpr int64_t keep_size(int64_t n) { return (n + 8) * kPanel; }
 

@@ -43,12 +43,19 @@ def get(name: str) -> ModuleType:
     """The backend module called `name`; ValueError for an unknown one."""
     if name in TEST_ONLY:
         return TEST_ONLY[name]
-    if name not in (*ORDER, TORCH, *SECOND.values(), "blocked"):
+    if name not in (*ORDER, TORCH):
         names = ", ".join(map(repr, (*CHOICES[1:], *ORDER, TORCH)))
         raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
     if importlib.util.find_spec(f"attn_ext.backends.{name}") is None:
         missing = f"the {name} backend is not part of this version of attn_ext"
         return SimpleNamespace(available=lambda: missing, unsupported=lambda problem: [missing])
+    return importlib.import_module(f"attn_ext.backends.{name}")
+
+
+@functools.cache
+def part(name: str) -> ModuleType:
+    """A module beside the backends, which serves some of a call's operations: blocked, or one of
+    SECOND."""
     return importlib.import_module(f"attn_ext.backends.{name}")
 
 
@@ -81,11 +88,13 @@ def second_reasons(chosen: str, problem: Problem) -> list[str]:
     kernels of its own; empty when it does."""
     if chosen not in SECOND:
         return [f"{chosen} has no kernels of second derivatives"]
-    return get(SECOND[chosen]).unsupported(problem)
+    return part(SECOND[chosen]).unsupported(problem)
 
 
 def second(chosen: str, problem: Problem) -> str:
     """The module that computes second derivatives and tangents of what backend `chosen` serves."""
+    if chosen == TORCH:  # has none: whoever "auto" would take
+        chosen = select("auto", problem)
     return "blocked" if second_reasons(chosen, problem) else SECOND[chosen]
 
 

@@ -106,7 +106,7 @@ def second_of(call: Call) -> ModuleType:
         return module
     problem = Problem.of(call)
     chosen = registry.select(call.backend, problem)
-    return _second.keep(key, registry.get(registry.second(chosen, problem)))
+    return _second.keep(key, registry.part(registry.second(chosen, problem)))
 
 
 def tangent(call: Call, tangents: Tangents, rows: Rows) -> tuple:

@@ -43,7 +43,7 @@ def server(call: Call) -> ModuleType | None:
     problem = Problem.of(call._replace(need_stats=False))
     if call.backend == "reference":
         return None
-    if call.backend != "auto":
+    if call.backend not in registry.CHOICES:
         return registry.get(registry.select(call.backend, problem))
     for name in registry.ORDER:
         fits = name != "reference" and registry.automatic(name, problem)

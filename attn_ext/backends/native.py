@@ -69,6 +69,7 @@ SIDE_DTYPES = {
     "cu_seqlens_k": torch.int32,
     "seqlens_k": torch.int32,
     "block_table": torch.int32,
+    "frame": torch.int32,
 }
 
 

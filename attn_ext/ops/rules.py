@@ -38,13 +38,15 @@ def not_twice(kind: str, normalizer: str, score: str) -> tuple[str, str] | None:
         return f"{normalizer} attention", formula
     if kind == "decode":
         return "attention_decode", "use attention or attention_varlen"
+    if kind == "shard":
+        return "a shard of a larger call", "differentiate the whole call"
     return None
 
 
 def refuse_once_only(call: Call, what: str) -> None:
     """NotImplementedError where this kind of call has no derivative of second order; `what` the
     caller asked for."""
-    kind = "decode" if is_decode(call) else ""
+    kind = "decode" if is_decode(call) else "shard" if call.frame is not None else ""
     found = not_twice(kind, call.normalizer, "dot" if call.w is None else "additive")
     if found is not None:
         raise NotImplementedError(f"attn_ext has no {what} of {found[0]}: {found[1]}")

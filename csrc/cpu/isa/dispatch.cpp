@@ -33,6 +33,8 @@ ATTN_DECLARE(avx512_amx)
 namespace {
 
 using Kernel = void (*)(const Problem&, const Pointers&, const Options&, int);
+using TangentKernel = bool (*)(const Problem&, const Pointers&, const Problem&, const Pointers&,
+                               int);
 using InspectKernel = void (*)(const Problem&, const Pointers&, const Options&, const Map&, int);
 
 struct Isa {
@@ -41,7 +43,7 @@ struct Isa {
   InspectKernel inspect;
   TangentKernel tangent, backward_tangent;
   bool supported;
-  // On AMX's tiles.  Used only when it is asked for by its name: no machine has run it so far.
+  // On AMX's tiles.  Only for whom asks: Python does so once their results were compared here.
   bool tiles = false;
 };
 
@@ -93,25 +95,37 @@ const Isa* find(const std::string& name) {
 
 std::atomic<const Isa*> current{nullptr};
 std::atomic<TangentKernel> planted_tangent{nullptr}, planted_backward_tangent{nullptr};
+std::atomic<bool> was_asked{false};  // by its name: then calls have no choice of their own
+
+void use(const std::string& name) {
+  const Isa* isa = find(name);
+  was_asked.store(!name.empty(), std::memory_order_relaxed);
+  current.store(isa, std::memory_order_release);
+}
 
 const Isa& active() {
   const Isa* isa = current.load(std::memory_order_acquire);
   if (!isa) {
     const char* asked = std::getenv("ATTN_EXT_ISA");
-    isa = find(asked ? asked : "");
-    current.store(isa, std::memory_order_release);
+    use(asked ? asked : "");
+    isa = current.load(std::memory_order_acquire);
   }
   return *isa;
+}
+
+const Isa& serving(const Options& o) {
+  const Isa& isa = active();
+  return o.isa < 0 || was_asked.load(std::memory_order_relaxed) ? isa : isas()[o.isa];
 }
 
 }  // namespace
 
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  const Isa& isa = active();
+  const Isa& isa = serving(o);
   (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p, ptr, o, threads);
 }
 void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  const Isa& isa = active();
+  const Isa& isa = serving(o);
   (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, o, threads);
 }
 void forward(const Problem& p, const Pointers& ptr, int threads) { forward(p, ptr, {}, threads); }
@@ -120,22 +134,26 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
              int threads) {
   active().inspect(p, ptr, o, wanted, threads);
 }
-bool tangent(const Problem& p, const Pointers& ptr, const Problem& tp, const Pointers& tptr,
-             int threads) {
+bool tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
+             const Pointers& tptr, int threads) {
   const TangentKernel planted = planted_tangent.load(std::memory_order_relaxed);
-  return (planted ? planted : active().tangent)(p, ptr, tp, tptr, threads);
+  return (planted ? planted : serving(o).tangent)(p, ptr, tp, tptr, threads);
 }
-bool backward_tangent(const Problem& p, const Pointers& ptr, const Problem& tp,
+bool backward_tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
                       const Pointers& tptr, int threads) {
   const TangentKernel planted = planted_backward_tangent.load(std::memory_order_relaxed);
-  return (planted ? planted : active().backward_tangent)(p, ptr, tp, tptr, threads);
+  return (planted ? planted : serving(o).backward_tangent)(p, ptr, tp, tptr, threads);
 }
 void plant(uintptr_t tangent, uintptr_t backward_tangent) {
   planted_tangent = reinterpret_cast<TangentKernel>(tangent);
   planted_backward_tangent = reinterpret_cast<TangentKernel>(backward_tangent);
 }
 std::string isa() { return active().name; }
-void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
+void set_isa(const std::string& name) { use(name); }
+bool isa_forced() { return active(), was_asked.load(std::memory_order_relaxed); }
+int isa_index(const std::string& name) {
+  return name.empty() ? -1 : int(find(name) - isas().data());
+}
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

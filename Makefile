@@ -64,7 +64,8 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # What takes minutes to compile is compiled where its sources are not those of tests/seen, and else in
 # turn (tests/helpers/seen.py).  seen writes what is new there (`ATTN_EXT_SEEN=write make test` does so,
 # too); test-anew compiles all of it, on every architecture, whatever was seen.
-COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py) tests/cpu/test_cpu_sources.py \
+COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py) \
+  $(addprefix tests/cpu/test_, cpu_sources.py second_kernel_mutations.py) \
   tests/triton/test_triton_compile.py \
   tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py
 ON_OLDEST := tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"

@@ -57,10 +57,13 @@ Pointers with(Pointers ptr, const py::dict& addresses) {
 
 // A kernel of second derivatives on a call and on its tangents, which have the sizes and the
 // lengths of the call.  Both calls may be shared: the addresses come beside them.
-template <attn::cpu::TangentKernel kernel>
+using TangentKernel = bool (*)(const attn::Problem&, const Pointers&, const attn::cpu::Options&,
+                               const attn::Problem&, const Pointers&, int);
+template <TangentKernel kernel>
 bool run_on_tangents(const Call& c, const Call& tangents, int threads, const py::dict& addresses,
                      const py::dict& tangent_addresses) {
   const attn::Problem p = c.p;
+  const attn::cpu::Options options = c.options;
   attn::Problem tp = tangents.p;
   const Pointers ptr = with(c.ptr, addresses);
   Pointers tptr = with({}, tangent_addresses);
@@ -69,8 +72,9 @@ bool run_on_tangents(const Call& c, const Call& tangents, int threads, const py:
     throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got float64");
   tp.dropout_p = 0;  // the mask comes by the call
   tptr.cu_seqlens_q = ptr.cu_seqlens_q, tptr.cu_seqlens_k = ptr.cu_seqlens_k;
+  tptr.frame = ptr.frame;
   py::gil_scoped_release release;
-  return kernel(p, ptr, tp, tptr, threads);
+  return kernel(p, ptr, options, tp, tptr, threads);
 }
 
 // Calls that have side inputs, or are made once.

@@ -51,6 +51,7 @@ def serving_key(call: Call) -> tuple:
 def forget() -> None:
     """Choose backends again."""
     _serving.clear()
+    _second.clear()
 
 
 def _serving_backend(call: Call) -> ModuleType:

@@ -33,6 +33,8 @@ ATTN_DECLARE(avx512_amx)
 namespace {
 
 using Kernel = void (*)(const Problem&, const Pointers&, const Options&, int);
+using TangentKernel = bool (*)(const Problem&, const Pointers&, const Problem&, const Pointers&,
+                               int);
 using InspectKernel = void (*)(const Problem&, const Pointers&, const Options&, const Map&, int);
 
 struct Isa {
@@ -92,6 +94,7 @@ const Isa* find(const std::string& name) {
 }
 
 std::atomic<const Isa*> current{nullptr};
+std::atomic<TangentKernel> planted_tangent{nullptr}, planted_backward_tangent{nullptr};
 std::atomic<bool> was_asked{false};  // by its name: then calls have no choice of their own
 
 void use(const std::string& name) {
@@ -99,7 +102,6 @@ void use(const std::string& name) {
   was_asked.store(!name.empty(), std::memory_order_relaxed);
   current.store(isa, std::memory_order_release);
 }
-std::atomic<TangentKernel> planted_tangent{nullptr}, planted_backward_tangent{nullptr};
 
 const Isa& active() {
   const Isa* isa = current.load(std::memory_order_acquire);
@@ -132,15 +134,15 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
              int threads) {
   active().inspect(p, ptr, o, wanted, threads);
 }
-bool tangent(const Problem& p, const Pointers& ptr, const Problem& tp, const Pointers& tptr,
-             int threads) {
+bool tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
+             const Pointers& tptr, int threads) {
   const TangentKernel planted = planted_tangent.load(std::memory_order_relaxed);
-  return (planted ? planted : active().tangent)(p, ptr, tp, tptr, threads);
+  return (planted ? planted : serving(o).tangent)(p, ptr, tp, tptr, threads);
 }
-bool backward_tangent(const Problem& p, const Pointers& ptr, const Problem& tp,
+bool backward_tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
                       const Pointers& tptr, int threads) {
   const TangentKernel planted = planted_backward_tangent.load(std::memory_order_relaxed);
-  return (planted ? planted : active().backward_tangent)(p, ptr, tp, tptr, threads);
+  return (planted ? planted : serving(o).backward_tangent)(p, ptr, tp, tptr, threads);
 }
 void plant(uintptr_t tangent, uintptr_t backward_tangent) {
   planted_tangent = reinterpret_cast<TangentKernel>(tangent);

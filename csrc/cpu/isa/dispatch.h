@@ -22,11 +22,9 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
 // The tangents of O and LSE, and those of the gradients (kernels/tangent.h, backward_tangent.h), of
 // softmax attention that is not float64.  Each address in tptr is that of the tangent of what ptr
 // has under the same name, null where it is 0.  False where another backend must serve the call.
-using TangentKernel = bool (*)(const Problem& p, const Pointers& ptr, const Problem& tp,
-                               const Pointers& tptr, int threads);
-bool tangent(const Problem& p, const Pointers& ptr, const Problem& tp, const Pointers& tptr,
-             int threads);
-bool backward_tangent(const Problem& p, const Pointers& ptr, const Problem& tp,
+bool tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
+             const Pointers& tptr, int threads);
+bool backward_tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
                       const Pointers& tptr, int threads);
 // For tests: the functions at these addresses take their place; 0: they have it again.
 void plant(uintptr_t tangent, uintptr_t backward_tangent);

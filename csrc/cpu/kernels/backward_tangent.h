@@ -138,15 +138,13 @@ class BackwardTangent {
       return rows ? static_cast<const T*>(rows)[at + i] : T(0);
     };
     Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
-    T *a = scratch.take<T>(dv_pad), *b = scratch.take<T>(dv_pad);
-    auto dot = [&](const void* left, const Strides& ls, const void* right, const Strides& rs,
-                   int64_t i) {
-      if (!left || !right) return T(0);
-      convert_row(p.dtype, row_of(left, seq, ls, h, m0 + i), p.head_dim_v, a);
-      convert_row(p.dtype, row_of(right, seq, rs, h, m0 + i), p.head_dim_v, b);
-      return dot_product(a, b);
+    T* both = scratch.take<T>(2 * dv_pad);
+    std::fill(both, both + 2 * dv_pad, T(0));
+    auto dot = [&](const void* a, const Strides& sa, const void* b, const Strides& sb, int64_t i) {
+      if (!a || !b) return T(0);
+      return product_of_rows<T>(p.dtype, row_of(a, seq, sa, h, m0 + i),
+                                row_of(b, seq, sb, h, m0 + i), p.head_dim_v, both);
     };
-    for (T* row : {a, b}) std::fill(row, row + dv_pad, T(0));
     bool near = true;
     for (int64_t i = 0; i < nq; ++i) {
       const int64_t row = panel * kPanel + i;
@@ -159,19 +157,11 @@ class BackwardTangent {
     return near;
   }
 
-  T dot_product(const T* a, const T* b) const {
-    Vec<T> sum{};
-    for (int64_t d = 0; d < dv_pad; d += L) sum += load(a + d) * load(b + d);
-    T total = 0;
-    for (int lane = 0; lane < L; ++lane) total += sum[lane];
-    return total;
-  }
-
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad, most = std::max(d_pad, dv_pad);
     return int64_t(sizeof(T)) *
-           (kSecondKeys * (4 * dims + 7 * kPanel) + kPanel * (2 * dims + 2 * d_pad + most + 3) +
-            L * most + MaskBits<T>::size(kSecondKeys));
+           (kSecondKeys * (4 * dims + 6 * kPanel) + Panel<T>::keep_size(kSecondKeys) +
+            kPanel * (2 * dims + 2 * d_pad + most + 3) + L * most + MaskBits<T>::size(kSecondKeys));
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t) {
@@ -201,7 +191,8 @@ class BackwardTangent {
     auto panel_of = [&](int64_t dim) { return scratch.take<T>(dim * kPanel); };
     k.S = tile_of(), k.tS = tile_of(), k.dP = tile_of(), k.tdP = tile_of();
     if (p.softcap > 0) k.slope = tile_of(), k.bend = tile_of();
-    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kSecondKeys))};
+    k.side = {scratch.take<T>(Panel<T>::keep_size(kSecondKeys)),
+              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kSecondKeys))};
     k.Qt = panel_of(d_pad), k.tQt = panel_of(d_pad);
     k.Gt = panel_of(dv_pad), k.tGt = panel_of(dv_pad);
     k.dQt = panel_of(d_pad), k.tdQt = panel_of(d_pad);

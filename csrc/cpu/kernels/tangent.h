@@ -63,7 +63,8 @@ class Tangent {
   int64_t scratch_bytes() const {
     const int64_t d = round_up(p.head_dim), dv = round_up(p.head_dim_v), most = std::max(d, dv);
     return int64_t(sizeof(T)) * ((most + d + dv + 4) * kPanel + L * most + kForwardKeys * (d + dv) +
-                                 5 * kForwardKeys * kPanel + MaskBits<T>::size(kForwardKeys));
+                                 4 * kForwardKeys * kPanel + Panel<T>::keep_size(kForwardKeys) +
+                                 MaskBits<T>::size(kForwardKeys));
   }
 
   void panel(int64_t task) const {
@@ -92,7 +93,8 @@ class Tangent {
     w.mean = scratch.take<T>(kPanel), w.lse = scratch.take<T>(kPanel);
     w.block = scratch.take<T>(L * most);
     w.S = tile_of(), w.tS = tile_of();
-    w.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))};
+    w.side = {scratch.take<T>(Panel<T>::keep_size(kForwardKeys)),
+              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))};
     if (p.softcap > 0) w.slope = tile_of(), w.bend = tile_of();
     for (T* row : {w.sum, w.moved, w.mean}) std::fill(row, row + kPanel, T(0));
     pack(w, ptr.q, p.q, d, w.Qt);

@@ -64,6 +64,7 @@ template <int TILES>
 void wgmma_hold(float (&)[TILES][4]) {}
 template <int STEPS>
 void wgmma_hold(uint32_t (&)[STEPS][4]) {}
+inline uint32_t wgmma_held(uint32_t word) { return word; }
 
 template <class T, bool TRANS_B, int TILES>
 void wgmma_ss(float (&acc)[TILES][4], uint64_t a, uint64_t b, bool accumulate, ATTN_AT) {

@@ -61,6 +61,8 @@ THOROUGH = {
     "torch/test_compile.py": "torch.compile",
     "cuda/test_jit.py::test_kernels_take_what_the_table_of_nvcc_says": "NVRTC",
     "cuda/test_ptx.py::test_kernels": "compiles kernels",
+    "cuda/test_ptx.py::test_races_in_compiled_code_name_lines_of_ptx": "compiles kernels",
+    "cuda/test_ptx.py::test_wrappers_of_hopper": "compiles kernels",
     "cuda/test_ptx_mutations.py": "compiles kernels",
     "torch/test_compile_transforms.py": "torch.compile",
     "torch/test_dtensor.py": "two processes",

@@ -67,6 +67,13 @@ def register_emulated():
         sys.modules[name] = module
         registry = sys.modules["attn_ext.backends.registry"]
         registry.ORDER = (*registry.ORDER, "emulated")
+    if os.environ.get("ATTN_EXT_EMULATED_RUNS") == "ptx":  # all kernels as NVRTC compiles them
+        assert module.available() == "", module.available()
+        from ptx import build
+
+        from attn_ext import _emulated
+
+        _emulated.replace_kernels(build.Replacement().resolve)
     if os.environ.get("ATTN_EXT_TEST_AUTO") == "emulated":
         assert module.available() == "", module.available()
         registry.ORDER = ("emulated", *registry.ORDER[:-1])

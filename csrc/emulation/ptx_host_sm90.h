@@ -6,6 +6,7 @@
 
 #include "machine.h"
 
+ATTN_EXPORTED_BEGIN
 namespace attn::ptx {
 
 inline void mbarrier_init(uint32_t bar, int count, ATTN_AT) {
@@ -88,3 +89,4 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
 }
 
 }  // namespace attn::ptx
+ATTN_EXPORTED_END

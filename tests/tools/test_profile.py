@@ -299,7 +299,7 @@ def test_options_of_the_command(capfd, tmp_path):
     script = tmp_path / "s.py"
     script.write_text(
         "import torch, torch.nn.functional as F\n"
-        "w = torch.nn.Parameter(torch.randn(1, 2, 64, 8))\n"
+        "w = torch.nn.Parameter(torch.randn(1, 2, 512, 16))\n"
         "opt = torch.optim.SGD([w], 0.1)\n"
         "for _ in range(4):\n"
         "    F.scaled_dot_product_attention(w, w, w, dropout_p=0.1).sum().backward(); opt.step()\n"

@@ -182,12 +182,18 @@ def profile(
         "attn-ext-profile"
     ),
     replay: Annotated[bool, typer.Option(help="measure what attn_ext would save")] = True,
+    skip_steps: Annotated[
+        int | None, typer.Option(help="first steps not to count; else those that warm up")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Run a script (attn-ext profile -- python train.py ...): how much of it is attention?"""
     from attn_ext.cli import profile as command
 
-    return command.run(context.args, writable(out, "--out", folder=True), replay, json)
+    if skip_steps is not None and skip_steps < 0:
+        raise BadArgument(f"--skip-steps must be at least 0, got {skip_steps}")
+    folder = writable(out, "--out", folder=True)
+    return command.run(context.args, folder, replay, json, skip_steps)
 
 
 @app.command()

@@ -40,7 +40,8 @@ def bind_backend(backend: str):
         if case.direction == "fwd" and case.seqlen_k > 4 * case.seqlen_q:
             attend = attention_decode  # the split of keys is chosen by shape
             return Bound(lambda: attend(q, k, v, causal=bool(case.causal), backend=backend))
-        return Bound(lambda: attention(q, k, v, causal=causal, backend=backend))
+        more = dict(causal=causal, backend=backend, dropout_p=case.dropout)
+        return Bound(lambda: attention(q, k, v, **more))
 
     return bind
 
@@ -88,6 +89,7 @@ def _sdpa(backend: str | None):
         if case.causal and case.seqlen_q != case.seqlen_k:
             raise Unavailable("its is_causal is aligned to the top left")
         kwargs = {"is_causal": case.causal, "enable_gqa": case.heads_q != case.heads_k}
+        kwargs["dropout_p"] = case.dropout
         context = contextlib.nullcontext
         if backend is not None:
             from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -32,7 +32,7 @@ class Row:
     direction: str
     device: str
     peer: str
-    state: str  # ok, inaccurate, wrong (then it was not timed)
+    state: str  # ok, inaccurate, wrong (then it was not timed), unchecked (dropout)
     error: float
     allowed: float
     median_ms: float | None = None

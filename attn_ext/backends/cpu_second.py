@@ -66,15 +66,20 @@ class _Inputs(NamedTuple):
 _PLANNED = ("q", "k", "v", "mask", "bias")
 
 
+def plan_key(call: Call, tangents: Tangents, given: Rows, *wanted) -> tuple | None:
+    """What a plan is remembered by; None where the call has other inputs than q, k, v, mask and
+    bias, or a tensor that no plan can hold."""
+    if any(x is not None for x in call[cpu.PLANNED : TENSORS]):
+        return None
+    seen = looks(*call[: cpu.PLANNED]), looks(*tangents), looks(*given)
+    return None if None in seen else (seen, call[TENSORS:], wanted)
+
+
 def _inputs(call: Call, tangents: Tangents, given: Rows, *wanted) -> _Inputs:
-    key = None
-    if all(x is None for x in call[cpu.PLANNED : TENSORS]):  # q, k, v, mask and bias alone
-        seen = looks(*call[: cpu.PLANNED]), looks(*tangents), looks(*given)
-        if None not in seen:
-            key = (seen, call[TENSORS:], wanted)
-            if key in _plans:  # whose tensors needed no copies
-                named = dict(zip(_PLANNED, call, strict=False))
-                return _Inputs(named, tangents._asdict(), given, key)
+    key = plan_key(call, tangents, given, *wanted)
+    if key in _plans:  # whose tensors needed no copies
+        named = dict(zip(_PLANNED, call, strict=False))
+        return _Inputs(named, tangents._asdict(), given, key)
     of_call, of_tangents = cpu.canonical_inputs(call), _canonical(call, tangents)
     rows_of = _canonical_rows(call, given)
     pairs = ((call, of_call), (tangents, of_tangents), (given, rows_of._asdict()))

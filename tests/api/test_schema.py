@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import attn_ext
-from attn_ext.backends import cpu, native_gpu
+from attn_ext.backends import cpu, cpu_second, native_gpu
 from attn_ext.core import schema
-from attn_ext.core.schema import FIELDS, GRADIENTS, TENSORS, Call
+from attn_ext.core.schema import FIELDS, GRADIENTS, TENSORS, Call, Rows, Tangents
 from attn_ext.ops import execute, fast
 from attn_ext.testing import check_call, random_call
 
@@ -69,8 +69,14 @@ def triton_key(call: Call) -> tuple:
     return replay.key_of(call, call[:TENSORS])
 
 
+def second_key(call: Call) -> tuple | None:
+    """The key of the native calls of second derivatives."""
+    return cpu_second.plan_key(call, Tangents(q=call.q), Rows())
+
+
 MEMORIES = {
     "backends/cpu.py": cpu.plan_key,
+    "backends/cpu_second.py": second_key,
     "backends/native_gpu.py": native_gpu.plan_key,
     "ops/execute.py": execute.serving_key,
     "triton_kernels/launch/replay.py": triton_key,

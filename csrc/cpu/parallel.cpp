@@ -2,12 +2,13 @@
 // child owns none of the threads, so it starts with an empty pool.
 //
 // OpenMP's threads spin between calls, and its regions end when every thread has arrived.  Where
-// other processes have the cores, a thread may arrive milliseconds late, long after the others have
-// done its share.  Then calls begin on the caller's thread alone for a while (`Alone`), so that
+// other processes have the cores, a thread may arrive milliseconds late, or lose its core for so
+// long.  After that, calls begin on the caller's thread alone for a while (`Alone`), so that
 // short ones need no other thread, and the idle threads go to sleep.
 #include "cpu/parallel.h"
 
 #include <pthread.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,6 +29,17 @@ int64_t now() {
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Nanoseconds that this thread has had a core.
+int64_t on_core() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+#else
+  return now();
+#endif
+}
+
 constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
 
 struct Job {
@@ -37,12 +49,10 @@ struct Job {
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // written once, by the thread that set `failed`
 
-  // Returns how many tasks this thread has done.
-  int64_t work(int64_t until = kForever) {
-    for (int64_t done = 0;; ++done) {
-      if (until != kForever && now() >= until) return done;
+  void work(int64_t until = kForever) {
+    while (until == kForever || now() < until) {
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks) return done;
+      if (task >= tasks) return;
       try {
         if (!failed.load(std::memory_order_relaxed)) (*f)(task);
       } catch (...) {
@@ -52,17 +62,17 @@ struct Job {
   }
 };
 
-// Until when calls begin alone.  Each late end of a region doubles the time, each timely one
-// shortens it.
+// Until when calls begin alone.  Each region in which a thread had no core doubles the time, each
+// other one shortens it.
 class Alone {
  public:
   bool now_is(int64_t time) const { return time < until_.load(std::memory_order_relaxed); }
 
-  // waited: for the other threads when nothing was left to begin; task: what one takes.
-  void learn(int64_t waited, int64_t task) {
+  // lost: the longest that a thread came late or was without a core.
+  void learn(int64_t lost) {
     int64_t hold = hold_.load(std::memory_order_relaxed);
-    if (waited < kLate || waited < 4 * task) {
-      if (hold > 0) hold_.store(hold - hold / 16 - 1, std::memory_order_relaxed);
+    if (lost < kLate) {
+      if (hold > 0) hold_.store(hold - hold / 64 - 1, std::memory_order_relaxed);
       return;
     }
     hold = std::min(std::max(2 * hold, kShortest), kLongest);
@@ -75,9 +85,9 @@ class Alone {
 
  private:
   // A sleeping thread of an idle machine comes within some 100 us; a slice of the scheduler, which
-  // one that lost its core waits for, is milliseconds.  Unequal tasks are no sign of it.
+  // one that lost its core waits for, is milliseconds.
   static constexpr int64_t kLate = 500'000;
-  static constexpr int64_t kShortest = 20'000'000, kLongest = 1'000'000'000;
+  static constexpr int64_t kShortest = 50'000'000, kLongest = 1'000'000'000;
   std::atomic<int64_t> hold_{0}, until_{0};
 };
 Alone alone;
@@ -184,17 +194,19 @@ static void on_team(GompParallel openmp, Job& job, int threads) {
   }
   struct Region {
     Job* job;
-    std::thread::id caller;
-    int64_t begin, end, done;
-  } region{&job, std::this_thread::get_id(), now(), 0, 0};
+    int64_t begin;
+    std::atomic<int64_t> lost{0};
+  } region{&job, now()};
   openmp(
       [](void* data) {
         auto* r = static_cast<Region*>(data);
-        const int64_t done = r->job->work();
-        if (std::this_thread::get_id() == r->caller) r->done = done, r->end = now();
+        const int64_t start = now(), core = on_core();
+        r->job->work();
+        const int64_t lost = std::max(start - r->begin, now() - start - (on_core() - core));
+        if (lost > r->lost.load(std::memory_order_relaxed)) r->lost.store(lost);
       },
       &region, unsigned(threads), 0);
-  alone.learn(now() - region.end, (region.end - region.begin) / std::max<int64_t>(region.done, 1));
+  alone.learn(region.lost);
 }
 
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& f) {

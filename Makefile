@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: check test-gpu seen test-anew test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
+.PHONY: check test-gpu seen test-anew test-ptx test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
   test-tsan test-aarch64 test-avx512 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
@@ -64,7 +64,8 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # What takes minutes to compile is compiled where its sources are not those of tests/seen, and else in
 # turn (tests/helpers/seen.py).  seen writes what is new there (`ATTN_EXT_SEEN=write make test` does so,
 # too); test-anew compiles all of it, on every architecture, whatever was seen.
-COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py) tests/cpu/test_cpu_sources.py \
+COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py ptx.py \
+  ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py second_kernel_mutations.py) \
   tests/triton/test_triton_compile.py \
   tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py
 ON_OLDEST := tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
@@ -75,6 +76,13 @@ seen: $(VENV)/emulated.done build/triton-3.6/triton
 
 test-anew: $(VENV)/emulated.done
 	ATTN_EXT_SEEN=nothing ATTN_EXT_NVCC_ALL=1 ATTN_EXT_TRITON_ALL=1 $(PYTEST) $(COMPILED)
+
+# The CUDA kernels as NVRTC compiles them, their PTX on the emulator: every planted fault, every
+# kernel's registers, and the tests of the backend `emulated` with compiled kernels in its place.
+test-ptx: $(VENV)/emulated.done
+	ATTN_EXT_SEEN=nothing ATTN_EXT_PTX_ALL=1 $(PYTEST) $(addprefix tests/cuda/test_, jit.py ptx.py ptx_mutations.py)
+	ATTN_EXT_EMULATED_RUNS=ptx $(PYTEST) -k emulated tests/api/test_api.py tests/api/test_backends_hypothesis.py \
+	  $(addprefix tests/cuda/test_cuda_, kernels.py sm90.py sm90_varlen.py)
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
 # and what CI compiles for sm_90.

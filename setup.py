@@ -68,7 +68,9 @@ def cuda_sources() -> list[str]:
 
 def emulated_sources() -> list[str]:
     """The files of attn_ext._emulated: the emulator, and csrc/cuda compiled as C++."""
-    return relative(sorted((ROOT / "csrc" / "emulation").glob("*.cpp"))) + cuda_sources()
+    emulation = ROOT / "csrc" / "emulation"
+    files = [*emulation.glob("*.cpp"), *emulation.glob("ptx/*.cpp")]
+    return relative(sorted(files)) + cuda_sources()
 
 
 def instantiation(arch: str, element: str, head_dim: int) -> str:

@@ -100,6 +100,7 @@ inline const Address kAddresses[] = {
     ATTN_ADDRESS(dv),
     ATTN_ADDRESS(dbias),
     ATTN_ADDRESS(dsink),
+    ATTN_ADDRESS(frame),
 };
 #undef ATTN_ADDRESS
 

@@ -49,17 +49,52 @@ void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>&
   attn::cpu::inspect(c.p, c.ptr, c.options, map, threads);
 }
 
+Pointers with(Pointers ptr, const py::dict& addresses) {
+  for (const auto& [name, address] : addresses)
+    attn::set_address(ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
+  return ptr;
+}
+
+// A kernel of second derivatives on a call and on its tangents, which have the sizes and the
+// lengths of the call.  Both calls may be shared: the addresses come beside them.
+using TangentKernel = bool (*)(const attn::Problem&, const Pointers&, const attn::cpu::Options&,
+                               const attn::Problem&, const Pointers&, int);
+template <TangentKernel kernel>
+bool run_on_tangents(const Call& c, const Call& tangents, int threads, const py::dict& addresses,
+                     const py::dict& tangent_addresses) {
+  const attn::Problem p = c.p;
+  const attn::cpu::Options options = c.options;
+  attn::Problem tp = tangents.p;
+  const Pointers ptr = with(c.ptr, addresses);
+  Pointers tptr = with({}, tangent_addresses);
+  check(p, ptr, threads);
+  if (p.dtype == attn::DType::kFloat64)
+    throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got float64");
+  tp.dropout_p = 0;  // the mask comes by the call
+  tptr.cu_seqlens_q = ptr.cu_seqlens_q, tptr.cu_seqlens_k = ptr.cu_seqlens_k;
+  tptr.frame = ptr.frame;
+  py::gil_scoped_release release;
+  return kernel(p, ptr, options, tp, tptr, threads);
+}
+
 // Calls that have side inputs, or are made once.
 void define_whole(py::class_<Call>& call) {
   call.def(
           "set_options",
-          [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw) {
+          [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw,
+             bool partial, uintptr_t delta) {
             c.options.sigmoid = sigmoid, c.options.length_bias = !sigmoid_bias;
             c.options.sigmoid_bias = sigmoid_bias.value_or(0);
             c.options.w = at<void>(w), c.options.dw = at<void>(dw);
+            c.options.partial = partial, c.options.delta = at<void>(delta);
           },
           py::kw_only(), py::arg("sigmoid"), py::arg("sigmoid_bias"), py::arg("w"), py::arg("dw"),
+          py::arg("partial"), py::arg("delta"),
           "Other weights than softmax, other scores than dot products")
+      .def(
+          "set_isa",
+          [](Call& c, const std::string& name) { c.options.isa = attn::cpu::isa_index(name); },
+          "Whose kernels serve the call where no ISA is forced; '' = the best one's")
       .def(
           "forward",
           [](const Call& c, int threads) {
@@ -76,14 +111,21 @@ void define_whole(py::class_<Call>& call) {
             attn::cpu::backward(c.p, c.ptr, c.options, threads);
           },
           "The gradients whose addresses are set")
+      .def("tangent", &run_on_tangents<&attn::cpu::tangent>,
+           "The tangents of O and LSE; False where nothing was done")
+      .def("backward_tangent", &run_on_tangents<&attn::cpu::backward_tangent>,
+           "The gradients whose addresses are set, and their tangents; False where none counts")
       .def("inspect", &inspect,
            "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
 }
 
-const attn::Problem* problem_of(PyObject* x) {
-  if (py::isinstance<Call>(x)) return &py::handle(x).cast<const Call*>()->p;
+attn::Held held_by(PyObject* x) {
+  if (py::isinstance<Call>(x)) {
+    const auto* call = py::handle(x).cast<const Call*>();
+    return {&call->p, &call->options};
+  }
   PyErr_SetString(PyExc_TypeError, "call must be a Call");
-  return nullptr;
+  return {};
 }
 
 }  // namespace
@@ -100,13 +142,16 @@ PYBIND11_MODULE(_C, m) {
         "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");
   m.def("supported_isas", &attn::cpu::supported_isas);
   m.def("isa", &attn::cpu::isa);
+  m.def("isa_forced", &attn::cpu::isa_forced);
   m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
   m.def("isa_table", &attn::cpu::isa_table,
         "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
+  m.def("plant", &attn::cpu::plant, py::arg("tangent"), py::arg("backward_tangent"),
+        "For tests: the kernels of second derivatives at these addresses run; 0: our own");
   m.def("cpu_has", &attn::cpu::cpu_has,
         "For tests: whether this machine has the CPU features, named as in isa_table()");
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
 
-  if (!attn::add_dense_calls(m.ptr(), problem_of)) throw py::error_already_set();
+  if (!attn::add_dense_calls(m.ptr(), held_by)) throw py::error_already_set();
 }

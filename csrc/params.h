@@ -46,6 +46,15 @@ struct Problem {
   int64_t num_splits = 0;  // decode: parts of the keys that are worked on at a time; 0: not said
 };
 
+// Where a sequence of a call stands in a longer one, of which it has some queries and some keys.
+// Diagonal, window, ALiBi, sigmoid's bias and dropout's counter are those of the longer one; mask
+// and bias are of the call's own queries and keys.
+struct Frame {
+  int32_t first_b, first_h;  // what dropout counts this sequence and the call's first head as
+  int32_t q_first, k_first;  // positions of the first query and of the first key
+  int32_t whole_q, whole_k;  // lengths of the longer sequence
+};
+
 // The numbers of a call that core/schema.py marks KERNEL: Python hands them over by name.
 struct Scalar {
   const char* name;
@@ -80,6 +89,7 @@ struct Pointers {
   void *max_logit = nullptr, *entropy = nullptr;
   const void *dout = nullptr, *dlse = nullptr;  // dlse: as LSE, null = zero
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dbias = nullptr, *dsink = nullptr;
+  const Frame* frame = nullptr;   // [B]; null: the call's sequences are whole.  Of csrc/cpu alone
 };
 
 }  // namespace attn

@@ -5,6 +5,7 @@ profile.
 import importlib.util
 import os
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from hypothesis import settings
 
 import attn_ext
 from attn_ext import _C
+
+# What a developer has measured on this machine chooses no kernel here, nor in processes of tests.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["ATTN_EXT_CACHE_DIR"] = CACHE.name
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("explore", deadline=None, max_examples=500)
@@ -62,6 +67,13 @@ def register_emulated():
         sys.modules[name] = module
         registry = sys.modules["attn_ext.backends.registry"]
         registry.ORDER = (*registry.ORDER, "emulated")
+    if os.environ.get("ATTN_EXT_EMULATED_RUNS") == "ptx":  # all kernels as NVRTC compiles them
+        assert module.available() == "", module.available()
+        from ptx import build
+
+        from attn_ext import _emulated
+
+        _emulated.replace_kernels(build.Replacement().resolve)
     if os.environ.get("ATTN_EXT_TEST_AUTO") == "emulated":
         assert module.available() == "", module.available()
         registry.ORDER = ("emulated", *registry.ORDER[:-1])

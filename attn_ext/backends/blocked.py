@@ -31,8 +31,10 @@ from attn_ext.core.schema import Call, Grads, Needs, Rows, Tangents, lse_shape, 
 from attn_ext.core.tiles import Panel
 
 
-def tangent(call: Call, tangents: Tangents) -> tuple[torch.Tensor, torch.Tensor]:
-    """T1: (O', L') of a dense or varlen call."""
+def tangent(
+    call: Call, tangents: Tangents, rows: Rows | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """T1: (O', L') of a dense or varlen call.  Tiles know O and LSE without `rows`."""
     out = empty_like_layout(call.q, call.v.shape[-1]).zero_()
     lse = call.q.new_zeros(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
     if all(x is None for x in tangents):

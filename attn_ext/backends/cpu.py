@@ -8,13 +8,17 @@ This module checks what a pointer means before it leaves Python: dtype, device, 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
+import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
+from attn_ext.backends import tuned
 from attn_ext.backends.looks import looks
 from attn_ext.backends.native import canonical, fields, point
 from attn_ext.core.layout import (
@@ -89,9 +93,12 @@ def _forked() -> bool:
 if _C is not None:
     _C.use_openmp(_torch_openmp())
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
+AMX = "avx512_amx"
+AGREEMENT = 2**-6  # of the largest element: two roundings to bfloat16
+FRAMES = True  # serves shards of larger calls
 MAPS = ("row_stats", "top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 
 
@@ -105,8 +112,8 @@ def unsupported(problem: Problem) -> list[str]:
     why = []
     if problem.device != "cpu":
         why.append(f"tensors must be on the cpu, got {problem.device}")
-    if problem.dtype not in _DTYPES:
-        why.append(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {problem.dtype}")
+    if problem.dtype not in DTYPES:
+        why.append(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {problem.dtype}")
     if problem.grad and problem.kind == "decode" and problem.score == "dot":
         why.append("decode has no backward; use attention_varlen to train")
     return why
@@ -116,19 +123,84 @@ def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _canonical(call: Call) -> dict:
+def canonical_inputs(call: Call) -> dict:
     """The inputs as the kernels take them."""
-    return canonical(call, statistics_dtype(call.q.dtype), _DTYPES)
+    return canonical(call, statistics_dtype(call.q.dtype), DTYPES)
 
 
-def _native(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dw=None):
+def _isa(call: Call) -> str:
+    """Whose kernels shall serve the call where none is forced: the fastest that were measured here,
+    or "" for the best that there are."""
+    measured = bool(tuned.load("cpu", 0)[0].rows)
+    rounds = call.q.dtype == torch.bfloat16  # what AMX's tiles multiply
+    if not (measured or rounds) or _C.isa_forced():
+        return ""
+    fastest = tuned.isa(Problem.of(call)) if measured else ""
+    if fastest in _C.supported_isas():
+        return fastest
+    return AMX if rounds and amx_is_right() else ""
+
+
+@functools.cache
+def amx_is_right() -> bool:
+    """Whether this machine has AMX and its kernels agree with those of AVX-512 on a small call,
+    forward and backward; a warning where they do not."""
+    if AMX not in _C.supported_isas():
+        return False
+    why = disagreement(AMX, "avx512_bf16")
+    if why:
+        warnings.warn(
+            f"attn_ext leaves the kernels for {AMX} out on this machine: {why}.  Please report it.",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+    return not why
+
+
+def disagreement(first: str, second: str) -> str:
+    """How the kernels of two instruction sets differ on one bfloat16 call with more than a tile of
+    queries and of keys; "" where they do not.  Milliseconds."""
+    shape = (1, 2, 150, 72)
+    # not by chance: vmap may forbid that at whatever call is the first
+    numbers = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").view(shape)
+    q, k, v, dout = ((numbers * step).sin().bfloat16() for step in (0.7, 1.3, 2.9, 3.7))
+    call = Call(q, k, v, scale=0.125, window_right=0, max_seqlen_q=150, max_seqlen_k=150)
+    try:
+        one, other = (_results(call, dout, isa) for isa in (first, second))
+    except ValueError as error:  # Linux refuses the tiles to this process
+        return str(error)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), one, other, strict=True):
+        a, b = a.float(), b.float()
+        most = AGREEMENT * b.abs().max()
+        if not (a - b).abs().max() <= most:  # NaN too
+            return f"{name} differs from that of {second} by {(a - b).abs().max().item():.2g}"
+    return ""
+
+
+def _results(call: Call, dout: torch.Tensor, isa: str) -> list[torch.Tensor]:
+    """O and the gradients of q, k and v by the kernels of one instruction set."""
+    t, threads = canonical_inputs(call), 1
+    out, lse = torch.empty_like(call.q), torch.empty(lse_shape(call), device="cpu")
+    native = _C.Call(**fields(call, t, out, lse, DTYPES))
+    native.set_isa(isa)
+    point(native, q=call.q, k=call.k, v=call.v, o=out, lse=lse, dout=dout)
+    native.forward(threads)
+    grads = [torch.empty_like(x) for x in (call.q, call.k, call.v)]
+    set_gradients(native, call, dout, grads, None)
+    point(native, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    native.backward(threads)
+    return [out, *grads]
+
+
+def native_call(call: Call, t: dict, out, lse, dw=None, partial: bool = False, delta=None):
     """The native call: sizes, strides, scalars and the addresses of the inputs."""
-    native = _C.Call(**fields(call, t, out, lse, _DTYPES))
+    native = _C.Call(**fields(call, t, out, lse, DTYPES))
+    native.set_isa(_isa(call))
     w, sigmoid = t["w"], call.normalizer == "sigmoid"
-    if sigmoid or w is not None:
+    if sigmoid or partial or w is not None:
         native.set_options(
-            sigmoid=sigmoid, sigmoid_bias=call.sigmoid_bias, w=_address(w), dw=_address(dw)
-        )
+            sigmoid=sigmoid, sigmoid_bias=call.sigmoid_bias, w=_address(w), dw=_address(dw),
+            partial=partial, delta=_address(delta),
+        )  # fmt: skip
     point(native, **{name: x for name, x in t.items() if name != "w"})
     return native
 
@@ -149,7 +221,7 @@ class Plan:
         q, v = call.q, call.v
         out = empty_like_layout(q, v.shape[-1])
         lse = torch.empty(lse_shape(call), dtype=statistics_dtype(q.dtype), device="cpu")
-        self.native = _native(call, _canonical(call), out, lse)
+        self.native = native_call(call, canonical_inputs(call), out, lse)
         self.out, self.lse = prototype(out), prototype(lse)
         self.scalars = call[TENSORS:]
         self.backwards: Plans[tuple] = Plans()  # by the tensors' looks and by `needs`
@@ -189,7 +261,7 @@ class Plan:
             native, torch.get_num_threads(),
             q, k, v, mask, bias, out, lse, dout, dq, dk, dv, sums,
         )  # fmt: skip
-        return dq, dk, dv, None, None if sums is None else _bias_gradient(bias, sums), None
+        return dq, dk, dv, None, None if sums is None else bias_gradient(bias, sums), None
 
     def _backward_of(self, q, k, v, mask, bias, out, lse, dout, needs) -> tuple:
         """The native call of a backward, and prototypes of what it writes."""
@@ -199,9 +271,9 @@ class Plan:
             empty_like_layout(x, x.shape[-1]) if need else None
             for x, need in zip((q, k, v), of_rows, strict=True)
         ]
-        sums = _bias_sums(call, self.lse.dtype) if of_bias else None
-        native = _native(call, _canonical(call), out, lse)
-        _set_gradients(native, call, dout, grads, sums)
+        sums = bias_sums(call, self.lse.dtype) if of_bias else None
+        native = native_call(call, canonical_inputs(call), out, lse)
+        set_gradients(native, call, dout, grads, sums)
         made = [x if x is None else prototype(x) for x in (*grads, sums)]
         return (native, *made)
 
@@ -241,7 +313,7 @@ def forward(call: Call):
     if plan is not None:
         lse = torch.empty_like(plan.lse)
         return plan.forward(call.q, call.k, call.v, call.mask, call.bias, lse), lse, None, None
-    t = _canonical(call)
+    t = canonical_inputs(call)
     out = empty_like_layout(call.q, call.v.shape[-1])
     lse = call.q.new_empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
     stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
@@ -253,13 +325,13 @@ def forward(call: Call):
     if call.normalizer == "sigmoid":  # has no LSE
         lse.zero_()
     if out.numel() or lse.numel():
-        native = _native(call, t, out, lse)
+        native = native_call(call, t, out, lse)
         point(native, o=out, lse=lse, max_logit=stats[0], entropy=stats[1])
         native.forward(torch.get_num_threads())
     return out, lse, *stats
 
 
-def _bias_sums(call: Call, dtype) -> torch.Tensor:
+def bias_sums(call: Call, dtype) -> torch.Tensor:
     """Zeros that the kernels add dS to: of the bias' shape, but a row for each query where one
     element takes a whole head, whose millions of terms one float32 sum would not hold."""
     shape = list(call.bias.shape)
@@ -268,7 +340,7 @@ def _bias_sums(call: Call, dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def _bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor | None:
+def bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of the bias, in its shape and dtype."""
     if sums is None:
         return None
@@ -278,7 +350,7 @@ def _bias_gradient(bias: torch.Tensor, sums: torch.Tensor | None) -> torch.Tenso
     return sums if sums.dtype == bias.dtype else sums.to(bias.dtype)
 
 
-def _set_gradients(native, call: Call, dout, grads, dbias) -> None:
+def set_gradients(native, call: Call, dout, grads, dbias) -> None:
     """How dout and the gradients of q, k, v and the bias lie in memory."""
     varlen, of = call.cu_seqlens_q is not None, Problem.of(call)
     native.set_gradients(
@@ -299,7 +371,7 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         wanted = (needs.q, needs.k, needs.v, needs.bias)
         dq, dk, dv, _, dbias, _ = plan.backward(*inputs, rows(out), lse, dout, wanted)
         return Grads(dq, dk, dv, dbias)
-    t, statistics = _canonical(call), statistics_dtype(call.q.dtype)
+    t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
     dout, out = rows(dout.to(call.q.dtype)), rows(out)
     lse = lse.resolve_neg().contiguous()
     if call.normalizer == "sigmoid":  # LSE is 0, whatever the weights are
@@ -315,18 +387,59 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     for g in grads if blank else ():
         if g is not None:
             g.zero_()
-    dbias = _bias_sums(call, statistics) if needs.bias else None
+    dbias = bias_sums(call, statistics) if needs.bias else None
     dsink = torch.zeros_like(t["sink"]) if needs.sink else None
     dw = None if t["w"] is None else torch.zeros_like(t["w"])
     if call.q.numel() and call.k.numel() and call.v.numel():
-        native = _native(call, t, out, lse, dw)
-        _set_gradients(native, call, dout, grads, dbias)
+        native = native_call(call, t, out, lse, dw)
+        set_gradients(native, call, dout, grads, dbias)
         dq, dk, dv = grads
         point(native, o=out, lse=lse, dout=dout, dlse=dlse)
         point(native, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
         native.backward(torch.get_num_threads())
     dw = None if dw is None else dw.to(call.w.dtype)
-    return Grads(*grads, _bias_gradient(call.bias, dbias), dsink, dw)
+    return Grads(*grads, bias_gradient(call.bias, dbias), dsink, dw)
+
+
+def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O, LSE) of these keys alone, both in the statistics' dtype.  The call has no sink."""
+    t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
+    out = empty_like_layout(call.q, call.v.shape[-1], statistics)
+    lse = call.q.new_empty(lse_shape(call), dtype=statistics)
+    if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if out.numel() or lse.numel():
+        native = native_call(call, t, out, lse, partial=True)
+        point(native, o=out, lse=lse)
+        native.forward(torch.get_num_threads())
+    return out, lse
+
+
+def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
+    """What these keys add to the gradients of q, k, v and the bias, in the statistics' dtype;
+    delta = rowsum(dO * O) - dLSE and LSE are those of whole rows."""
+    t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
+    dout = rows(dout.to(call.q.dtype))
+    delta, lse = (x.to(statistics).resolve_neg().contiguous() for x in (delta, lse))
+    grads = [
+        empty_like_layout(x, x.shape[-1], statistics) if need else None
+        for x, need in zip((call.q, call.k, call.v), needs, strict=False)
+    ]
+    ragged = call.cu_seqlens_q is not None
+    for g in grads if ragged or call.max_seqlen_q == 0 or call.max_seqlen_k == 0 else ():
+        if g is not None:
+            g.zero_()
+    dbias = bias_sums(call, statistics) if needs.bias else None
+    if call.q.numel() and call.k.numel() and call.v.numel():
+        native = native_call(call, t, dout, lse, partial=True, delta=delta)
+        set_gradients(native, call, dout, grads, dbias)
+        dq, dk, dv = grads
+        point(native, lse=lse, dout=dout, dq=dq, dk=dk, dv=dv, dbias=dbias)
+        native.backward(torch.get_num_threads())
+    if dbias is not None and dbias.shape[2:] != call.bias.shape[2:]:
+        dbias = dbias.sum(2, keepdim=True)
+    return Grads(*grads, dbias)
 
 
 ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # Map::What
@@ -336,10 +449,10 @@ def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 
     """A map of a dense call, by csrc/cpu: fills `out` (and `entropy`, `keys`); all contiguous, in
     the statistics' dtype (keys: int64).  lse is read, and written for ROW_STATS; sizes are
     (n, rows, cols)."""
-    t = _canonical(call)
+    t = canonical_inputs(call)
     if not out.numel():
         return
-    native = _native(call, t, call.q, lse)
+    native = native_call(call, t, call.q, lse)
     point(native, lse=lse)
     native.inspect(
         torch.get_num_threads(), what, sizes, _address(out), _address(entropy), _address(keys)

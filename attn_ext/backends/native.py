@@ -15,9 +15,14 @@ def alibi_stride_b(slopes: torch.Tensor | None) -> int:
     return slopes.stride(0) if per_batch else 0
 
 
+def addresses(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
+    """The addresses of the tensors that are there."""
+    return {name: x.data_ptr() for name, x in tensors.items() if x is not None}
+
+
 def point(native, **tensors: torch.Tensor | None) -> None:
     """Tell a native call the addresses of tensors by the names of csrc/params.h."""
-    native.set_addresses({n: x.data_ptr() for n, x in tensors.items() if x is not None})
+    native.set_addresses(addresses(tensors))
 
 
 def fields(call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, dtypes: dict) -> dict:
@@ -64,6 +69,7 @@ SIDE_DTYPES = {
     "cu_seqlens_k": torch.int32,
     "seqlens_k": torch.int32,
     "block_table": torch.int32,
+    "frame": torch.int32,
 }
 
 

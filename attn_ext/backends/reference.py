@@ -14,6 +14,7 @@ from attn_ext.core.schema import GRADIENTS, Call, Grads, Needs, given
 
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
+FRAMES = True
 
 
 def available() -> str:

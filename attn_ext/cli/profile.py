@@ -43,7 +43,9 @@ def command(arguments: list[str], out: Path) -> list[str]:
     return [python, *options, "-m", "attn_ext.measure.child", str(out.resolve()), *rest]
 
 
-def run(arguments: list[str], out: Path, replay: bool, as_json: bool) -> int:
+def run(
+    arguments: list[str], out: Path, replay: bool, as_json: bool, skip_steps: int | None = None
+) -> int:
     """Profile; the exit code is that of the script"""
     line = command(arguments, out)
     run_file, trace_file = out / "run.json", out / "trace.json"
@@ -58,8 +60,10 @@ def run(arguments: list[str], out: Path, replay: bool, as_json: bool) -> int:
         print(f"attn-ext: the script ended with code {child.returncode} before anything was "
               "recorded", file=sys.stderr)  # fmt: skip
         return child.returncode or 1
-    ran = json.loads(run_file.read_text())
-    result = trace.analyze(trace.load(trace_file), ran["wall"])
+    try:  # from the first operator on: imports are not counted
+        result = trace.analyze(trace.load(trace_file), None, skip_steps)
+    except ValueError as error:
+        raise BadArgument(str(error).replace("skip_steps", "--skip-steps")) from None
     roofs = report.complete(result, replay)
     data = report.write(result, roofs, out)
     if as_json:
@@ -83,4 +87,6 @@ def _print(result, out: Path) -> None:
         for group in result.groups:
             table.add_row(*report.cells(group))
         Console(highlight=False, width=max(console.width, 150)).print(table)
+    for line in report.arithmetic(result):
+        console.print(line, soft_wrap=True)
     console.print(f"wrote {out}/trace.json, profile.json, profile.html", soft_wrap=True)

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext.core.schema import BOTTOM_RIGHT, Call, statistics_dtype
+from attn_ext.core.schema import BOTTOM_RIGHT, Call, Frame, statistics_dtype
 
 EVERY = slice(None)
 
 
 class Pairs(NamedTuple):
-    """Queries and keys of one block of a sequence of seqlen_q queries and seqlen_k keys."""
+    """Queries and keys of one block of a sequence of seqlen_q queries and seqlen_k keys.  In a
+    call with frames these are positions and lengths of the whole sequence."""
 
     rows: torch.Tensor  # int64 [r], positions of the queries
     cols: torch.Tensor  # int64 [c], positions of the keys
@@ -35,6 +36,11 @@ class Pairs(NamedTuple):
         """Every query with every key."""
         rows, cols = (torch.arange(n, device=device) for n in (seqlen_q, seqlen_k))
         return cls(rows, cols, seqlen_q, seqlen_k, b)
+
+    def within(self, frame: Frame) -> Pairs:
+        """These pairs of a call's own positions as those of the whole sequence."""
+        rows, cols = self.rows + frame.q_first, self.cols + frame.k_first
+        return Pairs(rows, cols, frame.whole_q, frame.whole_k, self.b, self.h)
 
 
 def in_window(call: Call, pairs: Pairs) -> torch.Tensor:
@@ -52,9 +58,13 @@ def in_window(call: Call, pairs: Pairs) -> torch.Tensor:
     return inside
 
 
-def key_range(call: Call, first: int, last: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+def key_range(
+    call: Call, first: int, last: int, seqlen_q: int, seqlen_k: int, frame: Frame | None = None
+) -> tuple[int, int]:
     """The keys from c0 to c1 that the window lets any query from `first` to `last` see."""
-    off = seqlen_k - seqlen_q if call.align == BOTTOM_RIGHT else 0
+    frame = Frame(0, 0, 0, 0, seqlen_q, seqlen_k) if frame is None else frame
+    off = frame.whole_k - frame.whole_q if call.align == BOTTOM_RIGHT else 0
+    off += frame.q_first - frame.k_first
     low = first + off - call.window_left if call.window_left >= 0 else 0
     high = last + off + call.window_right + 1 if call.window_right >= 0 else seqlen_k
     low = min(max(low, 0), seqlen_k)

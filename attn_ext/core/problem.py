@@ -37,6 +37,7 @@ class Problem:
     sink: bool = False
     dropout: bool = False
     paged: bool = False
+    frame: bool = False  # a shard of a larger call
     stats: bool = False
     deterministic: bool = False
     grad: bool = False
@@ -75,6 +76,7 @@ class Problem:
             sink=call.sink is not None,
             dropout=call.dropout_p > 0,
             paged=call.block_table is not None,
+            frame=call.frame is not None,
             stats=call.need_stats,
             deterministic=call.deterministic,
             grad=call.grad,

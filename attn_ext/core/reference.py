@@ -22,7 +22,7 @@ import math
 import torch
 
 from attn_ext.core import logit
-from attn_ext.core.schema import Call, is_decode
+from attn_ext.core.schema import Call, Frame, is_decode
 
 # Philox4x32-7 as in csrc/philox.h; tests/api/test_philox.py reads that file and compares.
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -43,7 +43,7 @@ def attend(
     """
     if call.cu_seqlens_q is not None:
         return _varlen(call)
-    if is_decode(call):
+    if is_decode(call) or call.frame is not None:
         return _decode(call)
     out, lse, max_logit, entropy = _dense(call, call.q, call.k, call.v, call.mask, call.bias, 0)
     return (out, lse, max_logit, entropy) if call.need_stats else (out, lse, None, None)
@@ -200,7 +200,8 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
 
     # visible [B, Hq, Sq, Sk]: a bias of -inf excludes like the mask does
     part = slice(first_batch, first_batch + batch)
-    pairs = logit.Pairs.all_of(seqlen_q, seqlen_k, q.device, part)
+    frame = Frame.of(call, first_batch, seqlen_q, seqlen_k)
+    pairs = logit.Pairs.all_of(seqlen_q, seqlen_k, q.device, part).within(frame)
     visible = logit.seen(call, pairs, mask, bias).expand(batch, heads_q, seqlen_q, seqlen_k)
 
     # S [B, Hq, Sq, Sk] in the inputs' dtype; excluded pairs are zeroed first, so that softcap's
@@ -213,10 +214,10 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     s = torch.where(visible, s, torch.full_like(s, -torch.inf))
 
     if call.normalizer == "sigmoid":
-        shift = -math.log(max(seqlen_k, 1)) if call.sigmoid_bias is None else call.sigmoid_bias
+        shift = -math.log(max(frame.whole_k, 1)) if call.sigmoid_bias is None else call.sigmoid_bias
         p = torch.where(visible, torch.sigmoid(s + shift), torch.zeros_like(s))
         if call.dropout_p > 0:
-            p = _dropout(call, p, first_batch)
+            p = _dropout(call, p, frame)
         lse = s.new_zeros(batch, heads_q, seqlen_q)
         return _WeightedSum.apply(p.to(q.dtype), v), lse, None, None
 
@@ -247,7 +248,7 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
         entropy = -(p.detach() * log_p).sum(dim=-1)
 
     if call.dropout_p > 0:
-        p = _dropout(call, p, first_batch)
+        p = _dropout(call, p, frame)
     out = _WeightedSum.apply(p.to(q.dtype), v)
     return out, lse.squeeze(-1), max_logit.squeeze(-1), entropy
 
@@ -259,12 +260,13 @@ def _additive(q, k, w, visible: torch.Tensor) -> torch.Tensor:
     return (torch.tanh(pre) * w.to(q.dtype)[:, None, None, :]).sum(-1)
 
 
-def _dropout(call: Call, p: torch.Tensor, first_batch: int) -> torch.Tensor:
+def _dropout(call: Call, p: torch.Tensor, frame: Frame) -> torch.Tensor:
     """P * keep / (1 - dropout_p)   [B, Hq, Sq, Sk]; 0 for dropout_p = 1."""
     if call.dropout_p >= 1:
         return torch.zeros_like(p)
-    seed, offset = call.rng_state.tolist()
-    keep = dropout_keep_mask(seed, offset, *p.shape, call.dropout_p, p.device, first_batch)
+    firsts = frame[:4]
+    every = (range(at, at + n) for at, n in zip(firsts, p.shape, strict=True))
+    keep = keep_tile(philox_key(*call.rng_state.tolist()), call.dropout_p, *every, p.device)
     return torch.where(keep, p / (1 - call.dropout_p), torch.zeros_like(p))
 
 
@@ -306,8 +308,8 @@ def _varlen(call: Call):
 
 
 def _decode(call: Call):
-    """Each batch element with the used part of its cache, gathered from its pages where there
-    is a block table.
+    """Each batch element with its frame and the used part of its cache, gathered from its pages
+    where there is a block table.
     """
     batch, heads_q, seqlen_q, _ = call.q.shape
     lengths = [call.max_seqlen_k] * batch

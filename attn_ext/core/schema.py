@@ -46,6 +46,7 @@ class Call(NamedTuple):
     cu_seqlens_k: torch.Tensor | None = None
     seqlens_k: torch.Tensor | None = None  # int32 [B]: used length of each K/V row or page list
     block_table: torch.Tensor | None = None  # int32 [B, max_pages]
+    frame: torch.Tensor | None = None  # int32 [B, 6], a `Frame` for each sequence
     max_seqlen_q: Annotated[int, SYMBOLIC] = 0  # Sq, or the longest sequence
     max_seqlen_k: Annotated[int, SYMBOLIC] = 0
     scale: Annotated[float | None, KERNEL] = 1.0  # None: 1 / sqrt(D)
@@ -63,6 +64,26 @@ class Call(NamedTuple):
     grad: bool = False  # whether autograd will ask for any gradient
     bias_grad: bool = False  # whether it will ask for that of the bias
     backend: str = "auto"  # who shall serve the call
+
+
+class Frame(NamedTuple):
+    """Where a sequence of a call stands in a longer one, of which it has some queries and some
+    keys.  Diagonal, window, ALiBi, sigmoid's bias and dropout's counter are those of the longer
+    one; mask and bias are of the call's own queries and keys."""
+
+    first_b: int  # what dropout counts this sequence as
+    first_h: int  # and the call's first query head
+    q_first: int  # position of the first query
+    k_first: int  # position of the first key
+    whole_q: int  # lengths of the longer sequence
+    whole_k: int
+
+    @classmethod
+    def of(cls, call: Call, b: int, seqlen_q: int, seqlen_k: int) -> Frame:
+        """That of sequence b of a call, which has these lengths."""
+        if call.frame is None:
+            return cls(b, 0, 0, 0, seqlen_q, seqlen_k)
+        return cls(*call.frame[b].tolist())
 
 
 _HINTS = get_type_hints(Call, include_extras=True)

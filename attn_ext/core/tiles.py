@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from attn_ext.core import logit, reference
-from attn_ext.core.schema import Call, statistics_dtype
+from attn_ext.core.schema import Call, Frame, statistics_dtype
 
 BUDGET = 1 << 17  # pairs of a tile: half a MiB of float32 for each of some fifteen tensors
 FEWEST_ROWS = 16  # of a group of heads; products of fewer read K and V too often
@@ -33,6 +33,7 @@ class Panel:
     hk: slice
     first_batch: int  # of the call within the whole, for dropout's counter
     finite: bool  # whether no input holds NaN or inf, but for a bias of -inf
+    frame: Frame | None = None  # of the panel's one sequence, where it is a part of a longer one
 
     def of_queries(self, x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         """The panel's part of x [B, Hq, Sq, ...] in the statistics' dtype."""
@@ -85,8 +86,10 @@ def all_finite(*tensors: torch.Tensor | None) -> bool:
     return bool(torch.isfinite(torch.stack(sums).sum()))
 
 
-def panels(call: Call, first_batch: int, finite: bool) -> Iterator[Panel]:
-    """Panels that cover a dense call."""
+def panels(
+    call: Call, first_batch: int, finite: bool, frame: Frame | None = None
+) -> Iterator[Panel]:
+    """Panels that cover a dense call; one with a frame has one sequence."""
     batch, heads, seqlen_q, _ = call.q.shape
     heads_k = call.k.shape[1]
     group = heads // heads_k
@@ -98,7 +101,7 @@ def panels(call: Call, first_batch: int, finite: bool) -> Iterator[Panel]:
             last = min(hk + heads_at_once, heads_k)
             of_b = slice(b, min(b + batch_at_once, batch))
             of_h = slice(hk * group, last * group)
-            yield Panel(call, of_b, of_h, slice(hk, last), first_batch, finite)
+            yield Panel(call, of_b, of_h, slice(hk, last), first_batch, finite, frame)
 
 
 def rows_of(call: Call) -> int:
@@ -108,12 +111,12 @@ def rows_of(call: Call) -> int:
     return max(BUDGET // max(group * call.k.shape[2], 1), fewest)
 
 
-def tiles(call: Call) -> Iterator[tuple[slice, slice]]:
+def tiles(call: Call, frame: Frame | None = None) -> Iterator[tuple[slice, slice]]:
     """(rows, keys) of the tiles that have any: the keys are those that the window lets see."""
     seqlen_q, seqlen_k = call.q.shape[2], call.k.shape[2]
     for first in range(0, seqlen_q, rows_of(call)):
         last = min(first + rows_of(call), seqlen_q)
-        low, high = logit.key_range(call, first, last - 1, seqlen_q, seqlen_k)
+        low, high = logit.key_range(call, first, last - 1, seqlen_q, seqlen_k, frame)
         if low < high:
             yield slice(first, last), slice(low, high)
 
@@ -132,6 +135,7 @@ def scores(panel: Panel, q: torch.Tensor, k: torch.Tensor, rows: slice, keys: sl
     call = panel.call
     i, j = (torch.arange(x.start, x.stop, device=call.q.device) for x in (rows, keys))
     pairs = logit.Pairs(i, j, call.q.shape[2], call.k.shape[2], panel.b, panel.h)
+    pairs = pairs if panel.frame is None else pairs.within(panel.frame)
     mask, bias = (panel.part(x, rows, keys) for x in (call.mask, call.bias))
     seen = logit.restriction(call, pairs, mask, bias)
     products = panel.against(q, k)
@@ -185,6 +189,11 @@ def dropout_factor(panel: Panel, key, rows: slice, keys: slice) -> torch.Tensor 
         return 0.0
     b = range(panel.b.start + panel.first_batch, panel.b.stop + panel.first_batch)
     h, i, j = (range(s.start, s.stop) for s in (panel.h, rows, keys))
+    if panel.frame is not None:
+        b, h, i, j = (
+            range(at + r.start, at + r.stop)
+            for at, r in zip(panel.frame[:4], (range(len(b)), h, i, j), strict=True)
+        )
     keep = reference.keep_tile(key, p, b, h, i, j, panel.call.q.device)
     return keep.to(panel.dtype).mul_(1 / (1 - p))
 

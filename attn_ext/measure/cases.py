@@ -31,6 +31,7 @@ class Case:
     causal: bool = False
     direction: str = "fwd"
     device: str = "cpu"
+    dropout: float = 0.0
 
     @property
     def shape(self) -> str:
@@ -42,8 +43,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Shape, dtype, mask and direction in one line"""
-        return f"{self.shape} {self.dtype} {'causal' if self.causal else 'full'} {self.direction}"
+        """Shape, dtype, mask, dropout and direction in one line"""
+        kind = "causal" if self.causal else "full"
+        kind += f" dropout {self.dropout:g}" if self.dropout else ""
+        return f"{self.shape} {self.dtype} {kind} {self.direction}"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -27,8 +27,10 @@ def page(title: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence], classes: Sequence[str] = ()) -> str:
-    """A table of texts; `classes`: one CSS class a row"""
-    lines = ["<table><tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
+    """A table of texts; `classes`: one CSS class a row.  No header row where all of it is empty"""
+    lines = ["<table>"]
+    if any(head):
+        lines.append("<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>")
     for index, row in enumerate(rows):
         kind = f' class="{classes[index]}"' if index < len(classes) and classes[index] else ""
         cells = "".join(f"<td>{escape(str(value))}</td>" for value in row)

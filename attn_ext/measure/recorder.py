@@ -20,11 +20,24 @@ class profile:  # a context manager, named as it is used
     out: a folder for trace.json (open it in chrome://tracing or Perfetto), profile.json and
     profile.html; None: nothing is kept.   replay: measure afterwards, on random data of the
     recorded shapes, what attn_ext would save (about a second a shape).   quiet: do not print.
+    skip_steps: how many steps of an optimizer (torch.optim) at the beginning are not counted; None:
+    the first, and those after it that are slow.
     After the block `p.result` is an `attn_ext.measure.trace.Profile`; times in seconds.
     While it records, calls of attn_ext go through torch's dispatcher (some microseconds each).
     """
 
-    def __init__(self, out: str | Path | None = None, replay: bool = True, quiet: bool = False):
+    def __init__(
+        self,
+        out: str | Path | None = None,
+        replay: bool = True,
+        quiet: bool = False,
+        skip_steps: int | None = None,
+    ):
+        from attn_ext.core import validate
+
+        if skip_steps is not None:
+            skip_steps = validate.integer("skip_steps", skip_steps)
+        self.skip_steps = skip_steps
         self.out = None if out is None else Path(out)
         self.replay, self.quiet = replay, quiet
         self.result = None
@@ -60,7 +73,7 @@ class profile:  # a context manager, named as it is used
     def _finish(self, path: Path, wall: float) -> None:
         from attn_ext.measure import report, trace
 
-        self.result = trace.analyze(trace.load(path), wall)
+        self.result = trace.analyze(trace.load(path), wall, self.skip_steps)
         self.ceilings = report.complete(self.result, self.replay)
         if self.out is not None:
             report.write(self.result, self.ceilings, self.out)

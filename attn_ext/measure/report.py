@@ -62,10 +62,37 @@ def saving(result: Profile) -> float:
     return sum(max(0.0, group.saves_seconds or 0.0) for group in result.groups)
 
 
+def speedup(result: Profile) -> float:
+    """How many times as fast all that is counted would be"""
+    return result.wall / max(1e-9, result.wall - saving(result))
+
+
+def arithmetic(result: Profile) -> list[str]:
+    """How the prediction comes about, a line for each group that gains, and the sum"""
+    gains = [group for group in result.groups if (group.saves_seconds or 0.0) > 0]
+    lines = [
+        f"{group.shape} {group.direction}: {group.seconds:.4g} s x (1 - {group.ours_ms:.4g} ms / "
+        f"{group.replayed_ms:.4g} ms) = {group.saves_seconds:.4g} s"
+        for group in gains
+    ]
+    if gains:
+        after = result.wall - saving(result)
+        lines.append(
+            f"{result.wall:.4g} s - {saving(result):.4g} s = {after:.4g} s; {result.wall:.4g} s / "
+            f"{after:.4g} s = {speedup(result):.2f}"
+        )
+    return lines
+
+
 def headline(result: Profile) -> str:
     """One sentence"""
     nothing = "no call of an attention operator was recorded"
     base = _share_line(result) if result.groups else nothing
+    if not result.groups and result.compiled:
+        base += (
+            " in code of torch.compile, which writes some attention (on CPUs that with dropout) as "
+            "other operators: profile without it"
+        )
     written = sum(result.written_out.values())
     if written > 0.002 * result.wall:
         shapes = ", ".join(list(result.written_out)[:3])
@@ -79,13 +106,15 @@ def headline(result: Profile) -> str:
 def _share_line(result: Profile) -> str:
     share = result.attention / result.wall
     base = f"attention is {result.attention:.3g} s of {result.wall:.3g} s ({share:.0%})"
+    if result.steps:
+        base += f" in {result.steps} steps"
+        base += f" after {result.skipped} of warm-up" if result.skipped else ""
     if result.busy:
         unit = "GPU" if result.device == "cuda" else "operator"
         base += f", {result.attention / result.busy:.0%} of {unit} time"
     gain = saving(result)
     if gain > 0:
-        after = result.wall / max(1e-9, result.wall - gain)
-        base += f"; attn_ext would save {gain:.3g} s (the whole {after:.2f}x as fast)"
+        base += f"; attn_ext would save {gain:.3g} s (the whole {speedup(result):.2f}x as fast)"
     elif all(group.backend == "attn_ext" for group in result.groups):
         base += "; all of it is attn_ext"
     return base
@@ -117,6 +146,7 @@ def text(result: Profile) -> str:
     if result.groups:
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
                   for row in rows]  # fmt: skip
+    lines += arithmetic(result)
     return "\n".join(lines)
 
 
@@ -133,6 +163,10 @@ def as_dict(result: Profile, roofs) -> dict:
         "headline": headline(result),
         "device": result.device,
         "wall_seconds": rounded(result.wall),
+        "steps": result.steps,
+        "skipped_steps": result.skipped,
+        "speedup": rounded(speedup(result)),
+        "arithmetic": arithmetic(result),
         "busy_seconds": rounded(result.busy),
         "attention_seconds": rounded(result.attention),
         "saves_seconds": rounded(saving(result)),
@@ -153,6 +187,9 @@ def write(result: Profile, roofs, out: Path) -> dict:
     parts.append(("everything else", other, f"{other:.3g} s"))
     body = [f"<p class='verdict good'>{html.escape(data['headline'])}</p>", html.bars(parts)]
     body.append(html.table(HEAD, [cells(group) for group in result.groups]))
+    if data["arithmetic"]:
+        lines = "<br>".join(html.escape(line) for line in data["arithmetic"])
+        body.append(f"<h2>How the saving is computed</h2><p>{lines}</p>")
     if roofs:
         body.append(f"<p>Ceilings: {html.escape(ceilings_line(roofs))}</p>")
     body.append(html.facts(data["machine"]))

@@ -12,7 +12,7 @@ import torch
 from attn_ext.backends.looks import looks
 from attn_ext.core.layout import four
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs, at_inputs, call_of, of_gradients
-from attn_ext.ops import dispatch, execute
+from attn_ext.ops import derivatives, dispatch, execute, rules
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _forward_ad = torch.autograd.forward_ad
@@ -133,6 +133,8 @@ def _gradients(dout, dlse, out, lse, call: Call, needs) -> tuple:
     ):
         # nothing flows back through O and LSE: their node must not run again for zeros
         out, lse = out.detach(), lse.detach()
+        if rules.are_eager((dout, dlse, out, lse, *call[:TENSORS])):
+            return derivatives.eager_gradients(dout, dlse, out, lse, *call, needs, None)
         return torch.ops.attn_ext.backward(dout, dlse, out, lse, *call, needs)
     call = dispatch.checked_backward(dout, dlse, out, lse, call)
     return execute.backward(dout, dlse, out, lse, call, needs)

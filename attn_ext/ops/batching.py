@@ -11,7 +11,7 @@ import torch
 
 from attn_ext.core.schema import FIELDS, GRADIENTS, TENSORS, Call, Needs, Rows, Tangents
 
-_UNFOLDABLE = ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k", "block_table")
+_UNFOLDABLE = ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k", "block_table", "frame")
 _PER_HEAD = ("alibi_slopes", "sink", "w")  # folded only where all examples share them
 _ROWS = 4  # dout, dlse, out, lse, before the fields of the call
 

@@ -8,7 +8,7 @@ these; a kernel would read and write past their ends.
 from __future__ import annotations
 
 from attn_ext.core import validate
-from attn_ext.core.schema import GRADIENTS, Call, is_decode, lse_shape, statistics_dtype
+from attn_ext.core.schema import GRADIENTS, Call, Frame, is_decode, lse_shape, statistics_dtype
 
 
 def call(given: Call) -> Call:
@@ -31,6 +31,11 @@ def call(given: Call) -> Call:
         if value is not None and tuple(value.shape) not in shapes:
             rule = " or ".join(map(str, shapes))
             raise ValueError(f"{name} must have shape {rule}, got {tuple(value.shape)}")
+    if given.frame is not None:
+        validate.index_tensor("frame", given.frame, given.q.device, 2)
+        if given.frame.shape != (batch, len(Frame._fields)):
+            want = (batch, len(Frame._fields))
+            raise ValueError(f"frame must have shape {want}, got {tuple(given.frame.shape)}")
     if lengths == (given.max_seqlen_q, given.max_seqlen_k):
         return given
     return given._replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])

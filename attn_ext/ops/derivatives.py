@@ -26,12 +26,13 @@ from attn_ext.core.schema import (
     is_decode,
     of_gradients,
 )
-from attn_ext.ops import rules
-from attn_ext.ops.dispatch import lib
-from attn_ext.ops.second import call_and_tangents
+from attn_ext.ops import execute, rules, second
+from attn_ext.ops.dispatch import backward_kernel, checked_backward, forward_kernel, lib
+from attn_ext.ops.second import backward_tangent_kernel, call_and_tangents, tangent_kernel
 
 _GIVEN = 4  # dout, dlse, out, lse, before the fields of the call of a backward
 _NOTHING = [False] * len(GRADIENTS)
+_OPERATORS = torch.ops.attn_ext.tangent, torch.ops.attn_ext.backward_tangent
 
 
 def _save(ctx, *tensors) -> None:
@@ -73,6 +74,13 @@ def _backward_context(ctx, inputs, output):
 
 
 def _backward_backward(ctx, *cotangents):
+    return differentiate_backward(ctx, cotangents, *_OPERATORS)
+
+
+def differentiate_backward(ctx, cotangents, tangent, backward_tangent) -> list:
+    """Double backward: the gradients of the inputs of a backward, by these two functions.  ctx: of
+    a Function whose inputs are those of attn_ext::backward and one more, which has saved them as
+    `_backward_context` does."""
     dout, dlse, out, lse, *tensors = ctx.saved_tensors
     call = Call(*tensors, *ctx.rest)
     given = [c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)]
@@ -80,12 +88,12 @@ def _backward_backward(ctx, *cotangents):
     if all(x is None for x in given):
         return grads
     rules.refuse_once_only(call, rules.DOUBLE_BACKWARD)
-    tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *given)
+    tout, tlse = tangent(out, lse, *call, *given)
     of_dout, of_dlse, _, _, *of_fields, _, _ = ctx.needs_input_grad
     grads[0], grads[1] = tout if of_dout else None, tlse if of_dlse else None
     needs = of_gradients(of_fields)
     if any(needs):
-        found = torch.ops.attn_ext.backward_tangent(
+        found = backward_tangent(
             dout, dlse, out, lse, tout, tlse, None, None, *call, *given, needs, _NOTHING
         )
         grads[_GIVEN:-1] = at_inputs(found[: len(GRADIENTS)], needs, len(FIELDS))
@@ -128,6 +136,30 @@ def _tangent_backward(ctx, dtout, dtlse):
     return [None, None, *at_inputs(second, needs, len(FIELDS)), *of_tangents]
 
 
+class EagerGradients(torch.autograd.Function):
+    """The gradients of a call in plain eager mode, for create_graph: `backward` as a Function of
+    its own, which spares the dispatcher's way and, where nothing is recorded any more, that of the
+    two passes.  Inputs: those of attn_ext::backward, and None."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        dout, dlse, out, lse, *fields, needs, _ = inputs
+        call = checked_backward(dout, dlse, out, lse, Call(*fields))
+        grads = execute.backward(dout, dlse, out, lse, call, needs)
+        _backward_context(ctx, inputs[:-1], grads)
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        direct = not torch.is_grad_enabled() and rules.are_eager((*cotangents, *ctx.saved_tensors))
+        passes = (second.tangent, second.backward_tangent) if direct else _OPERATORS
+        return (*differentiate_backward(ctx, cotangents, *passes), None)
+
+
+# Without what Function.apply adds for transforms, under which nothing comes this way.
+eager_gradients = super(torch.autograd.Function, EagerGradients).apply
+
+
 def _no_context(ctx, inputs, output):
     """Nothing is saved for a derivative that raises."""
 
@@ -148,7 +180,10 @@ def _recorded(fields: tuple) -> tuple:
     return call._replace(grad=True, bias_grad=call.bias_grad or bias_grad)
 
 
-rules.derivative(lib, "forward", _forward_context, _forward_backward, _forward_jvp, _recorded)
-rules.derivative(lib, "backward", _backward_context, _backward_backward, _backward_jvp)
-rules.derivative(lib, "tangent", _tangent_context, _tangent_backward, _third)
-rules.derivative(lib, "backward_tangent", _no_context, _third, _third)
+for _name, _kernel, _rules in (
+    ("forward", forward_kernel, (_forward_context, _forward_backward, _forward_jvp, _recorded)),
+    ("backward", backward_kernel, (_backward_context, _backward_backward, _backward_jvp)),
+    ("tangent", tangent_kernel, (_tangent_context, _tangent_backward, _third)),
+    ("backward_tangent", backward_tangent_kernel, (_no_context, _third, _third)),
+):
+    rules.derivative(lib, _name, _kernel, rules.Rules(*_rules))

@@ -57,7 +57,7 @@ def backward_outputs(call: Call, needs: Needs) -> list:
     ]  # fmt: skip
 
 
-def _forward_kernel(*fields):
+def forward_kernel(*fields):
     call = checks.call(Call(*fields))
     promised = _forward_outputs(call)
     return tuple(conform(t, p) for t, p in zip(execute.forward(call), promised, strict=True))
@@ -70,7 +70,7 @@ def checked_backward(dout, dlse, out, lse, call: Call) -> Call:
     return call
 
 
-def _backward_kernel(dout, dlse, out, lse, *rest):
+def backward_kernel(dout, dlse, out, lse, *rest):
     call, needs = Call(*rest[:-1]), Needs(*rest[-1])
     call = checked_backward(dout, dlse, out, lse, call)
     promised = backward_outputs(call, needs)
@@ -79,8 +79,8 @@ def _backward_kernel(dout, dlse, out, lse, *rest):
 
 
 for _device in ("CPU", "CUDA"):
-    lib.impl("forward", _forward_kernel, _device)
-    lib.impl("backward", _backward_kernel, _device)
+    lib.impl("forward", forward_kernel, _device)
+    lib.impl("backward", backward_kernel, _device)
 
 
 @torch.library.register_fake("attn_ext::forward", lib=lib)

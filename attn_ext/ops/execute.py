@@ -48,6 +48,12 @@ def serving_key(call: Call) -> tuple:
     )  # fmt: skip
 
 
+def forget() -> None:
+    """Choose backends again."""
+    _serving.clear()
+    _second.clear()
+
+
 def _serving_backend(call: Call) -> ModuleType:
     """`backend_of`, remembered: a lookup is cheaper than a Problem."""
     key = serving_key(call)
@@ -90,9 +96,23 @@ def backward(dout, dlse, out, lse, call: Call, needs) -> Grads:
     return Grads(*[g if need else None for g, need in zip(grads, needs, strict=True)])
 
 
-def tangent(call: Call, tangents: Tangents) -> tuple:
-    """The tangents of O and LSE."""
-    return _in_torch(blocked.tangent, call, tangents)
+_second: Plans[ModuleType] = Plans()  # by all that `second_of` depends on
+
+
+def second_of(call: Call) -> ModuleType:
+    """The module that computes second derivatives and tangents of `call`."""
+    key = serving_key(call)
+    module = _second.get(key)
+    if module is not None:
+        return module
+    problem = Problem.of(call)
+    chosen = registry.select(call.backend, problem)
+    return _second.keep(key, registry.part(registry.second(chosen, problem)))
+
+
+def tangent(call: Call, tangents: Tangents, rows: Rows) -> tuple:
+    """The tangents of O and LSE, which are in `rows`."""
+    return _by_second("tangent", call, tangents, rows)
 
 
 def backward_tangent(
@@ -100,14 +120,16 @@ def backward_tangent(
 ) -> tuple[Grads, Grads]:
     """The tangents of the gradients that `needs` asks for, and the gradients that `primal` asks
     for."""
-    return _in_torch(blocked.backward_tangent, call, tangents, rows, needs, primal)
+    return _by_second("backward_tangent", call, tangents, rows, needs, primal)
 
 
-def _in_torch(function, call: Call, *others):
-    """function(call, ...) of torch operations, which autograd, autocast and forward mode leave as
+def _by_second(name: str, call: Call, *others):
+    """What the function called `name` of the module that serves the call gives, or that of
+    `blocked` where it gives nothing.  Autograd, autocast and forward mode leave its operations as
     they are."""
     call = prepared(call)
     if call.cu_seqlens_q is not None:
         validate.values(call)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-        return _in_their_dtypes(function, call, *others)
+        found = _in_their_dtypes(getattr(second_of(call), name), call, *others)
+        return found or _in_their_dtypes(getattr(blocked, name), call, *others)

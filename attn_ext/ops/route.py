@@ -10,8 +10,8 @@ import sys
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from attn_ext.core.schema import TENSORS, Call, is_decode
-from attn_ext.ops import derivatives, execute  # noqa: F401  derivatives of the operators
+from attn_ext.core.schema import TENSORS, Call, Rows, Tangents, is_decode, of_gradients
+from attn_ext.ops import derivatives, execute, rules  # noqa: F401  derivatives of the operators
 from attn_ext.ops.autograd import EagerAttention
 
 observers: list = []  # functions of a Call that see each eager call (inspect.record)
@@ -54,6 +54,46 @@ def _differentiable(call: Call) -> Call:
     return call._replace(grad=grad, bias_grad=grad and call.bias is not None)
 
 
+def _is_one_jvp() -> bool:
+    """Whether torch.func.jvp is all that is at work, once."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    return (
+        level.level() == 1
+        and level.key() == torch._C._functorch.TransformType.Jvp
+        and torch._C._is_fwd_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _value(x: torch.Tensor | None) -> torch.Tensor | None:
+    """What a transform has wrapped."""
+    wrapped = x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return torch._C._functorch.get_unwrapped(x) if wrapped else x
+
+
+def _jvp_at_once(call: Call) -> tuple | None:
+    """`run` within one torch.func.jvp of plain tensors of which nobody wants gradients: both passes
+    without the dispatcher, which would come by each of the transform's levels with all fields of
+    the call.  None where it is another case, with nothing done."""
+    unpacked = [x if x is None else rules.unpack_dual(x, level=0) for x in call[:TENSORS]]
+    values = [x if x is None else _value(x[0]) for x in unpacked]
+    tangents = of_gradients([x if x is None else _value(x[1]) for x in unpacked])
+    present = [x for x in (*values, *tangents) if x is not None]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in present)
+    if recorded or call.need_stats or not any(x is not None for x in tangents):
+        return None
+    with torch._C._DisableFuncTorch():
+        if not rules.are_plain_tensors(present):
+            return None
+        plain = _differentiable(Call(*values, *call[TENSORS:]))
+        rules.refuse_once_only(plain, rules.FORWARD_MODE)
+        out, lse, _, _ = execute.forward(plain)
+        found = execute.tangent(plain, Tangents(*tangents), Rows(out=out, lse=lse))
+    wrapped = [torch._C._functorch._wrap_for_grad(x, 1) for x in (out, lse)]
+    pairs = zip(wrapped, found, strict=True)
+    return *(torch.autograd.forward_ad.make_dual(x, t, level=0) for x, t in pairs), None, None
+
+
 def run(call: Call) -> tuple:
     """(out, lse, max_logit, entropy); statistics are None or empty where not asked for."""
     if torch.compiler.is_compiling():
@@ -63,6 +103,10 @@ def run(call: Call) -> tuple:
     for observe in observers:
         observe(execute.prepared(call))
     if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _is_one_jvp():
+            found = _jvp_at_once(call)
+            if found is not None:
+                return found
         return torch.ops.attn_ext.forward(*_differentiable(call))
     call = Call(*unwrap_dead_wrappers(call[:TENSORS]), *call[TENSORS:])  # leaked by a transform
     if (

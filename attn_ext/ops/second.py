@@ -55,29 +55,52 @@ def _tangent_outputs(call: Call) -> tuple:
     return empty_like_layout(call.q, call.v.shape[-1]), lse
 
 
-def _tangent_kernel(out, lse, *rest):
+def tangent(out, lse, *rest) -> tuple:
+    """The tangents of O and LSE of a call on real tensors."""
     call, tangents = call_and_tangents(rest)
     call = dispatch.checked_backward(None, None, out, lse, call)
     checks.tangents(call, tangents)
-    found = execute.tangent(call, tangents)
-    return tuple(map(dispatch.conform, found, _tangent_outputs(call)))
+    return execute.tangent(call, tangents, Rows(out=out, lse=lse))
 
 
-def _backward_tangent_kernel(*inputs):
+def backward_tangent(*inputs) -> tuple:
+    """The tangents of the gradients and the gradients of a call on real tensors; None for those
+    that are not asked for."""
     rows, rest = Rows(*inputs[:ROWS]), inputs[ROWS:]
     call, tangents = call_and_tangents(rest)
-    needs, primal = Needs(*rest[-2]), Needs(*rest[-1])
     call = dispatch.checked_backward(rows.dout, rows.dlse, rows.out, rows.lse, call)
     checks.results(rows.tdout, rows.tdlse, rows.tout, rows.tlse, call)
     checks.tangents(call, tangents)
-    promised = dispatch.backward_outputs(call, needs) + dispatch.backward_outputs(call, primal)
+    needs, primal = Needs(*rest[-2]), Needs(*rest[-1])
     second, first = execute.backward_tangent(call, tangents, rows, needs, primal)
-    return tuple(map(dispatch.conform, (*second, *first), promised))
+    return (*second, *first)
+
+
+def tangent_kernel(out, lse, *rest):
+    """The implementation of attn_ext::tangent."""
+    found, call = tangent(out, lse, *rest), Call(*rest[: len(FIELDS)])
+    if call.q.stride(-1) == 1:  # computed on q itself, so that it lies as the fake promises
+        return found
+    return tuple(map(dispatch.conform, found, _tangent_outputs(call)))
+
+
+def backward_tangent_kernel(*inputs):
+    """The implementation of attn_ext::backward_tangent."""
+    call, found = Call(*inputs[ROWS : ROWS + len(FIELDS)]), backward_tangent(*inputs)
+    if call.q.stride(-1) == call.k.stride(-1) == call.v.stride(-1) == 1:
+        return tuple(call.q.new_empty((0,)) if x is None else x for x in found)
+    return tuple(map(dispatch.conform, found, _backward_tangent_outputs(inputs)))
+
+
+def _backward_tangent_outputs(inputs) -> list:
+    call, _ = call_and_tangents(inputs[ROWS:])
+    needs, primal = Needs(*inputs[-2]), Needs(*inputs[-1])
+    return dispatch.backward_outputs(call, needs) + dispatch.backward_outputs(call, primal)
 
 
 for _device in ("CPU", "CUDA"):
-    lib.impl("tangent", _tangent_kernel, _device)
-    lib.impl("backward_tangent", _backward_tangent_kernel, _device)
+    lib.impl("tangent", tangent_kernel, _device)
+    lib.impl("backward_tangent", backward_tangent_kernel, _device)
 
 
 @torch.library.register_fake("attn_ext::tangent", lib=lib)
@@ -87,10 +110,7 @@ def _tangent_fake(out, lse, *rest):
 
 @torch.library.register_fake("attn_ext::backward_tangent", lib=lib)
 def _backward_tangent_fake(*inputs):
-    call, _ = call_and_tangents(inputs[ROWS:])
-    needs, primal = Needs(*inputs[-2]), Needs(*inputs[-1])
-    promised = dispatch.backward_outputs(call, needs) + dispatch.backward_outputs(call, primal)
-    return tuple(promised)
+    return tuple(_backward_tangent_outputs(inputs))
 
 
 torch.library.register_vmap("attn_ext::tangent", batching.tangent, lib=lib)

@@ -21,6 +21,10 @@ constexpr int64_t kPanels = 4;
 // word of MaskBits.
 constexpr int64_t kBackwardKeys[] = {384, 256, 192}, kNarrowHead = 64, kBackwardTasks = 32;
 
+// Second derivatives: keys of a task.  Its rows of K, V, K', V', dK', dV' and four tiles of scores
+// stay in L2.  A multiple of 32.
+constexpr int64_t kSecondKeys = 128;
+
 // Decode: keys of a chunk, whose weights stay in L1 while V is read, in equal parts from streams
 // that a processor fetches ahead for (kernels/decode.h).
 constexpr int64_t kDecodeKeys = 64, kDecodeStreams = 4, kDecodeEach = kDecodeKeys / kDecodeStreams;

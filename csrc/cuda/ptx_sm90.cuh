@@ -11,7 +11,7 @@
 //   matrices      wgmma_ss<T, TRANS_B>(acc, a, b, accumulate), wgmma_rs(acc, a_regs, b, ...)
 //                 acc[TILES][4]: 64 x 8 * TILES of a warpgroup, warp w rows 16 w .. 16 w + 15, each
 //                 lane as in mma (mma.cuh).  a, b: wgmma_descriptor(...) or registers as mma's A
-//                 wgmma_fence() wgmma_commit() wgmma_wait<N>() wgmma_hold(acc)
+//                 wgmma_fence() wgmma_commit() wgmma_wait<N>() wgmma_hold(acc) wgmma_held(word)
 //                 stmatrix_x4_trans(addr, r): the reverse of ldmatrix_x4_trans
 //   the rest      fence_proxy_async() setmaxnreg_inc/dec<N>() elect_one()
 //                 named_barrier_or<ID>(threads, flag)
@@ -40,9 +40,11 @@ ATTN_DEVICE uint64_t wgmma_moved(uint64_t descriptor, uint32_t bytes) {
 // A value that is the same in all lanes, as one that the compiler knows to be so: what is computed
 // from it stays in uniform registers, where wgmma wants its descriptors.  By whole warps.
 ATTN_DEVICE uint32_t warp_uniform(uint32_t value) { return shfl(value, 0); }
-// A descriptor from which wgmma_moved() makes those of a whole tile.
-ATTN_DEVICE uint64_t wgmma_operand(uint32_t address, uint32_t slab_bytes = 16) {
-  return wgmma_descriptor(warp_uniform(address), slab_bytes);
+// A descriptor from which wgmma_moved() makes those of a whole tile: by a word that wgmma_word()
+// made of an address, and the tile's distance from there.  Tiles of one buffer share the word.
+ATTN_DEVICE uint32_t wgmma_word(uint32_t address) { return warp_uniform((address & 0x3ffff) >> 4); }
+ATTN_DEVICE uint64_t wgmma_operand(uint32_t word, uint32_t bytes, uint32_t slab_bytes = 16) {
+  return wgmma_descriptor(0, slab_bytes) | uint64_t(word + (bytes >> 4));
 }
 
 }  // namespace attn::ptx
@@ -50,7 +52,9 @@ ATTN_DEVICE uint64_t wgmma_operand(uint32_t address, uint32_t slab_bytes = 16) {
 #ifdef ATTN_EMULATED
 #include "../emulation/ptx_host_sm90.h"
 #else
+#ifndef __CUDACC_RTC__
 #include <cuda.h>  // types of cuTensorMapEncodeTiled; libcuda is not linked
+#endif
 
 namespace attn::ptx {
 
@@ -172,6 +176,12 @@ ATTN_DEVICE void wgmma_hold(float (&acc)[TILES][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[n][i])::"memory");
 }
+// The same word, as one that the compiler does not know: what is computed from it is computed here,
+// and not kept in registers over a loop.
+ATTN_DEVICE uint32_t wgmma_held(uint32_t word) {
+  asm volatile("" : "+r"(word));
+  return word;
+}
 template <int STEPS>  // of A operands
 ATTN_DEVICE void wgmma_hold(uint32_t (&a)[STEPS][4]) {
 #pragma unroll
@@ -278,6 +288,7 @@ ATTN_DEVICE void wgmma_rs(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64
   wgmma<T, TRANS_B, true>(acc, a, 0, b, accumulate);
 }
 
+#ifndef __CUDACC_RTC__
 // ---- host -------------------------------------------------------------------------------------
 // Throws std::invalid_argument by the rule that is broken, std::runtime_error by the driver.
 inline TensorMap make_tensor_map(const TensorSpec& t) {
@@ -315,6 +326,7 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
   memcpy(&out, &map, sizeof(out));
   return out;
 }
+#endif  // __CUDACC_RTC__
 
 }  // namespace attn::ptx
 #endif  // ATTN_EMULATED

@@ -25,6 +25,7 @@ class AsyncQueue {
     for (size_t& g : group_ends_) g -= end;
   }
   std::vector<Op>& pending() { return ops_; }
+  const std::vector<Op>& pending() const { return ops_; }
   void clear() {
     ops_.clear();
     group_ends_.clear();

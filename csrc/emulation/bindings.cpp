@@ -1,7 +1,11 @@
 // The Python module attn_ext._emulated (tests only): the kernels of csrc/cuda on the emulated
 // device, its modes and counters, and the kernels that test the emulator.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <unordered_map>
 
 #include "../cuda/ptx.cuh"
 #include "tests/example.cuh"
@@ -124,6 +128,51 @@ void run_empty(int x, int y, int z, int threads, int smem_bytes) {
   attn::ptx::launch<Params>([](Params) {}, {x, y, z}, threads, smem_bytes, nullptr, Params{});
 }
 
+// ---- compiled PTX in place of kernels (tests/helpers/ptx) ---------------------------------------
+struct Replacements {
+  py::object resolve;
+  std::unordered_map<const void*, attn::emulation::Body> known;
+};
+Replacements& replacements() {
+  static auto* all = new Replacements;  // never destroyed: Python's objects end before it would
+  return *all;
+}
+
+attn::emulation::Body find_replacement(const void* kernel) {
+  auto& [resolve, known] = replacements();
+  const py::gil_scoped_acquire gil;
+  const auto [found, is_new] = known.try_emplace(kernel, nullptr);
+  if (is_new) {
+    try {
+      Dl_info info = {};
+      dladdr(kernel, &info);
+      const auto offset = uintptr_t(kernel) - uintptr_t(info.dli_fbase);
+      found->second = reinterpret_cast<attn::emulation::Body>(resolve(offset).cast<uintptr_t>());
+    } catch (...) {
+      known.erase(kernel);
+      throw;
+    }
+  }
+  return found->second;
+}
+
+void replace_kernels(const py::object& resolve) {
+  replacements().resolve = resolve;
+  replacements().known.clear();
+  attn::emulation::replacement = resolve.is_none() ? nullptr : find_replacement;
+}
+
+// A launch of compiled PTX by itself; parameters: as the kernel reads them.
+void launch_compiled(uintptr_t body, std::array<int, 3> grid, int threads, int smem_bytes,
+                     const std::string& parameters) {
+  std::vector<uint8_t> storage(parameters.size() + 128);
+  uint8_t* aligned = storage.data() + (128 - uintptr_t(storage.data()) % 128) % 128;
+  std::memcpy(aligned, parameters.data(), parameters.size());
+  const py::gil_scoped_release release;
+  machine.launch({grid[0], grid[1], grid[2]}, threads, smem_bytes,
+                 reinterpret_cast<attn::emulation::Body>(body), aligned);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulated, m) {
@@ -144,5 +193,10 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("fault", run_fault, py::arg("fault"));
   m.def("hopper", run_hopper, py::arg("op"), py::arg("bf16"));
   m.def("empty_launch", run_empty);
+  m.def("replace_kernels", replace_kernels, py::arg("resolve"),
+        "resolve(offset of a kernel in this library) -> address of what runs in its place; None: "
+        "the kernels themselves");
+  m.def("launch_compiled", launch_compiled, py::arg("body"), py::arg("grid"), py::arg("threads"),
+        py::arg("smem_bytes"), py::arg("parameters"));
   if (attn::cuda::bind) attn::cuda::bind(m);
 }

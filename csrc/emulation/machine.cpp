@@ -9,6 +9,7 @@
 namespace attn::emulation {
 
 Machine machine;
+Body (*replacement)(const void*) = nullptr;
 
 namespace {
 
@@ -74,6 +75,8 @@ const char* name(Kind kind) {
       return "ldmatrix";
     case Kind::LDMATRIX_TRANS:
       return "ldmatrix_trans";
+    case Kind::STMATRIX:
+      return "stmatrix";
     case Kind::STMATRIX_TRANS:
       return "stmatrix_trans";
     case Kind::MMA:

@@ -26,10 +26,12 @@
 
 #include "../cuda/ptx_types.h"
 #include "async_queue.h"
+#include "exported.h"
 #include "fiber.h"
 #include "shadow.h"
 #include "warpgroup.h"
 
+ATTN_EXPORTED_BEGIN
 namespace attn::emulation {
 
 constexpr int MAX_THREADS = 32 * MAX_WARPS, BARRIERS = 16;
@@ -56,6 +58,7 @@ enum class Kind : uint8_t {
   BALLOT,
   LDMATRIX,
   LDMATRIX_TRANS,
+  STMATRIX,
   STMATRIX_TRANS,
   MMA,
   MMA_TF32,
@@ -143,6 +146,8 @@ class Machine {
   void mbarrier_init(uint32_t address, int count, Where where);
   void mbarrier_arrive(uint32_t address, int expect_bytes, Where where);
   void mbarrier_wait(uint32_t address, uint32_t parity, Where where);
+  bool would_wait(uint32_t address, uint32_t parity, Where where);
+  void mbarrier_inval(uint32_t address, Where where);
   void fence_mbarrier_init(Where where);
   void fence_proxy_async(Where where);
   void tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar,
@@ -156,6 +161,8 @@ class Machine {
   void wgmma_fence(Where where);
   void wgmma_commit(Where where);
   void wgmma_wait(int keep, Where where);
+  // Whether some wgmma of the current warp that no wait has retired adds to these of lane 0.
+  bool wgmma_in_flight(const float* acc) const;
 
   [[noreturn]] void fail(Where where, const std::string& what) const;
   uint64_t random();  // splitmix64
@@ -225,4 +232,10 @@ class Machine {
 
 extern Machine machine;
 
+// What runs in place of a kernel: a function of the address of its parameters.  Null: the kernel.
+using Body = void (*)(void*);
+// Asked at each launch while it is set (bindings.cpp).
+extern Body (*replacement)(const void* kernel);
+
 }  // namespace attn::emulation
+ATTN_EXPORTED_END

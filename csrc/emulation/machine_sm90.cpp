@@ -74,6 +74,16 @@ void Machine::mbarrier_wait(uint32_t address, uint32_t parity, Where where) {
   warps_[current_ / 32].clock.join(bar.completed, clocks());
 }
 
+bool Machine::would_wait(uint32_t address, uint32_t parity, Where where) {
+  return (mbarrier_at(address, where).phase & 1) == parity;
+}
+
+// Its bytes are ordinary ones again.
+void Machine::mbarrier_inval(uint32_t address, Where where) {
+  Mbarrier& bar = mbarrier_at(address, where);
+  bar.address = 0;  // no address of shared memory; its clock remains with it
+}
+
 void Machine::fence_mbarrier_init(Where where) {
   fibers_[current_].last = where;
   for (Mbarrier& bar : mbarriers_)

@@ -14,6 +14,7 @@
 // Evaluated where the wrapper is called.
 #define ATTN_AT ::attn::emulation::Where at = {__builtin_FILE(), __builtin_LINE()}
 
+ATTN_EXPORTED_BEGIN
 namespace attn::ptx {
 using emulation::Access;
 using emulation::Kind;
@@ -157,6 +158,11 @@ inline void thread_fence() {}
 // ---- launch -----------------------------------------------------------------------------------
 template <class Params>
 void launch(void (*kernel)(Params), Grid grid, int threads, int smem_bytes, void*, Params params) {
+  if (emulation::replacement) {
+    alignas(128) Params copy = params;  // at least as the driver aligns them
+    if (const auto body = emulation::replacement(reinterpret_cast<const void*>(kernel)))
+      return machine.launch(grid, threads, smem_bytes, body, &copy);
+  }
   struct Call {
     void (*kernel)(Params);
     const Params* params;
@@ -171,3 +177,4 @@ void launch(void (*kernel)(Params), Grid grid, int threads, int smem_bytes, void
 }
 
 }  // namespace attn::ptx
+ATTN_EXPORTED_END

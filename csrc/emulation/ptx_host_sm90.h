@@ -6,6 +6,7 @@
 
 #include "machine.h"
 
+ATTN_EXPORTED_BEGIN
 namespace attn::ptx {
 
 inline void mbarrier_init(uint32_t bar, int count, ATTN_AT) {
@@ -63,6 +64,7 @@ template <int TILES>
 void wgmma_hold(float (&)[TILES][4]) {}
 template <int STEPS>
 void wgmma_hold(uint32_t (&)[STEPS][4]) {}
+inline uint32_t wgmma_held(uint32_t word) { return word; }
 
 template <class T, bool TRANS_B, int TILES>
 void wgmma_ss(float (&acc)[TILES][4], uint64_t a, uint64_t b, bool accumulate, ATTN_AT) {
@@ -87,3 +89,4 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
 }
 
 }  // namespace attn::ptx
+ATTN_EXPORTED_END

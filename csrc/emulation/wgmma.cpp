@@ -192,6 +192,13 @@ void Machine::wgmma(const WgmmaCall& call, Where where) {
   });
 }
 
+bool Machine::wgmma_in_flight(const float* acc) const {
+  const WarpgroupWarp& warp = wgmma_[current_ / 32];
+  for (const WgmmaOp& op : warp.ops.pending())
+    if (op.acc[0] == acc) return true;
+  return false;
+}
+
 void Machine::wgmma_fence(Where where) {
   collective(Kind::WGMMA_FENCE, nullptr, where,
              [](void* const*) { machine.wgmma_[machine.current_ / 32].fenced = true; });

@@ -8,6 +8,7 @@ import high_water
 import pytest
 import torch
 import torch.nn.functional as F
+from second_calls import EVERY, FEATURES, MORE, SAMPLE, combination
 from second_checks import (
     by_double_backward,
     by_forward_mode,
@@ -29,30 +30,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "FEWEST_ROWS", 3)
 
 
-FEATURES = {
-    "causal": {"causal": True},
-    "mask": {"mask": "bqk"},
-    "bias": {"bias": "hqk"},
-    "softcap": {"softcap": 1.5},
-    "gqa": {"heads_k": 1},
-    "sink": {"sink": True},
-    "dropout": {"dropout_p": 0.2},
-    "window": {"window": (4, 6)},
-}
-EVERY = list(itertools.product((False, True), repeat=len(FEATURES)))
-# Each pair of features occurs with both, either and neither of them.
-SAMPLE = [EVERY[i] for i in (0, 0b11111111, 0b01010101, 0b10101010, 0b00110011, 0b11001100,
-                             0b00001111, 0b11110000, 0b01101001, 0b10010110)]  # fmt: skip
-
-
-def combination(chosen, dtype=torch.float64, **more):
-    """The call of the chosen features; heads of several widths, lengths that differ."""
-    options = {"seqlen_q": 7, "seqlen_k": 9, "head_dim": 4, "head_dim_v": 3, "dtype": dtype}
-    for on, feature in zip(chosen, FEATURES.values(), strict=True):
-        options |= feature if on else {}
-    return random_call(3, **options, **more)
-
-
 def test_the_sample_holds_each_pair():
     """A combination that was taken out of the sample, and with it a pair of features."""
     for a, b in itertools.combinations(range(len(FEATURES)), 2):
@@ -69,23 +46,6 @@ def test_every_combination_of_features():
     """The same of all 256."""
     for chosen in EVERY:
         check_float64(combination(chosen))
-
-
-MORE = {
-    "alibi of each batch element": {"alibi": "b", "causal": True, "seqlen_q": 9},
-    "top-left, rows of no batch": {"align": 0, "causal": True, "bias": "k", "seqlen_k": 5},
-    "rows that see no key": {"causal": True, "seqlen_q": 9, "seqlen_k": 5, "sink": True},
-    "one key": {"seqlen_k": 1, "sink": True},
-    "no keys": {"seqlen_k": 0},
-    "bias of one number a head": {"bias": "h", "mask": "k"},
-    "memory in another order": {"layout": "bshd", "mask": "bhqk"},
-    "views into larger storage": {"layout": "padded", "bias": "bhqk"},
-    "all of P dropped": {"dropout_p": 1.0},
-    "varlen": {"seqlens_q": (5, 0, 4, 3), "seqlens_k": (6, 3, 0, 5), "window": (3, 2),
-        "mask": "bqk", "bias": "hqk", "softcap": 2.0, "sink": True, "dropout_p": 0.3, "alibi": "b",
-        "heads_q": 4, "heads_k": 2},
-    "varlen, causal": {"seqlens_q": (5, 2), "causal": True, "bias": "k"},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -203,9 +163,10 @@ def test_functions_and_modules_built_on_attention():
 
 def test_explain_names_the_path():
     """A user cannot see who computes the second derivative, or that nobody does."""
-    q = torch.randn(1, 1, 4, 8)
+    q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
     found = attn_ext.explain(q, q, q)
     assert "torch operations" in found.second and found.second in str(found)
+    assert "C++ kernels" in attn_ext.explain(*[q.float()] * 3).second
     assert "formula" in attn_ext.explain(q, q, q, normalizer="sigmoid").second
     lengths = torch.tensor([3], dtype=torch.int32)
     assert "attention_varlen" in attn_ext.explain(q, q, q, cache_seqlens=lengths).second

@@ -1,7 +1,7 @@
 """Second derivatives and forward mode of a call, against autograd on the reference.
 
 With f(inputs) = (O, LSE), g(inputs, G, lam) the gradients of <G, O> + <lam, LSE>, and tangents t of
-the inputs, `Derivatives` holds what attention has beyond its gradients:
+the inputs, this is what attention has beyond its gradients:
 
     the tangents of O and LSE                       d<t, g> / dG, d<t, g> / dlam
     double backward                                 d<t, g> / dinputs
@@ -17,7 +17,7 @@ from closeness import SECOND, assert_close
 from attn_ext.backends import blocked
 from attn_ext.core import reference
 from attn_ext.core.schema import GRADIENTS, Call, Rows, Tangents, given, statistics_dtype
-from attn_ext.ops import route
+from attn_ext.ops import execute, route
 from attn_ext.testing import assert_close_to_reference, needs_of, to_float64
 
 
@@ -63,6 +63,7 @@ def _double_backward(call: Call, seeds: Seeds, attend) -> dict:
         first, [*inputs, dout, dlse], tangents, retain_graph=True, materialize_grads=True
     )
     named = {f"second {n}": g for n, g in zip(leaves, twice, strict=False)}
+    named |= {f"first {n}": g for n, g in zip(leaves, first, strict=True)}
     return {**named, "tangent out": twice[-2], "tangent lse": twice[-1]}, leaves, (out, lse)
 
 
@@ -103,11 +104,14 @@ def by_forward_mode(call: Call, seeds: Seeds) -> dict:
 
 
 def by_passes(call: Call, seeds: Seeds, module=blocked) -> dict:
-    """By the two passes of a module, and the gradients that the second gives beside."""
+    """By the two passes of a module, and the gradients that the second gives beside.  The module
+    must serve the call."""
     tangents, needs = Tangents(**seeds.tangents), needs_of(call)
-    tout, tlse = module.tangent(call, tangents)
+    out, lse = execute.forward(call._replace(grad=False))[:2]
+    rows = Rows(out=out, lse=lse)
+    tout, tlse = module.tangent(call, tangents, rows)
     found = {"tangent out": tout, "tangent lse": tlse}
-    rows = Rows(dout=seeds.dout, dlse=seeds.dlse)
+    rows = rows._replace(dout=seeds.dout, dlse=seeds.dlse, tout=tout, tlse=tlse)
     twice, first = module.backward_tangent(call, tangents, rows, needs, needs)
     rows = rows._replace(tdout=seeds.tdout, tdlse=seeds.tdlse)
     moved, _ = module.backward_tangent(call, tangents, rows, needs, needs)
@@ -128,11 +132,11 @@ def check_float64(call: Call, ways=(by_double_backward, by_forward_mode)) -> Non
                 assert_close(got, want[name], SECOND)
 
 
-def check_dtype(call: Call) -> None:
+def check_dtype(call: Call, ways=(by_double_backward, by_forward_mode)) -> None:
     """Each result under the rule of attn_ext.testing, whose factor for outputs holds for all."""
     seeds = seeds_of(call)
     truths, naives = by_reference(to_float64(call), seeds.double()), by_reference(call, seeds)
-    for way in (by_double_backward, by_forward_mode):
+    for way in ways:
         for name, got in way(call, seeds).items():
             truth, naive = truths[name].detach(), naives[name].detach()
             assert got.dtype == naive.dtype, name

@@ -1,6 +1,8 @@
 """attn_ext.profile and attn-ext profile: what a trace tells, on recorded and on made-up traces."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from attn_ext.ops import route
 
 PROFILE = {
     "format": int, "machine": dict, "ceilings": (dict, None), "headline": str, "device": str,
-    "wall_seconds": NUMBER, "busy_seconds": NUMBER,
+    "wall_seconds": NUMBER, "busy_seconds": NUMBER, "steps": int, "skipped_steps": int,
+    "speedup": NUMBER, "arithmetic": [str],
     "attention_seconds": NUMBER, "saves_seconds": NUMBER, "written_out": dict,
     "groups": [{"shape": str, "backend": str, "peer": str, "direction": str, "calls": int,
                 "seconds": NUMBER, "note": str, "share_of_ceiling": MAYBE,
@@ -174,3 +177,151 @@ def test_savings_are_those_of_the_replay(monkeypatch):
     assert "would save 0.00105 s (the whole 1.36x as fast)" in report.headline(result)
     group.saves_seconds = -0.1
     assert report.saving(result) == 0.0 and "save" not in report.headline(result)
+
+
+def test_the_math_path_has_a_backward(tmp_path):
+    """Half of the time of training with dropout on a CPU that is nowhere in the report, or counted
+    with what another operator's backward took; a replay without dropout."""
+    x = torch.randn(2, 4, 64, 16, requires_grad=True)
+    with attn_ext.profile(tmp_path, quiet=True) as p:
+        for _ in range(2):
+            out = F.scaled_dot_product_attention(x, x, x, dropout_p=0.25, is_causal=True)
+            (out @ torch.randn(16, 512)).sin().sum().backward()
+        with torch.no_grad():
+            F.scaled_dot_product_attention(x, x, x, dropout_p=0.25)
+    found = {(g.shape, g.direction): g for g in p.result.groups}
+    causal = "2,4,64,16 fp32 causal dropout 0.25"
+    assert {key: g.calls for key, g in found.items()} == {
+        (causal, "fwd"): 2, (causal, "bwd"): 2, ("2,4,64,16 fp32 full dropout 0.25", "fwd"): 1,
+    }  # fmt: skip
+    assert all(g.backend == "torch math" and g.replayed_ms and g.ours_ms for g in found.values())
+    events = trace.load(tmp_path / "trace.json")
+    nodes = [e for e in events if e["name"].startswith(trace.NODE) and "MmBackward" in e["name"]]
+    assert nodes, "the product behind attention"
+    backward = sum(e["dur"] for e in events if e["name"].startswith(trace.NODE)) / 1e6
+    others = sum(e["dur"] for e in nodes) / 1e6
+    assert 0 < found[causal, "bwd"].seconds <= backward - others
+
+
+def training(loop: dict) -> list[dict]:
+    """A trace of a training loop: imports, a first step that compiles, then steps of `other` ms
+    beside attention, in microseconds."""
+    events, at = [event("aten::empty", 0, 10, 0)], 5_000_000.0
+    sizes = {"Input Dims": [[2, 4, 512, 32]] * 3, "Input type": [loop["dtype"]] * 3}
+    for step in range(6):
+        began = at
+        if step == 0:
+            events.append(event("aten::mm", at, 9e6, 1))  # as long as all others
+            at += 9e6
+        forward = {**sizes, "Concrete Inputs": [""] * 3 + loop["inputs"]}
+        if loop["math"]:
+            inner = {"Sequence number": 10 + step, "Fwd thread id": 0}
+            node = {"Sequence number": 10 + step, "Fwd thread id": 1}
+            name = "aten::_scaled_dot_product_attention_math"
+            events.append(event(name, at, loop["fwd"], 2, **forward, **inner))
+            events.append(event("aten::matmul", at + 1, loop["fwd"] - 2, 3, **inner))
+            at += loop["fwd"]
+            events.append(event(trace.NODE + "MulBackward0", at, loop["bwd"], 4, **node))
+        else:
+            name = "aten::_scaled_dot_product_flash_attention_for_cpu"
+            events.append(event(name, at, loop["fwd"], 2, **forward))
+            at += loop["fwd"]
+            backward = {"Input Dims": [[]] + sizes["Input Dims"],
+                        "Input type": [""] + sizes["Input type"],
+                        "Concrete Inputs": [""] * 4 + ["", "", "0.", "True"]}  # fmt: skip
+            events.append(event(f"{name}_backward", at, loop["bwd"], 4, **backward))
+        at += loop["bwd"]
+        events.append(event("aten::addmm", at, loop["other"], 5))
+        at += loop["other"]
+        name = "Optimizer.step#AdamW.step"
+        events.append(event(name, at - 1, 1, 6, cat="user_annotation"))
+        if loop["compiled"]:
+            events.append(event("Torch-Compiled Region: 0/0", began, 10, 7, cat="user_annotation"))
+    return [*events, event("aten::save", at + 1e6, 8e6, 8)]
+
+
+LOOPS = {
+    "dropout": dict(math=True, compiled=False, dtype="float", fwd=9000.0, bwd=12000.0, ours=4000.0,
+                    other=15000.0, inputs=["", "0.1", "True"]),
+    "without": dict(math=False, compiled=False, dtype="float", fwd=3000.0, bwd=7000.0, ours=5000.0,
+                    other=15000.0, inputs=["0.", "True"]),
+    "bf16": dict(math=False, compiled=False, dtype="c10::BFloat16", fwd=5000.0, bwd=9000.0,
+                 ours=9000.0, other=40000.0, inputs=["0.", "True"]),
+    "compiled": dict(math=False, compiled=True, dtype="float", fwd=3000.0, bwd=7000.0, ours=5000.0,
+                     other=8000.0, inputs=["0.", "True"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_prediction_is_what_is_gained(name):
+    """A gain diluted by imports, compilation and what follows the last step, or without the
+    backward of the math path: the report's arithmetic on loops whose gain is known."""
+    loop = LOOPS[name]
+    result = trace.analyze(training(loop))
+    assert (result.steps, result.skipped, result.compiled) == (5, 1, loop["compiled"])
+    whole = loop["fwd"] + loop["bwd"] + loop["other"]
+    assert result.wall == pytest.approx(5 * whole / 1e6)
+    for group in result.groups:
+        assert group.calls == 5 and group.case.dropout == (0.1 if loop["math"] else 0.0)
+        theirs = loop[group.direction]
+        group.replayed_ms = theirs / 1200  # a replay finds its memory warm
+        group.ours_ms = group.replayed_ms * loop["ours"] / (loop["fwd"] + loop["bwd"])
+        group.saves_seconds = group.seconds * (1 - group.ours_ms / group.replayed_ms)
+    gain = whole / (loop["ours"] + loop["other"])
+    assert report.speedup(result) == pytest.approx(gain)
+    *_, last = report.arithmetic(result)
+    assert last.endswith(f"= {gain:.2f}") and last.startswith(f"{result.wall:.4g} s - ")
+    assert "in 5 steps after 1 of warm-up" in report.headline(result)
+
+
+def test_steps_that_are_left_out():
+    """More or fewer steps than were asked for; more than there are."""
+    events = training(LOOPS["without"])
+    for skip, wall in ((0, 5_000_000 + 9e6 + 6 * 25_000), (2, 4 * 25_000)):
+        result = trace.analyze(events, None, skip)
+        assert (result.steps, result.skipped) == (6 - skip, skip)
+        assert result.wall == pytest.approx(wall / 1e6)
+    with pytest.raises(ValueError, match=r"skip_steps must be less than the 6 steps .* got 6"):
+        trace.analyze(events, None, 6)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        attn_ext.profile(skip_steps=-1)
+
+
+def test_attention_that_compiled_code_hides():
+    """Silence about dropout in compiled code, whose attention has no operator of its own."""
+    events = [event("aten::addmm", 0, 10, 1),
+              event("Torch-Compiled Region: 0/0", 0, 10, 2, cat="user_annotation")]  # fmt: skip
+    assert "in code of torch.compile, which writes some" in report.headline(trace.analyze(events))
+
+
+def test_options_of_the_command(capfd, tmp_path):
+    """--skip-steps that is not passed on; a page with a header row of nothing."""
+    script = tmp_path / "s.py"
+    script.write_text(
+        "import torch, torch.nn.functional as F\n"
+        "w = torch.nn.Parameter(torch.randn(1, 2, 512, 16))\n"
+        "opt = torch.optim.SGD([w], 0.1)\n"
+        "for _ in range(4):\n"
+        "    F.scaled_dot_product_attention(w, w, w, dropout_p=0.1).sum().backward(); opt.step()\n"
+    )
+    out = tmp_path / "o"
+    assert main(["profile", "--out", str(out), "--skip-steps", "3", "--", str(script)]) == 0
+    assert "in 1 steps after 3 of warm-up" in capfd.readouterr().out
+    page = (out / "profile.html").read_text()
+    assert "<th></th>" not in page and "How the saving is computed" in page
+    assert main(["profile", "--out", str(out), "--skip-steps", "-1", "--", str(script)]) == 2
+    assert "--skip-steps must be at least 0, got -1" in capfd.readouterr().err
+
+
+def test_more_steps_to_skip_than_there_are(monkeypatch, capfd, tmp_path):
+    """A traceback in place of the rule."""
+
+    def recorded(line, stdout):
+        (tmp_path / "run.json").write_text("{}")
+        (tmp_path / "trace.json").write_text('{"traceEvents": []}')
+        return SimpleNamespace(wait=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    assert main(["profile", "--out", str(tmp_path), "--skip-steps", "4", "--", "python", "-c",
+                 "1"]) == 2  # fmt: skip
+    assert "--skip-steps must be less than the 0 steps" in capfd.readouterr().err

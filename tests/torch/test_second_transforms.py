@@ -5,6 +5,7 @@ and what is refused.
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+from closeness import FLOAT32, assert_close
 from torch.autograd import functional
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -177,6 +178,27 @@ def test_transform_with_a_sink(name):
     """A sink for each example, which does not fold into the batch."""
     transform = TRANSFORMS[name]
     torch.testing.assert_close(transform(with_sink), transform(sink_written_out))
+
+
+BY_KERNELS = (
+    "jvp", "jvp(grad)", "grad(grad)", "grad(jvp)", "vmap(jvp(grad))", "twice_by_create_graph",
+    "twice_by_checkpoint", "backward_of_a_dual_level", "backward_of_func_jvp",
+    "functional.hessian, vectorized",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_KERNELS)
+def test_transform_by_kernels(name, monkeypatch):
+    """The same in float32, which the cpu backend's kernels serve: tensors that a transform has
+    wrapped, or strides that the kernels do not know."""
+    want = TRANSFORMS[name](written_out)
+    for values in ("X", "T", "MANY"):
+        monkeypatch.setitem(globals(), values, tuple(x.float() for x in globals()[values]))
+    got = TRANSFORMS[name](ours)
+    flat, truth = (torch.utils._pytree.tree_leaves(x) for x in (got, want))
+    assert len(flat) == len(truth)
+    for x, y in zip(flat, truth, strict=True):
+        assert_close(x.double(), y, FLOAT32)
 
 
 def test_a_remembered_call():

@@ -19,11 +19,23 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
 void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map& wanted,
              int threads);
 
+// The tangents of O and LSE, and those of the gradients (kernels/tangent.h, backward_tangent.h), of
+// softmax attention that is not float64.  Each address in tptr is that of the tangent of what ptr
+// has under the same name, null where it is 0.  False where another backend must serve the call.
+bool tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
+             const Pointers& tptr, int threads);
+bool backward_tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
+                      const Pointers& tptr, int threads);
+// For tests: the functions at these addresses take their place; 0: they have it again.
+void plant(uintptr_t tangent, uintptr_t backward_tangent);
+
 std::vector<std::string> supported_isas();  // of this machine
 std::string isa();                          // the one in use
 // Throws std::invalid_argument for a name that is unknown or that this machine lacks; "" is the
-// default: the best one, but never avx512_amx, which has run on no machine so far.
+// default: the best one, but never avx512_amx, for which calls ask themselves.
 void set_isa(const std::string& name);
+bool isa_forced();                       // by its name: by set_isa or by ATTN_EXT_ISA
+int isa_index(const std::string& name);  // for Options::isa; throws as set_isa does
 
 // For tests, of every ISA that was compiled, whether or not this machine has it: its name, the
 // features that its code uses (features.h), and the addresses of its kernels.

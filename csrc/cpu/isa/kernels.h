@@ -9,7 +9,9 @@
 #include "cpu/simd/gemm_amx.h"
 #endif
 #ifndef ATTN_BF16_DOT
+#include "cpu/kernels/backward_tangent.h"
 #include "cpu/kernels/inspect.h"
+#include "cpu/kernels/tangent.h"
 #endif
 
 #ifdef ATTN_AMX
@@ -20,9 +22,14 @@ void forward(const Problem& p, const Pointers& ptr, const Options& o, int thread
 
 namespace attn::cpu::ATTN_ISA {
 
+// Whether the kernel for few queries may be asked: it knows whole calls of dot products alone.
+inline bool may_decode(const Pointers& ptr, const Options& o) {
+  return o.plain() && !o.partial && !ptr.frame;
+}
+
 #if defined(ATTN_AMX)
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  if (o.plain() && Decode<DType::kBFloat16>::serves(p, ptr))  // too thin for tiles
+  if (may_decode(ptr, o) && Decode<DType::kBFloat16>::serves(p, ptr))  // too thin for tiles
     avx512_bf16::forward(p, ptr, o, threads);
   else
     Forward<AmxPairs>(p, ptr, o, threads).run();
@@ -33,7 +40,7 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
 }
 #elif defined(ATTN_BF16_DOT)
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  if (!o.plain() || !decode<DType::kBFloat16>(p, ptr, threads))
+  if (!may_decode(ptr, o) || !decode<DType::kBFloat16>(p, ptr, threads))
     Forward<Bf16Pairs>(p, ptr, o, threads).run();
 }
 
@@ -43,9 +50,9 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
 #else
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   if (p.dtype == DType::kFloat64) return Forward<Plain<double>>(p, ptr, o, threads).run();
-  const bool few = o.plain() && (decode<DType::kFloat32>(p, ptr, threads) ||
-                                 decode<DType::kFloat16>(p, ptr, threads) ||
-                                 decode<DType::kBFloat16>(p, ptr, threads));
+  const bool few = may_decode(ptr, o) && (decode<DType::kFloat32>(p, ptr, threads) ||
+                                          decode<DType::kFloat16>(p, ptr, threads) ||
+                                          decode<DType::kBFloat16>(p, ptr, threads));
   if (!few) Forward<Plain<float>>(p, ptr, o, threads).run();
 }
 
@@ -62,6 +69,18 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
     Inspect<double>(p, ptr, o, wanted, threads).run();
   else
     Inspect<float>(p, ptr, o, wanted, threads).run();
+}
+
+bool tangent(const Problem& p, const Pointers& ptr, const Problem& tp, const Pointers& tptr,
+             int threads) {
+  const Dual dual{p, ptr, tp, tptr};
+  return Tangent<float>(dual, threads).run();
+}
+
+bool backward_tangent(const Problem& p, const Pointers& ptr, const Problem& tp,
+                      const Pointers& tptr, int threads) {
+  const Dual dual{p, ptr, tp, tptr};
+  return BackwardTangent<float>(dual, threads).run();
 }
 #endif
 

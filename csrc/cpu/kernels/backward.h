@@ -33,7 +33,7 @@ class Backward {
         ptr(pointers),
         o(options),
         threads(threads),
-        dQ(problem, pointers, options.w ? T(1) : T(problem.scale)) {
+        dQ(problem, pointers, options.w ? T(1) : T(problem.scale), options) {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
     // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
@@ -114,11 +114,9 @@ class Backward {
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
-  template <class U>
-  const U* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
-                  int64_t i) const {
-    return reinterpret_cast<const U*>(static_cast<const char*>(base) +
-                                      seq.q_offset(s, h, i) * bytes());
+  const char* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
+                     int64_t i) const {
+    return static_cast<const char*>(base) + seq.q_offset(s, h, i) * bytes();
   }
 
   void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
@@ -127,6 +125,9 @@ class Backward {
     *t0 = lo / block_n;
     *t1 = hi > lo ? (hi + block_n - 1) / block_n : *t0;
   }
+
+  // Whether the rows' only block of keys holds all that they see: their sums are found there.
+  bool alone(const Rows& r) const { return r.whole() && !o.partial; }
 
   // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.  Panels without keys end here.
   void prepare(int64_t tile) {
@@ -137,30 +138,28 @@ class Backward {
     int64_t t0, t1;
     key_tiles(seq, m0, nq, &t0, &t1);
     if (t0 >= t1) return dQ.write_zeros(seq, h, m0, nq);
-    if (t1 - t0 == 1) return;  // see exact_delta
-    dQ.first_block(tile, t0);
-    if (o.sigmoid) return;
+    if (t1 - t0 > 1) dQ.first_block(tile, t0);
+    if (o.sigmoid || alone({h, m0, nq, tile, t0, t1})) return;  // see exact_delta
+    T* const found = delta.data() + tile * kPanel;
+    if (o.partial)
+      return void(std::copy_n(static_cast<const T*>(o.delta) + seq.lse_offset(h, m0), nq, found));
     Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
-    T *out = scratch.take<T>(dv_pad), *dout = scratch.take<T>(dv_pad);
-    for (T* row : {out, dout}) std::fill(row, row + dv_pad, T(0));
+    T* rows = scratch.take<T>(2 * dv_pad);
+    std::fill(rows, rows + 2 * dv_pad, T(0));
     for (int64_t i = 0; i < nq; ++i) {
-      convert_row(p.dtype, row_of<char>(ptr.o, seq, p.o, h, m0 + i), p.head_dim_v, out);
-      convert_row(p.dtype, row_of<char>(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, dout);
-      Vec<T> sum{};
-      for (int64_t d = 0; d < dv_pad; d += L) sum += load(out + d) * load(dout + d);
-      T total = 0;
-      for (int lane = 0; lane < L; ++lane) total += sum[lane];
+      T total = product_of_rows(p.dtype, row_of(ptr.o, seq, p.o, h, m0 + i),
+                                row_of(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, rows);
       if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
-      delta[tile * kPanel + i] = total;
+      found[i] = total;
     }
   }
 
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad;
     return int64_t(sizeof(T)) *
-           (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 7 +
-            MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) + dims +
-            (o.w ? AdditiveBlock<T>::size(p.head_dim, block_n) : 0));
+           (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 6 +
+            Panel<T>::keep_size(block_n) + MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) +
+            dims + (o.w ? AdditiveBlock<T>::size(p.head_dim, block_n) : 0));
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
@@ -198,7 +197,8 @@ class Backward {
     k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
     k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
     k.S = tile_of(), k.dP = tile_of();
-    k.side = {tile_of(), scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
+    k.side = {scratch.take<T>(Panel<T>::keep_size(block_n)),
+              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
     k.dcap = p.softcap > 0 ? tile_of() : nullptr;
     k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
     k.row = scratch.take<T>(std::max(d_pad, dv_pad));
@@ -233,10 +233,10 @@ class Backward {
     prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim, soon);
     prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v, soon);
     if (n_tiles > 1) return;  // the first panel that sees the block is not known
-    soon.add(row_of<char>(ptr.q, other, p.q, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
+    soon.add(row_of(ptr.q, other, p.q, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
              p.q.s * bytes(), p.head_dim * bytes());
-    soon.add(row_of<char>(ptr.dout, other, p.dout, next.hk * group, 0),
-             std::min(kPanel, other.seqlen_q), p.dout.s * bytes(), p.head_dim_v * bytes());
+    soon.add(row_of(ptr.dout, other, p.dout, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
+             p.dout.s * bytes(), p.head_dim_v * bytes());
   }
 
   // How P and dS of a pair come about.
@@ -289,8 +289,8 @@ class Backward {
     const Sequence& seq = k.seq;
     const auto& [h, m0, nq, unit, t0, t1] = x.r;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
-    x.Q_rows = row_of<char>(ptr.q, seq, p.q, h, m0);
-    x.dO_rows = row_of<char>(ptr.dout, seq, p.dout, h, m0);
+    x.Q_rows = row_of(ptr.q, seq, p.q, h, m0);
+    x.dO_rows = row_of(ptr.dout, seq, p.dout, h, m0);
     pack_transposed<Op>(p.dtype, x.Q_rows, p.q.s * bytes(), nq, x.panel.columns, d, k.block, k.Qt);
     pack_transposed<Op>(p.dtype, x.dO_rows, p.dout.s * bytes(), nq, x.panel.columns, dv, k.block,
                         k.dOt);
@@ -300,7 +300,7 @@ class Backward {
                      dv * bytes());
     k.soon.add_first(x.Q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
     if (ptr.dq && k.t + 1 == t1)
-      k.soon.add_first(row_of<char>(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
+      k.soon.add_first(row_of(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
     if (ptr.dq) k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
     x.panel.prefetch_bias(x.tile);
     constexpr T inf = std::numeric_limits<T>::infinity();
@@ -319,7 +319,7 @@ class Backward {
   void choose_route(Block& k, Pair& x) const {
     const Panel<T>& panel = x.panel;
     const bool at_once =
-        kAtOnce && o.plain() && !x.r.whole() && panel.plain() && panel.columns == kPanel;
+        kAtOnce && o.plain() && !alone(x.r) && panel.plain() && panel.columns == kPanel;
     x.route = !finite(k, panel) ? kCareful : at_once ? kFused : kInMemory;
     if (x.route == kFused) x.fused = panel.seen_by_all(x.tile, Op::kPack);
     x.late = ptr.dbias || k.dcap || o.w || x.route == kCareful;
@@ -348,7 +348,7 @@ class Backward {
     const T* kept = p.dropout_p > 0 ? x.panel.keep(x.tile) : nullptr;
     const T* dlse =
         ptr.dlse ? static_cast<const T*>(ptr.dlse) + k.seq.lse_offset(r.h, r.m0) : nullptr;
-    if (r.whole() && !o.sigmoid) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
+    if (alone(r) && !o.sigmoid) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
     if constexpr (kAtOnce)
       if (x.fused.lo < x.fused.hi)
         k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, p.head_dim, p.head_dim_v, x.fused.lo,
@@ -358,7 +358,7 @@ class Backward {
         for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
           if (o.sigmoid)
             k.template gradient<Weights::kSigmoid>(v, lo, hi, scale, x.delta, kept, x.late);
-          else if (r.whole())
+          else if (alone(r))
             k.template gradient<Weights::kReady>(v, lo, hi, scale, x.delta, kept, x.late);
           else
             k.template gradient<Weights::kSoftmax>(v, lo, hi, scale, x.delta, kept, x.late);
@@ -454,8 +454,7 @@ class Backward {
     return {static_cast<const T*>(o.w) + x.r.h * p.head_dim, p.head_dim};
   }
 
-  // dQ, dK and dw of additive scores.  Nearly all of the work, so it does not wait for its turn to
-  // add to dQ.
+  // dQ, dK and dw of additive scores: nearly all of the work, so its turn is awaited after it.
   ATTN_NOINLINE void add_additive(Block& k, const Pair& x) {
     const int64_t size = p.head_dim * kPanel;
     T* row = dw.data() + ((k.t * p.batch + k.seq.b) * p.heads_q + x.r.h) * p.head_dim;
@@ -472,11 +471,13 @@ class Backward {
   ATTN_NOINLINE void store_rows(const Block& k, void* base, const Strides& s, int64_t dim,
                                 int64_t pad, T* rows, T scale) const {
     if (!base) return;
+    const DType type = o.written(p);
     for (int64_t j = 0; j < k.nk; ++j) {
       T* row = rows + j * pad;
       for (int64_t d = 0; d < pad; d += L) store(row + d, load(row + d) * scale);
-      restore_row<T>(p.dtype, row, dim,
-                     static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * bytes());
+      restore_row<T>(
+          type, row, dim,
+          static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * int64_t(dtype_size(type)));
     }
   }
 

@@ -145,9 +145,9 @@ class Forward {
   }
 
   int64_t scratch_bytes() const {
-    const int64_t dv = round_up(p.head_dim_v), rest = 2 * kForwardKeys * kPanel + (L + 1) * dv +
-                                                      MaskBits<T>::size(kForwardKeys) +
-                                                      kForwardKeys * dv;
+    const int64_t dv = round_up(p.head_dim_v),
+                  rest = kForwardKeys * kPanel + Panel<T>::keep_size(kForwardKeys) + (L + 1) * dv +
+                         MaskBits<T>::size(kForwardKeys) + kForwardKeys * dv;
     return Scores<Op>::bytes(p, o, panels) + int64_t(sizeof(T)) * rest;
   }
 
@@ -161,7 +161,7 @@ class Forward {
           bias(o.sigmoid ? sigmoid_bias<T>(o, u.seq) : T(0)),
           scores(u.seq, o, u.h, panels, scratch),
           S(scratch.take<T>(kForwardKeys * kPanel)),
-          side{scratch.take<T>(kForwardKeys * kPanel),
+          side{scratch.take<T>(Panel<T>::keep_size(kForwardKeys)),
                scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kForwardKeys))},
           V_scratch(scratch.take<Item>(kForwardKeys * u.seq.p->head_dim_v)),
           soon(narrow) {}
@@ -291,9 +291,10 @@ class Forward {
   // Memory that is touched for the first time comes closer while products are computed: a unit's
   // output, and the inputs of the next.
   void prefetch_output(const Unit& unit, Prefetch& soon) const {
+    const int64_t size = int64_t(dtype_size(o.written(p)));
     for (int64_t h = unit.h; h < unit.h + unit.heads; ++h)
-      soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, h, unit.m0) * bytes(), unit.nq,
-               p.o.s * bytes(), p.head_dim_v * bytes());
+      soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, h, unit.m0) * size, unit.nq,
+               p.o.s * size, p.head_dim_v * size);
   }
   void prefetch_inputs(const Unit& unit, Prefetch& soon) const {
     const auto& [seq, first, hk, m0, nq, heads] = unit;
@@ -370,9 +371,10 @@ class Forward {
     store(max_logit, nan ? sum : top == ninf ? top : base);
     const Vec<T> apart = -vmax(base - shift, set1(T(-kFar)));
     store(entropy, ((apart + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
-    store_transposed<T>(p.dtype, state.O + lane, inverse, n, p.head_dim_v, rows,
-                        static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * bytes(),
-                        p.o.s * bytes());
+    const DType type = o.written(p);
+    const int64_t size = int64_t(dtype_size(type));
+    store_transposed<T>(type, state.O + lane, inverse, n, p.head_dim_v, rows,
+                        static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * size, p.o.s * size);
     if (o.sigmoid) return;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = seq.lse_offset(h, m0 + i);

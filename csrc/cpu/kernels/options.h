@@ -2,19 +2,34 @@
 #pragma once
 #include <cstdint>
 
+#include "params.h"
+
 namespace attn::cpu {
 
 // Other weights than softmax, other scores than dot products.
 struct Options {
   bool sigmoid = false;     // P = sigmoid(s + sigmoid_bias) instead of softmax; no LSE
-  bool length_bias = true;  // sigmoid_bias is -ln(seqlen_k) of each sequence
+  bool length_bias = true;  // sigmoid_bias is -ln of each whole sequence's keys
   double sigmoid_bias = 0;
   // Additive attention where not null: s_ij = sum_d w[h][d] tanh(q_id + k_jd).  [Hq, D], contiguous
   const void* w = nullptr;
   void* dw = nullptr;  // [Hq, D], contiguous
+  // Whose kernels serve the call where no ISA is forced: an index of isa_index(); -1 the best one.
+  int isa = -1;
+  // A part of the keys that the rows see: O and the gradients are in the statistics' dtype, and the
+  // rows' sums are of the whole: backward takes LSE and delta = rowsum(dO * O) - dLSE as they are.
+  bool partial = false;
+  const void* delta = nullptr;  // as LSE
 
   bool plain() const { return !sigmoid && !w; }
+  // The dtype of O and the gradients.
+  DType written(const Problem& p) const {
+    return partial && p.dtype != DType::kFloat64 ? DType::kFloat32 : p.dtype;
+  }
 };
+
+// Beyond this |LSE| half of float32's last bit is 1.5e-5 of a weight exp(S - LSE).
+constexpr double kFarLse = 256;
 
 // A map of the weights, which attn_ext.inspect asks of inspect.h.
 struct Map {

@@ -13,12 +13,27 @@ struct Rows {
   bool whole() const { return t1 - t0 == 1; }
 };
 
+// The sum of the products of two rows of n numbers.  rows: twice n in whole vectors, 0 beyond n.
+template <class T>
+inline T product_of_rows(DType type, const char* a, const char* b, int64_t n, T* rows) {
+  constexpr int L = kLanes<T>;
+  const int64_t pad = (n + L - 1) / L * L;
+  convert_row(type, a, n, rows);
+  convert_row(type, b, n, rows + pad);
+  Vec<T> sum{};
+  for (int64_t d = 0; d < pad; d += L) sum += load(rows + d) * load(rows + pad + d);
+  T total = 0;
+  for (int lane = 0; lane < L; ++lane) total += sum[lane];
+  return total;
+}
+
 template <class T>
 class QueryGradient {
  public:
   // scale: of dQ when it is written.
-  QueryGradient(const Problem& problem, const Pointers& pointers, T scale)
-      : p(problem), ptr(pointers), scale(scale) {}
+  QueryGradient(const Problem& problem, const Pointers& pointers, T scale,
+                const Options& options = {})
+      : p(problem), ptr(pointers), scale(scale), type(options.written(problem)) {}
 
   // shared: some of the `units` panels see more than one block of keys.
   void begin(int64_t units, bool shared) {
@@ -26,6 +41,7 @@ class QueryGradient {
     sums.reset(new T[size_t(units * p.head_dim * kPanel)]);
     tickets = std::vector<std::atomic<int32_t>>(units);
   }
+  bool wanted() const { return ptr.dq; }
   void first_block(int64_t unit, int64_t t) {
     if (ptr.dq) tickets[unit].store(int32_t(t), std::memory_order_relaxed);
   }
@@ -66,7 +82,7 @@ class QueryGradient {
 
   // Rows that see no key.
   void write_zeros(const Sequence& seq, int64_t h, int64_t m0, int64_t nq) const {
-    const int64_t size = int64_t(dtype_size(p.dtype));
+    const int64_t size = int64_t(dtype_size(type));
     for (int64_t i = 0; i < nq && ptr.dq; ++i)
       std::memset(static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, h, m0 + i) * size, 0,
                   size_t(p.head_dim * size));
@@ -76,13 +92,14 @@ class QueryGradient {
   const Problem& p;
   const Pointers& ptr;
   const T scale;
+  const DType type;                           // of dQ
   std::unique_ptr<T[]> sums;                  // [B, Hq, m_tiles, D, kPanel]
   std::vector<std::atomic<int32_t>> tickets;  // [B, Hq, m_tiles]
 
   ATTN_NOINLINE void write(const Sequence& seq, const Rows& r, const T* dQ, T* rows) const {
-    const int64_t size = int64_t(dtype_size(p.dtype)), L = kLanes<T>;
+    const int64_t size = int64_t(dtype_size(type)), L = kLanes<T>;
     for (int64_t v = 0; v < r.nq; v += L)
-      store_transposed<T>(p.dtype, dQ + v, set1(scale), std::min(L, r.nq - v), p.head_dim, rows,
+      store_transposed<T>(type, dQ + v, set1(scale), std::min(L, r.nq - v), p.head_dim, rows,
                           static_cast<char*>(ptr.dq) + seq.q_offset(p.dq, r.h, r.m0 + v) * size,
                           p.dq.s * size);
   }

@@ -6,10 +6,10 @@
 
 namespace attn::cpu::ATTN_ISA {
 
-// -ln(seqlen_k), or what the caller says.
+// -ln of the whole sequence's keys, or what the caller says.
 template <class T>
 inline T sigmoid_bias(const Options& o, const Sequence& seq) {
-  return o.length_bias ? T(-std::log(double(std::max<int64_t>(seq.seqlen_k, 1))))
+  return o.length_bias ? T(-std::log(double(std::max<int64_t>(seq.whole_k, 1))))
                        : T(o.sigmoid_bias);
 }
 

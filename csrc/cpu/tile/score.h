@@ -50,7 +50,7 @@ struct Segments {
 
 template <class T>
 struct PanelScratch {
-  T* keep;                        // [BLOCK_N][kPanel]
+  T* keep;                        // [Panel::keep_size(BLOCK_N)]
   typename IntOf<T>::type* mask;  // [MaskBits::size(BLOCK_N)]
 };
 
@@ -133,6 +133,24 @@ class Panel {
     return scaled_later ? seq.p->scale : 1;
   }
 
+  // X = factor * X + bias, for an X that is -inf nowhere.
+  ATTN_NOINLINE void add_bias(const Tile& t, T factor, T* X) const {
+    constexpr int L = kLanes<T>, N = 2 * L;
+    T bias[N][L];  // [key][query]
+    for (int64_t g = 0; g < grains; ++g)
+      for (int64_t j0 = t.lo[g] / N * N; j0 < t.hi[g]; j0 += N)
+        for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += L) {
+          load_bias(q, t.n0 + j0, std::min<int64_t>(N, t.nk - j0), bias);
+          for (int64_t j = std::max(t.lo[g], j0); j < std::min<int64_t>(t.hi[g], j0 + N); ++j) {
+            T* at = X + j * kPanel + q;
+            store(at, load(at) * factor + load(bias[j - j0]));
+          }
+        }
+  }
+
+  // Numbers that keep() needs for tiles of n keys.
+  static constexpr int64_t keep_size(int64_t n) { return (n + 8) * kPanel; }
+
   // True when only the band stands between products and weights.
   bool plain() const { return terms.plain() && !seq.ptr->mask && seq.p->dropout_p <= 0; }
 
@@ -148,16 +166,21 @@ class Panel {
     return all;
   }
 
-  // keep_scratch[j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4.
+  // [j][q] = 1 / (1 - p) where (i, j) survives dropout, else 0.  n0 is a multiple of 4; the first
+  // key's position need not be, and blocks of four keys may begin before a tile and end after it.
   ATTN_NOINLINE const T* keep(const Tile& t) const {
     const double p = seq.p->dropout_p;
     const uint64_t threshold = dropout_threshold(p);
     const T kept = p < 1 ? T(1 / (1 - p)) : T(0);
+    const Frame at = seq.frame ? *seq.frame : Frame{int32_t(seq.b), 0, 0, 0, 0, 0};
+    const int64_t i0 = at.q_first + m0, j0 = at.k_first + t.n0, before = j0 & 3;
+    T* const begin = keep_scratch + before * kPanel;
     for (int64_t g = 0; g < grains; ++g)
-      for (int64_t j = t.lo[g] / 4 * 4; j < t.hi[g]; j += 4)
-        philox_lanes<T>(philox, uint32_t((t.n0 + j) >> 2), uint32_t(m0 + g * kGrain), uint32_t(h),
-                        uint32_t(seq.b), threshold, kept, keep_scratch + j * kPanel + g * kGrain);
-    return keep_scratch;
+      for (int64_t j = (t.lo[g] + before) / 4 * 4 - before; j < t.hi[g]; j += 4)
+        philox_lanes<T>(philox, uint32_t((j0 + j) >> 2), uint32_t(i0 + g * kGrain),
+                        uint32_t(at.first_h + h), uint32_t(at.first_b), threshold, kept,
+                        begin + j * kPanel + g * kGrain);
+    return begin;
   }
 
  private:
@@ -255,7 +278,7 @@ class Panel {
   void compute_some(Flags has, const Tile& t, T* S, T* dcap) const {
     constexpr int L = kLanes<T>, N = 2 * L;
     const HeadTerms<T> head = HeadTerms<T>::of(*seq.ptr, seq, h, 1);
-    const int64_t corner = m0 + seq.seqlen_k - seq.seqlen_q - t.n0;
+    const int64_t corner = m0 + seq.past - t.n0;
     T bias[N][L];  // [key][query]
     for (int64_t g = 0; g < grains; ++g)
       for (int64_t j0 = t.lo[g] / N * N; j0 < t.hi[g]; j0 += N)

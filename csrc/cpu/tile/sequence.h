@@ -1,5 +1,5 @@
-// Where sequence b of a problem lies: its lengths and the rows of Q, K, V, O, for dense, varlen,
-// ragged and paged layouts.
+// Where sequence b of a problem lies and what it is a part of: its lengths and the rows of Q, K, V,
+// O, for dense, varlen, ragged and paged layouts.
 #pragma once
 #include "cpu/simd/convert.h"
 
@@ -11,6 +11,9 @@ struct Sequence {
   int64_t b;
   int64_t seqlen_q, seqlen_k;
   int64_t q_start = 0, k_start = 0;  // first row of this sequence (varlen)
+  int64_t whole_k;                   // keys of the whole sequence
+  int64_t past;                      // query i is i + past - j positions after key j
+  const Frame* frame = nullptr;      // null where this sequence is a whole one
 
   Sequence(const Problem& problem, const Pointers& pointers, int64_t batch)
       : p(&problem), ptr(&pointers), b(batch) {
@@ -25,10 +28,18 @@ struct Sequence {
       seqlen_k = pointers.cu_seqlens_k[b + 1] - k_start;
     }
     if (pointers.seqlens_k) seqlen_k = pointers.seqlens_k[b];
+    whole_k = seqlen_k, past = seqlen_k - seqlen_q;
+    if (pointers.frame) {
+      frame = pointers.frame + b;
+      whole_k = frame->whole_k;
+      past = whole_k - frame->whole_q + frame->q_first - frame->k_first;
+    }
   }
 
   // Position j of the keys is aligned with query j - diagonal().
-  int64_t diagonal() const { return p->bottom_right ? seqlen_k - seqlen_q : 0; }
+  int64_t diagonal() const {
+    return p->bottom_right ? past : frame ? frame->q_first - frame->k_first : 0;
+  }
 
   int64_t q_offset(const Strides& s, int64_t h, int64_t i) const {
     return b * s.b + h * s.h + (q_start + i) * s.s;

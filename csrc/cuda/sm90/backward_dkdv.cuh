@@ -55,19 +55,38 @@ struct KeyMemory {
     return rows + uint32_t(turn % STAGES) * Tile::ROW_BYTES;
   }
   ATTN_DEVICE uint32_t delta(int turn) const { return lse(turn) + 4 * Tile::BLOCK_M; }
+  // wgmma_word of Q of this turn; dO lies further on by OUTPUT bytes, V behind K by KEY_BYTES.
+  ATTN_DEVICE uint32_t queries(int turn) const { return wgmma_word(Q.tile(turn)); }
+  static constexpr uint32_t OUTPUT = STAGES * Tile::QUERY_BYTES;
+};
+
+// Where LSE and delta of query r of a tile lie: what a thread needs of two neighbouring tiles of 8
+// queries, 2 t + {0, 1} and 8 + 2 t + {0, 1}, is 16 bytes.
+ATTN_DEVICE uint32_t row_place(int r) {
+  return 4 * uint32_t((r & ~15) | (r & 6) << 1 | (r & 8) >> 2 | (r & 1));
+}
+// Those of queries 16 pair .. + 15 that meet this thread's columns of tiles 2 pair and + 1.
+struct RowValues {
+  float tile[2][2];
+  ATTN_DEVICE static RowValues of(uint32_t rows, int pair) {
+    const U32x4 v = lds_128(rows + uint32_t(16 * (lane_id() & 3)) + uint32_t(64 * pair));
+    return {{{as_float(v.x), as_float(v.y)}, {as_float(v.z), as_float(v.w)}}};
+  }
 };
 
 // P^T in place of S^T   [64 keys, BLOCK_M]: keys `key` and key + 8 of this thread, queries m0..
 template <int TILES>
 ATTN_DEVICE void key_weights(float (&S)[TILES][4], const Score& score, uint32_t lse, int key,
                              int m0, bool edge) {
-  const int column = 2 * (lane_id() & 3);
   ATTN_UNROLL
-  for (int n = 0; n < TILES; ++n) {
-    const U32x2 pair = lds_64(lse + 4 * (8 * n + column));
+  for (int pair = 0; pair < TILES / 2; ++pair) {
+    const RowValues row = RowValues::of(lse, pair);
     ATTN_UNROLL
-    for (int c = 0; c < 4; ++c)
-      S[n][c] = weight_of(S[n][c], score.p.scale_log2, as_float(c & 1 ? pair.y : pair.x));
+    for (int n = 0; n < 2; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      float& s = S[2 * pair + n][c];
+      s = weight_of(s, score.p.scale_log2, row.tile[n][c & 1]);
+    }
   }
   if (edge) mask_weights(S, {Columns::of_key(score, key, m0), Columns::of_key(score, key + 8, m0)});
 }
@@ -76,15 +95,16 @@ ATTN_DEVICE void key_weights(float (&S)[TILES][4], const Score& score, uint32_t 
 template <bool EDGE, int TILES>
 ATTN_DEVICE void key_gradients(float (&dP)[TILES][4], const float (&P)[TILES][4], uint32_t delta) {
   ATTN_UNROLL
-  for (int n = 0; n < TILES; ++n) {
-    const U32x2 pair = lds_64(delta + 4 * (8 * n + 2 * (lane_id() & 3)));
+  for (int pair = 0; pair < TILES / 2; ++pair) {
+    const RowValues row = RowValues::of(delta, pair);
     ATTN_UNROLL
+    for (int n = 2 * pair; n < 2 * pair + 2; ++n) ATTN_UNROLL
     for (int c = 0; c < 4; ++c)
-      dP[n][c] = gradient_of<EDGE>(P[n][c], dP[n][c], as_float(c & 1 ? pair.y : pair.x));
+      dP[n][c] = gradient_of<EDGE>(P[n][c], dP[n][c], row.tile[n & 1][c & 1]);
   }
 }
 
-// acc += C B   [64, HEAD_DIM], C [64, 8 * TILES] in registers; until it is there.
+// acc += C B   [64, HEAD_DIM], C [64, 8 * TILES] in registers, B: its address; until it is there.
 template <class T, int TILE_BYTES, int TILES, int ACC>
 ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], uint32_t B,
                              bool edge, int group) {
@@ -94,7 +114,7 @@ ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], u
   wgmma_hold(acc);
   wgmma_hold(A);
   wgmma_fence();
-  issue_sum<T>(acc, A, B);
+  issue_sum<T>(acc, A, wgmma_word(B));
   wgmma_wait<0>();
   wgmma_hold(acc);
   wgmma_hold(A);  // the tensor cores have read it only now
@@ -109,31 +129,35 @@ struct KeyGradients {
   const Score& score;
   const KeyMemory<Tile>& smem;
   int key, group;
+  uint32_t keys;  // wgmma_word of its 64 rows of K
   float dK[ACC][4] = {}, dV[ACC][4] = {};
 
-  // S^T = K Q^T and dP^T = V dO^T   [64, BLOCK_M].  Issued.
-  ATTN_DEVICE void scores(float (&S)[TILES][4], int turn) {
+  // S^T = K Q^T and dP^T = V dO^T   [64, BLOCK_M].  Issued.  queries: smem.queries(turn).
+  ATTN_DEVICE void scores(float (&S)[TILES][4], int turn, uint32_t queries) {
     smem.Q.wait(turn);
     wgmma_fence();
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(S, smem.K + group * 64 * 128, smem.Q.tile(turn));
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(S, wgmma_operand(wgmma_held(keys), 0),
+                                           wgmma_operand(wgmma_held(queries), 0));
   }
-  ATTN_DEVICE void value_products(float (&dP)[TILES][4], int turn) {
+  ATTN_DEVICE void value_products(float (&dP)[TILES][4], int turn, uint32_t queries) {
     smem.dO.wait(turn);
     wgmma_fence();  // for each, else ptxas finds the wait's loop in the way of dP's registers
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(dP, smem.V + group * 64 * 128, smem.dO.tile(turn));
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(dP, wgmma_operand(wgmma_held(keys), Tile::KEY_BYTES),
+                                           wgmma_operand(wgmma_held(queries), smem.OUTPUT));
   }
 
   // dS^T of a tile with pairs that do not count, and dV: one product after the other, which needs
   // fewer registers.
   ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
     float S[TILES][4];
-    scores(S, turn);
+    const uint32_t queries = smem.queries(turn);
+    scores(S, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(S);
     key_weights(S, score, smem.lse(turn), key, m0, true);
     smem.dO.wait(turn);
     add_product<T, Tile::QUERY_BYTES>(dV, S, smem.dO.tile(turn), true, group);
-    value_products(dP, turn);
+    value_products(dP, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(dP);
     smem.dO.release(turn);
@@ -149,10 +173,10 @@ struct KeyGradients {
   // P^T and dS^T, packed, of a tile whose every pair counts: P is computed while dP is, dS while dV
   // is.  dV is under way, P in use.
   ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
-                                int m0) {
+                                int m0, uint32_t queries) {
     float S[TILES][4], dP[TILES][4];
-    scores(S, turn);
-    value_products(dP, turn);
+    scores(S, turn, queries);
+    value_products(dP, turn, queries);
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
     key_weights(S, score, smem.lse(turn), key, m0, false);
@@ -160,23 +184,24 @@ struct KeyGradients {
     wgmma_hold(dV);
     wgmma_hold(P);
     wgmma_fence();
-    issue_sum<T>(dV, P, smem.dO.tile(turn));
+    issue_sum<T>(dV, P, wgmma_held(queries), smem.OUTPUT);
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
     key_gradients<false>(dP, S, smem.delta(turn));
     pack_weights<T>(dS, dP);
   }
   // dK += dS^T Q.  Issued.
-  ATTN_DEVICE void key_sums(uint32_t (&dS)[TILES / 2][4], int turn) {
+  ATTN_DEVICE void key_sums(uint32_t (&dS)[TILES / 2][4], uint32_t queries) {
     wgmma_hold(dK);
     wgmma_hold(dS);
     wgmma_fence();
-    issue_sum<T>(dK, dS, smem.Q.tile(turn));
+    issue_sum<T>(dK, dS, wgmma_held(queries));
   }
   ATTN_DEVICE void whole(int turn, int m0) {
     uint32_t P[TILES / 2][4], dS[TILES / 2][4];
-    whole_scores(P, dS, turn, m0);
-    key_sums(dS, turn);
+    const uint32_t queries = smem.queries(turn);
+    whole_scores(P, dS, turn, m0, queries);
+    key_sums(dS, queries);
     wgmma_wait<1>();  // dV is there
     wgmma_hold(dV);
     wgmma_hold(P);  // the tensor cores have read it only now
@@ -214,7 +239,8 @@ struct SplitGradient {
   ATTN_DEVICE void product(float (&C)[TILES][4], uint32_t A, uint32_t B) {
     wgmma_hold(acc);
     wgmma_fence();
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(C, A, B);
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_N>(C, wgmma_operand(wgmma_word(A), 0),
+                                           wgmma_operand(wgmma_word(B), 0));
     wgmma_wait<0>();
     wgmma_hold(C);
   }
@@ -305,8 +331,9 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
   if (task.tiles) mbarrier_wait(smem.keys_full, 0);
   if constexpr (Tile::SPLIT) {
     SplitGradient<T, Tile> mine{score, smem, key, p.group * task.tiles};
+    const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
     each_query_tile<M>(p, task, [&](int turn, int, int m0) {
-      const bool edge = has_edge(score, m0, m0 + M, first_key, first_key + 64);
+      const bool edge = !whole.has(m0);
       group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
     });
     const bool bad = warp_finds_nan(mine.acc);
@@ -320,10 +347,11 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
     int lo = 0, hi = 0;  // queries that see some key of the warpgroup
     const int end_key = min_int(first_key + 64, seq.seqlen_k);
     if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
-    KeyGradients<T, Tile> mine{score, smem, key, group};
+    KeyGradients<T, Tile> mine{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)};
+    const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
     each_query_tile<M>(p, task, [&](int turn, int, int m0) {
       if (m0 < hi && m0 + M > lo)
-        mine.add(turn, m0, has_edge(score, m0, m0 + M, first_key, first_key + 64));
+        mine.add(turn, m0, !whole.has(m0));
       else
         mine.skip(turn);
     });
@@ -359,8 +387,8 @@ ATTN_DEVICE void produce_rows(const Params& p, const KeyTask& task, const KeyMem
     ATTN_NO_UNROLL
     for (int r = lane_id(); r < M; r += 32) {
       const RowGradient row = RowGradient::of(p, task.seq, task.head_k * p.group + h, m0 + r);
-      sts_f32(smem.lse(turn) + 4 * r, row.lse);
-      sts_f32(smem.delta(turn) + 4 * r, row.delta);
+      sts_f32(smem.lse(turn) + row_place(r), row.lse);
+      sts_f32(smem.delta(turn) + row_place(r), row.delta);
     }
     sync_warp();  // every lane has stored
     if (lane_id() == 0) mbarrier_arrive(smem.Q.full_bar(turn));

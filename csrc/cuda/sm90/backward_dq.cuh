@@ -18,7 +18,7 @@ struct QueryGradient {
 
   const Score& score;
   const Ring<STAGES>&K, &V;
-  uint32_t Q_smem, dO_smem;  // its 64 rows
+  uint32_t queries;  // its 64 rows of Q (wgmma_word); those of dO are QUERY_BYTES further on
   int row, group;
   RowGradient gradient[2];  // of rows g and g + 8
   float dQ[ACC][4] = {};
@@ -33,15 +33,26 @@ struct QueryGradient {
       mask_weights(S, {Columns::of_query(score, row, n0), Columns::of_query(score, row + 8, n0)});
   }
 
+  // dS in place of dP.
+  template <bool EDGE>
+  ATTN_DEVICE void gradients(float (&dP)[TILES][4], const float (&P)[TILES][4]) const {
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c)
+      dP[n][c] = gradient_of<EDGE>(P[n][c], dP[n][c], gradient[c >> 1].delta);
+  }
+
   ATTN_DEVICE void add(int turn, int n0, bool edge) {
     float S[TILES][4], dS[TILES][4];
     K.wait(turn);
     wgmma_fence();
     // S = Q K^T, dP = dO V^T   [64, BLOCK_N]
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, Q_smem, K.tile(turn));
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, wgmma_operand(queries, 0),
+                                           wgmma_operand(wgmma_word(K.tile(turn)), 0));
     V.wait(turn);
     wgmma_fence();  // once more, else ptxas finds the wait's loop in the way of dP's registers
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(dS, dO_smem, V.tile(turn));
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(dS, wgmma_operand(queries, Tile::QUERY_BYTES),
+                                           wgmma_operand(wgmma_word(V.tile(turn)), 0));
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
     weights(S, n0, edge);
@@ -49,10 +60,7 @@ struct QueryGradient {
     wgmma_wait<0>();  // dP is there
     wgmma_hold(dS);
     V.release(turn);
-    ATTN_UNROLL
-    for (int n = 0; n < TILES; ++n) ATTN_UNROLL
-    for (int c = 0; c < 4; ++c)
-      dS[n][c] = gradient_of<true>(S[n][c], dS[n][c], gradient[c >> 1].delta);
+    edge ? gradients<true>(dS, S) : gradients<false>(dS, S);
     // dQ += dS K   [64, HEAD_DIM].  A NaN in K is already in dS of who sees it.
     if (edge && warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(K.tile(turn), group)) {
       add_visible<T>(dQ, dS, K.tile(turn));
@@ -62,7 +70,7 @@ struct QueryGradient {
       wgmma_hold(dQ);
       wgmma_hold(A);
       wgmma_fence();
-      issue_sum<T>(dQ, A, K.tile(turn));
+      issue_sum<T>(dQ, A, wgmma_word(K.tile(turn)));
       wgmma_wait<0>();
       wgmma_hold(dQ);
       wgmma_hold(A);  // the tensor cores have read it only now
@@ -80,8 +88,8 @@ ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, in
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
-  QueryGradient<T, HEAD_DIM> mine{
-      score, smem.K, smem.V, smem.Q + group * 64 * 128, smem.dO + group * 64 * 128, row, group, {}};
+  QueryGradient<T, HEAD_DIM> mine{score, smem.K, smem.V, wgmma_word(smem.Q + group * 64 * 128),
+                                  row,   group,  {}};
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) mine.gradient[r] = RowGradient::of(p, seq, task.head, row + 8 * r);
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees

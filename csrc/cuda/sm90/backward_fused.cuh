@@ -20,6 +20,7 @@ struct FusedGradients : KeyGradients<T, Tile> {
   static constexpr int SUM_TILES = Tile::SUM_TILES, SLAB = Tile::BLOCK_N * 128;
   static constexpr int BOTH = 3;  // the named barrier of both consumers
   using Base::dK, Base::dV, Base::group, Base::key, Base::score, Base::smem;
+  uint32_t columns = 0;  // wgmma_word of the slab of K that gives its columns of dQ
 
   ATTN_DEVICE uint32_t scores_at(int turn) const {
     return smem.extra + uint32_t(turn % 2) * 2 * Tile::SCORE_BYTES;
@@ -60,8 +61,8 @@ struct FusedGradients : KeyGradients<T, Tile> {
 
   // dQ = dS K   [64, 8 * SUM_TILES], K [BLOCK_N, ..] read across.  Issued.
   ATTN_DEVICE void issue_queries(float (&dQ)[SUM_TILES][4], int turn) const {
-    const uint64_t dS = wgmma_operand(scores_at(turn));
-    const uint64_t K = wgmma_operand(smem.K + column_slab() * SLAB, SLAB);
+    const uint64_t dS = wgmma_operand(wgmma_word(scores_at(turn)), 0);
+    const uint64_t K = wgmma_operand(wgmma_held(columns), 0, SLAB);
     ATTN_UNROLL
     for (int step = 0; step < Tile::BLOCK_N / 16; ++step)
       wgmma_ss<T, true>(dQ, wgmma_moved(dS, step / 4 * Tile::SCORE_BYTES + step % 4 * 32),
@@ -132,9 +133,10 @@ struct FusedGradients : KeyGradients<T, Tile> {
   ATTN_DEVICE void whole(int turn, int head, int m0) {
     float dQ[SUM_TILES][4];
     uint32_t P[TILES / 2][4], dS[TILES / 2][4];
-    this->whole_scores(P, dS, turn, m0);
+    const uint32_t queries = smem.queries(turn);
+    this->whole_scores(P, dS, turn, m0, queries);
     store_scores(dS, turn);
-    this->key_sums(dS, turn);
+    this->key_sums(dS, queries);
     meet();
     if constexpr (Tile::BY_COLUMNS) {
       wgmma_fence();
@@ -166,19 +168,18 @@ ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemo
   const int group = warp_id() / 4 - 1, first_key = task.n0 + 64 * group;
   const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, task.seq);
-  FusedGradients<T, Tile> mine{{score, smem, key, group}};
+  FusedGradients<T, Tile> mine{{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)}};
+  mine.columns = wgmma_word(smem.K + mine.column_slab() * mine.SLAB);
+  WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
   if (task.tiles) {
     mbarrier_wait(smem.keys_full, 0);
     mine.look_at_keys();
+    // dQ is of the keys of both: what the other warpgroup excludes must not reach it either.
+    if (lds_32(mine.bad_keys())) whole = WholeTiles::of(score, task.n0, task.n0 + Tile::BLOCK_N, M);
   }
   each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * p.group + h;
-    // dQ is of the keys of both: what the other warpgroup excludes must not reach it either.
-    if (has_edge(score, m0, m0 + M, first_key, first_key + 64) ||
-        (lds_32(mine.bad_keys()) && has_edge(score, m0, m0 + M, task.n0, task.n0 + Tile::BLOCK_N)))
-      mine.edge(turn, head, m0);
-    else
-      mine.whole(turn, head, m0);
+    whole.has(m0) ? mine.whole(turn, head, m0) : mine.edge(turn, head, m0);
   });
   if (mine.issues()) bulk_wait_read<0>();  // shared memory must last until it is read
   const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);

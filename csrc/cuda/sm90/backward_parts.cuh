@@ -43,6 +43,21 @@ ATTN_DEVICE bool has_edge(const Score& score, int i0, int i1, int j0, int j1) {
   return i1 > score.seq.seqlen_q || j1 > score.seq.seqlen_k || !score.band.full(i0, i1, j0, j1);
 }
 
+// The tiles of block_m queries whose every pair with keys [j0, j1) counts: those whose first query
+// is lo .. hi.
+struct WholeTiles {
+  int lo, hi;
+
+  ATTN_DEVICE static WholeTiles of(const Score& score, int j0, int j1, int block_m) {
+    const Band& band = score.band;
+    if (j1 > score.seq.seqlen_k) return {0, -1};
+    const int end = band.left < 0 ? score.seq.seqlen_q
+                                  : min_int(score.seq.seqlen_q, j0 - band.diagonal + band.left + 1);
+    return {band.right < 0 ? 0 : max_int(0, j1 - 1 - band.diagonal - band.right), end - block_m};
+  }
+  ATTN_DEVICE bool has(int m0) const { return m0 >= lo && m0 <= hi; }
+};
+
 ATTN_DEVICE float weight_of(float product, float scale_log2, float lse) {
   return exp2_approx(fmaf(product, scale_log2, -lse));
 }

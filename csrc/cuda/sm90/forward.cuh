@@ -13,50 +13,63 @@
 namespace attn::cuda::sm90 {
 
 // The softmax of tiles that every row sees.  The base of the exponentials, once the row's largest
-// logit, stays while no row of the warp has a logit that is larger by more than 2^GROWTH: the base
-// cancels in O and LSE, P is at most 2^GROWTH then, and O is hardly ever rescaled
-// (FlashAttention-4).
+// logit, stays while it serves: it cancels in O and LSE, and O is hardly ever rescaled
+// (FlashAttention-4).  No largest logit is looked for before.  The exponentials are taken, and
+// their sum, which is wanted anyway, tells whether one of them exceeds LIMIT; hardly ever, one
+// does, and they are taken again from a new base.
 struct LazySoftmax {
-  static constexpr float GROWTH = 8.0f;
+  static constexpr float LIMIT = 256.0f;     // of what a thread adds up of a row in a tile
   static constexpr float LOWEST = -3.4e38f;  // finite: -inf - -inf would be NaN
-  float base[2], limit[2], alpha[2];         // of rows g and g + 8; limit: an unscaled logit
+  float base[2], alpha[2];                   // of rows g and g + 8
 
   ATTN_DEVICE LazySoftmax(const RowState& state, float scale) {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) settle(r, state.max[r], scale);
   }
-  ATTN_DEVICE void settle(int r, float max, float scale) {
-    base[r] = fmaxf(max * scale, LOWEST);
-    limit[r] = max + GROWTH / scale;
-  }
-  // S: logits in, exp2(scale * S - base) out.  True in the whole warp where a base has moved: O is
-  // then to be rescaled.
-  template <int TILES>
-  ATTN_DEVICE bool weights(float (&S)[TILES][4], RowState& state, float scale) {
-    float top[2];
-    ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      top[r] = S[0][2 * r];
-      ATTN_UNROLL
-      for (int n = 0; n < TILES; ++n) top[r] = fmaxf(top[r], fmaxf(S[n][2 * r], S[n][2 * r + 1]));
-      top[r] = quad_max(top[r]);
-    }
-    const bool moved = ballot((top[0] > limit[0]) | (top[1] > limit[1])) != 0;
-    if (moved) {
-      ATTN_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float max = fmaxf(top[r], state.max[r]), before = base[r];
-        settle(r, max, scale);
-        alpha[r] = exp2_approx(before - base[r]);
-        state.max[r] = max, state.sum[r] *= alpha[r];
-      }
-    }
+  ATTN_DEVICE void settle(int r, float max, float scale) { base[r] = fmaxf(max * scale, LOWEST); }
+
+  // P = exp2(scale * S - base) as A operands, and the sums of its rows.
+  template <class T, int TILES>
+  ATTN_DEVICE void exponentials(uint32_t (&P)[TILES / 2][4], float (&sum)[2],
+                                const float (&S)[TILES][4], float scale) const {
     ATTN_UNROLL
     for (int n = 0; n < TILES; ++n) ATTN_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      S[n][c] = exp2_approx(fmaf(S[n][c], scale, -base[c >> 1]));
-      state.sum[c >> 1] += S[n][c];
+    for (int r = 0; r < 2; ++r) {
+      const float a = exp2_approx(fmaf(S[n][2 * r], scale, -base[r]));
+      const float b = exp2_approx(fmaf(S[n][2 * r + 1], scale, -base[r]));
+      P[n / 2][n % 2 * 2 + r] = pack<T>(a, b);
+      sum[r] = n ? sum[r] + (a + b) : a + b;
     }
+  }
+  // The base becomes the largest logit so far; alpha is what was added up by the old one times.
+  template <int TILES>
+  ATTN_DEVICE void move(const float (&S)[TILES][4], RowState& state, float scale) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float top = state.max[r];
+      ATTN_UNROLL
+      for (int n = 0; n < TILES; ++n) top = fmaxf(top, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+      const float before = base[r];
+      state.max[r] = quad_max(top);
+      settle(r, state.max[r], scale);
+      alpha[r] = exp2_approx(before - base[r]);
+      state.sum[r] *= alpha[r];
+    }
+  }
+  // P of a tile, and its sums added to the state's.  True in the whole warp where a base has moved:
+  // O is then to be rescaled.  A NaN moves nothing: its row comes out as NaN and is mended at the
+  // end.
+  template <class T, int TILES>
+  ATTN_DEVICE bool weights(uint32_t (&P)[TILES / 2][4], const float (&S)[TILES][4], RowState& state,
+                           float scale) {
+    float sum[2];
+    exponentials<T>(P, sum, S, scale);
+    const bool moved = ballot((sum[0] > LIMIT) | (sum[1] > LIMIT)) != 0;
+    if (moved) {
+      move(S, state, scale);
+      exponentials<T>(P, sum, S, scale);
+    }
+    state.sum[0] += sum[0], state.sum[1] += sum[1];
     return moved;
   }
   template <int ACC>
@@ -94,46 +107,50 @@ template <class T, int HEAD_DIM>
 struct Consumer {
   using Tile = ForwardTile90<HEAD_DIM>;
   static constexpr int N = Tile::BLOCK_N, TILES = N / 8, ACC = HEAD_DIM / 8;
+  using Scores = float[TILES][4];
+  using Weights = uint32_t[TILES / 2][4];  // P as A operands
 
   const Params& p;
   const Ring<STAGES>&K, &V;
-  uint32_t Q_smem;  // its 64 rows
+  uint32_t Q_word;  // its 64 rows (wgmma_word)
   float O[ACC][4] = {};
-  uint32_t P[TILES / 2][4];
   RowState state;
 
   ATTN_DEVICE Consumer(const Params& params, const Ring<STAGES>& k, const Ring<STAGES>& v,
                        uint32_t q)
-      : p(params), K(k), V(v), Q_smem(q) {}
+      : p(params), K(k), V(v), Q_word(wgmma_word(q)) {}
 
   // S = Q K^T, of the tile whose turn it is and that is there.  Issued.
-  ATTN_DEVICE void scores(float (&S)[TILES][4], int turn) {
+  ATTN_DEVICE void scores(Scores& S, int turn) {
     wgmma_hold(O);
-    wgmma_hold(P);
     wgmma_fence();
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, Q_smem, K.tile(turn));
+    // Up to 128, Q's descriptors stay in uniform registers over the loop; wider, they are too many.
+    const uint32_t Q = HEAD_DIM <= 128 ? Q_word : wgmma_held(Q_word);
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, wgmma_operand(Q, 0),
+                                           wgmma_operand(wgmma_word(K.tile(turn)), 0));
   }
-  ATTN_DEVICE void output(int turn) { issue_sum<T>(O, P, V.tile(turn)); }
-  // The same with nothing else under way, until they are there.
-  ATTN_DEVICE void scores_alone(float (&S)[TILES][4], int turn) {
+  // Of a tile by itself, until it is there.
+  ATTN_DEVICE void scores_alone(Scores& S, int turn) {
     K.wait(turn);
     scores(S, turn);
     wgmma_wait<0>();
     wgmma_hold(S);
     K.release(turn);
   }
-  ATTN_DEVICE void output_alone(int turn) {
+  // O += P V of the tile whose turn it is and that is there, until it is done.
+  ATTN_DEVICE void output_alone(Weights& P, int turn) {
     wgmma_hold(O);
     wgmma_hold(P);
     wgmma_fence();
-    output(turn);
+    issue_sum<T>(O, P, wgmma_word(V.tile(turn)));
     wgmma_wait<0>();
     wgmma_hold(O);
+    wgmma_hold(P);  // the tensor cores have read it only now
   }
 
   // From Q K^T to P of a tile by itself, O rescaled; mask(S): -inf where a pair does not count.
   template <class Mask>
-  ATTN_DEVICE void weights_alone(float (&S)[TILES][4], int turn, const Mask& mask) {
+  ATTN_DEVICE void weights_alone(Scores& S, int turn, const Mask& mask) {
     scores_alone(S, turn);
     mask(S);
     online_softmax<false>(S, O, state, p.scale_log2, false);
@@ -141,53 +158,71 @@ struct Consumer {
 
   // A tile at an edge, by itself.
   ATTN_DEVICE void edge(const Score& score, const Query (&query)[2], int group, int turn, int n0) {
-    float S[TILES][4];
-    weights_alone(S, turn, [&](float (&x)[TILES][4]) { mask_scores<false>(x, score, query, n0); });
+    Scores S;
+    weights_alone(S, turn, [&](Scores& x) { mask_scores<false>(x, score, query, n0); });
     V.wait(turn);
     if (warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(V.tile(turn), group)) {
       add_visible<T>(O, S, V.tile(turn));
     } else {
+      Weights P;
       pack_weights<T>(P, S);
-      output_alone(turn);
+      output_alone(P, turn);
     }
     V.release(turn);
   }
 
-  // Tiles that every row sees: S of one tile and P V of the tile before are under way together, and
-  // the softmax runs while P V still does.  The two warpgroups take turns (FlashAttention-3's
-  // ping-pong): one issues its products, then has its softmax while the other's products run.
+  // S of this turn and O += P V of the turn before are under way together, and the softmax runs
+  // while P V still does.  before: P of the turn before; now: P of this turn.
+  ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, const TakeTurns& turns,
+                           LazySoftmax& lazy) {
+    Scores S;
+    V.wait(turn - 1);
+    turns.wait();
+    wgmma_hold(before);
+    scores(S, turn);
+    issue_sum<T>(O, before, wgmma_word(V.tile(turn - 1)));
+    turns.pass();
+    wgmma_wait<1>();  // S is there
+    wgmma_hold(S);
+    K.release(turn);
+    const bool moved = lazy.template weights<T>(now, S, state, p.scale_log2);
+    wgmma_hold(now);
+    // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
+    if (turn + 1 < end) K.wait(turn + 1);
+    wgmma_wait<0>();  // O is there
+    wgmma_hold(O);
+    wgmma_hold(before);  // the tensor cores have read it only now
+    V.release(turn - 1);
+    if (moved) lazy.rescale(O);
+  }
+  ATTN_DEVICE void last(Weights& P, int turn, const TakeTurns& turns) {
+    turns.finish();
+    V.wait(turn);
+    output_alone(P, turn);
+    V.release(turn);
+  }
+
+  // Tiles that every row sees.  The two warpgroups take turns (FlashAttention-3's ping-pong): one
+  // issues its products, then has its softmax while the other's products run.  Two tiles an
+  // iteration: what one packs for the next is in other registers than what wgmma still reads.
   ATTN_DEVICE void whole(int turn, int end, const TakeTurns& turns) {
     if (turn >= end) return;
-    float S[TILES][4];
-    weights_alone(S, turn, [](float (&)[TILES][4]) {});
+    Weights even, odd;
+    {
+      Scores S;
+      weights_alone(S, turn, [](Scores&) {});
+      pack_weights<T>(even, S);
+    }
     LazySoftmax lazy(state, p.scale_log2);
-    pack_weights<T>(P, S);
     if (turn + 1 < end) K.wait(turn + 1);
     turns.begin();
     ATTN_NO_UNROLL
-    for (++turn; turn < end; ++turn) {
-      V.wait(turn - 1);
-      turns.wait();
-      scores(S, turn);
-      output(turn - 1);
-      turns.pass();
-      wgmma_wait<1>();  // S is there
-      wgmma_hold(S);
-      K.release(turn);
-      const bool moved = lazy.weights(S, state, p.scale_log2);
-      wgmma_hold(S);
-      // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
-      if (turn + 1 < end) K.wait(turn + 1);
-      wgmma_wait<0>();  // O is there
-      wgmma_hold(O);
-      V.release(turn - 1);
-      if (moved) lazy.rescale(O);
-      pack_weights<T>(P, S);
+    while (true) {
+      if (++turn == end) return last(even, turn - 1, turns);
+      overlap(even, odd, turn, end, turns, lazy);
+      if (++turn == end) return last(odd, turn - 1, turns);
+      overlap(odd, even, turn, end, turns, lazy);
     }
-    turns.finish();
-    V.wait(turn - 1);
-    output_alone(turn - 1);
-    V.release(turn - 1);
   }
 };
 

@@ -123,11 +123,10 @@ struct QueryMemory {
   }
 };
 
-// C = A B^T   [64, 8 * TILES] a warpgroup, over HEAD_DIM columns.  A: its first row, in a tile of
-// A_ROWS; B: a tile of 8 * TILES rows.  Issued, not waited for.
+// C = A B^T   [64, 8 * TILES] a warpgroup, over HEAD_DIM columns.  Operands: A its first row, in a
+// tile of A_ROWS; B a tile of 8 * TILES rows.  Issued, not waited for.
 template <class T, int HEAD_DIM, int A_ROWS, int TILES>
-ATTN_DEVICE void issue_rows(float (&C)[TILES][4], uint32_t A, uint32_t B) {
-  const uint64_t a = wgmma_operand(A), b = wgmma_operand(B);
+ATTN_DEVICE void issue_rows(float (&C)[TILES][4], uint64_t a, uint64_t b) {
   ATTN_UNROLL
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const uint32_t slab = step / 4, column = step % 4 * 32;
@@ -137,11 +136,12 @@ ATTN_DEVICE void issue_rows(float (&C)[TILES][4], uint32_t A, uint32_t B) {
   wgmma_commit();
 }
 
-// acc += P V   [64, HEAD_DIM] a warpgroup: P [STEPS] as A operands, V a tile of 16 * STEPS rows.
-// Issued, not waited for.
+// acc += P V   [64, HEAD_DIM] a warpgroup: P [STEPS] as A operands, V the tile of 16 * STEPS rows
+// that lies `bytes` behind `word` (wgmma_operand).  Issued, not waited for.
 template <class T, int ACC, int STEPS>
-ATTN_DEVICE void issue_sum(float (&acc)[ACC][4], const uint32_t (&P)[STEPS][4], uint32_t V) {
-  const uint64_t v = wgmma_operand(V, STEPS * 16 * 128);
+ATTN_DEVICE void issue_sum(float (&acc)[ACC][4], const uint32_t (&P)[STEPS][4], uint32_t word,
+                           uint32_t bytes = 0) {
+  const uint64_t v = wgmma_operand(word, bytes, STEPS * 16 * 128);
   ATTN_UNROLL
   for (int step = 0; step < STEPS; ++step)
     wgmma_rs<T, true>(acc, P[step], wgmma_moved(v, step * 2048), true);

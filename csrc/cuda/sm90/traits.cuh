@@ -64,10 +64,10 @@ struct FusedTile : KeyGradientTile<HEAD_DIM> {
   using Base = KeyGradientTile<HEAD_DIM>;
   static_assert(!Base::SPLIT);
   static constexpr bool BY_COLUMNS = HEAD_DIM == 128;
-  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;          // 8 columns each
-  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;                  // dS, a slab
-  static constexpr int SUM_BYTES = 32 * SUM_TILES * Base::BLOCK_M;         // dQ, a warpgroup
-  static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 8;  // dS of two turns
+  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;           // 8 columns each
+  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;                   // dS, a slab
+  static constexpr int SUM_BYTES = 32 * SUM_TILES * Base::BLOCK_M;          // dQ, a warpgroup
+  static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 16;  // dS of two turns
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
 

@@ -4,7 +4,9 @@
 // A [64, 64], B [128, 64] (K-major) or [64, 128] (MN-major), of small integers: sums are exact in
 // any order.  Element i of a tensor is (7919 i + seed) % 9 - 4.
 #pragma once
+#ifndef __CUDACC_RTC__
 #include <vector>
+#endif
 
 #include "../../cuda/ptx_sm90.cuh"
 
@@ -160,6 +162,7 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
   }
 }
 
+#ifndef __CUDACC_RTC__
 // ---- host: alloc(bytes), copy_in(to, from, bytes) and copy_out are those of the device
 inline std::vector<uint16_t> tensor(bool is_bf16, int64_t n, int seed) {
   std::vector<uint16_t> x(n);
@@ -219,5 +222,6 @@ inline std::vector<uint32_t> run(const Memory& memory, int op, bool is_bf16) {
   memory.copy_out(out.data(), device[3], 4 * out.size());
   return out;
 }
+#endif  // __CUDACC_RTC__
 
 }  // namespace attn::hopper

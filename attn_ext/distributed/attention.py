@@ -1,0 +1,263 @@
+"""context_attention: attention over a sequence that lies on several ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from attn_ext.core import validate
+from attn_ext.core.schema import Call
+from attn_ext.distributed import agree, comm, model, operators, plan  # noqa: F401
+from attn_ext.distributed.heads import Heads
+from attn_ext.distributed.layout import Layout
+from attn_ext.distributed.local import Scalars
+from attn_ext.functional import common
+from attn_ext.ops import route
+
+METHODS = ("auto", "ring", "ulysses", "allgather", "2d")
+
+
+class _Groups(NamedTuple):
+    """Where a rank stands.  ulysses, ring: groups, None where there is none."""
+
+    method: str  # of the ring
+    ring: object | None
+    ulysses: object | None
+    ring_rank: int
+    ulysses_rank: int
+    parts: int
+    across: int  # ranks of the ulysses group
+
+    @property
+    def all(self) -> tuple:
+        return tuple(g for g in (self.ulysses, self.ring) if g is not None)
+
+    def lengths(self, layout: Layout) -> list[list[int]]:
+        """Of the shards of each group of `all`."""
+        first = self.ring_rank * self.across
+        found = []
+        if self.ulysses is not None:
+            found.append([layout.length(first + i) for i in range(self.across)])
+        if self.ring is not None:
+            ranks = range(self.ulysses_rank, self.parts, self.across)
+            found.append([layout.length(r) for r in ranks])
+        return found
+
+
+def _one_group(mesh):
+    """The group of a mesh of one dimension, or the group itself."""
+    if not hasattr(mesh, "mesh_dim_names"):
+        return mesh
+    if mesh.ndim != 1:
+        raise ValueError(
+            "mesh must have one dimension for this method; for two say method='2d' with dimensions "
+            f"named 'ring' and 'ulysses', got {mesh.ndim} named {mesh.mesh_dim_names}"
+        )
+    return mesh.get_group()
+
+
+def _groups(layout: Layout, mesh, method: str, sizes) -> _Groups:
+    """Groups and ranks of a method; ValueError where mesh, layout and heads do not go together."""
+    if method == "2d":
+        names = getattr(mesh, "mesh_dim_names", None)
+        if names != ("ring", "ulysses"):
+            raise ValueError(
+                f"mesh must have the dimensions ('ring', 'ulysses') with method='2d', got {names}"
+            )
+        ring, ulysses = mesh.get_group("ring"), mesh.get_group("ulysses")
+        across = comm.size_of(ulysses)
+        place = comm.rank_of(ring), comm.rank_of(ulysses)
+        found = _Groups("ring", ring, ulysses, *place, comm.size_of(ring) * across, across)
+    else:
+        group = _one_group(mesh)
+        parts, rank = comm.size_of(group), comm.rank_of(group)
+        if method == "auto":
+            method = model.choose(sizes._replace(parts=parts))
+        if method == "ulysses":
+            found = _Groups("alone", None, group, 0, rank, parts, parts)
+        else:
+            found = _Groups(method, group, None, rank, 0, parts, 1)
+    if found.parts != layout.parts:
+        raise ValueError(f"mesh must have the layout's {layout.parts} ranks, got {found.parts}")
+    if not model.fits_heads(sizes.heads_q, sizes.heads_k, found.across):
+        raise ValueError(
+            f"heads must be multiples of the {found.across} ranks of 'ulysses', got "
+            f"{sizes.heads_q} of q and {sizes.heads_k} of k: use method='2d' with fewer of them, "
+            "and the other ranks as 'ring'"
+        )
+    return found
+
+
+class Prepared(NamedTuple):
+    """All of a call but its tensors; constants of a compiled graph."""
+
+    plan: str  # of the ring
+    exchange: str  # of rows and heads; "" without
+    exchange_heads: tuple[int, int]  # first head of q and how many this rank has
+    groups: tuple[str, ...]  # from whose first ranks a seed comes
+    whole_lengths: tuple[int, ...] | None  # the ring is one rank: documents, all here
+    align: int
+    own_rows: tuple[bool, bool]  # whether mask and bias have a row for each query
+
+
+@torch.compiler.assume_constant_result
+def prepare(
+    layout, mesh, method, shapes, dtype, device, causal, window, scalars, grad_comm_dtype, sides,
+    scores,
+) -> Prepared:  # fmt: skip
+    """Checks the call, agrees with the other ranks, and names what it does.  shapes, dtype, device:
+    each of q, k and v; sides: which of mask, bias, slopes and sink there are; scores: the
+    shapes of mask and bias, or None."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, got {type(layout).__name__} {layout!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    q, k, _ = shapes
+    if len(q) != 4 or len(k) != 4:
+        raise ValueError(f"q and k must have 4 dimensions [B, H, S_local, D], got {q} and {k}")
+    sizes = model.Sizes(
+        q[0], q[1], k[1], layout.seqlen, q[3], dtype[0].itemsize, layout.parts, bool(causal),
+        device[0].type,
+    )  # fmt: skip
+    groups = _groups(layout, mesh, method, sizes)
+    lengths = groups.lengths(layout)
+    try:
+        softcap, dropout_p, scale, deterministic, backend = scalars
+        align, left, right = validate.dense(
+            *shapes, *dtype, *device, causal, *window, softcap, dropout_p, scale, deterministic,
+            backend,
+        )  # fmt: skip
+        if layout.is_packed and q[0] != 1:
+            raise ValueError(f"q must have batch size 1 with a packed layout, got {q[0]}")
+        if grad_comm_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"grad_comm_dtype must be a 16 or 32 bit float, got {grad_comm_dtype}")
+    except (ValueError, TypeError):
+        agree.refuse(groups.all, lengths)
+        raise
+    heads = q[1] // groups.across
+    first_h = groups.ulysses_rank * heads
+    numbers = Scalars(
+        scale, softcap, dropout_p, left, right, deterministic, backend, layout.is_packed, first_h
+    )
+    inner = layout.grouped(groups.across)
+    ring = "" if groups.ring is None else groups.ring.group_name
+    ours = plan.Plan(inner, ring, groups.method, numbers, grad_comm_dtype)
+    signature = plan.Plan(layout, "", groups.method, numbers, grad_comm_dtype).signature()
+    options = agree_on(signature, sides)
+    own_rows = agree.check(groups.all, shapes, dtype[0], options, lengths, scores)
+    exchange = ""
+    if groups.across > 1:
+        first = groups.ring_rank * groups.across
+        exchange = Heads(layout, groups.ulysses.group_name, first).name
+    alone = layout.lengths if groups.ring is None else None
+    names = tuple(g.group_name for g in groups.all)
+    place = (first_h, heads)
+    return Prepared(plan.name_of(ours), exchange, place, names, alone, align, own_rows)
+
+
+def agree_on(signature: str, sides) -> str:
+    """The hash of all that ranks must have in common beside shapes."""
+    import hashlib
+
+    return hashlib.sha256(f"{signature} {sides}".encode()).hexdigest()
+
+
+def context_attention(
+    q, k, v, *, layout, mesh, method="auto", causal=False, window=(None, None), mask=None,
+    bias=None, softcap=0.0, alibi_slopes=None, sink=None, dropout_p=0.0, scale=None,
+    return_lse=False, deterministic=False, grad_comm_dtype=torch.float32, backend="auto",
+):  # fmt: skip
+    """`attention` of a sequence whose positions lie on the ranks of a mesh: exact, differentiable,
+    the same values and gradients as on one device.
+
+    q [B, Hq, S_local, D], k [B, Hk, S_local, D], v [B, Hk, S_local, Dv]: this rank's shard of
+    `layout`, in its order (`layout.shard`); packed documents, too, with B = 1.
+    mesh: a DeviceMesh of one dimension, or a process group; for method="2d" a mesh of dimensions
+    ("ring", "ulysses"), whose ranks are those of the layout in row-major order.
+    method: "ring" (keys travel), "ulysses" (rows against heads), "allgather" (all keys at once),
+    "2d" (ulysses within ring), or "auto", which `attn_ext.distributed.explain` explains.
+    mask, bias: [B or 1, Hq or 1, S_local or 1, S or 1], this rank's rows and the whole's columns.
+    alibi_slopes: [Hq], or [B, Hq]; packed: [documents, Hq].   dropout_p: one seed for all ranks.
+    grad_comm_dtype: in which the gradients of keys travel.
+    All ranks make the same call, and all run its backward.  The gradients of sink, and of a bias
+    that is the same for all rows, are this rank's part: their sum over the ranks is the whole's, as
+    with each parameter that all ranks have.
+    All other arguments and errors: as `attention`.  ValueError on every rank where they do not
+    make the same call; ContextParallelError where a rank is gone or silent.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        validate.tensor(name, value)
+    q, k, v, bias = common.autocast(q, k, v, bias)
+    there = tuple(x is not None for x in (mask, bias, alibi_slopes, sink))
+    prepared = prepare(
+        layout, mesh, method, (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+        (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device), causal,
+        validate.window_pair(window), validate.scalars(softcap, dropout_p, scale)[:2]
+        + (scale, deterministic, backend), grad_comm_dtype, there,
+        tuple(None if x is None else tuple(x.shape) for x in (mask, bias)),
+    )  # fmt: skip
+    validate.boolean("return_lse", return_lse)
+    documents = len(layout.lengths) if layout.is_packed else q.shape[0]
+    mask, bias = common.scores(q, mask, bias, q.shape[0], q.shape[1], q.shape[2], layout.seqlen)
+    if alibi_slopes is not None:
+        alibi_slopes = validate.alibi(alibi_slopes, q.device, documents, q.shape[1])
+    if sink is not None:
+        sink = validate.sink_logits(sink, q.device, q.dtype, q.shape[1])
+    state = None
+    if dropout_p > 0:
+        state = common.draw_rng_state(q)
+        for group in prepared.groups:
+            state = torch.ops.attn_ext.shared_seed(state, group)
+    out, lse = _run(q, k, v, (mask, bias, alibi_slopes, sink, state), prepared)
+    return (out, lse) if return_lse else out
+
+
+def _run(q, k, v, sides, prepared: Prepared) -> tuple:
+    """(out, lse) of this rank's rows."""
+    if not prepared.exchange:
+        return torch.ops.attn_ext.context(q, k, v, *sides, prepared.plan)
+    heads = q.shape[1]
+    mask, bias, slopes, sink, state = sides
+    first, count = prepared.exchange_heads
+
+    def swapped(x):
+        return torch.ops.attn_ext.rows_to_heads(x.contiguous(), x.shape[1], prepared.exchange)
+
+    def scores(x, own_rows):
+        """Rows of the group, heads of this rank."""
+        if x is None or not own_rows:
+            return x if x is None or x.shape[1] == 1 else x[:, first : first + count]
+        return swapped(x)
+
+    if mask is not None:
+        mask = scores(mask.to(torch.uint8), prepared.own_rows[0]).to(torch.bool)
+    slopes = slopes if slopes is None else slopes[..., first : first + count].contiguous()
+    sink = sink if sink is None else sink[first : first + count].contiguous()
+    sides = (mask, scores(bias, prepared.own_rows[1]), slopes, sink, state)
+    out, lse = _inner(swapped(q), swapped(k), swapped(v), sides, prepared)
+
+    def back(x):
+        return torch.ops.attn_ext.heads_to_rows(x.contiguous(), heads, prepared.exchange)
+
+    return back(out), back(lse.unsqueeze(-1)).squeeze(-1)
+
+
+def _inner(q, k, v, sides, prepared: Prepared) -> tuple:
+    """(out, lse) of the rows and heads that this rank has after the exchange.  Where these are all
+    rows of one dense sequence, it is `attention`."""
+    mask, bias, slopes, sink, state = sides
+    ours = plan.by_name(prepared.plan)
+    s = ours.scalars
+    if prepared.whole_lengths is None or s.packed or state is not None:
+        return torch.ops.attn_ext.context(q, k, v, *sides, prepared.plan)
+    call = Call(
+        q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sink=sink,
+        max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2],
+        scale=q.shape[-1] ** -0.5 if s.scale is None else s.scale, softcap=s.softcap,
+        align=prepared.align, window_left=s.left, window_right=s.right,
+        deterministic=s.deterministic, grad=route.wants_grad(q, k, v, bias, sink),
+        bias_grad=route.wants_grad(bias), backend=s.backend,
+    )  # fmt: skip
+    out, lse, *_ = route.run(call)
+    return out, lse

@@ -1,0 +1,158 @@
+"""What travels between ranks, and what happens when it does not arrive.
+
+A hop is a permutation: every rank sends one buffer to `dest` and gets one from `source`, of a
+length that both know.  On gloo that is an uneven all_to_all, which is quicker than its
+point-to-point operations; on NCCL a batch of these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class ContextParallelError(RuntimeError):
+    """A rank waited for a peer in vain.  rank and peer: global ranks, peer None where any of the
+    group may be meant; hop: what was waited for; seconds: for how long."""
+
+    def __init__(self, rank: int, peer: int | None, hop: str, seconds: float, why: str = ""):
+        self.rank, self.peer, self.hop, self.seconds = rank, peer, hop, seconds
+        of = "its group" if peer is None else f"rank {peer}"
+        super().__init__(
+            f"rank {rank} waited {seconds:.1f} s for {of} in {hop} in vain"
+            + (f": {why}" if why else "")
+        )
+
+
+def rank_of(group) -> int:
+    """This process's rank within the group."""
+    return dist.get_rank(group)
+
+
+def size_of(group) -> int:
+    """How many ranks the group has."""
+    return dist.get_world_size(group)
+
+
+def by_name(name: str):
+    """The process group that torch calls so."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+class Waiting:
+    """Operations that have begun."""
+
+    def __init__(self, works, group, source: int | None, hop: str, keep=()):
+        self.works, self.group, self.source, self.hop = works, group, source, hop
+        self.keep = keep  # buffers that must live until the end
+        self.begun = time.monotonic()
+
+    def wait(self) -> None:
+        """Until all have ended; ContextParallelError where one does not."""
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise _lost(self.group, self.source, self.hop, self.begun, error) from error
+        self.works, self.keep = (), ()
+
+
+def _lost(group, source, hop, begun, error) -> ContextParallelError:
+    peer = None if source is None else dist.get_global_rank(group, source)
+    why = str(error).strip().splitlines()
+    seconds = time.monotonic() - begun
+    return ContextParallelError(dist.get_rank(), peer, hop, seconds, why[0] if why else "")
+
+
+def _on_gloo(x: torch.Tensor, group) -> bool:
+    return x.device.type == "cpu" or dist.get_backend(group) == "gloo"
+
+
+def permute(send, recv, dest: int, source: int, group, hop: str) -> Waiting:
+    """Begins to send one flat buffer to rank `dest` of the group and to fill another from rank
+    `source`."""
+    begun = time.monotonic()
+    try:
+        if _on_gloo(send, group):
+            to, of = [0] * size_of(group), [0] * size_of(group)
+            to[dest], of[source] = send.numel(), recv.numel()
+            works = [dist.all_to_all_single(recv, send, of, to, group=group, async_op=True)]
+        else:
+            works = _point_to_point(send, recv, dest, source, group)
+    except RuntimeError as error:
+        raise _lost(group, source, hop, begun, error) from error
+    return Waiting(works, group, source, hop, (send, recv))
+
+
+def _point_to_point(send, recv, dest: int, source: int, group) -> list:
+    ops = []
+    if send.numel():
+        ops.append(dist.P2POp(dist.isend, send, dist.get_global_rank(group, dest), group))
+    if recv.numel():
+        ops.append(dist.P2POp(dist.irecv, recv, dist.get_global_rank(group, source), group))
+    return dist.batch_isend_irecv(ops) if ops else []
+
+
+def all_to_all(send, lengths_out: Sequence[int], lengths_in: Sequence[int], group, hop: str):
+    """A flat buffer whose parts go to the ranks in turn; returns what came, in the ranks' order."""
+    recv = send.new_empty(sum(lengths_in))
+    begun = time.monotonic()
+    try:
+        dist.all_to_all_single(recv, send, list(lengths_in), list(lengths_out), group=group)
+    except RuntimeError as error:
+        raise _lost(group, None, hop, begun, error) from error
+    return recv
+
+
+def gather_rows(rows: torch.Tensor, lengths: Sequence[int], group, hop: str = "a gather"):
+    """The rows [n, width] of all ranks, one rank after the other; `lengths` says each rank's n."""
+    parts, width = size_of(group), rows.shape[1]
+    send = rows.contiguous().view(-1).repeat(parts)  # an uneven all_gather does not exist on gloo
+    out = [rows.numel()] * parts
+    found = all_to_all(send, out, [n * width for n in lengths], group, hop)
+    return found.view(sum(lengths), width)
+
+
+def broadcast(x: torch.Tensor, group, hop: str) -> torch.Tensor:
+    """x of the group's rank 0, in place."""
+    begun = time.monotonic()
+    try:
+        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
+    except RuntimeError as error:
+        raise _lost(group, 0, hop, begun, error) from error
+    return x
+
+
+_controls: dict[str, object] = {}
+
+
+def control(group):
+    """A gloo group of the same ranks for what the ranks tell each other before data moves: a rank
+    that is out of step there can never meet data of others."""
+    if group.group_name not in _controls:
+        ranks = dist.get_process_group_ranks(group)
+        timeout = (
+            group._get_backend(torch.device("cpu")).options._timeout
+            if (dist.get_backend(group) == "gloo")
+            else None
+        )
+        _controls[group.group_name] = dist.new_group(
+            ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
+        )
+    return _controls[group.group_name]
+
+
+def table(row: Sequence[int], group, hop: str) -> list[list[int]]:
+    """The row of integers of every rank of the group."""
+    begun = time.monotonic()
+    parts = size_of(group)
+    own = torch.tensor(row, dtype=torch.int64)
+    found = [torch.empty_like(own) for _ in range(parts)]
+    try:
+        dist.all_gather(found, own, group=control(group))
+    except RuntimeError as error:
+        raise _lost(group, None, hop, begun, error) from error
+    return [x.tolist() for x in found]

@@ -1,0 +1,180 @@
+"""Handlers of control flow, moves, memory and atomic operations."""
+
+from __future__ import annotations
+
+import re
+
+from ptx.emit import CXX, Emitter, Opcode, handles
+from ptx.parse import Unsupported, bits_of
+
+SPACES = ("param", "global", "shared", "shared::cta", "local", "const")
+# What says where data are kept, how long, and in which order others see them: blocks run one after
+# the other here, and one thread at a time.
+HINTS = (
+    "volatile", "weak", "relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys", "cluster",
+    "nc", "ca", "cg", "cs", "cv", "wb", "wt", "lu", "noftz", "L1::evict_last", "L1::evict_first",
+    "L1::no_allocate", "L1::evict_normal", "L1::evict_unchanged", "L2::evict_first",
+    "L2::evict_last", "L2::64B", "L2::128B", "L2::256B",
+)  # fmt: skip
+
+
+@handles("bra")
+def branch(em: Emitter, op: Opcode, args: list[str]) -> str:
+    op.take("uni")
+    em.target = em.label(args[0])
+    return f"goto {em.target};"
+
+
+@handles("ret", "exit")
+def leave(em: Emitter, op: Opcode, args: list[str]) -> str:
+    return "return;"
+
+
+@handles("trap")
+def trap(em: Emitter, op: Opcode, args: list[str]) -> str:
+    return 'machine.fail({__builtin_FILE(), __builtin_LINE()}, "trap");'
+
+
+@handles("mov")
+def move(em: Emitter, op: Opcode, args: list[str]) -> str:
+    kind = op.kind()
+    em.raw = em.effect.moves = bits_of(kind) == 32 and "{" not in "".join(args)
+    if args[0].startswith("{"):
+        targets = em.vector(args[0])
+        part = bits_of(kind) // len(targets)
+        text = f"const {CXX[kind]} whole = {em.read(args[1], kind)};"
+        return text + "".join(
+            em.write(target, f"b{part}", f"whole >> {part * i}") for i, target in enumerate(targets)
+        )
+    if args[1].startswith("{"):
+        words = em.vector(args[1])
+        part = bits_of(kind) // len(words)
+        return em.write(args[0], kind, " | ".join(
+            f"{CXX[kind]}({em.read(word, f'b{part}')}) << {part * i}"
+            for i, word in enumerate(words)
+        ))  # fmt: skip
+    return em.write(args[0], kind, em.read(args[1], kind))
+
+
+@handles("cvta")
+def convert_address(em: Emitter, op: Opcode, args: list[str]) -> str:
+    kind = op.kind()
+    op.take("to")
+    space = op.one_of("param", "global")
+    if not space:
+        raise Unsupported("generic addresses are those of global memory and parameters only")
+    base = "parameters + " if space == "param" else ""
+    return em.write(args[0], kind, base + em.read(args[1], kind))
+
+
+def _space(op: Opcode) -> str:
+    """ "global", where nothing is said, too: there are no generic addresses of shared memory."""
+    space = op.one_of(*SPACES) or "global"
+    if space in ("local", "const"):
+        raise Unsupported(f"memory of the space {space}")
+    for hint in HINTS:
+        op.take(hint)
+    return "shared" if space == "shared::cta" else space
+
+
+def _count(op: Opcode) -> int:
+    return int((op.one_of("v2", "v4", "v8") or "v1")[1:])
+
+
+@handles("ld")
+def load(em: Emitter, op: Opcode, args: list[str]) -> str:
+    op.take("L2::cache_hint")
+    kind, space, count = op.kind(), _space(op), _count(op)
+    if space == "shared":
+        value = f"load_shared<{CXX[kind]}, {count}>({em.address(args[1], 'u32')})"
+    elif space == "param":
+        offset = em.address(args[1], "u64")
+        value = f"load_parameter<{CXX[kind]}, {count}>(parameters, {offset})"
+    else:
+        value = f"load<{CXX[kind]}, {count}>({em.address(args[1], 'u64')})"
+    return f"const auto v = {value};" + "".join(
+        em.write(target, kind, f"v.x[{i}]") for i, target in enumerate(em.vector(args[0]))
+    )
+
+
+@handles("st")
+def store(em: Emitter, op: Opcode, args: list[str]) -> str:
+    op.take("L2::cache_hint")
+    kind, space, count = op.kind(), _space(op), _count(op)
+    values = ", ".join(em.read(each, kind) for each in em.vector(args[1]))
+    value = f"Vector<{CXX[kind]}, {count}>{{{{{values}}}}}"
+    if space == "shared":
+        return f"store_shared<{CXX[kind]}, {count}>({em.address(args[0], 'u32')}, {value});"
+    if space == "param":
+        raise Unsupported("stores to parameters")
+    return f"store<{CXX[kind]}, {count}>({em.address(args[0], 'u64')}, {value});"
+
+
+CHANGES = {
+    "add": "{before} + {value}", "min": "std::min({before}, {value})", "exch": "{value}",
+    "max": "std::max({before}, {value})", "and": "{before} & {value}", "or": "{before} | {value}",
+    "xor": "{before} ^ {value}", "cas": "{before} == {value} ? {other} : {before}",
+}  # fmt: skip
+
+
+def _change(em: Emitter, name: str, kind: str, values: list[str]) -> str:
+    halves, whole = ("f16", "bf16", "f16x2", "bf16x2"), ("add", "exch")
+    if kind in halves or (kind[0] == "f" and name not in whole):
+        raise Unsupported(f"atomic {name} of {kind}")
+    value, other = em.read(values[0], kind), em.read(values[1], kind) if values[1:] else ""
+    return CHANGES[name].format(before="before", value=value, other=other)
+
+
+def _atomic(em: Emitter, op: Opcode, address: str, values: list[str]) -> tuple[str, str]:
+    """(kind, expression) of the value before."""
+    op.take("L2::cache_hint")
+    kind, space, name = op.kind(), _space(op), op.one_of(*CHANGES)
+    if not name:
+        raise Unsupported("unknown atomic operation")
+    change = f"[&]({CXX[kind]} before) {{ return {_change(em, name, kind, values)}; }}"
+    if space == "shared":
+        return kind, f"atomic_shared<{CXX[kind]}>({em.address(address, 'u32')}, {change})"
+    return kind, f"compiled::atomic<{CXX[kind]}>({em.address(address, 'u64')}, {change})"
+
+
+@handles("atom")
+def atomic(em: Emitter, op: Opcode, args: list[str]) -> str:
+    kind, value = _atomic(em, op, args[1], args[2:])
+    return em.write(args[0], kind, value)
+
+
+@handles("red")
+def reduce_memory(em: Emitter, op: Opcode, args: list[str]) -> str:
+    count = _count(op)
+    if count == 1:
+        return _atomic(em, op, args[0], args[1:])[1] + ";"
+    text, parts = "", list(op.parts)
+    size = bits_of(op.parts[-1]) // 8
+    base, offset = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", args[0]).groups("0")
+    for i, value in enumerate(em.vector(args[1])):
+        op.parts = list(parts)
+        text += _atomic(em, op, f"[{base} + {int(offset) + size * i}]", [value])[1] + "; "
+    return text
+
+
+@handles("membar", "fence")
+def fence(em: Emitter, op: Opcode, args: list[str]) -> str:
+    if op.take("proxy"):
+        op.take("async")
+        if not op.one_of("shared::cta", "async"):
+            op.one_of("global")
+        return "machine.fence_proxy_async({__builtin_FILE(), __builtin_LINE()});"
+    if op.take("mbarrier_init"):
+        op.take("release"), op.take("cluster")
+        return "machine.fence_mbarrier_init({__builtin_FILE(), __builtin_LINE()});"
+    for part in ("gl", "sc", *HINTS):
+        op.take(part)
+    return ";"
+
+
+@handles("prefetch", "griddepcontrol", "applypriority", "discard")
+def hint(em: Emitter, op: Opcode, args: list[str]) -> str:
+    """What changes no value."""
+    if op.base in ("prefetch", "griddepcontrol"):
+        op.parts.clear()
+    return ";"

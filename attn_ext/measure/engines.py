@@ -194,3 +194,64 @@ def openvino(case: Case, q, k, v) -> Bound:
         return torch.from_numpy(np.array(out.data)).view(q.shape)
 
     return Bound(forward, result=result, differentiable=False)
+
+
+def _ggml(case: Case):
+    """The module `ggml` of ggml-py, or why it cannot run a case"""
+    if importlib.util.find_spec("ggml") is None:
+        raise Unavailable("ggml is not installed (pip install ggml-py, which builds it)")
+    _forward_on_cpu("ggml", case, ("fp32", "bf16", "fp16"))
+    import ggml
+
+    if not hasattr(ggml, "ggml_flash_attn_ext"):  # other packages have that name, too
+        raise Unavailable("this module ggml has no ggml_flash_attn_ext: install ggml-py")
+    return ggml
+
+
+def ggml_flash(case: Case, q, k, v) -> Bound:
+    """ggml_flash_attn_ext on the CPU.  Its Q and O are float32 whatever K and V are, as they are in
+    llama.cpp; Q is converted before time is taken.
+    """
+    ggml = _ggml(case)
+    import ctypes
+
+    kind = {"fp32": ggml.GGML_TYPE_F32, "bf16": ggml.GGML_TYPE_BF16, "fp16": ggml.GGML_TYPE_F16}
+    queries = q.float()
+    mask = _ggml_mask(case) if case.causal else None
+    tensors = [(queries, "fp32"), (k, case.dtype), (v, case.dtype)]
+    tensors += [] if mask is None else [(mask, "fp16")]
+    size = sum(x.numel() * x.element_size() for x, _ in tensors) + queries.numel() * 4 + (1 << 20)
+    context = ggml.ggml_init(ggml.ggml_init_params(size, None, False))
+    made = []
+    for x, dtype in tensors:
+        made.append(ggml.ggml_new_tensor_4d(context, kind[dtype], *reversed(x.shape)))
+        x = x.contiguous()
+        ctypes.memmove(ggml.ggml_get_data(made[-1]), x.data_ptr(), x.numel() * x.element_size())
+    flash = ggml.ggml_flash_attn_ext
+    flash.argtypes = [*flash.argtypes[:7], ctypes.c_float]  # ggml-py 0.10 leaves out the softcap
+    masked = made[3] if mask is not None else None
+    node = flash(context, *made[:3], masked, case.head_dim**-0.5, 0.0, 0.0)
+    graph = ggml.ggml_new_graph(context)
+    ggml.ggml_build_forward_expand(graph, node)
+    backend = ggml.ggml_backend_cpu_init()
+    ggml.ggml_backend_cpu_set_n_threads(backend, torch.get_num_threads())
+
+    def forward():
+        ggml.ggml_backend_graph_compute(backend, graph)
+
+    def result(_):
+        out = torch.empty(case.batch, case.seqlen_q, case.heads_q, case.head_dim, device="cpu")
+        ctypes.memmove(out.data_ptr(), ggml.ggml_get_data(node), out.numel() * 4)
+        return out.transpose(1, 2).to(q.dtype)
+
+    return Bound(forward, result=result, differentiable=False)
+
+
+def _ggml_mask(case: Case) -> torch.Tensor:
+    """The causal mask as ggml reads it: 0 or -inf, in whole blocks of 64 rows"""
+    rows = -(-case.seqlen_q // 64) * 64
+    mask = torch.zeros(1, 1, rows, case.seqlen_k, dtype=torch.float16, device="cpu")
+    visible = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device="cpu")
+    visible = visible.tril(case.seqlen_k - case.seqlen_q)
+    mask[:, :, : case.seqlen_q].masked_fill_(~visible, -torch.inf)
+    return mask

@@ -175,6 +175,7 @@ PEERS = {
     "onnxruntime-gqa": Peer("ONNX Runtime, GroupQueryAttention", engines.onnx_gqa),
     "onnxruntime-att23": Peer("ONNX Runtime, Attention of opset 23", engines.onnx_attention),
     "openvino": Peer("OpenVINO, ScaledDotProductAttention", engines.openvino),
+    "ggml": Peer("ggml, the library of llama.cpp, ggml_flash_attn_ext", engines.ggml_flash),
 }
 
 ALIASES = {"onnxruntime": ("onnxruntime-mha", "onnxruntime-gqa", "onnxruntime-att23")}

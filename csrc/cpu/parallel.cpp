@@ -1,12 +1,21 @@
 // The pool of parallel.h.  Workers sleep on a condition variable between calls.  After fork() the
 // child owns none of the threads, so it starts with an empty pool.
+//
+// OpenMP's threads spin between calls, and its regions end when every thread has arrived.  Where
+// other processes have the cores, a thread may arrive milliseconds late, or lose its core for so
+// long.  After that, calls begin on the caller's thread alone for a while (`Alone`), so that
+// short ones need no other thread, and the idle threads go to sleep.
 #include "cpu/parallel.h"
 
 #include <pthread.h>
+#include <time.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -15,6 +24,24 @@
 namespace attn::cpu {
 namespace {
 
+// Nanoseconds of a clock that only grows.
+int64_t now() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Nanoseconds that this thread has had a core.
+int64_t on_core() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+#else
+  return now();
+#endif
+}
+
+constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
+
 struct Job {
   const std::function<void(int64_t)>* f = nullptr;
   int64_t tasks = 0;
@@ -22,8 +49,8 @@ struct Job {
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // written once, by the thread that set `failed`
 
-  void work() {
-    for (;;) {
+  void work(int64_t until = kForever) {
+    while (until == kForever || now() < until) {
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
       try {
@@ -34,6 +61,36 @@ struct Job {
     }
   }
 };
+
+// Until when calls begin alone.  Each region in which a thread had no core doubles the time, each
+// other one shortens it.
+class Alone {
+ public:
+  bool now_is(int64_t time) const { return time < until_.load(std::memory_order_relaxed); }
+
+  // lost: the longest that a thread came late or was without a core.
+  void learn(int64_t lost) {
+    int64_t hold = hold_.load(std::memory_order_relaxed);
+    if (lost < kLate) {
+      if (hold > 0) hold_.store(hold - hold / 64 - 1, std::memory_order_relaxed);
+      return;
+    }
+    hold = std::min(std::max(2 * hold, kShortest), kLongest);
+    hold_.store(hold, std::memory_order_relaxed);
+    until_.store(now() + hold, std::memory_order_relaxed);
+  }
+
+  // What a call may take alone before it asks for the others after all.
+  static constexpr int64_t kTrial = 2'000'000;
+
+ private:
+  // A sleeping thread of an idle machine comes within some 100 us; a slice of the scheduler, which
+  // one that lost its core waits for, is milliseconds.
+  static constexpr int64_t kLate = 500'000;
+  static constexpr int64_t kShortest = 50'000'000, kLongest = 1'000'000'000;
+  std::atomic<int64_t> hold_{0}, until_{0};
+};
+Alone alone;
 
 class Pool {
  public:
@@ -128,6 +185,30 @@ void use_openmp(uintptr_t gomp_parallel) {
   team = reinterpret_cast<GompParallel>(gomp_parallel);
 }
 
+// On torch's threads, of which the caller's is one.
+static void on_team(GompParallel openmp, Job& job, int threads) {
+  const int64_t time = now();
+  if (alone.now_is(time)) {
+    job.work(time + Alone::kTrial);
+    if (job.next.load(std::memory_order_relaxed) >= job.tasks) return;
+  }
+  struct Region {
+    Job* job;
+    int64_t begin;
+    std::atomic<int64_t> lost{0};
+  } region{&job, now()};
+  openmp(
+      [](void* data) {
+        auto* r = static_cast<Region*>(data);
+        const int64_t start = now(), core = on_core();
+        r->job->work();
+        const int64_t lost = std::max(start - r->begin, now() - start - (on_core() - core));
+        if (lost > r->lost.load(std::memory_order_relaxed)) r->lost.store(lost);
+      },
+      &region, unsigned(threads), 0);
+  alone.learn(region.lost);
+}
+
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& f) {
   Job job;
   job.f = &f;
@@ -135,7 +216,7 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
   if (threads > tasks) threads = static_cast<int>(tasks);
   const GompParallel openmp = team.load(std::memory_order_relaxed);
   if (threads > 1 && openmp)
-    openmp([](void* j) { static_cast<Job*>(j)->work(); }, &job, unsigned(threads), 0);
+    on_team(openmp, job, threads);
   else if (threads <= 1 || !the_pool().run(job, threads))
     job.work();
   if (job.failed) std::rethrow_exception(job.error);

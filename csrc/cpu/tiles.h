@@ -25,10 +25,14 @@ constexpr int64_t kBackwardKeys[] = {384, 256, 192}, kNarrowHead = 64, kBackward
 // stay in L2.  A multiple of 32.
 constexpr int64_t kSecondKeys = 128;
 
-// Decode: keys of a chunk, whose weights stay in L1 while V is read.
-constexpr int64_t kDecodeKeys = 64;
-constexpr int64_t kDecodeQueries = 4;  // at most; the products of more of them fill panels
-constexpr int64_t kDecodeRows =
-    128;  // queries * heads of a group, at most: their state stays in L2
+// Decode: keys of a chunk, whose weights stay in L1 while V is read, in equal parts from streams
+// that a processor fetches ahead for (kernels/decode.h).
+constexpr int64_t kDecodeKeys = 64, kDecodeStreams = 4, kDecodeEach = kDecodeKeys / kDecodeStreams;
+// At most so many queries * heads of a group: their state stays in L2.
+constexpr int64_t kDecodeRows = 256;
+// At most so many queries: from there on the products of panels are faster, though up to 15 of 16
+// lanes are padding; where they multiply pairs of bfloat16, from fewer on.  Queries that cannot be
+// worked on together, since each has a bias of its own, are served up to the last number.
+constexpr int64_t kDecodeQueries = 16, kDecodePairQueries = 8, kDecodeSingleQueries = 4;
 
 }  // namespace attn::cpu

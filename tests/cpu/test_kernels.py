@@ -83,6 +83,44 @@ def test_decode(page_size, seqlen_q, dtype):
     check_call(call, "cpu", grads=False)
 
 
+# What queries of one decode call see: the same keys, or each its own
+VISIBLE = {
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (70, -1)},
+    "a mask of the keys": {"mask": "k"},
+    "a mask of its own": {"mask": "qk"},
+    "ALiBi and softcap": {"alibi": True, "softcap": 3.0, "causal": True},
+    "a bias of its own": {"bias": "qk"},
+    "a bias of the keys": {"bias": "k"},
+}
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+@pytest.mark.parametrize("seqlen_q", [3, 16, 17])
+@pytest.mark.parametrize("heads_q", [2, 6])
+def test_several_queries_against_a_cache(name, seqlen_q, heads_q):
+    """Queries worked on together though they see other keys, keys of one stream left out or taken
+    twice, or heads of a group that take another head's panel."""
+    call = random_call(
+        seqlen_q=seqlen_q, heads_q=heads_q, heads_k=2, seqlen_k=331, head_dim=32,
+        cache_seqlens=[331, 18, 200], page_size=5, **VISIBLE[name],
+    )  # fmt: skip
+    check_call(call, "cpu", grads=False)
+
+
+@pytest.mark.parametrize("seqlen_k", [64, 65, 127, 256, 257])
+def test_a_tree_of_drafts(seqlen_k):
+    """Speculative verification: all queries see the context, and of the last keys their own."""
+    call = random_call(
+        batch=1, seqlen_q=9, heads_q=4, heads_k=1, seqlen_k=seqlen_k, head_dim=64, mask="qk"
+    )
+    tree = torch.eye(9, dtype=torch.bool)
+    tree[torch.arange(1, 9), torch.arange(8) // 2] = True
+    call.mask[..., :-9] = True
+    call.mask[..., -9:] = tree
+    check_call(call, "cpu", grads=False)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("features", [{}, {"causal": True, "dropout_p": 0.3}], ids=["", "more"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])

@@ -7,6 +7,8 @@ threads: a kernel that waits for them hangs, so each child is given a time limit
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -168,3 +170,32 @@ def test_backward_in_another_thread():
     thread.join(LIMIT_SECONDS)
     for a, b in zip(found, want[1:], strict=True):
         assert torch.equal(a, b)
+
+
+# Two threads that spin on one core, which libgomp believes to be two; prints how many calls of
+# some 0.2 ms took more than 2 ms.
+ONE_CORE = """
+import os, time, torch, attn_ext
+torch.set_num_threads(2)
+q, k = torch.randn(1, 8, 1, 64), torch.randn(1, 8, 512, 64)
+want = attn_ext.attention_decode(q, k, k)
+for task in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(task), {min(os.sched_getaffinity(0))})
+slow = 0
+for _ in range(200):
+    begin = time.perf_counter()
+    out = attn_ext.attention_decode(q, k, k)
+    slow += time.perf_counter() - begin > 2e-3
+    assert torch.equal(out, want)
+print(slow)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pins threads as Linux does")
+def test_short_calls_do_not_wait_for_threads_without_a_core():
+    """Every call waits for a slice of the scheduler (200 of 200 did), or its bits change where it
+    does not.  (At most half, since other programs may want that core, too.)"""
+    command = [sys.executable, "-c", ONE_CORE]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) < 100

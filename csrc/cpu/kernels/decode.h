@@ -1,11 +1,15 @@
 // Few queries against many keys (decode): bound by reading K and V, so each row of them is read
 // once for all query heads of its group and with the head dimension in lanes, as it lies.
 // One task = one K/V head, or a share of its keys when heads are few (split-KV, combined in fixed
-// order).  Rows are ordered by query, then by head of the group: the rows of one query see the
-// same keys, so rows of V that a query does not see are not touched.
+// order).  It reads its keys as kDecodeStreams streams, each row after row and far from the others:
+// a processor fetches ahead for several such streams at a time, and less for one of them alone, or
+// for rows abreast that share a page of memory.  Rows of Q are ordered by query, then by head of
+// the group: queries that see the same keys of a chunk are worked on together, and rows of K and V
+// that a query does not see are not touched.
 #pragma once
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/storage.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -15,52 +19,6 @@ namespace attn::cpu::ATTN_ISA {
 struct DecodeWays : VectorWays<float> {
   static ATTN_INLINE Vec<float> over_cap(Vec<float> x, const Terms<float>& t) { return x / t.cap; }
 };
-
-// 2 L numbers of storage as float: *a has the first L and *b the rest, but for bfloat16 *a has the
-// even ones and *b the odd ones, which takes one instruction each.
-template <DType TYPE>
-ATTN_INLINE void load_storage(const char* p, Vec<float>* a, Vec<float>* b) {
-  if constexpr (TYPE == DType::kFloat32) {
-    *a = load(reinterpret_cast<const float*>(p));
-    *b = load(reinterpret_cast<const float*>(p) + kLanes<float>);
-  } else if constexpr (TYPE == DType::kBFloat16) {
-    Vec<uint32_t> x;
-    std::memcpy(&x, p, sizeof(x));
-    *a = (Vec<float>)(x << 16);
-    *b = (Vec<float>)(x & 0xffff0000u);
-  } else {
-#if ATTN_VEC_BYTES == 64
-    *a = (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-    *b = (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p + 1));
-#elif ATTN_VEC_BYTES == 32
-    *a = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-    *b = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
-#endif
-  }
-}
-
-// Where number c of a row stands in load_storage's order.
-template <DType TYPE>
-inline int64_t storage_order(int64_t c) {
-  constexpr int64_t L = kLanes<float>;
-  return TYPE == DType::kBFloat16 ? c / (2 * L) * (2 * L) + c % 2 * L + c % (2 * L) / 2 : c;
-}
-
-// The sums of L vectors' lanes, in order: neighbours are joined in each round.
-template <int N>
-ATTN_INLINE void sum_round(Vec<float> (&x)[kLanes<float>]) {
-  constexpr int L = kLanes<float>, S = L / (2 * N);  // N pairs remain; lanes S apart are summed
-  Mask<float> lower, upper;
-  for (int e = 0; e < L; ++e) {
-    lower[e] = e & S ? L + e - S : e;
-    upper[e] = e & S ? L + e : e + S;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
-    x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], lower) +
-           __builtin_shuffle(x[2 * i], x[2 * i + 1], upper);
-  if constexpr (N > 1) sum_round<N / 2>(x);
-}
 
 template <DType TYPE>
 class Decode {
@@ -72,6 +30,7 @@ class Decode {
       : p(problem), ptr(pointers), threads(threads), terms(Terms<float>::of(problem, pointers, 1)) {
     group = p.heads_q / p.heads_k;
     rows = group * p.seqlen_q;
+    scattered = p.k.s != p.head_dim;
     const int64_t tasks = p.batch * p.heads_k, chunks = (p.seqlen_k + 511) / 512;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
     splits = p.num_splits > 0 ? std::min(p.num_splits, (p.seqlen_k + kDecodeKeys - 1) / kDecodeKeys)
@@ -81,8 +40,7 @@ class Decode {
 
   // Whether the problem has this form; what it lacks is served by Forward.
   static bool serves(const Problem& p, const Pointers& ptr) {
-    return p.dtype == TYPE && p.seqlen_q <= kDecodeQueries && p.seqlen_q > 0 && p.batch > 0 &&
-           p.heads_q / p.heads_k * p.seqlen_q <= kDecodeRows && p.seqlen_k >= kDecodeKeys &&
+    return p.dtype == TYPE && few(p, ptr) && p.batch > 0 && p.seqlen_k >= kDecodeKeys &&
            p.head_dim % (2 * L) == 0 && p.head_dim_v % (2 * L) == 0 && !ptr.cu_seqlens_q &&
            shared(ptr.mask, p.mask, p) && shared(ptr.bias, p.bias, p) && !ptr.entropy &&
            p.dropout_p == 0 && !(TYPE == DType::kFloat16 && ATTN_VEC_BYTES < 32);
@@ -90,16 +48,23 @@ class Decode {
 
   void run() {
     const int64_t units = p.batch * p.heads_k, state = rows * (p.head_dim_v + 2);
-    std::vector<float> partial(units * splits * state);
+    std::vector<float> partial(splits > 1 ? units * splits * state : 0);
     parallel_for(units * splits, threads, [&](int64_t task) {
-      float* s = partial.data() + task * state;
-      attend(task / splits, task % splits, false, s);
-      if (!finite(s)) attend(task / splits, task % splits, true, s);
+      Scratch scratch((state + work()) * int64_t(sizeof(float)));
+      float* s = splits > 1 ? partial.data() + task * state : scratch.take<float>(state);
+      const size_t mark = scratch.used();
+      attend(task / splits, task % splits, false, s, scratch);
+      scratch.rewind(mark);
+      if (!finite(s)) attend(task / splits, task % splits, true, s, scratch);
+      scratch.rewind(mark);
+      if (splits == 1) finish(task, s, scratch);
     });
+    if (splits == 1) return;
     parallel_for(units, threads, [&](int64_t unit) {
       float* first = partial.data() + unit * splits * state;
       for (int64_t i = 1; i < splits; ++i) merge(first, first + i * state);
-      finish(unit, first);
+      Scratch scratch(work() * int64_t(sizeof(float)));
+      finish(unit, first, scratch);
     });
   }
 
@@ -109,14 +74,38 @@ class Decode {
   int threads;
   const Terms<float> terms;
   int64_t group, rows, splits;
+  bool scattered;  // rows of K do not lie one after the other: nothing fetches them ahead
 
-  // One query's keys of a chunk, those that mask and bias exclude left out.
+  // Part t of the keys [from, end) of a task: kDecodeEach of each stream, which starts `apart` keys
+  // after the one before it.
+  struct Chunk {
+    int64_t from, end, apart, t;
+    int64_t begin_of(int64_t stream) const { return from + stream * apart + t * kDecodeEach; }
+    int64_t end_of(int64_t stream) const {
+      return std::min(std::min(begin_of(stream) + kDecodeEach, from + (stream + 1) * apart), end);
+    }
+  };
+
+  // A query's keys of a chunk, those that mask and bias exclude left out.
   struct Keys {
     int64_t n = 0;
     const char *K[kDecodeKeys], *V[kDecodeKeys];
-    float position[kDecodeKeys], bias[kDecodeKeys];
-    const char* zeros = nullptr;  // if given: a row of V for keys with P = 0
+    int64_t j[kDecodeKeys];
+    float position[kDecodeKeys], bias[kDecodeKeys];  // position: j
+    const char* zeros = nullptr;                     // if given: a row of V for keys with P = 0
   };
+
+  // Whether the queries are so few that panels would mostly hold padding.
+  static bool few(const Problem& p, const Pointers& ptr) {
+#ifdef ATTN_BF16_DOT
+    constexpr int64_t kMost = TYPE == DType::kBFloat16 ? kDecodePairQueries : kDecodeQueries;
+#else
+    constexpr int64_t kMost = kDecodeQueries;
+#endif
+    const bool together = !ptr.bias || p.bias.q == 0;
+    return p.seqlen_q > 0 && p.seqlen_q <= (together ? kMost : kDecodeSingleQueries) &&
+           p.heads_q / p.heads_k * p.seqlen_q <= kDecodeRows;
+  }
 
   // True when there is no mask (or bias), or it is the same for all query heads of a group.
   template <class S>
@@ -128,6 +117,9 @@ class Decode {
   float* max_of(float* state) const { return state + rows * p.head_dim_v; }
   float* sum_of(float* state) const { return max_of(state) + rows; }
 
+  // Numbers that `attend` and `finish` take.
+  int64_t work() const { return rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
+
   bool finite(const float* state) const {
     return all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
                                     p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
@@ -137,20 +129,25 @@ class Decode {
   void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
-      for (int64_t c = 0; c < p.head_dim; ++c)
-        Q[r * p.head_dim + storage_order<TYPE>(c)] = load_one<float>(TYPE, ptr.q, at + c);
+      const char* row = static_cast<const char*>(ptr.q) + at * kBytes;
+      for (int64_t c = 0; c < p.head_dim; c += 2 * L, Q += 2 * L) {
+        Vec<float> x[2];
+        load_storage<TYPE>(row + c * kBytes, &x[0], &x[1]);
+        store(Q, x[0]);
+        store(Q + L, x[1]);
+      }
     }
   }
 
   // careful: what V holds where P = 0 does not reach O (0 * inf is NaN), as at a logit of -inf;
   // keys that mask or bias exclude are not touched in any case.
-  ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state) const {
+  ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state,
+                            Scratch& scratch) const {
     const int64_t hk = unit % p.heads_k, d = p.head_dim;
     const Sequence seq(p, ptr, unit / p.heads_k);
     std::fill(state, max_of(state), 0.f);
     std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
     std::fill(sum_of(state), sum_of(state) + rows, 0.f);
-    Scratch scratch((rows * d + 4 * kDecodeKeys + p.head_dim_v) * int64_t(sizeof(float)));
     float* Q = scratch.take<float>(rows * d);
     float* S = scratch.take<float>(4 * kDecodeKeys);
     float* zeros = scratch.take<float>(p.head_dim_v);
@@ -158,175 +155,258 @@ class Decode {
     Keys keys;
     if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
     load_queries(seq, hk, Q);
+    Chunk chunk = chunk_of(seq, split);
+    for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
+      for (int64_t i = 0; i < seq.seqlen_q;) {
+        collect(seq, hk, chunk, i, &keys);
+        int64_t next = i + 1;
+        while (next < seq.seqlen_q && same_keys(seq, hk, chunk, i, next)) ++next;
+        if (keys.n > 0) add_keys(seq, hk, i * group, next * group, careful, keys, Q, S, state);
+        i = next;
+      }
+  }
+
+  // The first chunk of a task.
+  Chunk chunk_of(const Sequence& seq, int64_t split) const {
     int64_t lo, hi;
     seq.key_range(0, seq.seqlen_q, &lo, &hi);
-    const int64_t chunks = (hi + kDecodeKeys - 1) / kDecodeKeys - lo / kDecodeKeys;
-    const int64_t share = (chunks + splits - 1) / splits;
-    const int64_t t0 = lo / kDecodeKeys + split * share;
-    for (int64_t t = t0; t < std::min(t0 + share, (hi + kDecodeKeys - 1) / kDecodeKeys); ++t) {
-      const int64_t n0 = std::max(t * kDecodeKeys, lo), n1 = std::min((t + 1) * kDecodeKeys, hi);
-      for (int64_t i = 0; i < seq.seqlen_q; ++i) {
-        int64_t first, last;
-        seq.key_range(i, i + 1, &first, &last);
-        collect(seq, hk, i, std::max(first, n0), std::min(last, n1), &keys);
-        if (keys.n == 0) continue;
-        for (int64_t r = i * group; r < (i + 1) * group;) {
-          const int64_t left = (i + 1) * group - r;
-          if (left >= 4 && !careful)
-            rows_of<4>(seq, hk, r, keys, Q, S, state), r += 4;
-          else if (left >= 2 && !careful)
-            rows_of<2>(seq, hk, r, keys, Q, S, state), r += 2;
-          else
-            rows_of<1>(seq, hk, r, keys, Q, S, state), r += 1;
-        }
-      }
+    const int64_t t0 = lo / kDecodeKeys, t1 = (hi + kDecodeKeys - 1) / kDecodeKeys;
+    const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
+    const int64_t from = std::max(first * kDecodeKeys, lo);
+    const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
+    const int64_t each = kDecodeStreams * kDecodeEach;
+    return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
+  }
+
+  // Rows [r, end), which see the same keys.
+  void add_keys(const Sequence& seq, int64_t hk, int64_t r, int64_t end, bool careful,
+                const Keys& keys, const float* Q, float* S, float* state) const {
+    while (r < end) {
+      if (end - r >= 4 && !careful)
+        rows_of<4>(seq, hk, r, keys, Q, S, state), r += 4;
+      else if (end - r >= 2 && !careful)
+        rows_of<2>(seq, hk, r, keys, Q, S, state), r += 2;
+      else
+        rows_of<1>(seq, hk, r, keys, Q, S, state), r += 1;
     }
   }
 
-  // The keys of [first, last) that query i sees.
-  void collect(const Sequence& seq, int64_t hk, int64_t i, int64_t first, int64_t last,
-               Keys* keys) const {
-    const int64_t h = hk * group;
-    const auto* mask = static_cast<const uint8_t*>(ptr.mask);
-    if (mask) mask += seq.b * p.mask.b + h * p.mask.h + i * p.mask.q;
-    const int64_t bias_at = seq.b * p.bias.b + h * p.bias.h + i * p.bias.q;
+  // Rows j ... end - 1 of K and V, as keys at, at + step ...
+  void add_rows(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
+                Keys* keys) const {
+    const int64_t k_step = p.k.s * kBytes, v_step = p.v.s * kBytes;
+    while (j < end) {
+      const int64_t page = p.page_size, stop = ptr.block_table ? (j / page + 1) * page : end;
+      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kBytes;
+      const char* V = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kBytes;
+      for (; j < std::min(stop, end); ++j, at += step, K += k_step, V += v_step)
+        keys->K[at] = K, keys->V[at] = V, keys->j[at] = j, keys->position[at] = float(j);
+    }
+  }
+
+  // The keys of a chunk that query i sees: of all streams in turns where it sees them all.
+  void collect(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i, Keys* keys) const {
+    int64_t first, last, begin[kDecodeStreams], end[kDecodeStreams], n = 0;
+    seq.key_range(i, i + 1, &first, &last);
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      begin[s] = std::max(chunk.begin_of(s), first);
+      end[s] = std::max(begin[s], std::min(chunk.end_of(s), last));
+      n += end[s] - begin[s];
+    }
+    const bool full = n == kDecodeKeys;
     keys->n = 0;
-    for (int64_t j = first; j < last; ++j) {
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      add_rows(seq, hk, begin[s], end[s], full ? s : keys->n, full ? kDecodeStreams : 1, keys);
+      keys->n += end[s] - begin[s];
+    }
+    if (ptr.mask || ptr.bias) keep_visible(seq, hk, i, keys);
+  }
+
+  // Leaves out the keys that mask or bias exclude.
+  void keep_visible(const Sequence& seq, int64_t hk, int64_t i, Keys* keys) const {
+    const auto* mask = mask_row(seq, hk, i);
+    const int64_t bias_at = seq.b * p.bias.b + hk * group * p.bias.h + i * p.bias.q;
+    int64_t n = 0;
+    for (int64_t at = 0; at < keys->n; ++at) {
+      const int64_t j = keys->j[at];
       if (mask && !mask[j * p.mask.k]) continue;
       if (ptr.bias) {
         const float bias = load_one<float>(p.bias_dtype, ptr.bias, bias_at + j * p.bias.k);
         if (bias == -std::numeric_limits<float>::infinity()) continue;
-        keys->bias[keys->n] = bias;
+        keys->bias[n] = bias;
       }
-      keys->position[keys->n] = float(j);
-      keys->K[keys->n] = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kBytes;
-      keys->V[keys->n++] = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kBytes;
+      keys->j[n] = j, keys->position[n] = keys->position[at];
+      keys->K[n] = keys->K[at];
+      keys->V[n++] = keys->V[at];
     }
+    keys->n = n;
+  }
+
+  const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
+    if (!ptr.mask) return nullptr;
+    return static_cast<const uint8_t*>(ptr.mask) + seq.b * p.mask.b + hk * group * p.mask.h +
+           i * p.mask.q;
+  }
+
+  // Whether query i sees the same keys of a chunk as query `other`, with the same bias.
+  bool same_keys(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i,
+                 int64_t other) const {
+    if (ptr.bias && p.bias.q != 0) return false;
+    int64_t first[2], last[2];
+    seq.key_range(i, i + 1, &first[0], &last[0]);
+    seq.key_range(other, other + 1, &first[1], &last[1]);
+    const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
+      const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
+      if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;
+      for (int64_t j = begin; one != two && j < end; ++j)
+        if (!one[j * p.mask.k] != !two[j * p.mask.k]) return false;
+    }
+    return true;
   }
 
   // R rows from row r.
   template <int R>
   void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q,
                float* S, float* state) const {
-    const int64_t d = p.head_dim, n = keys.n;
-    const char *const *K = keys.K, *const *V = keys.V;
-    products<R>(Q + r * d, K, V, n, S);
-    float alpha[R];
-    for (int i = 0; i < R; ++i)
-      alpha[i] = softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys,
-                         S + i * kDecodeKeys, max_of(state) + r + i, sum_of(state) + r + i);
+    const int64_t n = keys.n, dv = p.head_dim_v;
+    const char* const* V = keys.V;
+    float* O = state + r * dv;
+    products<R>(Q + r * p.head_dim, keys, S);
+    for (int i = 0; i < R; ++i) {
+      const float alpha =
+          softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys, S + i * kDecodeKeys,
+                  max_of(state) + r + i, sum_of(state) + r + i);
+      if (alpha == 1) continue;
+      for (float* o = O + i * dv; o < O + (i + 1) * dv; o += L) store(o, load(o) * alpha);
+    }
     const char* not_zero[kDecodeKeys];
     if (R == 1 && keys.zeros) {
       for (int64_t j = 0; j < n; ++j) not_zero[j] = S[j] == 0.f ? keys.zeros : V[j];
       V = not_zero;
     }
-    const int64_t dv = p.head_dim_v;
-    int64_t c = 0;
-    if constexpr (R == 1)
-      for (; c + 8 * L <= dv; c += 8 * L) add_values<R, 8>(K, V, n, c, S, alpha, state + r * dv);
-    for (; c + 4 * L <= dv; c += 4 * L) add_values<R, 4>(K, V, n, c, S, alpha, state + r * dv);
-    for (; c < dv; c += 2 * L) add_values<R, 2>(K, V, n, c, S, alpha, state + r * dv);
+    int64_t j = 0;
+    for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
+      for (int64_t k = j; scattered && k < j + kDecodeStreams; ++k)
+        prefetch_rows(keys.K[k] + kDecodeEach * p.k.s * kBytes, 1, 0, p.head_dim * kBytes);
+      add_values<R, kDecodeStreams>(V + j, S + j, O);
+    }
+    for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
   }
 
   // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
   template <int R>
-  void products(const float* Q, const char* const* K, const char* const* V, int64_t n,
-                float* S) const {
-    constexpr int KEYS = L / R;
-    const int64_t d = p.head_dim;
+  void products(const float* Q, const Keys& keys, float* S) const {
+    constexpr int KEYS = L / R, ABREAST = R == 1 ? kDecodeStreams : 2;
+    static_assert(KEYS % std::min(KEYS, ABREAST) == 0);
+    const int64_t n = keys.n;
     for (int64_t j = 0; j < n; j += KEYS) {
-      Vec<float> acc[L] = {};
+      Vec<float> acc[L];
       const char* key[KEYS];
-      for (int i = 0; i < KEYS; ++i) key[i] = K[std::min<int64_t>(j + i, n - 1)];
-      for (int64_t i = j; i < std::min<int64_t>(j + KEYS, n); ++i) prefetch_row(V[i], p.head_dim_v);
-      for (int64_t c = 0; c < d; c += 2 * L) {
-        Vec<float> q[R][2];
-#pragma GCC unroll 4
-        for (int i = 0; i < R; ++i)
-          q[i][0] = load(Q + i * d + c), q[i][1] = load(Q + i * d + c + L);
+      for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(j + k, n - 1)];
+      for (int64_t k = j; scattered && k < std::min(j + KEYS, n); ++k)
+        prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kBytes);
 #pragma GCC unroll 16
-        for (int k = 0; k < KEYS; ++k) {
-          Vec<float> x[2];
-          load_storage<TYPE>(key[k] + c * kBytes, &x[0], &x[1]);
-#pragma GCC unroll 4
-          for (int i = 0; i < R; ++i) {
-            acc[i * KEYS + k] += q[i][0] * x[0];
-            acc[i * KEYS + k] += q[i][1] * x[1];
-          }
-        }
-      }
+      for (int k = 0; k < KEYS; k += ABREAST) dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
       sum_round<L / 2>(acc);
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < KEYS; ++k) S[i * kDecodeKeys + j + k] = acc[0][i * KEYS + k];
     }
   }
 
-  static ATTN_INLINE void prefetch_row(const char* row, int64_t dim) {
-    for (int64_t at = 0; at < dim * kBytes; at += 64) __builtin_prefetch(row + at);
+  // The products of R rows with N keys, lane by lane: of row i at acc[i L / R].
+  template <int R, int N>
+  ATTN_INLINE void dots(const float* Q, const char* const* key, Vec<float>* acc) const {
+    Vec<float> sum[R][N] = {};
+    for (int64_t c = 0; c < p.head_dim; c += 2 * L) {
+      Vec<float> x[N][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) load_storage<TYPE>(key[k] + c * kBytes, &x[k][0], &x[k][1]);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        const Vec<float> q0 = load(Q + i * p.head_dim + c), q1 = load(Q + i * p.head_dim + c + L);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) sum[i][k] += q0 * x[k][0], sum[i][k] += q1 * x[k][1];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) acc[i * (L / R) + k] = sum[i][k];
   }
 
   // One row: S products in, exp(s - max) out; the factor for what was summed before.
   float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S, float* max,
                 float* sum) const {
-    const int64_t n = keys.n;
+    constexpr int N = kAbreast;
+    const int64_t padded = (keys.n + N * L - 1) / (N * L) * (N * L);
     const float ninf = -std::numeric_limits<float>::infinity();
-    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
-    const int64_t padded = (n + L - 1) / L * L;
-    Vec<float> top = set1(ninf);
-    for (int64_t j = 0; j < padded; j += L) {
-      Vec<float> s = logit<DecodeWays>(
-          terms.has, terms, head, load(S + j),
-          [&] { return float(i + seq.seqlen_k - seq.seqlen_q) - load(keys.position + j); },
-          [&] { return load(keys.bias + j); }, [](Vec<float>) {});
-      s = iota<float>() + float(j) < float(n) ? s : set1(ninf);
-      store(S + j, s);
-      top = vmax(s, top);
-    }
-    float now = *max;
-    for (int lane = 0; lane < L; ++lane) now = std::max(now, top[lane]);
+    const float now = std::max(*max, largest(logits(seq, h, i, keys, S)));
+    for (int64_t j = (keys.n + L - 1) / L * L; j < padded; j += L) store(S + j, set1(ninf));
     const float base = now == ninf ? 0.f : now;
     Vec<float> total{};
-    for (int64_t j = 0; j < padded; j += L) {
-      const Vec<float> e = vexp(load(S + j) - base);
-      total += e;
-      store(S + j, e);
+    for (int64_t j = 0; j < padded; j += N * L) {
+      Vec<float> e[N];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) e[k] = load(S + j + k * L) - base;
+      vexp_each(e);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
     }
-    const float alpha = std::exp(*max - base);
+    const float alpha = *max == base ? 1.f : std::exp(*max - base);
     *sum *= alpha;
     for (int lane = 0; lane < L; ++lane) *sum += total[lane];
     *max = now;
     return alpha;
   }
 
-  // O[i][c ..] = alpha_i O[i][c ..] + sum_j P[i][j] V[j][c ..]
-  template <int R, int NV>
-  void add_values(const char* const* K, const char* const* V, int64_t n, int64_t c, const float* P,
-                  const float* alpha, float* O) const {
-    Vec<float> acc[R][NV];
+  // S products in, logits out, -inf up to whole vectors; the largest of each lane.
+  Vec<float> logits(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S) const {
+    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
+    const Vec<float> ninf = set1(-std::numeric_limits<float>::infinity());
+    const float query = float(i + seq.seqlen_k - seq.seqlen_q);
+    Vec<float> top = ninf;
+    const auto run = [&](const auto& has) {
+      for (int64_t j = 0; j < keys.n; j += L) {
+        Vec<float> s = logit<DecodeWays>(
+            has, terms, head, load(S + j), [&] { return query - load(keys.position + j); },
+            [&] { return load(keys.bias + j); }, [](Vec<float>) {});
+        if (j + L > keys.n) s = iota<float>() + float(j) < float(keys.n) ? s : ninf;
+        store(S + j, s);
+        top = vmax(s, top);
+      }
+    };
+    if (terms.has.cap || terms.has.distance || terms.has.bias)
+      run(terms.has);
+    else
+      run(HasExactly<false, false, false>{});
+    return top;
+  }
+
+  // O[i] += sum_k P[i][k] V[k], one key after the other.
+  template <int R, int N>
+  ATTN_INLINE void add_values(const char* const* V, const float* P, float* O) const {
+    const int64_t dv = p.head_dim_v;
+    Vec<float> w[R][N];
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[i][v] = load(O + i * p.head_dim_v + c + v * L) * alpha[i];
-    for (int64_t j = 0; j < n; ++j) {
-      const char* row = V[j] + c * kBytes;
-      // K of the next chunk, a share each pass; beyond the end or at a page's end it does no harm.
-      const char* ahead = K[j] + kDecodeKeys * p.k.s * kBytes;
-      for (int64_t at = c; at < std::min(c + NV * L, p.head_dim); at += 64 / kBytes)
-        __builtin_prefetch(ahead + at * kBytes);
-      Vec<float> x[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v += 2) load_storage<TYPE>(row + v * L * kBytes, &x[v], &x[v + 1]);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) w[i][k] = set1(P[i * kDecodeKeys + k]);
+    for (int64_t c = 0; c < dv; c += 2 * L) {
+      Vec<float> x[N][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) load_storage<TYPE>(V[k] + c * kBytes, &x[k][0], &x[k][1]);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
-        const Vec<float> w = set1(P[i * kDecodeKeys + j]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[i][v] += w * x[v];
+        float* o = O + i * dv + c;
+        Vec<float> o0 = load(o), o1 = load(o + L);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) o0 += w[i][k] * x[k][0], o1 += w[i][k] * x[k][1];
+        store(o, o0);
+        store(o + L, o1);
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(O + i * p.head_dim_v + c + v * L, acc[i][v]);
   }
 
   void merge(float* a, float* b) const {
@@ -345,11 +425,10 @@ class Decode {
     }
   }
 
-  void finish(int64_t unit, float* state) const {
+  void finish(int64_t unit, float* state, Scratch& scratch) const {
     const float ninf = -std::numeric_limits<float>::infinity();
     const int64_t hk = unit % p.heads_k, dv = p.head_dim_v;
     const Sequence seq(p, ptr, unit / p.heads_k);
-    Scratch scratch(dv * int64_t(sizeof(float)));
     float* row = scratch.take<float>(dv);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = hk * group + r % group, i = r / group;

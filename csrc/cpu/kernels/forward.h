@@ -1,7 +1,8 @@
 // O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on
-// vector registers.  One task = `block_m` queries of one head, or a share of its keys when tasks
-// are few (split-KV, combined afterwards in fixed order).  All tiles are transposed, queries in
-// lanes: row maximum and sum are vertical operations.
+// vector registers.  One task = `block_m` queries of one head, or all queries of several heads of a
+// group where they are few, or a share of its keys when tasks are few (split-KV, combined
+// afterwards in fixed order).  All tiles are transposed, queries in lanes: row maximum and sum are
+// vertical operations.
 #pragma once
 #include "cpu/kernels/scores.h"
 #include "cpu/kernels/sigmoid.h"
@@ -33,10 +34,11 @@ class Forward {
         tasks == 0 || tasks >= 16 ? 1 : std::min<int64_t>((16 + tasks - 1) / tasks, n_tiles / 2);
     splits = std::max<int64_t>(splits, 1);
     if (tasks >= 16 * threads) set_panels(kPanels);  // what a panel computes stays the same
+    share_keys();
   }
 
   void run() {
-    const int64_t units = p.batch * p.heads_q * m_tiles;
+    const int64_t units = p.batch * p.heads_k * sets * m_tiles;
     const int64_t state = panels * SoftmaxState<T>::size(p.head_dim_v);
     std::vector<T> partial(splits > 1 ? units * splits * state : 0);
     parallel_for(units * splits, threads, [&](int64_t task) {
@@ -76,18 +78,45 @@ class Forward {
   int threads;
   const Softmax<Op> softmax;
   int64_t block_m, m_tiles, panels, splits;
+  int64_t together = 1, sets = 1;  // heads of a unit, and units that a group's heads make
 
-  // Up to kPanels panels of queries of one head.
+  // Up to kPanels panels of queries, of one head or of several with one panel each.
   struct Unit {
     Sequence seq;
     int64_t h, hk, m0, nq;  // query head, its K/V head, first query, queries (0 or less: none)
+    int64_t heads;          // from h
+    int64_t per_head() const { return (nq + kPanel - 1) / kPanel; }
+    int64_t panels() const { return nq > 0 ? heads * per_head() : 0; }
   };
   Unit unit_at(int64_t index) const {
-    const int64_t head = index / m_tiles, b = head / p.heads_q, h = head - b * p.heads_q;
-    const int64_t m0 = (index - head * m_tiles) * block_m;
-    Unit unit{Sequence(p, ptr, b), h, h / (p.heads_q / p.heads_k), m0, 0};
+    const int64_t group = p.heads_q / p.heads_k, set = index / m_tiles, kv = set / sets;
+    const int64_t b = kv / p.heads_k, hk = kv - b * p.heads_k, first = (set - kv * sets) * together;
+    const int64_t m0 = (index - set * m_tiles) * block_m;
+    Unit unit{
+        Sequence(p, ptr, b), hk * group + first, hk, m0, 0, std::min(together, group - first)};
     unit.nq = std::min(block_m, unit.seq.seqlen_q - m0);
     return unit;
+  }
+
+  // The head and the queries of a panel of a unit.
+  struct Part {
+    int64_t h, m0, nq;
+  };
+  static Part part(const Unit& unit, int64_t panel) {
+    const int64_t h = panel / unit.per_head(), q = (panel - h * unit.per_head()) * kPanel;
+    return {unit.h + h, unit.m0 + q, std::min(kPanel, unit.nq - q)};
+  }
+
+  // Heads of a group share the packing of K and V where each has one panel, as long as every thread
+  // still gets some tasks.  What a panel computes stays the same.
+  void share_keys() {
+    const int64_t group = p.heads_q / p.heads_k, others = p.batch * p.heads_k * splits;
+    sets = group;
+    if (p.seqlen_q > kPanel || o.w) return;
+    for (int64_t n = kPanels; n > 1 && together == 1; n /= 2)
+      if (others * ((group + n - 1) / n) >= 2 * threads) together = std::min(n, group);
+    sets = (group + together - 1) / together;
+    panels = std::max(panels, together);
   }
 
   // Returns the number of tasks when each has at most `most` panels.
@@ -104,10 +133,9 @@ class Forward {
   // What V holds where P = 0, as at excluded pairs and logits of -inf, must not reach O.  That is
   // looked into only when O is not finite (0 * inf and 0 * NaN are NaN).
   bool finite(const Unit& unit, T* state) const {
-    for (int64_t q = 0; q < unit.nq; q += kPanel)
-      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, q / kPanel).O),
-                                kPanel * int64_t(sizeof(T)), p.head_dim_v,
-                                std::min(kPanel, unit.nq - q)))
+    for (int64_t i = 0; i < unit.panels(); ++i)
+      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, i).O),
+                                kPanel * int64_t(sizeof(T)), p.head_dim_v, part(unit, i).nq))
         return false;
     return true;
   }
@@ -174,7 +202,10 @@ class Forward {
     const Range tiles = key_tiles(unit, split);
     Work w(unit, o, careful, state, panels, unit.nq < kPanel && tiles.end - tiles.first == 1,
            scratch);
-    if (tiles.first < tiles.end) w.scores.load_queries(unit.m0, unit.nq);
+    for (int64_t i = 0; tiles.first < tiles.end && i < unit.panels(); ++i) {
+      const auto [h, m0, nq] = part(unit, i);
+      w.scores.load_queries(i, h, m0, nq);
+    }
     for (int64_t t = tiles.first; t < tiles.end; ++t)
       add_tile(w, t * kForwardKeys, tiles.last_key, t + 1 == tiles.end, next);
     for (int64_t panel = 0; panel < panels; ++panel)
@@ -183,18 +214,18 @@ class Forward {
 
   // One tile of keys, from n0 and before `end`, against all panels.  last: of this task.
   void add_tile(Work& w, int64_t n0, int64_t end, bool last, int64_t next) const {
-    const auto& [seq, h, hk, m0, nq] = w.unit;
     const int64_t nk = std::min(kForwardKeys, end - n0);
     w.V = {}, w.finite = -1;
-    for (int64_t q = 0; q < nq; q += kPanel) {
-      const Panel<T> panel(seq, h, m0 + q, std::min(kPanel, nq - q), w.side);
+    for (int64_t i = 0; i < w.unit.panels(); ++i) {
+      const auto [h, m0, nq] = part(w.unit, i);
+      const Panel<T> panel(w.unit.seq, h, m0, nq, w.side);
       const Tile tile = panel.tile(n0, nk, Op::kPack);
       if (!last) panel.prefetch_mask(panel.m0, panel.nq, n0 + kForwardKeys, kForwardKeys);
       if (tile.empty) continue;
       if (!w.V.data) load_keys(w, tile, last, next);
       const Segments segments = panel.segments(tile);
-      weigh(w, q / kPanel, panel, tile, segments);
-      add_values(w, q / kPanel, panel, tile, segments);
+      weigh(w, i, panel, tile, segments);
+      add_values(w, i, panel, tile, segments);
     }
   }
 
@@ -261,14 +292,16 @@ class Forward {
   // output, and the inputs of the next.
   void prefetch_output(const Unit& unit, Prefetch& soon) const {
     const int64_t size = int64_t(dtype_size(o.written(p)));
-    soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, unit.h, unit.m0) * size, unit.nq,
-             p.o.s * size, p.head_dim_v * size);
+    for (int64_t h = unit.h; h < unit.h + unit.heads; ++h)
+      soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, h, unit.m0) * size, unit.nq,
+               p.o.s * size, p.head_dim_v * size);
   }
   void prefetch_inputs(const Unit& unit, Prefetch& soon) const {
-    const auto& [seq, h, hk, m0, nq] = unit;
+    const auto& [seq, first, hk, m0, nq, heads] = unit;
     if (nq <= 0) return;
-    soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
-             p.q.s * bytes(), p.head_dim * bytes());
+    for (int64_t h = first; h < first + heads; ++h)
+      soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
+               p.q.s * bytes(), p.head_dim * bytes());
     int64_t lo, hi;
     seq.key_range(m0, m0 + nq, &lo, &hi);
     prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim, soon);
@@ -311,9 +344,11 @@ class Forward {
   // Normalises, adds the sink's share, writes O, LSE and the statistics.
   void finish(const Unit& unit, T* state, Scratch& scratch) const {
     T* rows = scratch.take<T>(L * round_up(p.head_dim_v));
-    for (int64_t q = 0; q < unit.nq; q += L)
-      finish_rows(unit.seq, unit.h, unit.m0 + q, std::min<int64_t>(L, unit.nq - q),
-                  at_panel(state, q / kPanel), q % kPanel, rows);
+    for (int64_t i = 0; i < unit.panels(); ++i) {
+      const auto [h, m0, nq] = part(unit, i);
+      for (int64_t q = 0; q < nq; q += L)
+        finish_rows(unit.seq, h, m0 + q, std::min<int64_t>(L, nq - q), at_panel(state, i), q, rows);
+    }
   }
 
   void finish_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t n,

@@ -113,7 +113,7 @@ class Inspect {
   void each_tile(Rows& r, const F& f) const {
     int64_t lo, hi;
     r.seq.key_range(r.m0, r.m0 + r.nq, &lo, &hi);
-    if (r.nq > 0) r.scores.load_queries(r.m0, r.nq);
+    if (r.nq > 0) r.scores.load_queries(0, r.h, r.m0, r.nq);
     for (int64_t n0 = lo / kForwardKeys * kForwardKeys; r.nq > 0 && n0 < hi; n0 += kForwardKeys) {
       const Tile tile = r.panel.tile(n0, std::min(kForwardKeys, hi - n0), 1);
       if (tile.empty) continue;

@@ -35,18 +35,17 @@ class Scores {
     K_scratch = scratch.take<Item>(kForwardKeys * depth_of<Op>(p.head_dim));
   }
 
-  // nq queries from m0.
-  void load_queries(int64_t m0, int64_t nq) {
+  // Panel `index`: nq queries of a head from m0.
+  void load_queries(int64_t index, int64_t head, int64_t m0, int64_t nq) {
     const int64_t size = int64_t(dtype_size(p.dtype)), step = p.q.s * size;
-    for (int64_t q = 0; q < nq; q += kPanel) {
-      const auto* base = static_cast<const char*>(seq.ptr->q) + seq.q_offset(p.q, h, m0 + q) * size;
-      const int64_t n = std::min(kPanel, nq - q), columns = (n + kGrain - 1) / kGrain * kGrain;
-      if (w)
-        q_rows[q / kPanel].load(p.dtype, n, columns, p.head_dim, row,
-                                [&](int64_t i) { return base + i * step; });
-      else
-        pack_transposed<Op>(p.dtype, base, step, n, columns, p.head_dim, block, Qt + q * depth);
-    }
+    const auto* base = static_cast<const char*>(seq.ptr->q) + seq.q_offset(p.q, head, m0) * size;
+    const int64_t columns = (nq + kGrain - 1) / kGrain * kGrain;
+    if (w)
+      q_rows[index].load(p.dtype, nq, columns, p.head_dim, row,
+                         [&](int64_t i) { return base + i * step; });
+    else
+      pack_transposed<Op>(p.dtype, base, step, nq, columns, p.head_dim, block,
+                          Qt + index * kPanel * depth);
   }
 
   // nk keys from n0.

@@ -1,0 +1,60 @@
+// Two vectors of a row of storage as float, in the order that costs least, and sums and maxima
+// across lanes: what kernels need that keep the head dimension in lanes.
+#pragma once
+#include "cpu/simd/vector.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+// 2 L numbers of storage as float: *a has the first L and *b the rest, but for bfloat16 *a has the
+// even ones and *b the odd ones, which takes one instruction each.
+template <DType TYPE>
+ATTN_INLINE void load_storage(const char* p, Vec<float>* a, Vec<float>* b) {
+  if constexpr (TYPE == DType::kFloat32) {
+    *a = load(reinterpret_cast<const float*>(p));
+    *b = load(reinterpret_cast<const float*>(p) + kLanes<float>);
+  } else if constexpr (TYPE == DType::kBFloat16) {
+    Vec<uint32_t> x;
+    std::memcpy(&x, p, sizeof(x));
+    *a = (Vec<float>)(x << 16);
+    *b = (Vec<float>)(x & 0xffff0000u);
+  } else {
+#if ATTN_VEC_BYTES == 64
+    *a = (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    *b = (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p + 1));
+#elif ATTN_VEC_BYTES == 32
+    *a = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    *b = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+#endif
+  }
+}
+
+// Where number c of a row stands in load_storage's order.
+template <DType TYPE>
+inline int64_t storage_order(int64_t c) {
+  constexpr int64_t L = kLanes<float>;
+  return TYPE == DType::kBFloat16 ? c / (2 * L) * (2 * L) + c % 2 * L + c % (2 * L) / 2 : c;
+}
+
+// The sums of L vectors' lanes, in order: neighbours are joined in each round.
+template <int N>
+ATTN_INLINE void sum_round(Vec<float> (&x)[kLanes<float>]) {
+  constexpr int L = kLanes<float>, S = L / (2 * N);  // N pairs remain; lanes S apart are summed
+  Mask<float> lower, upper;
+  for (int e = 0; e < L; ++e) {
+    lower[e] = e & S ? L + e - S : e;
+    upper[e] = e & S ? L + e : e + S;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], lower) +
+           __builtin_shuffle(x[2 * i], x[2 * i + 1], upper);
+  if constexpr (N > 1) sum_round<N / 2>(x);
+}
+
+ATTN_INLINE float largest(Vec<float> x) {
+  float top = x[0];
+  for (int lane = 1; lane < kLanes<float>; ++lane) top = std::max(top, x[lane]);
+  return top;
+}
+
+}  // namespace attn::cpu::ATTN_ISA

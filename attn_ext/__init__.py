@@ -15,8 +15,10 @@ from attn_ext import inspect, nn, testing  # noqa: F401
 # at once, not at the first call: it prepares for fork()
 from attn_ext.backends import cpu as _cpu  # noqa: F401
 from attn_ext.core import reference  # noqa: F401
+from attn_ext.core.pages import CacheFullError
 from attn_ext.core.version import __version__  # noqa: F401
 from attn_ext.functional.additive import additive_attention, additive_attention_varlen
+from attn_ext.functional.cache import KVCache
 from attn_ext.functional.common import RowStats
 from attn_ext.functional.decode import attention_decode
 from attn_ext.functional.dense import attention
@@ -39,7 +41,7 @@ else:
 _torch_flash.offer()
 
 __all__ = [
-    "RowStats", "additive_attention", "additive_attention_varlen", "attention", "attention_decode",
-    "attention_varlen", "backends", "explain", "profile", "replace_sdpa",
-    "scaled_dot_product_attention",
+    "CacheFullError", "KVCache", "RowStats", "additive_attention", "additive_attention_varlen",
+    "attention", "attention_decode", "attention_varlen", "backends", "explain", "profile",
+    "replace_sdpa", "scaled_dot_product_attention",
 ]  # fmt: skip

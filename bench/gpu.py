@@ -101,7 +101,7 @@ class Device:
         return [sys.executable, "bench/sm90.py"]
 
     def tune(self, out: Path, seconds: float) -> list[str]:
-        """The Triton tables"""
+        """The tiles of Triton, and the table of all kernels"""
         minutes = f"{max(0.1, seconds / 60 - 0.2):.2f}"
         table = str(out / "tuned.json")
         return [*ATTN_EXT, "tune", "--minutes", minutes, "--out", table]
@@ -162,6 +162,10 @@ class Fake(Device):
         if importlib.util.find_spec("attn_ext._emulated") is None:
             raise Skip("attn_ext._emulated is not built")
         return [sys.executable, "bench/sm90.py", "--fake"]
+
+    def tune(self, out: Path, seconds: float) -> list[str]:
+        """The first classes of a CPU"""
+        return [*ATTN_EXT, "tune", "--device", "cpu", "--minutes", "0.01"]
 
     def cases(self) -> list[tuple]:
         """Three small cases"""

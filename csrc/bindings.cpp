@@ -64,6 +64,10 @@ void define_whole(py::class_<Call>& call) {
           py::arg("partial"), py::arg("delta"),
           "Other weights than softmax, other scores than dot products")
       .def(
+          "set_isa",
+          [](Call& c, const std::string& name) { c.options.isa = attn::cpu::isa_index(name); },
+          "Whose kernels serve the call where no ISA is forced; '' = the best one's")
+      .def(
           "forward",
           [](const Call& c, int threads) {
             check(c.p, c.ptr, threads);
@@ -83,10 +87,13 @@ void define_whole(py::class_<Call>& call) {
            "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
 }
 
-const attn::Problem* problem_of(PyObject* x) {
-  if (py::isinstance<Call>(x)) return &py::handle(x).cast<const Call*>()->p;
+attn::Held held_by(PyObject* x) {
+  if (py::isinstance<Call>(x)) {
+    const auto* call = py::handle(x).cast<const Call*>();
+    return {&call->p, &call->options};
+  }
   PyErr_SetString(PyExc_TypeError, "call must be a Call");
-  return nullptr;
+  return {};
 }
 
 }  // namespace
@@ -103,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
         "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");
   m.def("supported_isas", &attn::cpu::supported_isas);
   m.def("isa", &attn::cpu::isa);
+  m.def("isa_forced", &attn::cpu::isa_forced);
   m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
   m.def("isa_table", &attn::cpu::isa_table,
         "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
@@ -111,5 +119,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
 
-  if (!attn::add_dense_calls(m.ptr(), problem_of)) throw py::error_already_set();
+  if (!attn::add_dense_calls(m.ptr(), held_by)) throw py::error_already_set();
 }

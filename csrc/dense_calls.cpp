@@ -41,7 +41,7 @@ struct ExchangeTable {
 const ExchangeTable* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *is_neg = nullptr, *data_ptr = nullptr;
-ProblemOf problem_of = nullptr;
+HeldBy held_by = nullptr;
 
 // use_exchange(table, Tensor, Parameter): whether the table is one that `looks` can read.
 PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -120,15 +120,15 @@ struct WithoutGil {
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
 
-using Kernel = void (*)(const Problem&, const Pointers&, int);
+using Kernel = void (*)(const Problem&, const Pointers&, const cpu::Options&, int);
 
 // Runs the kernel; false with Python's error set.
-bool compute(Kernel kernel, const Problem& problem, const Pointers& pointers, int threads) {
+bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int threads) {
   try {
-    check(problem, pointers);
+    check(*held.problem, pointers);
     check_at_least("num_threads", threads, 1);
     WithoutGil release;
-    kernel(problem, pointers, threads);
+    kernel(*held.problem, pointers, *held.options, threads);
     return true;
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
@@ -151,8 +151,8 @@ PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t
     return PyErr_Format(PyExc_TypeError,
                         "a call, threads and %zd tensors are wanted, got %zd arguments", wanted,
                         count);
-  const Problem* problem = problem_of(args[0]);
-  if (!problem) return nullptr;
+  const Held held = held_by(args[0]);
+  if (!held.problem) return nullptr;
   const long threads = PyLong_AsLong(args[1]);
   if (PyErr_Occurred()) return nullptr;
   Addresses at{};
@@ -160,13 +160,13 @@ PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t
     if (!find_address(args[2 + i], at[i])) return nullptr;
   Pointers pointers;
   fill(pointers, at);
-  if (!compute(kernel, *problem, pointers, int(threads))) return nullptr;
+  if (!compute(kernel, held, pointers, int(threads))) return nullptr;
   Py_RETURN_NONE;
 }
 
 // dense_forward(call, threads, q, k, v, mask, bias, out, lse): O, and LSE where it is no None.
 PyObject* dense_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return run(&cpu::forward, args, count, 7, [](Pointers& p, const Addresses& at) {
+  return run(cpu::forward, args, count, 7, [](Pointers& p, const Addresses& at) {
     p.q = at[0], p.k = at[1], p.v = at[2], p.mask = at[3], p.bias = at[4];
     p.o = at[5], p.lse = at[6];
   });
@@ -175,7 +175,7 @@ PyObject* dense_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // dense_backward(call, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, dv, dbias): the
 // gradients that are no None; dbias is added to.
 PyObject* dense_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return run(&cpu::backward, args, count, 12, [](Pointers& p, const Addresses& at) {
+  return run(cpu::backward, args, count, 12, [](Pointers& p, const Addresses& at) {
     p.q = at[0], p.k = at[1], p.v = at[2], p.mask = at[3], p.bias = at[4];
     p.o = at[5], p.lse = at[6], p.dout = at[7];
     p.dq = at[8], p.dk = at[9], p.dv = at[10], p.dbias = at[11];
@@ -202,8 +202,8 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-bool add_dense_calls(PyObject* module, ProblemOf of) {
-  problem_of = of;
+bool add_dense_calls(PyObject* module, HeldBy of) {
+  held_by = of;
   is_neg = PyUnicode_InternFromString("is_neg");
   data_ptr = PyUnicode_InternFromString("data_ptr");
   return is_neg && data_ptr && PyModule_AddFunctions(module, methods) == 0;

@@ -3,15 +3,22 @@
 #pragma once
 #include <Python.h>
 
+#include "cpu/kernels/options.h"
 #include "params.h"
 
 namespace attn {
 
-// The Problem that a Python object holds; nullptr with Python's error set where it holds none.
-using ProblemOf = const Problem* (*)(PyObject*);
+// What a native call holds but for its addresses.
+struct Held {
+  const Problem* problem = nullptr;
+  const cpu::Options* options = nullptr;
+};
+
+// What a Python object holds; nothing, with Python's error set, where it is no native call.
+using HeldBy = Held (*)(PyObject*);
 
 // Adds use_exchange, looks, dense_forward and dense_backward to the module; false with Python's
 // error set.
-bool add_dense_calls(PyObject* module, ProblemOf problem_of);
+bool add_dense_calls(PyObject* module, HeldBy held_by);
 
 }  // namespace attn

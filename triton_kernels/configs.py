@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from attn_ext.core.machine import cache_folder
+
 
 class Tile(NamedTuple):
     """Queries, keys, warps and pipeline stages of one program; loads: 0 by pointers, 1 by tensor
@@ -313,9 +315,8 @@ def using(name: str, chosen: Tile):
 
 
 def cache_file() -> Path:
-    """Where `tune` stores tiles: ATTN_EXT_CACHE, else ~/.cache/attn_ext, triton_tiles.json."""
-    folder = os.environ.get("ATTN_EXT_CACHE") or Path.home() / ".cache" / "attn_ext"
-    return Path(folder) / "triton_tiles.json"
+    """Where `tune` stores tiles: ATTN_EXT_CACHE_DIR, else ~/.cache/attn_ext, triton_tiles.json."""
+    return cache_folder() / "triton_tiles.json"
 
 
 def identity(device_name: str) -> str:

@@ -8,13 +8,17 @@ This module checks what a pointer means before it leaves Python: dtype, device, 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
+import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
+from attn_ext.backends import tuned
 from attn_ext.backends.looks import looks
 from attn_ext.backends.native import canonical, fields, point
 from attn_ext.core.layout import (
@@ -93,6 +97,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
 FRAMES = True  # serves shards of larger calls
+AMX = "avx512_amx"
+AGREEMENT = 2**-6  # of the largest element: two roundings to bfloat16
 MAPS = ("row_stats", "top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 
 
@@ -122,9 +128,73 @@ def _canonical(call: Call) -> dict:
     return canonical(call, statistics_dtype(call.q.dtype), _DTYPES)
 
 
+def _isa(call: Call) -> str:
+    """Whose kernels shall serve the call where none is forced: the fastest that were measured here,
+    or "" for the best that there are."""
+    measured = bool(tuned.load("cpu", 0)[0].rows)
+    rounds = call.q.dtype == torch.bfloat16  # what AMX's tiles multiply
+    if not (measured or rounds) or _C.isa_forced():
+        return ""
+    fastest = tuned.isa(Problem.of(call)) if measured else ""
+    if fastest in _C.supported_isas():
+        return fastest
+    return AMX if rounds and amx_is_right() else ""
+
+
+@functools.cache
+def amx_is_right() -> bool:
+    """Whether this machine has AMX and its kernels agree with those of AVX-512 on a small call,
+    forward and backward; a warning where they do not."""
+    if AMX not in _C.supported_isas():
+        return False
+    why = disagreement(AMX, "avx512_bf16")
+    if why:
+        warnings.warn(
+            f"attn_ext leaves the kernels for {AMX} out on this machine: {why}.  Please report it.",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+    return not why
+
+
+def disagreement(first: str, second: str) -> str:
+    """How the kernels of two instruction sets differ on one bfloat16 call with more than a tile of
+    queries and of keys; "" where they do not.  Milliseconds."""
+    shape = (1, 2, 150, 72)
+    # not by chance: vmap may forbid that at whatever call is the first
+    numbers = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").view(shape)
+    q, k, v, dout = ((numbers * step).sin().bfloat16() for step in (0.7, 1.3, 2.9, 3.7))
+    call = Call(q, k, v, scale=0.125, window_right=0, max_seqlen_q=150, max_seqlen_k=150)
+    try:
+        one, other = (_results(call, dout, isa) for isa in (first, second))
+    except ValueError as error:  # Linux refuses the tiles to this process
+        return str(error)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), one, other, strict=True):
+        a, b = a.float(), b.float()
+        most = AGREEMENT * b.abs().max()
+        if not (a - b).abs().max() <= most:  # NaN too
+            return f"{name} differs from that of {second} by {(a - b).abs().max().item():.2g}"
+    return ""
+
+
+def _results(call: Call, dout: torch.Tensor, isa: str) -> list[torch.Tensor]:
+    """O and the gradients of q, k and v by the kernels of one instruction set."""
+    t, threads = _canonical(call), 1
+    out, lse = torch.empty_like(call.q), torch.empty(lse_shape(call), device="cpu")
+    native = _C.Call(**fields(call, t, out, lse, _DTYPES))
+    native.set_isa(isa)
+    point(native, q=call.q, k=call.k, v=call.v, o=out, lse=lse, dout=dout)
+    native.forward(threads)
+    grads = [torch.empty_like(x) for x in (call.q, call.k, call.v)]
+    _set_gradients(native, call, dout, grads, None)
+    point(native, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    native.backward(threads)
+    return [out, *grads]
+
+
 def _native(call: Call, t: dict, out, lse, dw=None, partial: bool = False, delta=None):
     """The native call: sizes, strides, scalars and the addresses of the inputs."""
     native = _C.Call(**fields(call, t, out, lse, _DTYPES))
+    native.set_isa(_isa(call))
     w, sigmoid = t["w"], call.normalizer == "sigmoid"
     if sigmoid or partial or w is not None:
         native.set_options(

@@ -17,7 +17,8 @@ except ImportError as error:  # not built, or built for another Python
 
 
 @functools.cache
-def _kernels() -> native_gpu.Kernels:
+def kernels() -> native_gpu.Kernels:
+    """The kernels on this machine's GPUs."""
     return native_gpu.Kernels(_cuda, "cuda")
 
 
@@ -26,6 +27,23 @@ def _device_problem(index: int) -> str:
     """Why the kernels do not run on this device; asked only for tensors that lie on it, since
     loading a kernel makes a CUDA context."""
     return _cuda.device_problem(index) or _cuda.kernel_problem(index)
+
+
+def is_hopper(index: int) -> bool:
+    """Whether the kernels written for Hopper run on a device."""
+    return _cuda is not None and _cuda.sm90_problem(index) == ""
+
+
+class Hopper:
+    """This backend with the kernels written for Hopper in force, whatever was verified before."""
+
+    available = staticmethod(lambda: available())
+    unsupported = staticmethod(lambda problem: unsupported(problem))
+
+    def __init__(self):
+        self._kernels = native_gpu.Kernels(_cuda, "cuda")
+        self._kernels.sm90 = True
+        self.forward, self.backward = self._kernels.forward, self._kernels.backward
 
 
 @functools.cache
@@ -54,9 +72,9 @@ def unsupported(problem: Problem) -> list[str]:
 
 def forward(call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
-    return _kernels().forward(call)
+    return kernels().forward(call)
 
 
 def backward(call, dout, out, lse, dlse, needs):
     """The gradients; None where `needs` says so."""
-    return _kernels().backward(call, dout, out, lse, dlse, needs)
+    return kernels().backward(call, dout, out, lse, dlse, needs)

@@ -12,6 +12,7 @@ import os
 
 import torch
 
+from attn_ext.backends import tuned
 from attn_ext.backends.native import canonical, fields, point
 from attn_ext.core.layout import NO_SCORES, empty_like_layout, memory_order, rows, strides
 from attn_ext.core.plans import Plans
@@ -71,8 +72,9 @@ class Kernels:
 
     def __init__(self, module, device_type: str):
         self.module, self.device_type = module, device_type
-        # Hopper's own kernels have not been measured on hardware yet: only on request.
-        self.sm90 = os.environ.get("ATTN_EXT_CUDA_SM90", "0") not in ("", "0")
+        # Hopper's own kernels: on request, or (None) where they were verified on the GPU itself.
+        asked = os.environ.get("ATTN_EXT_CUDA_SM90", "")
+        self.sm90: bool | None = asked != "0" if asked else None
         self._devices: dict[int, tuple[int, bool]] = {}  # multiprocessors; is a Hopper GPU
         self._plans: Plans[tuple] = Plans()  # what a plain dense call needs, by shapes, strides
 
@@ -86,7 +88,10 @@ class Kernels:
             hopper = self.module.sm90_problem(index) == ""
             self._devices[index] = (self.module.multiprocessors(index), hopper)
         multiprocessors, hopper = self._devices[index]
-        return index, stream, multiprocessors, hopper and self.sm90
+        if hopper:
+            known = device.type == "cuda" and tuned.hopper(index)
+            hopper = known if self.sm90 is None else self.sm90
+        return index, stream, multiprocessors, hopper
 
     @staticmethod
     def _on(device: torch.device):

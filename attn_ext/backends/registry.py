@@ -1,4 +1,5 @@
-"""The backends, in the order in which `backend="auto"` tries them.
+"""The backends, in the order in which `backend="auto"` tries them, and the choice among them: by
+the table that `attn-ext tune` measured where there is one, else by that order.
 
 A backend is a module with
 
@@ -24,9 +25,12 @@ import importlib.util
 import warnings
 from types import ModuleType, SimpleNamespace
 
+from attn_ext.backends import tuned
 from attn_ext.core.problem import FAR_LSE, Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
+TORCH = "torch"  # its own attention: by name, or for "fastest"
+CHOICES = ("auto", "fastest")  # in place of a name
 NOT_ADDITIVE = ("sink", "paged", "stats")  # features of dot products alone
 TEST_ONLY: dict[str, ModuleType] = {}  # modules that tests put up by name; never chosen by "auto"
 
@@ -36,8 +40,8 @@ def get(name: str) -> ModuleType:
     """The backend module called `name`; ValueError for an unknown one."""
     if name in TEST_ONLY:
         return TEST_ONLY[name]
-    if name not in ORDER:
-        names = ", ".join(map(repr, ORDER))
+    if name not in (*ORDER, TORCH):
+        names = ", ".join(map(repr, (*CHOICES[1:], *ORDER, TORCH)))
         raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
     if importlib.util.find_spec(f"attn_ext.backends.{name}") is None:
         missing = f"the {name} backend is not part of this version of attn_ext"
@@ -77,25 +81,39 @@ def automatic(name: str, problem: Problem) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def select(name: str, problem: Problem) -> str:
-    """The backend that serves `problem`: the first able one for "auto", else `name` itself.
+    """The backend that serves `problem`: for "auto" the fastest of those able, as far as it was
+    measured here, else the first; for "fastest" alike, but torch's own attention is one of them;
+    else `name` itself.
 
     NotImplementedError, with every reason, where there is none.
     """
-    if name != "auto":
+    if name not in CHOICES:
         why = reasons(name, problem)
         if why:
             raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(why)}")
         return name
-    for candidate in ORDER:
+    measured = tuned.row_of(problem) is not None
+    able = []
+    for candidate in candidates(name):
         if automatic(candidate, problem) and not reasons(candidate, problem):
-            return candidate
-    why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
-    raise NotImplementedError(f"no backend can serve this call: {why}")
+            able.append(candidate)
+            if not measured:
+                break  # the others' reasons can be dear to find
+    if not able:
+        why = "; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in ORDER)
+        raise NotImplementedError(f"no backend can serve this call: {why}")
+    engine = tuned.fastest(problem, able) or able[0]
+    return engine.partition(":")[0]
+
+
+def candidates(name: str) -> tuple[str, ...]:
+    """The backends that "auto" or "fastest" chooses among, in their order."""
+    return (*ORDER, TORCH) if name == "fastest" else ORDER
 
 
 def warn_of_reference(name: str, chosen: str, problem: Problem) -> None:
     """RuntimeWarning, once a reason, where "auto" found nothing but the reference."""
-    if name == "auto" and chosen == "reference":
+    if name in CHOICES and chosen == "reference":
         foreign = {"reference"} if problem.device == "cpu" else {"reference", "cpu"}
         own = [c for c in ORDER if automatic(c, problem) and c not in foreign]
         _warn_once("; ".join(f"{c}: {', '.join(reasons(c, problem))}" for c in own))

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import attn_ext
+from attn_ext.backends import tuned
+from attn_ext.core.machine import cpu_model
 from attn_ext.measure.peers import available_bytes
-from attn_ext.measure.results import cpu_model
 
 PACKAGES = (
     "torch", "triton", "numpy", "flash-attn", "xformers", "onnxruntime", "onnx", "openvino",
@@ -134,6 +135,12 @@ def advice(name: str, why: str) -> str:
     return ""
 
 
+def tables() -> dict[str, str]:
+    """What `attn-ext tune` measured on each device, and how long ago"""
+    devices = [("cpu", 0), *(("cuda", i) for i in range(torch.cuda.device_count()))]
+    return {f"{kind}:{i}" if kind == "cuda" else kind: tuned.state(kind, i) for kind, i in devices}
+
+
 def gather() -> dict:
     """All that the command prints"""
     states = attn_ext.backends()
@@ -147,6 +154,7 @@ def gather() -> dict:
         "packages": {name: _version(name) for name in PACKAGES},
         "torch_cuda": torch.version.cuda,
         "environment": {k: v for k, v in os.environ.items() if k.startswith("ATTN_EXT_")},
+        "tuned": tables(),
         "backends": [
             {"name": n, "works": not why, "reason": why, "advice": advice(n, why)}
             for n, why in states.items()
@@ -186,6 +194,8 @@ def run(as_json: bool) -> int:
     console.print(f"         not installed: {', '.join(lack) or 'none'}", soft_wrap=True)
     for name, value in found["environment"].items():
         console.print(f"{name}={value}")
+    for name, state in found["tuned"].items():
+        console.print(f"tuned    {name}: {state}", soft_wrap=True)
     table = Table("backend", "works", "why not", "what to do", title="Backends, as auto tries them")
     for b in found["backends"]:
         table.add_row(b["name"], "yes" if b["works"] else "no", b["reason"], b["advice"])

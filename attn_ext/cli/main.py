@@ -192,12 +192,15 @@ def profile(
 
 @app.command()
 def tune(
-    minutes: Annotated[float, typer.Option(help="no further table is begun after these")] = 3.0,
-    head_dims: Annotated[str, typer.Option(help="comma-separated")] = "64,128",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
-    out: Annotated[Path | None, typer.Option(help="copy the tuned table to this file")] = None,
+    minutes: Annotated[float, typer.Option(help="nothing more is begun after these")] = 3.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="forget what was measured before")] = False,
+    head_dims: Annotated[str, typer.Option(help="of Triton's tiles; comma-separated")] = "64,128",
+    dtype: Annotated[str, typer.Option(help="of Triton's tiles: bf16, fp16 or fp32")] = "bf16",
+    out: Annotated[Path | None, typer.Option(help="copy the table to this file")] = None,
+    json: Json = False,
 ) -> int:
-    """Tune the Triton kernels' tables for this GPU."""
+    """Measure this machine's kernels, torch's own among them, for "auto" to take the fastest."""
     from attn_ext.cli import tune as command
 
     if not 0 < minutes <= 600:
@@ -208,7 +211,8 @@ def tune(
     if not dims or not all(d.isdecimal() and 1 <= int(d) <= 256 for d in dims):
         raise BadArgument(f"--head-dims must be numbers from 1 to 256, got {head_dims!r}")
     dims = [int(d) for d in dims]
-    return command.run(minutes, dims, command.DTYPES[dtype], writable(out, "--out"))
+    out = writable(out, "--out")
+    return command.run(minutes, device, anew, dims, command.DTYPES[dtype], out, json)
 
 
 def _line(message: str) -> str:

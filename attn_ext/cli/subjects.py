@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from attn_ext.backends import registry
+from attn_ext.backends import registry, tuned
 from attn_ext.core import logit
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TOP_LEFT, Call, Grads
@@ -179,6 +179,8 @@ def ours(names: list[str] | None, devices: list[str]) -> list[Backend]:
             raise ValueError(f"--backend {name} cannot run here: {why or 'no device for it'}")
         if not why and (names or name != "reference"):
             found += [Backend(name, device) for device in usable]
+        if name == "cuda" and not why and registry.get("cuda").is_hopper(0):
+            found.append(Backend(tuned.HOPPER, "cuda", registry.get("cuda").Hopper()))
     return found
 
 

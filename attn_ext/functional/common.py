@@ -24,8 +24,22 @@ if TYPE_CHECKING:
         backend: str
 
 
+PREFER = {"fastest": "fastest", "attn_ext": "auto"}  # the backend that each means
 MAX_SEED = 2**63 - 1
 NO_LSE = "return_lse must be False with normalizer='sigmoid', which has no LSE, got True"
+
+
+def preferred(prefer: str) -> str:
+    """The backend of an option `prefer`: "fastest" takes torch's own attention where `attn-ext
+    tune` measured it to be faster; without a table, and with "attn_ext", it is attn_ext's.
+
+    TypeError or ValueError for another one.
+    """
+    if not isinstance(prefer, str):
+        raise TypeError(f"prefer must be a str, got {type(prefer).__name__} {prefer!r}")
+    if prefer not in PREFER:
+        raise ValueError(f"prefer must be {' or '.join(map(repr, PREFER))}, got {prefer!r}")
+    return PREFER[prefer]
 
 
 class RowStats(NamedTuple):

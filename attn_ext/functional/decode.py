@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from attn_ext.core import validate
+from attn_ext.core import mistakes, validate
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
 from attn_ext.functional.common import autocast, result, sides
 from attn_ext.ops import execute, route
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
         num_splits: int
 
 
-def _refuse_grad(**tensors) -> None:
+def refuse_grad(caller: str, **tensors) -> None:
+    """NotImplementedError where one of the tensors requires a gradient that would be recorded."""
     if torch.is_grad_enabled():
         for name, value in tensors.items():
             if value is not None and value.requires_grad:
                 raise NotImplementedError(
-                    f"attention_decode is not differentiable, but {name} requires a gradient: use "
+                    f"{caller} is not differentiable, but {name} requires a gradient: use "
                     "attn_ext.attention_varlen to train, or torch.no_grad() to decode"
                 )
 
@@ -74,6 +75,13 @@ def _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new) -> int:
     return k_new.shape[2]
 
 
+def _check_shapes(q, k_cache, v_cache, cache_seqlens, block_table) -> None:
+    try:
+        validate.decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table)
+    except ValueError as error:
+        raise mistakes.paged(error, q, k_cache) from None
+
+
 def decode_call(
     q, k_cache, v_cache, cache_seqlens=None, *, k_new=None, v_new=None, block_table=None,
     causal=True,
@@ -96,16 +104,17 @@ def decode_call(
     )
     # more than there are keys; the kernels take an int64
     num_splits = min(validate.integer("num_splits", num_splits), 1 << 30)
-    validate.decode_shapes(q, k_cache, v_cache, cache_seqlens, block_table)
+    _check_shapes(q, k_cache, v_cache, cache_seqlens, block_table)
     added = _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new)
     batch, heads, seqlen_q, _ = q.shape
     capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[2]
     mask, bias, alibi_slopes, sink = sides(
         q, mask, bias, alibi_slopes, sink, batch, heads, seqlen_q, capacity
     )
-    _refuse_grad(
-        q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, bias=bias, sink=sink
-    )
+    refuse_grad(
+        "attention_decode", q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new,
+        bias=bias, sink=sink,
+    )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     if added and not compiling and q.device.type == "cpu" and route.is_plain(q, k_cache, v_cache):
         lengths = validate.lengths("cache_seqlens", cache_seqlens, capacity, added)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from attn_ext.core import validate
+from attn_ext.core import mistakes, validate
 from attn_ext.core.schema import Call
 from attn_ext.functional.common import NO_LSE, autocast, autocasting, draw_rng_state, result, sides
 from attn_ext.ops import fast, route
@@ -39,12 +39,27 @@ if TYPE_CHECKING:
         sigmoid_bias: float | None
 
 
-def dense_call(
+def dense_call(q, k, v, **options) -> Call:
+    """The checked, canonical call of the keywords of `attention`."""
+    if torch.compiler.is_compiling():
+        return _call(q, k, v, **options)
+    try:
+        return _call(q, k, v, **options)
+    except ValueError as error:
+        scores, of_heads = (
+            [options.get(name) for name in names]
+            for names in (("mask", "bias"), ("alibi_slopes", "sink"))
+        )
+        causal = options.get("causal", False)
+        more = dict(causal=causal, scores=scores, of_heads=of_heads)
+        raise mistakes.explained(error, q, k, v, **more) from None
+
+
+def _call(
     q, k, v, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0,
     alibi_slopes=None, sink=None, dropout_p=0.0, scale=None, need_stats=False, deterministic=False,
     normalizer="softmax", sigmoid_bias=None, backend="auto",
 ) -> Call:  # fmt: skip
-    """The checked, canonical call."""
     validate.tensor("q", q)
     validate.tensor("k", k)
     validate.tensor("v", v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
-from attn_ext.backends import registry
+from attn_ext.backends import registry, tuned
 from attn_ext.core import validate
 from attn_ext.core.problem import Problem
 from attn_ext.functional.common import NO_LSE
@@ -24,6 +24,7 @@ class Explanation:
     problem: Problem
     reasons: dict[str, list[str]]  # backend -> why it cannot serve the call; empty when it can
     chosen: str | None  # None when no backend can
+    decided: str = ""  # by what it was chosen
 
     def __str__(self) -> str:
         p = self.problem
@@ -35,6 +36,7 @@ class Explanation:
         for name, why in self.reasons.items():
             verdict = "chosen" if name == self.chosen else "; ".join(why) or "able"
             lines.append(f"  {name:<10} {verdict}")
+        lines.append(f"  decided by {self.decided}")
         lines.append(f"  second derivatives and forward mode: {self.second}")
         return "\n".join(lines)
 
@@ -48,12 +50,29 @@ class Explanation:
 
 def of(problem: Problem, backend: str = "auto") -> Explanation:
     """What `explain` says of a problem."""
-    reasons = {candidate: registry.reasons(candidate, problem) for candidate in registry.ORDER}
-    if backend != "auto":
+    known = (*registry.ORDER, registry.TORCH)
+    reasons = {name: registry.reasons(name, problem) for name in known}
+    if backend not in registry.CHOICES:
         registry.get(backend)  # an unknown name is an error here too
-        return Explanation(problem, reasons, None if reasons[backend] else backend)
-    able = (c for c in reasons if not reasons[c] and registry.automatic(c, problem))
-    return Explanation(problem, reasons, next(able, None))
+        chosen = None if reasons[backend] else backend
+        return Explanation(problem, reasons, chosen, "its name")
+    try:
+        chosen = registry.select(backend, problem)
+    except NotImplementedError:
+        return Explanation(problem, reasons, None, "nothing: no backend can")
+    return Explanation(problem, reasons, chosen, _decided(problem, chosen))
+
+
+def _decided(problem: Problem, chosen: str) -> str:
+    """What made "auto" choose: a row of the table that was measured here, or the order."""
+    row = tuned.row_of(problem)
+    engine = tuned.fastest(problem, (chosen,))
+    if row is None or engine is None:
+        state = tuned.state(problem.device, problem.device_index)
+        return f"the order of backends; {state}"
+    times = sorted(row.seconds.items(), key=lambda item: item[1])
+    shown = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in times)
+    return f"attn-ext tune, {row}: {shown}"
 
 
 def explain(q, k, v, *args, **kwargs) -> Explanation:

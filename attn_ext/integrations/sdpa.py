@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from attn_ext.backends import registry
 from attn_ext.core import validate
+from attn_ext.functional import common
 from attn_ext.integrations import sdpa_scopes as scopes
 from attn_ext.integrations.sdpa_calls import (
     TORCH_SDPA,
@@ -116,6 +117,9 @@ class replace_sdpa(TorchFunctionMode):
 
     strict: raise (NotImplementedError, ValueError or TypeError, with the reason) instead of
     leaving a call to torch with a warning.  backend: "auto", or a name of `attn_ext.backends()`.
+    prefer, with backend "auto": "fastest" lets torch's own flash attention compute plain calls of
+    a class for which `attn-ext tune` measured it to be faster on this machine (none without a
+    table); `report()` counts them as served by "torch".  "attn_ext" keeps every call.
 
     What runs in backward() belongs to the block in which its forward ran, wherever backward() is
     called: checkpoints of both forms, autograd.Functions that recompute, hooks of tensors.
@@ -131,7 +135,7 @@ class replace_sdpa(TorchFunctionMode):
     Code already compiled by torch.compile is compiled again under it.
     """
 
-    def __init__(self, strict: bool = False, backend: str = "auto"):
+    def __init__(self, strict: bool = False, backend: str = "auto", prefer: str = "fastest"):
         super().__init__()
         if callable(strict):
             raise TypeError(
@@ -140,7 +144,10 @@ class replace_sdpa(TorchFunctionMode):
         validate.boolean("strict", strict)
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a str, got {type(backend).__name__} {backend!r}")
-        if backend != "auto":
+        wanted = common.preferred(prefer)
+        if backend == "auto":
+            backend = wanted
+        elif backend not in registry.CHOICES:
             registry.get(backend)
         self.strict = strict
         self.backend = backend

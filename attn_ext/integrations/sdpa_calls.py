@@ -7,6 +7,7 @@ strict=True.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import threading
 import warnings
@@ -36,7 +37,7 @@ _warned: set = set()
 class Report(NamedTuple):
     """Calls since the last `reset`."""
 
-    served: dict  # backend -> eager calls that it served
+    served: dict  # backend -> eager calls that it served; "torch": where that is the fastest
     torch: dict  # reason -> eager calls that torch served
     compiled: dict  # "attn_ext" or a reason -> calls traced into compiled graphs, once a trace
 
@@ -87,13 +88,15 @@ def not_served_in_hook(strict: bool) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _serving(backend, device, index, dtype, seqlen_q, seqlen_k, dim, dim_v, grad, flags) -> str:
+def _serving(
+    backend, device, index, dtype, heads, grouped, seqlen_q, seqlen_k, dim, dim_v, grad, flags
+) -> str:  # fmt: skip
     """The name of the backend that serves such a call; NotImplementedError where none does."""
     causal, mask, bias, bias_grad, dropout = flags
     problem = Problem(
-        "dense", device, dtype, 1, 1, 1, seqlen_q, seqlen_k, dim, dim_v, causal=causal,
-        align=TOP_LEFT, mask=mask, bias=bias, bias_grad=bias_grad, dropout=dropout, grad=grad,
-        device_index=index,
+        "dense", device, dtype, 1, heads, 1 if grouped else heads, seqlen_q, seqlen_k, dim, dim_v,
+        causal=causal, align=TOP_LEFT, mask=mask, bias=bias, bias_grad=bias_grad, dropout=dropout,
+        grad=grad, device_index=index,
     )  # fmt: skip
     name = registry.select(backend, problem)
     if name == "reference" != backend:
@@ -104,6 +107,11 @@ def _serving(backend, device, index, dtype, seqlen_q, seqlen_k, dim, dim_v, grad
         )
         raise NotImplementedError(f"no kernel can serve this call: {why}")
     return name
+
+
+def forget() -> None:
+    """Choose backends again."""
+    _serving.cache_clear()
 
 
 def _only_math() -> bool:
@@ -155,8 +163,9 @@ def _backend(backend: str, query, key, value, attn_mask, dropout_p, is_causal) -
     bias_grad = bias and grads and attn_mask.requires_grad
     grad = grads and (query.requires_grad or key.requires_grad or value.requires_grad)
     return _serving(
-        backend, device.type, device.index or 0, dtype, query.shape[-2], key.shape[-2],
-        query.shape[-1], value.shape[-1], grad or bias_grad,
+        backend, device.type, device.index or 0, dtype, math.prod(query.shape[:-2]),
+        query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3],
+        query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1], grad or bias_grad,
         (bool(is_causal), mask, bias, bias_grad, dropout_p > 0),
     )  # fmt: skip
 
@@ -168,7 +177,7 @@ def _traced_reason(backend: str, device: str, dtype: torch.dtype, count: bool = 
         if dtype != torch.float64 and autocasting(device):
             dtype = torch.get_autocast_dtype(device)
         if not why:
-            _serving(backend, device, 0, dtype, 64, 64, 64, 64, False, (False,) * 5)
+            _serving(backend, device, 0, dtype, 1, False, 64, 64, 64, 64, False, (False,) * 5)
     except NotImplementedError as error:
         why = str(error)
     if not count:

@@ -17,21 +17,25 @@ import warnings
 import torch
 
 from attn_ext.core import validate
+from attn_ext.functional import common
 from attn_ext.functional.dense import attention
 from attn_ext.functional.varlen import attention_varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.masks import LazyMask, mask_function
+from attn_ext.integrations.paged_cache import CachedRows, paged_cache
 from attn_ext.ops import route
 
-__all__ = ["attention_forward", "mask_function", "register"]
+__all__ = ["attention_forward", "mask_function", "paged_cache", "register"]
 
 
-def register(name: str = "attn_ext") -> None:
+def register(name: str = "attn_ext", prefer: str = "fastest") -> None:
     """Make `attn_implementation=name` available in transformers; a second call changes nothing.
 
     Registers `attention_forward` with AttentionInterface and `mask_function` with
     AttentionMaskInterface: without the second, transformers passes no mask at all to an
     implementation that it does not know, padding included, and says nothing.
+    prefer: "fastest" lets torch's own flash attention compute a plain call where `attn-ext tune`
+    measured it to be faster, "attn_ext" keeps every call.
     ImportError where transformers (v5 or newer) is not installed; ValueError for a name that
     transformers gives a meaning of its own.
     """
@@ -51,7 +55,11 @@ def register(name: str = "attn_ext") -> None:
             "name must be new to transformers and hold none of flash, flex, sdpa, eager, paged and "
             f"'/', to which it gives meanings of its own, got {name!r}"
         )
-    AttentionInterface.register(name, attention_forward)
+    common.preferred(prefer)
+    forward = attention_forward
+    if prefer != "fastest":
+        forward = functools.partial(attention_forward, prefer=prefer)
+    AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, mask_function)
 
 
@@ -82,7 +90,8 @@ def attention_forward(
     dropout: applied while module.training.  scaling: 1/sqrt(D) if None.
     kwargs: cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k (packed sequences), cache
     (continuous batching), indices [B, Sq, n] (the keys that a sparse layer chose),
-    output_attentions (warned about: weights are never stored), others have no meaning here.
+    output_attentions (warned about: weights are never stored), prefer (see `register`), others
+    have no meaning here.
     ValueError, TypeError and NotImplementedError as `attn_ext.attention`.
     """
     if kwargs.get("output_attentions"):
@@ -139,6 +148,7 @@ def attention_forward(
         "softcap": 0.0 if softcap is None else _number("softcap", softcap, 0.0),
         "dropout_p": _dropout(dropout, getattr(module, "training", True)),
         "sink": None if s_aux is None else _sinks(s_aux, query),
+        "backend": common.preferred(kwargs.get("prefer", "fastest")),
     }
     row_sinks, simple = kwargs.get("sinks"), mask is None or isinstance(mask, LazyMask)
     if position_bias is None and row_sinks is None and simple:
@@ -318,7 +328,10 @@ def _dense(query, key, value, mask, position_bias, row_sinks, options):
     if mask is not None and mask.dtype != torch.bool:
         bias = mask if bias is None else bias + mask
         mask = None
-    if row_sinks is None:
+    if isinstance(key, CachedRows) and row_sinks is None and not options["dropout_p"]:
+        rest = {name: x for name, x in options.items() if name != "dropout_p"}
+        out = key.cache.attend(query, causal=False, mask=mask, bias=bias, **rest)
+    elif row_sinks is None:
         out = attention(query, key, value, mask=mask, bias=bias, **options)
     else:
         _floating("sinks", row_sinks, query)

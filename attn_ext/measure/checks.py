@@ -64,15 +64,15 @@ class Verdict:
 
 
 class Reference:
-    """The truth of a case for its first, its last and one other group of heads"""
+    """The truth of a case for its first, its last and one other group of heads; `most`: so many"""
 
-    def __init__(self, case: Case, q, k, v, dout):
+    def __init__(self, case: Case, q, k, v, dout, most: int = 3):
         self.case, self.group = case, case.heads_q // case.heads_k
         backward = case.direction != "fwd"
         groups = case.batch * case.heads_k
         cost = self.group * case.seqlen_q * case.seqlen_k
         chosen = [0, groups - 1, groups * 5 // 8]
-        chosen = list(dict.fromkeys(chosen[: max(1, PAIRS // cost)]))
+        chosen = list(dict.fromkeys(chosen[: min(most, max(1, PAIRS // cost))]))
         self.truths = []
         for index in chosen:
             at = divmod(index, case.heads_k)

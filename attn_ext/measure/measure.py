@@ -12,7 +12,7 @@ from attn_ext.measure import ceilings as ceiling
 from attn_ext.measure.cases import Case
 from attn_ext.measure.checks import Reference
 from attn_ext.measure.engines import Bound, Unavailable
-from attn_ext.measure.peers import OURS, PEERS
+from attn_ext.measure.peers import OURS, PEERS, Peer
 from attn_ext.measure.results import Report, Row
 from attn_ext.measure.timing import Candidate, interleave
 
@@ -52,10 +52,13 @@ def measure_case(
     turns: int = 7,
     budget: float = 3.0,
     memory: bool = True,
+    table: dict[str, Peer] = PEERS,
+    groups: int = 3,
 ) -> tuple[list[Row], list[dict]]:
-    """(rows, skipped) of one case.  `budget`: seconds of timing for all peers together."""
+    """(rows, skipped) of one case.  `budget`: seconds of timing for all peers together; `table`:
+    where their names are looked up; `groups`: heads whose results are checked."""
     q, k, v, dout = case.inputs()
-    reference = Reference(case, q, k, v, dout)
+    reference = Reference(case, q, k, v, dout, groups)
     inputs = (q, k, v)
     if case.direction != "fwd":
         for x in inputs:
@@ -63,7 +66,7 @@ def measure_case(
     rows, skipped, timed = [], [], []
     for name in peers:
         try:
-            bound = PEERS[name].bind(case, q, k, v)
+            bound = table[name].bind(case, q, k, v)
             run, results = _direction(case, bound, inputs, dout)
             with bound.context():
                 verdict = reference.check([x.detach() for x in results(run())])

@@ -32,7 +32,9 @@ class Peer:
     slow: bool = False
 
 
-def _bind_ours(backend: str):
+def bind_backend(backend: str):
+    """attn_ext on one backend, as a row of the table has it"""
+
     def bind(case: Case, q, k, v) -> Bound:
         causal = "bottom_right" if case.causal else False
         if case.direction == "fwd" and case.seqlen_k > 4 * case.seqlen_q:
@@ -155,9 +157,9 @@ def _xformers(case: Case, q, k, v) -> Bound:
 
 
 PEERS = {
-    OURS: Peer("attn_ext.attention on the backend it chooses", _bind_ours("auto")),
-    "attn_ext-triton": Peer("attn_ext on its Triton backend", _bind_ours("triton"), slow=True),
-    "attn_ext-cuda": Peer("attn_ext on its CUDA backend", _bind_ours("cuda"), slow=True),
+    OURS: Peer("attn_ext.attention on the backend it chooses", bind_backend("auto")),
+    "attn_ext-triton": Peer("attn_ext on its Triton backend", bind_backend("triton"), slow=True),
+    "attn_ext-cuda": Peer("attn_ext on its CUDA backend", bind_backend("cuda"), slow=True),
     "naive": Peer("matmul, softmax, matmul in torch", _naive),
     "torch": Peer("F.scaled_dot_product_attention as torch chooses", _sdpa(None)),
     "torch-math": Peer("torch SDPA, math backend", _sdpa("MATH")),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from attn_ext.core.machine import cpu_model
 from attn_ext.core.version import __version__
 from attn_ext.measure.ceilings import Ceilings
 
@@ -49,16 +50,6 @@ class Row:
         """Shape, dtype, mask and direction"""
         mask = "causal" if self.causal else "full"
         return f"{self.shape} {self.dtype} {mask} {self.direction}"
-
-
-def cpu_model() -> str:
-    """The CPU's name"""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def machine(device: str = "cpu") -> dict:

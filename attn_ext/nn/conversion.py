@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from attn_ext.functional import common
 from attn_ext.nn.multihead import MultiheadAttention
 
 _ORIGIN = "_attn_ext_origin"  # on a class made here: the user's class
@@ -140,7 +141,7 @@ def converted(model: nn.Module) -> Conversion:
     return Conversion(tuple(own), left)
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, prefer: str = "fastest") -> nn.Module:
     """Make every torch.nn.MultiheadAttention in `model` (itself included) an
     attn_ext.nn.MultiheadAttention.  In place: parameters, parametrizations, buffers, hooks,
     optimizers, sharing, modes and state_dict keys stay.  Returns `model`; `revert(model)` undoes
@@ -151,12 +152,16 @@ def convert(model: nn.Module) -> nn.Module:
     warning names it: an overridden or replaced forward, an out_proj of another kind (LoRA), a
     scripted module.  In nn.TransformerEncoder(-Layer), and so nn.Transformer, torch's fused
     evaluation path, which goes around the attention module, is turned off.  out_proj is called, so
-    that its hooks run; torch only reads its weight.
+    that its hooks run; torch only reads its weight.  prefer: "fastest" or "attn_ext", what becomes
+    the modules' attribute of that name; TypeError or ValueError for another one.
     """
+    common.preferred(prefer)
     _warn("convert", {k: why for k, why in converted(model).left.items() if why})
     for module in model.modules():
         if _of_torch(module) and not _obstacle(module):
             _set_class(module, _standing_for(_plain_class(module)))
+            if prefer != MultiheadAttention.prefer:
+                module.prefer = prefer
     for module in _fused_layers(model):
         if not any(isinstance(m, MultiheadAttention) for m in module.modules()):
             continue
@@ -182,6 +187,7 @@ def revert(model: nn.Module) -> nn.Module:
                 left[name] = f"{kind.__name__} is a subclass of attn_ext.nn.MultiheadAttention"
             else:
                 _set_class(module, origin)
+                vars(module).pop("prefer", None)
     _warn("revert", left)
     for module in _fused_layers(model):
         for _, flag, _ in _FLAGS:

@@ -25,9 +25,14 @@ class MultiheadAttention(nn.MultiheadAttention):
     [N, L, S] averaged over heads, [N, num_heads, L, S] with average_attn_weights=False, with
     dropout applied in training as in torch.  ValueError and TypeError name a bad argument.
 
+    `prefer`, an attribute: "fastest" (the default) lets torch's own flash attention compute a call
+    without masks and dropout where `attn-ext tune` measured it to be faster; "attn_ext" does not.
+
     Differences: a row that sees no key gives 0 (torch: 0 without need_weights, NaN with), and
     `weights_rows` limits the returned weights to some queries.
     """
+
+    prefer = "fastest"
 
     def __init__(
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
@@ -91,6 +96,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         call = dense.dense_call(
             q, k, v, causal="top_left" if hinted else False, mask=mask, bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
+            backend=common.preferred(self.prefer),
         )  # fmt: skip
         out = common.result(call, False, False)
         out = self.out_proj(out.transpose(1, 2).flatten(2))

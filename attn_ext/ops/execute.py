@@ -48,6 +48,11 @@ def serving_key(call: Call) -> tuple:
     )  # fmt: skip
 
 
+def forget() -> None:
+    """Choose backends again."""
+    _serving.clear()
+
+
 def _serving_backend(call: Call) -> ModuleType:
     """`backend_of`, remembered: a lookup is cheaper than a Problem."""
     key = serving_key(call)

@@ -32,9 +32,11 @@
 #ifdef ATTN_EMULATED
 #include "../emulation/ptx_host.h"
 #else
+#ifndef __CUDACC_RTC__  // NVRTC compiles kernels alone, and needs no header of CUDA
 #include <cuda_runtime.h>
 #include <stdexcept>
 #include <string>
+#endif
 
 #define ATTN_DEVICE __device__ __forceinline__
 #define ATTN_KERNEL(...) __global__ __launch_bounds__(__VA_ARGS__)
@@ -302,6 +304,7 @@ ATTN_DEVICE void atomic_add_global(float* p, float v) { atomicAdd(p, v); }
 ATTN_DEVICE int atomic_add_global(int* p, int v) { return atomicAdd(p, v); }
 ATTN_DEVICE void thread_fence() { __threadfence(); }
 
+#ifndef __CUDACC_RTC__
 // ---- launch -----------------------------------------------------------------------------------
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -324,6 +327,7 @@ void launch(void (*kernel)(Params), Grid grid, int threads, int smem_bytes, void
                          static_cast<cudaStream_t>(stream)),
         "launch of the attention kernel");
 }
+#endif  // __CUDACC_RTC__
 
 }  // namespace attn::ptx
 #endif  // ATTN_EMULATED

@@ -50,7 +50,9 @@ ATTN_DEVICE uint64_t wgmma_operand(uint32_t address, uint32_t slab_bytes = 16) {
 #ifdef ATTN_EMULATED
 #include "../emulation/ptx_host_sm90.h"
 #else
+#ifndef __CUDACC_RTC__
 #include <cuda.h>  // types of cuTensorMapEncodeTiled; libcuda is not linked
+#endif
 
 namespace attn::ptx {
 
@@ -278,6 +280,7 @@ ATTN_DEVICE void wgmma_rs(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64
   wgmma<T, TRANS_B, true>(acc, a, 0, b, accumulate);
 }
 
+#ifndef __CUDACC_RTC__
 // ---- host -------------------------------------------------------------------------------------
 // Throws std::invalid_argument by the rule that is broken, std::runtime_error by the driver.
 inline TensorMap make_tensor_map(const TensorSpec& t) {
@@ -315,6 +318,7 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
   memcpy(&out, &map, sizeof(out));
   return out;
 }
+#endif  // __CUDACC_RTC__
 
 }  // namespace attn::ptx
 #endif  // ATTN_EMULATED

@@ -285,3 +285,51 @@ def test_bad_values_below_the_public_api():
             torch.ops.attn_ext.forward(
                 *Call(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=6, max_seqlen_k=6)
             )
+
+
+def heads_last(*sizes):
+    """Zeros [B, S, H, D]."""
+    return torch.zeros(2, *sizes, 16)
+
+
+LAYOUT = r"read as \[B, S, H, D\] the shapes fit together.*pass q\.transpose\(1, 2\), k"
+HEADS_LAST = {
+    "other lengths": ((100, 8), (70, 8), {}),
+    "causal, grouped heads": ((100, 8), (100, 2), {"causal": True}),
+    "grouped heads": ((100, 8), (100, 2), {"mask": torch.ones(100, 100).bool()}),
+    "a mask": ((100, 8), (100, 8), {"mask": torch.ones(100, 100).bool()}),
+    "a bias": ((100, 8), (50, 8), {"bias": torch.zeros(2, 8, 1, 50)}),
+    "slopes": ((100, 8), (100, 8), {"alibi_slopes": torch.zeros(8)}),
+    "a sink": ((100, 8), (100, 8), {"sink": torch.zeros(8)}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_LAST)
+def test_another_layout_is_recognised(name):
+    """[B, S, H, D], flash-attn's layout, whose error speaks of heads where lengths are meant."""
+    q, k, options = HEADS_LAST[name]
+    q, k = heads_last(*q), heads_last(*k)
+    with pytest.raises(ValueError, match=LAYOUT):
+        attn_ext.attention(q, k, k, **options)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    assert attn_ext.attention(q, k, k, **options).shape == q.shape
+
+
+def test_another_layout_is_recognised_by_decode():
+    """The same of a cache, contiguous and paged."""
+    used, table = torch.tensor([5, 5]).int(), torch.zeros(2, 3).int()
+    with pytest.raises(ValueError, match=LAYOUT.replace("k", "k_cache")):
+        attn_ext.attention_decode(heads_last(1, 8), heads_last(20, 2), heads_last(20, 2), used)
+    pages = torch.zeros(7, 4, 2, 16)
+    with pytest.raises(ValueError, match=LAYOUT.replace("k", "k_cache")):
+        attn_ext.attention_decode(heads_last(1, 8), pages, pages, used, block_table=table)
+
+
+@pytest.mark.parametrize("options", [{"softcap": -1.0}, {"causal": "left"}, {"dropout_p": 2.0}])
+def test_another_layout_is_not_seen_everywhere(options):
+    """Advice to transpose in an error that has nothing to do with it."""
+    q = heads_last(8, 8)
+    with pytest.raises(ValueError, match=r"got [^;]*$"):
+        attn_ext.attention(q, q, q, **options)
+    with pytest.raises(ValueError, match=r"got [^;]*$"):  # wrong in either layout
+        attn_ext.attention(heads_last(100, 7), heads_last(100, 3), heads_last(100, 3), causal=True)

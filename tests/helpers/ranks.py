@@ -57,6 +57,8 @@ def _alone(rank, world, port, module, name, seconds, results) -> None:
     """A rank of a group of its own, whose peers may die."""
     _join_world(rank, world, port, timedelta(seconds=seconds))
     results.put((rank, getattr(importlib.import_module(module), name)(rank, world)))
+    results.close()
+    results.join_thread()  # what was put is on its way
     os._exit(0)  # no farewell to peers that are gone
 
 

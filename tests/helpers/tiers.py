@@ -12,6 +12,7 @@ CHECK = os.environ.get("ATTN_EXT_TIER", "everything") == "check"
 THOROUGH = {
     "api/test_additive.py::test_memory": "long sequences",
     "api/test_additive.py::test_opcheck": "traces the operators many times",
+    "api/test_cache.py::test_compile": "torch.compile",
     "api/test_inspect.py::test_memory": "long sequences",
     "api/test_nn_multihead.py::test_compile": "torch.compile",
     "api/test_numbers.py::test_symbolic_floats": "torch.compile",
@@ -41,6 +42,7 @@ THOROUGH = {
     "cuda/test_nvcc.py::test_shared_memory_fits_every_architecture": "compiles",
     "distributed/test_context.py": "processes",
     "integrations/test_flash_attn_helpers.py::test_diffusers_imports_the_stand_in": "a process",
+    "integrations/test_models_cache.py": "libraries of models",
     "integrations/test_models_checkpoint.py": "libraries of models",
     "integrations/test_models_diffusers.py": "libraries of models",
     "integrations/test_models_encoders.py": "libraries of models",

@@ -156,6 +156,31 @@ def test_inspect_examples_run(tmp_path, monkeypatch, capsys):
     assert len(attn_ext.inspect.load("seen.pt")) == 1
 
 
+def test_decode_examples_run(capsys):
+    """An argument of KVCache that its guide has wrong, or a loop that does not do what it says."""
+    names = {}
+    for block in fenced((ROOT / "docs" / "guide" / "decode.md").read_text(), "python"):
+        exec(compile(block, "decode.md", "exec"), names)
+        if "drafts" in block:
+            assert names["written"] == greedy(names, len(names["written"]))
+    assert names["written"] == greedy(names, len(names["written"])), "the tree"
+    shown = capsys.readouterr().out
+    assert "append needs 4 free pages of 16 positions, and 3 of 3 are free" in shown
+    assert "lengths=[20, 20], 8 pages of 16, 4 free" in shown
+    loop = fenced((ROOT / "docs" / "guide" / "decode.md").read_text(), "python")[0]
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 34
+
+
+def greedy(names: dict, count: int) -> list[int]:
+    """What the model of decode.md writes, one token at a time."""
+    cache = attn_ext.KVCache(1, names["kv_heads"], names["dim"], max_length=256)
+    tokens, written = torch.tensor([[5, 17, 3, 80]]), []
+    while len(written) < count:
+        written.append(names["model"](cache, tokens)[0, -1].argmax().item())
+        tokens = torch.tensor([written[-1:]])
+    return written
+
+
 def test_examples_write_below_out():
     """An example that litters the folder that it was started in."""
     for file in (ROOT / "examples").glob("*.py"):

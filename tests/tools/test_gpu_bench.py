@@ -27,7 +27,7 @@ def test_the_whole_path_on_a_fake_device(tmp_path):
     assert code == 0, (tmp_path / "logs.txt").read_text()
     assert [states[n] for n in ("build", "verify", "bench", "sanitize", "figures")] == ["ok"] * 5
     assert states["sm90"] == "ok" or importlib.util.find_spec("attn_ext._emulated") is None
-    assert states["tune"].startswith("failed") or torch.cuda.is_available()
+    assert states["tune"] == "ok"
     bench = json.loads((tmp_path / "bench.json").read_text())
     assert bench["complete"] and len(bench["rows"]) == 6 and bench["ceilings"]["fp32"] > 0
     text = (tmp_path / "summary.md").read_text()

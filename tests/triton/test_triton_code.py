@@ -24,7 +24,7 @@ def test_loops_have_no_more_instructions_than_the_table_says(tmp_path, monkeypat
     if metadata.version("triton") != TABLE["triton"]:
         pytest.skip(f"the table is of Triton {TABLE['triton']}; counts differ by version")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("ATTN_EXT_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     rows = triton_code.measure_all(only=("sm_90 dkdv 128", "sm_80 forward 64"))
     assert rows.keys() == {"sm_90 dkdv 128", "sm_80 forward 64"}

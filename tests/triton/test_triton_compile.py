@@ -60,7 +60,11 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
     due = [name] if architecture in triton_seen.DUE else []
     if not EVERYTHING and seen.known(triton_seen.TABLE, name, today, due):
         return
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "ATTN_EXT_CACHE_DIR": str(tmp_path),
+    }
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, SCRIPT, architecture, *(["--all"] if EVERYTHING else [])],
@@ -169,7 +173,7 @@ def test_tune_measures_specialized_warps():
 
 def test_tuned_tiles_are_stored_and_win(tmp_path, monkeypatch):
     """A measurement that is lost, or holds for another device or version; a damaged file."""
-    monkeypatch.setenv("ATTN_EXT_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(configs, "_device_name", lambda: "GPU A")
     configs._tuned.cache_clear()
     try:

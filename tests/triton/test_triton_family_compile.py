@@ -83,7 +83,11 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     name, today = triton_seen.families(architecture), triton_seen.digest(__file__)
     if seen.known(triton_seen.TABLE, name, today, triton_seen.DUE):
         return
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "ATTN_EXT_CACHE": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "ATTN_EXT_CACHE_DIR": str(tmp_path),
+    }
     environment.pop("TRITON_INTERPRET", None)
     environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "helpers")
     done = subprocess.run(

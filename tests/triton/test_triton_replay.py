@@ -27,7 +27,7 @@ def found(tmp_path_factory):
 
     def run_script():
         folder = str(tmp_path_factory.mktemp("triton"))
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "ATTN_EXT_CACHE": folder}
+        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "ATTN_EXT_CACHE_DIR": folder}
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, str(SCRIPT)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)

@@ -38,7 +38,7 @@ struct Isa {
   Kernel forward, backward, forward_bf16, backward_bf16;
   InspectKernel inspect;
   bool supported;
-  // On AMX's tiles.  Used only when it is asked for by its name: no machine has run it so far.
+  // On AMX's tiles.  Only for whom asks: Python does so once their results were compared here.
   bool tiles = false;
 };
 
@@ -86,25 +86,37 @@ const Isa* find(const std::string& name) {
 }
 
 std::atomic<const Isa*> current{nullptr};
+std::atomic<bool> was_asked{false};  // by its name: then calls have no choice of their own
+
+void use(const std::string& name) {
+  const Isa* isa = find(name);
+  was_asked.store(!name.empty(), std::memory_order_relaxed);
+  current.store(isa, std::memory_order_release);
+}
 
 const Isa& active() {
   const Isa* isa = current.load(std::memory_order_acquire);
   if (!isa) {
     const char* asked = std::getenv("ATTN_EXT_ISA");
-    isa = find(asked ? asked : "");
-    current.store(isa, std::memory_order_release);
+    use(asked ? asked : "");
+    isa = current.load(std::memory_order_acquire);
   }
   return *isa;
+}
+
+const Isa& serving(const Options& o) {
+  const Isa& isa = active();
+  return o.isa < 0 || was_asked.load(std::memory_order_relaxed) ? isa : isas()[o.isa];
 }
 
 }  // namespace
 
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  const Isa& isa = active();
+  const Isa& isa = serving(o);
   (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p, ptr, o, threads);
 }
 void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  const Isa& isa = active();
+  const Isa& isa = serving(o);
   (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, o, threads);
 }
 void forward(const Problem& p, const Pointers& ptr, int threads) { forward(p, ptr, {}, threads); }
@@ -114,7 +126,11 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
   active().inspect(p, ptr, o, wanted, threads);
 }
 std::string isa() { return active().name; }
-void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
+void set_isa(const std::string& name) { use(name); }
+bool isa_forced() { return active(), was_asked.load(std::memory_order_relaxed); }
+int isa_index(const std::string& name) {
+  return name.empty() ? -1 : int(find(name) - isas().data());
+}
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

@@ -22,8 +22,10 @@ void inspect(const Problem& p, const Pointers& ptr, const Options& o, const Map&
 std::vector<std::string> supported_isas();  // of this machine
 std::string isa();                          // the one in use
 // Throws std::invalid_argument for a name that is unknown or that this machine lacks; "" is the
-// default: the best one, but never avx512_amx, which has run on no machine so far.
+// default: the best one, but never avx512_amx, for which calls ask themselves.
 void set_isa(const std::string& name);
+bool isa_forced();                       // by its name: by set_isa or by ATTN_EXT_ISA
+int isa_index(const std::string& name);  // for Options::isa; throws as set_isa does
 
 // For tests, of every ISA that was compiled, whether or not this machine has it: its name, the
 // features that its code uses (features.h), and the addresses of its kernels.

@@ -18,6 +18,8 @@ struct Options {
   // rows' sums are of the whole: backward takes LSE and delta = rowsum(dO * O) - dLSE as they are.
   bool partial = false;
   const void* delta = nullptr;  // as LSE
+  // Whose kernels serve the call where no ISA is forced: an index of isa_index(); -1 the best one.
+  int isa = -1;
 
   bool plain() const { return !sigmoid && !w; }
   // The dtype of O and the gradients.

@@ -1,0 +1,122 @@
+"""What a CUDA kernel is made of for NVRTC: the header that defines it, the few names of the C++
+standard library that our headers use, and the compiler's options.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
+    "sm80": {
+        "forward_plain": "sm80/forward_plain.cuh",
+        "forward_general": "sm80/forward.cuh",
+        "combine": "sm80/combine.cuh",
+        "backward_delta": "sm80/backward_preprocess.cuh",
+        "backward_sink": "sm80/backward_preprocess.cuh",
+        "backward_dq": "sm80/backward.cuh",
+        "backward_dkdv": "sm80/backward.cuh",
+        "backward_bias": "sm80/backward_bias.cuh",
+        "backward_fused": "sm80/backward_fused.cuh",
+        "clear_dq": "sm80/backward_fused.cuh",
+        "convert_dq": "sm80/backward_fused.cuh",
+    },
+    "sm90": {
+        "forward": "sm90/forward.cuh",
+        "backward_dq": "sm90/backward_dq.cuh",
+        "backward_dkdv": "sm90/backward_dkdv.cuh",
+        "backward_fused": "sm90/backward_fused.cuh",
+        "clear_dq": "sm90/backward_fused.cuh",
+        "convert_dq": "sm90/backward_fused.cuh",
+    },
+}
+EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
+
+# NVRTC has no standard library.  These are all the names of it that the kernels' headers use.
+STUBS = {
+    "cstdint": """#pragma once
+using int8_t = signed char;
+using int16_t = short;
+using int32_t = int;
+using int64_t = long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+using uintptr_t = unsigned long long;
+""",
+    "cmath": """#pragma once
+#define INFINITY __builtin_bit_cast(float, 0x7f800000)
+#define NAN __builtin_bit_cast(float, 0x7fffffff)
+""",
+    "type_traits": """#pragma once
+namespace std {
+template <bool B> struct bool_constant {
+  static constexpr bool value = B;
+  constexpr operator bool() const { return B; }
+};
+using true_type = bool_constant<true>;
+using false_type = bool_constant<false>;
+template <bool B, class T, class F> struct conditional { using type = T; };
+template <class T, class F> struct conditional<false, T, F> { using type = F; };
+template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
+template <class A, class B> inline constexpr bool is_same_v = false;
+template <class A> inline constexpr bool is_same_v<A, A> = true;
+}
+""",
+}
+
+
+class Kernel(NamedTuple):
+    """expression: the kernel as C++ names it, attn::cuda::sm80::combine<float>; architecture: what
+    it is compiled for, "80" or "90a"; header: what defines it, relative to csrc."""
+
+    expression: str
+    architecture: str
+    header: str
+
+
+def kernel(expression: str, architecture: str) -> Kernel:
+    """A kernel of csrc/cuda."""
+    found = EXPRESSION.match(expression)
+    header = HEADERS[found[1]].get(found[2]) if found else None
+    if header is None:
+        raise ValueError(f"{expression} is no kernel of csrc/cuda")
+    return Kernel(expression, architecture, f"cuda/{header}")
+
+
+def text_of(kernel: Kernel) -> str:
+    """The translation unit.  The standard headers come first: who includes them is not asked."""
+    return f'#include <cstdint>\n#include <type_traits>\n#include "{kernel.header}"\n'
+
+
+def options_of(kernel: Kernel, root: Path) -> list[str]:
+    """-default-device: constexpr functions without an annotation are called in kernels."""
+    return ["-std=c++17", "-default-device", f"-arch=sm_{kernel.architecture}", f"-I{root}"]
+
+
+def contents(kernel: Kernel, root: Path) -> Iterator[str]:
+    """Names and texts of all that the kernel's translation unit includes of csrc."""
+    for path in sorted(_included(root / kernel.header)):
+        yield path.relative_to(root.resolve()).as_posix()
+        yield path.read_text()
+
+
+def _included(start: Path) -> set[Path]:
+    found: set[Path] = set()
+    work = [start.resolve()]
+    while work:
+        path = work.pop()
+        if path not in found and path.is_file():  # "../emulation/..." is not for this compiler
+            found.add(path)
+            work += [(path.parent / name).resolve() for name in _names(path.read_text())]
+    return found
+
+
+@functools.cache
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(INCLUDE.findall(text))

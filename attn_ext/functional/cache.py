@@ -1,0 +1,383 @@
+"""KVCache: the keys and values of a batch of growing sequences, and attention to them.
+
+k_pages [pages, Hk, page_size, D] and v_pages [pages, Hk, page_size, Dv] have a block table, the
+layout of vLLM (arXiv 2309.06180); contiguous is one page of `max_length` a sequence.  Which page
+belongs to whom is the matter of `attn_ext.core.pages`, how one is filled of `attn_ext.ops.cache`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from attn_ext.core import validate
+from attn_ext.core.pages import CacheFullError, Pages
+from attn_ext.functional import tree
+from attn_ext.functional.decode import attention_decode, refuse_grad
+from attn_ext.ops import cache as operator
+from attn_ext.ops import route
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from typing_extensions import Unpack
+
+    from attn_ext.functional.dense import DotOptions
+
+    class AttendOptions(DotOptions, total=False):
+        """The keywords of `KVCache.attend` that `attention_decode` has, too."""
+
+        causal: bool
+        num_splits: int
+
+
+class KVCache:
+    """Keys and values of `batch` sequences of one layer, each of its own length.
+
+        cache = attn_ext.KVCache(batch=4, heads=8, head_dim=64, max_length=4096)
+        cache.append(k, v)           # k, v [B, Hk, S, D], behind what each sequence has
+        out = cache.attend(q)        # q [B, Hq, S, D]: the last S positions of each sequence
+
+    heads: key heads (Hk).  head_dim_v: head_dim if None.
+    max_length: the most positions that one sequence may hold.
+    page_size: positions a page; None: contiguous, one page of max_length for each sequence.
+    pages: how many there are, shared by all sequences; None: enough for each sequence to be full.
+    window: None, or how many positions before its own a query sees (`attention`'s window[0]);
+    pages that no later query sees are freed, and max_length counts what is held.
+    Memory is taken at once, and by most systems only where it is written.
+
+    A sequence that is full, or a pool without a free page, raises CacheFullError and changes
+    nothing.  One thread at a time may use a cache.  Not differentiable.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        *,
+        max_length: int,
+        head_dim_v: int | None = None,
+        page_size: int | None = 64,
+        pages: int | None = None,
+        window: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        sizes = dict(batch=batch, heads=heads, head_dim=head_dim, max_length=max_length)
+        sizes["head_dim_v"] = head_dim if head_dim_v is None else head_dim_v
+        sizes["page_size"] = max_length if page_size is None else page_size
+        for name, value in sizes.items():
+            sizes[name] = validate.integer(name, value, 1)
+        if dtype not in validate.FLOATING:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+        if window is not None:
+            window = validate.integer("window", window)
+            if page_size is None:
+                raise ValueError(
+                    "page_size must be given with window, which frees page by page, got None"
+                )
+        width = -(-sizes["max_length"] // sizes["page_size"])
+        pages = sizes["batch"] * width if pages is None else validate.integer("pages", pages, 1)
+        if page_size is None and pages < sizes["batch"]:
+            raise ValueError(f"pages must be at least batch, {batch}, if contiguous, got {pages}")
+        self.window, self._contiguous = window, page_size is None
+        self._book = Pages(sizes["batch"], pages, sizes["page_size"], width, window)
+        self._handle = operator.handle(self._book)
+        shape = (pages, sizes["heads"], sizes["page_size"])
+        self.k_pages = torch.empty((*shape, sizes["head_dim"]), dtype=dtype, device=device)
+        self.v_pages = torch.empty((*shape, sizes["head_dim_v"]), dtype=dtype, device=device)
+        self._table = torch.zeros((sizes["batch"], width), dtype=torch.int32, device=device)
+        self._lengths = torch.zeros((2, sizes["batch"]), dtype=torch.int32, device=device)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [B]: how many positions each sequence has, those out of the window included."""
+        return self._lengths[0].clone()
+
+    @property
+    def held(self) -> Tensor:
+        """int32 [B]: how many positions of each sequence are there; without window, `lengths`."""
+        return self._lengths[1].clone()
+
+    @property
+    def block_table(self) -> Tensor:
+        """int32 [B, max_pages]: the pages of the positions that are held, in their order."""
+        return self._table.clone()
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are."""
+        return self._lengths.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Positions a page."""
+        return self.k_pages.shape[2]
+
+    @property
+    def max_length(self) -> int:
+        """The most positions that one sequence may hold."""
+        return self._table.shape[1] * self.page_size
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Copies of what is held, k [B, Hk, S, D] and v [B, Hk, S, Dv], S positions being those of
+        the longest sequence; what shorter ones lack is 0.
+        """
+        longest = max(map(self._book.held, range(self.batch)))
+        at = torch.arange(longest, device=self._table.device).expand(self.batch, -1)
+        there = (at < self._lengths[1][:, None])[:, None, :, None]
+        k, v = (tree.positions(x, self._table, at) for x in (self.k_pages, self.v_pages))
+        return torch.where(there, k, 0), torch.where(there, v, 0)
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages belong to no sequence."""
+        return len(self._book.free)
+
+    def append(self, k: Tensor, v: Tensor, *, counts=None, rows: Sequence[int] | None = None):
+        """Put new keys and values behind those of each sequence; returns the cache.
+
+        k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype.  rows: only these sequences, in
+        this order; B is then their number.  counts [B]: only the last counts[i] of the S positions
+        (shorter prompts are padded on the left), all if None; on the host.
+        CacheFullError where there is no room: nothing is written then.
+        """
+        rows = None if rows is None else self._checked_rows("rows", rows)
+        batch = self.batch if rows is None else len(rows)
+        tree.new_rows("k", k, self.k_pages, batch)
+        tree.new_rows("v", v, self.v_pages, batch)
+        if k.shape[2] != v.shape[2]:
+            raise ValueError(f"v must have k's {k.shape[2]} positions, got {v.shape[2]}")
+        refuse_grad("KVCache.append", k=k, v=v)
+        tensors = (self.k_pages, self.v_pages, self._table, self._lengths)
+        if torch.compiler.is_compiling() or not route.is_plain(k, v, self.k_pages):
+            if counts is not None and not isinstance(counts, torch.Tensor):
+                counts = torch.tensor(counts, device="cpu")
+            torch.ops.attn_ext.cache_append(*tensors, self._handle, k, v, counts, rows)
+            return self
+        counts = None if counts is None else _integers("counts", counts)
+        operator.append(*tensors, self._book, k, v, counts, rows)
+        return self
+
+    def attend(
+        self,
+        q: Tensor,
+        *,
+        rows: Sequence[int] | None = None,
+        tree_mask: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Unpack[AttendOptions],
+    ):
+        """Attention of the last Sq positions of each sequence to all that it holds.
+
+        q [B, Hq, Sq, D] -> out [B, Hq, Sq, Dv]; with return_lse also lse [B, Hq, Sq].
+        rows: only these sequences, in this order; B is then their number.
+        tree_mask: bool [Sq, Sq] (or what broadcasts to [B, Hq, Sq, Sq]), True = attend: which of
+        the last Sq positions each of the last Sq queries sees, in place of causal; all positions
+        before are seen.  Made for the trees of speculative decoding; window and ALiBi count
+        positions as they stand in the cache.
+        Other keywords: as `attention_decode`.  The last dimension of mask and bias covers the
+        positions held, any number up to max_length of it; keys beyond a mask's end are not seen.
+        A cache with a window gives it to each call, and takes neither mask nor bias; there only the
+        positions that were appended last, by one call, still have their whole windows.
+        """
+        validate.tensor("q", q)
+        rows = None if rows is None else self._checked_rows("rows", rows)
+        tree.queries(q, self.k_pages, self.batch if rows is None else len(rows))
+        options = self._with_window(options)
+        table, held = self._table, self._lengths[1]
+        if not torch.compiler.is_compiling():
+            table = table[:, : self._table_width(options)]
+        if rows is not None:
+            index = torch.tensor(rows, device=table.device)
+            table, held = table[index], held[index]
+        options = self._of_width(options, table.shape[1] * self.page_size)
+        call = (q, self.k_pages, self.v_pages, held, table)
+        if tree_mask is not None:
+            return tree.attend(*call, tree_mask, return_lse, options)
+        return attention_decode(*call[:4], block_table=table, return_lse=return_lse, **options)
+
+    def reorder(self, indices) -> KVCache:
+        """Sequence b becomes what sequence indices[b] was, for all b; as beam search needs it.
+        Pages are shared, and copied when they are written.  Another number of indices makes another
+        batch size.
+        """
+        sources = self._checked_rows("indices", indices, distinct=False)
+        if not sources:
+            raise ValueError("indices must have at least one entry, got none")
+        if len(sources) != self.batch:
+            if self._contiguous:
+                self.resize(pages=max(len(self._book.owners), len(sources)))
+            self._table = self._table.new_zeros((len(sources), self._table.shape[1]))
+            self._lengths = self._lengths.new_zeros((2, len(sources)))
+        self._book.replace(sources)
+        operator.publish(self._book, self._table, self._lengths)
+        return self
+
+    def fork(self, source: int, targets: Sequence[int]) -> KVCache:
+        """The sequences `targets` become what `source` is, and what they had is freed.  Pages are
+        shared, and copied when they are written.
+        """
+        (source,) = self._checked_rows("source", [source])
+        targets = self._checked_rows("targets", targets)
+        self._book.assign(targets, [source] * len(targets))
+        operator.publish(self._book, self._table, self._lengths)
+        return self
+
+    def truncate(self, lengths, *, rows: Sequence[int] | None = None) -> KVCache:
+        """Sequence b keeps its first lengths[b] positions (rows: sequence rows[i], lengths[i]), as
+        after rejected drafts; 0 frees it.  Pages that nobody needs any more are free.
+        """
+        rows = list(range(self.batch)) if rows is None else self._checked_rows("rows", rows)
+        lengths = _integers("lengths", lengths)
+        if len(lengths) != len(rows):
+            raise ValueError(f"lengths must have {len(rows)} entries, got {len(lengths)}")
+        self._book.truncate(rows, lengths)
+        operator.publish(self._book, self._table, self._lengths)
+        return self
+
+    def keep(self, last: int, kept: Sequence[Sequence[int]], *, rows=None) -> KVCache:
+        """Of the last `last` positions of sequence b only those numbered kept[b] stay, in that
+        order, 0 being the first of them; as after the verification of a tree of drafts.
+        """
+        rows = list(range(self.batch)) if rows is None else self._checked_rows("rows", rows)
+        last = validate.integer("last", last)
+        kept = [_integers("kept", numbers) for numbers in kept]
+        if len(kept) != len(rows):
+            raise ValueError(f"kept must have {len(rows)} entries, got {len(kept)}")
+        for b, numbers in zip(rows, kept, strict=True):
+            if last > self._book.held(b):
+                raise ValueError(
+                    f"last must be at most the {self._book.held(b)} positions that sequence {b} "
+                    f"holds, got {last}"
+                )
+            if not all(0 <= number < last for number in numbers):
+                raise ValueError(f"kept must hold numbers between 0 and {last - 1}, got {numbers}")
+        most = max(map(len, kept), default=0)
+        if not most:
+            return self.truncate([self._book.lengths[b] - last for b in rows], rows=rows)
+        index = [[0] * (most - len(numbers)) + numbers for numbers in kept]
+        index = torch.tensor(index, device=self._table.device)
+        rows_index = torch.tensor(rows, device=self._table.device)
+        held, table = self._lengths[1][rows_index], self._table[rows_index]
+        at = held[:, None] - last + index
+        k, v = (tree.positions(x, table, at) for x in (self.k_pages, self.v_pages))
+        before = self._book.copy()
+        self._book.truncate(rows, [self._book.lengths[b] - last for b in rows])
+        try:
+            return self.append(k, v, counts=[len(numbers) for numbers in kept], rows=rows)
+        except CacheFullError:
+            self._book.restore(before)
+            raise
+
+    def resize(self, *, pages: int | None = None, max_length: int | None = None) -> KVCache:
+        """Room for more pages, or for longer sequences; what is there stays.  Takes the memory of
+        the old and the new pages for a moment.
+        """
+        count, width = len(self._book.owners), self._table.shape[1]
+        if max_length is not None:
+            max_length = validate.integer("max_length", max_length, self.max_length)
+            width = 1 if self._contiguous else -(-max_length // self.page_size)
+        page_size = max_length if self._contiguous and max_length else self.page_size
+        count = count if pages is None else validate.integer("pages", pages, count)
+        if (count, page_size) != (len(self._book.owners), self.page_size):
+            self.k_pages, self.v_pages = (
+                _larger(x, count, page_size) for x in (self.k_pages, self.v_pages)
+            )
+        if width > self._table.shape[1]:
+            more = (self.batch, width - self._table.shape[1])
+            self._table = torch.cat([self._table, self._table.new_zeros(more)], dim=1)
+        self._book.grow(count, width, page_size)
+        return self
+
+    def _checked_rows(self, name: str, rows, distinct: bool = True) -> list[int]:
+        rows = _integers(name, rows)
+        for b in rows:
+            if not 0 <= b < self.batch:
+                raise ValueError(
+                    f"{name} must hold numbers of sequences, 0 to {self.batch - 1}, got {b}"
+                )
+        if distinct and len(set(rows)) < len(rows):
+            raise ValueError(f"{name} must name each sequence once, got {rows}")
+        return rows
+
+    def _with_window(self, options: dict) -> dict:
+        """The keywords of a call with the window of this cache."""
+        if self.window is None:
+            return options
+        for name in ("mask", "bias"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be None in a cache with a window, whose first positions are "
+                    "gone, got one"
+                )
+        left, right = validate.window_pair(options.get("window"))
+        left = self.window if left is None else validate.integer("window left", left)
+        if left > self.window:
+            raise ValueError(f"window left must be at most the cache's {self.window}, got {left}")
+        return options | {"window": (left, right)}
+
+    def _table_width(self, options: dict) -> int:
+        """How many pages a sequence the kernels are told of: a power of two, so that calls look
+        alike for long and are remembered, and no fewer than mask and bias speak of.
+        """
+        most = max(1, *map(len, self._book.lists))
+        for name in ("mask", "bias"):
+            if isinstance(options.get(name), torch.Tensor) and options[name].dim():
+                most = max(most, -(-options[name].shape[-1] // self.page_size))
+        return 1 << (most - 1).bit_length()
+
+    def _of_width(self, options: dict, capacity: int) -> dict:
+        """The keywords with mask and bias of `capacity` columns."""
+        for name in ("mask", "bias"):
+            x = options.get(name)
+            if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[-1] in (1, capacity):
+                continue
+            if not torch.compiler.is_compiling():
+                longest = max(map(self._book.held, range(self.batch)))
+                if x.shape[-1] < longest:
+                    raise ValueError(
+                        f"{name} must cover the {longest} positions that are held, got "
+                        f"{x.shape[-1]}"
+                    )
+            if x.shape[-1] < capacity:
+                padding = (0, capacity - x.shape[-1])
+                options = options | {name: torch.nn.functional.pad(x, padding)}
+        return options
+
+    def __setstate__(self, state: dict) -> None:
+        """Of a copy: compiled code finds its own page lists, not those of the original."""
+        self.__dict__.update(state)
+        self._handle = operator.handle(self._book)
+
+    def __repr__(self) -> str:
+        _, heads, page_size, head_dim = self.k_pages.shape
+        return (
+            f"KVCache(batch={self.batch}, heads={heads}, head_dim={head_dim}, "
+            f"lengths={self._book.lengths}, {len(self._book.owners)} pages of {page_size}, "
+            f"{self.free_pages} free, {self.k_pages.dtype}, {self.k_pages.device})"
+        )
+
+
+def _integers(name: str, values) -> list[int]:
+    """Python's ints of a sequence or a tensor [n] of integers."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1 or values.is_floating_point() or values.dtype == torch.bool:
+            raise TypeError(
+                f"{name} must be integers in one dimension, got {values.dtype} of shape "
+                f"{tuple(values.shape)}"
+            )
+        return values.tolist()
+    if not hasattr(values, "__iter__") or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
+    return [validate.integer(name, value) for value in values]
+
+
+def _larger(pages, count: int, page_size: int):
+    """A copy of pages [pages, Hk, page_size, D] with room for more of them, or longer ones."""
+    larger = pages.new_empty((count, pages.shape[1], page_size, pages.shape[3]))
+    larger[: len(pages), :, : pages.shape[2]] = pages
+    return larger

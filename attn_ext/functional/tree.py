@@ -1,0 +1,110 @@
+"""Queries whose mask speaks of the last positions of a KV cache alone, as the trees of drafts of
+speculative decoding have it (arXiv 2305.09781), and checks of what a cache is given.
+
+    out, lse = merge(attention to all before the last Sq positions, attention to these by the mask)
+
+Both parts are exact and their (out, lse) are merged in float32, so that nothing spans the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.core import mistakes, validate
+from attn_ext.functional.decode import attention_decode
+from attn_ext.functional.dense import attention
+
+SPANNING = ("mask", "bias", "alibi_slopes")  # with these a mask over all positions is made
+
+
+def new_rows(name: str, x, pages, batch: int) -> None:
+    """Check keys or values [B, Hk, S, D] that go into pages [pages, Hk, page_size, D]."""
+    validate.tensor(name, x)
+    _, heads, _, head_dim = pages.shape
+    shape = tuple(x.shape)
+    if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (batch, heads, head_dim):
+        raise ValueError(
+            f"{name} must have shape [{batch}, {heads}, S, {head_dim}], got {shape}"
+            f"{mistakes.of_rows(name, shape, batch, heads, head_dim)}"
+        )
+    if x.dtype != pages.dtype:
+        raise TypeError(f"{name} must have the cache's dtype {pages.dtype}, got {x.dtype}")
+    if x.device != pages.device:
+        raise ValueError(f"{name} must be on the cache's device {pages.device}, got {x.device}")
+
+
+def queries(q, pages, batch: int) -> None:
+    """Check queries [B, Hq, Sq, D] of a cache whose pages are [pages, Hk, page_size, D]."""
+    _, heads, _, head_dim = pages.shape
+    shape = tuple(q.shape)
+    fits = len(shape) == 4 and shape[0] == batch and shape[3] == head_dim
+    if not fits or shape[1] == 0 or shape[1] % heads:
+        hint = fits and shape[2] > 0 and shape[2] % heads == 0
+        raise ValueError(
+            f"q must have shape [{batch}, Hq, Sq, {head_dim}], Hq a multiple of {heads}, got "
+            f"{shape}{mistakes.transposed('q') if hint else ''}"
+        )
+
+
+def positions(pages, table, at):
+    """[B, Hk, n, D]: the positions at [B, n] of each sequence, from pages [pages, Hk, page_size,
+    D] of a block table [B, max_pages].
+    """
+    page_size = pages.shape[2]
+    numbers = table.long().gather(1, (at // page_size).long())
+    return pages[numbers, :, (at % page_size).long()].transpose(1, 2)
+
+
+def attend(q, k_pages, v_pages, held, table, tree_mask, return_lse: bool, options: dict):
+    """`KVCache.attend` with a tree_mask; held [B] and table [B, max_pages] of the sequences."""
+    if "causal" in options:
+        raise ValueError(
+            f"causal must not be given with tree_mask, which takes its place, got "
+            f"{options['causal']!r}"
+        )
+    batch, heads, seqlen, _ = q.shape
+    sizes = (batch, heads, seqlen, seqlen)
+    tree_mask = validate.scores("tree_mask", tree_mask, True, q.device, *sizes)
+    paged = dict(block_table=table, causal=False)
+    before = held - seqlen  # [B]: positions that every query sees
+    if options.get("window") or any(options.get(name) is not None for name in SPANNING):
+        options = options | {"mask": _spanning(tree_mask, seqlen, before, table, k_pages, options)}
+        call = (q, k_pages, v_pages, held)
+        return attention_decode(*call, return_lse=return_lse, **paged, **options)
+    at = before[:, None] + torch.arange(seqlen, device=q.device)  # [B, Sq]
+    k, v = (positions(x, table, at.clamp(min=0)) for x in (k_pages, v_pages))
+    mask = tree_mask & (at >= 0)[:, None, None, :]
+    rest = {name: options[name] for name in options if name not in ("window", "sink")}
+    both = {name: rest[name] for name in rest if name != "num_splits"}
+    last = attention(q, k, v, mask=mask, return_lse=True, **both)
+    before = before.clamp(min=0)
+    first = attention_decode(q, k_pages, v_pages, before, return_lse=True, **paged, **rest)
+    sink = options.get("sink")
+    sink = None if sink is None else validate.sink_logits(sink, q.device, q.dtype, heads)
+    out, lse = _merged(*first, *last, sink)
+    return (out, lse) if return_lse else out
+
+
+def _merged(out_a, lse_a, out_b, lse_b, sink):
+    """(out, lse) of one attention to the keys of both, and to a sink [Hq] or None in rows that see
+    a key; out is 0 and LSE -inf in the others.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    empty = lse == -torch.inf
+    if sink is not None:
+        lse = torch.where(empty, lse, torch.logaddexp(lse, sink[:, None]))
+    base = torch.where(empty, 0.0, lse)  # not -inf - -inf
+    a, b = torch.exp(lse_a - base)[..., None], torch.exp(lse_b - base)[..., None]
+    return (a * out_a.to(lse.dtype) + b * out_b.to(lse.dtype)).to(out_a.dtype), lse
+
+
+def _spanning(tree_mask, seqlen, before, table, k_pages, options):
+    """The mask [B, ., Sq, S] over all S positions that the table has room for."""
+    capacity = table.shape[1] * k_pages.shape[2]
+    number = torch.arange(capacity, device=table.device) - before[:, None]  # [B, S] in the tree
+    tree_mask = tree_mask.expand(len(number), -1, seqlen, seqlen)
+    index = number.clamp(0, seqlen - 1).long()[:, None, None, :]
+    seen = tree_mask.gather(3, index.expand(*tree_mask.shape[:3], -1))
+    seen = seen | (number < 0)[:, None, None, :]
+    mask = options.get("mask")
+    return seen if mask is None else seen & mask

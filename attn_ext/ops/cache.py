@@ -1,0 +1,105 @@
+"""The operator that appends to a `KVCache`, so that compiled code can: `attn_ext::cache_append`.
+
+Which pages are written is decided on the host when it runs (`attn_ext.core.pages`); a graph has the
+operator as one node that changes the cache's tensors and knows the cache by its handle.
+"""
+
+from __future__ import annotations
+
+import itertools
+from weakref import WeakValueDictionary
+
+import torch
+
+from attn_ext.core.pages import Pages
+from attn_ext.ops.dispatch import lib
+
+_known: WeakValueDictionary[int, Pages] = WeakValueDictionary()
+_numbers = itertools.count()
+FEW_PIECES = 8  # a copy each; more are written by one indexed store of all rows
+
+
+def handle(pages: Pages) -> torch.Tensor:
+    """int64 [1] on the CPU, by which the operator finds `pages` while they exist."""
+    number = next(_numbers)
+    _known[number] = pages
+    return torch.tensor([number], device="cpu", dtype=torch.int64)
+
+
+def append(k_pages, v_pages, table, lengths, pages: Pages, k, v, counts=None, rows=None) -> None:
+    """Append the last counts[i] (None: all) of k, v [B, Hk, S, D] to sequence rows[i] (None: i):
+    into k_pages, v_pages [pages, Hk, page_size, D], with block table and lengths.
+    """
+    batch, _, seqlen, _ = k.shape
+    rows = list(range(batch)) if rows is None else rows
+    counts = [seqlen] * batch if counts is None else counts
+    if len(counts) != batch or not all(0 <= count <= seqlen for count in counts):
+        raise ValueError(
+            f"counts must have {batch} entries between 0 and the {seqlen} positions given, got "
+            f"{counts}"
+        )
+    copies, pieces = pages.append(rows, counts)
+    for source, target, count in copies:
+        k_pages[target, :, :count] = k_pages[source, :, :count]
+        v_pages[target, :, :count] = v_pages[source, :, :count]
+    firsts = [seqlen - count for count in counts]
+    _write(k_pages, v_pages, k, v, pieces, firsts)
+    publish(pages, table, lengths)
+
+
+def _write(k_pages, v_pages, k, v, pieces, firsts) -> None:
+    tokens = sum(piece.count for piece in pieces)
+    if k.device.type == "cpu" and len(pieces) <= max(FEW_PIECES, tokens // 16):
+        for row, first, page, slot, count in pieces:
+            begin = firsts[row] + first
+            k_pages[page, :, slot : slot + count] = k[row, :, begin : begin + count]
+            v_pages[page, :, slot : slot + count] = v[row, :, begin : begin + count]
+        return
+    index = [
+        (row, firsts[row] + first + i, page, slot + i)
+        for row, first, page, slot, count in pieces
+        for i in range(count)
+    ]
+    row, column, page, slot = torch.tensor(index, device="cpu").T.to(k.device).unbind()
+    k_pages[page, :, slot] = k[row, :, column]
+    v_pages[page, :, slot] = v[row, :, column]
+
+
+def publish(pages: Pages, table, lengths) -> None:
+    """Write the lengths [2, B] of all sequences, and the page lists that have changed, to the
+    tensors that kernels read.  lengths[0]: positions, lengths[1]: those that are held.
+    """
+    held = [pages.held(b) for b in range(len(pages.lists))]
+    lengths.copy_(torch.tensor([pages.lengths, held], device="cpu", dtype=torch.int32))
+    rows = sorted(pages.changed)
+    pages.changed.clear()
+    if not rows:
+        return
+    most = max(len(pages.lists[b]) for b in rows)
+    lists = [pages.lists[b] + [0] * (most - len(pages.lists[b])) for b in rows]
+    fresh = torch.tensor(lists, device="cpu", dtype=torch.int32)
+    table[torch.tensor(rows, device="cpu").to(table.device), :most] = fresh.to(table.device)
+
+
+lib.define(
+    "cache_append(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) table, Tensor(d!) lengths, "
+    "Tensor handle, Tensor k, Tensor v, Tensor? counts, int[]? rows) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _append_kernel(k_pages, v_pages, table, lengths, handle, k, v, counts, rows) -> None:
+    pages = _known.get(handle.item())
+    if pages is None:
+        raise RuntimeError("the KVCache of this compiled call has gone: compile with one that is")
+    counts = None if counts is None else counts.tolist()
+    append(k_pages, v_pages, table, lengths, pages, k, v, counts, rows)
+
+
+for _device in ("CPU", "CUDA"):
+    lib.impl("cache_append", _append_kernel, _device)
+
+
+@torch.library.register_fake("attn_ext::cache_append", lib=lib)
+def _append_fake(k_pages, v_pages, table, lengths, handle, k, v, counts, rows) -> None:
+    return None

@@ -1,0 +1,157 @@
+"""attn_ext.backends.jit: kernels by NVRTC, and the files that keep them.
+
+That a kernel takes the registers that nvcc's does says that it is the same kernel; what it computes
+is the matter of test_ptx.py.
+"""
+
+import json
+import multiprocessing
+import os
+import stat
+
+import pytest
+import seen
+from repository import ROOT
+
+from attn_ext.backends import jit
+from attn_ext.backends.jit import cache, nvrtc, sources
+
+CSRC = ROOT / "csrc"
+COMBINE = sources.kernel("attn::cuda::sm80::combine<attn::ptx::bf16>", "80")
+BINARY = nvrtc.Binary("_Zname", b".version 9.0", bytes(range(256)) * 3, "Used 3 registers")
+
+needs_nvrtc = pytest.mark.skipif(jit.find() is None, reason="nvidia-cuda-nvrtc is not installed")
+
+
+def expressions():
+    """(row of bench/results/cuda_resources.json, kernel) of all kernels of the pairs for which one
+    source serves both compilers."""
+    table = json.loads((ROOT / "bench/results/cuda_resources.json").read_text())["kernels"]
+    for name, row in table.items():
+        hopper = name.startswith("sm90_")
+        stem, _, arguments = name.removeprefix("sm90_").partition("<")
+        words = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "f32": "float",
+                 "plain": "false", "general": "true"}  # fmt: skip
+        arguments = [words.get(each, each) for each in arguments.rstrip(">").split(", ")]
+        space = "sm90" if hopper else "sm80"
+        architecture = "90a" if hopper else "80"
+        expression = f"attn::cuda::{space}::{stem}<{', '.join(arguments)}>"
+        yield name, sources.kernel(expression, architecture), row[f"sm_{architecture}"]
+
+
+ROWS = {name: (kernel, row) for name, kernel, row in expressions()}
+# at each commit three others; `make test-ptx` compiles all
+CHOSEN = ROWS if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(ROWS, 3)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", sorted(CHOSEN))
+def test_kernels_take_what_the_table_of_nvcc_says(name):
+    """A guard or a stub that changes a kernel, a flag that one of the compilers does not get."""
+    kernel, row = ROWS[name]
+    found = jit.compile_kernel(jit.find(), kernel, CSRC)
+    assert found.cubin[:4] == b"\x7fELF" and b".entry" in found.ptx
+    # sm_90a holds one CTA of those kernels: a register or two more costs nothing
+    assert found.resources.registers == row["registers"]
+    assert found.resources.spilled_bytes == row["spill_bytes"]
+
+
+@needs_nvrtc
+def test_an_error_names_the_kernel_and_the_line(tmp_path):
+    """A source that does not compile."""
+    (tmp_path / "cuda/sm80").mkdir(parents=True)
+    (tmp_path / COMBINE.header).write_text("int broken = missing;\n")
+    with pytest.raises(jit.CompileError, match=r"combine<.*does not compile(.|\n)*missing"):
+        jit.compile_kernel(jit.find(), COMBINE, tmp_path)
+
+
+@needs_nvrtc
+def test_a_kernel_is_compiled_once(tmp_path, monkeypatch):
+    """A key that changes from call to call, or that does not with the sources."""
+    store, count = cache.Cache(tmp_path / "cache"), []
+    compile_one = nvrtc.Nvrtc.compile
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", lambda *a: count.append(1) or compile_one(*a))
+    first = jit.compile_kernel(jit.find(), COMBINE, CSRC, store)
+    assert jit.compile_kernel(jit.find(), COMBINE, CSRC, store) == first and len(count) == 1
+
+
+def test_a_changed_header_is_another_key(tmp_path):
+    """An included file that the digest leaves out."""
+    (tmp_path / "cuda").mkdir()
+    kernel = sources.Kernel("k<1>", "80", "cuda/a.cuh")
+    (tmp_path / "cuda/a.cuh").write_text('#include "../b.h"\n')
+    (tmp_path / "b.h").write_text("1")
+    before = cache.digest(sources.contents(kernel, tmp_path))
+    (tmp_path / "b.h").write_text("2")
+    assert cache.digest(sources.contents(kernel, tmp_path)) != before
+
+
+def test_what_no_library_is_there_for(monkeypatch, tmp_path):
+    """NVRTC that is not installed, and one that does not load."""
+    monkeypatch.setenv("ATTN_EXT_NVRTC", str(tmp_path / "libnvrtc.so.13"))
+    assert nvrtc.find.__wrapped__() is None
+    (tmp_path / "libnvrtc.so.13").write_text("no library")
+    assert nvrtc.find.__wrapped__() is None
+
+
+def test_every_kernel_has_its_header():
+    """A kernel that was renamed."""
+    for space, kernels in sources.HEADERS.items():
+        for name, header in kernels.items():
+            assert f"void {name}(" in (CSRC / "cuda" / header).read_text(), (space, name)
+    with pytest.raises(ValueError, match=r"nothing<1> is no kernel of csrc/cuda"):
+        sources.kernel("attn::cuda::sm80::nothing<1>", "80")
+
+
+# ---- the files ----------------------------------------------------------------------------------
+def test_cache_gives_back_what_it_got(tmp_path):
+    store = cache.Cache(tmp_path)
+    assert store.get("ab12") is None
+    store.put("ab12", BINARY)
+    assert store.get("ab12") == BINARY
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["ab12"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "longer"])
+def test_a_damaged_file_counts_as_absent(tmp_path, damage):
+    """A full disk, a crash of the machine, another version's file."""
+    store = cache.Cache(tmp_path)
+    store.put("ab12", BINARY)
+    path = tmp_path / "ab" / "ab12"
+    data = path.read_bytes()
+    changed = data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+    path.write_bytes(
+        {"cut": data[:-5], "changed": changed, "empty": b"", "longer": data + b"x"}[damage]
+    )
+    assert store.get("ab12") is None
+    store.put("ab12", BINARY)
+    assert store.get("ab12") == BINARY
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_only(tmp_path):
+    """A read-only container; a file where the folder should be."""
+    (tmp_path / "file").write_text("")
+    store = cache.Cache(tmp_path / "file" / "cache")
+    store.put("ab12", BINARY)
+    assert store.get("ab12") is None
+    if os.geteuid():  # who may do anything may write there
+        (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+        cache.Cache(tmp_path / "locked").put("ab12", BINARY)
+
+
+def _write(folder, count):
+    for _ in range(count):
+        cache.Cache(folder).put("ab12", BINARY)
+
+
+def test_processes_that_write_at_once(tmp_path):
+    """A reader that sees a part of a file."""
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(tmp_path, 50)) for _ in range(2)]
+    _write(tmp_path, 1)
+    for each in writers:
+        each.start()
+    seen_values = {cache.Cache(tmp_path).get("ab12") for _ in range(100)}
+    for each in writers:
+        each.join()
+    assert seen_values == {BINARY} and all(each.exitcode == 0 for each in writers)

@@ -66,13 +66,13 @@ def reasons(name: str, problem: Problem) -> list[str]:
         return [f"{problem.score} attention has no {name} kernel"]
     if problem.map and problem.map not in getattr(module, "MAPS", ()):
         return [f"attn_ext.inspect has no {name} kernel for {problem.map}"]
+    if problem.frame and not getattr(module, "FRAMES", False):
+        return [f"a shard whose positions count (frame) has no {name} kernel"]
     missing = module.available()
     if missing:
         return [missing]
     if problem.far_lse and name != "reference":  # which takes the sums of whole rows instead
         return [f"lse must be within {FAR_LSE:g} of 0 in its kernels, got {problem.far_lse:g}"]
-    if problem.frame and not getattr(module, "FRAMES", False):
-        return [f"a shard whose positions count (frame) has no {name} kernel"]
     served = getattr(module, "NORMALIZERS", ("softmax",))
     if problem.normalizer not in served:
         return [f"normalizer must be {' or '.join(map(repr, served))}, got {problem.normalizer!r}"]

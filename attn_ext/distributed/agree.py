@@ -81,7 +81,9 @@ def _judge(rows, expected, group, found, trouble) -> tuple:
     if found is not None:
         return found, trouble
     columns = list(zip(*[r[3:] for r in rows], strict=True))
-    for at, (name, column) in enumerate(zip(NAMES, columns, strict=True)):
+    # the options first: a rank with another layout takes all others' lengths for wrong
+    for at in sorted(range(len(NAMES)), key=lambda at: NAMES[at] != "options"):
+        name, column = NAMES[at], columns[at]
         wanted = list(expected) if at == 0 else [max(column, key=column.count)] * len(column)
         if at >= 8:  # a rank with one token goes along with the others
             known = [x for x in column if x != EITHER]

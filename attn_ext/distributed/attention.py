@@ -101,7 +101,6 @@ class Prepared(NamedTuple):
     own_rows: tuple[bool, bool]  # whether mask and bias have a row for each query
 
 
-@torch.compiler.assume_constant_result
 def prepare(
     layout, mesh, method, shapes, dtype, device, causal, window, scalars, grad_comm_dtype, sides,
     scores,
@@ -156,6 +155,10 @@ def prepare(
     return Prepared(plan.name_of(ours), exchange, place, names, alone, align, own_rows)
 
 
+# What torch.compiler.assume_constant_result sets, which would import the compiler: four seconds.
+prepare._dynamo_marked_constant = True
+
+
 def agree_on(signature: str, sides) -> str:
     """The hash of all that ranks must have in common beside shapes."""
     import hashlib
@@ -190,12 +193,13 @@ def context_attention(
         validate.tensor(name, value)
     q, k, v, bias = common.autocast(q, k, v, bias)
     there = tuple(x is not None for x in (mask, bias, alibi_slopes, sink))
+    softcap, dropout_p, _ = validate.scalars(softcap, dropout_p, scale)
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    scores = tuple(None if x is None else tuple(x.shape) for x in (mask, bias))
     prepared = prepare(
-        layout, mesh, method, (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
-        (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device), causal,
-        validate.window_pair(window), validate.scalars(softcap, dropout_p, scale)[:2]
-        + (scale, deterministic, backend), grad_comm_dtype, there,
-        tuple(None if x is None else tuple(x.shape) for x in (mask, bias)),
+        layout, mesh, method, shapes, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device),
+        causal, validate.window_pair(window), (softcap, dropout_p, scale, deterministic, backend),
+        grad_comm_dtype, there, scores,
     )  # fmt: skip
     validate.boolean("return_lse", return_lse)
     documents = len(layout.lengths) if layout.is_packed else q.shape[0]

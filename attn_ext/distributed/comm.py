@@ -126,33 +126,38 @@ def broadcast(x: torch.Tensor, group, hop: str) -> torch.Tensor:
     return x
 
 
-_controls: dict[str, object] = {}
+def add_up(x: torch.Tensor, group, hop: str) -> torch.Tensor:
+    """The sum of x over the ranks, in place."""
+    begun = time.monotonic()
+    try:
+        dist.all_reduce(x, group=group)
+    except RuntimeError as error:
+        raise _lost(group, None, hop, begun, error) from error
+    return x
 
 
-def control(group):
-    """A gloo group of the same ranks for what the ranks tell each other before data moves: a rank
-    that is out of step there can never meet data of others."""
-    if group.group_name not in _controls:
-        ranks = dist.get_process_group_ranks(group)
-        timeout = (
-            group._get_backend(torch.device("cpu")).options._timeout
-            if (dist.get_backend(group) == "gloo")
-            else None
-        )
-        _controls[group.group_name] = dist.new_group(
-            ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
-        )
-    return _controls[group.group_name]
+_rounds: dict[str, int] = {}  # how many tables a group has made
 
 
 def table(row: Sequence[int], group, hop: str) -> list[list[int]]:
-    """The row of integers of every rank of the group."""
-    begun = time.monotonic()
-    parts = size_of(group)
-    own = torch.tensor(row, dtype=torch.int64)
-    found = [torch.empty_like(own) for _ in range(parts)]
+    """The row of integers of every rank of the group, by the group's store: what a rank that is out
+    of step writes there can never be taken for data, and a rank that is missing has a name."""
+    store = dist.distributed_c10d._get_process_group_store(group)
+    number = _rounds.get(group.group_name, 0)
+    _rounds[group.group_name] = number + 1
+    own = rank_of(group)
+    begun, peer = time.monotonic(), own
+    found = []
     try:
-        dist.all_gather(found, own, group=control(group))
+        store.set(_key(number, own), " ".join(map(str, row)))
+        for peer in range(size_of(group)):
+            found.append(list(map(int, store.get(_key(number, peer)).split())))
+        if number > 1:  # all have read it, or they could not have come so far
+            store.delete_key(_key(number - 2, own))
     except RuntimeError as error:
-        raise _lost(group, None, hop, begun, error) from error
-    return [x.tolist() for x in found]
+        raise _lost(group, peer, hop, begun, error) from error
+    return found
+
+
+def _key(number: int, rank: int) -> str:
+    return f"attn_ext/{number}/{rank}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class Segment(NamedTuple):
 def _chunks(length: int, count: int) -> list[tuple[int, int]]:
     """[0, length) in `count` ranges whose lengths differ by at most one."""
     ends = [length * i // count for i in range(count + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def _joined(segments) -> tuple[Segment, ...]:
@@ -98,9 +99,9 @@ class Layout:
         if balance not in BALANCES:
             raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
         starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
-        if not starts or starts[0] != 0 or any(b < a for a, b in zip(starts, starts[1:])):
+        if not starts or starts[0] != 0 or any(b < a for a, b in itertools.pairwise(starts)):
             raise ValueError(f"cu_seqlens must begin at 0 and never fall, got {starts}")
-        lengths = tuple(b - a for a, b in zip(starts, starts[1:]))
+        lengths = tuple(b - a for a, b in itertools.pairwise(starts))
         deal = _zigzag_documents if balance == "zigzag" else _cut_documents
         return cls(lengths, tuple(map(_joined, deal(lengths, parts))), True)
 

@@ -6,6 +6,7 @@ attn_ext::context_backward   the gradients
 attn_ext::rows_to_heads      [B, H, S_local, D] -> [B, heads of this rank, S of the group, D]
 attn_ext::heads_to_rows      the way back
 attn_ext::shared_seed        rank 0's seed
+attn_ext::group_sum          the sum over the ranks
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ _SIDES = "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor
 _INPUTS = f"Tensor q, Tensor k, Tensor v, {_SIDES}, str plan"
 lib.define(f"context({_INPUTS}) -> (Tensor out, Tensor lse)", tags=tuple(TAGS))
 lib.define(
-    f"context_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool bias_grad)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    f"context_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, "
+    "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     tags=tuple(TAGS),
 )
 for _name in ("rows_to_heads", "heads_to_rows"):
     lib.define(f"{_name}(Tensor x, int heads, str layout) -> Tensor", tags=tuple(TAGS))
 lib.define("shared_seed(Tensor state, str group) -> Tensor", tags=tuple(TAGS))
+lib.define("group_sum(Tensor x, str group) -> Tensor", tags=tuple(TAGS))
 
 
 class _Alone:
@@ -96,12 +98,17 @@ def _shared_seed(state, group):
     return comm.broadcast(state.clone(), comm.by_name(group), "dropout's seed")
 
 
+def _group_sum(x, group):
+    return comm.add_up(x.clone(), comm.by_name(group), "the sum of losses")
+
+
 for _device in ("CPU", "CUDA"):
     lib.impl("context", _forward, _device)
     lib.impl("context_backward", _backward, _device)
     lib.impl("rows_to_heads", lambda x, heads, name: Heads.of(name).to_heads(x), _device)
     lib.impl("heads_to_rows", lambda x, heads, name: Heads.of(name).to_rows(x, heads), _device)
     lib.impl("shared_seed", _shared_seed, _device)
+    lib.impl("group_sum", _group_sum, _device)
 
 
 @torch.library.register_fake("attn_ext::context", lib=lib)
@@ -126,8 +133,9 @@ def _to_rows_fake(x, heads, name):
 
 
 @torch.library.register_fake("attn_ext::shared_seed", lib=lib)
-def _seed_fake(state, group):
-    return torch.empty_like(state)
+@torch.library.register_fake("attn_ext::group_sum", lib=lib)
+def _like_fake(x, group):
+    return torch.empty_like(x)
 
 
 def _context_saves(ctx, inputs, output):
@@ -152,7 +160,7 @@ def _context_gradients(ctx, dout, dlse):
 
 
 def _exchange_saves(ctx, inputs, output):
-    x, heads, ctx.name = inputs
+    x, _heads, ctx.name = inputs
     ctx.heads = x.shape[1]
 
 

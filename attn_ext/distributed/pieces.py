@@ -28,7 +28,8 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Rules:
     """What decides about pieces.  left, right: the window, causal is right = 0; distances: whether
-    ALiBi needs positions;  counted: whether dropout does;  scores: whether there is mask or bias."""
+    ALiBi needs positions; counted: whether dropout does; scores: whether there is mask or bias.
+    """
 
     left: int = UNBOUNDED
     right: int = UNBOUNDED

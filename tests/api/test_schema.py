@@ -28,6 +28,7 @@ for _name in ("cu_seqlens_q", "cu_seqlens_k"):
     SIDES[_name] = torch.tensor([0, 4, 9], dtype=torch.int32)
 SIDES["seqlens_k"] = torch.tensor([9, 5], dtype=torch.int32)
 SIDES["block_table"] = torch.tensor([[0], [1]], dtype=torch.int32)
+SIDES["frame"] = torch.zeros(2, 6, dtype=torch.int32)
 
 
 def plain() -> Call:

@@ -34,6 +34,20 @@ TWO_LAST_PLACES_NEAR_0 = Tolerance(2.4e-7, 2.4e-7)  # of log2, which is 0 at 1
 APPROXIMATE = Tolerance(4e-7, 4e-7)  # the hardware's ex2.approx and its like, by the PTX manual
 
 
+# |got - want| / |want| of whole tensors, by their norms: a sequence on several ranks against one
+SHARDS = {torch.float32: 2e-6, torch.float64: 1e-12}
+BF16_SHARDS = 1.15  # the error of shards in bfloat16 against that of one call, both by their norms
+
+
+def relative(got, want) -> float:
+    """|got - want| / |want| by the norms of what is finite; inf where that is not the same."""
+    finite = torch.isfinite(want)
+    if got.shape != want.shape or not torch.equal(finite, torch.isfinite(got)):
+        return float("inf")
+    got, want = got[finite].double(), want[finite].double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
 def of_logits(largest: float) -> Tolerance:
     """Of weights whose logits float32 keeps to largest * 2^-24, products' roundings at least."""
     return Tolerance(0.0, max(3e-3, largest / 2**24))

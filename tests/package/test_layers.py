@@ -11,9 +11,14 @@ from repository import ROOT
 # Each layer may import those before it in this order, and its own modules.
 LAYERS = (
     "core", "triton_kernels", "backends", "testing", "ops", "functional",
-    ("nn", "inspect", "integrations"), "measure", "root", "cli",
+    ("nn", "inspect", "integrations", "distributed"), "measure", "root", "cli",
 )  # fmt: skip
-APART = ("nn", "inspect", "integrations")  # of one layer, and they do not import each other
+APART = (
+    "nn",
+    "inspect",
+    "integrations",
+    "distributed",
+)  # of one layer, and they do not import each other
 BACKENDS = ("cpu", "cuda", "triton", "reference")  # nor do these
 # A measurement that lies beside the kernels whose tiles it chooses, as `python -m` says it.
 LATE = {"attn_ext.triton_kernels.tune": "measure"}

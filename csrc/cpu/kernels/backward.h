@@ -5,8 +5,7 @@
 // One task = block_n keys of one K/V head; it loops over the query heads of the group and their
 // panels, and owns its rows of dK and dV.  dQ panels are shared: each has a ticket, and key blocks
 // add to it in ascending order, so that the result is the same whatever the number of threads.
-// Tasks are handed out by ascending key block, so a task waits only for tasks that were handed out
-// before it.
+// Tasks are handed out by ascending key block, so a task waits only for earlier ones.
 #pragma once
 #include "cpu/kernels/additive.h"
 #include "cpu/kernels/gradient.h"

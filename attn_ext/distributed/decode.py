@@ -1,0 +1,71 @@
+"""context_decode: few queries against a cache whose positions lie on several ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.core import validate
+from attn_ext.core.schema import Call
+from attn_ext.distributed import comm, local
+from attn_ext.functional import common
+from attn_ext.ops import parts
+
+
+def _lengths(whole_lengths, k_first, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 [B] position of the first key here, int32 [B] keys here)."""
+    whole = whole_lengths.long()
+    first = torch.as_tensor(k_first, dtype=torch.int64, device=whole.device).expand_as(whole)
+    return first, (whole - first).clamp(0, capacity).to(torch.int32)
+
+
+def context_decode(
+    q, k_shard, v_shard, *, k_first, whole_lengths, group, causal=True, window=(None, None),
+    softcap=0.0, alibi_slopes=None, sink=None, scale=None, return_lse=False, backend="auto",
+):  # fmt: skip
+    """`attention_decode` with a cache that is cut over the ranks of a group: each attends to its
+    own keys, and the parts are merged on all of them.  Inference only.
+
+    q [B, Hq, Sq, D]: the newest Sq tokens, the same on every rank.   k_shard [B, Hk, capacity, D],
+    v_shard alike: this rank's keys, which begin at position k_first (an int, or int [B]) of the
+    whole.  whole_lengths: int32 [B], positions of the whole that are used, the new ones included.
+    Returns out [B, Hq, Sq, Dv], with return_lse also lse, the same bits on every rank.
+    """
+    validate.decode_shapes(q, k_shard, v_shard, whole_lengths, None)
+    if whole_lengths is None:
+        raise ValueError("whole_lengths must be given, got None")
+    _, left, right = validate.options(
+        "bottom_right" if causal else False, *validate.window_pair(window), softcap, 0.0, scale,
+        False, backend,
+    )  # fmt: skip
+    batch, heads, new, _ = q.shape
+    _, _, slopes, sink = common.sides(
+        q, None, None, alibi_slopes, sink, batch, heads, new, k_shard.shape[2]
+    )
+    first, used = _lengths(whole_lengths, k_first, k_shard.shape[2])
+    whole, zero = whole_lengths.long(), torch.zeros_like(first)
+    number = torch.arange(batch, device=q.device)
+    frame = torch.stack([number, zero, whole - new, first, whole, whole], 1).to(torch.int32)
+    call = Call(
+        q=q, k=k_shard, v=v_shard, alibi_slopes=slopes, seqlens_k=used, frame=frame,
+        max_seqlen_q=new, max_seqlen_k=k_shard.shape[2], scale=scale, softcap=softcap,
+        window_left=left, window_right=right, backend=backend,
+    )  # fmt: skip
+    with torch.no_grad():
+        out, lse = _merged(*parts.forward_partial(call), group)
+        if sink is not None:
+            local.add_sink(out, lse, sink)
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _merged(part, part_lse, group) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of all ranks, merged in their order."""
+    rows = torch.cat([part, part_lse.unsqueeze(-1)], -1).contiguous()
+    lines = comm.gather_rows(
+        rows.view(1, -1), [1] * comm.size_of(group), group, "the parts of a decode"
+    )
+    out, lse = torch.zeros_like(part), torch.full_like(part_lse, -torch.inf)
+    for line in lines:
+        found = line.view(rows.shape)
+        parts.merge(out, lse, found[..., :-1], found[..., -1])
+    return out, lse

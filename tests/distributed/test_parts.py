@@ -1,0 +1,162 @@
+"""A shard of a larger call against the larger call itself, on every backend that serves shards."""
+
+import pytest
+import torch
+from closeness import SHARDS, relative
+
+from attn_ext.backends import cpu, reference
+from attn_ext.core.schema import Call, Frame, Needs
+from attn_ext.ops import parts
+from attn_ext.testing import check_call, needs_of, random_call
+
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (30, 4), "align": 0},
+    "alibi": {"causal": True, "alibi": "b", "window": (40, -1)},
+    "dropout": {"dropout_p": 0.4, "causal": True},
+    "all": dict(
+        softcap=3.0, alibi=True, bias="hk", mask=True, dropout_p=0.2, window=(50, 6), sink=True
+    ),
+}
+SERVERS = ("cpu", "reference")  # the C++ kernels; torch operations on tiles
+WHOLE = 300
+
+
+def shard_of(call: Call, rows: slice, keys: slice) -> Call:
+    """The call's queries and keys of these ranges, without its sink."""
+    batch, _, seqlen_q, _ = call.q.shape
+    frame = [Frame(b, 0, rows.start, keys.start, seqlen_q, call.k.shape[2]) for b in range(batch)]
+
+    def scores(x):
+        if x is None:
+            return None
+        x = x if x.shape[2] == 1 else x[:, :, rows]
+        return x if x.shape[3] == 1 else x[..., keys]
+
+    return call._replace(
+        q=call.q[:, :, rows], k=call.k[:, :, keys], v=call.v[:, :, keys], mask=scores(call.mask),
+        bias=scores(call.bias), sink=None, frame=torch.tensor(frame, dtype=torch.int32),
+        max_seqlen_q=rows.stop - rows.start, max_seqlen_k=keys.stop - keys.start,
+    )  # fmt: skip
+
+
+def merged(call: Call, rows: slice, cuts) -> tuple:
+    """(O, LSE) of these queries from shards of the keys."""
+    q = call.q[:, :, rows]
+    out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=torch.float32)
+    lse = torch.full(q.shape[:-1], -torch.inf)
+    for keys in cuts:
+        parts.merge(out, lse, *parts.forward_partial(shard_of(call, rows, keys)))
+    if call.sink is not None:
+        total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, call.sink[None, :, None]))
+        out *= torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None]
+        lse = total
+    return out, lse
+
+
+CUTS = [(name, 77) for name in FEATURES]  # no multiple of four, as dropout's counter has them
+CUTS += [("all", width) for width in (1, 64, 128, 256)]
+
+
+@pytest.mark.parametrize("backend", SERVERS)
+@pytest.mark.parametrize(("name", "width"), CUTS)
+def test_shards_merge_to_the_whole(backend, name, width):
+    """Positions that are those of the shard; a shard's own sums taken for the whole's."""
+    call = random_call(
+        batch=2, heads_q=4, heads_k=2, seqlen_q=WHOLE, seqlen_k=WHOLE, **FEATURES[name]
+    )._replace(backend=backend)
+    rows = slice(110, 147)
+    first = 0 if width != 1 else WHOLE - 40  # single keys, beside the rest at once
+    cuts = [slice(0, first)] * bool(first)
+    cuts += [slice(i, min(i + width, WHOLE)) for i in range(first, WHOLE, width)]
+    truth, truth_lse, *_ = reference.forward(call)
+    out, lse = merged(call, rows, cuts)
+    assert relative(out, truth[:, :, rows]) <= SHARDS[torch.float32]
+    assert relative(lse, truth_lse[:, :, rows]) <= SHARDS[torch.float32]
+
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    whole = torch.zeros_like(truth)
+    whole[:, :, rows] = dout
+    needs = needs_of(call)
+    want = reference.backward(call, whole, truth, truth_lse, None, needs)
+    delta = (dout * out).sum(-1)
+    for keys in cuts[:: max(len(cuts) // 3, 1)]:
+        shard = shard_of(call, rows, keys)
+        got = parts.backward_partial(shard, dout, delta, lse, needs)
+        for name_of in ("k", "v"):
+            expected = getattr(want, name_of)[:, :, keys]
+            assert float((getattr(got, name_of) - expected).norm()) <= SHARDS[
+                torch.float32
+            ] * float(getattr(want, name_of).norm())
+    dq = sum(
+        parts.backward_partial(shard_of(call, rows, keys), dout, delta, lse, needs).q
+        for keys in cuts
+    )
+    assert relative(dq, want.q[:, :, rows]) <= 2 * SHARDS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64))
+@pytest.mark.parametrize("place", ((11, 3, 40, 60), (5, 10, 100, 90), (0, 70, 99, 300)))
+def test_frames_of_whole_calls(dtype, place):
+    """The kernels' places of a shard against the reference's, forward and backward."""
+    frame = torch.tensor([[3 + b, 1, *place] for b in range(2)], dtype=torch.int32)
+    for options in FEATURES.values():
+        call = random_call(seqlen_q=37, seqlen_k=53, heads_q=4, heads_k=2, dtype=dtype, **options)
+        check_call(call._replace(frame=frame), "cpu")
+    sigmoid = random_call(seqlen_q=37, seqlen_k=53, dtype=dtype)._replace(normalizer="sigmoid")
+    check_call(sigmoid._replace(frame=frame), "cpu")
+
+
+def test_parts_are_not_rounded():
+    """O, dQ, dK and dV of bfloat16 inputs that are rounded to bfloat16."""
+    call = random_call(seqlen_q=90, seqlen_k=200, dtype=torch.bfloat16)
+    out, lse = parts.forward_partial(call)
+    wide = call._replace(**{n: getattr(call, n).float() for n in ("q", "k", "v")})
+    want, want_lse = parts.forward_partial(wide)
+    dout = torch.randn(out.shape).bfloat16()
+    more = (torch.randn(lse.shape), lse, needs_of(call))
+    got, exact = (parts.backward_partial(c, dout, *more) for c in (call, wide))
+    for a, b in ((out, want), (lse, want_lse), *zip(got[:3], exact[:3], strict=True)):
+        assert a.dtype == torch.float32 and relative(a, b) <= SHARDS[torch.float32]
+
+
+def test_rows_without_keys_merge():
+    """-inf - -inf in a merge: NaN."""
+    out, lse = torch.zeros(1, 1, 3, 2), torch.full((1, 1, 3), -torch.inf)
+    parts.merge(out, lse, torch.zeros_like(out), lse.clone())
+    assert torch.equal(out, torch.zeros_like(out)) and (lse == -torch.inf).all()
+    part, part_lse = torch.ones_like(out), torch.tensor([[[0.0, -torch.inf, 700.0]]])
+    parts.merge(out, lse, part, part_lse)
+    assert torch.equal(lse, part_lse) and out[0, 0, :, 0].tolist() == [1, 0, 1]
+
+
+def test_operators_and_their_fakes():
+    """A fake that promises other shapes, strides or dtypes."""
+    call = random_call(seqlen_q=9, seqlen_k=12, bias=True, dtype=torch.bfloat16, layout="bshd")
+    out, lse = torch.ops.attn_ext.forward_partial(*call)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.attn_ext.forward_partial, tuple(call), test_utils=tests)
+    rows = (torch.randn_like(out).bfloat16(), torch.randn_like(lse), lse)
+    needs = list(Needs(q=True, k=True, bias=True))
+    torch.library.opcheck(
+        torch.ops.attn_ext.backward_partial, (*rows, *call, needs), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.attn_ext.merge_, (out, lse, out.clone(), lse.clone()), test_utils=tests
+    )
+
+
+def test_who_refuses_frames():
+    """A kernel that does not know frames and computes with its own positions."""
+    call = random_call(seqlen_q=9, seqlen_k=12)._replace(frame=torch.zeros(2, 6, dtype=torch.int32))
+    for name in ("cuda", "triton"):
+        with pytest.raises(NotImplementedError, match="frame"):
+            torch.ops.attn_ext.forward(*call._replace(backend=name))
+        with pytest.raises(NotImplementedError, match="frame"):
+            parts.forward_partial(call._replace(backend=name))
+    assert parts.served_by(call) == "cpu" and cpu.FRAMES
+    with pytest.raises(ValueError, match="frame must have shape"):
+        parts.forward_partial(call._replace(frame=call.frame[:1]))
+    with pytest.raises(ValueError, match="sink must be None"):
+        parts.forward_partial(call._replace(sink=torch.zeros(2)))

@@ -89,7 +89,7 @@ struct Pointers {
   void *max_logit = nullptr, *entropy = nullptr;
   const void *dout = nullptr, *dlse = nullptr;  // dlse: as LSE, null = zero
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dbias = nullptr, *dsink = nullptr;
-  const Frame* frame = nullptr;   // [B]; null: the call's sequences are whole.  Of csrc/cpu alone
+  const Frame* frame = nullptr;  // [B]; null: the call's sequences are whole.  Of csrc/cpu alone
 };
 
 }  // namespace attn

@@ -179,7 +179,8 @@ def disagreement(first: str, second: str) -> str:
 def _results(call: Call, dout: torch.Tensor, isa: str) -> list[torch.Tensor]:
     """O and the gradients of q, k and v by the kernels of one instruction set."""
     t, threads = canonical_inputs(call), 1
-    out, lse = torch.empty_like(call.q), torch.empty(lse_shape(call), device="cpu")
+    out = torch.empty_like(call.q)
+    lse = torch.empty(lse_shape(call), dtype=torch.float32, device="cpu")
     native = _C.Call(**fields(call, t, out, lse, DTYPES))
     native.set_isa(isa)
     point(native, q=call.q, k=call.k, v=call.v, o=out, lse=lse, dout=dout)

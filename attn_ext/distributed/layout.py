@@ -147,7 +147,7 @@ class Layout:
         own = [0] * len(self.lengths)
         for s in self.segments(rank):
             own[s.document] += s.length
-        ends = torch.tensor([0, *own], dtype=torch.int64).cumsum(0)
+        ends = torch.tensor([0, *own], dtype=torch.int64, device="cpu").cumsum(0)
         return ends.to(torch.int32).to(device)
 
     def shard(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

@@ -155,7 +155,7 @@ class KVCache:
         tensors = (self.k_pages, self.v_pages, self._table, self._lengths)
         if torch.compiler.is_compiling() or not route.is_plain(k, v, self.k_pages):
             if counts is not None and not isinstance(counts, torch.Tensor):
-                counts = torch.tensor(counts, device="cpu")
+                counts = torch.tensor(_integers("counts", counts), dtype=torch.int64, device="cpu")
             torch.ops.attn_ext.cache_append(*tensors, self._handle, k, v, counts, rows)
             return self
         counts = None if counts is None else _integers("counts", counts)
@@ -192,7 +192,7 @@ class KVCache:
         if not torch.compiler.is_compiling():
             table = table[:, : self._table_width(options)]
         if rows is not None:
-            index = torch.tensor(rows, device=table.device)
+            index = torch.tensor(rows, dtype=torch.int64, device=table.device)
             table, held = table[index], held[index]
         options = self._of_width(options, table.shape[1] * self.page_size)
         call = (q, self.k_pages, self.v_pages, held, table)
@@ -260,8 +260,8 @@ class KVCache:
         if not most:
             return self.truncate([self._book.lengths[b] - last for b in rows], rows=rows)
         index = [[0] * (most - len(numbers)) + numbers for numbers in kept]
-        index = torch.tensor(index, device=self._table.device)
-        rows_index = torch.tensor(rows, device=self._table.device)
+        index = torch.tensor(index, dtype=torch.int64, device=self._table.device)
+        rows_index = torch.tensor(rows, dtype=torch.int64, device=self._table.device)
         held, table = self._lengths[1][rows_index], self._table[rows_index]
         at = held[:, None] - last + index
         k, v = (tree.positions(x, table, at) for x in (self.k_pages, self.v_pages))

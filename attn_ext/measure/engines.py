@@ -240,7 +240,8 @@ def ggml_flash(case: Case, q, k, v) -> Bound:
         ggml.ggml_backend_graph_compute(backend, graph)
 
     def result(_):
-        out = torch.empty(case.batch, case.seqlen_q, case.heads_q, case.head_dim, device="cpu")
+        shape = (case.batch, case.seqlen_q, case.heads_q, case.head_dim)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         ctypes.memmove(out.data_ptr(), ggml.ggml_get_data(node), out.numel() * 4)
         return out.transpose(1, 2).to(q.dtype)
 

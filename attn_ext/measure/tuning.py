@@ -151,7 +151,7 @@ def choose_again() -> None:
     """Read the tables again, and drop what was chosen without them."""
     tuned.forget()
     registry.select.cache_clear()
-    for memory in (registry.get("cpu"), registry.get("cpu_second"), execute, fast, sdpa_calls):
+    for memory in (registry.get("cpu"), registry.part("cpu_second"), execute, fast, sdpa_calls):
         memory.forget()
 
 

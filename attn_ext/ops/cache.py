@@ -60,7 +60,9 @@ def _write(k_pages, v_pages, k, v, pieces, firsts) -> None:
         for row, first, page, slot, count in pieces
         for i in range(count)
     ]
-    row, column, page, slot = torch.tensor(index, device="cpu").T.to(k.device).unbind()
+    row, column, page, slot = (
+        torch.tensor(index, dtype=torch.int64, device="cpu").T.to(k.device).unbind()
+    )
     k_pages[page, :, slot] = k[row, :, column]
     v_pages[page, :, slot] = v[row, :, column]
 
@@ -78,7 +80,8 @@ def publish(pages: Pages, table, lengths) -> None:
     most = max(len(pages.lists[b]) for b in rows)
     lists = [pages.lists[b] + [0] * (most - len(pages.lists[b])) for b in rows]
     fresh = torch.tensor(lists, device="cpu", dtype=torch.int32)
-    table[torch.tensor(rows, device="cpu").to(table.device), :most] = fresh.to(table.device)
+    numbers = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    table[numbers.to(table.device), :most] = fresh.to(table.device)
 
 
 lib.define(

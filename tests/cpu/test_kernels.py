@@ -242,10 +242,10 @@ def test_negative_sizes_are_refused():
     """A corrupt struct that reaches a kernel."""
     call = random_call(seqlen_q=4)
     with pytest.raises(ValueError, match="at least"):
-        t = cpu._canonical(call._replace(max_seqlen_q=-1))
+        t = cpu.canonical_inputs(call._replace(max_seqlen_q=-1))
         out = torch.empty_like(call.q)
         lse = torch.empty(call.q.shape[:3])
-        cpu._native(call._replace(max_seqlen_q=-1), t, out, lse).forward(1)
+        cpu.native_call(call._replace(max_seqlen_q=-1), t, out, lse).forward(1)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "additive"])

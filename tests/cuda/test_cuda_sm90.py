@@ -254,7 +254,7 @@ def test_it_is_off_unless_asked_for(hopper):
     """Kernels that nobody has run on hardware must not be the default."""
     from attn_ext.backends import native_gpu
 
-    assert native_gpu.Kernels(hopper.kernels.module, hopper.device).sm90 is False
+    assert native_gpu.Kernels(hopper.kernels.module, hopper.device).sm90 is None
     call = hopper.call(seqlen_q=70, seqlen_k=140, head_dim=64)
     hopper.kernels.sm90 = False
     assert hopper.kernels._target(call.q.device)[3] is False

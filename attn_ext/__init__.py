@@ -45,3 +45,12 @@ __all__ = [
     "attention", "attention_decode", "attention_varlen", "backends", "explain", "profile",
     "replace_sdpa", "scaled_dot_product_attention",
 ]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """`attn_ext.distributed`, loaded at its first use: it brings torch.distributed with it."""
+    if name == "distributed":
+        import importlib
+
+        return importlib.import_module("attn_ext.distributed")
+    raise AttributeError(f"module 'attn_ext' has no attribute {name!r}")

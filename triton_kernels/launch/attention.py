@@ -80,6 +80,7 @@ class Plan:
         self.cu_seqlens_k = self._side(call.cu_seqlens_k, torch.int32)
         self.seqlens_k = self._side(call.seqlens_k, torch.int32)
         self.block_table = self._side(call.block_table, torch.int32)
+        self.frame = None  # the registry leaves calls with one to others
         self.owned: list[tuple] = []  # (tensor, fill or None) that this call allocates
         self.launched: list[tuple] = []  # (compiled kernel, programs, args)
         self._check_devices()

@@ -5,6 +5,8 @@ ATTN_EXT_EMULATED_RUNS=ptx runs every test of the backend `emulated` that way (`
 here are the wrappers one by one, a chosen kernel of each kind, and what the executor refuses.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import seen
@@ -33,6 +35,18 @@ def plain_mode():
 @pytest.fixture(scope="module")
 def compiled():
     return build.Replacement(others=twins.KERNELS)
+
+
+# ---- the libraries ------------------------------------------------------------------------------
+def test_several_makers_of_one_library(monkeypatch, tmp_path):
+    """Workers of a test run that make one library at once: each gets it, nothing else is left.
+    Would catch a temporary file whose name two of them share."""
+    kernel = ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry one()\n{\n\tret;\n}\n"
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(lambda _: build.library(kernel, "one.ptx"), range(4)))
+    assert len(made) == 1
+    assert list((tmp_path / "libraries").iterdir()) == list(made)
 
 
 # ---- wrappers -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,14 +74,14 @@ def library(text: str, name: str) -> Path:
     path = FOLDER / "libraries" / f"{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.with_suffix(".cpp").write_text(code)
-        emulator_build.compiler(
-            *flags(), f"-I{SOURCES}", "-x", "c++", temporary.with_suffix(".cpp"), "-x", "none",
-            _emulated.__file__, "-o", temporary,
-        )  # fmt: skip
-        temporary.with_suffix(".cpp").unlink()
-        temporary.rename(path)
+        # a folder of its own: several processes may compile the same text at once
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            unit, made = Path(folder) / "unit.cpp", Path(folder) / "unit.so"
+            unit.write_text(code)
+            emulator_build.compiler(
+                *flags(), f"-I{SOURCES}", unit, _emulated.__file__, "-o", made,
+            )  # fmt: skip
+            made.rename(path)
     return path
 
 

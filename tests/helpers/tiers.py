@@ -44,6 +44,7 @@ THOROUGH = {
     "cuda/test_nvcc.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "nvcc",
     "cuda/test_nvcc.py::test_shared_memory_fits_every_architecture": "compiles",
     "distributed/test_context.py": "processes",
+    "distributed/test_context_examples.py": "processes",
     "integrations/test_flash_attn_helpers.py::test_diffusers_imports_the_stand_in": "a process",
     "integrations/test_models_cache.py": "libraries of models",
     "integrations/test_models_checkpoint.py": "libraries of models",

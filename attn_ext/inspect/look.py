@@ -14,17 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from attn_ext.inspect.page import PAGE
-from attn_ext.inspect.recording import CallRecord, load, record
+from attn_ext.inspect.recording import NOTHING, record
+from attn_ext.inspect.records import CallRecord, load
 
 MAX_PANELS = 12
 MAX_TICKS = 48
 DIGITS = 5  # of a weight on the page; smaller ones count as left out
-NOTHING = (
-    "records must hold a call, got none: run the model in eager mode within `with "
-    "attn_ext.inspect.record(model) as seen, attn_ext.replace_sdpa():`; calls in compiled graphs, "
-    "and attention that goes neither through attn_ext nor through torch's "
-    "scaled_dot_product_attention, are not seen"
-)
 
 
 def look(
@@ -72,7 +67,8 @@ def _usable(records) -> list[CallRecord]:
         )
     usable = [c for c in calls if c.mean_top_keys is not None and c.pooled_map is not None]
     if not calls:
-        raise ValueError(NOTHING)
+        why = records.why_nothing() if isinstance(records, record) else NOTHING
+        raise ValueError(f"records must hold a call, got none: {why}")
     if not usable:
         raise ValueError(
             "records must hold a call with the statistics top_k and pooled_map, got "
@@ -226,3 +222,7 @@ def _draw(calls, labels, named: bool, title: str, path: Path) -> None:
     figure.suptitle(f"{title}: mean weight of each cell{said}", fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def in_a_notebook(seen: record) -> str:
+    return seen.why_nothing()

@@ -20,21 +20,18 @@ import torch
 from attn_ext.core import reference, validate
 from attn_ext.core.schema import BOTTOM_RIGHT, Call, is_decode
 from attn_ext.inspect import kernels, logits, maps, records
-from attn_ext.inspect.records import CallRecord
+from attn_ext.inspect.records import NOTHING, CallRecord
 from attn_ext.inspect.statistics import row_stats_of
 from attn_ext.ops import route
 
 if TYPE_CHECKING:
     import pandas
 
+    from attn_ext.inspect.page import Page
+
 STATISTICS = ("entropy", "max_logit", "lse", "column_mass", "top_k", "pooled_map")
 DIFFERENTIABLE = ("entropy", "max_logit", "lse")
 KEEP = ("qk",)
-NOTHING = (
-    "run the model in eager mode within `with attn_ext.inspect.record(model) as seen, "
-    "attn_ext.replace_sdpa():`; calls in compiled graphs, and attention that goes neither through "
-    "attn_ext nor through torch's scaled_dot_product_attention, are not seen"
-)
 
 
 class record:
@@ -297,8 +294,16 @@ class record:
             writer.writeheader()
             writer.writerows(rows)
 
+    def page(self, **options) -> Page:
+        """The page of `look`, which a notebook shows and `save` writes; options: tokens,
+        query_tokens, tokenizer, title, as `look`.
+        """
+        from attn_ext.inspect.look import page_of
+
+        return page_of(self, **options)
+
     def _repr_html_(self) -> str:
-        """The page of `look`, as notebooks show it."""
+        """The page without tokens, as notebooks show it."""
         from attn_ext.inspect.look import in_a_notebook
 
         return in_a_notebook(self)

@@ -12,6 +12,11 @@ import torch
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
 
 TABLES = ("heads", "keys")
+NOTHING = (
+    "run the model in eager mode within `with attn_ext.inspect.record(model) as seen, "
+    "attn_ext.replace_sdpa():`; calls in compiled graphs, and attention that goes neither through "
+    "attn_ext nor through torch's scaled_dot_product_attention, are not seen"
+)
 
 
 @dataclass

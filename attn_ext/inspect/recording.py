@@ -198,7 +198,7 @@ class record:
             (
                 found.mean_top_weights, found.mean_top_keys, found.keys_seen,
                 found.keys_seen_by_any, found.weight_sum,
-            ) = (x.cpu() for x in kernels.mean_top_k(call, n))  # fmt: skip
+            ) = (x.cpu() for x in kernels.mean_top_k(call, n, lse))  # fmt: skip
         if "pooled_map" in self.statistics:
             found.pooled_map = maps.pooled_map_of(call, (self.pooled, self.pooled), lse).cpu()
         return found

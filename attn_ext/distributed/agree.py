@@ -80,6 +80,8 @@ def alike(group, what: str, numbers: dict[str, int], dtype: torch.dtype, *also) 
                 if got != want:
                     name = [*numbers, "dtype", "function"][at]
                     rank = dist.get_global_rank(group, r)
+                    if name == "dtype":
+                        want, got = ((*DTYPES, "another")[x] for x in (want, got))
                     raise ValueError(
                         f"ranks must make the same call of {what}: rank {rank} deviates, {name} "
                         f"must be {want}, got {got}"

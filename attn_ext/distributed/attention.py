@@ -194,11 +194,11 @@ def context_attention(
         agree.refuse(_groups_of(mesh, method))
         raise
     prepared = prepare(
-        layout, mesh, method, (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+        layout, mesh, method, (_numbers(q), _numbers(k), _numbers(v)),
         (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device),
         causal, window, (softcap, dropout_p, scale, deterministic, backend), grad_comm_dtype,
         tuple(x is not None for x in sides),
-        tuple(None if x is None else tuple(x.shape) for x in sides[:2]),
+        tuple(None if x is None else _numbers(x) for x in sides[:2]),
         tuple(route.wants_grad(x) for x in (q, k, v, sides[1], sides[3])),
         torch.compiler.is_compiling(),
     )  # fmt: skip
@@ -209,6 +209,14 @@ def context_attention(
             state = torch.ops.attn_ext.shared_seed(state, group)
     out, lse = _run(q, k, v, (*sides, state), prepared)
     return (out, lse) if return_lse else out
+
+
+def _numbers(x) -> tuple[int, ...]:
+    """The shape of a tensor, without symbols where a second layout is compiled: a plan is of one
+    shape, and the length of a range is a number."""
+    if torch.compiler.is_compiling():
+        return tuple(len(range(n)) for n in x.shape)
+    return tuple(x.shape)
 
 
 def _rows(q, k, v, bias, layout) -> tuple:

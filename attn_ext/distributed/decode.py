@@ -32,9 +32,8 @@ def context_decode(
     """
     group = comm.one_group(group, "group")
     operators.refuse_forward_mode(q, k_shard, v_shard, alibi_slopes, sink)
+    validate.tensor("whole_lengths", whole_lengths)
     validate.decode_shapes(q, k_shard, v_shard, whole_lengths, None)
-    if whole_lengths is None:
-        raise ValueError("whole_lengths must be given, got None")
     _, left, right = validate.options(
         "bottom_right" if causal else False, *validate.window_pair(window), softcap, 0.0, scale,
         False, backend,

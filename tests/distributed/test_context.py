@@ -8,6 +8,7 @@ import ranks
 import torch
 from closeness import BF16_SHARDS, SHARDS
 from context_cases import FEATURES
+from ranks import of
 
 EVERY = tuple(FEATURES)
 SOME = ("causal", "both sides", "dropout")
@@ -45,8 +46,6 @@ CASES = (
     + [("bf16", p, ()) for p in (2, 4)]
     + [("repeated", 2, (m,)) for m in ("ring", "ulysses")]
     + [(name, 3, ()) for name in ("invisible_nan", "unsharded", "loss", "decode", "wrong_mesh")]
-    + [("compiled", 2, ())]
-    + [("trained", 2, (w,)) for w in ("ddp", "fsdp")]
     + [("wrong_call", 3, (what,)) for what in WRONG]
     + [("planted", 3, (bug,)) for bug in BUGS]
 )
@@ -56,14 +55,6 @@ CASES = (
 def found():
     """What all ranks returned of all cases."""
     return ranks.run("context_cases", CASES)
-
-
-def of(found, name, parts, arguments=()):
-    values = found[(name, parts, arguments)]
-    assert len(values) == parts
-    for value in values:
-        assert not (isinstance(value, str) and value.startswith("Traceback")), value
-    return values
 
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda c: f"{c[0]} {c[1]} {c[2]} {sum(c[3])}")
@@ -117,17 +108,6 @@ def test_mean_loss(found):
 def test_decode(found):
     """A cache that is cut over ranks, one of which has nothing of a sequence."""
     assert max(of(found, "decode", 3)) <= SHARDS[torch.float32]
-
-
-def test_checkpoint_and_compile(found):
-    """A recomputation with another seed; a graph that breaks at a process group."""
-    assert max(of(found, "compiled", 2)) == 0.0
-
-
-@pytest.mark.parametrize("wrapper", ("ddp", "fsdp"))
-def test_training(found, wrapper):
-    """Gradients that are averaged or added up wrongly, over ranks or over passes."""
-    assert max(of(found, "trained", 2, (wrapper,))) <= SHARDS[torch.float32]
 
 
 @pytest.mark.parametrize("what", WRONG)

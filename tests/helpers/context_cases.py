@@ -11,10 +11,6 @@ import time
 import torch
 import torch.distributed as dist
 from closeness import relative
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import attn_ext
 from attn_ext.backends import cpu
@@ -308,92 +304,6 @@ def decode(group, rank, parts) -> float:
                 group=group, causal=True, **options,
             )  # fmt: skip
             worst = max(worst, relative(got, want))
-    return worst
-
-
-def compiled(group, rank, parts) -> float:
-    """torch.compile(fullgraph=True) and checkpointing, with dropout, against eager calls."""
-    layout = Layout.zigzag(67, parts)
-    problem = Problem(layout, parts, "window")
-
-    def call(q, k, v, dropout_p=0.0):
-        more = dict(problem.options, dropout_p=dropout_p)
-        return context_attention(q * 2, k, v, layout=layout, mesh=group, **more).sin()
-
-    def gradients(function, *more):
-        torch.manual_seed(7 + rank)
-        own = [layout.shard(x, 2, rank).requires_grad_() for x in (problem.q, problem.k, problem.v)]
-        out = function(*own, *more)
-        out.sum().backward()
-        return [out.detach(), *[x.grad for x in own]]
-
-    def again(*inputs):
-        return checkpoint(call, *inputs, use_reentrant=False)
-
-    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
-    pairs = [
-        *zip(gradients(again, 0.3), gradients(call, 0.3), strict=True),
-        *zip(gradients(traced), gradients(call), strict=True),
-    ]
-    return max(relative(a, b) for a, b in pairs)
-
-
-def _model():
-    torch.manual_seed(1)
-    return torch.nn.ModuleDict(
-        {name: torch.nn.Linear(32, 32, bias=False) for name in ("q", "k", "v", "out")}
-    )
-
-
-def _step(model, x, labels, attend, total) -> torch.Tensor:
-    """A step of SGD on half of the rows at a time; returns the loss."""
-    heads = lambda y: y.unflatten(-1, (4, 8)).transpose(1, 2)  # noqa: E731
-    losses = 0.0
-    for _ in range(2):  # gradients add up over two passes
-        mixed = attend(*(heads(model[name](x)) for name in ("q", "k", "v")))
-        logits = model["out"](mixed.transpose(1, 2).flatten(2))
-        each = torch.nn.functional.cross_entropy(
-            logits[0], labels[0], reduction="sum", ignore_index=-100
-        )
-        loss = total(each, int((labels != -100).sum())) / 2
-        loss.backward()
-        losses += float(loss.detach())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
-            parameter.grad = None
-    return losses
-
-
-def trained(group, rank, parts, wrapper) -> float:
-    """Losses of three steps under DDP or FSDP2, of packed documents, against one process."""
-    layout = Layout.packed([0, 9, 10, 37], parts)
-    torch.manual_seed(2)
-    x, tokens = torch.randn(1, 37, 32), torch.randint(0, 32, (1, 37))
-    starts = torch.tensor([0, 9, 10, 37], dtype=torch.int32)
-
-    def whole(q, k, v):
-        rows = (y[0].transpose(0, 1) for y in (q, k, v))
-        return attn_ext.attention_varlen(*rows, starts, starts, causal=True).transpose(0, 1)[None]
-
-    def shard(q, k, v):
-        return context_attention(q, k, v, layout=layout, mesh=group, causal=True)
-
-    every = torch.cat([Layout.packed(starts, 1).shift_labels(tokens, 0)])
-    one, model = _model(), _model()
-    if wrapper == "fsdp":
-        mesh = DeviceMesh.from_group(group, "cpu")
-        for layer in model.values():
-            fully_shard(layer, mesh=mesh)
-    else:
-        for layer in model:
-            model[layer] = DistributedDataParallel(model[layer], process_group=group)
-    worst = 0.0
-    own, labels = layout.shard(x, 1, rank), layout.shift_labels(tokens, rank)
-    for _ in range(3):
-        want = _step(one, x, every, whole, lambda s, n: s / n)
-        got = _step(model, own, labels, shard, lambda s, n: mean_loss(s, n, group))
-        worst = max(worst, abs(got - want) / want)
     return worst
 
 

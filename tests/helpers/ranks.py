@@ -64,7 +64,8 @@ def _alone(rank, world, port, module, name, seconds, results) -> None:
 
 def _server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "attn_ext.distributed", "context_cases"])
+    modules = ["context_cases", "context_strangers", "context_training"]
+    context.set_forkserver_preload(["torch", "attn_ext.distributed", *modules])
     return context
 
 
@@ -90,6 +91,15 @@ def run(module: str, cases) -> dict:
     finally:
         _end(processes)
     return {case: [by_rank[r] for r in sorted(by_rank)] for case, by_rank in found.items()}
+
+
+def of(found, name: str, parts: int, arguments=()) -> list:
+    """What each rank returned of a case; AssertionError where one raised."""
+    values = found[(name, parts, arguments)]
+    assert len(values) == parts
+    for value in values:
+        assert not (isinstance(value, str) and value.startswith("Traceback")), value
+    return values
 
 
 def run_alone(module: str, name: str, world: int, seconds: float, limit: float) -> dict:

@@ -57,6 +57,8 @@ THOROUGH = {
     "cuda/test_ptx_mutations.py": "compiles kernels",
     "distributed/test_context.py": "processes",
     "distributed/test_context_examples.py": "processes",
+    "distributed/test_newcomers.py": "processes",
+    "distributed/test_training.py": "processes",
     "integrations/test_flash_attn_helpers.py::test_diffusers_imports_the_stand_in": "a process",
     "integrations/test_models_cache.py": "libraries of models",
     "integrations/test_models_checkpoint.py": "libraries of models",

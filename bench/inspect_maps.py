@@ -32,6 +32,9 @@ def main() -> None:
     lse = inspect.row_stats(q, k, causal=True).lse
     maps = {
         "top_k, n = 16": lambda b: inspect.top_k(q, k, 16, lse=lse, causal=True, backend=b),
+        "mean, n = 16": lambda b: inspect.top_k(
+            q, k, 16, per_head=False, lse=lse, causal=True, backend=b
+        ),
         "column_mass": lambda b: inspect.column_mass(q, k, lse=lse, causal=True, backend=b),
         "pooled_map 256": lambda b: inspect.pooled_map(q, k, 256, lse=lse, causal=True, backend=b),
     }

@@ -69,8 +69,9 @@ def draw(calls, labels, path: Path, style: Style) -> None:
     panels, said = panels_of(calls, labels)
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
+    side = 3.9 if not style.named else _side([n for *_, one in panels for n in _sizes(one)])
     figure, axes = plt.subplots(
-        rows, columns, figsize=(max(3.9 * columns, 6), 3.8 * rows + 0.4), squeeze=False,
+        rows, columns, figsize=(max(side * columns, 6), side * rows + 0.4), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis in axes.flat[len(panels) :]:
@@ -81,6 +82,15 @@ def draw(calls, labels, path: Path, style: Style) -> None:
     figure.suptitle(said, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _sizes(labels) -> tuple[int, int]:
+    return len(labels.queries[0]), len(labels.keys[0])
+
+
+def _side(sizes: list[int]) -> float:
+    """Inches of a panel whose labels have room: those of the longest axis that has labels."""
+    return max(3.9, 0.17 * max((n for n in sizes if n <= MAX_TICKS), default=0))
 
 
 def _panel(figure, axis, panel: tuple, style: Style) -> None:
@@ -103,7 +113,7 @@ def _panel(figure, axis, panel: tuple, style: Style) -> None:
     figure.colorbar(drawn, ax=axis, fraction=0.05).ax.tick_params(labelsize=8)
     exact = tuple(image.shape) == (len(queries), len(keys))  # a cell is a pair of tokens
     if exact and style.named and max(len(queries), len(keys)) <= MAX_TICKS:
-        size = 8 if max(len(queries), len(keys)) <= MAX_TICKS // 2 else 5.5
+        size = 8 if max(len(queries), len(keys)) <= MAX_TICKS // 2 else 7
         text = {"fontsize": size, "parse_math": False}  # a token may be "$\\frac{$"
         axis.set_xticks(range(len(keys)), map(_short, keys), rotation=90, **text)
         axis.set_yticks(range(len(queries)), map(_short, queries), **text)

@@ -35,7 +35,7 @@ from text_classifier import (
 
 SENTENCE = "too long, too loud and never funny, a waste of a good cast"
 TOKEN, HEAD = "long", -1
-SIZE = "900,460"
+SIZE = "1100,760"
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 
 

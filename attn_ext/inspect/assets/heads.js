@@ -98,7 +98,8 @@ function mapFigure(side, example, query, ramp, colour, tell, choose) {
   };
   canvas.onpointermove = event => tell(cellWords(layer, map, ...cellAt(event)));
   canvas.onclick = event => choose(cellSpan(cellAt(event)[0], layer.rows, layer.seqlenQ)[0]);
-  axis.append(element("span", "", "key 0"), element("span", "", String(layer.seqlenK - 1)));
+  axis.append(element("span", "", "key 0"), element("span", "", `queries downwards, 0 to ${layer.seqlenQ - 1}`),
+    element("span", "", `key ${layer.seqlenK - 1}`));
   const frame = element("div", "frame");
   frame.append(canvas, rowFrame(Math.floor(query * layer.rows / layer.seqlenQ), layer.rows));
   figure.append(element("figcaption", "", `${layer.name} · ${headName(layer, side.head)}`), frame, axis);

@@ -12,7 +12,8 @@ import functools
 
 import torch
 
-from attn_ext.core.schema import FIELDS, GRADIENTS, Call, Needs
+from attn_ext.core.schema import FIELDS, GRADIENT_AT, GRADIENTS, Call, Needs, Rows
+from attn_ext.ops.second import call_and_tangents
 
 
 def _broadcastable(tensor, dim: int, whole, shard):
@@ -61,7 +62,7 @@ def _shardable_dims(call: Call) -> list[int]:
 
 @functools.cache
 def register() -> None:
-    """Tell DTensor the shardings of both ops; once per process."""
+    """Tell DTensor the shardings of the operators; once per process."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
@@ -80,20 +81,52 @@ def register() -> None:
             found.append(([shard, shard, rows, rows], _input_placements(call, dim, whole, Shard)))
         return found
 
+    def gradients(call, needs, dim: int) -> list:
+        """Placements of gradients, or of their tangents."""
+        shard = Shard(dim)
+        # what was not sharded with the batch or the heads sums over the devices
+        per_head = Partial() if dim == 0 else Shard(0)
+        bias = shard if needs.bias and call.bias.shape[dim] > 1 else Partial()
+        wanted = {
+            "q": shard, "k": shard, "v": shard, "bias": bias, "sink": per_head, "w": per_head,
+        }  # fmt: skip
+        return [wanted[name] if getattr(needs, name) else whole for name in GRADIENTS]
+
+    def moved(placements: list, tangents) -> list:
+        """Placements of tangents, which are those of their inputs."""
+        pairs = zip(GRADIENT_AT, tangents, strict=True)
+        return [None if x is None else placements[at] for at, x in pairs]
+
+    def rows(given, shard) -> list:
+        return [None if x is None else shard for x in given]
+
     @register_sharding(torch.ops.attn_ext.backward.default)
-    def _backward(dout, dlse, out, lse, *rest):
-        call, needs = Call(*rest[:-1]), Needs(*rest[-1])
-        found = [([whole] * len(GRADIENTS), replicated((dout, dlse, out, lse, *rest)))]
+    def _backward(*inputs):
+        given, call, needs = inputs[:4], Call(*inputs[4:-1]), Needs(*inputs[-1])
+        found = [([whole] * len(GRADIENTS), replicated(inputs))]
         for dim in _shardable_dims(call):
-            shard = Shard(dim)
-            # what was not sharded with the batch or the heads sums over the devices
-            per_head = Partial() if dim == 0 else Shard(0)
-            bias = shard if needs.bias and call.bias.shape[dim] > 1 else Partial()
-            wanted = {
-                "q": shard, "k": shard, "v": shard, "bias": bias, "sink": per_head, "w": per_head,
-            }  # fmt: skip
-            outputs = [wanted[name] if getattr(needs, name) else whole for name in GRADIENTS]
-            inputs = [shard, None if dlse is None else shard, shard, shard]
-            inputs += [*_input_placements(call, dim, whole, Shard), None]
-            found.append((outputs, inputs))
+            placed = _input_placements(call, dim, whole, Shard)
+            found.append((gradients(call, needs, dim), [*rows(given, Shard(dim)), *placed, None]))
+        return found
+
+    @register_sharding(torch.ops.attn_ext.tangent.default)
+    def _tangent(*inputs):
+        call, tangents = call_and_tangents(inputs[2:])
+        found = [([whole] * 2, replicated(inputs))]
+        for dim in _shardable_dims(call):
+            shard, placed = Shard(dim), _input_placements(call, dim, whole, Shard)
+            found.append(([shard] * 2, [shard, shard, *placed, *moved(placed, tangents)]))
+        return found
+
+    @register_sharding(torch.ops.attn_ext.backward_tangent.default)
+    def _backward_tangent(*inputs):
+        count = len(Rows._fields)
+        call, tangents = call_and_tangents(inputs[count:])
+        needs, primal = Needs(*inputs[-2]), Needs(*inputs[-1])
+        found = [([whole] * (2 * len(GRADIENTS)), replicated(inputs))]
+        for dim in _shardable_dims(call):
+            outputs = gradients(call, needs, dim) + gradients(call, primal, dim)
+            placed = _input_placements(call, dim, whole, Shard)
+            given = [*rows(inputs[:count], Shard(dim)), *placed, *moved(placed, tangents)]
+            found.append((outputs, [*given, None, None]))
         return found

@@ -112,6 +112,7 @@ THOROUGH = {
     "triton/test_triton_compile.py::test_kernels_compile_and_take_what_the_table_says": "compiles",
     "triton/test_triton_family_compile.py": "compiles Triton kernels",
     "triton/test_triton_replay.py": "compiles Triton kernels",
+    "triton/test_triton_second_compile.py": "compiles Triton kernels",
 }
 
 

@@ -17,6 +17,49 @@ def attend(q, k, v, bias, sink):
     return out, lse
 
 
+def penalty(inputs):
+    """The gradients of a function of the gradients, and how the latter are placed."""
+    out, lse = attend(*inputs)
+    loss = out.square().sum() + lse.sum()
+    first = torch.autograd.grad(loss, inputs, create_graph=True)
+    return first, torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+def check_second(parts, whole) -> None:
+    """Double backward: shards stay apart, shared gradients are summed; what is refused says so."""
+    first, twice = penalty(parts)
+    assert [g.placements for g in first[:3]] == [x.placements for x in parts[:3]]
+    for name, got, want in zip(("q", "k", "v", "bias", "sink"), twice, penalty(whole)[1],
+                               strict=True):  # fmt: skip
+        torch.testing.assert_close(
+            got.full_tensor(), want, msg=lambda text, name=name: f"second d{name}: {text}"
+        )
+    refused = {
+        "third derivative": lambda: thrice(parts),
+        "double backward of sigmoid": lambda: sigmoid_twice(*parts[:3]),
+    }
+    for message, ask in refused.items():
+        try:
+            ask()
+        except NotImplementedError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"{message} was not refused")
+
+
+def thrice(inputs):
+    out, _ = attend(*inputs)
+    x = inputs[0]
+    for _ in range(3):
+        (out,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+
+
+def sigmoid_twice(q, k, v):
+    out = attn_ext.attention(q, k, v, normalizer="sigmoid")
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    torch.autograd.grad(first.square().sum(), q)
+
+
 def main(rank: int, size: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     mesh = init_device_mesh("cpu", (size,))
@@ -44,6 +87,7 @@ def main(rank: int, size: int, store: str) -> None:
             torch.testing.assert_close(
                 part.grad.full_tensor(), x.grad, msg=lambda text, name=name: f"d{name}: {text}"
             )
+        check_second(parts, whole)
     # a sequence shard cannot be attended to alone: torch must gather it
     rows = [distribute_tensor(x.detach(), mesh, [Shard(2)]) for x in whole[:3]]
     want = attn_ext.attention(*whole[:3], causal=True)

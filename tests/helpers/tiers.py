@@ -13,6 +13,7 @@ THOROUGH = {
     "api/test_additive.py::test_memory": "long sequences",
     "api/test_additive.py::test_opcheck": "traces the operators many times",
     "api/test_cache.py::test_compile": "torch.compile",
+    "api/test_far_lse.py::test_rows_of_a_far_bias": "rows of several blocks of keys, many features",
     "api/test_inspect.py::test_memory": "long sequences",
     "api/test_nn_multihead.py::test_compile": "torch.compile",
     "api/test_numbers.py::test_symbolic_floats": "torch.compile",

@@ -8,6 +8,7 @@
 // Tasks are handed out by ascending key block, so a task waits only for earlier ones.
 #pragma once
 #include "cpu/kernels/additive.h"
+#include "cpu/kernels/far_rows.h"
 #include "cpu/kernels/gradient.h"
 #include "cpu/kernels/key_gradient.h"
 #include "cpu/kernels/query_gradient.h"
@@ -32,6 +33,7 @@ class Backward {
         ptr(pointers),
         o(options),
         threads(threads),
+        far(problem, pointers, options),
         dQ(problem, pointers, options.w ? T(1) : T(problem.scale), options) {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
@@ -50,6 +52,7 @@ class Backward {
   void run() {
     const int64_t tiles = p.batch * p.heads_q * m_tiles;
     delta.assign(tiles * kPanel, T(0));
+    far.begin(tiles);
     // Panels whose keys all lie in one block need neither: they find delta and dQ at once.
     dQ.begin(tiles, n_tiles > 1);
     dw.assign(o.w ? n_tiles * p.batch * p.heads_q * p.head_dim : 0, T(0));
@@ -73,7 +76,7 @@ class Backward {
           for (int64_t ni = by_key ? key : 0; ni < (by_key ? key + 1 : n_tiles); ++ni)
             key_block(bi, hi, ni, next);
     });
-    if (ptr.dsink) parallel_for(p.heads_q, threads, [&](int64_t h) { sink_gradient(h); });
+    if (ptr.dsink) parallel_for(p.heads_q, threads, [&](int64_t h) { far.add_sink(h, delta); });
     if (o.dw) sum_parts(dw, p.heads_q * p.head_dim, static_cast<T*>(o.dw));
   }
 
@@ -85,6 +88,7 @@ class Backward {
   int64_t block_n;  // keys of a task; a multiple of 32
   int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
   std::vector<T> delta;  // [B, Hq, m_tiles, kPanel]
+  FarRows<Op> far;
   QueryGradient<T> dQ;
   std::vector<T> dw;  // [n_tiles, B, Hq, D], of additive scores
 
@@ -128,6 +132,9 @@ class Backward {
   // Whether the rows' only block of keys holds all that they see: their sums are found there.
   bool alone(const Rows& r) const { return r.whole() && !o.partial; }
 
+  // Whether their weights are in memory before those of dS are computed.
+  bool ready(const Rows& r) const { return alone(r) || far.has(r); }
+
   // delta = rowsum(dO * O) - dLSE, and the panel's first ticket.  Panels without keys end here.
   void prepare(int64_t tile) {
     const int64_t h = tile / m_tiles % p.heads_q, m0 = tile % m_tiles * kPanel;
@@ -138,7 +145,9 @@ class Backward {
     key_tiles(seq, m0, nq, &t0, &t1);
     if (t0 >= t1) return dQ.write_zeros(seq, h, m0, nq);
     if (t1 - t0 > 1) dQ.first_block(tile, t0);
-    if (o.sigmoid || alone({h, m0, nq, tile, t0, t1})) return;  // see exact_delta
+    const Rows r{h, m0, nq, tile, t0, t1};
+    if (o.sigmoid || alone(r)) return;  // see exact_delta
+    if (far.any(seq, r)) far.find(seq, r);
     T* const found = delta.data() + tile * kPanel;
     if (o.partial)
       return void(std::copy_n(static_cast<const T*>(o.delta) + seq.lse_offset(h, m0), nq, found));
@@ -309,6 +318,7 @@ class Backward {
     else
       for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
+    far.copy(x.r, k.lse, k.inverse);
     if (o.w)
       k.additive.q_rows.load(p.dtype, nq, x.panel.columns, p.head_dim, k.row,
                              [&](int64_t i) { return x.Q_rows + i * p.q.s * bytes(); });
@@ -318,7 +328,7 @@ class Backward {
   void choose_route(Block& k, Pair& x) const {
     const Panel<T>& panel = x.panel;
     const bool at_once =
-        kAtOnce && o.plain() && !alone(x.r) && panel.plain() && panel.columns == kPanel;
+        kAtOnce && o.plain() && !ready(x.r) && panel.plain() && panel.columns == kPanel;
     x.route = !finite(k, panel) ? kCareful : at_once ? kFused : kInMemory;
     if (x.route == kFused) x.fused = panel.seen_by_all(x.tile, Op::kPack);
     x.late = ptr.dbias || k.dcap || o.w || x.route == kCareful;
@@ -347,7 +357,12 @@ class Backward {
     const T* kept = p.dropout_p > 0 ? x.panel.keep(x.tile) : nullptr;
     const T* dlse =
         ptr.dlse ? static_cast<const T*>(ptr.dlse) + k.seq.lse_offset(r.h, r.m0) : nullptr;
-    if (alone(r) && !o.sigmoid) k.exact_delta(x.panel, x.tile, scale, kept, dlse, x.delta);
+    if (kept && x.route == kCareful) k.clear_dropped(x.panel, x.tile, kept);
+    const bool here = alone(r) && !o.sigmoid, is_far = here && far.any(k.seq, r);
+    if (is_far) far.find_here(x.panel, r, x.tile, scale, k.S, k.lse);
+    if (here) k.exact_delta(x.panel, x.tile, is_far ? T(1) : scale, kept, dlse, x.delta);
+    if (is_far) far.keep_inverse(r, k.inverse);
+    if (!here && far.has(r)) k.weigh(x.panel, x.tile, scale);
     if constexpr (kAtOnce)
       if (x.fused.lo < x.fused.hi)
         k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, p.head_dim, p.head_dim_v, x.fused.lo,
@@ -357,7 +372,7 @@ class Backward {
         for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
           if (o.sigmoid)
             k.template gradient<Weights::kSigmoid>(v, lo, hi, scale, x.delta, kept, x.late);
-          else if (alone(r))
+          else if (ready(r))
             k.template gradient<Weights::kReady>(v, lo, hi, scale, x.delta, kept, x.late);
           else
             k.template gradient<Weights::kSoftmax>(v, lo, hi, scale, x.delta, kept, x.late);
@@ -478,22 +493,6 @@ class Backward {
           type, row, dim,
           static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * int64_t(dtype_size(type)));
     }
-  }
-
-  // dsink[h] = -sum over rows of exp(sink - LSE) * delta; one head a task, rows in order
-  void sink_gradient(int64_t h) const {
-    const double sink = static_cast<const T*>(ptr.sink)[h];
-    double sum = 0;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const Sequence seq(p, ptr, b);
-      for (int64_t i = 0; i < seq.seqlen_q; ++i) {
-        const double lse = static_cast<const T*>(ptr.lse)[seq.lse_offset(h, i)];
-        const int64_t unit = (b * p.heads_q + h) * m_tiles + i / kPanel;
-        if (lse != -std::numeric_limits<double>::infinity())
-          sum -= std::exp(sink - lse) * double(delta[unit * kPanel + i % kPanel]);
-      }
-    }
-    static_cast<T*>(ptr.dsink)[h] = T(sum);
   }
 };
 

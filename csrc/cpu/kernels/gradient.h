@@ -46,6 +46,27 @@ struct GradientTile {
     }
   }
 
+  // dP = 0 where dropout drops the weight, also where V holds NaN or inf.
+  ATTN_NOINLINE void clear_dropped(const Panel<T>& panel, const Tile& tile, const T* kept) const {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j)
+        for (int64_t at = j * kPanel + g * kGrain; at < j * kPanel + (g + 1) * kGrain; at += L)
+          store(dP + at, load(kept + at) == T(0) ? Vec<T>{} : load(dP + at));
+  }
+
+  // S = exp(scale * S - lse): what weights() makes, ahead of gradient().
+  ATTN_NOINLINE void weigh(const Panel<T>& panel, const Tile& tile, T scale) const {
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+        scale_scores(S + v, tile.lo[g], tile.hi[g], scale);
+        for (int64_t j = tile.lo[g]; j < tile.hi[g]; ++j) {
+          Vec<T> w[1];
+          weights<Weights::kSoftmax>(j, v, T(1), w);
+          store(S + j * kPanel + v, w[0]);
+        }
+      }
+  }
+
   // delta = rowsum(P * dP) - dLSE where one block holds all keys of the rows, and S = P, with
   // `inverse` 1 / rowsum(P): LSE is rounded, and where one key dominates dP - delta cancels.  It is
   // rowsum(dO * O), but O need not be read, and its rounding would show there.

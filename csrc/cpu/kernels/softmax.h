@@ -31,6 +31,10 @@ struct SoftmaxState {
   void clear_output() { std::fill(O, max, T(0)); }
 };
 
+// A base of this size has digits of a half: what it has lost of a logit is no small number.
+template <class T>
+constexpr T kCoarse = sizeof(T) == 4 ? T(4194304) : T(2251799813685248);
+
 template <class Op>
 class Softmax {
   using T = typename Op::Acc;
@@ -63,8 +67,9 @@ class Softmax {
       for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
         const Vec<T> base = load(state.max + v);
         const int64_t lo = tile.lo[g], hi = tile.hi[g];
-        const Vec<T> sum = kept ? exponentials<true>(S + v, lo, hi, scale, base, kept + v)
-                                : exponentials<false>(S + v, lo, hi, scale, base, kept);
+        const T factor = settled(S + v, lo, hi, scale, base);
+        const Vec<T> sum = kept ? exponentials<true>(S + v, lo, hi, factor, base, kept + v)
+                                : exponentials<false>(S + v, lo, hi, factor, base, kept);
         if (!all_below<T>(sum, set1(T(kLazySum)))) return false;  // also NaN
         store(sums + v, load(state.sum + v) + sum);
       }
@@ -112,6 +117,7 @@ class Softmax {
     store(state.max + lane, now);
     const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
     const Vec<T> alpha = vexp(before - base);
+    scale = settled(S, lo, hi, scale, base);
     if (ptr.entropy)
       weigh(S, lo, hi, scale, before, base, alpha, sum_before, state.weighted + lane);
     Vec<T> sum;
@@ -128,13 +134,23 @@ class Softmax {
       }
   }
 
+  // The factor with which S gives the logits from here on: `scale`, or 1 where bases are so large
+  // that S is multiplied by it in memory first (see scale_scores).
+  static T settled(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base) {
+    const Vec<T> size = base < T(0) ? -base : base;
+    const Mask<T> number = size < std::numeric_limits<T>::infinity();
+    if (scale == T(1) || all_below<T>(number ? size : Vec<T>{}, set1(kCoarse<T>))) return scale;
+    scale_scores(S, lo, hi, scale);
+    return 1;
+  }
+
   // S = exp(scale * S - base), times the dropout multipliers; returns the sum without them.
   template <bool kDropout>
   static Vec<T> exponentials(T* S, int64_t lo, int64_t hi, T scale, Vec<T> base, const T* kept) {
-    // In units of ln 2 from the start is one operation less, and near enough for bfloat16; but all
-    // logits may be the smallest numbers.
+    // In units of ln 2 from the start is one operation less, and near enough for bfloat16, but not
+    // far from 0.
     const Vec<T> size = base < T(0) ? -base : base;
-    if (Op::kPack == 2 && scale < T(1e38) && all_below<T>(size, set1(T(1e38))))
+    if (Op::kPack == 2 && scale < T(1e38) && all_below<T>(size, set1(kCoarse<T>)))
       return exponentials_base2<kDropout, true>(S, lo, hi, scale * T(kLog2e), base * T(kLog2e),
                                                 kept);
     return exponentials_base2<kDropout, false>(S, lo, hi, scale, base, kept);

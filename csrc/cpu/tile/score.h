@@ -40,6 +40,13 @@ struct Segment {
   bool covers(int64_t columns) const { return begin == 0 && end == columns; }
 };
 
+// One vector of queries: S = scale * S for keys [lo, hi).  Where logits are far from 0, the digits
+// that a fused scale * S - base has beyond those of the base are large numbers.
+template <class T>
+ATTN_NOINLINE void scale_scores(T* S, int64_t lo, int64_t hi, T scale) {
+  for (int64_t j = lo; j < hi; ++j) store(S + j * kPanel, load(S + j * kPanel) * scale);
+}
+
 // The rectangles of a tile, in ascending order of keys.
 struct Segments {
   Segment at[2 * kGrains + 1];

@@ -27,7 +27,6 @@ class Decode {
   static constexpr int L = kLanes<float>;
   static constexpr int64_t kBytes = storage_bytes(TYPE), kKeptBytes = storage_bytes(KEPT);
   static constexpr bool kFactors = KEPT == kInt8;
-  static_assert(TYPE == KEPT || (TYPE == DType::kFloat32 && KEPT == kInt8), "Q's order is K's");
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
@@ -127,367 +126,368 @@ class Decode {
   float* max_of(float* state) const { return state + rows * p.head_dim_v; }
   float* sum_of(float* state) const { return max_of(state) + rows; }
 
-  int64_t work() const {
-      // numbers that `attend` and `finish` take return rows * p.head_dim + 4 * kDecodeKeys +
-      // p.head_dim_v; }
+  // Numbers that `attend` and `finish` take.
+  int64_t work() const { return rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
 
-      bool finite(const float* state) const {
-          return all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
-                                          p.head_dim_v* int64_t(sizeof(float)), rows, p.head_dim_v);
-}
-
-// Q [rows][D] in load_storage's order.
-void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
-    const char* row = static_cast<const char*>(ptr.q) + at * kBytes;
-    for (int64_t c = 0; c < p.head_dim; c += 2 * L, Q += 2 * L) {
-      Vec<float> x[2];
-      load_storage<TYPE>(row + c * kBytes, &x[0], &x[1]);
-      store(Q, x[0]);
-      store(Q + L, x[1]);
-    }
+  bool finite(const float* state) const {
+    return all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
+                                    p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
   }
-}
 
-// careful: what V holds where P = 0 does not reach O (0 * inf is NaN), as at a logit of -inf;
-// keys that mask or bias exclude are not touched in any case.
-ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state,
-                          Scratch& scratch) const {
-  const int64_t hk = unit % p.heads_k, d = p.head_dim;
-  const Sequence seq(p, ptr, unit / p.heads_k);
-  std::fill(state, max_of(state), 0.f);
-  std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
-  std::fill(sum_of(state), sum_of(state) + rows, 0.f);
-  float* Q = scratch.take<float>(rows * d);
-  float* S = scratch.take<float>(4 * kDecodeKeys);
-  float* zeros = scratch.take<float>(p.head_dim_v);
-  std::fill(zeros, zeros + p.head_dim_v, 0.f);
-  Keys keys;
-  if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
-  load_queries(seq, hk, Q);
-  Chunk chunk = chunk_of(seq, split);
-  for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
-    for (int64_t i = 0; i < seq.seqlen_q;) {
-      collect(seq, hk, chunk, i, &keys);
-      int64_t next = i + 1;
-      while (next < seq.seqlen_q && same_keys(seq, hk, chunk, i, next)) ++next;
-      if (keys.n > 0) add_keys(seq, hk, i * group, next * group, careful, keys, Q, S, state);
-      i = next;
-    }
-}
-
-// The first chunk of a task.
-Chunk chunk_of(const Sequence& seq, int64_t split) const {
-  int64_t lo, hi;
-  seq.key_range(0, seq.seqlen_q, &lo, &hi);
-  const int64_t t0 = lo / kDecodeKeys, t1 = (hi + kDecodeKeys - 1) / kDecodeKeys;
-  const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
-  const int64_t from = std::max(first * kDecodeKeys, lo);
-  const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
-  const int64_t each = kDecodeStreams * kDecodeEach;
-  return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
-}
-
-// Rows [r, end), which see the same keys.
-void add_keys(const Sequence& seq, int64_t hk, int64_t r, int64_t end, bool careful,
-              const Keys& keys, const float* Q, float* S, float* state) const {
-  while (r < end) {
-    if (end - r >= 4 && !careful)
-      rows_of<4>(seq, hk, r, keys, Q, S, state), r += 4;
-    else if (end - r >= 2 && !careful)
-      rows_of<2>(seq, hk, r, keys, Q, S, state), r += 2;
-    else
-      rows_of<1>(seq, hk, r, keys, Q, S, state), r += 1;
-  }
-}
-
-// Rows j ... end - 1 of K and V, as keys at, at + step ...
-void add_rows(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
-              Keys* keys) const {
-  const int64_t k_step = p.k.s * kKeptBytes, v_step = p.v.s * kKeptBytes;
-  while (j < end) {
-    const int64_t page = p.page_size, stop = ptr.block_table ? (j / page + 1) * page : end;
-    const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kKeptBytes;
-    const char* V = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kKeptBytes;
-    if constexpr (kFactors) add_factors(seq, hk, j, std::min(stop, end), at, step, keys);
-    for (; j < std::min(stop, end); ++j, at += step, K += k_step, V += v_step)
-      keys->K[at] = K, keys->V[at] = V, keys->j[at] = j, keys->position[at] = float(j);
-  }
-}
-
-// The factors of rows j ... end - 1, which lie in one page.
-void add_factors(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
-                 Keys* keys) const {
-  const float* k = kept.k + seq.k_offset(kept.k_at, hk, j);
-  const float* v = kept.v + seq.k_offset(kept.v_at, hk, j);
-  for (; j < end; ++j, at += step, k += kept.k_at.s, v += kept.v_at.s)
-    keys->k_factor[at] = *k, keys->v_factor[at] = *v;
-}
-
-// The keys of a chunk that query i sees: of all streams in turns where it sees them all.
-void collect(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i, Keys* keys) const {
-  int64_t first, last, begin[kDecodeStreams], end[kDecodeStreams], n = 0;
-  seq.key_range(i, i + 1, &first, &last);
-  for (int64_t s = 0; s < kDecodeStreams; ++s) {
-    begin[s] = std::max(chunk.begin_of(s), first);
-    end[s] = std::max(begin[s], std::min(chunk.end_of(s), last));
-    n += end[s] - begin[s];
-  }
-  const bool full = n == kDecodeKeys;
-  keys->n = 0;
-  for (int64_t s = 0; s < kDecodeStreams; ++s) {
-    add_rows(seq, hk, begin[s], end[s], full ? s : keys->n, full ? kDecodeStreams : 1, keys);
-    keys->n += end[s] - begin[s];
-  }
-  if (ptr.mask || ptr.bias) keep_visible(seq, hk, i, keys);
-}
-
-// Leaves out the keys that mask or bias exclude.
-void keep_visible(const Sequence& seq, int64_t hk, int64_t i, Keys* keys) const {
-  const auto* mask = mask_row(seq, hk, i);
-  const int64_t bias_at = seq.b * p.bias.b + hk * group * p.bias.h + i * p.bias.q;
-  int64_t n = 0;
-  for (int64_t at = 0; at < keys->n; ++at) {
-    const int64_t j = keys->j[at];
-    if (mask && !mask[j * p.mask.k]) continue;
-    if (ptr.bias) {
-      const float bias = load_one<float>(p.bias_dtype, ptr.bias, bias_at + j * p.bias.k);
-      if (bias == -std::numeric_limits<float>::infinity()) continue;
-      keys->bias[n] = bias;
-    }
-    keys->j[n] = j, keys->position[n] = keys->position[at];
-    keys->K[n] = keys->K[at];
-    if constexpr (kFactors)
-      keys->k_factor[n] = keys->k_factor[at], keys->v_factor[n] = keys->v_factor[at];
-    keys->V[n++] = keys->V[at];
-  }
-  keys->n = n;
-}
-
-const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
-  if (!ptr.mask) return nullptr;
-  return static_cast<const uint8_t*>(ptr.mask) + seq.b * p.mask.b + hk * group * p.mask.h +
-         i * p.mask.q;
-}
-
-// Whether query i sees the same keys of a chunk as query `other`, with the same bias.
-bool same_keys(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i,
-               int64_t other) const {
-  if (ptr.bias && p.bias.q != 0) return false;
-  int64_t first[2], last[2];
-  seq.key_range(i, i + 1, &first[0], &last[0]);
-  seq.key_range(other, other + 1, &first[1], &last[1]);
-  const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
-  for (int64_t s = 0; s < kDecodeStreams; ++s) {
-    const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
-    const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
-    if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;
-    for (int64_t j = begin; one != two && j < end; ++j)
-      if (!one[j * p.mask.k] != !two[j * p.mask.k]) return false;
-  }
-  return true;
-}
-
-// R rows from row r.
-template <int R>
-void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q, float* S,
-             float* state) const {
-  const int64_t n = keys.n, dv = p.head_dim_v;
-  const char* const* V = keys.V;
-  float* O = state + r * dv;
-  products<R>(Q + r * p.head_dim, keys, S);
-  if constexpr (kFactors) multiply<R, false>(keys.k_factor, n, S);
-  for (int i = 0; i < R; ++i) {
-    const float alpha = softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys,
-                                S + i * kDecodeKeys, max_of(state) + r + i, sum_of(state) + r + i);
-    if (alpha == 1) continue;
-    for (float* o = O + i * dv; o < O + (i + 1) * dv; o += L) store(o, load(o) * alpha);
-  }
-  const char* not_zero[kDecodeKeys];
-  if (R == 1 && keys.zeros) {
-    for (int64_t j = 0; j < n; ++j) not_zero[j] = S[j] == 0.f ? keys.zeros : V[j];
-    V = not_zero;
-  }
-  if constexpr (kFactors) multiply<R, true>(keys.v_factor, n, S);
-  int64_t j = 0;
-  for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
-    for (int64_t k = j; scattered && k < j + kDecodeStreams; ++k)
-      prefetch_rows(keys.K[k] + kDecodeEach * p.k.s * kKeptBytes, 1, 0, p.head_dim * kKeptBytes);
-    add_values<R, kDecodeStreams>(V + j, S + j, O);
-  }
-  for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
-}
-
-// S[i][j] *= factor[j].  Of weights, a 0 stays one, whatever its factor is.
-template <int R, bool WEIGHTS>
-void multiply(const float* factor, int64_t n, float* S) const {
-  for (int i = 0; i < R; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      float& s = S[i * kDecodeKeys + j];
-      s = WEIGHTS && s == 0.f ? 0.f : s * factor[j];
-    }
-}
-
-// S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
-template <int R>
-void products(const float* Q, const Keys& keys, float* S) const {
-  constexpr int KEYS = L / R, ABREAST = R == 1 ? kDecodeStreams : 2;
-  static_assert(KEYS % std::min(KEYS, ABREAST) == 0);
-  const int64_t n = keys.n;
-  for (int64_t j = 0; j < n; j += KEYS) {
-    Vec<float> acc[L];
-    const char* key[KEYS];
-    for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(j + k, n - 1)];
-    for (int64_t k = j; scattered && k < std::min(j + KEYS, n); ++k)
-      prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kKeptBytes);
-#pragma GCC unroll 16
-    for (int k = 0; k < KEYS; k += ABREAST) dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
-    sum_round<L / 2>(acc);
-    for (int i = 0; i < R; ++i)
-      for (int k = 0; k < KEYS; ++k) S[i * kDecodeKeys + j + k] = acc[0][i * KEYS + k];
-  }
-}
-
-// The products of R rows with N keys, lane by lane: of row i at acc[i L / R].
-template <int R, int N>
-ATTN_INLINE void dots(const float* Q, const char* const* key, Vec<float>* acc) const {
-  Vec<float> sum[R][N] = {};
-  for (int64_t c = 0; c < p.head_dim; c += 2 * L) {
-    Vec<float> x[N][2];
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) load_storage<KEPT>(key[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      const Vec<float> q0 = load(Q + i * p.head_dim + c), q1 = load(Q + i * p.head_dim + c + L);
-#pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) sum[i][k] += q0 * x[k][0], sum[i][k] += q1 * x[k][1];
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) acc[i * (L / R) + k] = sum[i][k];
-}
-
-// One row: S products in, exp(s - max) out; the factor for what was summed before.
-float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S, float* max,
-              float* sum) const {
-  constexpr int N = kAbreast;
-  const int64_t padded = (keys.n + N * L - 1) / (N * L) * (N * L);
-  const float ninf = -std::numeric_limits<float>::infinity();
-  const float now = std::max(*max, largest(logits(seq, h, i, keys, S)));
-  for (int64_t j = (keys.n + L - 1) / L * L; j < padded; j += L) store(S + j, set1(ninf));
-  const float base = now == ninf ? 0.f : now;
-  Vec<float> total{};
-  for (int64_t j = 0; j < padded; j += N * L) {
-    Vec<float> e[N];
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) e[k] = load(S + j + k * L) - base;
-    vexp_each(e);
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
-  }
-  const float alpha = *max == base ? 1.f : std::exp(*max - base);
-  *sum *= alpha;
-  for (int lane = 0; lane < L; ++lane) *sum += total[lane];
-  *max = now;
-  return alpha;
-}
-
-// S products in, logits out, -inf up to whole vectors; the largest of each lane.
-Vec<float> logits(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S) const {
-  const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
-  const Vec<float> ninf = set1(-std::numeric_limits<float>::infinity());
-  const float query = float(i + seq.seqlen_k - seq.seqlen_q);
-  Vec<float> top = ninf;
-  const auto run = [&](const auto& has) {
-    for (int64_t j = 0; j < keys.n; j += L) {
-      Vec<float> s = logit<DecodeWays>(
-          has, terms, head, load(S + j), [&] { return query - load(keys.position + j); },
-          [&] { return load(keys.bias + j); }, [](Vec<float>) {});
-      if (j + L > keys.n) s = iota<float>() + float(j) < float(keys.n) ? s : ninf;
-      store(S + j, s);
-      top = vmax(s, top);
-    }
-  };
-  if (terms.has.cap || terms.has.distance || terms.has.bias)
-    run(terms.has);
-  else
-    run(HasExactly<false, false, false>{});
-  return top;
-}
-
-// O[i] += sum_k P[i][k] V[k], one key after the other.
-template <int R, int N>
-ATTN_INLINE void add_values(const char* const* V, const float* P, float* O) const {
-  const int64_t dv = p.head_dim_v;
-  Vec<float> w[R][N];
-#pragma GCC unroll 4
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) w[i][k] = set1(P[i * kDecodeKeys + k]);
-  for (int64_t c = 0; c < dv; c += 2 * L) {
-    Vec<float> x[N][2];
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) load_storage<KEPT>(V[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      float* o = O + i * dv + c;
-      Vec<float> o0 = load(o), o1 = load(o + L);
-#pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) o0 += w[i][k] * x[k][0], o1 += w[i][k] * x[k][1];
-      store(o, o0);
-      store(o + L, o1);
-    }
-  }
-}
-
-void merge(float* a, float* b) const {
-  const float ninf = -std::numeric_limits<float>::infinity();
-  for (int64_t r = 0; r < rows; ++r) {
-    float &max_a = max_of(a)[r], &sum_a = sum_of(a)[r];
-    const float max_b = max_of(b)[r], now = std::max(max_a, max_b);
-    const float base = now == ninf ? 0.f : now;
-    const float wa = std::exp(max_a - base), wb = std::exp(max_b - base);
-    for (int64_t c = 0; c < p.head_dim_v; c += L) {
-      float* at = a + r * p.head_dim_v + c;
-      store(at, load(at) * wa + load(b + r * p.head_dim_v + c) * wb);
-    }
-    sum_a = sum_a * wa + sum_of(b)[r] * wb;
-    max_a = now;
-  }
-}
-
-void finish(int64_t unit, float* state, Scratch& scratch) const {
-  const float ninf = -std::numeric_limits<float>::infinity();
-  const int64_t hk = unit % p.heads_k, dv = p.head_dim_v;
-  const Sequence seq(p, ptr, unit / p.heads_k);
-  float* row = scratch.take<float>(dv);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t h = hk * group + r % group, i = r / group;
-    const float sum = sum_of(state)[r], top = max_of(state)[r];
-    const bool nan = sum != sum, empty = top == ninf && !nan;
-    float inverse = 0, lse = ninf;
-    if (!empty) {
-      const float base = top == ninf ? 0.f : top;
-      float total = sum, scale = 1, shift = base;
-      if (ptr.sink) {  // joins the normaliser only
-        const float sink = static_cast<const float*>(ptr.sink)[h];
-        if (sink > base) shift = sink, scale = std::exp(base - sink);
-        total = sum * scale + std::exp(sink - shift);
+  // Q [rows][D] in load_storage's order.
+  void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
+      const char* row = static_cast<const char*>(ptr.q) + at * kBytes;
+      for (int64_t c = 0; c < p.head_dim; c += 2 * L, Q += 2 * L) {
+        Vec<float> x[2];
+        load_storage<TYPE>(row + c * kBytes, &x[0], &x[1]);
+        store(Q, x[0]);
+        store(Q + L, x[1]);
       }
-      inverse = scale / total;
-      lse = nan ? sum : shift + std::log(total);
     }
-    const float* O = state + r * dv;
-    for (int64_t c = 0; c < dv; ++c) row[c] = empty ? 0.f : O[storage_order<TYPE>(c)] * inverse;
-    restore_row<float>(TYPE, row, dv, static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, i) * kBytes);
-    const int64_t at = seq.lse_offset(h, i);
-    if (ptr.lse) static_cast<float*>(ptr.lse)[at] = lse;
-    if (ptr.max_logit) static_cast<float*>(ptr.max_logit)[at] = nan ? sum : top;
   }
-}
+
+  // careful: what V holds where P = 0 does not reach O (0 * inf is NaN), as at a logit of -inf;
+  // keys that mask or bias exclude are not touched in any case.
+  ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state,
+                            Scratch& scratch) const {
+    const int64_t hk = unit % p.heads_k, d = p.head_dim;
+    const Sequence seq(p, ptr, unit / p.heads_k);
+    std::fill(state, max_of(state), 0.f);
+    std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
+    std::fill(sum_of(state), sum_of(state) + rows, 0.f);
+    float* Q = scratch.take<float>(rows * d);
+    float* S = scratch.take<float>(4 * kDecodeKeys);
+    float* zeros = scratch.take<float>(p.head_dim_v);
+    std::fill(zeros, zeros + p.head_dim_v, 0.f);
+    Keys keys;
+    if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
+    load_queries(seq, hk, Q);
+    Chunk chunk = chunk_of(seq, split);
+    for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
+      for (int64_t i = 0; i < seq.seqlen_q;) {
+        collect(seq, hk, chunk, i, &keys);
+        int64_t next = i + 1;
+        while (next < seq.seqlen_q && same_keys(seq, hk, chunk, i, next)) ++next;
+        if (keys.n > 0) add_keys(seq, hk, i * group, next * group, careful, keys, Q, S, state);
+        i = next;
+      }
+  }
+
+  // The first chunk of a task.
+  Chunk chunk_of(const Sequence& seq, int64_t split) const {
+    int64_t lo, hi;
+    seq.key_range(0, seq.seqlen_q, &lo, &hi);
+    const int64_t t0 = lo / kDecodeKeys, t1 = (hi + kDecodeKeys - 1) / kDecodeKeys;
+    const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
+    const int64_t from = std::max(first * kDecodeKeys, lo);
+    const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
+    const int64_t each = kDecodeStreams * kDecodeEach;
+    return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
+  }
+
+  // Rows [r, end), which see the same keys.
+  void add_keys(const Sequence& seq, int64_t hk, int64_t r, int64_t end, bool careful,
+                const Keys& keys, const float* Q, float* S, float* state) const {
+    while (r < end) {
+      if (end - r >= 4 && !careful)
+        rows_of<4>(seq, hk, r, keys, Q, S, state), r += 4;
+      else if (end - r >= 2 && !careful)
+        rows_of<2>(seq, hk, r, keys, Q, S, state), r += 2;
+      else
+        rows_of<1>(seq, hk, r, keys, Q, S, state), r += 1;
+    }
+  }
+
+  // Rows j ... end - 1 of K and V, as keys at, at + step ...
+  void add_rows(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
+                Keys* keys) const {
+    const int64_t k_step = p.k.s * kKeptBytes, v_step = p.v.s * kKeptBytes;
+    while (j < end) {
+      const int64_t page = p.page_size, stop = ptr.block_table ? (j / page + 1) * page : end;
+      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kKeptBytes;
+      const char* V = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kKeptBytes;
+      if constexpr (kFactors) add_factors(seq, hk, j, std::min(stop, end), at, step, keys);
+      for (; j < std::min(stop, end); ++j, at += step, K += k_step, V += v_step)
+        keys->K[at] = K, keys->V[at] = V, keys->j[at] = j, keys->position[at] = float(j);
+    }
+  }
+
+  // The factors of rows j ... end - 1, which lie in one page.
+  void add_factors(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at,
+                   int64_t step, Keys* keys) const {
+    const float* k = kept.k + seq.k_offset(kept.k_at, hk, j);
+    const float* v = kept.v + seq.k_offset(kept.v_at, hk, j);
+    for (; j < end; ++j, at += step, k += kept.k_at.s, v += kept.v_at.s)
+      keys->k_factor[at] = *k, keys->v_factor[at] = *v;
+  }
+
+  // The keys of a chunk that query i sees: of all streams in turns where it sees them all.
+  void collect(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i, Keys* keys) const {
+    int64_t first, last, begin[kDecodeStreams], end[kDecodeStreams], n = 0;
+    seq.key_range(i, i + 1, &first, &last);
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      begin[s] = std::max(chunk.begin_of(s), first);
+      end[s] = std::max(begin[s], std::min(chunk.end_of(s), last));
+      n += end[s] - begin[s];
+    }
+    const bool full = n == kDecodeKeys;
+    keys->n = 0;
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      add_rows(seq, hk, begin[s], end[s], full ? s : keys->n, full ? kDecodeStreams : 1, keys);
+      keys->n += end[s] - begin[s];
+    }
+    if (ptr.mask || ptr.bias) keep_visible(seq, hk, i, keys);
+  }
+
+  // Leaves out the keys that mask or bias exclude.
+  void keep_visible(const Sequence& seq, int64_t hk, int64_t i, Keys* keys) const {
+    const auto* mask = mask_row(seq, hk, i);
+    const int64_t bias_at = seq.b * p.bias.b + hk * group * p.bias.h + i * p.bias.q;
+    int64_t n = 0;
+    for (int64_t at = 0; at < keys->n; ++at) {
+      const int64_t j = keys->j[at];
+      if (mask && !mask[j * p.mask.k]) continue;
+      if (ptr.bias) {
+        const float bias = load_one<float>(p.bias_dtype, ptr.bias, bias_at + j * p.bias.k);
+        if (bias == -std::numeric_limits<float>::infinity()) continue;
+        keys->bias[n] = bias;
+      }
+      keys->j[n] = j, keys->position[n] = keys->position[at];
+      keys->K[n] = keys->K[at];
+      if constexpr (kFactors)
+        keys->k_factor[n] = keys->k_factor[at], keys->v_factor[n] = keys->v_factor[at];
+      keys->V[n++] = keys->V[at];
+    }
+    keys->n = n;
+  }
+
+  const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
+    if (!ptr.mask) return nullptr;
+    return static_cast<const uint8_t*>(ptr.mask) + seq.b * p.mask.b + hk * group * p.mask.h +
+           i * p.mask.q;
+  }
+
+  // Whether query i sees the same keys of a chunk as query `other`, with the same bias.
+  bool same_keys(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i,
+                 int64_t other) const {
+    if (ptr.bias && p.bias.q != 0) return false;
+    int64_t first[2], last[2];
+    seq.key_range(i, i + 1, &first[0], &last[0]);
+    seq.key_range(other, other + 1, &first[1], &last[1]);
+    const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
+      const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
+      if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;
+      for (int64_t j = begin; one != two && j < end; ++j)
+        if (!one[j * p.mask.k] != !two[j * p.mask.k]) return false;
+    }
+    return true;
+  }
+
+  // R rows from row r.
+  template <int R>
+  void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q,
+               float* S, float* state) const {
+    const int64_t n = keys.n, dv = p.head_dim_v;
+    const char* const* V = keys.V;
+    float* O = state + r * dv;
+    products<R>(Q + r * p.head_dim, keys, S);
+    if constexpr (kFactors) multiply<R, false>(keys.k_factor, n, S);
+    for (int i = 0; i < R; ++i) {
+      const float alpha =
+          softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys, S + i * kDecodeKeys,
+                  max_of(state) + r + i, sum_of(state) + r + i);
+      if (alpha == 1) continue;
+      for (float* o = O + i * dv; o < O + (i + 1) * dv; o += L) store(o, load(o) * alpha);
+    }
+    const char* not_zero[kDecodeKeys];
+    if (R == 1 && keys.zeros) {
+      for (int64_t j = 0; j < n; ++j) not_zero[j] = S[j] == 0.f ? keys.zeros : V[j];
+      V = not_zero;
+    }
+    if constexpr (kFactors) multiply<R, true>(keys.v_factor, n, S);
+    int64_t j = 0;
+    for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
+      for (int64_t k = j; scattered && k < j + kDecodeStreams; ++k)
+        prefetch_rows(keys.K[k] + kDecodeEach * p.k.s * kKeptBytes, 1, 0, p.head_dim * kKeptBytes);
+      add_values<R, kDecodeStreams>(V + j, S + j, O);
+    }
+    for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
+  }
+
+  // S[i][j] *= factor[j].  Of weights, a 0 stays one, whatever its factor is.
+  template <int R, bool WEIGHTS>
+  void multiply(const float* factor, int64_t n, float* S) const {
+    for (int i = 0; i < R; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        float& s = S[i * kDecodeKeys + j];
+        s = WEIGHTS && s == 0.f ? 0.f : s * factor[j];
+      }
+  }
+
+  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
+  template <int R>
+  void products(const float* Q, const Keys& keys, float* S) const {
+    constexpr int KEYS = L / R, ABREAST = R == 1 ? kDecodeStreams : 2;
+    static_assert(KEYS % std::min(KEYS, ABREAST) == 0);
+    const int64_t n = keys.n;
+    for (int64_t j = 0; j < n; j += KEYS) {
+      Vec<float> acc[L];
+      const char* key[KEYS];
+      for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(j + k, n - 1)];
+      for (int64_t k = j; scattered && k < std::min(j + KEYS, n); ++k)
+        prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kKeptBytes);
+#pragma GCC unroll 16
+      for (int k = 0; k < KEYS; k += ABREAST) dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
+      sum_round<L / 2>(acc);
+      for (int i = 0; i < R; ++i)
+        for (int k = 0; k < KEYS; ++k) S[i * kDecodeKeys + j + k] = acc[0][i * KEYS + k];
+    }
+  }
+
+  // The products of R rows with N keys, lane by lane: of row i at acc[i L / R].
+  template <int R, int N>
+  ATTN_INLINE void dots(const float* Q, const char* const* key, Vec<float>* acc) const {
+    Vec<float> sum[R][N] = {};
+    for (int64_t c = 0; c < p.head_dim; c += 2 * L) {
+      Vec<float> x[N][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) load_storage<KEPT>(key[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        const Vec<float> q0 = load(Q + i * p.head_dim + c), q1 = load(Q + i * p.head_dim + c + L);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) sum[i][k] += q0 * x[k][0], sum[i][k] += q1 * x[k][1];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) acc[i * (L / R) + k] = sum[i][k];
+  }
+
+  // One row: S products in, exp(s - max) out; the factor for what was summed before.
+  float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S, float* max,
+                float* sum) const {
+    constexpr int N = kAbreast;
+    const int64_t padded = (keys.n + N * L - 1) / (N * L) * (N * L);
+    const float ninf = -std::numeric_limits<float>::infinity();
+    const float now = std::max(*max, largest(logits(seq, h, i, keys, S)));
+    for (int64_t j = (keys.n + L - 1) / L * L; j < padded; j += L) store(S + j, set1(ninf));
+    const float base = now == ninf ? 0.f : now;
+    Vec<float> total{};
+    for (int64_t j = 0; j < padded; j += N * L) {
+      Vec<float> e[N];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) e[k] = load(S + j + k * L) - base;
+      vexp_each(e);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
+    }
+    const float alpha = *max == base ? 1.f : std::exp(*max - base);
+    *sum *= alpha;
+    for (int lane = 0; lane < L; ++lane) *sum += total[lane];
+    *max = now;
+    return alpha;
+  }
+
+  // S products in, logits out, -inf up to whole vectors; the largest of each lane.
+  Vec<float> logits(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S) const {
+    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
+    const Vec<float> ninf = set1(-std::numeric_limits<float>::infinity());
+    const float query = float(i + seq.seqlen_k - seq.seqlen_q);
+    Vec<float> top = ninf;
+    const auto run = [&](const auto& has) {
+      for (int64_t j = 0; j < keys.n; j += L) {
+        Vec<float> s = logit<DecodeWays>(
+            has, terms, head, load(S + j), [&] { return query - load(keys.position + j); },
+            [&] { return load(keys.bias + j); }, [](Vec<float>) {});
+        if (j + L > keys.n) s = iota<float>() + float(j) < float(keys.n) ? s : ninf;
+        store(S + j, s);
+        top = vmax(s, top);
+      }
+    };
+    if (terms.has.cap || terms.has.distance || terms.has.bias)
+      run(terms.has);
+    else
+      run(HasExactly<false, false, false>{});
+    return top;
+  }
+
+  // O[i] += sum_k P[i][k] V[k], one key after the other.
+  template <int R, int N>
+  ATTN_INLINE void add_values(const char* const* V, const float* P, float* O) const {
+    const int64_t dv = p.head_dim_v;
+    Vec<float> w[R][N];
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) w[i][k] = set1(P[i * kDecodeKeys + k]);
+    for (int64_t c = 0; c < dv; c += 2 * L) {
+      Vec<float> x[N][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) load_storage<KEPT>(V[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        float* o = O + i * dv + c;
+        Vec<float> o0 = load(o), o1 = load(o + L);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) o0 += w[i][k] * x[k][0], o1 += w[i][k] * x[k][1];
+        store(o, o0);
+        store(o + L, o1);
+      }
+    }
+  }
+
+  void merge(float* a, float* b) const {
+    const float ninf = -std::numeric_limits<float>::infinity();
+    for (int64_t r = 0; r < rows; ++r) {
+      float &max_a = max_of(a)[r], &sum_a = sum_of(a)[r];
+      const float max_b = max_of(b)[r], now = std::max(max_a, max_b);
+      const float base = now == ninf ? 0.f : now;
+      const float wa = std::exp(max_a - base), wb = std::exp(max_b - base);
+      for (int64_t c = 0; c < p.head_dim_v; c += L) {
+        float* at = a + r * p.head_dim_v + c;
+        store(at, load(at) * wa + load(b + r * p.head_dim_v + c) * wb);
+      }
+      sum_a = sum_a * wa + sum_of(b)[r] * wb;
+      max_a = now;
+    }
+  }
+
+  void finish(int64_t unit, float* state, Scratch& scratch) const {
+    const float ninf = -std::numeric_limits<float>::infinity();
+    const int64_t hk = unit % p.heads_k, dv = p.head_dim_v;
+    const Sequence seq(p, ptr, unit / p.heads_k);
+    float* row = scratch.take<float>(dv);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t h = hk * group + r % group, i = r / group;
+      const float sum = sum_of(state)[r], top = max_of(state)[r];
+      const bool nan = sum != sum, empty = top == ninf && !nan;
+      float inverse = 0, lse = ninf;
+      if (!empty) {
+        const float base = top == ninf ? 0.f : top;
+        float total = sum, scale = 1, shift = base;
+        if (ptr.sink) {  // joins the normaliser only
+          const float sink = static_cast<const float*>(ptr.sink)[h];
+          if (sink > base) shift = sink, scale = std::exp(base - sink);
+          total = sum * scale + std::exp(sink - shift);
+        }
+        inverse = scale / total;
+        lse = nan ? sum : shift + std::log(total);
+      }
+      const float* O = state + r * dv;
+      for (int64_t c = 0; c < dv; ++c) row[c] = empty ? 0.f : O[storage_order<TYPE>(c)] * inverse;
+      restore_row<float>(TYPE, row, dv,
+                         static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, i) * kBytes);
+      const int64_t at = seq.lse_offset(h, i);
+      if (ptr.lse) static_cast<float*>(ptr.lse)[at] = lse;
+      if (ptr.max_logit) static_cast<float*>(ptr.max_logit)[at] = nan ? sum : top;
+    }
+  }
 };
 
 template <DType TYPE, DType KEPT = TYPE>

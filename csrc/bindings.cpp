@@ -153,5 +153,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_amx", &attn::cpu::amx::emulate,
         "For tests: take AMX for supported, since an emulator of its instructions is installed");
 
-  if (!attn::add_dense_calls(m.ptr(), held_by)) throw py::error_already_set();
+  if (!attn::add_dense_calls(m.ptr(), held_by) || !attn::add_cache_calls(m.ptr(), held_by))
+    throw py::error_already_set();
 }

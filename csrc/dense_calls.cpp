@@ -17,16 +17,6 @@
 namespace attn {
 namespace {
 
-// DLPack 1.x (dmlc.github.io/dlpack): a tensor that its owner keeps.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
 constexpr int32_t kCPU = 1;
 
 // The table behind type.__dlpack_c_exchange_api__; of its functions one is used here.
@@ -60,7 +50,7 @@ PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-constexpr int kMostTensors = 8, kMostDims = 8;
+constexpr int kMostTensors = 13, kMostDims = 8;
 
 // Appends dtype, sizes and strides; false for what is no plain tensor of the CPU with its values
 // as they are in memory.
@@ -98,31 +88,14 @@ PyObject* looks(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                    (at - text.data()) * Py_ssize_t(sizeof(int64_t)));
 }
 
-// Finds the address of a tensor's first element, nullptr for None; false with Python's error set.
-bool find_address(PyObject* x, void*& found) {
-  found = nullptr;
-  if (x == Py_None) return true;
-  if (exchange && (Py_TYPE(x) == tensor_type || Py_TYPE(x) == parameter_type)) {
-    DLTensor seen;
-    if (exchange->view(x, &seen) != 0) return false;
-    found = static_cast<char*>(seen.data) + seen.byte_offset;
-    return true;
-  }
-  PyObject* number = PyObject_CallMethodNoArgs(x, data_ptr);
-  if (!number) return false;
-  found = PyLong_AsVoidPtr(number);
-  Py_DECREF(number);
-  return !PyErr_Occurred();
+}  // namespace
+
+bool view(PyObject* x, DLTensor& seen) {
+  if (exchange) return exchange->view(x, &seen) == 0;
+  PyErr_SetString(PyExc_RuntimeError, "use_exchange has not been called");
+  return false;
 }
 
-struct WithoutGil {
-  PyThreadState* state = PyEval_SaveThread();
-  ~WithoutGil() { PyEval_RestoreThread(state); }
-};
-
-using Kernel = void (*)(const Problem&, const Pointers&, const cpu::Options&, int);
-
-// Runs the kernel; false with Python's error set.
 bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int threads) {
   try {
     check(*held.problem, pointers);
@@ -132,12 +105,33 @@ bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int thre
     return true;
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const cpu::NotServed& error) {
+    PyErr_SetString(PyExc_NotImplementedError, error.what());
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return false;
+}
+
+namespace {
+
+// Finds the address of a tensor's first element, nullptr for None; false with Python's error set.
+bool find_address(PyObject* x, void*& found) {
+  found = nullptr;
+  if (x == Py_None) return true;
+  if (exchange && (Py_TYPE(x) == tensor_type || Py_TYPE(x) == parameter_type)) {
+    DLTensor seen;
+    if (exchange->view(x, &seen) != 0) return false;
+    found = address_of(seen);
+    return true;
+  }
+  PyObject* number = PyObject_CallMethodNoArgs(x, data_ptr);
+  if (!number) return false;
+  found = PyLong_AsVoidPtr(number);
+  Py_DECREF(number);
+  return !PyErr_Occurred();
 }
 
 constexpr int kMostAddresses = 12;
@@ -180,11 +174,6 @@ PyObject* dense_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     p.o = at[5], p.lse = at[6], p.dout = at[7];
     p.dq = at[8], p.dk = at[9], p.dv = at[10], p.dbias = at[11];
   });
-}
-
-template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyCFunction fastcall() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 PyMethodDef methods[] = {

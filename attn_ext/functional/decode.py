@@ -14,7 +14,7 @@ import torch
 from attn_ext.core import mistakes, validate
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
 from attn_ext.functional.common import autocast, result, sides
-from attn_ext.ops import execute, route
+from attn_ext.ops import execute, fast, route
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,10 +204,22 @@ def attention_decode(
     sync), they are the caller's promise.
     """
     validate.boolean("return_lse", return_lse)  # before anything is written into the caches
+    tensors = (
+        q, k_cache, v_cache, mask, bias, alibi_slopes, sink, cache_seqlens, block_table, k_new,
+        v_new,
+    )  # fmt: skip
+    key, found = fast.decode_attempt(
+        tensors, causal, window, softcap, scale, num_splits, backend, return_lse
+    )
+    if found is not None:
+        return found if return_lse else found[0]
     call = decode_call(
         q, k_cache, v_cache, cache_seqlens, k_new=k_new, v_new=v_new, block_table=block_table,
         causal=causal,
         window=window, mask=mask, bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink,
         scale=scale, num_splits=num_splits, backend=backend,
     )  # fmt: skip
-    return result(call, return_lse, False)
+    answer = result(call, return_lse, False)
+    if key is not None:
+        fast.remember_decode(key, call, tensors)
+    return answer

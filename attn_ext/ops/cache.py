@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from attn_ext.backends import cpu_cache
 from attn_ext.core.pages import Pages
 from attn_ext.ops.dispatch import lib
 
@@ -39,32 +40,31 @@ def append(k_pages, v_pages, table, lengths, pages: Pages, k, v, counts=None, ro
             f"{counts}"
         )
     copies, pieces = pages.append(rows, counts)
-    for source, target, count in copies:
-        k_pages[target, :, :count] = k_pages[source, :, :count]
-        v_pages[target, :, :count] = v_pages[source, :, :count]
     firsts = [seqlen - count for count in counts]
-    _write(k_pages, v_pages, k, v, pieces, firsts)
+    placed = [(n, firsts[n] + first, *rest) for n, first, *rest in pieces]
+    for kept, new in ((k_pages, k), (v_pages, v)):
+        if not cpu_cache.write(kept, new, copies, placed):
+            _write_rows(kept, new, copies, placed)
     publish(pages, table, lengths)
 
 
-def _write(k_pages, v_pages, k, v, pieces, firsts) -> None:
-    tokens = sum(piece.count for piece in pieces)
-    if k.device.type == "cpu" and len(pieces) <= max(FEW_PIECES, tokens // 16):
+def _write_rows(pages, new, copies, pieces) -> None:
+    for source, target, count in copies:
+        pages[target, :, :count] = pages[source, :, :count]
+    tokens = sum(count for *_, count in pieces)
+    if new.device.type == "cpu" and len(pieces) <= max(FEW_PIECES, tokens // 16):
         for row, first, page, slot, count in pieces:
-            begin = firsts[row] + first
-            k_pages[page, :, slot : slot + count] = k[row, :, begin : begin + count]
-            v_pages[page, :, slot : slot + count] = v[row, :, begin : begin + count]
+            pages[page, :, slot : slot + count] = new[row, :, first : first + count]
         return
     index = [
-        (row, firsts[row] + first + i, page, slot + i)
+        (row, first + i, page, slot + i)
         for row, first, page, slot, count in pieces
         for i in range(count)
     ]
     row, column, page, slot = (
-        torch.tensor(index, dtype=torch.int64, device="cpu").T.to(k.device).unbind()
+        torch.tensor(index, dtype=torch.int64, device="cpu").T.to(new.device).unbind()
     )
-    k_pages[page, :, slot] = k[row, :, column]
-    v_pages[page, :, slot] = v[row, :, column]
+    pages[page, :, slot] = new[row, :, column]
 
 
 def publish(pages: Pages, table, lengths) -> None:
@@ -72,6 +72,10 @@ def publish(pages: Pages, table, lengths) -> None:
     tensors that kernels read.  lengths[0]: positions, lengths[1]: those that are held.
     """
     held = [pages.held(b) for b in range(len(pages.lists))]
+    lists = [[b, *pages.lists[b]] for b in sorted(pages.changed)]
+    if cpu_cache.publish(lengths, table, [pages.lengths, held], lists):
+        pages.changed.clear()
+        return
     lengths.copy_(torch.tensor([pages.lengths, held], device="cpu", dtype=torch.int32))
     rows = sorted(pages.changed)
     pages.changed.clear()

@@ -88,6 +88,11 @@ def plan_of(call: Call):
     return module.plan_of(ready) if module is registry.get("cpu") else None
 
 
+def serves_on_cpu(call: Call) -> bool:
+    """Whether the cpu backend serves the call."""
+    return _serving_backend(prepared(call)) is registry.get("cpu")
+
+
 def backward(dout, dlse, out, lse, call: Call, needs) -> Grads:
     """The gradients that `needs` asks for; None for all others."""
     call, needs = prepared(call), Needs(*needs)

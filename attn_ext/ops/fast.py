@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from attn_ext.backends import cpu_cache
 from attn_ext.backends.looks import looks
 from attn_ext.core.plans import Plans
 from attn_ext.core.schema import TENSORS, Call
@@ -16,19 +17,17 @@ from attn_ext.ops import execute, route
 from attn_ext.ops.autograd import Remembered, remembered_attention
 
 _known: Plans[Remembered] = Plans()
+_decodes: Plans[cpu_cache.DecodePlan] = Plans()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._is_tracing
 _forward_ad = torch.autograd.forward_ad
 
 
-def key_of(
-    q, k, v, mask, bias, causal, window, softcap, scale, deterministic, backend
-) -> tuple | None:
-    """What the call looks like; None when it cannot take this way."""
-    if (
+def _is_eager() -> bool:
+    """Whether nothing but the kernel needs to see a call."""
+    return not (
         torch.compiler.is_compiling()
-        or type(window) is not tuple
         or route.observers
         or route.through_dispatcher
         or _jit_tracing()
@@ -36,7 +35,14 @@ def key_of(
         or _transforms() is not None
         or _forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-    ):
+    )
+
+
+def key_of(
+    q, k, v, mask, bias, causal, window, softcap, scale, deterministic, backend
+) -> tuple | None:
+    """What the call looks like; None when it cannot take this way."""
+    if type(window) is not tuple or not _is_eager():
         return None
     seen = looks(q, k, v, mask, bias)
     if seen is None:
@@ -75,6 +81,7 @@ def run(key: tuple | None, q, k, v, mask, bias):
 def forget() -> None:
     """Drop every plan."""
     _known.clear()
+    _decodes.clear()
 
 
 def attempt(*call) -> tuple:
@@ -103,3 +110,41 @@ def remember(key: tuple | None, call: Call) -> None:
         _known.keep(key, Remembered(plan, call[TENSORS:], saved))
     except TypeError:
         return
+
+
+def decode_attempt(tensors, causal, window, softcap, scale, num_splits, backend, with_lse) -> tuple:
+    """(key, (out, lse)) of a decode call of these tensors, `DecodePlan.forward`'s; each is None
+    where there is none.  New rows are appended where there is a result, and only there."""
+    if type(window) is not tuple or not _is_eager():
+        return None, None
+    seen = looks(*tensors)
+    if seen is None or _wants_grad(tensors):
+        return None, None
+    key = (
+        seen, causal, type(causal), softcap, type(softcap), scale, type(scale),
+        num_splits, type(num_splits), backend, (window, *map(type, window)),
+    )  # fmt: skip
+    try:
+        plan = _decodes.get(key)
+    except (TypeError, ValueError):  # a list or a tensor among the arguments
+        return None, None
+    return key, None if plan is None else plan.forward(*tensors, with_lse)
+
+
+def _wants_grad(tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def remember_decode(key: tuple, call: Call, tensors) -> None:
+    """Keep the plan of a decode call that went the whole way with `tensors`, those of
+    `decode_attempt`."""
+    *_, slopes, sink, _, _, k_new, v_new = tensors
+    converted = any(
+        x is not None and x.dtype != y.dtype
+        for x, y in ((slopes, call.alibi_slopes), (sink, call.sink))
+    )
+    if converted or _by_identity(key) or not execute.serves_on_cpu(call):
+        return
+    plan = cpu_cache.decode_plan(execute.prepared(call), k_new, v_new)
+    if plan is not None:
+        _decodes.keep(key, plan)

@@ -40,7 +40,7 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
 }
 #elif defined(ATTN_BF16_DOT)
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  if (!may_decode(ptr, o) || !decode<DType::kBFloat16>(p, ptr, threads))
+  if (!may_decode(ptr, o) || !decode<DType::kBFloat16>(p, ptr, o, threads))
     Forward<Bf16Pairs>(p, ptr, o, threads).run();
 }
 
@@ -49,10 +49,16 @@ void backward(const Problem& p, const Pointers& ptr, const Options& o, int threa
 }
 #else
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (o.kept.rows) {
+    if (!may_decode(ptr, o) || !decode<DType::kFloat32, kInt8>(p, ptr, o, threads))
+      throw NotServed(
+          "only calls of few queries, which kernels/decode.h serves, read rows of int8");
+    return;
+  }
   if (p.dtype == DType::kFloat64) return Forward<Plain<double>>(p, ptr, o, threads).run();
-  const bool few = may_decode(ptr, o) && (decode<DType::kFloat32>(p, ptr, threads) ||
-                                          decode<DType::kFloat16>(p, ptr, threads) ||
-                                          decode<DType::kBFloat16>(p, ptr, threads));
+  const bool few = may_decode(ptr, o) && (decode<DType::kFloat32>(p, ptr, o, threads) ||
+                                          decode<DType::kFloat16>(p, ptr, o, threads) ||
+                                          decode<DType::kBFloat16>(p, ptr, o, threads));
   if (!few) Forward<Plain<float>>(p, ptr, o, threads).run();
 }
 

@@ -7,6 +7,7 @@
 // the group: queries that see the same keys of a chunk are worked on together, and rows of K and V
 // that a query does not see are not touched.
 #pragma once
+#include "cpu/kernels/options.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/storage.h"
@@ -20,14 +21,20 @@ struct DecodeWays : VectorWays<float> {
   static ATTN_INLINE Vec<float> over_cap(Vec<float> x, const Terms<float>& t) { return x / t.cap; }
 };
 
-template <DType TYPE>
+// TYPE: of Q and O; KEPT: of K and V, TYPE itself or kInt8, whose factors are in `Kept`.
+template <DType TYPE, DType KEPT = TYPE>
 class Decode {
   static constexpr int L = kLanes<float>;
-  static constexpr int64_t kBytes = TYPE == DType::kFloat32 ? 4 : 2;
+  static constexpr int64_t kBytes = storage_bytes(TYPE), kKeptBytes = storage_bytes(KEPT);
+  static constexpr bool kFactors = KEPT == kInt8;
 
  public:
-  Decode(const Problem& problem, const Pointers& pointers, int threads)
-      : p(problem), ptr(pointers), threads(threads), terms(Terms<float>::of(problem, pointers, 1)) {
+  Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
+      : p(problem),
+        ptr(pointers),
+        kept(kept),
+        threads(threads),
+        terms(Terms<float>::of(problem, pointers, 1)) {
     group = p.heads_q / p.heads_k;
     rows = group * p.seqlen_q;
     scattered = p.k.s != p.head_dim;
@@ -71,6 +78,7 @@ class Decode {
  private:
   const Problem& p;
   const Pointers& ptr;
+  const Kept& kept;
   int threads;
   const Terms<float> terms;
   int64_t group, rows, splits;
@@ -92,7 +100,8 @@ class Decode {
     const char *K[kDecodeKeys], *V[kDecodeKeys];
     int64_t j[kDecodeKeys];
     float position[kDecodeKeys], bias[kDecodeKeys];  // position: j
-    const char* zeros = nullptr;                     // if given: a row of V for keys with P = 0
+    float k_factor[kDecodeKeys], v_factor[kDecodeKeys];
+    const char* zeros = nullptr;  // if given: a row of V for keys with P = 0
   };
 
   // Whether the queries are so few that panels would mostly hold padding.
@@ -194,14 +203,24 @@ class Decode {
   // Rows j ... end - 1 of K and V, as keys at, at + step ...
   void add_rows(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
                 Keys* keys) const {
-    const int64_t k_step = p.k.s * kBytes, v_step = p.v.s * kBytes;
+    const int64_t k_step = p.k.s * kKeptBytes, v_step = p.v.s * kKeptBytes;
     while (j < end) {
       const int64_t page = p.page_size, stop = ptr.block_table ? (j / page + 1) * page : end;
-      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kBytes;
-      const char* V = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kBytes;
+      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kKeptBytes;
+      const char* V = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kKeptBytes;
+      if constexpr (kFactors) add_factors(seq, hk, j, std::min(stop, end), at, step, keys);
       for (; j < std::min(stop, end); ++j, at += step, K += k_step, V += v_step)
         keys->K[at] = K, keys->V[at] = V, keys->j[at] = j, keys->position[at] = float(j);
     }
+  }
+
+  // The factors of rows j ... end - 1, which lie in one page.
+  void add_factors(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at,
+                   int64_t step, Keys* keys) const {
+    const float* k = kept.k + seq.k_offset(kept.k_at, hk, j);
+    const float* v = kept.v + seq.k_offset(kept.v_at, hk, j);
+    for (; j < end; ++j, at += step, k += kept.k_at.s, v += kept.v_at.s)
+      keys->k_factor[at] = *k, keys->v_factor[at] = *v;
   }
 
   // The keys of a chunk that query i sees: of all streams in turns where it sees them all.
@@ -237,6 +256,8 @@ class Decode {
       }
       keys->j[n] = j, keys->position[n] = keys->position[at];
       keys->K[n] = keys->K[at];
+      if constexpr (kFactors)
+        keys->k_factor[n] = keys->k_factor[at], keys->v_factor[n] = keys->v_factor[at];
       keys->V[n++] = keys->V[at];
     }
     keys->n = n;
@@ -274,6 +295,7 @@ class Decode {
     const char* const* V = keys.V;
     float* O = state + r * dv;
     products<R>(Q + r * p.head_dim, keys, S);
+    if constexpr (kFactors) multiply<R, false>(keys.k_factor, n, S);
     for (int i = 0; i < R; ++i) {
       const float alpha =
           softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys, S + i * kDecodeKeys,
@@ -286,13 +308,24 @@ class Decode {
       for (int64_t j = 0; j < n; ++j) not_zero[j] = S[j] == 0.f ? keys.zeros : V[j];
       V = not_zero;
     }
+    if constexpr (kFactors) multiply<R, true>(keys.v_factor, n, S);
     int64_t j = 0;
     for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
       for (int64_t k = j; scattered && k < j + kDecodeStreams; ++k)
-        prefetch_rows(keys.K[k] + kDecodeEach * p.k.s * kBytes, 1, 0, p.head_dim * kBytes);
+        prefetch_rows(keys.K[k] + kDecodeEach * p.k.s * kKeptBytes, 1, 0, p.head_dim * kKeptBytes);
       add_values<R, kDecodeStreams>(V + j, S + j, O);
     }
     for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
+  }
+
+  // S[i][j] *= factor[j].  Of weights, a 0 stays one, whatever its factor is.
+  template <int R, bool WEIGHTS>
+  void multiply(const float* factor, int64_t n, float* S) const {
+    for (int i = 0; i < R; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        float& s = S[i * kDecodeKeys + j];
+        s = WEIGHTS && s == 0.f ? 0.f : s * factor[j];
+      }
   }
 
   // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
@@ -306,7 +339,7 @@ class Decode {
       const char* key[KEYS];
       for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(j + k, n - 1)];
       for (int64_t k = j; scattered && k < std::min(j + KEYS, n); ++k)
-        prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kBytes);
+        prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kKeptBytes);
 #pragma GCC unroll 16
       for (int k = 0; k < KEYS; k += ABREAST) dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
       sum_round<L / 2>(acc);
@@ -322,7 +355,7 @@ class Decode {
     for (int64_t c = 0; c < p.head_dim; c += 2 * L) {
       Vec<float> x[N][2];
 #pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) load_storage<TYPE>(key[k] + c * kBytes, &x[k][0], &x[k][1]);
+      for (int k = 0; k < N; ++k) load_storage<KEPT>(key[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
         const Vec<float> q0 = load(Q + i * p.head_dim + c), q1 = load(Q + i * p.head_dim + c + L);
@@ -396,7 +429,7 @@ class Decode {
     for (int64_t c = 0; c < dv; c += 2 * L) {
       Vec<float> x[N][2];
 #pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) load_storage<TYPE>(V[k] + c * kBytes, &x[k][0], &x[k][1]);
+      for (int k = 0; k < N; ++k) load_storage<KEPT>(V[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
         float* o = O + i * dv + c;
@@ -457,10 +490,10 @@ class Decode {
   }
 };
 
-template <DType TYPE>
-inline bool decode(const Problem& p, const Pointers& ptr, int threads) {
-  if (!Decode<TYPE>::serves(p, ptr)) return false;
-  Decode<TYPE>(p, ptr, threads).run();
+template <DType TYPE, DType KEPT = TYPE>
+inline bool decode(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (!Decode<TYPE, KEPT>::serves(p, ptr)) return false;
+  Decode<TYPE, KEPT>(p, ptr, o.kept, threads).run();
   return true;
 }
 

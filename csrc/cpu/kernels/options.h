@@ -1,12 +1,26 @@
 // What a call asks for beyond Problem and Pointers.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
 
 #include "params.h"
 
 namespace attn::cpu {
 
-// Other weights than softmax, other scores than dot products.
+// Rows of K and V that are not kept in the call's dtype, which is float32 then: a cache of int8
+// with a factor a row and head, by which the row is what it stands for.
+struct Kept {
+  bool rows = false;                       // whether they are
+  const float *k = nullptr, *v = nullptr;  // the factors, laid out as Strides say
+  Strides k_at, v_at;
+};
+
+// A kernel for few queries alone reads such rows; what it lacks is the caller's to do another way.
+struct NotServed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Other weights than softmax, other scores than dot products, other rows than the call's dtype.
 struct Options {
   bool sigmoid = false;     // P = sigmoid(s + sigmoid_bias) instead of softmax; no LSE
   bool length_bias = true;  // sigmoid_bias is -ln of each whole sequence's keys
@@ -20,6 +34,7 @@ struct Options {
   // rows' sums are of the whole: backward takes LSE and delta = rowsum(dO * O) - dLSE as they are.
   bool partial = false;
   const void* delta = nullptr;  // as LSE
+  Kept kept;
 
   bool plain() const { return !sigmoid && !w; }
   // The dtype of O and the gradients.

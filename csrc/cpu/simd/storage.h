@@ -5,6 +5,27 @@
 
 namespace attn::cpu::ATTN_ISA {
 
+// Of rows of a cache alone (options.h); no call has it.
+constexpr DType kInt8 = DType(8);
+
+constexpr int64_t storage_bytes(DType type) {
+  return type == DType::kFloat32 ? 4 : type == kInt8 ? 1 : 2;
+}
+
+// L numbers of int8 as float.
+ATTN_INLINE Vec<float> load_int8(const char* p) {
+#if ATTN_VEC_BYTES == 64
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif ATTN_VEC_BYTES == 32
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Vec<float> x;
+  for (int lane = 0; lane < kLanes<float>; ++lane)
+    x[lane] = float(reinterpret_cast<const signed char*>(p)[lane]);
+  return x;
+#endif
+}
+
 // 2 L numbers of storage as float: *a has the first L and *b the rest, but for bfloat16 *a has the
 // even ones and *b the odd ones, which takes one instruction each.
 template <DType TYPE>
@@ -12,6 +33,9 @@ ATTN_INLINE void load_storage(const char* p, Vec<float>* a, Vec<float>* b) {
   if constexpr (TYPE == DType::kFloat32) {
     *a = load(reinterpret_cast<const float*>(p));
     *b = load(reinterpret_cast<const float*>(p) + kLanes<float>);
+  } else if constexpr (TYPE == kInt8) {
+    *a = load_int8(p);
+    *b = load_int8(p + kLanes<float>);
   } else if constexpr (TYPE == DType::kBFloat16) {
     Vec<uint32_t> x;
     std::memcpy(&x, p, sizeof(x));

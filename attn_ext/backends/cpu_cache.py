@@ -1,0 +1,86 @@
+"""The cpu backend's short way of few queries against a cache, and of a cache's changes: one native
+call each (csrc/cache_calls.cpp).  For tensors that `attn_ext.backends.looks` has seen alone, where
+torch has the table of C functions by which C++ reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.backends import cpu
+from attn_ext.backends.looks import looks
+from attn_ext.core.layout import empty_like_layout, prototype
+from attn_ext.core.schema import TENSORS, Call, lse_shape, statistics_dtype
+
+READS_TENSORS = cpu._C is not None and looks is getattr(cpu._C, "looks", None)
+GIVEN = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sink", "seqlens_k", "block_table")
+
+
+class DecodePlan:
+    """All of a decode call but its tensors: for those that look as the call's do, and for the same
+    new rows."""
+
+    def __init__(self, call: Call):
+        out = empty_like_layout(call.q, call.v.shape[-1])
+        lse = torch.empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype), device="cpu")
+        self.native = cpu.native_call(call, cpu.canonical_inputs(call), out, lse)
+        self.out, self.lse = prototype(out), prototype(lse)
+
+    def forward(self, q, k, v, mask, bias, slopes, sink, lengths, table, k_new, v_new, with_lse):
+        """(O, LSE or None), k_new and v_new appended; None, with nothing done, where a length or a
+        page is out of range."""
+        out = torch.empty_like(self.out)
+        lse = torch.empty_like(self.lse) if with_lse else None
+        done = cpu._C.decode_forward(
+            self.native, torch.get_num_threads(), q, k, v, mask, bias, slopes, sink, lengths, table,
+            k_new, v_new, None, None, out, lse,
+        )  # fmt: skip
+        if not done:
+            return None
+        if k_new is not None and not k.is_inference():
+            torch.autograd.graph.increment_version((k, v))
+        return out, lse
+
+
+def decode_plan(call: Call, k_new, v_new) -> DecodePlan | None:
+    """The plan of a call that has run; None where no kernel takes its tensors as they are."""
+    if not READS_TENSORS or call.need_stats or call.q.numel() == 0 or call.k.numel() == 0:
+        return None
+    fields = Call._fields[:TENSORS]
+    others = [n for n in fields if n not in GIVEN and getattr(call, n) is not None]
+    lasts = (call.q, call.k, call.v, k_new, v_new, call.alibi_slopes, call.sink, call.block_table)
+    if others or not all(x is None or x.stride(-1) == 1 for x in lasts):
+        return None
+    if call.alibi_slopes is not None and call.alibi_slopes.dtype != torch.float32:
+        return None
+    if k_new is not None and (0 in call.k.stride() or 0 in call.v.stride()):
+        return None  # rows that share memory
+    t = cpu.canonical_inputs(call)
+    same = all(t[name] is None or t[name].dtype == getattr(call, name).dtype for name in GIVEN)
+    return DecodePlan(call) if same else None
+
+
+def write(pages, new, copies, pieces) -> bool:
+    """Copy between pages [pages, H, page_size, D], (source, target, count), and then from new rows
+    [B, H, S, D], (row, first, page, slot, count); False, with nothing done, where this is not the
+    way."""
+    if (
+        not READS_TENSORS or looks(pages, new) is None
+        or pages.stride(-1) != 1 or new.stride(-1) != 1
+    ):  # fmt: skip
+        return False
+    cpu._C.cache_write(pages, new, copies, pieces, torch.get_num_threads())
+    if not pages.is_inference():
+        torch.autograd.graph.increment_version(pages)
+    return True
+
+
+def publish(lengths, table, numbers, lists) -> bool:
+    """Two lists of numbers into lengths [2, B], and the rest of each list into the table's row
+    list[0]; False, with nothing done, where this is not the way."""
+    if not READS_TENSORS or looks(lengths, table) is None:
+        return False
+    cpu._C.cache_publish(lengths, table, numbers, lists)
+    if not table.is_inference():
+        torch.autograd.graph.increment_version((lengths, table))
+    return True

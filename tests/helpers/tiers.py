@@ -67,6 +67,7 @@ THOROUGH = {
     "cuda/test_ptx.py::test_kernels": "compiles kernels",
     "cuda/test_ptx.py::test_races_in_compiled_code_name_lines_of_ptx": "compiles kernels",
     "cuda/test_ptx.py::test_wrappers_of_hopper": "compiles kernels",
+    "cuda/test_ptx_golden.py": "compiles",
     "cuda/test_ptx_mutations.py": "compiles kernels",
     "torch/test_compile_transforms.py": "torch.compile",
     "torch/test_dtensor.py": "two processes",
@@ -78,6 +79,8 @@ THOROUGH = {
     "triton/interpreter": "Triton's interpreter",
     "triton/test_triton_compile.py::test_kernels_compile_and_take_what_the_table_says": "compiles",
     "triton/test_triton_family_compile.py": "compiles Triton kernels",
+    "triton/test_triton_ptx.py::test_kernels": "compiles kernels",
+    "triton/test_triton_ptx_mutations.py": "compiles kernels",
     "triton/test_triton_replay.py": "compiles Triton kernels",
 }
 

@@ -39,7 +39,7 @@ void check(const attn::Problem& p, const Pointers& ptr, int threads) {
 void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>& sizes,
              uintptr_t out, uintptr_t entropy, uintptr_t keys) {
   attn::cpu::Map map;
-  if (what < 0 || what > attn::cpu::Map::kPooledMap)
+  if (what < 0 || what > attn::cpu::Map::kMeanTopK)
     throw std::invalid_argument("what must be 0 to 3, got " + std::to_string(what));
   map.what = attn::cpu::Map::What(what);
   map.n = sizes[0], map.rows = sizes[1], map.cols = sizes[2];

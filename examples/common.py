@@ -5,6 +5,9 @@ learned.
 from __future__ import annotations
 
 import argparse
+import datetime
+import os
+import socket
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -66,3 +70,27 @@ def learned(what: str, value: float, baseline: float, goal: float, higher: bool 
     good = min(value - goal, value - baseline) >= 0 if higher else value <= min(goal, baseline)
     assert good, f"{what} must reach {goal:.4g} and beat {baseline:.4g}, got {value:.4g}"
     console.print("learned")
+
+
+def _rank(rank: int, main, chosen, place: dict) -> None:
+    """One process of `started`."""
+    os.environ.update(place, RANK=os.environ.get("RANK", str(rank)))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    console.quiet = dist.get_rank() > 0
+    try:
+        main(chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def started(main, chosen, processes: int = 2) -> None:
+    """main(chosen) on each process of a group: those of torchrun, or else of forks of this one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _rank(0, main, chosen, {})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    start = torch.multiprocessing.start_processes
+    start(_rank, (main, chosen, place), processes, start_method="fork")

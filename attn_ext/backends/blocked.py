@@ -39,7 +39,7 @@ def tangent(
     lse = call.q.new_zeros(lse_shape(call), dtype=statistics_dtype(call.q.dtype))
     if all(x is None for x in tangents):
         return out, lse
-    finite = _finite(call, *tangents)
+    finite = bool(tiles.finite(call, *tangents))
     for part in _sequences(call):
         views = part.rows(out), part.statistics(lse)
         _dense_tangent(part.call, part.tangents(tangents), *views, part.first_batch, finite)
@@ -52,20 +52,14 @@ def backward_tangent(
     """T2: the tangents of the gradients that `needs` asks for, and the gradients that `primal` asks
     for.  Those of the bias have its shape."""
     found = _blank(call, needs), _blank(call, primal)
-    finite = _finite(call, *tangents, rows.dout, rows.dlse, rows.tdout, rows.tdlse)
+    of_rows = rows.dout, rows.dlse, rows.tdout, rows.tdlse
+    finite = bool(tiles.finite(call, *tangents, *of_rows))
     for part in _sequences(call):
         views = tuple(map(part.gradients, found))
         of_rows = part.all_rows(rows)
         arguments = part.call, part.tangents(tangents), of_rows, *views, part.first_batch, finite
         _dense_backward_tangent(*arguments)
     return tuple(_in_their_dtypes(call, grads) for grads in found)
-
-
-def _finite(call: Call, *others) -> bool:
-    bias = call.bias
-    if bias is not None:  # -inf hides a pair, which is nothing unusual
-        bias = torch.where(bias == -torch.inf, 0.0, bias)
-    return tiles.all_finite(call.q, call.k, call.v, call.sink, bias, *others)
 
 
 def _blank(call: Call, needs: Needs) -> Grads:

@@ -99,7 +99,7 @@ SCORES = ("dot", "additive")
 AMX = "avx512_amx"
 AGREEMENT = 2**-6  # of the largest element: two roundings to bfloat16
 FRAMES = True  # serves shards of larger calls
-MAPS = ("row_stats", "top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
+MAPS = ("row_stats", "top_k", "column_mass", "pooled_map", "mean_top_k")  # of attn_ext.inspect
 
 
 def available() -> str:
@@ -443,7 +443,7 @@ def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
     return Grads(*grads, dbias)
 
 
-ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP = range(4)  # Map::What
+ROW_STATS, TOP_K, COLUMN_MASS, POOLED_MAP, MEAN_TOP_K = range(5)  # Map::What
 
 
 def inspect(call: Call, what: int, lse, out, entropy=None, keys=None, sizes=(0, 0, 0)) -> None:

@@ -33,7 +33,7 @@ TORCH = "torch"  # its own attention: by name, or for "fastest"
 CHOICES = ("auto", "fastest")  # in place of a name
 # The modules that have kernels of second derivatives, by the backend whose calls they take; blocked
 # takes all others.
-SECOND = {"cpu": "cpu_second"}
+SECOND = {"cpu": "cpu_second", "triton": "triton_second", "cuda": "triton_second"}
 NOT_ADDITIVE = ("sink", "paged", "stats")  # features of dot products alone
 TEST_ONLY: dict[str, ModuleType] = {}  # modules that tests put up by name; never chosen by "auto"
 

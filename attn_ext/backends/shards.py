@@ -85,20 +85,13 @@ def _one(call: Call, part: _Sequence) -> _Sequence:
     return part._replace(call=one)
 
 
-def _finite(call: Call, *others) -> bool:
-    bias = call.bias
-    if bias is not None:  # -inf hides a pair, which is nothing unusual
-        bias = torch.where(bias == -torch.inf, 0.0, bias)
-    return tiles.all_finite(call.q, call.k, call.v, bias, *others)
-
-
 @torch.no_grad()
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(O, LSE) of these keys alone, in the statistics' dtype.  The call has no sink."""
     dtype = statistics_dtype(call.q.dtype)
     out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=dtype)
     lse = call.q.new_full(lse_shape(call), -torch.inf, dtype=dtype)
-    finite = _finite(call)
+    finite = bool(tiles.finite(call))
     for part in _sequences(call):
         one, philox = part.call, tiles.key_of(part.call)
         of_out, of_lse = part.of_rows(out), part.of_statistics(lse)
@@ -137,7 +130,7 @@ def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
         x.new_zeros(x.shape, dtype=dtype) if need else None
         for x, need in zip(inputs, wanted, strict=True)
     ]
-    finite = _finite(call, dout, delta)
+    finite = bool(tiles.finite(call, dout, delta))
     for part in _sequences(call):
         dq, dk, dv, dbias = made
         sums = _Sums(

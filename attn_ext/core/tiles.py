@@ -78,12 +78,17 @@ class Panel:
         return logit.part(scores, self.b, self.h, rows, keys)
 
 
-def all_finite(*tensors: torch.Tensor | None) -> bool:
-    """Whether no tensor holds NaN or an infinity, as their sums say, which is one pass over each;
-    False where a sum of large numbers overflows, too, which only costs time."""
-    wide = statistics_dtype(next(x for x in tensors if x is not None).dtype)
+def finite(call: Call, *others: torch.Tensor | None) -> torch.Tensor:
+    """Whether neither the call's inputs nor `others` hold NaN or an infinity, as their sums say,
+    which is one pass over each; False where a sum of large numbers overflows, too, which only costs
+    time.  A bias of -inf hides a pair, which is nothing unusual."""
+    wide = statistics_dtype(call.q.dtype)
+    tensors = (call.q, call.k, call.v, call.sink, *others)
     sums = [x.sum(dtype=wide) for x in tensors if x is not None]
-    return bool(torch.isfinite(torch.stack(sums).sum()))
+    if call.bias is not None and call.bias.numel():  # in place of a copy without -inf
+        largest = call.bias.amax().to(wide)  # NaN where there is one
+        sums.append(torch.where(largest == -torch.inf, 0.0, largest))
+    return torch.isfinite(torch.stack(sums).sum())
 
 
 def panels(

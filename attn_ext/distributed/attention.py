@@ -8,7 +8,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
-from attn_ext.distributed import agree, comm, model, operators, plan  # noqa: F401
+from attn_ext.distributed import agree, comm, model, operators, plan
 from attn_ext.distributed.heads import Heads
 from attn_ext.distributed.layout import Layout
 from attn_ext.distributed.local import Scalars
@@ -45,32 +45,30 @@ class _Groups(NamedTuple):
         return found
 
 
-def _one_group(mesh):
-    """The group of a mesh of one dimension, or the group itself."""
-    if not hasattr(mesh, "mesh_dim_names"):
-        return mesh
-    if mesh.ndim != 1:
+def _groups_of(mesh, method: str) -> tuple:
+    """The group of all ranks; for "2d" those of 'ulysses' and 'ring'."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method != "2d":
+        return (comm.one_group(mesh),)
+    names = getattr(mesh, "mesh_dim_names", None)
+    if names != ("ring", "ulysses"):
         raise ValueError(
-            "mesh must have one dimension for this method; for two say method='2d' with dimensions "
-            f"named 'ring' and 'ulysses', got {mesh.ndim} named {mesh.mesh_dim_names}"
+            f"mesh must have the dimensions ('ring', 'ulysses') with method='2d', got {names}"
         )
-    return mesh.get_group()
+    return mesh.get_group("ulysses"), mesh.get_group("ring")
 
 
-def _groups(layout: Layout, mesh, method: str, sizes) -> _Groups:
-    """Groups and ranks of a method; ValueError where mesh, layout and heads do not go together."""
+def _placed(layout: Layout, groups, method: str, sizes) -> _Groups:
+    """This rank's place in the groups of a method; ValueError where mesh, layout and heads do not
+    go together."""
     if method == "2d":
-        names = getattr(mesh, "mesh_dim_names", None)
-        if names != ("ring", "ulysses"):
-            raise ValueError(
-                f"mesh must have the dimensions ('ring', 'ulysses') with method='2d', got {names}"
-            )
-        ring, ulysses = mesh.get_group("ring"), mesh.get_group("ulysses")
+        ulysses, ring = groups
         across = comm.size_of(ulysses)
         place = comm.rank_of(ring), comm.rank_of(ulysses)
         found = _Groups("ring", ring, ulysses, *place, comm.size_of(ring) * across, across)
     else:
-        group = _one_group(mesh)
+        (group,) = groups
         parts, rank = comm.size_of(group), comm.rank_of(group)
         if method == "auto":
             method = model.choose(sizes._replace(parts=parts))
@@ -103,25 +101,20 @@ class Prepared(NamedTuple):
 
 def prepare(
     layout, mesh, method, shapes, dtype, device, causal, window, scalars, grad_comm_dtype, sides,
-    scores,
+    scores, wanted, keep,
 ) -> Prepared:  # fmt: skip
     """Checks the call, agrees with the other ranks, and names what it does.  shapes, dtype, device:
     each of q, k and v; sides: which of mask, bias, slopes and sink there are; scores: the
-    shapes of mask and bias, or None."""
-    if not isinstance(layout, Layout):
-        raise TypeError(f"layout must be a Layout, got {type(layout).__name__} {layout!r}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    shapes of mask and bias, or None; wanted: which of q, k, v, bias and sink want gradients;
+    keep: a compiled graph will hold the names."""
+    every = _groups_of(mesh, method)
     q, k, _ = shapes
-    if len(q) != 4 or len(k) != 4:
-        raise ValueError(f"q and k must have 4 dimensions [B, H, S_local, D], got {q} and {k}")
-    sizes = model.Sizes(
-        q[0], q[1], k[1], layout.seqlen, q[3], dtype[0].itemsize, layout.parts, bool(causal),
-        device[0].type,
-    )  # fmt: skip
-    groups = _groups(layout, mesh, method, sizes)
-    lengths = groups.lengths(layout)
     try:
+        sizes = model.Sizes(
+            q[0], q[1], k[1], layout.seqlen, q[3], dtype[0].itemsize, layout.parts, bool(causal),
+            device[0].type,
+        )  # fmt: skip
+        groups = _placed(layout, every, method, sizes)
         softcap, dropout_p, scale, deterministic, backend = scalars
         align, left, right = validate.dense(
             *shapes, *dtype, *device, causal, *window, softcap, dropout_p, scale, deterministic,
@@ -132,8 +125,9 @@ def prepare(
         if grad_comm_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"grad_comm_dtype must be a 16 or 32 bit float, got {grad_comm_dtype}")
     except (ValueError, TypeError):
-        agree.refuse(groups.all, lengths)
+        agree.refuse(every)
         raise
+    lengths = groups.lengths(layout)
     heads = q[1] // groups.across
     first_h = groups.ulysses_rank * heads
     numbers = Scalars(
@@ -144,15 +138,15 @@ def prepare(
     ours = plan.Plan(inner, ring, groups.method, numbers, grad_comm_dtype)
     signature = plan.Plan(layout, "", groups.method, numbers, grad_comm_dtype).signature()
     options = agree_on(signature, sides)
-    own_rows = agree.check(groups.all, shapes, dtype[0], options, lengths, scores)
+    own_rows = agree.check(groups.all, shapes, dtype[0], options, lengths, scores, wanted)
     exchange = ""
     if groups.across > 1:
         first = groups.ring_rank * groups.across
-        exchange = Heads(layout, groups.ulysses.group_name, first).name
+        exchange = Heads(layout, groups.ulysses.group_name, first).name(keep)
     alone = layout.lengths if groups.ring is None else None
     names = tuple(g.group_name for g in groups.all)
     place = (first_h, heads)
-    return Prepared(plan.name_of(ours), exchange, place, names, alone, align, own_rows)
+    return Prepared(plan.name_of(ours, keep), exchange, place, names, alone, align, own_rows)
 
 
 # What torch.compiler.assume_constant_result sets, which would import the compiler: four seconds.
@@ -189,32 +183,54 @@ def context_attention(
     All other arguments and errors: as `attention`.  ValueError on every rank where they do not
     make the same call; ContextParallelError where a rank is gone or silent.
     """
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        validate.tensor(name, value)
-    q, k, v, bias = common.autocast(q, k, v, bias)
-    there = tuple(x is not None for x in (mask, bias, alibi_slopes, sink))
-    softcap, dropout_p, _ = validate.scalars(softcap, dropout_p, scale)
-    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    scores = tuple(None if x is None else tuple(x.shape) for x in (mask, bias))
+    try:
+        validate.boolean("return_lse", return_lse)
+        q, k, v, bias = _rows(q, k, v, bias, layout)
+        softcap, dropout_p, _ = validate.scalars(softcap, dropout_p, scale)
+        window = validate.window_pair(window)
+        sides = _sides(q, layout, mask, bias, alibi_slopes, sink)
+        operators.refuse_forward_mode(q, k, v, *sides)
+    except (ValueError, TypeError, NotImplementedError):
+        agree.refuse(_groups_of(mesh, method))
+        raise
     prepared = prepare(
-        layout, mesh, method, shapes, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device),
-        causal, validate.window_pair(window), (softcap, dropout_p, scale, deterministic, backend),
-        grad_comm_dtype, there, scores,
+        layout, mesh, method, (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+        (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device),
+        causal, window, (softcap, dropout_p, scale, deterministic, backend), grad_comm_dtype,
+        tuple(x is not None for x in sides),
+        tuple(None if x is None else tuple(x.shape) for x in sides[:2]),
+        tuple(route.wants_grad(x) for x in (q, k, v, sides[1], sides[3])),
+        torch.compiler.is_compiling(),
     )  # fmt: skip
-    validate.boolean("return_lse", return_lse)
-    documents = len(layout.lengths) if layout.is_packed else q.shape[0]
-    mask, bias = common.scores(q, mask, bias, q.shape[0], q.shape[1], q.shape[2], layout.seqlen)
-    if alibi_slopes is not None:
-        alibi_slopes = validate.alibi(alibi_slopes, q.device, documents, q.shape[1])
-    if sink is not None:
-        sink = validate.sink_logits(sink, q.device, q.dtype, q.shape[1])
     state = None
     if dropout_p > 0:
         state = common.draw_rng_state(q)
         for group in prepared.groups:
             state = torch.ops.attn_ext.shared_seed(state, group)
-    out, lse = _run(q, k, v, (mask, bias, alibi_slopes, sink, state), prepared)
+    out, lse = _run(q, k, v, (*sides, state), prepared)
     return (out, lse) if return_lse else out
+
+
+def _rows(q, k, v, bias, layout) -> tuple:
+    """q, k, v and bias as autocast wants them, where they are shards at all."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        validate.tensor(name, value)
+        validate.dimensions(name, value.shape, 4, "[B, H, S_local, D]")
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, got {type(layout).__name__} {layout!r}")
+    return common.autocast(q, k, v, bias)
+
+
+def _sides(q, layout, mask, bias, alibi_slopes, sink) -> tuple:
+    """The tensors beside q, k and v, checked."""
+    batch, heads, rows, _ = q.shape
+    documents = len(layout.lengths) if layout.is_packed else batch
+    mask, bias = common.scores(q, mask, bias, batch, heads, rows, layout.seqlen)
+    if alibi_slopes is not None:
+        alibi_slopes = validate.alibi(alibi_slopes, q.device, documents, heads)
+    if sink is not None:
+        sink = validate.sink_logits(sink, q.device, q.dtype, heads)
+    return mask, bias, alibi_slopes, sink
 
 
 def _run(q, k, v, sides, prepared: Prepared) -> tuple:

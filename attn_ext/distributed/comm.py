@@ -42,6 +42,23 @@ def by_name(name: str):
     return dist.distributed_c10d._resolve_process_group(name)
 
 
+def one_group(mesh, name: str = "mesh") -> dist.ProcessGroup:
+    """The group of a mesh of one dimension, or the group itself."""
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    if not hasattr(mesh, "mesh_dim_names"):
+        raise TypeError(
+            f"{name} must be a DeviceMesh or a process group of this rank, got "
+            f"{type(mesh).__name__} {mesh!r}"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"{name} must have one dimension here; for two say method='2d' with dimensions named "
+            f"'ring' and 'ulysses', got {mesh.ndim} named {mesh.mesh_dim_names}"
+        )
+    return mesh.get_group()
+
+
 class Waiting:
     """Operations that have begun."""
 
@@ -136,23 +153,37 @@ def add_up(x: torch.Tensor, group, hop: str) -> torch.Tensor:
     return x
 
 
-_rounds: dict[str, int] = {}  # how many tables a group has made
+_rounds: dict[str, int] = {}  # how many rows a rank has written in a group
+
+
+def _write(row: Sequence[int], group) -> tuple:
+    """(store, number of the round) in which this rank's row now stands."""
+    store = dist.distributed_c10d._get_process_group_store(group)
+    number = _rounds.get(group.group_name, 0)
+    _rounds[group.group_name] = number + 1
+    store.set(_key(number, rank_of(group)), " ".join(map(str, row)))
+    return store, number
+
+
+def say(row: Sequence[int], group) -> None:
+    """A row for those who make a table now; this rank reads none."""
+    try:
+        _write(row, group)
+    except RuntimeError:
+        return  # the store is gone, and with it whoever waits; the caller raises what went wrong
 
 
 def table(row: Sequence[int], group, hop: str) -> list[list[int]]:
     """The row of integers of every rank of the group, by the group's store: what a rank that is out
     of step writes there can never be taken for data, and a rank that is missing has a name."""
-    store = dist.distributed_c10d._get_process_group_store(group)
-    number = _rounds.get(group.group_name, 0)
-    _rounds[group.group_name] = number + 1
     own = rank_of(group)
     begun, peer = time.monotonic(), own
     found = []
     try:
-        store.set(_key(number, own), " ".join(map(str, row)))
+        store, number = _write(row, group)
         for peer in range(size_of(group)):
             found.append(list(map(int, store.get(_key(number, peer)).split())))
-        if number > 1:  # all have read it, or they could not have come so far
+        if number > 1:  # all have written in this round, so none reads that one any more
             store.delete_key(_key(number - 2, own))
     except RuntimeError as error:
         raise _lost(group, peer, hop, begun, error) from error

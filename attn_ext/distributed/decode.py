@@ -6,7 +6,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
-from attn_ext.distributed import comm, local
+from attn_ext.distributed import agree, comm, local, operators
 from attn_ext.functional import common
 from attn_ext.ops import parts
 
@@ -30,6 +30,8 @@ def context_decode(
     whole.  whole_lengths: int32 [B], positions of the whole that are used, the new ones included.
     Returns out [B, Hq, Sq, Dv], with return_lse also lse, the same bits on every rank.
     """
+    group = comm.one_group(group, "group")
+    operators.refuse_forward_mode(q, k_shard, v_shard, alibi_slopes, sink)
     validate.decode_shapes(q, k_shard, v_shard, whole_lengths, None)
     if whole_lengths is None:
         raise ValueError("whole_lengths must be given, got None")
@@ -41,6 +43,10 @@ def context_decode(
     _, _, slopes, sink = common.sides(
         q, None, None, alibi_slopes, sink, batch, heads, new, k_shard.shape[2]
     )
+    agree.alike(
+        group, "context_decode",
+        {"batch": batch, "q's heads": heads, "Sq": new, "v's head_dim": v_shard.shape[3]}, q.dtype,
+    )  # fmt: skip
     first, used = _lengths(whole_lengths, k_first, k_shard.shape[2])
     whole, zero = whole_lengths.long(), torch.zeros_like(first)
     number = torch.arange(batch, device=q.device)

@@ -13,6 +13,7 @@ import torch
 
 from attn_ext.distributed import comm
 from attn_ext.distributed.layout import Layout
+from attn_ext.distributed.names import Names
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,11 @@ class Heads:
     @classmethod
     def of(cls, name: str) -> Heads:
         """The exchange of a name."""
-        return _known[name]
+        return _known.get(name)
 
-    @property
-    def name(self) -> str:
-        """Under which `of` finds it."""
-        name = f"{self.layout.fingerprint} {self.group} {self.first}"
-        _known[name] = self
-        return name
+    def name(self, keep: bool = False) -> str:
+        """Under which `of` finds it; keep: for ever."""
+        return _known.put(f"{self.layout.fingerprint} {self.group} {self.first}", self, keep)
 
     def _place(self) -> tuple:
         group = comm.by_name(self.group)
@@ -93,4 +91,4 @@ class Heads:
         return out.to(x.dtype).permute(2, 1, 0, 3).contiguous()
 
 
-_known: dict[str, Heads] = {}
+_known: Names[Heads] = Names()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -162,14 +163,20 @@ class Layout:
 
     def unshard(self, x: torch.Tensor, dim: int, group) -> torch.Tensor:
         """The whole tensor on every rank of the group, from each rank's part; no gradients."""
-        from attn_ext.distributed import comm
+        from attn_ext.distributed import agree, comm
 
-        own = self.length(comm.rank_of(group))
+        group = comm.one_group(group, "group")
+        rank = comm.rank_of(group)
+        if comm.size_of(group) != self.parts:
+            raise ValueError(f"group must have {self.parts} ranks, got {comm.size_of(group)}")
+        own = self.length(rank)
         if x.shape[dim] != own:
             raise ValueError(f"x must have {own} positions in dim {dim}, got {tuple(x.shape)}")
         moved = x.detach().movedim(dim, 0)
         lengths = [self.length(r) for r in range(self.parts)]
-        rows = comm.gather_rows(moved.reshape(own, -1), lengths, group)
+        width = math.prod(moved.shape[1:])
+        agree.alike(group, "unshard", {"numbers of a position": width}, x.dtype, self.fingerprint)
+        rows = comm.gather_rows(moved.reshape(own, width), lengths, group)
         whole = torch.empty_like(rows)
         whole[torch.cat([self.indices(r, x.device) for r in range(self.parts)])] = rows
         return whole.view(self.seqlen, *moved.shape[1:]).movedim(0, dim)
@@ -189,8 +196,17 @@ class Layout:
         """The layout of groups of `size` neighbouring ranks, each of which has all of theirs."""
         if size < 1 or self.parts % size:
             raise ValueError(f"size must divide the {self.parts} ranks of the layout, got {size}")
-        groups = [self.shards[i : i + size] for i in range(0, self.parts, size)]
-        return Layout(self.lengths, tuple(_joined(sum(g, ())) for g in groups), self.is_packed)
+        if size == 1:
+            return self
+        if size not in self._grouped:
+            groups = [self.shards[i : i + size] for i in range(0, self.parts, size)]
+            shards = tuple(_joined(sum(g, ())) for g in groups)
+            self._grouped[size] = Layout(self.lengths, shards, self.is_packed)
+        return self._grouped[size]
+
+    @functools.cached_property
+    def _grouped(self) -> dict[int, Layout]:
+        return {}
 
     @functools.cached_property
     def fingerprint(self) -> str:

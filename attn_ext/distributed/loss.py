@@ -14,6 +14,9 @@ def mean_loss(loss_sum: torch.Tensor, tokens, group, averaged: bool = True) -> t
     averaged: whether the gradients of parameters are averaged over the group afterwards, as DDP
     and FSDP do; else they must be added up.
     """
+    if loss_sum.dim() != 0:
+        raise ValueError(f"loss_sum must be a scalar, got shape {tuple(loss_sum.shape)}")
+    group = comm.one_group(group, "group")
     count = torch.as_tensor(tokens, dtype=torch.float64, device=loss_sum.device)
     sums = torch.stack([loss_sum.detach().double(), count])
     sums = torch.ops.attn_ext.group_sum(sums, group.group_name)

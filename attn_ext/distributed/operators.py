@@ -159,6 +159,28 @@ def _context_gradients(ctx, dout, dlse):
     )  # fmt: skip
 
 
+def _no_context(ctx, inputs, output):
+    """Nothing is saved for a derivative that raises."""
+
+
+def _second_order(ctx, *grads):
+    raise NotImplementedError(
+        "context_attention has no double backward across ranks: use method='ulysses' with a layout "
+        "that is not packed and without dropout, or attention on one process"
+    )
+
+
+def refuse_forward_mode(*tensors) -> None:
+    """NotImplementedError where one of the tensors (or None) has a tangent, which would be lost."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attn_ext.distributed has no forward mode: use attention on one process"
+        )
+
+
 def _exchange_saves(ctx, inputs, output):
     x, _heads, ctx.name = inputs
     ctx.heads = x.shape[1]
@@ -174,6 +196,7 @@ def _of_to_rows(ctx, grad):
 
 for _name, _saves, _gives in (
     ("context", _context_saves, _context_gradients),
+    ("context_backward", _no_context, _second_order),
     ("rows_to_heads", _exchange_saves, _of_to_heads),
     ("heads_to_rows", _exchange_saves, _of_to_rows),
 ):

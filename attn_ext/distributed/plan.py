@@ -9,6 +9,7 @@ import torch
 
 from attn_ext.distributed.layout import Layout
 from attn_ext.distributed.local import Scalars, Sides
+from attn_ext.distributed.names import Names
 from attn_ext.distributed.pieces import Rules
 
 
@@ -41,19 +42,11 @@ class Plan:
         return hashlib.sha256(repr(shared).encode()).hexdigest()
 
 
-_plans: dict[str, Plan] = {}
-_names: dict[Plan, str] = {}
+_plans: Names[Plan] = Names()
+by_name = _plans.get
 
 
-def name_of(plan: Plan) -> str:
-    """The plan's name in this process, under which `by_name` finds it."""
-    if plan not in _names:
-        text = f"{plan.signature()} {plan.group} {plan.scalars.first_h}"
-        name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        _plans[name], _names[plan] = plan, name
-    return _names[plan]
-
-
-def by_name(name: str) -> Plan:
-    """The plan of a name."""
-    return _plans[name]
+def name_of(plan: Plan, keep: bool = False) -> str:
+    """The plan's name in this process, under which `by_name` finds it; keep: for ever."""
+    text = f"{plan.signature()} {plan.group} {plan.scalars.first_h}"
+    return _plans.put(hashlib.sha256(text.encode()).hexdigest()[:32], plan, keep)

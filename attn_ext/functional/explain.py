@@ -17,6 +17,7 @@ from attn_ext.ops import rules
 SECOND = {  # by the module that computes them
     "blocked": "torch operations on tiles, in O(N) memory",
     "cpu_second": "C++ kernels; torch operations on tiles where an input is not finite",
+    "triton_second": "Triton kernels; torch operations on tiles where an input is not finite",
 }
 
 

@@ -9,7 +9,8 @@ and LSE.
 
 from attn_ext.inspect.look import look
 from attn_ext.inspect.maps import TopK, column_mass, pooled_map, rollout, top_k, weights
-from attn_ext.inspect.recording import CallRecord, load, record
+from attn_ext.inspect.recording import record
+from attn_ext.inspect.records import CallRecord, load
 from attn_ext.inspect.statistics import row_stats
 
 __all__ = [

@@ -62,10 +62,24 @@ def top_k(call: Call, n: int, lse, backend: str = "auto") -> tuple:
     return weights, keys
 
 
-def mean_top_k(call: Call, n: int, backend: str = "auto") -> blocked.MeanTopK:
-    """The n largest of the mean over heads, from whole rows; blocked torch code on every device."""
-    select(backend, call, "mean_top_k")
-    return blocked.mean_top_k(call, n)
+def mean_top_k(call: Call, n: int, lse, backend: str = "auto") -> blocked.MeanTopK:
+    """The n largest of the mean over heads, from whole rows."""
+    if select(backend, call, "mean_top_k", lse, n) != "cpu":
+        return blocked.mean_top_k(call, n)
+    (batch, heads, seqlen_q), device = call.q.shape[:3], call.q.device
+    dtype, rows = logits.statistics_dtype(call), batch * seqlen_q
+    weights = torch.zeros(batch, seqlen_q, n, dtype=dtype, device=device)
+    total = torch.zeros(batch, heads, seqlen_q, dtype=dtype, device=device)
+    # keys, keys that each head sees, keys that any head sees: one buffer, as the kernel fills it
+    found = torch.zeros(rows * (n + heads + 1), dtype=torch.int64, device=device)
+    keys, seen, any_seen = found.split((rows * n, rows * heads, rows))
+    cpu = registry.get("cpu")
+    if call.k.shape[2]:
+        cpu.inspect(call, cpu.MEAN_TOP_K, _rows(call, lse), weights, total, found, (n, 0, 0))
+    return blocked.MeanTopK(
+        weights, keys.view(batch, seqlen_q, n), seen.view(batch, heads, seqlen_q),
+        any_seen.view(batch, seqlen_q), total,
+    )  # fmt: skip
 
 
 def column_mass(call: Call, lse, backend: str = "auto") -> torch.Tensor:

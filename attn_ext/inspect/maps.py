@@ -58,17 +58,16 @@ def top_k(q, k, n: int, *, per_head: bool = True, lse=None, backend="auto", **op
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D]; lse [B, Hq, Sq] saves a pass where it is known.  Options:
     causal, window, mask, bias, softcap, alibi_slopes, sink, scale as in `attn_ext.attention`.
-    backend: "auto", "cpu", "triton" or "reference", which alone knows means over heads.
+    backend: "auto", "cpu", "triton" (not for means over heads) or "reference".
     """
     validate.integer("n", n, 1)
     validate.boolean("per_head", per_head)
     call = _call(q, k, options)
     n = min(n, call.k.shape[2])
+    lse = _lse(call, lse)
     if per_head:
-        return TopK(*kernels.top_k(call, n, _lse(call, lse), backend))
-    if lse is not None:
-        raise ValueError("lse must be None with per_head=False, which makes use of none, got one")
-    return TopK(*kernels.mean_top_k(call, n, backend)[:2])
+        return TopK(*kernels.top_k(call, n, lse, backend))
+    return TopK(*kernels.mean_top_k(call, n, lse, backend)[:2])
 
 
 @torch.no_grad()

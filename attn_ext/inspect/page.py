@@ -1,118 +1,141 @@
-"""The page that `attn_ext.inspect.look` writes: @TITLE@ and @DATA@ stand for its title and data.
+"""The page of `attn_ext.inspect.look`: one HTML file with all of its data, script and style.
 
-Data of a layer: names of queries and keys; heads [example][head][query] and mean [example][query],
-each row [[[key, weight], ...], keys that are left out, their weight].
+The script is that of assets/*.js, in the order of SCRIPTS.  The data of a page:
+  index       JSON: title, texts (lists of tokens), and of each layer its name, kind, sizes, flags
+  rows-LAYER  base64 of the layer's lists, little-endian, one after the other; the slot after the
+              last head is the mean over heads, and a list is that of a query:
+                weights float32 [B, Hq + 1, Sq, n], largest first
+                total   float32 [B, Hq + 1, Sq]      sum of the row, of which a list holds a part
+                seen    uint32  [B, Hq + 1, Sq]      keys that the row sees
+                keys    uint16 (uint32 where `wide`) [B, Hq + 1, Sq, n]
+  maps-LAYER  base64 of float32 [B, Hq, rows, cols], the pooled maps
+A layer's data are decoded when it is first looked at.
 """
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title>
-<meta name="viewport" content="width=device-width">
-<style>
-body { font: 15px/1.7 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; color: #222;
-  padding: 0 1rem }
-label { margin-right: 1rem }
-span.t { padding: 2px 4px; margin: 1px; border-radius: 3px; display: inline-block;
-  white-space: pre; min-width: .6em; border: 1px solid #e4e4e4 }
-#queries span.t { cursor: pointer }
-span.on { outline: 2px solid #36c }
-span.out { opacity: .55 }
-#detail { min-height: 4.5rem; color: #444 }
-h2 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-small { color: #666 }
-</style></head><body>
-<h1>@TITLE@</h1>
-<p><label>layer <select id="layer"></select></label>
-<label>head <select id="head"></select></label>
-<label>example <select id="example"></select></label></p>
-<h2>queries: point at one</h2><div id="queries"></div>
-<h2>keys it attends to</h2><div id="keys"></div>
-<p id="detail" aria-live="polite"></p>
-<p><small id="legend"></small></p>
-<script>
-const data = @DATA@;
-const by = id => document.getElementById(id);
-const state = {layer: 0, head: -1, example: 0, token: -1};
-for (const part of location.hash.slice(1).split("&")) {
-  const [name, value] = part.split("=");
-  if (name in state && /^-?\\d+$/.test(value)) state[name] = Number(value);
-}
-function fit(name, low, size) {   // a state that this layer does not have becomes the first
-  if (state[name] < low || state[name] >= size) state[name] = low;
-}
-function fill(select, names, first) {
-  select.replaceChildren(...names.map((n, i) => {
-    const option = document.createElement("option");
-    option.textContent = n; option.value = i + first; return option;
-  }));
-}
-function visible(text) {   // tokens of nothing but white space, and line breaks, are seen
-  const shown = text.replace(/\\r/g, "\u240d").replace(/\\n/g, "\u23ce")
-    .replace(/\\t/g, "\u21e5");
-  return /^ *$/.test(shown) ? shown.replace(/ /g, "\u2423") || "\u2205" : shown;
-}
-function spans(box, tokens, hover) {
-  box.replaceChildren(...tokens.map((t, i) => {
-    const s = document.createElement("span");
-    s.className = "t"; s.textContent = visible(t); s.dataset.i = i;
-    if (hover) s.onmouseenter = s.onclick = () => { state.token = i; paint(); };
-    return s;
-  }));
-}
-function setup() {
-  fit("layer", 0, data.layers.length);
-  const layer = data.layers[state.layer];
-  fit("example", 0, layer.heads.length);
-  const n = layer.heads[state.example].length;
-  fit("head", -1, n);
-  fit("token", -1, layer.queries.length);
-  fill(by("head"), [`mean of ${n}`, ...Array.from({length: n}, (_, i) => i)], -1);
-  fill(by("example"), layer.heads.map((_, i) => i), 0);
-  by("layer").value = state.layer; by("head").value = state.head;
-  by("example").value = state.example;
-  spans(by("queries"), layer.queries, true);
-  spans(by("keys"), layer.keys, false);
-  by("legend").textContent = "Colour: weight / largest weight of the row. " +
-    (layer.kind === "sigmoid" ? "Sigmoid weights need not sum to 1. "
-      : "To no key goes what a sink takes, and in a mean the heads that see no key. ") +
-    "A mean over heads is made of whole rows.";
-  paint();
-}
-function share(layer, w) {
-  return layer.kind === "sigmoid" ? w.toFixed(4) : (100 * w).toFixed(1) + " %";
-}
-function answer(layer, [pairs, more, rest]) {   // all of the row in words
-  if (!pairs.length && !more) return "sees no key";
-  const keys = more === 1 ? "1 key" : `${more} keys`;
-  if (rest === null) return `its weights are not numbers (${keys})`;
-  const parts = pairs.map(([k, w]) => `${visible(layer.keys[k])} (${k}) ${share(layer, w)}`);
-  if (more) parts.push(`${pairs.length ? "and " : ""}${keys} more, ${share(layer, rest)}`);
-  const none = 1 - rest - pairs.reduce((sum, p) => sum + p[1], 0);
-  if (layer.kind !== "sigmoid" && none >= 0.0005) parts.push(`to no key ${share(layer, none)}`);
-  return parts.join(" \u00b7 ");
-}
-function paint() {
-  const layer = data.layers[state.layer], token = state.token;
-  for (const s of by("queries").children)
-    s.classList.toggle("on", Number(s.dataset.i) === token);
-  const rows = state.head < 0 ? layer.mean[state.example] : layer.heads[state.example][state.head];
-  const row = token < 0 ? [[], 0, 0] : rows[token], weights = new Map(row[0]);
-  const top = Math.max(1e-9, ...weights.values());
-  for (const s of by("keys").children) {
-    const w = weights.get(Number(s.dataset.i));
-    s.style.background = w ? `rgba(226, 120, 20, ${(w / top).toFixed(3)})` : "";
-    s.classList.toggle("out", token >= 0 && !w);
-    if (w) { s.title = share(layer, w); s.dataset.w = w; }
-    else {
-      s.title = token < 0 ? "" : row[1] ? "not among the listed keys, or not seen" : "not seen";
-      delete s.dataset.w;
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+from attn_ext.inspect.records import CallRecord
+
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("data.js", "words.js", "drawing.js", "text.js", "answer.js", "heads.js", "page.js")
+SHORT_KEYS = 1 << 16  # keys that uint16 can name
+
+
+@dataclass
+class Labels:
+    """Texts of a call's queries and keys: a list for all examples, or one for each."""
+
+    queries: list[list[str]]
+    keys: list[list[str]]
+    offset: int | None  # queries are the keys from this one on; None: another text
+
+
+def _base64(*parts: torch.Tensor) -> str:
+    kinds = {torch.float32: "<f4", torch.uint32: "<u4", torch.uint16: "<u2"}
+    found = (x.contiguous().numpy().astype(kinds[x.dtype], copy=False).tobytes() for x in parts)
+    return base64.b64encode(b"".join(found)).decode()
+
+
+def _with_mean(heads: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, Hq + 1, ...]: the heads, then their mean."""
+    both = torch.cat((heads.detach(), mean.detach().unsqueeze(1)), 1)
+    if dtype.is_floating_point:
+        return both.to(dtype)
+    # torch has no conversion of -1, which is a key that is not there
+    wide = numpy.uint32 if dtype == torch.uint32 else numpy.uint16
+    return torch.from_numpy(both.numpy().astype(wide))
+
+
+def _rows(call: CallRecord) -> str:
+    short = torch.uint16 if call.shape[4] < SHORT_KEYS else torch.uint32
+    return _base64(
+        _with_mean(call.top_weights, call.mean_top_weights, torch.float32),
+        _with_mean(call.weight_sum, call.weight_sum.mean(1), torch.float32),
+        _with_mean(call.keys_seen, call.keys_seen_by_any, torch.uint32),
+        _with_mean(call.top_keys, call.mean_top_keys, short),
+    )
+
+
+def _flags(call: CallRecord) -> dict[int, str]:
+    """What a summary says of a head."""
+    said: dict[int, list[str]] = {}
+    for h in call.collapsed:
+        said.setdefault(h, []).append("collapsed: each query looks at one key")
+    for h, key, share in call.sinks:
+        said.setdefault(h, []).append(f"key {key} has {100 * share:.0f} % of the head's mass")
+    for h in call.ablated:
+        said.setdefault(h, []).append("ablated: its output was set to 0")
+    return {h: "; ".join(parts) for h, parts in said.items()}
+
+
+def _index(calls, labels, title: str) -> dict:
+    """What the script reads first; equal lists of texts are there once."""
+    texts: list[list[str]] = []
+
+    def numbers(lists: list[list[str]]) -> list[int]:
+        found = []
+        for words in lists:
+            if words not in texts:
+                texts.append(words)
+            found.append(texts.index(words))
+        return found
+
+    layers = []
+    for call, label in zip(calls, labels, strict=True):
+        batch, heads, _, seqlen_q, seqlen_k, _ = call.shape
+        rows, cols = call.pooled_map.shape[2:]
+        layers.append({
+            "name": call.label(), "kind": call.kind, "batch": batch, "heads": heads,
+            "seqlenQ": seqlen_q, "seqlenK": seqlen_k, "listed": call.top_keys.shape[-1],
+            "wide": seqlen_k >= SHORT_KEYS, "rows": rows, "cols": cols, "offset": label.offset,
+            "queries": numbers(label.queries), "keys": numbers(label.keys), "flags": _flags(call),
+        })  # fmt: skip
+    return {"title": title, "texts": texts, "layers": layers}
+
+
+def build(calls: list[CallRecord], labels: list[Labels], title: str) -> str:
+    """The text of the page."""
+    # no "<" at all: "</script>" would end the script, and after "<!--<script>" nothing would
+    index = json.dumps(_index(calls, labels, title), ensure_ascii=False, allow_nan=False)
+    data = [f'<script type="application/json" id="index">{index.replace("<", chr(92) + "u003c")}']
+    for number, call in enumerate(calls):
+        maps = _base64(call.pooled_map.detach().to(torch.float32))
+        data.append(f'<script type="text/plain" id="rows-{number}">{_rows(call)}')
+        data.append(f'<script type="text/plain" id="maps-{number}">{maps}')
+    parts = {
+        "TITLE": html.escape(title),
+        "STYLE": (ASSETS / "page.css").read_text(encoding="utf-8"),
+        "DATA": "".join(f"{part}</script>\n" for part in data),
+        "SCRIPT": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
-  }
-  by("detail").textContent = token < 0 ? "" :
-    `${visible(layer.queries[token])} (${token})  \u2192  ${answer(layer, row)}`;
-}
-fill(by("layer"), data.layers.map(l => l.name), 0);
-for (const id of ["layer", "head", "example"])
-  by(id).onchange = e => { state[id] = Number(e.target.value); setup(); };
-setup();
-</script></body></html>
-"""
+    page = (ASSETS / "page.html").read_text(encoding="utf-8")
+    return re.sub("@(TITLE|STYLE|DATA|SCRIPT)@", lambda found: parts[found[1]], page)
+
+
+@dataclass
+class Page:
+    """A page in memory, which notebooks show."""
+
+    html: str
+    height: int = 720  # pixels in a notebook
+
+    def save(self, path) -> None:
+        """Write the page to a file."""
+        Path(path).write_text(self.html, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        inside = html.escape(self.html, quote=True)
+        return (
+            f'<iframe srcdoc="{inside}" title="attention" sandbox="allow-scripts" '
+            f'style="width: 100%; height: {self.height}px; border: 0"></iframe>'
+        )

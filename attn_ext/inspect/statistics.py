@@ -33,6 +33,11 @@ def row_stats(
         q, k, causal=causal, window=window, mask=mask, bias=bias, softcap=softcap,
         alibi_slopes=alibi_slopes, sink=sink, scale=scale,
     )  # fmt: skip
+    return row_stats_of(call)
+
+
+def row_stats_of(call: Call) -> RowStats:
+    """`row_stats` of a canonical dense call of softmax over dot products."""
     call = call._replace(need_stats=True)
     if route.wants_grad(call.q, call.k, call.bias, call.sink):
         return RowStats(*_RowStats.apply(call.q, call.k, call.bias, call.sink, call))

@@ -14,7 +14,9 @@ from attn_ext.core.schema import TENSORS, Call, Rows, Tangents, is_decode, of_gr
 from attn_ext.ops import derivatives, execute, rules  # noqa: F401  derivatives of the operators
 from attn_ext.ops.autograd import EagerAttention
 
-observers: list = []  # functions of a Call that see each eager call (inspect.record)
+# functions of a Call that see each eager call (inspect.record); what they return, if not None, is
+# a function that is given the call's results and returns those that the caller gets
+observers: list = []
 through_dispatcher = False  # every call, for torch's profiler to see it (attn_ext.profile)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -94,14 +96,25 @@ def _jvp_at_once(call: Call) -> tuple | None:
     return *(torch.autograd.forward_ad.make_dual(x, t, level=0) for x, t in pairs), None, None
 
 
-def run(call: Call) -> tuple:
-    """(out, lse, max_logit, entropy); statistics are None or empty where not asked for."""
+def _observed(call: Call) -> tuple:
+    """`run` with the observers: they see the call before it runs."""
+    edits = [observe(execute.prepared(call)) for observe in observers]
+    found = run(call, unseen=False)
+    for edit in edits:
+        found = found if edit is None else edit(found)
+    return found
+
+
+def run(call: Call, unseen: bool = True) -> tuple:
+    """(out, lse, max_logit, entropy); statistics are None or empty where not asked for.  unseen:
+    the observers are still to see the call.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.attn_ext.forward(*call)
     if _jit_tracing():
         return torch.ops.attn_ext.forward(*_differentiable(call))
-    for observe in observers:
-        observe(execute.prepared(call))
+    if observers and unseen:
+        return _observed(call)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         if _is_one_jvp():
             found = _jvp_at_once(call)

@@ -66,6 +66,10 @@ def test_nan_of_a_query_stays_in_its_row(backend):
     weights, keys = kernels.top_k(call, 3, lse, backend)
     assert torch.isfinite(weights[:, :, :39]).all() and torch.isnan(weights[:, :, 39]).all()
     assert (keys >= 0).all()
+    found = kernels.mean_top_k(call, 3, lse, backend)
+    assert torch.isfinite(found.weights[:, :39]).all()
+    assert torch.isnan(found.weights[:, 39]).all() and torch.isnan(found.total[:, :, 39]).all()
+    assert (found.keys >= 0).all() and (found.seen_by_any == 70).all()
 
 
 def test_ties_go_to_the_first_keys():
@@ -75,6 +79,8 @@ def test_ties_go_to_the_first_keys():
     call = call._replace(v=call.k[..., :1].contiguous())
     _, keys = kernels.top_k(call, 70, logits.forward(call)[1], "cpu")
     assert torch.equal(keys, torch.arange(70).expand(1, 2, 3, 70))
+    found = kernels.mean_top_k(call, 70, logits.forward(call)[1], "cpu")
+    assert torch.equal(found.keys, torch.arange(70).expand(1, 3, 70))
 
 
 def test_threads_do_not_change_the_result():
@@ -84,7 +90,8 @@ def test_threads_do_not_change_the_result():
     lse, before, found = logits.forward(call)[1], torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append((kernels.column_mass(call, lse), kernels.pooled_map(call, 16, 16, lse)))
+        mean = kernels.mean_top_k(call, 9, lse)
+        found.append((kernels.column_mass(call, lse), kernels.pooled_map(call, 16, 16, lse), *mean))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -93,12 +100,11 @@ def test_dispatch():
     """A kernel that is chosen for a call that it does not serve; an unknown name in silence."""
     call = random_call()
     for name in MAPS:
-        chosen = "reference" if name == "mean_top_k" else "cpu"
-        assert kernels.select("auto", call, name) == chosen
+        assert kernels.select("auto", call, name) == "cpu"
     with pytest.raises(NotImplementedError, match="no cuda kernel for top_k"):
         kernels.select("cuda", call, "top_k")
-    with pytest.raises(NotImplementedError, match="no cpu kernel for mean_top_k"):
-        kernels.select("cpu", call, "mean_top_k")
+    with pytest.raises(NotImplementedError, match="no triton kernel for mean_top_k"):
+        kernels.select("triton", call, "mean_top_k")
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         kernels.select("gpu", call, "top_k")
     unsupported = registry.get("triton").unsupported

@@ -33,7 +33,7 @@ PARTS = (
     "sm90_backward_split", "sm90_backward_fused", "sm80_forward_plain",
     "sm80_backward_fused",
 )  # fmt: skip
-OTHERS = ("cpu_second", "ptx", "second")  # whose tests are elsewhere
+OTHERS = ("cpu_second", "ptx", "second", "triton_second")  # whose tests are elsewhere
 FILES = [p for p in sorted(ROOT.glob("tests/mutants/*/*.patch")) if p.parent.name not in OTHERS]
 MUTANTS = {p.name: p for p in map(patches.read, FILES)}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_ext.core import reference
-from attn_ext.inspect import kernels
+from attn_ext.inspect import kernels, logits
 from attn_ext.testing import assert_close_to_reference, poisoned_memory, random_call, to_float64
 
 # name -> random_call's options: what each would catch
@@ -81,3 +81,26 @@ def check(options, backend, dtype=torch.float32, family="dot", change=None, few=
             assert ((keys == -1) | (weights > 0) | (there < 1e-30)).all()
             same = keys.sort(-1).values.diff(dim=-1) == 0
             assert not (same & (keys.sort(-1).values[..., 1:] >= 0)).any(), "a key twice"
+        if backend != "triton":  # which has no kernel for means over heads
+            check_mean(call, p, lse, backend, wide)
+
+
+def check_mean(call, p, lse, backend, dtype):
+    """The top keys of the mean over heads, and what is counted beside them."""
+    there = torch.zeros(p.shape, dtype=torch.bool)
+    for tile in logits.tiles(call._replace(v=call.k)):
+        s = logits.scores(call, tile)
+        there[tile.b, tile.h, tile.rows, tile.c0 : tile.c1] = s != -torch.inf
+    for n in (1, 7):
+        found = kernels.mean_top_k(call, n, lse, backend)
+        most = min(n, p.shape[3])
+        want = F.pad(p.mean(1).topk(most, dim=-1).values, (0, n - most))
+        close(found.weights, want, f"mean weights {n}", dtype)
+        at = torch.where(found.keys >= 0, p.mean(1).gather(-1, found.keys.clamp_min(0)), 0.0)
+        close(at.to(dtype), want, f"mean keys {n}", dtype)
+        assert torch.equal((found.keys >= 0).sum(-1), there.any(1).sum(-1).clamp_max(n))
+        ordered = found.keys.sort(-1).values
+        assert not ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any(), "a key twice"
+    assert torch.equal(found.seen, there.sum(-1))
+    assert torch.equal(found.seen_by_any, there.any(1).sum(-1))
+    close(found.total, p.sum(-1), "sums of rows", dtype)

@@ -16,7 +16,7 @@ from closeness import SECOND, assert_close
 
 from attn_ext.backends import blocked
 from attn_ext.core import reference
-from attn_ext.core.schema import GRADIENTS, Call, Rows, Tangents, given, statistics_dtype
+from attn_ext.core.schema import GRADIENTS, Call, Needs, Rows, Tangents, given, statistics_dtype
 from attn_ext.ops import execute, route
 from attn_ext.testing import assert_close_to_reference, needs_of, to_float64
 
@@ -114,11 +114,23 @@ def by_passes(call: Call, seeds: Seeds, module=blocked) -> dict:
     rows = rows._replace(dout=seeds.dout, dlse=seeds.dlse, tout=tout, tlse=tlse)
     twice, first = module.backward_tangent(call, tangents, rows, needs, needs)
     rows = rows._replace(tdout=seeds.tdout, tdlse=seeds.tdlse)
-    moved, _ = module.backward_tangent(call, tangents, rows, needs, needs)
+    moved, _ = module.backward_tangent(call, tangents, rows, needs, Needs())
     for kind, grads in (("second", twice), ("first", first), ("moved", moved)):
         values = zip(GRADIENTS, grads, strict=True)
         found |= {f"{kind} {name}": x for name, x in values if x is not None}
     return found
+
+
+def by_moved(call: Call, seeds: Seeds, module) -> dict:
+    """By one call of each of the two passes: the tangents of O and LSE, and of the gradients."""
+    tangents = Tangents(**seeds.tangents)
+    rows = Rows(*seeds[1:3], *reference.attend(call._replace(need_stats=False))[:2])
+    tout, tlse = module.tangent(call, tangents, rows)
+    rows = rows._replace(tout=tout, tlse=tlse, tdout=seeds.tdout, tdlse=seeds.tdlse)
+    moved, _ = module.backward_tangent(call, tangents, rows, needs_of(call), Needs())
+    values = zip(GRADIENTS, moved, strict=True)
+    found = {f"moved {name}": x for name, x in values if x is not None}
+    return {**found, "tangent out": tout, "tangent lse": tlse}
 
 
 def check_float64(call: Call, ways=(by_double_backward, by_forward_mode)) -> None:

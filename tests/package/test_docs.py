@@ -148,10 +148,11 @@ def test_inspect_examples_run(tmp_path, monkeypatch, capsys):
     model = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
     q = torch.randn(1, 2, 6, 8)
     names = {"attn_ext": attn_ext, "q": q, "k": q, "loss": 0.0, "model": model}
-    names["x"] = torch.randn(1, 6, 16)
+    names |= {"x": torch.randn(1, 6, 16), "y": torch.randn(1, 6, 16), "torch": torch}
+    names["criterion"] = torch.nn.functional.mse_loss
     for block in fenced((ROOT / "docs" / "guide" / "inspect.md").read_text(), "python"):
         exec(compile(block, "inspect.md", "exec"), names)
-    assert names["best"].keys.shape == (1, 2, 6, 5) and names["loss"] < 0
+    assert names["best"].keys.shape == (1, 2, 6, 5) and names["loss"].requires_grad
     assert "entropy" in capsys.readouterr().out
     assert len(attn_ext.inspect.load("seen.pt")) == 1
 

@@ -1,97 +1,58 @@
-"""inspect.look: every number of the page and the picture against the N x N way, tokens, what is
-left out, and the page in a browser.
+"""inspect.look: every number that the page holds and the picture shows against the N x N way,
+tokens, what is left out.  What a browser makes of the page: test_look_page.py.
 """
 
-import importlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import ONE_SUM, PAGE, PAGE_ROW, assert_close
+from closeness import ONE_SUM, assert_close
+from look_pages import element, index_of, lists_of, names_of, recorded
 
 import attn_ext
 from attn_ext import inspect
 from attn_ext.cli.main import main
+from attn_ext.inspect import picture
+from attn_ext.inspect.look import page_of
+from attn_ext.inspect.tokens import readable, texts
 
-pictures = importlib.import_module("attn_ext.inspect.look")  # the name is the function's
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
-)
-in_a_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no headless Chromium: apt-get install chromium"
-)
 TOKENS = ["the", "<!--<script>", "</script>", "sat", "$\\frac{$"]  # not LaTeX, not HTML
 
 
-def recorded(length=41, **options):
-    """A recording of a softmax call with a mask, a sink and shared keys, of an additive and a
-    sigmoid one, and of two packed sequences; with their P in float64 [B, Hq, Sq, Sk].
-    """
-    q, k = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)
-    mask, sink, w = torch.rand(2, 4, length, length) < 0.9, torch.randn(4), torch.randn(4, 8)
-    mask[:, 1, 3], mask[1, :, 5] = False, False  # no key for a head of query 3, for query 5
-    cu = torch.tensor([0, length, length + 3], dtype=torch.int32)
-    packed = torch.randn(length + 3, 2, 8)
-    with inspect.record(**options) as seen:
-        attn_ext.attention(q, k, k, causal=True, mask=mask, sink=sink)
-        attn_ext.additive_attention(q, k, k, w)
-        attn_ext.attention(q, k, k, normalizer="sigmoid", sigmoid_bias=-2.0)
-        attn_ext.attention_varlen(packed, packed, packed, cu, cu)
-    q, keys, w = q.double(), k.repeat_interleave(2, 1).double(), w.double()
-    dots = q @ keys.transpose(-1, -2) / 8**0.5
-    lower = mask & torch.ones(length, length, dtype=torch.bool).tril()
-    column = sink.double()[:, None, None].expand(2, 4, length, 1)
-    masked = torch.cat((dots.masked_fill(~lower, -torch.inf), column), -1)
-    sums = (torch.tanh(q.unsqueeze(3) + keys.unsqueeze(2)) * w[:, None, None]).sum(-1)
-    truths = [masked.softmax(-1)[..., :-1], sums.softmax(-1), torch.sigmoid(dots - 2)]
-    for part in (packed[:length], packed[length:]):
-        x = part.double().transpose(0, 1)[None]
-        truths.append((x @ x.transpose(-1, -2) / 8**0.5).softmax(-1))
-    seen_keys = [lower, *(torch.ones_like(p, dtype=torch.bool) for p in truths[1:])]
-    return seen, truths, seen_keys
-
-
-def data_of(path) -> dict:
-    return json.loads(re.search(r"const data = (.*);\n", path.read_text(encoding="utf-8"))[1])
-
-
-def check_row(row, p, there, listed):
+def check_row(weights, keys, total, seen, p, there):
     """A row of the page against its weights p [Sk] and the keys that it sees."""
-    pairs, more, rest = row
-    want = p.topk(min(listed, len(p)))
-    shown = [w for _, w in pairs]
-    assert shown == sorted(shown, reverse=True) and len({j for j, _ in pairs}) == len(pairs)
-    padded = F.pad(torch.tensor(shown), (0, len(want.values) - len(shown)))
-    assert_close(padded, want.values.float(), PAGE)
-    for j, w in pairs:
+    shown = min(len(weights), int(seen))
+    assert seen == int(there.sum()) and len(set(keys[:shown].tolist())) == shown
+    assert_close(torch.tensor(weights[:shown]), p.topk(shown).values.float(), ONE_SUM)
+    for j, w in zip(keys[:shown].tolist(), weights.tolist(), strict=False):
         assert there[j]
-        assert_close(w, float(p[j]), PAGE)
-    assert len(pairs) + more == int(there.sum())
-    assert_close(sum(shown) + rest, float(p.sum()), PAGE_ROW)  # the row is whole
+        assert_close(w, float(p[j]), ONE_SUM)
+    assert_close(float(total), float(p.sum()), ONE_SUM)
 
 
 def test_every_number_of_the_page(tmp_path):
-    """A mean over heads that is made of lists which end at 16 keys, keys left out in silence, a
-    sink's share, heads or examples mixed up: for each row of each call.
+    """A mean over heads that is made of lists which end at 16 keys, a sink's share, heads or
+    examples mixed up: for each row of each call.
     """
     seen, truths, there = recorded(length=21)
-    _, path = inspect.look(seen, tmp_path)
-    layers = data_of(path)["layers"]
+    path = tmp_path / "page.html"
+    seen.page().save(path)
+    layers = index_of(path)["layers"]
     assert [layer["name"] for layer in layers] == [
         "0", "1 (additive)", "2 (sigmoid)", "3 [0]", "3 [1]"
     ]  # fmt: skip
-    for layer, p, keys in zip(layers, truths, there, strict=True):
-        assert len(layer["queries"]) == p.shape[2] and len(layer["keys"]) == p.shape[3]
-        for b in range(len(p)):
-            for i in range(p.shape[2]):
-                check_row(layer["mean"][b][i], p[b, :, i].mean(0), keys[b, :, i].any(0), 16)
-                for h in range(p.shape[1]):
-                    check_row(layer["heads"][b][h][i], p[b, h, i], keys[b, h, i], 16)
+    for number, (p, seen_keys) in enumerate(zip(truths, there, strict=True)):
+        assert (layers[number]["seqlenQ"], layers[number]["seqlenK"]) == p.shape[2:]
+        p = torch.cat((p, p.mean(1, keepdim=True)), 1)
+        seen_keys = torch.cat((seen_keys, seen_keys.any(1, keepdim=True)), 1)
+        lists = lists_of(path, number)
+        for place in numpy.ndindex(*p.shape[:3]):
+            check_row(*(x[place] for x in lists), p[place], seen_keys[place])
 
 
 def test_rows_of_nan_and_of_no_key(tmp_path):
@@ -102,49 +63,104 @@ def test_rows_of_nan_and_of_no_key(tmp_path):
         attn_ext.attention(q, torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8),
                            mask=torch.tensor([True, False, True, True])[:, None])  # fmt: skip
     _, path = inspect.look(seen, tmp_path)
-    rows = data_of(path)["layers"][0]["mean"][0]
-    assert rows[1] == [[], 0, 0.0] and rows[2] == [[], 4, None]
+    _, _, total, there = lists_of(path, 0)
+    assert there[0, 1].tolist() == [4, 0, 4, 4]
+    assert total[0, 1, 1] == 0 and numpy.isnan(total[0, 1, 2])
     assert "nan" in seen.summary()
 
 
+def test_more_keys_than_16_bits_name(tmp_path):
+    """Key 65,536 that is shown as key 0."""
+    q, k = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 65537, 8)
+    k[0, 0, -1] = 100 * q[0, 0, 0]
+    with inspect.record(top_k=2) as seen:
+        attn_ext.attention(q, k, k)
+    path = tmp_path / "page.html"
+    seen.page().save(path)
+    assert lists_of(path, 0)[1][0, 0, 0, 0] == 65536
+
+
+def test_size_of_a_page(tmp_path):
+    """A page of 4,096 tokens, 6 layers and 8 heads that no browser opens: 40 MB at most."""
+    shape, rows = (1, 8, 8, 4096, 4096, 64), torch.rand(1, 8, 4096)
+    lists = {"top_weights": torch.rand(1, 8, 4096, 16), "mean_top_weights": rows[0, :1, :, None]}
+    lists["mean_top_weights"] = torch.rand(1, 4096, 16)
+    lists |= {"top_keys": torch.randint(4096, (1, 8, 4096, 16)), "weight_sum": rows}
+    lists |= {"mean_top_keys": torch.randint(4096, (1, 4096, 16)), "keys_seen": rows.long()}
+    lists |= {"keys_seen_by_any": rows[:, 0].long(), "pooled_map": torch.rand(1, 8, 64, 64)}
+    calls = [inspect.CallRecord(f"layers.{i}", i, None, shape, **lists) for i in range(6)]
+    shown = page_of(calls, tokens=[f" token{i}" for i in range(4096)])
+    assert len(shown.html.encode()) < 40e6
+
+
 def test_every_map_of_the_picture(monkeypatch, tmp_path):
-    """Positions of pooled cells, a mean that is not said, examples and calls left out unsaid."""
+    """Positions of pooled cells, a mean that is not said, examples and calls left out unsaid,
+    colours that are not by row."""
     seen, truths, _ = recorded(pooled=7)
-    drawn, said = pictures.panels_of(seen.calls, [("q", "k")] * 5)
+    drawn, said = picture.panels_of(seen.calls, ["labels"] * 5)
     for (_, image, _), p in zip(drawn, truths, strict=True):
-        want = F.adaptive_avg_pool2d(p[:1], tuple(image.shape))[0].mean(0)
-        assert_close(image, want.float(), ONE_SUM)
+        want = F.adaptive_avg_pool2d(p[:1], tuple(image.shape))[0].mean(0).float()
+        assert_close(image, want, ONE_SUM)
+        by_row = want / want.amax(-1, keepdim=True)
+        assert_close(picture.coloured(image, "row"), by_row, ONE_SUM)
+        assert_close(picture.coloured(image, "linear"), want, ONE_SUM)
     assert [name for name, *_ in drawn][:2] == [
-        "0, mean of 4 heads",
-        "1 (additive), mean of 4 heads",
+        "0\nmean over 4 heads",
+        "1 (additive)\nmean over 4 heads",
     ]
     assert said == ", example 0 of 2"
-    monkeypatch.setattr(pictures, "MAX_PANELS", 3)
-    assert pictures.panels_of(seen.calls, [("q", "k")] * 5)[1].endswith("; 2 calls more not shown")
-    drawn, said = pictures.panels_of(seen.calls[:1], [("q", "k")])
+    monkeypatch.setattr(picture, "MAX_PANELS", 3)
+    assert picture.panels_of(seen.calls, ["labels"] * 5)[1].endswith("; 2 calls more not shown")
+    drawn, said = picture.panels_of(seen.calls[:1], ["labels"])
     assert [name for name, *_ in drawn] == ["head 0", "head 1", "head 2"]
     assert torch.equal(drawn[2][1], seen.calls[0].pooled_map[0, 2])
     assert said == ", example 0 of 2; 1 head more not shown"
     figures = []
     monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
-    inspect.look(seen.calls[:1], tmp_path, title="$\\frac{$")
-    axis = figures[0].axes[0]
-    assert axis.images[0].get_extent() == [-0.5, 40.5, 40.5, -0.5]  # positions, not cells
-    assert figures[0].get_suptitle().startswith("$\\frac{$: mean weight of each cell, example 0")
+    for colours, limits in (("row", (0, 1)), ("log", (1e-4, 1)), ("linear", None)):
+        inspect.look(seen.calls[:1], tmp_path, title="$\\frac{$", colours=colours)
+        axis = figures[-1].axes[0]
+        assert axis.images[0].get_extent() == [-0.5, 40.5, 40.5, -0.5]  # positions, not cells
+        assert axis.get_xlabel() == "key position" and axis.get_ylabel() == "query position"
+        shown = picture.coloured(drawn[0][1], colours)
+        tiny = torch.finfo(torch.float32).tiny
+        got = torch.from_numpy(numpy.array(axis.images[0].get_array()))
+        assert_close(got, shown.clamp_min(tiny if colours == "log" else 0), ONE_SUM)
+        assert axis.images[0].colorbar is not None
+        if limits is not None:
+            assert axis.images[0].get_clim() == limits
+        title = figures[-1].get_suptitle()
+        assert title.startswith(f"$\\frac{{$\n{picture.SAID[colours]}, example 0 of 2")
 
 
-def test_tokens(tmp_path):
-    """A number of tokens that does not fit, in silence; queries named as other keys."""
+def test_a_picture_without_matplotlib(monkeypatch, tmp_path):
+    """No page, where only the picture needs a library that is not there."""
+    seen, *_ = recorded(length=6)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="the picture of look needs matplotlib: pip install"):
+        inspect.look(seen, tmp_path)
+    assert index_of(tmp_path / "attention.html")["layers"]
+
+
+def three_calls():
     q, k = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 5, 8)
     with inspect.record() as seen:
         attn_ext.attention(q, k, k)
         attn_ext.attention(q, k, k, causal="bottom_right")
         attn_ext.attention(k, k, k)
+        attn_ext.attention(*(torch.cat((k, k)),) * 3)
+    return seen
+
+
+def test_tokens(tmp_path):
+    """A number of tokens that does not fit, in silence; queries named as other keys; one text for
+    the examples of a batch."""
+    seen = three_calls()
     words = ["a", "b", "c", "d", "e"]
 
-    def labels(index, **options):
-        layer = data_of(inspect.look(seen.calls[index : index + 1], tmp_path, **options)[1])
-        return layer["layers"][0]["queries"], layer["layers"][0]["keys"]
+    def labels(index, example=0, **options):
+        page_of(seen.calls[index : index + 1], **options).save(tmp_path / "page.html")
+        return names_of(tmp_path / "page.html", 0, example)
 
     assert labels(0) == (["0", "1"], ["0", "1", "2", "3", "4"])
     assert labels(1) == (["3", "4"], ["0", "1", "2", "3", "4"])
@@ -152,12 +168,8 @@ def test_tokens(tmp_path):
     assert labels(1, tokens=words) == (["d", "e"], words)
     assert labels(2, tokens=tuple(words)) == (words, words)
     assert labels(0, tokens=words, query_tokens=["x", "y"]) == (["x", "y"], words)
-
-    class Encoding:  # transformers' BatchEncoding has a method, tokenizers' Encoding a list
-        def tokens(self):
-            return words
-
-    assert labels(2, tokens=Encoding())[1] == words
+    assert labels(3, 1, tokens=words)[1] == words
+    assert labels(3, 1, tokens=[words, words[::-1]])[1] == words[::-1]
     (tmp_path / "words.json").write_text(json.dumps(words))
     assert labels(2, tokens=tmp_path / "words.json")[1] == words
     (tmp_path / "words.json").write_text("no json")
@@ -165,13 +177,39 @@ def test_tokens(tmp_path):
         ({"tokens": words[:4]}, ValueError,
          "tokens must be as many as the 5 keys of call '2', got 4:"),
         ({"query_tokens": ["x"]}, ValueError, "query_tokens must be as many as the 5 queries"),
+        ({"tokens": [words, words]}, ValueError, "one for each of the 1 examples of call '2', got"),
         ({"tokens": "abcde"}, TypeError, "tokens must be a list of strings, .* got str 'abcde'"),
         ({"tokens": 5}, TypeError, "tokens must be a list of strings, .* got int 5"),
         ({"tokens": {"a": 1}}, TypeError, "tokens must be a list of strings"),
+        ({"tokens": [None] * 5}, TypeError, "tokens must be a list of strings"),
+        ({"tokens": [1, 2, 3, 4, 5]}, TypeError, "tokens holds ids: give their tokenizer="),
+        ({"tokens": [1, 2, 3, 4, 5], "tokenizer": 3}, TypeError, "tokenizer must have convert_ids"),
         ({"tokens": tmp_path / "words.json"}, ValueError, "tokens must be a JSON file of a list"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             labels(2, **options)
+
+
+def test_tokens_of_tokenizers():
+    """Signs of vocabularies in place of spaces and line breaks, one text for a whole batch."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["def", "\u0120f", "()", ":", "\u010a", "\u0120\u0120\u0120", "\u00c3", "\u00a9", "!"]
+    bytewise = Tokenizer(models.WordLevel({t: i for i, t in enumerate(signs)}, "!"))
+    bytewise.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bytewise.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="!")
+    want = ["def", " f", "()", ":", "\n", "   ", "\\xc3", "\\xa9", "!"]
+    ids = list(range(9))
+    for given in (ids, [ids], torch.tensor(ids), torch.tensor([ids]), {"input_ids": [ids]}):
+        for tokenizer in (fast, bytewise):
+            assert texts("tokens", given, tokenizer) == [want]
+    batch = fast(["def \u0120f ()", "!"], padding=True)
+    assert texts("tokens", batch) == [["def", " f", "()"], ["!", "!", "!"]]
+    assert texts("tokens", bytewise.encode("def \u010a \u0120f")) == [["def", "\n", " f"]]
+    assert texts("tokens", [1, 2], "ab c".__getitem__) == [["b", " "]]
+    assert readable(["\u2581the", "<0x0A>", "<0xE2>", "##ing"]) == [" the", "\n", "\\xe2", "##ing"]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +223,8 @@ def test_tokens(tmp_path):
          "records must hold a call with the statistics top_k and pooled_map, got 1 without"),
         (lambda p: inspect.look([], 3), TypeError, "out must be the path of a folder, got int 3"),
         (lambda p: inspect.look([], p, title=3), TypeError, "title must be a str, got int 3"),
+        (lambda p: inspect.look([], p, colours="all"), ValueError,
+         "colours must be one of 'row', 'log', 'linear', got 'all'"),
         (lambda p: inspect.load(3), TypeError, "path must be the path of a file, got int 3"),
     ],
 )  # fmt: skip
@@ -211,94 +251,48 @@ def test_files(page):
     _, picture, path = page
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5000
     text = path.read_text(encoding="utf-8")
-    assert "a &lt;test&gt;" in text and text.count("</script>") == text.count("<script>") == 1
-    assert "<!--" not in text
-    assert not re.search(r"(src|href)=|https?://", text)  # self-contained
-    assert data_of(path)["layers"][0]["keys"] == TOKENS
+    assert "a &lt;test&gt;" in text
+    assert text.count("</script>") == len(re.findall("<script[ >]", text)) == 2 * 2 + 2
+    assert "<!--" not in text and "<" not in element(text, "index")
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", text)  # self-contained
+    assert names_of(path) == (TOKENS, TOKENS)
+    assert len(index_of(path)["texts"]) == 1  # equal texts are there once
 
 
-def shown(path, token: int, place: str) -> tuple[dict, str, str]:
-    """What the page shows at `place` when one points at a token: weights by key, the words, all."""
-    watch = "<script>window.onerror = e => { document.title = 'failed: ' + e; };</script>"
-    hover = f"""<script>document.querySelector('#queries span[data-i="{token}"]').dispatchEvent(
-      new MouseEvent("mouseenter"));</script>"""
-    pointed = path.with_name("pointed.html")
-    text = path.read_text("utf-8").replace("</head>", watch + "</head>")
-    pointed.write_text(text.replace("</body>", hover + "</body>"), "utf-8")
-    url = f"{pointed.as_uri()}#{place}"
-    command = [BROWSER, "--no-sandbox", "--headless", "--disable-gpu", "--dump-dom", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "<title>failed: " not in done.stdout
-    keys = re.search(r'<div id="keys">(.*?)</div>', done.stdout, re.S)[1]
-    weights = {}
-    for span in re.findall(r"<span [^>]*>", keys):
-        if found := re.search(r'data-w="([\d.e-]+)"', span):
-            weights[int(re.search(r'data-i="(\d+)"', span)[1])] = float(found[1])
-    words = re.search(r'<p id="detail"[^>]*>(.*?)</p>', done.stdout, re.S)[1]
-    return weights, words, done.stdout
+def test_lone_surrogates(tmp_path):
+    """Tokens that cannot be encoded, in place of a page."""
+    seen = three_calls()
+    inspect.look(seen.calls[2:3], tmp_path, tokens=["a", "\ud800", "c", "d", "e"])
+    assert names_of(tmp_path / "attention.html")[1][1] == "?"
 
 
-@in_a_browser
-def test_page_in_a_browser(page):
-    """A page whose script fails: no tokens, or no weights when one points at a token."""
-    seen, _, path = page
-    weights, words, _ = shown(path, 3, "layer=0&head=1&example=0")
-    best = zip(seen.calls[0].top_keys[0, 1, 3], seen.calls[0].top_weights[0, 1, 3], strict=True)
-    want = {int(j): float(w) for j, w in best if j >= 0 and w >= 5e-6}
-    assert weights == pytest.approx(want, abs=1e-5)
-    assert words.startswith("sat (3)  →  ")
+def test_in_a_notebook(page):
+    """An output cell that breaks the notebook, or saves a hundred megabytes in it."""
+    seen, *_ = page
+    shown = seen._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;') and shown.count("<") == 2
+    assert seen.page(tokens=TOKENS)._repr_html_().count(" sandbox=") == 1
+    looking = sys.modules["attn_ext.inspect.look"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looking, "MOST_IN_A_NOTEBOOK", 1000)
+        assert "write it by attn_ext.inspect.look" in seen._repr_html_()
+    with inspect.record(statistics=["entropy"]) as few:
+        attn_ext.attention(*(torch.randn(1, 1, 3, 8),) * 3)
+    assert few._repr_html_().startswith("<pre>call")
 
 
-@in_a_browser
-def test_a_mean_in_a_browser(tmp_path):
-    """The first thing that is shown: 41 keys, of which the page lists 16, in the mean's order."""
-    seen, truths, there = recorded()
-    _, path = inspect.look(seen, tmp_path)
-    for place, p, keys in (
-        ("", truths[0][0], there[0][0]),
-        ("layer=3&x=1&head=9", truths[3][0], None),
-    ):
-        weights, words, _ = shown(path, 40, place)
-        mean = p[:, 40].mean(0)
-        keys = torch.ones(41, dtype=torch.bool) if keys is None else keys[:, 40].any(0)
-        best = mean.topk(16)
-        assert weights == pytest.approx(
-            dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), abs=2e-5
-        )
-        listed = re.findall(r"(\d+) \((\d+)\) ([\d.]+) %", words.split("→")[1])
-        assert [int(j) for j, _, _ in listed] == best.indices.tolist()
-        assert [w for *_, w in listed] == [f"{100 * w:.1f}" for w in best.values.tolist()]
-        more, rest = re.search(r"and (\d+) keys more, ([\d.]+) %", words).groups()
-        assert int(more) == int(keys.sum()) - 16
-        assert abs(float(rest) - 100 * float(mean.sum() - best.values.sum())) < 0.06
-        none = re.search(r"to no key ([\d.]+) %", words)
-        assert abs((float(none[1]) if none else 0.0) - 100 * (1 - float(mean.sum()))) < 0.06
-
-
-@in_a_browser
-@pytest.mark.parametrize("place", ["layer=9&head=7&example=-4&token=99", "layer=x&head=&token=NaN"])
-def test_a_link_to_what_is_not_there(page, place):
-    """A page that stays empty because its address names a layer that it has not."""
-    weights, words, whole = shown(page[2], 0, place)
-    assert (
-        weights and words.startswith("the (0)") and "undefined" not in whole.split("</script>")[1]
-    )
-
-
-@in_a_browser
-def test_sigmoid_in_a_browser(tmp_path):
-    """Percentages of weights that do not sum to 1; tokens of white space that nobody sees."""
-    seen, truths, _ = recorded(length=6)
-    tokens = ["", " ", "\n", "\t", "a b", "x"]
-    _, path = inspect.look(seen.calls[2:3], tmp_path, tokens=tokens)
-    _, words, whole = shown(path, 4, "")
-    best = truths[2][0, :, 4].mean(0).topk(6)
-    visible = ["∅", "␣", "⏎", "⇥", "a b", "x"]
-    assert words == "a b (4)  →  " + " · ".join(
-        f"{visible[j]} ({j}) {w:.4f}" for w, j in zip(*(x.tolist() for x in best), strict=True)
-    )
-    assert "Sigmoid weights need not sum to 1" in whole
+def test_labels_of_heads_that_are_flagged(tmp_path):
+    """A flag of another head, or none."""
+    q = torch.zeros(1, 2, 6, 8)
+    q[:, 1] = 20.0
+    k = torch.zeros(1, 2, 6, 8)
+    k[:, 1, 4] = 1.0
+    with inspect.record(ablate={0: [0]}) as seen:
+        attn_ext.attention(q, k, k)
+    seen.page().save(tmp_path / "page.html")
+    flags = index_of(tmp_path / "page.html")["layers"][0]["flags"]
+    assert flags["0"] == "ablated: its output was set to 0"
+    assert flags["1"].startswith("collapsed") and "key 4 has 100 % of the head" in flags["1"]
 
 
 def test_look_command(page, tmp_path, capsys):
@@ -309,7 +303,7 @@ def test_look_command(page, tmp_path, capsys):
     seen, more = str(tmp_path / "seen.pt"), tmp_path / "more"
     for tokens, second in (("a b c d e", "b"), (str(words), "b c")):
         assert main(["look", seen, "--tokens", tokens, "--out", str(more)]) == 0
-        assert data_of(more / "attention.html")["layers"][0]["keys"][1] == second
+        assert names_of(more / "attention.html")[1][1] == second
     for tokens, message in (
         ("a b", "tokens must be as many as the 5 keys of call '0', got 2"),
         ("none.json", "No such file or directory: 'none.json'"),

@@ -5,6 +5,8 @@
 //   kTopK        the n largest logits of each row: a heap a query, entered past its smallest
 //   kColumnMass  sum_i P_ij of each key: a task = a share of the panels of one head, which owns a
 //                copy of the head's row; copies are summed in fixed order
+//   kMeanTopK    the n largest of the mean of P over heads: a task = a panel of queries of a batch
+//                element, whose P is added up over heads in a buffer [Sk][kPanel]
 //   kPooledMap   P averaged down to rows x cols: a task = some pooled rows of one head
 // Sigmoid weights have no LSE: row statistics are those of P / sum_j P_ij, with LSE = ln sum_j
 // P_ij.
@@ -90,6 +92,11 @@ class Inspect {
       parallel_for(heads * tasks, threads, [&](int64_t i) {
         const int64_t r = i % tasks * some;
         pooled(i / tasks, r, std::min(r + some, wanted.rows));
+      });
+    } else if (wanted.what == Map::kMeanTopK) {
+      parallel_for(p.batch * m_tiles, threads, [&](int64_t i) {
+        const int64_t unit = p.batch * m_tiles - 1 - i;
+        mean_top_k(unit / m_tiles, unit % m_tiles * kPanel);
       });
     } else {
       const bool top = wanted.what == Map::kTopK;
@@ -254,6 +261,83 @@ class Inspect {
 
   T weight(const Rows& r, T s, T lse) const {
     return o.sigmoid ? T(1) / (T(1) + std::exp(-(s + r.bias))) : std::exp(s - lse);
+  }
+
+  // The results of kMeanTopK: three arrays of integers, one after the other.
+  struct MeanKeys {
+    explicit MeanKeys(const Inspect& all)
+        : keys(all.wanted.keys),
+          seen(keys + all.p.batch * all.p.seqlen_q * all.wanted.n),
+          any(seen + all.heads * all.p.seqlen_q) {}
+    int64_t *keys, *seen, *any;  // [B, Sq, n]; keys that a head sees [B, Hq, Sq]; that any [B, Sq]
+  };
+
+  void mean_top_k(int64_t b, int64_t m0) const {
+    // sum over heads of P of each key and query, -1 while no head has seen the key
+    std::vector<T> sums(size_t(p.seqlen_k * kPanel), T(-1));
+    const int64_t nq = std::min(kPanel, p.seqlen_q - m0);
+    for (int64_t h = 0; h < p.heads_q; ++h) add_head(b * p.heads_q + h, m0, sums.data());
+    for (int64_t i = 0; i < nq; ++i) write_mean(b * p.seqlen_q + m0 + i, sums.data() + i);
+  }
+
+  // sums += P of a head's panel; the head's sums of rows and counts of seen keys are written.
+  void add_head(int64_t head, int64_t m0, T* sums) const {
+    const T ninf = -std::numeric_limits<T>::infinity();
+    Scratch scratch(scratch_bytes() + 2 * int64_t(sizeof(T)) * kPanel);
+    Rows r(*this, head, m0, kPanel, scratch);
+    T *total = scratch.take<T>(kPanel), *count = scratch.take<T>(kPanel);
+    std::fill(total, total + kPanel, T(0)), std::fill(count, count + kPanel, T(0));
+    each_tile(r, [&](const Tile& tile) {
+      r.each_vector(tile, [&](int64_t v, int64_t lo, int64_t hi) {
+        for (int64_t j = lo; j < hi; ++j) {
+          T* at = sums + (tile.n0 + j) * kPanel + v;
+          const Vec<T> s = load(r.S + j * kPanel + v), before = load(at);
+          const Vec<T> known = before < T(0) ? Vec<T>{} : before;
+          store(at, s == ninf ? before : known);
+          store(count + v, load(count + v) + (s == ninf ? Vec<T>{} : Vec<T>{} + T(1)));
+        }
+      });
+      to_weights(r, tile);
+      r.each_vector(tile, [&](int64_t v, int64_t lo, int64_t hi) {
+        Vec<T> row = load(total + v);
+        for (int64_t j = lo; j < hi; ++j) {
+          T* at = sums + (tile.n0 + j) * kPanel + v;
+          const Vec<T> w = load(r.S + j * kPanel + v);
+          row += w;
+          store(at, load(at) + w);  // w is 0 where the key is not seen, so that -1 stays
+        }
+        store(total + v, row);
+      });
+    });
+    for (int64_t i = 0; i < r.nq; ++i) {
+      const int64_t at = head * p.seqlen_q + m0 + i;
+      static_cast<T*>(wanted.entropy)[at] = total[i];
+      MeanKeys(*this).seen[at] = int64_t(count[i]);
+    }
+  }
+
+  // The largest of one query's sums, [Sk] with a stride of kPanel.
+  void write_mean(int64_t row, const T* sums) const {
+    const int64_t n = wanted.n;
+    const MeanKeys out(*this);
+    const T inf = std::numeric_limits<T>::infinity();
+    std::vector<Entry> heap(static_cast<size_t>(n));
+    int64_t size = 0, any = 0;
+    T least = -inf;
+    for (int64_t j = 0; j < p.seqlen_k; ++j) {
+      const T sum = sums[j * kPanel];
+      if (sum < T(0)) continue;
+      ++any;
+      const T s = sum == sum ? sum : inf;  // NaN counts as the largest
+      if (s > least) enter(heap.data(), &size, {s, j}, &least);
+    }
+    out.any[row] = any;
+    std::sort_heap(heap.data(), heap.data() + size, better);
+    for (int64_t e = 0; e < n; ++e) {
+      const T s = e < size ? heap[size_t(e)].s : T(0);
+      static_cast<T*>(wanted.out)[row * n + e] = s == inf ? s - s : s / T(p.heads_q);
+      out.keys[row * n + e] = e < size ? heap[size_t(e)].key : -1;
+    }
   }
 
   void mass() const {

@@ -33,14 +33,16 @@ constexpr double kFarLse = 256;
 
 // A map of the weights, which attn_ext.inspect asks of inspect.h.
 struct Map {
-  enum What { kRowStats, kTopK, kColumnMass, kPooledMap };
+  enum What { kRowStats, kTopK, kColumnMass, kPooledMap, kMeanTopK };
   What what = kRowStats;
-  int64_t n = 0;               // kTopK: keys a query
+  int64_t n = 0;               // kTopK, kMeanTopK: keys a query
   int64_t rows = 0, cols = 0;  // kPooledMap: its size, at most Sq x Sk
   void* out = nullptr;         // kRowStats: the largest logit, [B, Hq, Sq]; kTopK: weights,
-                               // [B, Hq, Sq, n]; kColumnMass [B, Hq, Sk]; kPooledMap, 0 before
-  void* entropy = nullptr;     // kRowStats: [B, Hq, Sq]
-  int64_t* keys = nullptr;     // kTopK: [B, Hq, Sq, n], -1 where there is none
+                               // [B, Hq, Sq, n]; kColumnMass [B, Hq, Sk]; kPooledMap, 0 before;
+                               // kMeanTopK: weights, [B, Sq, n]
+  void* entropy = nullptr;     // kRowStats: [B, Hq, Sq]; kMeanTopK: sums of rows, alike
+  int64_t* keys = nullptr;     // kTopK: [B, Hq, Sq, n], -1 where there is none; kMeanTopK: three
+                               // arrays, `MeanKeys` of inspect.h
 };
 
 }  // namespace attn::cpu

@@ -1,0 +1,73 @@
+"""Second derivatives and forward mode by the Triton kernels (triton_kernels/kernels/tangent.py and
+backward_tangent.py): dense and varlen calls of softmax attention on the devices of the triton
+backend, whether that or the cuda backend serves the call itself.
+
+Both functions give None where the kernels leave a call to `attn_ext.backends.blocked`: where an
+input holds NaN or inf, or LSE is so large that its rounding shows.  They look at the inputs for it,
+and wait for the answer; while a CUDA graph is captured, which allows no waiting, the inputs are
+taken for finite.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_ext.backends import triton
+from attn_ext.core import tiles
+from attn_ext.core.problem import FAR_LSE, Problem
+from attn_ext.core.schema import Call, Grads, Needs, Rows, Tangents
+
+# head dimension by dtype: kernels of wider ones would spill
+WIDEST = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Every reason why these kernels cannot serve `problem`, which the triton or the cuda backend
+    serves."""
+    missing = triton.available()
+    if missing:
+        return [missing]
+    why = triton.unsupported(problem)
+    widest = WIDEST.get(problem.dtype)
+    if widest is not None and max(problem.head_dim, problem.head_dim_v) > widest:
+        why.append(f"head_dim must be at most {widest} for {problem.dtype} in second derivatives")
+    if problem.deterministic and problem.bias:
+        why.append("the second gradient of a broadcast bias is summed in no fixed order")
+    return why
+
+
+def _is_empty(call: Call) -> bool:
+    return 0 in (call.q.numel(), call.k.numel(), call.v.numel())
+
+
+def _served(call: Call, near: torch.Tensor | None, *others) -> bool:
+    """Whether the kernels may have the call: no input holds NaN or an infinity, and no |LSE| in
+    `near` is far from 0."""
+    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    found = tiles.finite(call, *others)
+    if near is not None:
+        found = found & ~((near.abs() > FAR_LSE) & (near != -torch.inf)).any()
+    return bool(found)
+
+
+def tangent(call: Call, tangents: Tangents, given: Rows) -> tuple | None:
+    """(O', L'), of the O and LSE in `given`."""
+    if _is_empty(call) or not _served(call, None, *tangents):
+        return None
+    from attn_ext.triton_kernels.launch import second
+
+    return second.tangent(call, tangents, given)
+
+
+def backward_tangent(
+    call: Call, tangents: Tangents, given: Rows, needs: Needs, primal: Needs
+) -> tuple[Grads, Grads] | None:
+    """The tangents of the gradients that `needs` asks for, and the gradients that `primal` asks
+    for."""
+    rows = given.dout, given.dlse, given.tdout, given.tdlse
+    if _is_empty(call) or not _served(call, given.lse, *tangents, *rows):
+        return None
+    from attn_ext.triton_kernels.launch import second
+
+    return second.backward_tangent(call, tangents, given, needs, primal)

@@ -67,7 +67,8 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py ptx.py \
   ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py second_kernel_mutations.py) \
   tests/triton/test_triton_compile.py \
-  tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py
+  tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py \
+  $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
 ON_OLDEST := tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
 
 seen: $(VENV)/emulated.done build/triton-3.6/triton
@@ -77,12 +78,16 @@ seen: $(VENV)/emulated.done build/triton-3.6/triton
 test-anew: $(VENV)/emulated.done
 	ATTN_EXT_SEEN=nothing ATTN_EXT_NVCC_ALL=1 ATTN_EXT_TRITON_ALL=1 $(PYTEST) $(COMPILED)
 
-# The CUDA kernels as NVRTC compiles them, their PTX on the emulator: every planted fault, every
-# kernel's registers, and the tests of the backend `emulated` with compiled kernels in its place.
+# The CUDA kernels as NVRTC compiles them and those of Triton, their PTX on the emulator: every planted
+# fault, every kernel's registers, and the tests of the backends `emulated` and `triton` with compiled
+# kernels in their place.
 test-ptx: $(VENV)/emulated.done
 	ATTN_EXT_SEEN=nothing ATTN_EXT_PTX_ALL=1 $(PYTEST) $(addprefix tests/cuda/test_, jit.py ptx.py ptx_mutations.py)
 	ATTN_EXT_EMULATED_RUNS=ptx $(PYTEST) -k emulated tests/api/test_api.py tests/api/test_backends_hypothesis.py \
 	  $(addprefix tests/cuda/test_cuda_, kernels.py sm90.py sm90_varlen.py)
+	ATTN_EXT_SEEN=nothing $(PYTEST) $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
+	ATTN_EXT_EMULATED_RUNS=triton-ptx $(PYTEST) -k triton tests/api/test_api.py \
+	  $(addprefix tests/triton/interpreter/test_, kernels.py decode.py mixes.py)
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
 # and what CI compiles for sm_90.

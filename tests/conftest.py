@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: tiers.place_in_line(item.nodeid))
 
 
+# Triton without a GPU has interpreter processes of its own.
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu",)}
+DEVICES["emulated"] = ("cpu",)
+
+
 def register_emulated():
     """tests/helpers/emulated_backend.py, as the name "emulated" of the registry, last in its order,
     where attn_ext._emulated is built: the CUDA kernels on the emulator.
@@ -74,6 +79,11 @@ def register_emulated():
         from attn_ext import _emulated
 
         _emulated.replace_kernels(build.Replacement().resolve)
+    if os.environ.get("ATTN_EXT_EMULATED_RUNS") == "triton-ptx":  # Triton's PTX as backend "triton"
+        from ptx import triton_driver
+
+        triton_driver.stand_in(sys.modules["attn_ext.backends.registry"])
+        DEVICES["triton"] = ("cpu",)
     if os.environ.get("ATTN_EXT_TEST_AUTO") == "emulated":
         assert module.available() == "", module.available()
         registry.ORDER = ("emulated", *registry.ORDER[:-1])
@@ -84,10 +94,7 @@ def register_emulated():
 emulated_backend = register_emulated()
 truths.remember()
 
-# (backend, device, emulator mode) that run here: the emulated backend once a mode.  Triton without
-# a GPU has interpreter processes of its own.
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu",)}
-DEVICES["emulated"] = ("cpu",)
+# (backend, device, emulator mode) that run here: the emulated backend once a mode.
 AVAILABLE = [
     (name, device, mode)
     for name, missing in attn_ext.backends().items()

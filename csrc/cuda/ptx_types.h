@@ -25,14 +25,17 @@ struct Grid {
 struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
-// Dimension 0 is contiguous.  A box is what one load brings: box[0] is 64 elements, 128 bytes,
-// whose 16-byte chunks are swizzled; elements outside of the tensor arrive as zeros.
+// Dimension 0 is contiguous.  A box is what one load brings: a row of it is 128 bytes, box[0]
+// elements, whose 16-byte chunks are swizzled; elements outside of the tensor arrive as zeros.
+// Only Triton's kernels, which tests run on the emulator, load 4-byte elements or shorter rows.
 struct TensorSpec {
   const void* base;
   bool is_bf16;       // else fp16
   int64_t size[4];    // elements
   int64_t stride[3];  // bytes from one index to the next, of dimensions 1..3
   int box[4];
+  int element_bytes = 2;
+  int swizzle = 128;  // bytes that are swizzled, and of a row; 0: rows of whole chunks as they are
 };
 // "" or the rule of cuTensorMapEncodeTiled that the spec breaks.
 inline const char* tensor_problem(const TensorSpec& t) {
@@ -44,7 +47,9 @@ inline const char* tensor_problem(const TensorSpec& t) {
   for (const int64_t stride : t.stride)
     if (stride % 16 || stride <= 0 || stride >= int64_t(1) << 40)
       return "a stride is not a multiple of 16 bytes in 16 .. 2^40";
-  return t.box[0] == 64 ? "" : "rows of the box are not 128 bytes";
+  const int row = t.box[0] * t.element_bytes;
+  if (t.swizzle == 0) return row % 16 ? "rows of the box are not multiples of 16 bytes" : "";
+  return row == t.swizzle ? "" : "rows of the box are not as long as the swizzled bytes";
 }
 
 }  // namespace attn::ptx

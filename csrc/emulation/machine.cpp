@@ -159,7 +159,7 @@ void Machine::launch(Grid g, int t, int bytes, void (*body)(void*), void* argume
 void Machine::run_block(Grid id) {
   block = id;
   smem_.assign(size_t(smem_bytes) + 16, mode.poison ? 0xff : 0);
-  if (mode.race) shadow_.reset(smem_bytes, warp_count_);
+  if (mode.race) shadow_.reset(smem_bytes, warp_count_, mode.shadow_unit);
   for (Barrier& b : barriers_) b = Barrier{};
   mbarriers_.clear(), loads_.clear();
   for (int w = 0; w < warp_count_; ++w) wgmma_[w] = WarpgroupWarp{}, wgmma_log_[w / 4].clear();

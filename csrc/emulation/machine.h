@@ -44,6 +44,10 @@ struct Error : std::runtime_error {
 struct Mode {
   bool random = false, poison = false, race = false, banks = false;
   bool repairs = true;  // false: what a missing wait made NaN stays so (../cuda/repair.cuh)
+  // Whether loads need a fence after the mbarrier's initialisation, not only a barrier: our own
+  // rule, as CUTLASS has it.  Triton leaves the fence out (docs/design/emulation.md).
+  bool init_fences = true;
+  int shadow_unit = 4;  // bytes that the race detector tells apart; ours store none narrower
   uint64_t seed = 0;
   int smem_limit = 163 * 1024;  // bytes a block may have: sm_80; 227 KiB on sm_90, 99 on sm_120
 };
@@ -71,8 +75,6 @@ enum class Kind : uint8_t {
 };
 const char* name(Kind kind);
 std::string hex(uint64_t v);  // "0x..."
-
-enum class Access : uint8_t { READ, WRITE, ATOMIC };
 
 // 16 or 4 bytes on their way to shared memory; the source is read at issue.
 struct Copy {
@@ -128,6 +130,8 @@ class Machine {
   int thread() const { return current_; }
   // Checks one access of the current thread; the bytes, valid until the next wrapper call.
   uint8_t* access(Access access, uint32_t address, int bytes, Where where);
+  // Stores; by the rules of compiled PTX, by which threads may store the same bytes unordered.
+  void store(uint32_t address, const void* from, int bytes, Where where);
   // Rendezvous of the current warp; `execute` gets the 32 arguments.
   void collective(Kind kind, void* argument, Where where, void (*execute)(void* const* arguments));
   // ldmatrix reads for the whole warp: 8 rows of 16 bytes a phase.

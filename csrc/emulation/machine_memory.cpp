@@ -43,12 +43,19 @@ uint8_t* Machine::access(Access access, uint32_t address, int bytes, Where where
   if (mode.race) {
     const Actor who = {current_ / 32, current_ % 32, where};
     const WarpClock& clock = warps_[who.warp].clock;
-    race(access == Access::READ
-             ? shadow_.read(who, clock, offset, bytes)
-             : shadow_.write(who, clock, offset, bytes, access == Access::ATOMIC));
+    race(access == Access::READ ? shadow_.read(who, clock, offset, bytes)
+                                : shadow_.write(who, clock, offset, bytes, access));
   }
   if (mode.banks && access != Access::ATOMIC) log_access(address, bytes, where);
   return smem_.data() + offset;
+}
+
+void Machine::store(uint32_t address, const void* from, int bytes, Where where) {
+  const uint32_t end = address - SMEM_BASE + uint32_t(bytes);
+  const bool inside = address >= SMEM_BASE && end <= uint32_t(smem_bytes);
+  const bool same = inside && !std::memcmp(smem_.data() + (address - SMEM_BASE), from, bytes);
+  std::memcpy(access(same ? Access::REPEAT : Access::WRITE, address, bytes, where), from,
+              size_t(bytes));
 }
 
 const uint8_t* Machine::matrix_row(uint32_t address, Where where) {
@@ -65,7 +72,7 @@ void Machine::store_matrix_row(int lane, uint32_t address, const uint16_t (&row)
   if (!mbarriers_.empty()) check_mbarriers(address, 16, where);
   if (mode.race) {
     const Actor who = {current_ / 32, lane, where};
-    race(shadow_.write(who, warps_[who.warp].clock, offset, 16, false));
+    race(shadow_.write(who, warps_[who.warp].clock, offset, 16, Access::WRITE));
   }
   std::memcpy(smem_.data() + offset, row, 16);
 }

@@ -92,39 +92,40 @@ void Machine::fence_mbarrier_init(Where where) {
 
 void Machine::fence_proxy_async(Where where) {
   fibers_[current_].last = where;
-  if (mode.race) shadow_.fence(current_);
+  if (mode.race) shadow_.fence(current_, warps_[current_ / 32].clock);
 }
 
 // ---- copy engine ------------------------------------------------------------------------------
-// The 16-byte chunks of a row of 128 bytes are swizzled by the address bits of the row.
+// The 16-byte chunks of a row are swizzled by bits 7.. of their address.
 uint32_t Machine::box_address(const TmaLoad& load, int row, int chunk) const {
-  const uint32_t address = load.address + uint32_t(row) * 128 + uint32_t(chunk) * 16;
-  return address ^ ((address >> 7 & 7) << 4);
+  const uint32_t address = load.address + uint32_t(row * load.row_bytes()) + uint32_t(chunk) * 16;
+  const int chunks = load.tensor.swizzle / 16;
+  return chunks ? address ^ ((address >> 7 & uint32_t(chunks - 1)) << 4) : address;
 }
 
 void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar_address,
                        std::array<int, 4> corner, Where where) {
   Mbarrier& bar = mbarrier_at(bar_address, where);
-  if (!bar.fenced)
+  if (mode.init_fences && !bar.fenced)
     fail(where, "tma_load: no fence_mbarrier_init after the mbarrier's initialisation");
   TmaLoad load = {};
   std::memcpy(&load.tensor, &map, sizeof(load.tensor));
   if (const char* why = tensor_problem(load.tensor); *why)
     fail(where, std::string("tma_load: no tensor map: ") + why);
-  int rows = 1;
-  for (int i = 1; i < 4; ++i) rows *= load.tensor.box[i];
-  const uint32_t offset = offset_of("tma_load: shared address", address, rows * 128, 128, where);
+  int bytes = load.row_bytes();
+  for (int i = 1; i < 4; ++i) bytes *= load.tensor.box[i];
+  const uint32_t offset = offset_of("tma_load: shared address", address, bytes, 128, where);
   load.address = address;
   std::copy(corner.begin(), corner.end(), load.corner);
   load.mbarrier = int(&bar - mbarriers_.data());
   load.thread = current_, load.where = where;
   bar.load_phase = bar.phase + 1;
-  check_mbarriers(address, rows * 128, where);
+  check_mbarriers(address, bytes, where);
   if (mode.race) {
     const Actor who = {current_ / 32, ENGINE, where};
-    race(shadow_.issue(who, warps_[who.warp].clock, offset, rows * 128));
+    race(shadow_.issue(who, warps_[who.warp].clock, offset, bytes));
   }
-  if (mode.poison) std::memset(smem_.data() + offset, 0xff, size_t(rows) * 128);
+  if (mode.poison) std::memset(smem_.data() + offset, 0xff, size_t(bytes));
   loads_.push_back(load);
   if (!mode.poison && !mode.random) tma_land(0);
 }
@@ -133,6 +134,7 @@ void Machine::tma_land(size_t index) {
   const TmaLoad load = loads_[index];
   loads_.erase(loads_.begin() + std::ptrdiff_t(index));
   const ptx::TensorSpec& t = load.tensor;
+  const int size = t.element_bytes;
   int row = 0;
   for (int c = 0; c < t.box[3]; ++c)
     for (int b = 0; b < t.box[2]; ++b)
@@ -145,13 +147,14 @@ void Machine::tma_land(size_t index) {
           inside = inside && at[i] >= 0 && at[i] < t.size[i + 1];
           from += at[i] * t.stride[i];
         }
-        for (int e = 0; e < t.box[0]; e += 8) {
-          uint8_t chunk[16] = {};
-          for (int i = 0; i < 8 && inside; ++i) {
-            const int64_t column = int64_t(load.corner[0]) + e + i;
-            if (column >= 0 && column < t.size[0]) std::memcpy(chunk + 2 * i, from + 2 * column, 2);
+        for (int chunk = 0; chunk < load.row_bytes() / 16; ++chunk) {
+          uint8_t bytes[16] = {};
+          for (int i = 0; i < 16 / size && inside; ++i) {
+            const int64_t column = int64_t(load.corner[0]) + chunk * (16 / size) + i;
+            if (column >= 0 && column < t.size[0])
+              std::memcpy(bytes + size * i, from + size * column, size_t(size));
           }
-          std::memcpy(smem_.data() + (box_address(load, row, e / 8) - SMEM_BASE), chunk, 16);
+          std::memcpy(smem_.data() + (box_address(load, row, chunk) - SMEM_BASE), bytes, 16);
         }
       }
   Mbarrier& bar = mbarriers_[load.mbarrier];
@@ -160,9 +163,9 @@ void Machine::tma_land(size_t index) {
     WarpClock clock = {};
     clock.at[warp_count_ + load.mbarrier] = bar.clock;
     const Actor who = {warp_count_ + load.mbarrier, ENGINE, load.where};
-    shadow_.landed(who, clock, load.address - SMEM_BASE, row * 128);
+    shadow_.landed(who, clock, load.address - SMEM_BASE, row * load.row_bytes());
   }
-  bar.bytes -= row * 128;
+  bar.bytes -= row * load.row_bytes();
   settle(load.mbarrier);
 }
 

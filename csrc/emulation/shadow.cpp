@@ -14,12 +14,24 @@ void WarpClock::join(const WarpClock& other, int clocks) {
   for (int v = 0; v < clocks; ++v) at[v] = std::max(at[v], other.at[v]);
 }
 
-void Shadow::reset(int bytes, int warps) {
-  warps_ = warps;
-  const size_t words = size_t(bytes + 3) / 4;
+void Shadow::reset(int bytes, int warps, int unit) {
+  warps_ = warps, unit_ = uint32_t(unit);
+  const size_t words = size_t(bytes + unit - 1) / unit_;
   cells_.assign(words, Cell{});
   reads_.assign(words * warps, Read{});
   fences_.assign(size_t(warps) * 32, 0);
+  fenced_.assign(size_t(warps) * 32 * warps, 0);
+  repeats_.clear();
+}
+
+void Shadow::fence(int thread, const WarpClock& clock) {
+  ++fences_[size_t(thread)];
+  for (int v = 0; v < warps_; ++v) {
+    // of its own warp, what lies before the last barrier
+    const uint32_t before = clock.at[v] - (v == thread / 32);
+    uint32_t& known = fenced_[size_t(thread) * warps_ + v];
+    known = std::max(known, before);
+  }
 }
 
 namespace {
@@ -56,6 +68,19 @@ std::string Shadow::conflict_with_write(const Cell& cell, const Actor& who, cons
                     ") wrote: no sync_warp between them");
 }
 
+std::string Shadow::conflict_with_repeats(size_t word, const Actor& who, const WarpClock& clock,
+                                          const char* verb, bool partial) const {
+  for (const Cell& cell : repeats_.at(word)) {
+    std::string bad = conflict_with_write(cell, who, clock, verb, partial);
+    if (!bad.empty()) return bad;
+  }
+  return "";
+}
+
+bool Shadow::fenced_by(int thread, const Cell& cell) const {
+  return cell.clock <= fenced_[size_t(thread) * warps_ + cell.warp];
+}
+
 std::string Shadow::conflict_with_reads(size_t word, const Actor& who,
                                         const WarpClock& clock) const {
   const Read* reads = &reads_[word * warps_];
@@ -70,12 +95,15 @@ std::string Shadow::conflict_with_reads(size_t word, const Actor& who,
 
 std::string Shadow::read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
   const uint64_t where = who.where.packed();
-  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+  const bool partial = bytes < int(unit_);
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
     const Cell& cell = cells_[word];
     if (cell.clock == 0 && !cell.in_flight) {
       return report(who, "reads", "nothing has written since the block began");
     }
-    std::string bad = conflict_with_write(cell, who, clock, "reads", bytes < 4);
+    std::string bad = conflict_with_write(cell, who, clock, "reads", partial);
+    if (bad.empty() && cell.repeated)
+      bad = conflict_with_repeats(word, who, clock, "reads", partial);
     if (!bad.empty()) return bad;
     Read& read = reads_[word * warps_ + who.warp];
     read.clock = clock.at[who.warp];
@@ -85,11 +113,23 @@ std::string Shadow::read(const Actor& who, const WarpClock& clock, uint32_t offs
 }
 
 std::string Shadow::write(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
-                          bool atomic) {
-  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+                          Access access) {
+  const bool atomic = access == Access::ATOMIC, partial = bytes < int(unit_);
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
     Cell& cell = cells_[word];
+    bool repeated = false;
     if (!(atomic && cell.atomic && !cell.in_flight)) {
-      std::string bad = conflict_with_write(cell, who, clock, "overwrites", bytes < 4);
+      std::string bad = conflict_with_write(cell, who, clock, "overwrites", partial);
+      if (bad.empty() && cell.repeated)
+        bad = conflict_with_repeats(word, who, clock, "overwrites", partial);
+      repeated = !bad.empty() && access == Access::REPEAT && !cell.in_flight && !cell.atomic &&
+                 cell.offset == offset && cell.bytes == uint32_t(bytes);
+      if (repeated) {
+        repeats_[word].push_back(cell);
+        bad.clear();
+      } else if (cell.repeated) {
+        repeats_.erase(word);
+      }
       if (bad.empty()) bad = conflict_with_reads(word, who, clock);
       if (!bad.empty()) return bad;
     }
@@ -100,23 +140,26 @@ std::string Shadow::write(const Actor& who, const WarpClock& clock, uint32_t off
                 int8_t(who.lane),
                 false,
                 atomic,
-                bytes < 4,
-                who.lane < 0 ? uint16_t(0) : fences_[size_t(who.warp) * 32 + who.lane]};
+                partial,
+                who.lane < 0 ? uint16_t(0) : fences_[size_t(who.warp) * 32 + who.lane],
+                offset,
+                uint32_t(bytes),
+                repeated};
   }
   return "";
 }
 
 std::string Shadow::issue(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
-  std::string bad = write(who, clock, offset, bytes, false);
+  std::string bad = write(who, clock, offset, bytes, Access::WRITE);
   if (!bad.empty()) return bad;
-  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
     cells_[word].in_flight = true;
   }
   return "";
 }
 
 void Shadow::landed(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
-  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
     Cell& cell = cells_[word];
     cell.in_flight = false;
     cell.warp = int8_t(who.warp);
@@ -126,9 +169,14 @@ void Shadow::landed(const Actor& who, const WarpClock& clock, uint32_t offset, i
 }
 
 std::string Shadow::unfenced(const Actor& who, uint32_t offset, int bytes) const {
-  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
     const Cell& cell = cells_[word];
     if (cell.lane < 0 || fences_[size_t(cell.warp) * 32 + cell.lane] != cell.fences) continue;
+    bool fenced = true;
+    for (int lane = 0; lane < 32; ++lane)
+      if (who.lane == ALL_LANES || who.lane == lane)
+        fenced = fenced && fenced_by(who.warp * 32 + lane, cell);
+    if (fenced) continue;
     return report(who, "reads",
                   Where::unpack(cell.where).text() + " (" + lane_text(cell.warp, cell.lane) +
                       ") stored: no fence_proxy_async in that thread after it");
@@ -137,7 +185,7 @@ std::string Shadow::unfenced(const Actor& who, uint32_t offset, int bytes) const
 }
 
 void Shadow::hold(int warp, uint32_t offset, int bytes, uint32_t clock) {
-  for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word)
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word)
     reads_[word * warps_ + warp].clock = clock;
 }
 

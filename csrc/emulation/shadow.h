@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace attn::emulation {
@@ -26,6 +27,9 @@ struct Where {
   std::string text() const;  // "csrc/cuda/forward.cuh:120"
 };
 
+// REPEAT: stores what is there already.
+enum class Access : uint8_t { READ, WRITE, ATOMIC, REPEAT };
+
 struct WarpClock {
   uint32_t at[MAX_CLOCKS] = {};  // at[v]: how far into warp v's past this warp has synchronised
   uint32_t warp_syncs = 0;       // counts sync_warp and barriers of this warp
@@ -41,17 +45,21 @@ constexpr int ALL_LANES = -1, ENGINE = -2;  // ENGINE: the copy engine, for a lo
 
 class Shadow {
  public:
-  void reset(int bytes, int warps);
+  // unit: bytes of a cell, of which each access is whole ones or a part of one.
+  void reset(int bytes, int warps, int unit);
 
   // Each returns an empty string or the report of a race.  offset: bytes from the base.
   std::string read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
+  // Two stores of the same bytes to the same place need no order (PTX 8.7.2: races of operations
+  // that overlap completely leave one of their values); what follows needs one with both.
   std::string write(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
-                    bool atomic);
+                    Access access);
   // An asynchronous write has been issued: the bytes belong to it until landed().
   std::string issue(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
   void landed(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
-  // wgmma and the copy engine see what a thread stored only after its fence_proxy_async.
-  void fence(int thread) { ++fences_[size_t(thread)]; }
+  // wgmma and the copy engine see what a thread stored only after a fence_proxy_async: of that
+  // thread, or of those that read by them, once a barrier has put the store before it.
+  void fence(int thread, const WarpClock& clock);
   std::string unfenced(const Actor& who, uint32_t offset, int bytes) const;
   // The warp's read of these bytes is as late as `clock`.
   void hold(int warp, uint32_t offset, int bytes, uint32_t clock);
@@ -63,7 +71,9 @@ class Shadow {
     uint64_t where = 0;
     int8_t warp = 0, lane = 0;
     bool in_flight = false, atomic = false, partial = false;
-    uint16_t fences = 0;  // of the writing thread, at the write
+    uint16_t fences = 0;             // of the writing thread, at the write
+    uint32_t offset = 0, bytes = 0;  // of the whole write
+    bool repeated = false;           // repeats_ has earlier writes of the same bytes
   };
   struct Read {
     uint32_t clock = 0;
@@ -71,12 +81,18 @@ class Shadow {
   };
   std::string conflict_with_write(const Cell& cell, const Actor& who, const WarpClock& clock,
                                   const char* verb, bool partial) const;
+  std::string conflict_with_repeats(size_t word, const Actor& who, const WarpClock& clock,
+                                    const char* verb, bool partial) const;
+  bool fenced_by(int thread, const Cell& cell) const;
   std::string conflict_with_reads(size_t word, const Actor& who, const WarpClock& clock) const;
 
   int warps_ = 0;
+  uint32_t unit_ = 4;
   std::vector<Cell> cells_;
   std::vector<Read> reads_;  // [words][warps]
   std::vector<uint16_t> fences_;
+  std::vector<uint32_t> fenced_;  // [threads][warps]: what of each warp was before the last fence
+  std::unordered_map<size_t, std::vector<Cell>> repeats_;
 };
 
 }  // namespace attn::emulation

@@ -34,6 +34,7 @@ struct TmaLoad {
   int corner[4];
   int mbarrier, thread;
   Where where;
+  int row_bytes() const { return tensor.box[0] * tensor.element_bytes; }
 };
 
 // Floats of shared memory on their way to be added to global memory; read at once, at random, or
@@ -53,6 +54,8 @@ struct WgmmaCall {
   uint64_t a_smem, b;
   int tiles;
   bool accumulate, trans_b, is_bf16;
+  bool is_tf32 = false;                          // m64nNk8, both operands K-major
+  int chunk() const { return is_tf32 ? 4 : 8; }  // elements in 16 bytes
 };
 
 // What the four warps of a group must agree on.

@@ -44,7 +44,17 @@ namespace {
 typedef float Row8 __attribute__((vector_size(32)));
 constexpr int MOST_TILES = 32;
 
-void decode(const uint8_t* chunk, bool is_bf16, float* out, int step) {
+// Of tf32 the tensor cores take the upper 19 bits.
+float tf32_value(uint32_t word) { return as_float(word & 0xffffe000u); }
+
+void decode(const uint8_t* chunk, const WgmmaCall& call, float* out, int step) {
+  if (call.is_tf32) {
+    uint32_t words[4];
+    std::memcpy(words, chunk, 16);
+    for (int i = 0; i < 4; ++i) out[i * step] = tf32_value(words[i]);
+    return;
+  }
+  const bool is_bf16 = call.is_bf16;
   uint16_t words[8];
   std::memcpy(words, chunk, 16);
   for (int i = 0; i < 8; ++i)
@@ -61,14 +71,14 @@ void each_chunk_of_b(const WgmmaCall& call, const Use& use) {
       for (int n = 0; n < call.tiles; ++n) use(layout.mn_major(k, n), k, 8 * n);
   } else {
     for (int n = 0; n < 8 * call.tiles; ++n)
-      for (int k = 0; k < 2; ++k) use(layout.k_major(n, k), 8 * k, n);
+      for (int k = 0; k < 2; ++k) use(layout.k_major(n, k), call.chunk() * k, n);
   }
 }
 template <class Use>
 void each_chunk_of_a(const WgmmaCall& call, int warp, const Use& use) {
   const OperandLayout layout(call.a_smem);
   for (int m = 0; m < 16; ++m)
-    for (int k = 0; k < 2; ++k) use(layout.k_major(16 * (warp % 4) + m, k), m, 8 * k);
+    for (int k = 0; k < 2; ++k) use(layout.k_major(16 * (warp % 4) + m, k), m, call.chunk() * k);
 }
 
 }  // namespace
@@ -149,6 +159,10 @@ void Machine::finish_wgmma(WarpgroupWarp& warp, WgmmaOp& op) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         const uint32_t word = op.a[lane][i];
+        if (call.is_tf32) {
+          A[lane / 4 + 8 * (i & 1)][lane % 4 + 4 * (i >> 1)] = tf32_value(word);
+          continue;
+        }
         float* to = &A[lane / 4 + 8 * (i & 1)][2 * (lane % 4) + 8 * (i >> 1)];
         for (int half = 0; half < 2; ++half) {
           const auto bits = uint16_t(word >> (16 * half));
@@ -158,12 +172,12 @@ void Machine::finish_wgmma(WarpgroupWarp& warp, WgmmaOp& op) {
     }
   } else {
     each_chunk_of_a(call, first_lane / 32, [&](uint32_t address, int m, int k) {
-      decode(operand(address, op.where), call.is_bf16, &A[m][k], 1);
+      decode(operand(address, op.where), call, &A[m][k], 1);
     });
   }
   each_chunk_of_b(call, [&](uint32_t address, int k, int n) {
     auto* to = reinterpret_cast<float*>(&B[k][0]) + n;
-    decode(operand(address, op.where), call.is_bf16, to, call.trans_b ? 1 : 8 * MOST_TILES);
+    decode(operand(address, op.where), call, to, call.trans_b ? 1 : 8 * MOST_TILES);
   });
   std::vector<float>* hidden = nullptr;
   if (const auto found = warp.hidden.find(op.acc[0]); found != warp.hidden.end())
@@ -179,7 +193,7 @@ void Machine::finish_wgmma(WarpgroupWarp& warp, WgmmaOp& op) {
       if (call.accumulate)
         for (int t = 0; t < 4; ++t)
           sum[2 * t] = rows[t][4 * n], sum[2 * t + 1] = rows[t][4 * n + 1];
-      for (int k = 0; k < 16; ++k) sum += A[m][k] * B[k][n];
+      for (int k = 0; k < 2 * call.chunk(); ++k) sum += A[m][k] * B[k][n];
       for (int t = 0; t < 4; ++t) rows[t][4 * n] = sum[2 * t], rows[t][4 * n + 1] = sum[2 * t + 1];
     }
   }

@@ -55,6 +55,7 @@ THOROUGH = {
     "cuda/test_ptx.py::test_races_in_compiled_code_name_lines_of_ptx": "compiles kernels",
     "cuda/test_ptx.py::test_several_makers_of_one_library": "compiles",
     "cuda/test_ptx.py::test_wrappers_of_hopper": "compiles kernels",
+    "cuda/test_ptx_golden.py": "compiles",
     "cuda/test_ptx_mutations.py": "compiles kernels",
     "distributed/test_context.py": "processes",
     "distributed/test_context_examples.py": "processes",
@@ -112,6 +113,8 @@ THOROUGH = {
     "triton/test_triton_code.py": "compiles Triton kernels",
     "triton/test_triton_compile.py::test_kernels_compile_and_take_what_the_table_says": "compiles",
     "triton/test_triton_family_compile.py": "compiles Triton kernels",
+    "triton/test_triton_ptx.py::test_kernels": "compiles kernels",
+    "triton/test_triton_ptx_mutations.py": "compiles kernels",
     "triton/test_triton_replay.py": "compiles Triton kernels",
     "triton/test_triton_second_compile.py": "compiles Triton kernels",
 }

@@ -32,3 +32,16 @@ def digest(test_file: str, *facts) -> str:
     tools = [ROOT / "tests/helpers/triton_offline.py", ROOT / "bench/machine_code.py"]
     files = [*ROOT.glob("triton_kernels/**/*.py"), *tools]
     return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)
+
+
+def executed(test_file: str, *facts) -> str:
+    """Of all that decides what Triton's kernels give on the emulated machine."""
+    csrc, mine = ROOT / "csrc/emulation", ROOT / "tests/helpers/ptx"
+    files = [
+        *seen.included(csrc / "ptx/operations.h"),
+        *csrc.glob("*.cpp"),
+        *csrc.glob("ptx/*.cpp"),
+        *mine.glob("*.py"),
+        *ROOT.glob("triton_kernels/**/*.py"),
+    ]
+    return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)

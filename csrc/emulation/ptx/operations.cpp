@@ -13,20 +13,24 @@ namespace {
 struct Store {
   uint32_t address;
   const uint32_t* r;
+  int tiles;
+  bool trans;
   Where at;
 };
 }  // namespace
 
-void stmatrix_x4(uint32_t address, const uint32_t (&r)[4], Where at) {
-  Store mine = {address, r, at};
+void stmatrix(uint32_t address, const uint32_t* r, int tiles, bool trans, Where at) {
+  Store mine = {address, r, tiles, trans, at};
   machine.collective(Kind::STMATRIX, &mine, at, [](void* const* args) {
     const auto store = [&](int lane) { return static_cast<const Store*>(args[lane]); };
-    for (int tile = 0; tile < 4; ++tile) {
+    const bool trans = store(0)->trans;
+    for (int tile = 0; tile < store(0)->tiles; ++tile) {
       for (int row = 0; row < 8; ++row) {
         uint16_t words[8];
         for (int column = 0; column < 8; ++column) {
-          const uint32_t pair = store(4 * row + column / 2)->r[tile];
-          words[column] = uint16_t(column % 2 ? pair >> 16 : pair);
+          const int i = trans ? column : row, j = trans ? row : column;
+          const uint32_t pair = store(4 * i + j / 2)->r[tile];
+          words[column] = uint16_t(j % 2 ? pair >> 16 : pair);
         }
         const int lane = 8 * tile + row;
         machine.store_matrix_row(lane, store(lane)->address, words, store(0)->at);

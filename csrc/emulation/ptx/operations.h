@@ -12,8 +12,10 @@ namespace attn::compiled {
 void mma_bf16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PTX_AT);
 void mma_fp16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PTX_AT);
 // Lane l gives the address of row l % 8 of tile l / 8 and holds elements (l / 4, 2 * (l % 4) + {0,
-// 1}) of each tile.
-void stmatrix_x4(uint32_t address, const uint32_t (&r)[4], PTX_AT);
+// 1}) of each tile (trans: of its transpose).  Where there are fewer tiles, later lanes' addresses
+// are not used.
+// stores the first `tiles`: 1, 2 or 4.
+void stmatrix(uint32_t address, const uint32_t* r, int tiles, bool trans, PTX_AT);
 }  // namespace attn::compiled
 ATTN_EXPORTED_END
 
@@ -56,7 +58,7 @@ inline Vector<T, N> load_shared(uint32_t address, PTX_AT) {
 }
 template <class T, int N>
 inline void store_shared(uint32_t address, const Vector<T, N>& v, PTX_AT) {
-  std::memcpy(machine.access(Access::WRITE, address, sizeof(v), at), &v, sizeof(v));
+  machine.store(address, &v, sizeof(v), at);
 }
 // The value before; change(value) is what comes in its place.
 template <class T, class Change>
@@ -157,10 +159,6 @@ inline void load_matrix(uint32_t (&r)[TILES], uint32_t address, PTX_AT) {
     TRANS ? ptx::ldmatrix_x4_trans(r, address, at) : ptx::ldmatrix_x4(r, address, at);
   if constexpr (TILES == 2)
     TRANS ? ptx::ldmatrix_x2_trans(r, address, at) : ptx::ldmatrix_x2(r, address, at);
-}
-template <bool TRANS>
-inline void store_matrix(uint32_t address, const uint32_t (&r)[4], PTX_AT) {
-  TRANS ? ptx::stmatrix_x4_trans(address, r, at) : stmatrix_x4(address, r, at);
 }
 inline void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PTX_AT) {
   ptx::mma_m16n8k8_tf32(acc, a, b[0], b[1], at);

@@ -191,14 +191,16 @@ def load_matrix(em: Emitter, op: Opcode, args: list[str]) -> str:
 
 @handles("stmatrix")
 def store_matrix(em: Emitter, op: Opcode, args: list[str]) -> str:
-    for part in ("sync", "aligned", "m8n8", "x4", "b16"):
+    for part in ("sync", "aligned", "m8n8", "b16"):
         if not op.take(part):
-            raise Unsupported("tiles other than four of m8n8.b16")
+            raise Unsupported("tiles other than m8n8 of b16")
     op.take("shared") or op.take("shared::cta")
-    trans = "true" if op.take("trans") else "false"
-    tiles = ", ".join(_words(em, em.vector(args[1])))
-    text = f"const uint32_t tiles[4] = {{{tiles}}};"
-    return text + f"store_matrix<{trans}>({em.address(args[0], 'u32')}, tiles);"
+    count, trans = int(op.one_of("x1", "x2", "x4")[1:]), "true" if op.take("trans") else "false"
+    tiles = _words(em, em.vector(args[1]))
+    if len(tiles) != count:
+        raise Unsupported(f"{count} tiles of {len(tiles)} registers")
+    text = f"const uint32_t tiles[{count}] = {{{', '.join(tiles)}}};"
+    return text + f"stmatrix({em.address(args[0], 'u32')}, tiles, {count}, {trans});"
 
 
 MMA = {
@@ -246,8 +248,10 @@ def warpgroup(em: Emitter, op: Opcode, args: list[str]) -> str:
 def _product(em: Emitter, op: Opcode, args: list[str]) -> str:
     shape, *types = op.parts
     op.parts.clear()
-    columns = re.fullmatch(r"m64n(\d+)k16", shape)
-    if columns is None or types not in (["f32", "bf16", "bf16"], ["f32", "f16", "f16"]):
+    columns = re.fullmatch(r"m64n(\d+)k(16|8)", shape)
+    deep = columns and columns[2] == "16"
+    known = (["f32", "bf16", "bf16"], ["f32", "f16", "f16"]) if deep else (["f32", "tf32", "tf32"],)
+    if columns is None or types not in known:
         raise Unsupported("unknown shape or types of wgmma")
     registers, count = em.vector(args[0]), int(columns[1]) // 2
     from_registers = args[1].startswith("{")
@@ -255,7 +259,7 @@ def _product(em: Emitter, op: Opcode, args: list[str]) -> str:
     transposed = args[6:]
     if len(registers) != count or signs != ["1", "1"]:
         raise Unsupported("accumulators by another number, or a negated operand")
-    if not from_registers and transposed.pop(0) != "0":
+    if not from_registers and deep and transposed.pop(0) != "0":
         raise Unsupported("an operand A that is not K-major")
     em.raw = em.effect.flies = True
     sums = ", ".join(em.read(each, "b32") for each in registers)
@@ -268,6 +272,6 @@ def _product(em: Emitter, op: Opcode, args: list[str]) -> str:
     else:
         a_smem = em.read(args[1], "u64")
     flags = [em.read(scale, "pred"), "true" if transposed == ["1"] else "false",
-             "true" if "bf16" in types else "false"]  # fmt: skip
+             *("true" if kind in types else "false" for kind in ("bf16", "tf32"))]  # fmt: skip
     text += f"product(d, {count}, {a}, {a_smem}, {em.read(args[2], 'u64')}, {', '.join(flags)});"
     return text + "".join(em.write(each, "b32", f"d[{i}]") for i, each in enumerate(registers))

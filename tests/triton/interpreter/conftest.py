@@ -2,6 +2,10 @@
 it interprets, so they have a process of their own:
 
     TRITON_INTERPRET=1 pytest tests/triton/interpreter
+
+Those that ask only for numbers also run on Triton's compiled code (docs/design/emulation.md):
+
+    ATTN_EXT_EMULATED_RUNS=triton-ptx pytest tests/triton/interpreter/test_mixes.py
 """
 
 import os
@@ -10,9 +14,10 @@ import numpy as np
 import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETING:
+COMPILED = os.environ.get("ATTN_EXT_EMULATED_RUNS") == "triton-ptx"
+if not INTERPRETING and not COMPILED:
     collect_ignore_glob = ["test_*.py"]
-else:
+elif INTERPRETING:
     import triton
     from triton.runtime import interpreter
 

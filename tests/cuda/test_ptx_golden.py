@@ -1,0 +1,203 @@
+"""The executor of compiled PTX against published facts: Random123's known answers, the special
+values and the error that NVIDIA's manual of PTX states for ex2.approx, the fragments of its figures
+for stmatrix and ldmatrix, and the swizzles of CUTLASS's CuTe (Swizzle<B, 4, 3> of byte addresses).
+
+The instructions stand here as text, so that nothing of ours or of Triton's is between them and the
+executor.
+"""
+
+import struct
+
+import numpy as np
+import pytest
+from closeness import APPROXIMATE, assert_arrays_close
+
+emulated = pytest.importorskip(
+    "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
+)
+
+from ptx import build  # noqa: E402  after the module that it needs is known to be there
+
+HEAD = ".version 8.0\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
+# in and out are words of this lane: "[%rd3]" and "[%rd4]", 64 bytes apart
+ENTRY = """.visible .entry {name}(
+  .param .u64 {name}_in, .param .u64 {name}_out, .param .align 64 .b8 {name}_map[128])
+{{
+  .reg .b32 %r<40>; .reg .f32 %f<4>; .reg .b64 %rd<8>; .reg .pred %p<4>;
+  ld.param.u64 %rd1, [{name}_in];
+  ld.param.u64 %rd2, [{name}_out];
+  mov.u32 %r0, %tid.x;
+  mul.wide.u32 %rd5, %r0, 64;
+  add.s64 %rd3, %rd1, %rd5;
+  add.s64 %rd4, %rd2, %rd5;
+{body}
+  ret;
+}}
+"""
+EX2 = """
+  ld.global.f32 %f1, [%rd3];
+  ex2.approx.ftz.f32 %f2, %f1;
+  st.global.f32 [%rd4], %f2;
+  ex2.approx.f32 %f3, %f1;
+  st.global.f32 [%rd4+4], %f3;
+"""
+PHILOX = """
+  ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
+  ld.global.v2.u32 {%r5, %r6}, [%rd3+16];
+  mov.u32 %r7, 0;
+again:
+  mul.hi.u32 %r8, %r1, 0xD2511F53;
+  mul.lo.u32 %r9, %r1, 0xD2511F53;
+  mul.hi.u32 %r10, %r3, 0xCD9E8D57;
+  mul.lo.u32 %r11, %r3, 0xCD9E8D57;
+  xor.b32 %r12, %r10, %r2;
+  xor.b32 %r1, %r12, %r5;
+  mov.b32 %r2, %r11;
+  lop3.b32 %r3, %r8, %r4, %r6, 0x96;
+  mov.b32 %r4, %r9;
+  add.u32 %r5, %r5, 0x9E3779B9;
+  add.u32 %r6, %r6, 0xBB67AE85;
+  add.u32 %r7, %r7, 1;
+  setp.lt.u32 %p1, %r7, 10;
+  @%p1 bra again;
+  st.global.v4.u32 [%rd4], {%r1, %r2, %r3, %r4};
+"""
+# The lane's number and the register's in each half: store tiles, read them as plain rows, and by
+# ldmatrix.  The row of lane l: address 16 l.
+TILES = """
+  shl.b32 %r1, %r0, 4;
+  mov.u32 %r20, smem;
+  add.u32 %r1, %r1, %r20;
+  ld.global.v4.u32 {{%r2, %r3, %r4, %r5}}, [%rd3];
+  stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r1], {{{registers}}};
+  bar.sync 0;
+  ld.shared.v4.u32 {{%r6, %r7, %r8, %r9}}, [%r1];
+  st.global.v4.u32 [%rd4], {{%r6, %r7, %r8, %r9}};
+  ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r6, %r7, %r8, %r9}}, [%r1];
+  st.global.v4.u32 [%rd4+16], {{%r6, %r7, %r8, %r9}};
+"""
+BOX = """
+  mov.b64 %rd6, box{span}_map;
+  cvta.param.u64 %rd7, %rd6;
+  setp.eq.u32 %p1, %r0, 0;
+  mov.u32 %r3, smem;
+  add.u32 %r3, %r3, 4096;
+  @%p1 mbarrier.init.shared::cta.b64 [%r3], 1;
+  fence.proxy.async.shared::cta;
+  fence.mbarrier_init.release.cluster;
+  bar.sync 0;
+  @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], {bytes};
+  mov.u32 %r1, 0;
+  mov.u32 %r2, smem;
+  @%p1 cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%r2],
+    [%rd7, {{%r1, %r1, %r1, %r1}}], [%r3];
+wait:
+  mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], %r1;
+  @!%p2 bra wait;
+  shl.b32 %r4, %r0, 6;
+  add.u32 %r4, %r4, %r2;
+{reads}
+"""
+SPANS = {128: 3, 64: 2, 32: 1}  # bytes that are swizzled -> bits of CuTe's Swizzle
+REGISTERS = {1: "%r2", 2: "%r2, %r3", 4: "%r2, %r3, %r4, %r5"}
+READS = "".join(
+    f"  ld.shared.v4.u32 {{%r5, %r6, %r7, %r8}}, [%r4+{at}];\n"
+    f"  st.global.v4.u32 [%rd4+{at}], {{%r5, %r6, %r7, %r8}};\n"
+    for at in range(0, 64, 16)
+)
+BODIES = {"ex2": EX2, "philox": PHILOX}
+BODIES |= {
+    f"tiles{count}{'t' * trans}": TILES.format(
+        count=count, trans=".trans" * trans, registers=registers
+    )
+    for count, registers in REGISTERS.items()
+    for trans in (False, True)
+}
+BODIES |= {f"box{span}": BOX.format(span=span, bytes=16 * span, reads=READS) for span in SPANS}
+TEXT = HEAD + "".join(ENTRY.format(name=name, body=body) for name, body in BODIES.items())
+
+
+def run(name: str, words: np.ndarray, tensor_map: bytes = bytes(128)) -> np.ndarray:
+    """[32, 16] words of the lanes from [32, 16] words, with poison: bytes that nothing
+    wrote are read here, which "race" would report."""
+    given, got = np.ascontiguousarray(words, np.uint32), np.zeros((32, 16), np.uint32)
+    assert given.shape == (32, 16)
+    parameters = struct.pack("<QQ", given.ctypes.data, got.ctypes.data).ljust(64, b"\0")
+    body = build.address(TEXT, name, "golden.ptx")
+    emulated.set_mode("random+poison", seed=3, smem_limit=227 * 1024)
+    emulated.launch_compiled(body, (1, 1, 1), 32, 8192, parameters + tensor_map)
+    emulated.set_mode("plain")
+    return got
+
+
+def placed(rows) -> np.ndarray:
+    """These rows of words, and zeros to [32, 16]."""
+    words = np.zeros((32, 16), np.uint32)
+    for lane, row in enumerate(rows):
+        words[lane, : len(row)] = row
+    return words
+
+
+def test_ex2():
+    """The table of special values and the largest error of the manual's page of ex2."""
+    special = [-np.inf, -1e-40, -0.0, 0.0, 1e-40, np.inf, np.nan]
+    numbers = np.array([*special, *np.linspace(-30, 30, 25)], np.float32)
+    got = run("ex2", placed(numbers.view(np.uint32)[:, None]))[:, :2].copy().view(np.float32)
+    for column in got.T:
+        np.testing.assert_array_equal(column[:7], np.float32([0, 1, 1, 1, 1, np.inf, np.nan]))
+        assert_arrays_close(column[7:], np.exp2(numbers[7:].astype(float)), APPROXIMATE)
+
+
+# Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output
+PI = "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0"
+KNOWN = {
+    "0 0 0 0 0 0": "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    " ".join(["ffffffff"] * 6): "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    PI: "d16cfe09 94fdcceb 5001e420 24126ea1",
+}
+
+
+def test_philox():
+    """mul.hi, mul.lo, lop3, a branch: Random123's known answers."""
+    got = run("philox", placed([[int(w, 16) for w in key.split()] for key in KNOWN]))
+    for row, answer in zip(got, KNOWN.values(), strict=False):
+        assert " ".join(f"{word:08x}" for word in row[:4]) == answer
+
+
+@pytest.mark.parametrize("trans", [False, True])
+@pytest.mark.parametrize("count", REGISTERS)
+def test_stmatrix_and_ldmatrix(count, trans):
+    """The figure of the manual: thread T has elements 2 (T % 4) and the next of row T / 4 of each
+    tile, of its transpose with .trans; the row of tile i that lane 8 i + r names is row r."""
+    lane, register, half = np.ogrid[:32, :4, :2]
+    values = (1 + 8 * lane + 2 * register + half).astype(np.uint16)
+    words = placed(np.ascontiguousarray(values).view(np.uint32)[..., 0])
+    tiles = np.zeros((4, 8, 8), np.uint16)
+    rows, columns = np.broadcast_arrays(lane // 4, 2 * (lane % 4) + half)
+    for i in range(count):
+        tiles[i][rows[:, 0], columns[:, 0]] = values[:, i]
+    stored = tiles.swapaxes(1, 2) if trans else tiles
+    # what no stmatrix wrote is what poison left, 0xffff
+    stored[count:] = 0xFFFF
+    got = run(f"tiles{count}{'t' * trans}", words)
+    np.testing.assert_array_equal(got[:, :4].copy().view(np.uint16), stored.reshape(32, 8))
+    np.testing.assert_array_equal(got[:, 4 : 4 + count], words[:, :count])
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_swizzles_of_boxes(span):
+    """16 rows of a box in shared memory: byte x of the box lies at x ^ ((x >> 3) & bits 4.. of
+    CuTe's Swizzle<B, 4, 3>)."""
+    from ptx.triton_driver import SWIZZLED, tensor_map
+
+    columns = span // 2
+    storage = np.zeros(16 * columns + 8, np.uint16)
+    start = -storage.ctypes.data % 16 // 2
+    tensor = storage[start : start + 16 * columns]
+    tensor[:] = 1 + np.arange(16 * columns)
+    spec = tensor_map(tensor.ctypes.data, SWIZZLED.index(span), 2, 9, (1, 1, 16, columns),
+                      (1, 1, 16, columns), (16 * columns, 16 * columns, columns, 1), 0)  # fmt: skip
+    got = run(f"box{span}", placed([]), spec).view(np.uint16).ravel()
+    x = 2 * np.arange(16 * columns)
+    mask = ((1 << SPANS[span]) - 1) << 4
+    np.testing.assert_array_equal(got[(x ^ ((x >> 3) & mask)) // 2], tensor)

@@ -1,0 +1,91 @@
+"""Triton's compiled kernels, executed without a GPU: their PTX on the emulated machine, launched
+with the arguments of Triton's own launcher (tests/helpers/ptx/triton_driver.py).
+
+The tiles are small ones, quick to compile, but for "as shipped".  Compiled at each commit is a
+sample, and what a change can affect; `make test-ptx` runs all of them.
+"""
+
+import pytest
+import seen
+import torch
+
+emulated = pytest.importorskip(
+    "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
+)
+pytest.importorskip("triton", minversion="3.9", reason="its launcher is Python from 3.9 on")
+
+import triton_seen  # noqa: E402  after the modules that they need are known to be there
+from ptx import triton_driver  # noqa: E402
+
+from attn_ext.testing import check_call, random_call  # noqa: E402
+
+MODES = ["plain", "random", "poison", "race", "all"]
+CAUSAL = {"seqlen_q": 70, "seqlen_k": 201, "causal": True}
+FEATURES = {"seqlen_q": 70, "seqlen_k": 130, "mask": "bk", "bias": "hqk", "softcap": 5.0,
+            "alibi": True, "sink": True, "dropout_p": 0.2, "window": (60, -1)}  # fmt: skip
+PAGED = {"seqlen_q": 1, "cache_seqlens": [300, 41], "seqlen_k": 320, "page_size": 16,
+         "heads_q": 4, "heads_k": 2}  # fmt: skip
+VARLEN = {"seqlens_q": [30, 0, 75], "seqlens_k": [30, 40, 75], "causal": True}
+FIXED = {"seqlen_q": 70, "seqlen_k": 130, "bias": "hqk", "deterministic": True}
+HALF, SINGLE = {"dtype": torch.float16}, {"dtype": torch.float32}
+# what each would catch beside the instructions of its kernels
+CALLS = {
+    "sm_90, TMA and wgmma": ("sm_90", CAUSAL),
+    "sm_90, rows of 64 bytes, swizzled as such": ("sm_90", CAUSAL | HALF | {"head_dim": 32}),
+    "sm_90, two boxes a row": ("sm_90", CAUSAL | {"head_dim": 128}),
+    "sm_90, tf32": ("sm_90", CAUSAL | SINGLE),
+    "sm_90, every feature: bytes shared by warps": ("sm_90", FEATURES),
+    "sm_90, varlen": ("sm_90", VARLEN),
+    "sm_90, paged decode, split": ("sm_90", PAGED),
+    "sm_90, deterministic dbias": ("sm_90", FIXED),
+    "sm_80": ("sm_80", CAUSAL),
+    "sm_80, every feature": ("sm_80", FEATURES),
+    "sm_80, tf32": ("sm_80", CAUSAL | SINGLE),
+    "sm_80, paged decode, split": ("sm_80", PAGED),
+}
+SHIPPED = {"sm_90, as shipped": ("sm_90", CAUSAL), "sm_80, as shipped": ("sm_80", CAUSAL)}
+DUE = {name for name in (*CALLS, *SHIPPED) if seen.turn(name, 16)}  # half a minute each
+
+
+@pytest.fixture(autouse=True)
+def plain_mode():
+    yield
+    emulated.set_mode("plain")
+
+
+@pytest.mark.parametrize("name", [*CALLS, *SHIPPED])
+def test_kernels(name):
+    """Forward and backward, in every mode, without a false alarm."""
+    digest = triton_seen.executed(__file__, repr((CALLS | SHIPPED)[name]))
+    if seen.known("triton_ptx", name, digest, DUE):
+        return
+    architecture, options = (CALLS | SHIPPED)[name]
+    tiles = triton_driver.SHIPPED if name in SHIPPED else triton_driver.small
+    driver = triton_driver.Driver(architecture, tiles=tiles)
+    call = random_call(1, **{"head_dim": 64, "dtype": torch.bfloat16} | options)
+    for mode in MODES:
+        triton_driver.set_mode(mode, driver)
+        check_call(call, triton_driver.backend(driver), grads="cache_seqlens" not in options)
+    assert len(driver.launched) >= 2 * len(MODES)
+    seen.passed("triton_ptx", name, digest)
+
+
+def test_parameters():
+    """Values where the kernel looks for them: a tuple's in its place, constants left out, 64 bits
+    at multiples of 8."""
+    annotations = [(triton_driver.ARGUMENT, None), (triton_driver.CONSTANT, None),
+                   (triton_driver.TUPLE, [(triton_driver.ARGUMENT, None)] * 2)]  # fmt: skip
+    assert triton_driver.flat(annotations, [1, 2, (3, 4)]) == [1, 3, 4]
+    assert triton_driver.packed("i32", -2) == b"\xfe\xff\xff\xff"
+    assert triton_driver.packed("*bf16", None) == bytes(8)
+    assert triton_driver.packed("fp32", 1.0) == b"\0\0\x80\x3f"
+
+
+def test_tensor_maps():
+    """A map with dimensions in the wrong order, or strides in elements."""
+    spec = triton_driver.tensor_map(64, 3, 2, 9, (1, 1, 32, 64), (2, 4, 70, 64),
+                                    (17920, 4480, 64, 1), 0)  # fmt: skip
+    words = [int.from_bytes(spec[at : at + 8], "little") for at in range(16, 72, 8)]
+    assert words == [64, 70, 4, 2, 128, 8960, 35840]
+    boxes = [int.from_bytes(spec[at : at + 4], "little") for at in range(72, 96, 4)]
+    assert boxes == [64, 32, 1, 1, 2, 128]

@@ -129,7 +129,7 @@ def advice(name: str, why: str) -> str:
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "pip install triton"
     if name == "cuda":
-        return "build it where nvcc is: ATTN_EXT_CUDA=1 pip install ."
+        return "see docs/guide/install.md: NVRTC comes with torch's CUDA wheels"
     if name == "cpu":
         return "pip install -e . in the source tree builds attn_ext._C"
     return ""

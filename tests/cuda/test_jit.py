@@ -11,6 +11,7 @@ import os
 import stat
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import seen
@@ -18,6 +19,8 @@ from repository import ROOT
 
 from attn_ext.backends import jit
 from attn_ext.backends.jit import cache, first_use, nvrtc, sources
+from attn_ext.cli import compile as command
+from attn_ext.cli.errors import BadArgument
 
 CSRC = ROOT / "csrc"
 COMBINE = sources.kernel("attn::cuda::sm80::combine<attn::ptx::bf16>", "80")
@@ -241,3 +244,47 @@ def test_processes_that_write_at_once(tmp_path):
     for each in writers:
         each.join()
     assert seen_values == {BINARY} and all(each.exitcode == 0 for each in writers)
+
+
+# ---- the command --------------------------------------------------------------------------------
+@needs_nvrtc
+def test_the_command_compiles_keeps_and_clears(tmp_path, monkeypatch, capsys):
+    """A launch that the list leaves out; a second run that compiles again; a field that is gone."""
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
+    asked = (["86"], None, ["1,2,64,32"], ["bf16"], ["causal"], False, tmp_path, True)
+
+    def run():
+        first_use.default.cache_clear()
+        assert command.run(*asked) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        return row
+
+    first, second = run(), run()
+    assert set(first) == {
+        "name", "flags", "arch", "threads", "registers", "spilled_bytes", "shared_memory",
+        "instructions", "seconds", "cached", "cubin",
+    }  # fmt: skip
+    assert first["name"] == "attn::cuda::sm80::forward_plain"
+    assert not first["cached"] and second["cached"] and first["instructions"] > 500
+    assert Path(first["cubin"]).read_bytes()[:4] == b"\x7fELF"
+    assert command.clear(True) == 0 and json.loads(capsys.readouterr().out) == {"cleared": 1}
+    first_use.default.cache_clear()
+
+
+def test_what_the_command_refuses():
+    """A misspelt architecture, preset, feature or dtype that compiles nothing in silence."""
+    good = {"archs": ["80"], "preset": None, "shapes": ["1,2,64,32"], "dtypes": ["bf16"],
+            "features": [], "backward": False, "keep": None, "as_json": True}  # fmt: skip
+    wrong = {"archs": ["70"], "preset": "llm", "features": ["causl"], "dtypes": ["int8"],
+             "shapes": []}  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(BadArgument, match=name.rstrip("s")[:5]):
+            command.run(**{**good, name: value})
+
+
+@needs_nvrtc
+def test_every_preset_names_its_kernels():
+    """A preset whose calls cannot be made."""
+    for name in command.PRESETS:
+        for shape, dtype, features in command.calls(name, [], ["bf16"], None):
+            assert list(command.wanted(shape, dtype, features, True, "90a")), (name, features)

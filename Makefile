@@ -116,7 +116,7 @@ wheel: $(PINS)
 	rm -rf build/sdist dist && mkdir -p build/sdist dist
 	$(PY) -m pip install -q -c $(PINS) setuptools
 	$(PY) -c "from setuptools import build_meta as b; b.build_sdist('dist')" > build/sdist/log
-	ATTN_EXT_CUDA=$(or $(ATTN_EXT_CUDA),0) $(PY) -m pip wheel -q --no-deps -w dist dist/attn_ext-*.tar.gz
+	$(PY) -m pip wheel -q --no-deps -w dist dist/attn_ext-*.tar.gz
 	$(PY) tests/package/check_wheel.py dist/attn_ext-*.whl
 	ls -l dist
 
@@ -205,7 +205,7 @@ test-avx512:
 # On a machine with an NVIDIA GPU: the kernels against the reference, then under compute-sanitizer.
 # Without torch's caching allocator memcheck sees the end of each tensor.
 test-gpu: $(VENV)/installed.done
-	ATTN_EXT_CUDA=1 ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_limits.py \
 	  tests/cuda/test_cuda_sm90.py tests/cuda/test_cuda_sm90_varlen.py -k "not emulated"
 	$(PY) -m pytest -q tests/api/test_api.py tests/torch/test_torch_integration.py \

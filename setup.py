@@ -1,11 +1,11 @@
 """Builds the extensions of attn_ext with ninja: sources in parallel, only what changed.  No torch.
 
-attn_ext._C         csrc/cpu: always
-attn_ext._cuda      csrc/cuda by nvcc: where nvcc and a GPU are found, or ATTN_EXT_CUDA=1
+attn_ext._C         csrc/cpu
+attn_ext._cuda      the launches of csrc/cuda by NVIDIA's driver, if there is one; its kernels are
+                    compiled at first use (attn_ext/backends/jit)
 attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1
 
-Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0), NVCC (default nvcc),
-ATTN_EXT_CUDA (0: never, 1: always), ATTN_EXT_CUDA_ARCHS (default 80,90a).
+Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0).
 """
 
 import os
@@ -25,19 +25,12 @@ FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi 
 # The kernels say themselves what is inlined and unrolled, so that -O3 only makes copies: these
 # flags of it matter; the kernels' loops are the same instructions, built in half of the time.
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
-BINDING_FLAGS = "-O1"  # csrc/*.cpp: pybind11's templates; the calls are as fast as at -O3
+BINDING_FLAGS = "-O1"  # all other C++: pybind11's templates; the calls are as fast as at -O3
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
-    "-Wno-unknown-pragmas -fno-strict-aliasing -DATTN_EMULATED -DATTN_HAS_SM90"
+    "-Wno-unknown-pragmas -fno-strict-aliasing -DATTN_EMULATED"
 )
-# -lineinfo: profilers and compute-sanitizer name source lines; it changes no instruction.
-NVCC_FLAGS = (
-    "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xfatbin=-compress-all"
-)
-# Hopper's own instructions are in no other architecture, and not in plain sm_90.
-SM90_GENCODE = "-gencode arch=compute_90a,code=sm_90a"
-CUDA_ARCHS = os.environ.get("ATTN_EXT_CUDA_ARCHS", "80,90a").replace(" ", "")
 # The kernels of one element type and head_dim are one file, generated beside the objects.
 ELEMENTS = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "fp32": "float"}
 
@@ -61,40 +54,44 @@ def sources() -> list[str]:
 
 
 def cuda_sources() -> list[str]:
-    """The files of attn_ext._cuda that are not generated."""
-    cuda = ROOT / "csrc" / "cuda"
-    return relative(sorted([*cuda.rglob("*.cpp"), *cuda.rglob("*.cu")]))
+    """The C++ files of attn_ext._cuda."""
+    return relative(sorted((ROOT / "csrc" / "cuda").glob("*.cpp")))
 
 
 def emulated_sources() -> list[str]:
-    """The files of attn_ext._emulated: the emulator, and csrc/cuda compiled as C++."""
+    """The files of attn_ext._emulated: the emulator in the driver's place."""
     emulation = ROOT / "csrc" / "emulation"
     files = [*emulation.glob("*.cpp"), *emulation.glob("ptx/*.cpp")]
-    return relative(sorted(files)) + cuda_sources()
+    return relative(sorted(files)) + [s for s in cuda_sources() if "/driver" not in s]
 
 
 def instantiation(arch: str, element: str, head_dim: int) -> str:
-    """The file that instantiates the kernels of one (dtype, head_dim) pair of csrc/cuda/<arch>."""
-    arguments = "const Params&, void*" if arch == "sm90" else "Params, bool, void*"
-    runs = "".join(
-        f"template void {run}<{element}, {head_dim}>({arguments});\n"
-        for run in ("run_forward", "run_backward")
+    """The file that enlists the kernels of one (dtype, head_dim) pair of csrc/cuda/<arch>."""
+    lists = [
+        ("each_forward", f"{element}, {head_dim}"),
+        ("each_backward", f"{element}, {head_dim}"),
+    ]
+    if arch == "sm80" and head_dim == head_dims(arch)[0]:
+        lists.append(("each_other", element))
+    calls = ", ".join(
+        f"attn::cuda::{arch}::{name}<{arguments}>(attn::emulation::Enlist())"
+        for name, arguments in lists
     )
-    name = f"namespace attn::cuda::{arch}"
-    return f'#include "cuda/{arch}/kernels.cuh"\n\n{name} {{\n{runs}}}  // {name}\n'
+    return (
+        f'#include "cuda/{arch}/kernels.cuh"\n#include "emulation/kernels.h"\n\n'
+        f"[[maybe_unused]] static const bool enlisted = ({calls}, true);\n"
+    )
 
 
-def instantiations(folder: Path, sm90: bool) -> list[str]:
-    """Writes the kernels' instantiations, a file a (dtype, head_dim) pair; their paths.  sm90: also
-    those for sm_90a."""
+def instantiations(folder: Path) -> list[str]:
+    """Writes the kernels' instantiations, a file a (dtype, head_dim) pair; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [("sm80", e, d) for e in ELEMENTS for d in head_dims("sm80")]
-    if sm90:
-        files += [("sm90", e, d) for e in ("bf16", "fp16") for d in head_dims("sm90")]
+    files += [("sm90", e, d) for e in ("bf16", "fp16") for d in head_dims("sm90")]
     paths = []
     for arch, name, head_dim in files:
         path = folder / (
-            f"sm90_{name}_{head_dim}.cu" if arch == "sm90" else f"{name}_{head_dim}.cu"
+            f"sm90_{name}_{head_dim}.cpp" if arch == "sm90" else f"{name}_{head_dim}.cpp"
         )
         text = instantiation(arch, ELEMENTS[name], head_dim)
         if not path.exists() or path.read_text() != text:  # ninja goes by the file's time
@@ -103,89 +100,36 @@ def instantiations(folder: Path, sm90: bool) -> list[str]:
     return paths
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler, or None."""
-    return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
-def wants_cuda() -> bool:
-    """ATTN_EXT_CUDA decides; where it is not set, the kernels are built for a GPU of this machine.
-
-    Compiling them takes minutes, which who has no GPU should not pay.
-    """
-    asked = os.environ.get("ATTN_EXT_CUDA", "")
-    if asked in ("", "auto"):
-        return nvcc() is not None and any(Path("/dev").glob("nvidia[0-9]*"))
-    if asked == "0":
-        return False
-    if asked != "1":
-        raise SystemExit(f"ATTN_EXT_CUDA must be 0, 1 or auto, got {asked!r}")
-    if nvcc() is None:
-        raise SystemExit("ATTN_EXT_CUDA=1 needs nvcc on PATH, in NVCC or in /usr/local/cuda/bin")
-    return True
-
-
-def gencode() -> str:
-    """nvcc's architecture flags.  The oldest plain one goes in as PTX too, for GPUs to come."""
-    archs = [a for a in CUDA_ARCHS.split(",") if a]
-    plain = [a for a in archs if a.isdigit()]
-    if not archs or any(not a.rstrip("af").isdigit() or int(a.rstrip("af")) < 80 for a in archs):
-        raise SystemExit(
-            f"ATTN_EXT_CUDA_ARCHS must be like 80,90a and from 80 on, got {CUDA_ARCHS!r}"
-        )
-    flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-    if plain:
-        oldest = min(plain, key=int)
-        flags.append(f"-gencode arch=compute_{oldest},code=compute_{oldest}")
-    return " ".join(flags)
-
-
 def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> str:
     """The text of build.ninja for one shared library made of the sources."""
     import pybind11
 
     cxx = compiler()
     extra = os.environ.get("ATTN_EXT_CXXFLAGS", "")
-    cuda, emulated = name == "attn_ext._cuda", name == "attn_ext._emulated"
-    sm90 = emulated or "90a" in CUDA_ARCHS.split(",")
+    emulated = name == "attn_ext._emulated"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
     flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes}"
     # Python's own symbols come from the process that loads the module: macOS wants to be told
     linked = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    libraries = "" if sys.platform == "darwin" else "-ldl"  # dlopen, in older C libraries
     lines = [
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {flags} $opt {extra} -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
-        f"rule link\n  command = {cxx} {linked} -pthread {extra} $in -o $out",
+        f"rule link\n  command = {cxx} {linked} -pthread {extra} $in {libraries} -o $out",
     ]
-    if cuda:
-        device = f"{NVCC_FLAGS} {includes} -DATTN_EXT_CUDA_ARCHS='\"{CUDA_ARCHS}\"'"
-        device += " -DATTN_HAS_SM90" if sm90 else ""
-        for rule, flags in (("nvcc", gencode()), ("nvcc_sm90", SM90_GENCODE)):
-            lines += [
-                f"rule {rule}\n  command = {nvcc()} -MD -MF $out.d {device} {flags} -Xptxas -v"
-                " -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-                "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
-            ]
-        lines += [
-            # cudart static: the module imports on a machine without a driver or a toolkit
-            f"rule nvlink\n  command = {nvcc()} -shared -cudart static {gencode()} $in -o $out",
-        ]
-    if cuda or emulated:
-        sources = [*sources, *instantiations(objects / "instantiations", sm90)]
+    if emulated:
+        sources = [*sources, *instantiations(objects / "instantiations")]
     outputs = []
     for source in sources:
         label = "instantiation_" + Path(source).name if Path(source).is_absolute() else source
         output = objects / (label.replace(os.sep, "_") + ".o")
         outputs.append(str(output))
-        rule = "nvcc" if cuda and source.endswith(".cu") else "cxx"
-        if rule == "nvcc" and Path(source).name.startswith("sm90_"):
-            rule = "nvcc_sm90"
-        lines.append(f"build {output}: {rule} {ROOT / source}")
-        if name == "attn_ext._C":
-            binding = Path(source).parent.name == "csrc"
-            lines.append(f"  opt = {BINDING_FLAGS if binding else kernel_flags()}")
-    lines.append(f"build {target}: {'nvlink' if cuda else 'link'} {' '.join(outputs)}")
+        lines.append(f"build {output}: cxx {ROOT / source}")
+        if not emulated:
+            kernels = Path(source).parts[:2] == ("csrc", "cpu")
+            lines.append(f"  opt = {kernel_flags() if kernels else BINDING_FLAGS}")
+    lines.append(f"build {target}: link {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 
 
@@ -234,9 +178,10 @@ class NinjaBuild(build_ext):
         subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects)])
 
 
-extensions = [Extension("attn_ext._C", sources())]
-if wants_cuda():
-    extensions.append(Extension("attn_ext._cuda", cuda_sources()))
+extensions = [
+    Extension("attn_ext._C", sources()),
+    Extension("attn_ext._cuda", cuda_sources()),
+]
 if os.environ.get("ATTN_EXT_EMULATED", "0") not in ("", "0"):
     extensions.append(Extension("attn_ext._emulated", emulated_sources()))
 setup(

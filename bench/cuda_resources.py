@@ -39,7 +39,7 @@ def head_dims(arch: str) -> tuple[int, ...]:
 HEAD_DIMS = head_dims("sm80")
 DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
 SM90_HEAD_DIMS = head_dims("sm90")
-# ("launch", 0) is launch.cu; "sm90 ..." the Hopper kernels of a pair, for sm_90a alone
+# ("launch", 0): kernels that serve all head dimensions; "sm90 ...": the Hopper kernels of a pair
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
 UNITS += [(f"sm90 {dtype}", dim) for dtype in ("bf16", "fp16") for dim in SM90_HEAD_DIMS]
 
@@ -105,21 +105,22 @@ def nvcc_version(nvcc: str) -> str:
 
 def source_text(dtype: str, head_dim: int) -> str:
     """The translation unit of one pair."""
+    arch = "sm90" if dtype.startswith("sm90") else "sm80"
+    element = dtype.removeprefix("sm90 ")
+    lists = {f"each_{way}<{element}, {head_dim}>" for way in ("forward", "backward")}
     if dtype == "launch":
-        return '#include "cuda/launch.cu"\n'
-    if dtype.startswith("sm90 "):
-        runs = (
-            f"template void {run}<{dtype[5:]}, {head_dim}>(const Params&, void*);\n"
-            for run in ("run_forward", "run_backward")
-        )
-        head = '#include "cuda/sm90/kernels.cuh"\nnamespace attn::cuda::sm90 {\n'
-        return head + "".join(runs) + "}\n"
+        lists = {f"each_other<{element}>" for element in DTYPES}
+    # to take a kernel's address is to instantiate it
+    calls = "".join(f"  {each}(take);\n" for each in sorted(lists))
     return (
-        '#include "cuda/sm80/kernels.cuh"\n'
-        "namespace attn::cuda::sm80 {\n"
-        f"template void run_forward<{dtype}, {head_dim}>(Params, bool, void*);\n"
-        f"template void run_backward<{dtype}, {head_dim}>(Params, bool, void*);\n"
-        "}\n"
+        f'#include "cuda/{arch}/kernels.cuh"\n'
+        f"using namespace attn::cuda;\nusing namespace {arch};\n"
+        "template <class P>\nconst void* take_one(void (*kernel)(P)) {\n"
+        "  return reinterpret_cast<const void*>(kernel);\n}\n"
+        "const void* taken;\n"
+        "void all() {\n"
+        "  const auto take = [](const std::string&, auto kernel) { taken = take_one(kernel); };\n"
+        f"{calls}}}\n"
     )
 
 
@@ -199,8 +200,8 @@ def _compile(nvcc: str, dtype: str, head_dim: int, arch: str) -> dict[str, dict]
         source.write_text(source_text(dtype, head_dim))
         command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "--fatbin", f"-I{ROOT / 'csrc'}"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-        command += [f'-DATTN_EXT_CUDA_ARCHS="{",".join(ARCHS)}"', str(source)]
-        done = subprocess.run([*command, "-o", str(fatbin)], capture_output=True, text=True)
+        command += [str(source), "-o", str(fatbin)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc {dtype} {head_dim} sm_{arch}:\n{done.stdout}{done.stderr}")
         shutil.copy(fatbin, kept.with_suffix(".fatbin"))
@@ -221,7 +222,8 @@ def cubin(nvcc: str, dtype: str, head_dim: int, arch: str, folder: Path) -> Path
 # The tile table printed by itself, so that no size is repeated here.
 SHARED = """
 #include <cstdio>
-#include "cuda/sm90/traits.cuh"
+#include <initializer_list>
+#include "cuda/sm90/tiles.h"
 using namespace attn::cuda;
 template <class T, int D>
 void print(const char* dtype) {
@@ -274,7 +276,7 @@ def blocks() -> dict[str, dict[str, int]]:
         source, binary = Path(folder) / "smem.cpp", Path(folder) / "smem"
         source.write_text(SHARED)
         cxx = os.environ.get("CXX", "c++")
-        flags = ["-std=c++17", "-w", "-DATTN_EMULATED", f"-I{ROOT / 'csrc'}", "-pthread"]
+        flags = ["-std=c++17", "-w", f"-I{ROOT / 'csrc'}"]
         subprocess.run([cxx, *flags, str(source), "-o", str(binary)], check=True)
         lines = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout
     rows = (line.split() for line in lines.splitlines())

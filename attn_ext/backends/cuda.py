@@ -1,19 +1,25 @@
-"""The CUDA backend: csrc/cuda's kernels (attn_ext._cuda) on NVIDIA GPUs from sm_80 on."""
+"""The CUDA backend: csrc/cuda's kernels on NVIDIA GPUs from sm_80 on, compiled by NVRTC when they
+are used for the first time (backends/jit) and launched by NVIDIA's driver (attn_ext._cuda)."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 
 from attn_ext.backends import native_gpu
+from attn_ext.backends.jit import first_use
+from attn_ext.backends.jit.nvrtc import CompileError, find
 from attn_ext.core.problem import Problem
 
 try:
     from attn_ext import _cuda
 except ImportError as error:  # not built, or built for another Python
     _cuda, _import_error = None, error
+else:
+    _cuda.set_compile(
+        lambda kernel, capability: first_use.image(kernel, capability, _driver() // 1000)
+    )
 
 
 @functools.cache
@@ -23,15 +29,28 @@ def kernels() -> native_gpu.Kernels:
 
 
 @functools.cache
+def _driver() -> int:
+    """The CUDA version of the driver: 12040 for 12.4."""
+    return _cuda.driver_version()
+
+
+@functools.cache
 def _device_problem(index: int) -> str:
-    """Why the kernels do not run on this device; asked only for tensors that lie on it, since
-    loading a kernel makes a CUDA context."""
-    return _cuda.device_problem(index) or _cuda.kernel_problem(index)
+    """Why the kernels do not run on this device."""
+    why = _cuda.device_problem(index) or first_use.problem(_driver(), find(_driver() // 1000))
+    if why:
+        return why
+    try:
+        known = first_use.default(_driver() // 1000).architectures
+        first_use.architecture(_cuda.capability(index), known)
+    except CompileError as error:
+        return str(error)
+    return ""
 
 
 def is_hopper(index: int) -> bool:
     """Whether the kernels written for Hopper run on a device."""
-    return _cuda is not None and _cuda.sm90_problem(index) == ""
+    return _cuda is not None and not _cuda.driver_problem() and _cuda.sm90_problem(index) == ""
 
 
 class Hopper:
@@ -50,14 +69,11 @@ class Hopper:
 def available() -> str:
     """ "" when a CUDA device of this machine can run the kernels, else reason and remedy."""
     if _cuda is None:
-        built = importlib.util.find_spec("attn_ext._cuda") is not None
-        why = f"attn_ext._cuda does not load here ({_import_error})" if built else \
-            "attn_ext was built without its CUDA kernels"  # fmt: skip
-        return f"{why}: install nvcc and reinstall with ATTN_EXT_CUDA=1"
+        return f"attn_ext._cuda does not load here ({_import_error}): reinstall attn_ext"
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else "; this torch was built without CUDA"
         return f"torch sees no CUDA device{built}"
-    problems = [_cuda.device_problem(i) for i in range(torch.cuda.device_count())]
+    problems = [_device_problem(i) for i in range(torch.cuda.device_count())]
     return "" if "" in problems else problems[0]
 
 

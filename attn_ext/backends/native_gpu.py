@@ -173,6 +173,22 @@ class Kernels:
             native.forward(address, *target)
         return out, lse, *stats
 
+    def launches(self, call: Call, backward: bool, device: tuple[int, bool, int]):
+        """(kernel, threads, bytes of shared memory) of each launch that a call would make on a
+        device: its multiprocessors, whether Hopper's kernels serve, its shared memory a CTA."""
+        q = call.q
+        out = empty_like_layout(q, call.v.shape[-1])
+        lse = torch.empty(lse_shape(call), dtype=torch.float32, device=q.device)
+        native = self._native(call, self._canonical(call), out, lse)
+        if call.need_stats:
+            point(native, max_logit=lse, entropy=lse)
+        if backward:
+            varlen, bias = call.cu_seqlens_q is not None, call.bias
+            grads = [strides(x, varlen) for x in (out, q, call.k, call.v)]
+            native.set_gradients(*grads, _gradient_strides(bias), call.deterministic)
+            point(native, dout=out, dq=q, dk=call.k, dv=call.v, dbias=bias, dsink=call.sink)
+        return native.launches(backward, *device)
+
     def backward(self, call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         """The gradients; None where `needs` says so.  That of the bias has its own shape and
         dtype."""

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from attn_ext.backends.jit import sources
 from attn_ext.core.machine import cache_folder, cpu_model
 from attn_ext.core.problem import Problem
 from attn_ext.core.version import __version__
@@ -105,6 +106,7 @@ def kernels(device: str) -> str:
     files = [importlib.util.find_spec(f"attn_ext.{name}") for name in MODULES[device]]
     files = [Path(found.origin) for found in files if found is not None and found.origin]
     if device == "cuda":
+        files += sorted((sources.root() / "cuda").rglob("*.cuh"))
         files += sorted(Path(importlib.util.find_spec(TRITON).origin).parent.rglob("*.py"))
     digest = hashlib.sha256()
     for file in files:

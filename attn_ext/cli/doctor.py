@@ -16,6 +16,9 @@ import torch
 
 import attn_ext
 from attn_ext.backends import tuned
+from attn_ext.backends.jit import first_use
+from attn_ext.backends.jit.cache import Cache
+from attn_ext.backends.jit.nvrtc import find
 from attn_ext.core.machine import cpu_model
 from attn_ext.measure.peers import available_bytes
 
@@ -129,7 +132,7 @@ def advice(name: str, why: str) -> str:
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "pip install triton"
     if name == "cuda":
-        return "build it where nvcc is: ATTN_EXT_CUDA=1 pip install ."
+        return "see docs/guide/install.md: NVRTC comes with torch's CUDA wheels"
     if name == "cpu":
         return "pip install -e . in the source tree builds attn_ext._C"
     return ""
@@ -139,6 +142,16 @@ def tables() -> dict[str, str]:
     """What `attn-ext tune` measured on each device, and how long ago"""
     devices = [("cpu", 0), *(("cuda", i) for i in range(torch.cuda.device_count()))]
     return {f"{kind}:{i}" if kind == "cuda" else kind: tuned.state(kind, i) for kind, i in devices}
+
+
+def compiled() -> str:
+    """Where NVRTC is, and what it has compiled and is kept"""
+    nvrtc, folder = find(), first_use.folder()
+    version = "not found" if nvrtc is None else "{}.{}".format(*nvrtc.version)
+    if folder is None:
+        return f"NVRTC {version}; no folder to keep kernels in"
+    count, size = Cache(folder).size()
+    return f"NVRTC {version}; {count} kernels kept, {size / 2**20:.1f} MiB in {folder}"
 
 
 def gather() -> dict:
@@ -155,6 +168,7 @@ def gather() -> dict:
         "torch_cuda": torch.version.cuda,
         "environment": {k: v for k, v in os.environ.items() if k.startswith("ATTN_EXT_")},
         "tuned": tables(),
+        "cuda_kernels": compiled(),
         "backends": [
             {"name": n, "works": not why, "reason": why, "advice": advice(n, why)}
             for n, why in states.items()
@@ -196,6 +210,7 @@ def run(as_json: bool) -> int:
         console.print(f"{name}={value}")
     for name, state in found["tuned"].items():
         console.print(f"tuned    {name}: {state}", soft_wrap=True)
+    console.print(f"CUDA     {found['cuda_kernels']}", soft_wrap=True)
     table = Table("backend", "works", "why not", "what to do", title="Backends, as auto tries them")
     for b in found["backends"]:
         table.add_row(b["name"], "yes" if b["works"] else "no", b["reason"], b["advice"])

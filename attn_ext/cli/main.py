@@ -169,6 +169,37 @@ def explain(
     return command.run(shape, dtype, device, causal, backward, words(features), kind, json)
 
 
+@app.command()
+def compile(
+    arch: Annotated[
+        str | None, typer.Option(help="80, 86, 89, 90a, 100, 120; with commas; default: this GPU")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="llama, bert, gpt2 or vit")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="B,H,S,D; H may be Hq/Hk and S may be Sq/Sk")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32; with commas")] = "bf16",
+    features: Annotated[
+        str | None,
+        typer.Option(help="causal, mask, bias, softcap, alibi, sink, dropout, decode, paged ..."),
+    ] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="with gradients")] = False,
+    keep: Annotated[Path | None, typer.Option(help="write the machine code here, too")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="take compiled kernels away")] = False,
+    json: Json = False,
+) -> int:
+    """Compile the CUDA kernels of a model ahead of time; needs NVRTC and no GPU."""
+    from attn_ext.cli import compile as command
+
+    if clear:
+        return command.clear(json)
+    found = words(arch) or command.here()
+    keep = writable(keep, "--keep", folder=True)
+    return command.run(
+        found, preset, shape or [], words(dtype) or [], words(features), backward, keep, json
+    )
+
+
 @app.command(
     context_settings={
         "ignore_unknown_options": True,

@@ -1,19 +1,52 @@
-// attn_ext._cuda (and the kernels' half of attn_ext._emulated): integers and flat structs in,
-// nothing else.  The Python side has validated what the pointers mean (attn_ext/backends/cuda.py).
+// What attn_ext._cuda and attn_ext._emulated have in common: integers and flat structs in, nothing
+// else.  The Python side has validated what the pointers mean (attn_ext/backends/native_gpu.py).
 // The GIL is released in every call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../binding_call.h"
 #include "launch.h"
+#ifndef ATTN_EMULATED
+#include "driver.h"
+#endif
 
 namespace py = pybind11;
 
 namespace attn::cuda {
 namespace {
 
-Target target(int device, uintptr_t stream, int multiprocessors, bool sm90) {
-  return {device, stream, multiprocessors, sm90};
+// For questions about a call: no device is asked.
+Target target(int multiprocessors, bool sm90) { return {0, 0, multiprocessors, sm90, 0}; }
+
+void run_forward(const NativeCall& c, uintptr_t workspace, const Target& target) {
+  on_device(target, [&](Executor& to) {
+    forward(c.p, c.ptr, reinterpret_cast<float*>(workspace), target, to);
+  });
+}
+
+// Keeps of launches what needs no GPU.
+class List : public Executor {
+ public:
+  struct Entry {
+    std::string kernel;
+    int threads, smem_bytes;
+  };
+  std::vector<Entry> entries;
+
+  void launch(const Launch& x) override { entries.push_back({x.kernel, x.threads, x.smem_bytes}); }
+  ptx::TensorMap tensor_map(const ptx::TensorSpec&) override { return {}; }
+};
+
+py::list launches(const NativeCall& c, bool is_backward, int multiprocessors, bool sm90,
+                  int shared_memory) {
+  check(c.p, c.ptr);
+  const Target target = {0, 0, multiprocessors, sm90, shared_memory};
+  List list;
+  (is_backward ? backward : forward)(c.p, c.ptr, reinterpret_cast<float*>(128), target, list);
+  py::list found;
+  for (const List::Entry& each : list.entries)
+    found.append(py::make_tuple(each.kernel, each.threads, each.smem_bytes));
+  return found;
 }
 
 }  // namespace
@@ -26,28 +59,30 @@ void bind(py::module_& m) {
           "forward_workspace",
           [](const NativeCall& c, int multiprocessors) {
             check(c.p, c.ptr);
-            return forward_workspace(c.p, c.ptr, target(0, 0, multiprocessors, false));
+            return forward_workspace(c.p, c.ptr, target(multiprocessors, false));
           },
           "Floats of scratch that forward needs")
       .def(
           "forward_kernel",
           [](const NativeCall& c, int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
-            return forward_kernel(c.p, c.ptr, target(0, 0, multiprocessors, sm90));
+            return forward_kernel(c.p, c.ptr, target(multiprocessors, sm90));
           },
           "What forward launches: 'sm90', 'sm80 plain' or 'sm80 general'")
       .def(
           "backward_kernel",
           [](const NativeCall& c, int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
-            return backward_kernel(c.p, c.ptr, target(0, 0, multiprocessors, sm90));
+            Target where = target(multiprocessors, sm90);
+            where.shared_memory = shared_memory(0);
+            return backward_kernel(c.p, c.ptr, where);
           },
           "What backward launches, in the words of forward_kernel")
       .def(
           "backward_workspace",
           [](const NativeCall& c, bool sm90, int device) {
             check(c.p, c.ptr);
-            return backward_workspace(c.p, c.ptr, target(device, 0, 1, sm90));
+            return backward_workspace(c.p, c.ptr, {device, 0, 1, sm90, shared_memory(device)});
           },
           py::arg("sm90"), py::arg("device") = 0,
           "Floats of scratch that backward needs on a device, once all addresses are set")
@@ -57,8 +92,7 @@ void bind(py::module_& m) {
              int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             py::gil_scoped_release release;
-            forward(c.p, c.ptr, reinterpret_cast<float*>(workspace),
-                    target(device, stream, multiprocessors, sm90));
+            run_forward(c, workspace, {device, stream, multiprocessors, sm90, 0});
           },
           "O, LSE (and row statistics); asynchronous on the stream")
       .def(
@@ -72,7 +106,7 @@ void bind(py::module_& m) {
             c.ptr.o = reinterpret_cast<void*>(o), c.ptr.lse = reinterpret_cast<void*>(lse);
             check(c.p, c.ptr);
             py::gil_scoped_release release;
-            forward(c.p, c.ptr, nullptr, target(device, stream, multiprocessors, sm90));
+            run_forward(c, 0, {device, stream, multiprocessors, sm90, 0});
           },
           "forward without scratch or side inputs, of the five addresses given")
       .def(
@@ -81,21 +115,47 @@ void bind(py::module_& m) {
              int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             py::gil_scoped_release release;
-            backward(c.p, c.ptr, reinterpret_cast<float*>(workspace),
-                     target(device, stream, multiprocessors, sm90));
+            const Target where = {device, stream, multiprocessors, sm90, shared_memory(device)};
+            on_device(where, [&](Executor& to) {
+              backward(c.p, c.ptr, reinterpret_cast<float*>(workspace), where, to);
+            });
           },
-          "The gradients whose addresses are set; asynchronous on the stream");
+          "The gradients whose addresses are set; asynchronous on the stream")
+      .def("launches", &launches, py::arg("backward"), py::arg("multiprocessors"), py::arg("sm90"),
+           py::arg("shared_memory"),
+           "(kernel as C++ names it, threads, bytes of shared memory) of each launch that the call "
+           "would make on such a device; nothing runs");
   m.def("device_problem", &device_problem,
-        "'' when this build has kernels for the device, else the reason; makes no context");
-  m.def("kernel_problem", &kernel_problem,
-        "'' when the driver loads a kernel of this build on the device, else CUDA's text");
+        "'' when kernels run on the device, else the reason; makes no context");
   m.def("multiprocessors", &multiprocessors);
-  m.def("sm90_problem", &sm90_problem,
-        "'' when this build has Hopper kernels and the device is one, else the reason");
+  m.def("sm90_problem", &sm90_problem, "'' when the device is a Hopper GPU, else the reason");
 }
+
+#ifndef ATTN_EMULATED
+void set_compile(const py::object& compile) {
+  // kept for good: the call may come from a thread that outlives the interpreter's last statement
+  auto* held = new py::object(compile);
+  driver::set_compile([held](const std::string& kernel, int capability) {
+    const py::gil_scoped_acquire gil;
+    const auto [symbol, cubin] =
+        (*held)(kernel, capability).cast<std::pair<std::string, py::bytes>>();
+    return driver::Image{symbol, std::string(cubin)};
+  });
+}
+#endif
 
 }  // namespace attn::cuda
 
 #ifndef ATTN_EMULATED
-PYBIND11_MODULE(_cuda, m) { attn::cuda::bind(m); }
+PYBIND11_MODULE(_cuda, m) {
+  using namespace attn::cuda;
+  bind(m);
+  m.def("set_compile", &set_compile, py::arg("compile"),
+        "compile(kernel as C++ names it, 10 * major + minor) -> (symbol, machine code)");
+  m.def("driver_version", &driver::version, "1000 * major + 10 * minor of CUDA; 0: no driver");
+  m.def("driver_problem", &driver::problem, "'' when NVIDIA's driver is there, else the reason");
+  m.def("capability", &driver::capability, "10 * major + minor of a device");
+  m.def("open_driver", &driver::open, py::arg("path"),
+        "For tests: this library is the driver from now on");
+}
 #endif

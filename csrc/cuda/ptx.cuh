@@ -8,7 +8,7 @@
 //
 //   kernel        template <...> ATTN_KERNEL(THREADS, MIN_BLOCKS)
 //                 void kernel(ATTN_GRID_CONSTANT const Params p)
-//   launch        launch(kernel<...>, Grid{x, y, z}, threads, smem_bytes, stream, params);
+//   launch        launches.h, which knows kernels by their names
 //   who am I      thread_id() block_id().x|y|z grid_size().x|y|z lane_id() warp_id() block_size()
 //   rendezvous    sync_threads() sync_warp() named_barrier_sync<ID>(n) named_barrier_arrive<ID>(n)
 //   shuffles      shfl_xor(v, mask) shfl(v, lane) ballot(flag)         v: float, int, uint32_t
@@ -32,12 +32,6 @@
 #ifdef ATTN_EMULATED
 #include "../emulation/ptx_host.h"
 #else
-#ifndef __CUDACC_RTC__  // NVRTC compiles kernels alone, and needs no header of CUDA
-#include <cuda_runtime.h>
-#include <stdexcept>
-#include <string>
-#endif
-
 #define ATTN_DEVICE __device__ __forceinline__
 #define ATTN_KERNEL(...) __global__ __launch_bounds__(__VA_ARGS__)
 #define ATTN_GRID_CONSTANT __grid_constant__
@@ -303,31 +297,6 @@ ATTN_DEVICE void atomic_add_global(float* p, float v) { atomicAdd(p, v); }
 // The value before: a ticket.  thread_fence() goes before taking it and after.
 ATTN_DEVICE int atomic_add_global(int* p, int v) { return atomicAdd(p, v); }
 ATTN_DEVICE void thread_fence() { __threadfence(); }
-
-#ifndef __CUDACC_RTC__
-// ---- launch -----------------------------------------------------------------------------------
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
-}
-
-// Runs the kernel on `stream` (a cudaStream_t).  Errors of the launch are std::runtime_error; those
-// of the kernel itself appear at the next synchronisation, as always in CUDA.
-template <class Params>
-void launch(void (*kernel)(Params), Grid grid, int threads, int smem_bytes, void* stream,
-            Params params) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  if (smem_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-          "shared memory of the attention kernel");
-  }
-  void* args[] = {&params};
-  check(cudaLaunchKernel(function, dim3(grid.x, grid.y, grid.z), dim3(threads), args, smem_bytes,
-                         static_cast<cudaStream_t>(stream)),
-        "launch of the attention kernel");
-}
-#endif  // __CUDACC_RTC__
 
 }  // namespace attn::ptx
 #endif  // ATTN_EMULATED

@@ -52,9 +52,6 @@ ATTN_DEVICE uint64_t wgmma_operand(uint32_t word, uint32_t bytes, uint32_t slab_
 #ifdef ATTN_EMULATED
 #include "../emulation/ptx_host_sm90.h"
 #else
-#ifndef __CUDACC_RTC__
-#include <cuda.h>  // types of cuTensorMapEncodeTiled; libcuda is not linked
-#endif
 
 namespace attn::ptx {
 
@@ -287,46 +284,6 @@ ATTN_DEVICE void wgmma_rs(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64
                           bool accumulate) {
   wgmma<T, TRANS_B, true>(acc, a, 0, b, accumulate);
 }
-
-#ifndef __CUDACC_RTC__
-// ---- host -------------------------------------------------------------------------------------
-// Throws std::invalid_argument by the rule that is broken, std::runtime_error by the driver.
-inline TensorMap make_tensor_map(const TensorSpec& t) {
-  if (const char* why = tensor_problem(t); *why) throw std::invalid_argument(why);
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-#if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                           cudaEnableDefault, &status),
-          "cuTensorMapEncodeTiled");
-#else  // the same, but the driver must be as new as the toolkit
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status),
-          "cuTensorMapEncodeTiled");
-#endif
-    if (status != cudaDriverEntryPointSuccess || !found)
-      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled: CUDA 12.0 is needed");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
-  cuuint64_t size[4], stride[3];
-  cuuint32_t box[4], ones[4] = {1, 1, 1, 1};
-  for (int i = 0; i < 4; ++i) size[i] = cuuint64_t(t.size[i]), box[i] = cuuint32_t(t.box[i]);
-  for (int i = 0; i < 3; ++i) stride[i] = cuuint64_t(t.stride[i]);
-  alignas(128) CUtensorMap map;
-  const CUresult error =
-      encode(&map, t.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             4, const_cast<void*>(t.base), size, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (error != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: CUDA driver error " +
-                             std::to_string(int(error)));
-  TensorMap out;
-  memcpy(&out, &map, sizeof(out));
-  return out;
-}
-#endif  // __CUDACC_RTC__
 
 }  // namespace attn::ptx
 #endif  // ATTN_EMULATED

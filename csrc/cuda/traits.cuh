@@ -1,13 +1,10 @@
-// What every kernel shares: the parameter block, the tile sizes, and how a row of head_dim elements
-// is cut.  All tile sizes of sm_80 are here; those of Hopper are in sm90/traits.cuh.
+// What every kernel shares beside tiles.h: constants, and where the sequences of a call begin and
+// end.
 #pragma once
 #include <cmath>
-#include <cstdint>
 
-#include "../logit.h"
-#include "../params.h"
-#include "../philox.h"
 #include "ptx.cuh"
+#include "tiles.h"
 
 #ifdef __CUDACC__
 #define ATTN_UNROLL _Pragma("unroll")
@@ -20,7 +17,6 @@
 #endif
 
 namespace attn::cuda {
-using namespace attn::ptx;
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
@@ -30,120 +26,6 @@ constexpr float kInf = INFINITY;
 constexpr float kLeast = -2.3e38f, kLeast2 = -3.3e38f, kFinfoMin = -3.4028234663852886e38f;
 // 2^-kFar is 0; a larger distance might overflow where it is multiplied by such a 0.
 constexpr float kFar = 200.0f;
-
-// One launch.  Everything that a kernel would otherwise derive again in every thread is here.
-struct Params {
-  Problem p;
-  Pointers ptr;
-  float scale, scale_log2;             // softmax_scale, and that times log2(e)
-  Terms<float> terms;                  // of logits, in units of log2(e)
-  float keep_scale;                    // 1 / (1 - dropout_p); 0 where everything is dropped
-  uint64_t keep_threshold;             // a Philox word survives when it is at least this
-  int window_left, window_right;       // -1: unbounded
-  int group;                           // query heads of one K/V head
-  int pack;                            // query heads that share a tile's rows: 1, or group (decode)
-  int m_tiles, n_tiles;                // tiles of the largest sequence
-  int splits;                          // CTAs that share the keys of one tile of queries
-  int pass;                            // backward for wide heads: 0 = dV, 1 = dK
-  bool q_vec, k_vec, v_vec, dout_vec;  // rows can be copied 16 bytes at a time
-  int fused_block_m;                   // backward in one kernel on sm80: queries of a tile
-  float* delta;                        // as LSE: rowsum(dO * O) - dLSE
-  float* dq_sums;                      // of a backward in one kernel, or null
-  float* partial_o;                    // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
-  float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE - largest logit, that, entropy
-};
-
-// A row of HEAD_DIM elements: 16-byte chunks for copies, 32-byte steps for the tensor cores (16
-// halves or 8 floats, one mma deep).
-template <class T, int HEAD_DIM>
-struct Row {
-  static constexpr int BYTES = HEAD_DIM * int(sizeof(T));
-  static constexpr int CHUNKS = BYTES / 16, STEPS = BYTES / 32;
-  static constexpr int PER_CHUNK = 16 / int(sizeof(T));
-};
-
-// BLOCK_M rows stay (16 a warp), BLOCK_N are streamed through STAGES buffers.  Everything fits 99
-// KiB, the limit of sm_86, sm_89 and sm_120 (sm_80: 163, sm_90: 227).
-template <int WARPS_, int BLOCK_N_, int STAGES_>
-struct Tile {
-  static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
-  static constexpr int BLOCK_M = 16 * WARPS_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-  // After the tiles: 128 bytes of flags; in backward then LSE and delta of the streamed queries, or
-  // column sums.  Forward goes without these: 1 KiB more would leave one block of 82 KiB on sm_80.
-  static constexpr int FLAG_BYTES = 128, ROWS_BYTES = 8 * BLOCK_N_ * STAGES_;
-  static constexpr int SUM_BYTES = 4 * BLOCK_N_ * WARPS_;
-  static constexpr int forward_smem(int row_bytes) {
-    return row_bytes * (BLOCK_M + 2 * STAGES * BLOCK_N) + FLAG_BYTES;
-  }
-  static constexpr int backward_smem(int row_bytes) {
-    return row_bytes * (2 * BLOCK_M + 2 * STAGES * BLOCK_N) + FLAG_BYTES +
-           (ROWS_BYTES > SUM_BYTES ? ROWS_BYTES : SUM_BYTES);
-  }
-};
-
-template <int ROW_BYTES>
-struct ForwardTileOf {
-  // 512: 32 + 4 * 16 KiB.  768 and 1024 are fp32 with D > 128.
-  using type = std::conditional_t<
-      ROW_BYTES <= 256, Tile<4, 64, 2>,
-      std::conditional_t<ROW_BYTES <= 512, Tile<4, 32, 2>,
-                         std::conditional_t<ROW_BYTES <= 768, Tile<4, 16, 2>, Tile<2, 16, 2>>>>;
-};
-// Two accumulators of head_dim columns for D <= 128: BLOCK_N = 32 keeps S and dP in registers too.
-template <int ROW_BYTES>
-struct BackwardTileOf {
-  using type = std::conditional_t<
-      ROW_BYTES <= 64, Tile<4, 64, 2>,
-      std::conditional_t<ROW_BYTES <= 256, Tile<4, 32, 2>,
-                         std::conditional_t<ROW_BYTES <= 512, Tile<4, 16, 2>,
-                                            std::conditional_t<ROW_BYTES <= 768, Tile<2, 16, 2>,
-                                                               Tile<2, 16, 1>>>>>;
-};
-template <class T, int HEAD_DIM>
-using ForwardTile = typename ForwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
-template <class T, int HEAD_DIM>
-using BackwardTile = typename BackwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
-
-// The plain forward: a warp owns FRAGMENTS times 16 rows, so that what it reads of K and V feeds as
-// many products; K and V have one buffer each.
-template <int WARPS_, int FRAGMENTS_, int BLOCK_N_>
-struct PlainTile {
-  static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
-  static constexpr int FRAGMENTS = FRAGMENTS_, WARP_ROWS = 16 * FRAGMENTS_;
-  static constexpr int BLOCK_M = WARP_ROWS * WARPS_, BLOCK_N = BLOCK_N_, FLAG_BYTES = 128;
-  static constexpr int smem(int row_bytes) {
-    return row_bytes * (BLOCK_M + 2 * BLOCK_N) + FLAG_BYTES;
-  }
-};
-// O and S of 32 rows up to 128 columns: registers for two CTAs of 4 warps (three spill in the loop,
-// 7 times at 32 columns, 40 at 64).
-// 192: 96 KiB; 256: the same with half of the keys.
-template <int HEAD_DIM>
-using PlainForwardTile = std::conditional_t<
-    HEAD_DIM <= 128, PlainTile<4, 2, 64>,
-    std::conditional_t<HEAD_DIM <= 192, PlainTile<8, 1, 64>, PlainTile<8, 1, 32>>>;
-
-// The backward in one kernel: 8 warps own BLOCK_N keys, the queries come BLOCK_M at a time through
-// two buffers; P and dS cross shared memory.
-template <int HEAD_DIM, int BLOCK_M_>
-struct FusedBackwardTile {
-  static constexpr int WARPS = 8, THREADS = 32 * WARPS, BLOCK_M = BLOCK_M_, BLOCK_N = 128;
-  static constexpr int SMEM =
-      2 * HEAD_DIM * (2 * BLOCK_N + 4 * BLOCK_M) + 2 * 2 * BLOCK_M * BLOCK_N + 2 * 2 * 4 * BLOCK_M;
-};
-// BLOCK_M where a CTA may have `limit` bytes of shared memory, 0: none fits.  64 columns take 128
-// queries in 162 KiB, or 64 in 97; 32, 96 and 128 columns 64 queries in 65, 129 and 161 KiB.
-constexpr int fused_block_m(int head_dim, int limit) {
-  if (head_dim == 64 && FusedBackwardTile<64, 128>::SMEM <= limit) return 128;
-  const int smem = head_dim == 32   ? FusedBackwardTile<32, 64>::SMEM
-                   : head_dim == 64 ? FusedBackwardTile<64, 64>::SMEM
-                   : head_dim == 96 ? FusedBackwardTile<96, 64>::SMEM
-                                    : FusedBackwardTile<128, 64>::SMEM;
-  return head_dim <= 128 && smem <= limit ? 64 : 0;
-}
-
-template <class T>
-constexpr bool kIsHalf = sizeof(T) == 2;
 
 ATTN_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
 ATTN_DEVICE int max_int(int a, int b) { return a > b ? a : b; }

@@ -15,7 +15,7 @@ if [ $# -gt 0 ]; then
   mkdir -p $copy
   cp -r attn_ext triton_kernels csrc setup.py pyproject.toml README.md LICENSE tests $copy
   rm -f $copy/attn_ext/_C*.so
-  (cd $copy && ATTN_EXT_CUDA=0 ATTN_EXT_CXXFLAGS="-O1 $stand_in" ../../.venv/bin/python setup.py -q build_ext --inplace)
+  (cd $copy && ATTN_EXT_CXXFLAGS="-O1 $stand_in" ../../.venv/bin/python setup.py -q build_ext --inplace)
   ATTN_EXT_CXXFLAGS="-O1 $stand_in" PYTHONPATH=$PWD/$copy PYTHONSAFEPATH=1 exec .venv/bin/python "$@"
 fi
 if grep -qw avx512f /proc/cpuinfo; then

@@ -4,17 +4,23 @@ That a kernel takes the registers that nvcc's does says that it is the same kern
 is the matter of test_ptx.py.
 """
 
+import errno
 import json
 import multiprocessing
 import os
 import stat
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import seen
 from repository import ROOT
 
 from attn_ext.backends import jit
-from attn_ext.backends.jit import cache, nvrtc, sources
+from attn_ext.backends.jit import cache, first_use, nvrtc, sources
+from attn_ext.cli import compile as command
+from attn_ext.cli.errors import BadArgument
 
 CSRC = ROOT / "csrc"
 COMBINE = sources.kernel("attn::cuda::sm80::combine<attn::ptx::bf16>", "80")
@@ -144,6 +150,89 @@ def _write(folder, count):
         cache.Cache(folder).put("ab12", BINARY)
 
 
+def test_a_full_disk_and_a_killed_writer_leave_nothing(tmp_path, monkeypatch):
+    """Half a file that is read, a call that fails for its cache, files that pile up."""
+    store = cache.Cache(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(cache, "pack", _no_space)
+        store.put("ab12", BINARY)
+    assert store.get("ab12") is None and store.size() == (0, 0)
+    left = tmp_path / "ab" / f".killed{cache.NEW}"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    store.put("ab34", BINARY)
+    assert store.get("ab34") == BINARY and not left.exists()
+
+
+def _no_space(binary):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_cache_is_bounded_and_can_be_emptied(tmp_path):
+    """A folder that grows for ever, or loses what was used last."""
+    size = len(cache.pack(BINARY))
+    store = cache.Cache(tmp_path, limit=3 * size)
+    for index, key in enumerate(("ab1", "ab2", "ab3")):
+        store.put(key, BINARY)
+        os.utime(tmp_path / "ab" / key, (index + 1, index + 1))
+    assert store.get("ab1") == BINARY  # used now
+    store.put("cd4", BINARY)
+    assert store.size() == (3, 3 * size)
+    assert store.get("ab2") is None and store.get("ab1") == BINARY
+    assert store.clear() == 3 and store.size() == (0, 0)
+
+
+def test_architectures():
+    """Hopper's own instructions left out; machine code of another major version."""
+    known = (75, 80, 86, 89, 90, 100, 103, 120)
+    found = [first_use.architecture(each, known) for each in (80, 86, 87, 89, 90, 101, 121)]
+    assert found == ["80", "86", "86", "89", "90a", "100", "120"]
+    with pytest.raises(nvrtc.CompileError, match=r"capability 7\.5"):
+        first_use.architecture(75, known)
+
+
+def test_what_keeps_compiled_kernels_from_running():
+    """A reason that names no remedy; a driver of the same major version refused."""
+    compiler = types.SimpleNamespace(version=(13, 0))
+    assert first_use.problem(13000, compiler) == "" == first_use.problem(14000, compiler)
+    assert "cu12" in first_use.problem(12040, compiler)
+    assert "pip install nvidia-cuda-nvrtc" in first_use.problem(13000, None)
+
+
+@needs_nvrtc
+def test_first_use_compiles_once_and_mends_a_broken_file(tmp_path, monkeypatch):
+    """Two threads that compile one kernel twice; a corrupted file that is loaded or stays."""
+    count, compile_one = [], nvrtc.Nvrtc.compile
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", lambda *a: count.append(1) or compile_one(*a))
+    store = cache.Cache(tmp_path)
+
+    def make(_=None):
+        return first_use.Compiler(jit.find(), CSRC, store).get(COMBINE.expression, "80")
+
+    shared = first_use.Compiler(jit.find(), CSRC, store)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: shared.get(COMBINE.expression, "80"), range(4)))
+    assert len(count) == 1 and make().cached
+    (path,) = [each for each in tmp_path.glob("??/*") if each.is_file()]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not make().cached and len(count) == 2 and make().cached
+
+
+def test_instructions_of_an_elf_file():
+    """Padding that counts, a section of data that counts."""
+    nop, add = (0x918).to_bytes(16, "little"), (0x210).to_bytes(16, "little")
+    code, begin = add * 3 + nop * 2, 64
+
+    def section(flags):
+        return bytes(8) + b"".join(n.to_bytes(8, "little") for n in (flags, 0, begin, len(code))) \
+            + bytes(24)  # fmt: skip
+
+    head = bytearray(64)
+    head[40:48] = (begin + len(code)).to_bytes(8, "little")
+    head[58:60], head[60:62] = (64).to_bytes(2, "little"), (2).to_bytes(2, "little")
+    assert nvrtc.instructions(bytes(head) + code + section(6) + section(2)) == 3
+
+
 def test_processes_that_write_at_once(tmp_path):
     """A reader that sees a part of a file."""
     context = multiprocessing.get_context("fork")
@@ -155,3 +244,47 @@ def test_processes_that_write_at_once(tmp_path):
     for each in writers:
         each.join()
     assert seen_values == {BINARY} and all(each.exitcode == 0 for each in writers)
+
+
+# ---- the command --------------------------------------------------------------------------------
+@needs_nvrtc
+def test_the_command_compiles_keeps_and_clears(tmp_path, monkeypatch, capsys):
+    """A launch that the list leaves out; a second run that compiles again; a field that is gone."""
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
+    asked = (["86"], None, ["1,2,64,32"], ["bf16"], ["causal"], False, tmp_path, True)
+
+    def run():
+        first_use.default.cache_clear()
+        assert command.run(*asked) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        return row
+
+    first, second = run(), run()
+    assert set(first) == {
+        "name", "flags", "arch", "threads", "registers", "spilled_bytes", "shared_memory",
+        "instructions", "seconds", "cached", "cubin",
+    }  # fmt: skip
+    assert first["name"] == "attn::cuda::sm80::forward_plain"
+    assert not first["cached"] and second["cached"] and first["instructions"] > 500
+    assert Path(first["cubin"]).read_bytes()[:4] == b"\x7fELF"
+    assert command.clear(True) == 0 and json.loads(capsys.readouterr().out) == {"cleared": 1}
+    first_use.default.cache_clear()
+
+
+def test_what_the_command_refuses():
+    """A misspelt architecture, preset, feature or dtype that compiles nothing in silence."""
+    good = {"archs": ["80"], "preset": None, "shapes": ["1,2,64,32"], "dtypes": ["bf16"],
+            "features": [], "backward": False, "keep": None, "as_json": True}  # fmt: skip
+    wrong = {"archs": ["70"], "preset": "llm", "features": ["causl"], "dtypes": ["int8"],
+             "shapes": []}  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(BadArgument, match=name.rstrip("s")[:5]):
+            command.run(**{**good, name: value})
+
+
+@needs_nvrtc
+def test_every_preset_names_its_kernels():
+    """A preset whose calls cannot be made."""
+    for name in command.PRESETS:
+        for shape, dtype, features in command.calls(name, [], ["bf16"], None):
+            assert list(command.wanted(shape, dtype, features, True, "90a")), (name, features)

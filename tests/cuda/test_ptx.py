@@ -108,7 +108,7 @@ DUE = {name for name in NAMES if seen.turn(name, 16)}  # half a minute each
 def _digest(name):
     """Of kernels, executor and emulator."""
     files = seen.included(seen.ROOT / "csrc/emulation/ptx/operations.h")
-    for header in ("sm80/kernels.cuh", "sm90/kernels.cuh", "launch.cu", "sm80/combine.cuh"):
+    for header in ("sm80/kernels.cuh", "sm90/kernels.cuh", "launch.cpp"):
         files |= seen.included(seen.ROOT / "csrc/cuda" / header)
     files |= set((seen.ROOT / "csrc/emulation").glob("*.cpp"))
     files |= set((seen.ROOT / "csrc/emulation/ptx").glob("*.cpp"))

@@ -67,6 +67,8 @@ def check_contents(names: list[str]) -> None:
     """AssertionError where a wheel lacks a module or has what only the tests need."""
     for module in ("__init__.py", "py.typed", "cli/main.py", "triton_kernels/__init__.py"):
         assert f"attn_ext/{module}" in names, f"the wheel lacks attn_ext/{module}"
+    for source in ("params.h", "cuda/ptx.cuh", "cuda/sm80/forward.cuh", "cuda/sm90/forward.cuh"):
+        assert f"attn_ext/csrc/{source}" in names, f"NVRTC would miss attn_ext/csrc/{source}"
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"attn_ext"}, f"the wheel installs {sorted(tops)}"
     assert not any("_emulated" in name for name in names), "the emulator is for tests only"
@@ -81,7 +83,9 @@ def main(wheel: Path) -> None:
             archive.extractall(folder)
             check_contents(archive.namelist())
         extensions = sorted(Path(folder).glob("attn_ext/_*.so"))
-        assert any(e.name.startswith("_C.") for e in extensions), "the wheel has no attn_ext._C"
+        for module in ("_C", "_cuda"):
+            found = any(e.name.startswith(f"{module}.") for e in extensions)
+            assert found, f"the wheel has no attn_ext.{module}"
         for extension in extensions:
             check_extension(extension)
             print(extension.name, "needs", *sorted(needed_libraries(extension)))

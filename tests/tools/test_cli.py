@@ -16,6 +16,7 @@ from attn_ext.cli.main import app, main
 
 DOCTOR = {
     "attn_ext": str, "python": str, "platform": str, "torch_cuda": (str, None), "packages": dict,
+    "cuda_kernels": str,
     "environment": dict, "tuned": dict,
     "cpu": {"model": str, "cores": int, "threads": int, "memory_available_gib": NUMBER,
             "caches": dict, "isa": (str, None), "isas": [str], "bf16_dot": (bool, None)},

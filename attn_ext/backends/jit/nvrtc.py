@@ -18,6 +18,7 @@ from typing import NamedTuple
 # The newest first.  Of each: the folder within the package `nvidia`, the name of the library.
 WHEELS = (("cu13/lib", "libnvrtc.so.13"), ("cuda_nvrtc/lib", "libnvrtc.so.12"))
 TOOLKITS = ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
+NOP = 0x918  # the opcode in the low 12 bits of an instruction
 NO_CACHE = (12, 9)  # from this version on there is a cache of NVRTC's own, which asks the driver
 
 
@@ -33,6 +34,11 @@ class Binary(NamedTuple):
     ptx: bytes
     cubin: bytes
     log: str
+
+    @property
+    def instructions(self) -> int:
+        """Of the machine code, without the NOPs that pad its end."""
+        return instructions(self.cubin)
 
     @property
     def resources(self) -> Resources:
@@ -56,6 +62,22 @@ RESOURCES = re.compile(
 )
 
 
+def instructions(cubin: bytes) -> int:
+    """Counted in the ELF file's sections of code: 16 bytes each, from sm_70 on."""
+    sections, size, count = (
+        int.from_bytes(cubin[at : at + n], "little") for at, n in ((40, 8), (58, 2), (60, 2))
+    )
+    total = 0
+    for index in range(count):
+        header = cubin[sections + index * size :][:size]
+        executable = int.from_bytes(header[8:16], "little") & 4  # SHF_EXECINSTR
+        if executable:
+            begin, length = (int.from_bytes(header[at : at + 8], "little") for at in (24, 32))
+            words = [cubin[i : i + 2] for i in range(begin, begin + length, 16)]
+            total += sum(int.from_bytes(word, "little") & 0xFFF != NOP for word in words)
+    return total
+
+
 def candidates() -> Iterator[Path]:
     """Where NVRTC may be: ATTN_EXT_NVRTC, the wheels, CUDA_HOME and the usual place of toolkits."""
     named = os.environ.get("ATTN_EXT_NVRTC")
@@ -75,15 +97,20 @@ def candidates() -> Iterator[Path]:
 
 
 @functools.cache
-def find() -> Nvrtc | None:
-    """The first library that is there and loads; None where there is none."""
+def find(driver: int | None = None) -> Nvrtc | None:
+    """The first library that is there and loads; None where there is none.  driver: the newest
+    major version of CUDA whose machine code is wanted; one that is newer is the second choice."""
+    newer = None
     for path in candidates():
         if path.is_file():
             try:
-                return Nvrtc(path)
-            except OSError:
+                found = Nvrtc(path)
+            except (OSError, CompileError):  # not for this machine, or broken
                 continue
-    return None
+            if driver is None or found.version[0] <= driver:
+                return found
+            newer = newer or found
+    return newer
 
 
 class Nvrtc:
@@ -148,7 +175,10 @@ class Nvrtc:
             self._call("CompileProgram", program, len(options), given)
         except CompileError as error:
             log = self._log(program)
-            raise CompileError(f"{expression} does not compile: {error}\n{log}") from None
+            raise CompileError(
+                f"{expression} does not compile ({error}); please report this as a fault of "
+                f"attn_ext, with what NVRTC {self.version[0]}.{self.version[1]} says:\n{log}"
+            ) from None
         name = ctypes.c_char_p()
         self._call("GetLoweredName", program, expression.encode(), ctypes.byref(name))
         assert name.value is not None

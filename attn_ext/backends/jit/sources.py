@@ -71,6 +71,14 @@ template <class A> inline constexpr bool is_same_v<A, A> = true;
 }
 
 
+def root() -> Path:
+    """The folder of the C++ sources (csrc): in the package where it is installed, beside it in the
+    tree of an editable installation."""
+    package = Path(__file__).resolve().parents[2]
+    return next((x for x in (package / "csrc", package.parent / "csrc") if (x / "cuda").is_dir()),
+                package / "csrc")  # fmt: skip
+
+
 class Kernel(NamedTuple):
     """expression: the kernel as C++ names it, attn::cuda::sm80::combine<float>; architecture: what
     it is compiled for, "80" or "90a"; header: what defines it, relative to csrc."""

@@ -137,11 +137,6 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
              [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(task.head, i); });
 }
 
-// Wide heads have registers for one accumulator: two launches, p.pass = 0 for dV, 1 for dK.  Else
-// both in one.
-template <class T, int HEAD_DIM>
-constexpr bool kTwoPasses = HEAD_DIM > (kIsHalf<T> ? 128 : 64);
-
 template <class T, int HEAD_DIM, bool GENERAL>
 ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
 void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {

@@ -5,8 +5,6 @@
 
 namespace attn::cuda::sm80 {
 
-constexpr int kRowThreads = 128;
-
 template <class T>
 ATTN_KERNEL(kRowThreads)
 void backward_delta(ATTN_GRID_CONSTANT const Params p) {

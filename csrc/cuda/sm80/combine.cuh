@@ -8,12 +8,10 @@
 
 namespace attn::cuda::sm80 {
 
-constexpr int kCombineThreads = 128;
-
 template <class T>
-ATTN_KERNEL(kCombineThreads)
+ATTN_KERNEL(kRowThreads)
 void combine(ATTN_GRID_CONSTANT const Params p) {
-  const int64_t row = int64_t(block_id().x) * (kCombineThreads / 32) + warp_id();
+  const int64_t row = int64_t(block_id().x) * (kRowThreads / 32) + warp_id();
   const int64_t all = p.p.batch * p.p.heads_q * p.p.seqlen_q;
   if (row >= all) return;
   const int i = int(row % p.p.seqlen_q), h = int(row / p.p.seqlen_q % p.p.heads_q);

@@ -1,84 +1,55 @@
-// The launches of one (dtype, HEAD_DIM) pair.  setup.py generates a file for each pair, which
-// instantiates them; launch.cu picks among them by kernels.h.
+// All kernels of one (dtype, HEAD_DIM) pair, by the names that launches.h gives them: for compilers
+// that see kernels as functions, which are g++ for the emulator and nvcc for checks.  The product
+// compiles each kernel by its name (attn_ext/backends/jit).
 #pragma once
+#include "../launches.h"
 #include "backward.cuh"
 #include "backward_bias.cuh"
 #include "backward_fused.cuh"
+#include "backward_preprocess.cuh"
+#include "combine.cuh"
 #include "forward.cuh"
 #include "forward_plain.cuh"
-#include "kernels.h"
 
 namespace attn::cuda::sm80 {
 
-template <class T, int HEAD_DIM>
-void run_forward(Params p, bool general, void* stream) {
-  if constexpr (kIsHalf<T>) {  // floats are rare on GPUs: one kernel serves all their calls
-    if (!general) {
-      using Tile = PlainForwardTile<HEAD_DIM>;
-      p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
-      const Grid grid = grid_of(p.p.batch * p.p.heads_q * p.m_tiles);
-      return launch(forward_plain<T, HEAD_DIM>, grid, Tile::THREADS,
-                    Tile::smem(Row<T, HEAD_DIM>::BYTES), stream, p);
-    }
+// use(name, function) for each.
+template <class T, int HEAD_DIM, class Use>
+void each_forward(const Use& use) {
+  if constexpr (kIsHalf<T>)
+    use(kernel_name<T>("sm80::forward_plain", HEAD_DIM), forward_plain<T, HEAD_DIM>);
+  use(kernel_name<T>("sm80::forward_general", HEAD_DIM), forward_general<T, HEAD_DIM>);
+}
+
+template <class T, int HEAD_DIM, int BLOCK_M, class Use>
+void each_fused(const Use& use) {
+  use(kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M),
+      backward_fused<T, HEAD_DIM, BLOCK_M>);
+}
+
+template <class T, int HEAD_DIM, class Use>
+void each_backward(const Use& use) {
+  if constexpr (kIsHalf<T>) {
+    use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, false), backward_dq<T, HEAD_DIM, false>);
+    use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, false), backward_dkdv<T, HEAD_DIM, false>);
   }
-  using Tile = ForwardTile<T, HEAD_DIM>;
-  const Grid grid = grid_of(p.p.batch * (p.p.heads_q / p.pack) * p.m_tiles * p.splits);
-  launch(forward_general<T, HEAD_DIM>, grid, Tile::THREADS,
-         Tile::forward_smem(Row<T, HEAD_DIM>::BYTES), stream, p);
-}
-
-// All of dQ, dK and dV, where p.dq_sums is there.
-template <class T, int HEAD_DIM, int BLOCK_M>
-void run_fused(Params p, void* stream) {
-  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
-  p.m_tiles = int((p.p.seqlen_q + 63) / 64);
-  p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
-  launch(clear_dq<T, HEAD_DIM>, grid_of(p.p.heads_q * sum_tiles(p.p, p.ptr)), 128, 0, stream, p);
-  launch(backward_fused<T, HEAD_DIM, BLOCK_M>, grid_of(p.p.batch * p.p.heads_k * p.n_tiles),
-         Tile::THREADS, Tile::SMEM, stream, p);
-  launch(convert_dq<T, HEAD_DIM>, grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, stream, p);
-}
-
-template <class T, int HEAD_DIM>
-void run_backward(Params p, bool general, void* stream) {
+  use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, true), backward_dq<T, HEAD_DIM, true>);
+  use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, true), backward_dkdv<T, HEAD_DIM, true>);
+  use(kernel_name<T>("sm80::backward_bias", HEAD_DIM), backward_bias<T, HEAD_DIM>);
   if constexpr (kIsHalf<T> && HEAD_DIM <= 128) {
-    if (p.dq_sums) {
-      p.splits = p.pack = 1;
-      if constexpr (HEAD_DIM == 64)
-        if (p.fused_block_m == 128) return run_fused<T, HEAD_DIM, 128>(p, stream);
-      return run_fused<T, HEAD_DIM, 64>(p, stream);
-    }
+    use(kernel_name<T>("sm80::clear_dq", HEAD_DIM), clear_dq<T, HEAD_DIM>);
+    use(kernel_name<T>("sm80::convert_dq", HEAD_DIM), convert_dq<T, HEAD_DIM>);
+    each_fused<T, HEAD_DIM, 64>(use);
+    if constexpr (HEAD_DIM == 64) each_fused<T, HEAD_DIM, 128>(use);
   }
-  using Tile = BackwardTile<T, HEAD_DIM>;
-  const int smem = Tile::backward_smem(Row<T, HEAD_DIM>::BYTES);
-  const int64_t units = p.p.batch * p.p.heads_q;
-  general = general || !kIsHalf<T>;
-  p.splits = p.pack = 1;
-  p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
-  if (p.ptr.dq) {
-    const Grid grid = grid_of(units * p.m_tiles);
-    if constexpr (kIsHalf<T>) {
-      if (!general) launch(backward_dq<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
-    }
-    if (general) launch(backward_dq<T, HEAD_DIM, true>, grid, Tile::THREADS, smem, stream, p);
-  }
-  if (p.ptr.dbias) {
-    p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
-    const ScoreStrides& s = p.p.dbias;
-    const Grid grid = grid_of((s.b ? p.p.batch : 1) * (s.h ? p.p.heads_q : 1) *
-                              (s.q ? p.m_tiles : 1) * (s.k ? p.n_tiles : 1));
-    launch(backward_bias<T, HEAD_DIM>, grid, Tile::THREADS, smem, stream, p);
-  }
-  p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
-  const Grid grid = grid_of(p.p.batch * p.p.heads_k * p.n_tiles);
-  constexpr bool TWO = kTwoPasses<T, HEAD_DIM>;
-  for (p.pass = 0; p.pass < (TWO ? 2 : 1); ++p.pass) {
-    if (TWO ? !(p.pass ? p.ptr.dk : p.ptr.dv) : !p.ptr.dk && !p.ptr.dv) continue;
-    if constexpr (kIsHalf<T>) {
-      if (!general) launch(backward_dkdv<T, HEAD_DIM, false>, grid, Tile::THREADS, smem, stream, p);
-    }
-    if (general) launch(backward_dkdv<T, HEAD_DIM, true>, grid, Tile::THREADS, smem, stream, p);
-  }
+}
+
+// Those that serve every head dimension.
+template <class T, class Use>
+void each_other(const Use& use) {
+  use(kernel_name<T>("sm80::combine"), combine<T>);
+  use(kernel_name<T>("sm80::backward_delta"), backward_delta<T>);
+  use(kernel_name<T>("sm80::backward_sink"), backward_sink<T>);
 }
 
 }  // namespace attn::cuda::sm80

@@ -1,12 +1,11 @@
-// Which calls the Hopper kernels serve, and the declaration of what kernels.cuh defines.  Host
-// code.
+// Which calls the Hopper kernels serve.  Host code.
 #pragma once
 #include <algorithm>
 #include <string>
 
 #include "../head_dims.h"
 #include "../sum_tiles.h"
-#include "traits.cuh"
+#include "tiles.h"
 
 namespace attn::cuda::sm90 {
 
@@ -55,7 +54,7 @@ inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr, ptr.dout, p.dout, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
 }
 
-// "" when the kernels serve a plain call (launch.cu: is_general), else what they lack.
+// "" when the kernels serve a plain call (launch.cpp: is_general), else what they lack.
 inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
   if (!ptr.cu_seqlens_q != !ptr.cu_seqlens_k) return "one of cu_seqlens_q and cu_seqlens_k";
@@ -76,11 +75,5 @@ inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
   if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
   return p.heads_q * sum_tiles(p, ptr) * 64 * head_dim;
 }
-
-template <class T, int HEAD_DIM>
-void run_forward(const Params& p, void* stream);
-// dQ, dK, dV, each where its pointer is not null; p.delta is filled, p.dq_sums where query_sums().
-template <class T, int HEAD_DIM>
-void run_backward(const Params& p, void* stream);
 
 }  // namespace attn::cuda::sm90

@@ -5,8 +5,9 @@
 // D and rows beyond the tensor are the engine's zeros.
 #pragma once
 #include "../forward_parts.cuh"
+#include "../ptx_sm90.cuh"
 #include "../repair.cuh"
-#include "traits.cuh"
+#include "tiles.h"
 
 namespace attn::cuda::sm90 {
 

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../cuda/ptx.cuh"
+#include "device_launch.cuh"
 
 #ifdef ATTN_EMULATED
 static void* device_alloc(size_t bytes) { return aligned_alloc(128, (bytes + 127) / 128 * 128); }

@@ -9,6 +9,7 @@
 #endif
 
 #include "../../cuda/ptx_sm90.cuh"
+#include "device_launch.cuh"
 
 namespace attn::hopper {
 using namespace ptx;

@@ -2,6 +2,7 @@
 // know every feature.
 #include <vector>
 
+#include "../kernels.h"
 #include "mutant.h"
 #if PART_HERE == 0
 #include "example.cuh"
@@ -11,8 +12,10 @@
 #include "../../cuda/sm80/forward_plain.cuh"
 #elif PART_HERE == 8
 #include "../../cuda/sm80/kernels.cuh"
+#include "../../cuda/sm80/launches.h"
 #elif PART_HERE >= 3
 #include "../../cuda/sm90/kernels.cuh"
+#include "../../cuda/sm90/launches.h"
 #else
 #include "../../cuda/sm80/backward.cuh"
 #endif
@@ -40,6 +43,8 @@ void run_kernels(cuda::Params) {}
 void run_example(const bf16*, const bf16*, float*, int, int, int) {}
 void run_kernels(cuda::Params p) {
   using namespace cuda;
+  [[maybe_unused]] emulation::Device device;
+  [[maybe_unused]] const emulation::Enlist enlist;
 #if PART_HERE == 1
   using Tile = ForwardTile<bf16, D>;
   p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
@@ -64,15 +69,18 @@ void run_kernels(cuda::Params p) {
   std::vector<float> sums(p.p.heads_q * sum_tiles(p.p, p.ptr) * 64 * D + 4, NAN);
   p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
   p.fused_block_m = 64;
-  sm80::run_backward<bf16, D>(p, false, nullptr);
+  sm80::each_backward<bf16, D>(enlist);
+  sm80::run_backward<bf16, D>(device, p, false);
 #elif PART_HERE == 3
-  sm90::run_forward<bf16, D>(p, nullptr);
+  sm90::each_forward<bf16, D>(enlist);
+  sm90::run_forward<bf16, D>(device, p);
 #else
 #if PART_HERE == 6
   std::vector<float> sums(sm90::query_sums(p.p, p.ptr) + 4, NAN);
   p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
 #endif
-  sm90::run_backward<bf16, D>(p, nullptr);
+  sm90::each_backward<bf16, D>(enlist);
+  sm90::run_backward<bf16, D>(device, p);
 #endif
 }
 #endif

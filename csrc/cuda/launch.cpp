@@ -1,17 +1,14 @@
 // From a Problem to launches: the parameter block, the choice of kernel, the delta and sink
-// kernels. The emulated build compiles this file as C++.
+// kernels.  Plain C++, the same for GPUs and for the emulator.
 #include "launch.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 
 #include "head_dims.h"
-#include "sm80/backward_preprocess.cuh"
-#include "sm80/combine.cuh"
-#include "sm80/decode.cuh"
-#include "sm80/kernels.h"
-#include "sm90/kernels.h"
+#include "sm80/decode.h"
+#include "sm80/launches.h"
+#include "sm90/launches.h"
 
 namespace attn::cuda {
 namespace {
@@ -112,39 +109,6 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
   return result;
 }
 
-// Bytes of shared memory that a CTA may have.
-int shared_memory(int device) {
-#ifdef ATTN_EMULATED
-  (void)device;
-  return int(emulation::machine.mode.smem_limit);
-#else
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDevAttr");
-  return bytes;
-#endif
-}
-
-#ifdef ATTN_EMULATED
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-#else
-// The device of the call, for as long as the launches take.  Always set: a thread that has not used
-// CUDA yet (an autograd worker) has no current context, which the driver's own functions need.  Not
-// set back where nothing changed: that would make a context on a device nobody asked for.
-struct DeviceGuard {
-  int before = 0, device;
-  explicit DeviceGuard(int wanted) : device(wanted) {
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (before != device) cudaSetDevice(before);
-  }
-};
-#endif
-
 // The kernels of a call.
 enum class Choice { SM90, SM80_PLAIN, SM80_GENERAL };
 
@@ -169,7 +133,7 @@ int64_t delta_floats(const Problem& p, const Pointers& ptr) {
 // Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
 int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
   if (choose_backward(p, ptr, target) != Choice::SM80_PLAIN) return 0;
-  return sm80::fused_queries(p, ptr, padded_head_dim(p), shared_memory(target.device));
+  return sm80::fused_queries(p, ptr, padded_head_dim(p), target.shared_memory);
 }
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
   if (choose_backward(p, ptr, target) == Choice::SM90) return sm90::query_sums(p, ptr);
@@ -188,13 +152,11 @@ const char* name(Choice choice) {
   }
 }
 
-void run_sm90(const Params& x, bool backward, void* stream) {
-#ifdef ATTN_HAS_SM90
+void run_sm90(Executor& to, const Params& x, bool backward) {
   const auto run_pair = [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
-    backward ? sm90::run_backward<T, P::kHeadDim>(x, stream)
-             : sm90::run_forward<T, P::kHeadDim>(x, stream);
+    backward ? sm90::run_backward<T, P::kHeadDim>(to, x) : sm90::run_forward<T, P::kHeadDim>(to, x);
   };
   const auto run = [&](auto element) {
     using T = decltype(element);
@@ -207,17 +169,12 @@ void run_sm90(const Params& x, bool backward, void* stream) {
     }
   };
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
-#else
-  (void)x, (void)backward, (void)stream;
-  throw std::invalid_argument("this build has no kernels for sm_90a");
-#endif
 }
 
 // One warp a row.
-template <class T>
-void run_rows(void (*kernel)(Params), const Params& x, void* stream) {
+void run_rows(Executor& to, std::string kernel, const Params& x) {
   const int64_t rows = x.p.batch * x.p.heads_q * x.p.seqlen_q;
-  launch(kernel, sm80::grid_of((rows + 3) / 4), 128, 0, stream, x);
+  launch(to, std::move(kernel), grid_of((rows + 3) / 4), kRowThreads, 0, x);
 }
 
 }  // namespace
@@ -231,9 +188,9 @@ int64_t backward_workspace(const Problem& p, const Pointers& ptr, const Target& 
   return delta_floats(p, ptr) + sums_floats(p, ptr, target);
 }
 
-void forward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
+void forward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target,
+             Executor& to) {
   if (p.batch == 0 || p.seqlen_q == 0) return;
-  const DeviceGuard guard(target.device);
   Params x = make_params(p, ptr);
   const sm80::Plan cut = plan(p, ptr, target);
   x.pack = cut.pack, x.m_tiles = cut.m_tiles, x.splits = cut.splits;
@@ -242,13 +199,12 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
     x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;
   }
   const Choice choice = choose_forward(p, ptr, cut, target);
-  void* stream = reinterpret_cast<void*>(target.stream);
-  if (choice == Choice::SM90) return run_sm90(x, false, stream);
+  if (choice == Choice::SM90) return run_sm90(to, x, false);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
-    sm80::run_forward<T, P::kHeadDim>(x, choice == Choice::SM80_GENERAL, stream);
-    if (x.splits > 1) run_rows<T>(sm80::combine<T>, x, stream);
+    sm80::run_forward<T, P::kHeadDim>(to, x, choice == Choice::SM80_GENERAL);
+    if (x.splits > 1) run_rows(to, kernel_name<T>("sm80::combine"), x);
   });
 }
 
@@ -261,94 +217,24 @@ std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target&
          (fused_queries(p, ptr, target) ? " fused" : "");
 }
 
-void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target) {
+void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target,
+              Executor& to) {
   if (p.batch == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return;
-  const DeviceGuard guard(target.device);
   Params x = make_params(p, ptr);
   x.delta = workspace;
   if (sums_floats(p, ptr, target)) x.dq_sums = workspace + delta_floats(p, ptr);
   x.fused_block_m = fused_queries(p, ptr, target);
-  void* stream = reinterpret_cast<void*>(target.stream);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
-    run_rows<T>(sm80::backward_delta<T>, x, stream);
+    run_rows(to, kernel_name<T>("sm80::backward_delta"), x);
     const Choice choice = choose_backward(p, ptr, target);
-    if (choice == Choice::SM90) return run_sm90(x, true, stream);
-    sm80::run_backward<T, P::kHeadDim>(x, choice == Choice::SM80_GENERAL, stream);
+    if (choice == Choice::SM90) return run_sm90(to, x, true);
+    sm80::run_backward<T, P::kHeadDim>(to, x, choice == Choice::SM80_GENERAL);
     if (ptr.dsink)
-      launch(sm80::backward_sink<T>, sm80::grid_of(p.heads_q), sm80::kRowThreads,
-             4 * sm80::kRowThreads, stream, x);
+      launch(to, kernel_name<T>("sm80::backward_sink"), grid_of(p.heads_q), kRowThreads,
+             4 * kRowThreads, x);
   });
 }
-
-#ifdef ATTN_EMULATED
-std::string device_problem(int) { return ""; }
-std::string sm90_problem(int) { return ""; }
-std::string kernel_problem(int) { return ""; }
-int multiprocessors(int) { return 6; }  // few, so that small tests split their keys
-#else
-namespace {
-
-// Whether a build for ATTN_EXT_CUDA_ARCHS runs on compute capability major.minor: machine code does
-// on its own major version from its minor on, "90a" on 9.0 alone, and the oldest plain architecture
-// is there as PTX too, which the driver compiles for anything newer.
-bool build_serves(int major, int minor) {
-  const std::string archs = ATTN_EXT_CUDA_ARCHS ",";
-  int oldest = 0;
-  for (size_t begin = 0, end; (end = archs.find(',', begin)) != archs.npos; begin = end + 1) {
-    const std::string arch = archs.substr(begin, end - begin);
-    const int number = std::atoi(arch.c_str());
-    const bool plain = arch.find_first_not_of("0123456789") == arch.npos;
-    if (plain && number && (!oldest || number < oldest)) oldest = number;
-    if (number / 10 == major && (plain ? number % 10 <= minor : number % 10 == minor)) return true;
-  }
-  return oldest && oldest <= 10 * major + minor;
-}
-
-}  // namespace
-
-std::string device_problem(int device) {
-  int count = 0, major = 0, minor = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (device >= count) return "no CUDA device " + std::to_string(device);
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDevAttr");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDevAttr");
-  if (build_serves(major, minor)) return "";
-  return "the device has compute capability " + std::to_string(major) + "." +
-         std::to_string(minor) +
-         ", the kernels are built for " ATTN_EXT_CUDA_ARCHS
-         " (ATTN_EXT_CUDA_ARCHS) and need 8.0 or newer";
-}
-
-std::string sm90_problem(int device) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDevAttr");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDevAttr");
-  if (major != 9 || minor != 0) return "the device is no Hopper GPU (compute capability 9.0)";
-#ifdef ATTN_HAS_SM90
-  return "";
-#else
-  return "this build has no kernels for sm_90a (ATTN_EXT_CUDA_ARCHS)";
-#endif
-}
-
-std::string kernel_problem(int device) {
-  const DeviceGuard guard(device);
-  cudaFuncAttributes attributes;
-  const auto kernel = reinterpret_cast<const void*>(sm80::backward_delta<bf16>);
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  cudaGetLastError();  // a missing kernel image is an answer, not an error of the next call
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
-}
-
-int multiprocessors(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  return count;
-}
-#endif
 
 }  // namespace attn::cuda

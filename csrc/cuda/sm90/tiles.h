@@ -1,7 +1,6 @@
 // Tile sizes of the Hopper kernels, and what they take as parameters.
 #pragma once
-#include "../ptx_sm90.cuh"
-#include "../traits.cuh"
+#include "../tiles.h"
 
 namespace attn::cuda::sm90 {
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <algorithm>
 
-#include "../traits.cuh"
+#include "../tiles.h"
 
 namespace attn::cuda::sm80 {
 

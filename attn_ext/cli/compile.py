@@ -1,0 +1,164 @@
+"""attn-ext compile: CUDA kernels of a model into the cache, ahead of time, also without a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from attn_ext.backends import native_gpu
+from attn_ext.backends.jit import cache, first_use
+from attn_ext.backends.jit.nvrtc import CompileError
+from attn_ext.cli.errors import BadArgument
+from attn_ext.measure.cases import make
+from attn_ext.testing import random_call
+
+# KiB of shared memory that a CTA may have, by compute capability (CUDA's programming guide)
+SHARED_KIB = {"80": 163, "86": 99, "87": 163, "89": 99, "90a": 227, "100": 227, "103": 227,
+              "110": 227, "120": 99, "121": 99}  # fmt: skip
+FEATURES = {  # name -> what random_call() takes
+    "causal": {"causal": True}, "mask": {"mask": True}, "bias": {"bias": True},
+    "softcap": {"softcap": 30.0}, "alibi": {"alibi": True}, "sink": {"sink": True},
+    "dropout": {"dropout_p": 0.1}, "window": {"window": (16, 16)}, "stats": {"stats": True},
+    "deterministic": {"deterministic": True},
+    "decode": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1},
+    "paged": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1, "page_size": 16},
+}  # fmt: skip
+PRESETS = {  # (shape, features) of each kind of call that such a model makes
+    "llama": (("1,32/8,128,128", ("causal",)), ("1,32/8,128,128", ("causal", "mask")),
+              ("1,32/8,1,128", ("paged",))),
+    "bert": (("1,12,128,64", ()), ("1,12,128,64", ("mask",)),
+             ("1,12,128,64", ("mask", "dropout"))),
+    "gpt2": (("1,12,128,64", ("causal",)), ("1,12,128,64", ("causal", "dropout")),
+             ("1,12,1,64", ("decode",))),
+    "vit": (("1,12,128,64", ()),),
+}  # fmt: skip
+MULTIPROCESSORS = 108  # many, so that decode is split as on a GPU
+
+
+class Wanted(NamedTuple):
+    """A kernel for one architecture, and what a CTA of it takes."""
+
+    kernel: str
+    arch: str
+    threads: int
+    shared_memory: int
+
+
+def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):
+    """The kernels that one kind of call launches.  Which they are depends on sizes through the head
+    dimension and on whether keys are shared out alone, so that the calls here are short."""
+    from attn_ext import _cuda
+
+    case = make(shape, dtype)
+    options = {"seqlen_q": min(case.seqlen_q, 128), "seqlen_k": min(case.seqlen_k, 128)}
+    for name in features:
+        options |= FEATURES[name]
+    call = random_call(
+        batch=1, heads_q=case.heads_q, heads_k=case.heads_k, head_dim=case.head_dim,
+        dtype=case.torch_dtype, **options,
+    )  # fmt: skip
+    is_decode = "cache_seqlens" in options
+    kernels = native_gpu.Kernels(_cuda, "cpu")
+    for sm90 in (False, True) if arch == "90a" else (False,):
+        device = (MULTIPROCESSORS if is_decode else 1, sm90, SHARED_KIB[arch] * 1024)
+        for direction in (False, True)[: 1 + (backward and not is_decode)]:
+            for kernel, threads, smem in kernels.launches(call, direction, device):
+                yield Wanted(kernel, arch, threads, smem)
+
+
+def calls(preset, shapes, dtypes, features) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(shape, dtype, features) of all that was asked for; BadArgument where it makes no sense."""
+    for name in features or ():
+        if name not in FEATURES:
+            raise BadArgument(f"--features must be among {', '.join(FEATURES)}, got {name!r}")
+    if preset is not None and preset not in PRESETS:
+        raise BadArgument(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    for dtype in dtypes:
+        if dtype not in ("bf16", "fp16", "fp32"):
+            raise BadArgument(f"--dtype must be bf16, fp16 or fp32 on cuda, got {dtype!r}")
+    kinds = [*PRESETS.get(preset, ()), *((shape, tuple(features or ())) for shape in shapes)]
+    if not kinds:
+        raise BadArgument("--preset or --shape must say what to compile")
+    return [(shape, dtype, kind) for shape, kind in kinds for dtype in dtypes]
+
+
+def here() -> list[str]:
+    """The architecture of this machine's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BadArgument("--arch must say what to compile for where there is no GPU")
+    major, minor = torch.cuda.get_device_capability()
+    known = [int(arch.rstrip("a")) for arch in SHARED_KIB]
+    return [first_use.architecture(10 * major + minor, known)]
+
+
+def clear(as_json: bool) -> int:
+    """Empty the cache."""
+    folder = first_use.folder()
+    count = cache.Cache(folder).clear() if folder else 0
+    print(json.dumps({"cleared": count}) if as_json else f"{count} kernels taken away")
+    return 0
+
+
+def row(want: Wanted, found: first_use.Result, keep: Path | None) -> dict:
+    """What the command says of one kernel."""
+    binary, (name, flags) = found.binary, want.kernel.rstrip(">").split("<")
+    told = {
+        "name": name, "flags": flags, "arch": want.arch, "threads": want.threads,
+        "registers": binary.resources.registers, "spilled_bytes": binary.resources.spilled_bytes,
+        "shared_memory": want.shared_memory, "instructions": binary.instructions,
+        "seconds": round(found.seconds, 3), "cached": found.cached,
+    }  # fmt: skip
+    if keep is not None:
+        path = (
+            keep / f"{re.sub(r'[^a-z0-9]+', '_', want.kernel.lower()).strip('_')}_{want.arch}.cubin"
+        )
+        path.write_bytes(binary.cubin)
+        told["cubin"] = str(path)
+    return told
+
+
+def run(archs, preset, shapes, dtypes, features, backward, keep, as_json) -> int:
+    """Compile, and print a line a kernel; 0 when all compiled"""
+    for arch in archs:
+        if arch not in SHARED_KIB:
+            raise BadArgument(f"--arch must be among {', '.join(SHARED_KIB)}, got {arch!r}")
+    try:
+        compiler = first_use.default()
+    except CompileError as error:
+        raise BadArgument(str(error)) from None
+    for arch in archs:
+        if int(arch.rstrip("a")) not in compiler.architectures:
+            raise BadArgument(f"--arch {arch} is not known to NVRTC {compiler.nvrtc.version}")
+    begin, rows = time.perf_counter(), []
+    try:
+        kinds = calls(preset, shapes, dtypes, features)
+        wants = dict.fromkeys(
+            want for arch in archs for kind in kinds for want in wanted(*kind, backward, arch)
+        )
+    except ValueError as error:
+        raise BadArgument(f"--{error}") from None
+    for index, want in enumerate(wants, 1):
+        if sys.stderr.isatty():
+            print(f"\r{index}/{len(wants)} {want.kernel} sm_{want.arch}\033[K", end="",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        rows.append(row(want, compiler.get(want.kernel, want.arch), keep))
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for each in rows:
+        print(f"{each['name']}<{each['flags']}> sm_{each['arch']}: {each['registers']} registers, "
+              f"{each['spilled_bytes']} bytes spilled, {each['instructions']} instructions, "
+              f"{'cached' if each['cached'] else str(each['seconds']) + ' s'}")  # fmt: skip
+    fresh = sum(not each["cached"] for each in rows)
+    print(f"{len(rows)} kernels, {fresh} compiled, in {time.perf_counter() - begin:.1f} s; "
+          f"in {first_use.folder()}")  # fmt: skip
+    return 0

@@ -1,0 +1,87 @@
+// The launches of one (dtype, HEAD_DIM) pair; launch.cpp picks among them.  Host code.
+#pragma once
+#include "../launches.h"
+#include "../sum_tiles.h"
+#include "../tiles.h"
+
+namespace attn::cuda::sm80 {
+
+// Queries of the tiles in which one kernel computes all of a plain call's backward, 0: two kernels.
+// shared_memory: bytes that a CTA may have.
+inline int fused_queries(const Problem& p, const Pointers& ptr, int head_dim, int shared_memory) {
+  if (p.deterministic || p.dtype == DType::kFloat32 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
+  return fused_block_m(head_dim, shared_memory);
+}
+
+// general: false only where the plain kernels know everything that the call asks for.
+template <class T, int HEAD_DIM>
+void run_forward(Executor& to, Params p, bool general) {
+  if constexpr (kIsHalf<T>) {  // floats are rare on GPUs: one kernel serves all their calls
+    if (!general) {
+      using Tile = PlainForwardTile<HEAD_DIM>;
+      p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+      const Grid grid = grid_of(p.p.batch * p.p.heads_q * p.m_tiles);
+      return launch(to, kernel_name<T>("sm80::forward_plain", HEAD_DIM), grid, Tile::THREADS,
+                    Tile::smem(Row<T, HEAD_DIM>::BYTES), p);
+    }
+  }
+  using Tile = ForwardTile<T, HEAD_DIM>;
+  const Grid grid = grid_of(p.p.batch * (p.p.heads_q / p.pack) * p.m_tiles * p.splits);
+  launch(to, kernel_name<T>("sm80::forward_general", HEAD_DIM), grid, Tile::THREADS,
+         Tile::forward_smem(Row<T, HEAD_DIM>::BYTES), p);
+}
+
+// All of dQ, dK and dV, where p.dq_sums is there.
+template <class T, int HEAD_DIM, int BLOCK_M>
+void run_fused(Executor& to, Params p) {
+  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
+  p.m_tiles = int((p.p.seqlen_q + 63) / 64);
+  p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+  launch(to, kernel_name<T>("sm80::clear_dq", HEAD_DIM),
+         grid_of(p.p.heads_q * sum_tiles(p.p, p.ptr)), 128, 0, p);
+  launch(to, kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M),
+         grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Tile::THREADS, Tile::SMEM, p);
+  launch(to, kernel_name<T>("sm80::convert_dq", HEAD_DIM),
+         grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, p);
+}
+
+// dQ, dK, dV and dBias, each where its pointer is not null; p.delta is filled.
+template <class T, int HEAD_DIM>
+void run_backward(Executor& to, Params p, bool general) {
+  if constexpr (kIsHalf<T> && HEAD_DIM <= 128) {
+    if (p.dq_sums) {
+      p.splits = p.pack = 1;
+      if constexpr (HEAD_DIM == 64)
+        if (p.fused_block_m == 128) return run_fused<T, HEAD_DIM, 128>(to, p);
+      return run_fused<T, HEAD_DIM, 64>(to, p);
+    }
+  }
+  using Tile = BackwardTile<T, HEAD_DIM>;
+  const int smem = Tile::backward_smem(Row<T, HEAD_DIM>::BYTES);
+  const int64_t units = p.p.batch * p.p.heads_q;
+  general = general || !kIsHalf<T>;
+  p.splits = p.pack = 1;
+  p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  if (p.ptr.dq) {
+    const Grid grid = grid_of(units * p.m_tiles);
+    launch(to, kernel_name<T>("sm80::backward_dq", HEAD_DIM, general), grid, Tile::THREADS, smem,
+           p);
+  }
+  if (p.ptr.dbias) {
+    p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+    const ScoreStrides& s = p.p.dbias;
+    const Grid grid = grid_of((s.b ? p.p.batch : 1) * (s.h ? p.p.heads_q : 1) *
+                              (s.q ? p.m_tiles : 1) * (s.k ? p.n_tiles : 1));
+    launch(to, kernel_name<T>("sm80::backward_bias", HEAD_DIM), grid, Tile::THREADS, smem, p);
+  }
+  p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  const Grid grid = grid_of(p.p.batch * p.p.heads_k * p.n_tiles);
+  constexpr bool TWO = kTwoPasses<T, HEAD_DIM>;
+  for (p.pass = 0; p.pass < (TWO ? 2 : 1); ++p.pass) {
+    if (TWO ? !(p.pass ? p.ptr.dk : p.ptr.dv) : !p.ptr.dk && !p.ptr.dv) continue;
+    launch(to, kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, general), grid, Tile::THREADS, smem,
+           p);
+  }
+}
+
+}  // namespace attn::cuda::sm80

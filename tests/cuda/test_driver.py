@@ -1,0 +1,155 @@
+"""The CUDA backend on a driver without a GPU (tests/helpers/fake_driver): what it compiles,
+loads and launches, in which context and stream, and what it says when something fails.
+"""
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from repository import ROOT
+
+pytest.importorskip(
+    "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
+)
+
+from fake_driver import Kernels, driver
+
+from attn_ext import _cuda, _emulated
+from attn_ext.backends import jit
+from attn_ext.testing import check_call, random_call
+
+HEADER = Path("/usr/local/cuda/include/cuda.h")
+needs_nvrtc = pytest.mark.skipif(jit.find() is None, reason="nvidia-cuda-nvrtc is not installed")
+PLAIN = {"dtype": torch.bfloat16, "head_dim": 32, "heads_q": 2, "heads_k": 2, "batch": 1,
+         "seqlen_q": 140, "seqlen_k": 70}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def machine():
+    _emulated.set_mode("plain", seed=1, smem_limit=227 * 1024)
+
+
+@needs_nvrtc
+def test_forward_and_backward():
+    """A parameter block that g++ and NVRTC lay out otherwise; a kernel that
+    is compiled, or loaded, at each call."""
+    with driver() as fake:
+        kernels = Kernels()
+        check_call(random_call(1, **PLAIN), kernels, grads=True)
+        launches, loads = fake.calls("cuLaunchKernel"), fake.calls("cuModuleLoadData")
+        assert loads == len(fake.compiled) == len(set(fake.compiled)) == 4, fake.compiled
+        check_call(random_call(2, **PLAIN), kernels, grads=True)
+        assert fake.calls("cuLaunchKernel") == 2 * launches
+        assert fake.calls("cuModuleLoadData") == loads
+        assert fake.lib.fake_depth() == 0  # no context is left behind in this thread
+
+
+@needs_nvrtc
+def test_threads_devices_and_streams():
+    """A context that is current in the first thread alone, or is that of another device."""
+    call, failures = random_call(1, **PLAIN), []
+    with driver(80, 80) as fake:
+        streams = [fake.lib.fake_stream(i, 0) for i in range(2)]
+
+        def work(index):
+            try:
+                check_call(call, Kernels(index % 2, streams[index % 2]), grads=False)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert not failures, failures
+        assert fake.calls("cuDevicePrimaryCtxRetain") == 2
+        assert 2 <= len(fake.compiled) <= 4  # each device has its own
+
+
+@needs_nvrtc
+def test_capture():
+    """A kernel that is loaded while a graph is captured; one used before that is refused."""
+    call = random_call(1, **PLAIN)
+    with driver() as fake:
+        stream = fake.lib.fake_stream(0, 1)
+        with pytest.raises(RuntimeError, match=r"captured.*forward_plain.*once before the capture"):
+            Kernels(0, stream).forward(call)
+        fake.lib.fake_capture(stream, 0)
+        Kernels(0, stream).forward(call)
+        fake.lib.fake_capture(stream, 1)
+        Kernels(0, stream).forward(call)
+        assert fake.lib.fake_captured(stream) == 1
+
+
+@needs_nvrtc
+def test_errors_name_the_kernel():
+    """An error that an earlier kernel left, told as the fault of nobody."""
+    call = random_call(1, **PLAIN)
+    with driver() as fake:
+        kernels = Kernels()
+        kernels.forward(call)
+        fake.lib.fake_break(719)
+        with pytest.raises(
+            RuntimeError,
+            match=r"launch of attn::cuda::sm80::forward_plain<attn::ptx::bf16, 32> on cuda:0: "
+            r"CUDA_ERROR_LAUNCH_FAILED: in words \(attn_ext launched .*forward_plain.* before\)",
+        ):
+            kernels.forward(call)
+
+
+def test_an_image_that_the_driver_refuses():
+    """A broken image that is kept as loaded; NVRTC's own error that is lost on its way."""
+    with driver() as fake:
+        _cuda.set_compile(lambda kernel, capability: ("k", b"\x7fELF" + bytes(100)))
+        with pytest.raises(RuntimeError, match=r"loading attn::cuda::.*CUDA_ERROR_INVALID_IMAGE"):
+            Kernels().forward(random_call(1, **PLAIN))
+
+        def fail(kernel, capability):
+            raise jit.CompileError("line 3")
+
+        _cuda.set_compile(fail)
+        with pytest.raises(jit.CompileError, match="line 3"):
+            Kernels().forward(random_call(1, **PLAIN))
+        assert fake.calls("cuLaunchKernel") == 0
+
+
+def test_what_is_missing_is_told():
+    """A machine without a driver, a GPU or a new enough one that is an import error or a crash."""
+    with driver(75):
+        assert "capability 7.5, the kernels need 8.0" in _cuda.device_problem(0)
+        assert _cuda.device_problem(1) == "no CUDA device 1"
+    with driver(80, init=100):
+        assert "CUDA_ERROR_NO_DEVICE" in _cuda.driver_problem()
+        with pytest.raises(RuntimeError, match="CUDA_ERROR_NO_DEVICE"):
+            Kernels().forward(random_call(1, **PLAIN))
+    with driver(80, version=12040):
+        assert _cuda.driver_version() == 12040 and _cuda.driver_problem() == ""
+    _cuda.open_driver("no such library")
+    assert "driver is not installed" in _cuda.driver_problem()
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="CUDA's headers are not installed")
+def test_numbers_of_the_driver_are_those_of_cuda_h():
+    """A number of driver_api.h that means something else to the driver."""
+    ours = (ROOT / "csrc/cuda/driver_api.h").read_text()
+    names = {
+        "ERROR_NO_DEVICE": "CUDA_ERROR_NO_DEVICE",
+        "ERROR_STREAM_CAPTURE_IMPLICIT": "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+        "ATTRIBUTE_MULTIPROCESSOR_COUNT": "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT",
+        "ATTRIBUTE_CAPABILITY_MAJOR": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
+        "ATTRIBUTE_CAPABILITY_MINOR": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
+        "ATTRIBUTE_SHARED_MEMORY_OPTIN":
+            "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+        "FUNCTION_DYNAMIC_SHARED_MEMORY": "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
+    }  # fmt: skip
+    for mine, theirs in names.items():
+        number = re.search(rf"\b{mine} = (\d+)", ours)[1]
+        assert re.search(rf"\b{theirs}\s*=\s*{number}\b", HEADER.read_text()), mine
+    # without a number of their own there: by their order
+    kinds = re.search(r"CUtensorMapDataType_enum \{(.*?)\}", HEADER.read_text(), re.S)[1]
+    order = re.findall(r"CU_TENSOR_MAP_DATA_TYPE_(\w+)", kinds)
+    assert (order.index("FLOAT16"), order.index("BFLOAT16")) == (6, 9)
+    assert "TENSOR_FLOAT16 = 6" in ours and "TENSOR_BFLOAT16 = 9" in ours

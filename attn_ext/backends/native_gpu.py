@@ -216,7 +216,7 @@ class Kernels:
                 strides(dout, varlen),
                 *(none if g is None else strides(g, varlen) for g in grads),
                 _gradient_strides(dbias),
-                call.deterministic or torch.are_deterministic_algorithms_enabled(),
+                call.deterministic,
             )
             point(native, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, dsink=dsink)
             target = self._target(call.q.device)

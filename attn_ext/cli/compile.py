@@ -95,7 +95,13 @@ def here() -> list[str]:
         raise BadArgument("--arch must say what to compile for where there is no GPU")
     major, minor = torch.cuda.get_device_capability()
     known = [int(arch.rstrip("a")) for arch in SHARED_KIB]
-    return [first_use.architecture(10 * major + minor, known)]
+    try:
+        return [first_use.architecture(10 * major + minor, known)]
+    except CompileError:  # older than the kernels, or newer than this table
+        raise BadArgument(
+            f"--arch must be among {', '.join(SHARED_KIB)}, and this machine's GPU has compute "
+            f"capability {major}.{minor}"
+        ) from None
 
 
 def clear(as_json: bool) -> int:

@@ -93,10 +93,22 @@ def serves_on_cpu(call: Call) -> bool:
     return _serving_backend(prepared(call)) is registry.get("cpu")
 
 
+def as_torch_asks(call: Call) -> Call:
+    """The call, deterministic where torch.use_deterministic_algorithms is in force.
+
+    Backends do not ask torch themselves: poisoned memory, in which tests and `attn-ext verify` call
+    them, switches this on in torch, and they must meet the kernels that training meets.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return call._replace(deterministic=True)
+    return call
+
+
 def backward(dout, dlse, out, lse, call: Call, needs) -> Grads:
     """The gradients that `needs` asks for; None for all others."""
     call, needs = prepared(call), Needs(*needs)
     module = _serving_backend(call)
+    call = as_torch_asks(call)
     grads = _in_their_dtypes(module.backward, call, dout, out, lse, dlse, needs)
     return Grads(*[g if need else None for g, need in zip(grads, needs, strict=True)])
 

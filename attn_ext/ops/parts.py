@@ -95,7 +95,7 @@ def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
     if hasattr(module, "backward_partial"):
         return module.backward_partial(call, dout, delta, lse, needs)
     # Kernels that find delta themselves find rowsum(dO * 0) - dLSE, with dLSE = -delta.
-    dout = dout.to(call.q.dtype)
+    dout, call = dout.to(call.q.dtype), execute.as_torch_asks(call)
     grads = module.backward(call, dout, torch.zeros_like(dout), lse, -delta, needs)
     return Grads(*[g if g is None else g.to(lse.dtype) for g in grads])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import seen
+import torch
 from repository import ROOT
 
 from attn_ext.backends import jit
@@ -280,6 +281,17 @@ def test_what_the_command_refuses():
     for name, value in wrong.items():
         with pytest.raises(BadArgument, match=name.rstrip("s")[:5]):
             command.run(**{**good, name: value})
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (13, 0)])
+def test_a_gpu_that_no_kernel_is_compiled_for(monkeypatch, capability):
+    """A traceback in place of a line about --arch, on a GPU that is too old or not known yet."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(
+        BadArgument, match=rf"--arch must be among 80, .*{capability[0]}\.{capability[1]}"
+    ):
+        command.here()
 
 
 @needs_nvrtc

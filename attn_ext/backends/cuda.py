@@ -12,14 +12,18 @@ from attn_ext.backends.jit import first_use
 from attn_ext.backends.jit.nvrtc import CompileError, find
 from attn_ext.core.problem import Problem
 
+
+def image(kernel: str, capability: int) -> tuple[str, bytes]:
+    """(symbol, machine code) of a kernel that is launched for the first time."""
+    return first_use.image(kernel, capability, _cuda.driver_version() // 1000)
+
+
 try:
     from attn_ext import _cuda
 except ImportError as error:  # not built, or built for another Python
     _cuda, _import_error = None, error
 else:
-    _cuda.set_compile(
-        lambda kernel, capability: first_use.image(kernel, capability, _driver() // 1000)
-    )
+    _cuda.set_compile(image)
 
 
 @functools.cache

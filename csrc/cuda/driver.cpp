@@ -25,7 +25,7 @@ struct Function {
 struct Device {
   DeviceId id = 0;
   int capability = 0, multiprocessors = 0, shared_memory = 0;
-  std::mutex creating;
+  std::mutex creating;                   // the context; a function's module, its shared memory
   std::atomic<Handle> context{nullptr};  // torch's: the primary one
   std::shared_mutex guard;               // of functions; held for no call that may take long
   std::unordered_map<std::string, std::unique_ptr<Function>> functions;
@@ -163,6 +163,21 @@ class Current {
   bool pushed_ = false;
 };
 
+// Another stream may be captured into a graph, by any thread: for as long as this lives, what this
+// thread asks of the driver, and no stream does, neither fails for that nor ends that capture.
+class Uncaptured {
+ public:
+  explicit Uncaptured(Driver& driver) : driver_(driver) {
+    check(driver, driver.api.exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode");
+  }
+  ~Uncaptured() { driver_.api.exchange_capture_mode(&mode_); }
+  Uncaptured(const Uncaptured&) = delete;
+
+ private:
+  Driver& driver_;
+  int mode_ = CAPTURE_MODE_RELAXED;  // then the mode of before
+};
+
 class Stream : public Executor {
  public:
   Stream(Driver& driver, Device& device, const Target& target)
@@ -172,12 +187,7 @@ class Stream : public Executor {
 
   void launch(const Launch& x) override {
     Function& function = find(x);
-    if (x.smem_bytes > function.smem_bytes.load(std::memory_order_relaxed)) {
-      require(
-          driver_.api.set_attribute(function.handle, FUNCTION_DYNAMIC_SHARED_MEMORY, x.smem_bytes),
-          std::to_string(x.smem_bytes) + " bytes of shared memory for", x.kernel);
-      function.smem_bytes.store(x.smem_bytes, std::memory_order_relaxed);
-    }
+    if (x.smem_bytes > function.smem_bytes.load(std::memory_order_acquire)) allow(function, x);
     void* params[] = {const_cast<void*>(x.params)};
     require(driver_.api.launch_kernel(function.handle, x.grid.x, x.grid.y, x.grid.z, x.threads, 1,
                                       1, x.smem_bytes, stream_, params, nullptr),
@@ -221,15 +231,36 @@ class Stream : public Executor {
     refuse_capture(x.kernel);
     if (!compiler()) throw std::runtime_error("no compiler was set");
     const Image image = compiler()(x.kernel, device_.capability);
-    auto function = std::make_unique<Function>();
-    function->kernel = x.kernel;
-    Handle module = nullptr;
-    require(driver_.api.load_module(&module, image.cubin.data()), "loading", x.kernel);
-    require(driver_.api.get_function(&function->handle, module, image.symbol.c_str()),
-            "finding " + image.symbol + " of", x.kernel);
+    const std::lock_guard<std::mutex> one(device_.creating);
+    {
+      const std::shared_lock<std::shared_mutex> lock(device_.guard);
+      const auto known = device_.functions.find(x.kernel);  // by another thread meanwhile
+      if (known != device_.functions.end()) return *known->second;
+    }
+    auto function = load(x.kernel, image);
     const std::lock_guard<std::shared_mutex> lock(device_.guard);
-    // another thread may have loaded the same meanwhile: its function serves both
-    return *device_.functions.try_emplace(x.kernel, std::move(function)).first->second;
+    return *device_.functions.emplace(x.kernel, std::move(function)).first->second;
+  }
+
+  std::unique_ptr<Function> load(const std::string& kernel, const Image& image) {
+    const Uncaptured uncaptured(driver_);
+    auto function = std::make_unique<Function>();
+    function->kernel = kernel;
+    Handle module = nullptr;
+    require(driver_.api.load_module(&module, image.cubin.data()), "loading", kernel);
+    require(driver_.api.get_function(&function->handle, module, image.symbol.c_str()),
+            "finding " + image.symbol + " of", kernel);
+    return function;
+  }
+
+  // Never less than another thread's launch of the same kernel takes.
+  void allow(Function& function, const Launch& x) {
+    const std::lock_guard<std::mutex> one(device_.creating);
+    if (x.smem_bytes <= function.smem_bytes.load()) return;
+    require(
+        driver_.api.set_attribute(function.handle, FUNCTION_DYNAMIC_SHARED_MEMORY, x.smem_bytes),
+        std::to_string(x.smem_bytes) + " bytes of shared memory for", x.kernel);
+    function.smem_bytes.store(x.smem_bytes, std::memory_order_release);
   }
 
   // To compile and to load are no work of a stream that a graph could hold.

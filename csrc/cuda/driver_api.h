@@ -21,6 +21,7 @@ enum : int {
   ATTRIBUTE_CAPABILITY_MINOR = 76,
   ATTRIBUTE_SHARED_MEMORY_OPTIN = 97,
   FUNCTION_DYNAMIC_SHARED_MEMORY = 8,
+  CAPTURE_MODE_RELAXED = 2,
   TENSOR_FLOAT16 = 6,
   TENSOR_BFLOAT16 = 9,
   TENSOR_SWIZZLE_128B = 3,
@@ -42,6 +43,7 @@ enum : int {
   X(push_context, "cuCtxPushCurrent_v2", (Handle context))                                     \
   X(pop_context, "cuCtxPopCurrent_v2", (Handle * context))                                     \
   X(is_capturing, "cuStreamIsCapturing", (Handle stream, int* status))                         \
+  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int* mode))                   \
   X(load_module, "cuModuleLoadData", (Handle * module, const void* image))                     \
   X(get_function, "cuModuleGetFunction", (Handle * function, Handle module, const char* name)) \
   X(set_attribute, "cuFuncSetAttribute", (Handle function, int attribute, int value))          \

@@ -2,6 +2,7 @@
 loads and launches, in which context and stream, and what it says when something fails.
 """
 
+import logging
 import re
 import threading
 from pathlib import Path
@@ -18,9 +19,11 @@ from fake_driver import Kernels, driver
 
 from attn_ext import _cuda, _emulated
 from attn_ext.backends import jit
-from attn_ext.testing import check_call, random_call
+from attn_ext.backends.jit import first_use
+from attn_ext.testing import check_call, needs_of, random_call
 
 HEADER = Path("/usr/local/cuda/include/cuda.h")
+LIMIT = 300  # seconds that threads may take, compilers included
 needs_nvrtc = pytest.mark.skipif(jit.find() is None, reason="nvidia-cuda-nvrtc is not installed")
 PLAIN = {"dtype": torch.bfloat16, "head_dim": 32, "heads_q": 2, "heads_k": 2, "batch": 1,
          "seqlen_q": 140, "seqlen_k": 70}  # fmt: skip
@@ -64,14 +67,16 @@ def test_threads_devices_and_streams():
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
         for each in threads:
             each.start()
         for each in threads:
-            each.join()
+            each.join(LIMIT)
+        assert not any(each.is_alive() for each in threads), "threads wait for each other"
         assert not failures, failures
         assert fake.calls("cuDevicePrimaryCtxRetain") == 2
         assert 2 <= len(fake.compiled) <= 4  # each device has its own
+        assert fake.calls("cuModuleLoadData") == 2  # of two threads, one loads
 
 
 @needs_nvrtc
@@ -87,6 +92,106 @@ def test_capture():
         fake.lib.fake_capture(stream, 1)
         Kernels(0, stream).forward(call)
         assert fake.lib.fake_captured(stream) == 1
+
+
+@needs_nvrtc
+def test_the_way_that_ships(tmp_path, monkeypatch, caplog):
+    """What attn_ext itself sets as the compiler: a wrong version or architecture, a kernel that is
+    compiled again by the next process, a compile that nobody hears of."""
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("attn_ext"), "propagate", True)
+    caplog.set_level(logging.INFO, "attn_ext")
+    call, told = random_call(1, **PLAIN), []
+    try:
+        for _ in range(2):  # as in two processes, one after the other
+            first_use.default.cache_clear()
+            caplog.clear()
+            with driver(80, shipped=True) as fake:
+                for _ in range(2):
+                    check_call(call, Kernels(), grads=False)
+                assert fake.calls("cuModuleLoadData") == 1 and fake.calls("cuLaunchKernel") == 2
+            told.append([text for text in caplog.messages if text.startswith("compiled")])
+    finally:
+        first_use.default.cache_clear()
+    assert len(told[0]) == 1 and not told[1]
+    assert re.search(r"forward_plain<attn::ptx::bf16, 32> for sm_80 in", told[0][0])
+
+
+# ---- launches that are checked and not computed -------------------------------------------------
+def test_first_use_beside_a_capture():
+    """A kernel that is loaded on one stream while another is captured: the driver refuses that, and
+    ends the capture, unless the thread says that it knows what it does."""
+    with driver(80, runs=False) as fake:
+        captured = fake.lib.fake_stream(0, 1)
+        Kernels().forward(random_call(1, **PLAIN))
+        assert fake.calls("cuLaunchKernel") == 1 and fake.lib.fake_captured(captured) == 0
+        assert fake.lib.fake_capture_mode() == 0  # as it was
+
+
+def gradients(kernels, call):
+    """Forward and backward, whose results mean nothing."""
+    out, lse, *_ = kernels.forward(call)
+    return kernels.backward(call, torch.ones_like(out), out, lse, None, needs_of(call))
+
+
+def test_hopper_launches():
+    """A tensor map that the driver refuses or that is made for each kernel anew; shared memory that
+    is not asked for, or asked for at each call; the pair of kernels where one is enough."""
+    call = random_call(1, **{**PLAIN, "head_dim": 64})
+    with driver(90, runs=False) as fake:
+        kernels = Kernels()
+        kernels.sm90 = True
+        for deterministic, names, maps, attributes in (
+            (False, "forward clear_dq backward_fused convert_dq", 3 + 4, 2),
+            (True, "backward_dq backward_dkdv", 3 + 4 + 4, 2),
+        ):
+            seen = [fake.calls(name) for name in ("cuTensorMapEncodeTiled", "cuFuncSetAttribute")]
+            begin = len(fake.compiled)
+            for _ in range(2):
+                gradients(kernels, call._replace(deterministic=deterministic))
+            found = [re.search(r"sm90::(\w+)", name) for name, _ in fake.compiled[begin:]]
+            assert [each[1] for each in found if each] == names.split()
+            assert fake.calls("cuTensorMapEncodeTiled") - seen[0] == 2 * maps
+            assert fake.calls("cuFuncSetAttribute") - seen[1] == attributes  # once a kernel
+        assert {capability for _, capability in fake.compiled} == {90}
+
+
+def test_split_decode_launches():
+    """A decode whose keys are not shared out among the multiprocessors, or whose parts nobody puts
+    together."""
+    call = random_call(1, **{**PLAIN, "seqlen_q": 1, "seqlen_k": 900})
+    with driver(80, runs=False) as fake:
+        Kernels().forward(call)
+        names = [re.search(r"sm80::(\w+)", name)[1] for name, _ in fake.compiled]
+        assert names == ["forward_general", "combine"] and fake.calls("cuLaunchKernel") == 2
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_every_launch_keeps_the_rules(capability):
+    """Tiles that take more shared memory than a GPU has, for one data type and width."""
+    with driver(capability, runs=False) as fake:
+        for sm90 in (False, True)[: 1 + (capability == 90)]:
+            kernels = Kernels()
+            kernels.sm90 = sm90
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for head_dim in (32, 64, 96, 128, 192, 256):
+                    for more in ({}, {"deterministic": True}, {"softcap": 5.0, "bias": True}):
+                        shape = {**PLAIN, "dtype": dtype, "head_dim": head_dim}
+                        gradients(kernels, random_call(1, **shape, **more))
+        assert fake.calls("cuLaunchKernel") > 3 * 6 * 3 * 3
+        assert fake.calls("cuModuleLoadData") == len(set(fake.compiled))
+
+
+def test_a_launch_that_the_gpu_has_no_room_for():
+    """Shared memory that a GPU lacks, told without the kernel and the number."""
+    with driver(80, runs=False) as fake:
+        fake.lib.fake_shared_memory(0, 64 * 1024)  # not what the driver said at the start
+        with pytest.raises(
+            RuntimeError,
+            match=r"66560 bytes of shared memory for .*backward_fused.* on cuda:0: "
+            r"CUDA_ERROR_INVALID_VALUE: .*launched .*clear_dq",
+        ):
+            gradients(Kernels(), random_call(1, **PLAIN))
 
 
 @needs_nvrtc
@@ -148,6 +253,7 @@ def test_numbers_of_the_driver_are_those_of_cuda_h():
         "ATTRIBUTE_CAPABILITY_MINOR": "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
         "ATTRIBUTE_SHARED_MEMORY_OPTIN":
             "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+        "CAPTURE_MODE_RELAXED": "CU_STREAM_CAPTURE_MODE_RELAXED",
         "FUNCTION_DYNAMIC_SHARED_MEMORY": "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
     }  # fmt: skip
     for mine, theirs in names.items():

@@ -90,6 +90,10 @@ class Compiler:
                 self._known[key] = found
         return Result(found, time.perf_counter() - begin, cached)
 
+    def known(self) -> list[Binary]:
+        """The kernels that this process has."""
+        return list(self._known.values())
+
     def _make(self, kernel: sources.Kernel) -> tuple[Binary, bool]:
         if self.store is None:
             return compile_kernel(self.nvrtc, kernel, self.root), False

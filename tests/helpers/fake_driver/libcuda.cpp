@@ -70,6 +70,8 @@ bool initialized = false;
 Result broken = 0;  // an error that every later call gives back
 int init_result = 0, driver_version = 13000;
 thread_local std::vector<Context*> current;
+thread_local int capture_mode = 0;  // global: what is unsafe while any stream captures is refused
+std::set<Stream*> capturing;        // streams
 
 Context* top() { return current.empty() ? nullptr : current.back(); }
 template <class T>
@@ -164,8 +166,17 @@ FAKE cuStreamIsCapturing(Handle stream, int* status) {
   if (stream && !known<Stream>(stream)) return INVALID_HANDLE;
   return *status = stream ? reinterpret_cast<Stream*>(stream)->capturing : 0, 0;
 }
+FAKE cuThreadExchangeStreamCaptureMode(int* mode) {
+  if (const Result error = enter("cuThreadExchangeStreamCaptureMode", false)) return error;
+  if (*mode < 0 || *mode > CAPTURE_MODE_RELAXED) return INVALID_VALUE;
+  return std::swap(*mode, capture_mode), 0;
+}
 FAKE cuModuleLoadData(Handle* module, const void* image) {
   if (const Result error = enter("cuModuleLoadData", true)) return error;
+  if (capture_mode != CAPTURE_MODE_RELAXED) {
+    const std::lock_guard<std::mutex> lock(guard);
+    if (!capturing.empty()) return CAPTURE_UNSUPPORTED;
+  }
   Resolved found = {};
   if (!resolve || !resolve(image, &found)) return INVALID_IMAGE;
   auto* made = new Module{top(), found.symbol, found.body, found.params_bytes, found.most_threads};
@@ -262,7 +273,7 @@ CONTROL void fake_reset(int count, const int* capabilities, int (*resolver)(cons
                                                         : 99) *
                                1024;
   }
-  contexts.clear(), calls.clear(), alive.clear(), current.clear();
+  contexts.clear(), calls.clear(), alive.clear(), current.clear(), capturing.clear();
   resolve = resolver, broken = 0, initialized = false;
   init_result = init, driver_version = version;
 }
@@ -270,17 +281,23 @@ CONTROL int fake_calls(const char* name) {
   const std::lock_guard<std::mutex> lock(guard);
   return calls[name];
 }
-CONTROL void* fake_stream(int device, int capturing) {
+CONTROL void* fake_stream(int device, int status) {
   const std::lock_guard<std::mutex> lock(guard);
   Context* context = &contexts.try_emplace(device, Context{device}).first->second;
-  auto* made = new Stream{context, capturing, 0};
+  auto* made = new Stream{context, status, 0};
   alive.insert(context), alive.insert(made);
+  if (status) capturing.insert(made);
   return made;
 }
 CONTROL void fake_capture(void* stream, int status) {
-  reinterpret_cast<Stream*>(stream)->capturing = status;
+  const std::lock_guard<std::mutex> lock(guard);
+  auto* of = reinterpret_cast<Stream*>(stream);
+  of->capturing = status;
+  status ? void(capturing.insert(of)) : void(capturing.erase(of));
 }
 CONTROL int fake_captured(void* stream) { return reinterpret_cast<Stream*>(stream)->launches; }
+CONTROL void fake_shared_memory(int device, int bytes) { devices[device].shared_memory = bytes; }
+CONTROL int fake_capture_mode() { return capture_mode; }
 CONTROL int fake_depth() { return int(current.size()); }
 CONTROL void fake_break(int error) { broken = error; }
 }

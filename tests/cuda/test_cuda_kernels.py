@@ -291,6 +291,19 @@ def test_backward_in_one_kernel(check, head_dim, name):
     assert launched(check) - before == (5 if check.mode else 0)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_backward_in_two_kernels(check, head_dim):
+    """The plain dQ, or dK and dV, of a deterministic call, wrong for one width; one kernel in their
+    place, whose sums depend on the order."""
+    sizes = {"batch": 2, "heads_q": 4, "heads_k": 2, "head_dim": head_dim, "dtype": BF16}
+    more = FUSED["causal, grouped heads, ragged"]
+    call = random_call(3, device=check.device, deterministic=True, **{**sizes, **more})
+    before = launched(check)
+    check(call, smem_kib=163)
+    # forward; delta, dQ, dK and dV
+    assert launched(check) - before == (4 if check.mode else 0)
+
+
 def launched(check) -> int:
     """Kernels that the emulator has run; 0 on a GPU."""
     if not check.mode:

@@ -106,8 +106,9 @@ DUE = {name for name in NAMES if seen.turn(name, 16)}  # half a minute each
 
 
 def _digest(name):
-    """Of kernels, executor and emulator."""
+    """Of kernels, of what says which of them run, of executor and emulator."""
     files = seen.included(seen.ROOT / "csrc/emulation/ptx/operations.h")
+    files.add(seen.ROOT / "attn_ext/backends/native_gpu.py")
     for header in ("sm80/kernels.cuh", "sm90/kernels.cuh", "launch.cpp"):
         files |= seen.included(seen.ROOT / "csrc/cuda" / header)
     files |= set((seen.ROOT / "csrc/emulation").glob("*.cpp"))

@@ -46,8 +46,9 @@ class KVCache:
     pages: how many there are, shared by all sequences; None: enough for each sequence to be full.
     window: None, or how many positions before its own a query sees (`attention`'s window[0]);
     pages that no later query sees are freed, and max_length counts what is held.
-    dtype: of keys, values and queries, or torch.int8: a quarter of float32's memory, at an error of
-    at most 0.4 % of the largest number of a row; k, v and q are float16, bfloat16 or float32 then.
+    dtype: of keys, values and queries, or torch.int8, on the CPU: about a quarter of float32's
+    memory, at an error of at most 0.4 % of the largest number of a row; k, v and q are float16,
+    bfloat16 or float32 then.
     Memory is taken at once, and by most systems only where it is written.
 
     A sequence that is full, or a pool without a free page, raises CacheFullError and changes
@@ -77,6 +78,7 @@ class KVCache:
             raise TypeError(
                 f"dtype must be float16, bfloat16, float32, float64 or int8, got {dtype!r}"
             )
+        quantised.check_device(dtype, device)
         if window is not None:
             window = validate.integer("window", window)
             if page_size is None:
@@ -160,7 +162,8 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor, *, counts=None, rows: Sequence[int] | None = None):
         """Put new keys and values behind those of each sequence; returns the cache.
 
-        k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype.  rows: only these sequences, in
+        k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype (int8: any of float16, bfloat16 and
+        float32).  rows: only these sequences, in
         this order; B is then their number.  counts [B]: only the last counts[i] of the S positions
         (shorter prompts are padded on the left), all if None; on the host.
         CacheFullError where there is no room: nothing is written then.
@@ -187,7 +190,7 @@ class KVCache:
         return self
 
     def _append_int8(self, k, v, counts, rows) -> None:
-        self._refuse_compiled("append")
+        quantised.refuse_recorded("append")
         (k, k_factors), (v, v_factors) = quantised.quantise(k), quantised.quantise(v)
         counts = None if counts is None else _integers("counts", counts)
         self._write((k, v, k_factors, v_factors), counts, rows)
@@ -197,13 +200,6 @@ class KVCache:
         pages = (self.k_pages, self.v_pages, *self._factors())
         stores = tuple(zip(pages, new, strict=True))
         operator.append(stores, self._table, self._lengths, self._book, counts, rows)
-
-    def _refuse_compiled(self, name: str) -> None:
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(
-                f"{name} of a KVCache of int8 cannot be compiled: call it from a function under "
-                "torch.compiler.disable, or take dtype=torch.bfloat16"
-            )
 
     def attend(
         self,
@@ -246,11 +242,8 @@ class KVCache:
         return attention_decode(*call[:4], block_table=table, return_lse=return_lse, **options)
 
     def _attend_int8(self, q, k, v, held, table, tree_mask, return_lse, options):
-        self._refuse_compiled("attend")
-        if q.dtype not in quantised.GIVEN:
-            raise TypeError(
-                f"q must be float16, bfloat16 or float32 for a cache of int8, got {q.dtype}"
-            )
+        quantised.refuse_recorded("attend")
+        quantised.check_dtype("q", q)
         call, factors = (q.float(), k, v, held), self._factors()
         if tree_mask is not None:
             out, lse = tree.attend(*call, table, tree_mask, True, options, factors)

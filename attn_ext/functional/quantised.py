@@ -3,7 +3,7 @@
     row = int8 row * factor,  factor = max |row| / 127
 
 So no number is off by more than factor / 2, or 0.4 % of the largest of its row.  A row that holds
-NaN or inf is NaN as a whole.  Queries and results are float32.
+NaN or inf is NaN as a whole.  Queries and results are float32.  CPU only: no GPU kernel reads it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,53 @@ from attn_ext.ops import execute, route
 
 GIVEN = (torch.float16, torch.bfloat16, torch.float32)
 MOST = 127
+# Factors that are normal numbers, and of which 127 are finite: rows of smaller and larger numbers
+# (below 2**-120, or the very largest float) are kept in these steps
+FACTORS = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127.00002)
+
+
+def check_device(dtype, device) -> None:
+    """NotImplementedError for a cache of int8 elsewhere than on the CPU."""
+    if dtype != torch.int8:
+        return
+    kind = torch.empty(0, device=device).device.type
+    if kind != "cpu":
+        raise NotImplementedError(
+            f"device must be cpu for a cache of int8, which no kernel of another device reads, got "
+            f"{kind}; take dtype=torch.bfloat16 there"
+        )
+
+
+def check_dtype(name: str, x) -> None:
+    """TypeError for what a cache of int8 is not given."""
+    if x.dtype not in GIVEN:
+        raise TypeError(
+            f"{name} must be float16, bfloat16 or float32 for a cache of int8, got {x.dtype}"
+        )
+
+
+def refuse_recorded(name: str) -> None:
+    """NotImplementedError where torch records or transforms what runs: which lengths and pages are
+    there is read on the way."""
+    compiling = torch.compiler.is_compiling()
+    if (
+        compiling or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):  # fmt: skip
+        raise NotImplementedError(
+            f"{name} of a KVCache of int8 cannot be {'compiled' if compiling else 'transformed'}: "
+            "call it from a function under torch.compiler.disable, or take dtype=torch.bfloat16"
+        )
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 like x [..., D], and the factors, float32 [..., 1]."""
     x = x.detach().float()
-    factors = x.abs().amax(-1, keepdim=True) / MOST
+    largest = x.abs().amax(-1, keepdim=True)
+    factors = (largest / MOST).clamp(*FACTORS)
+    factors = torch.where(torch.isfinite(largest), factors, torch.nan)
     whole = (x / factors).round_()
-    kept = torch.where(torch.isfinite(whole), whole, 0).to(torch.int8)  # of factor 0, NaN or inf
-    return kept, torch.where(torch.isfinite(factors), factors, torch.nan)
+    return torch.where(torch.isnan(whole), 0, whole).to(torch.int8), factors
 
 
 def dequantise(kept: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -42,14 +80,14 @@ def decode(
     of one sequence at a time become float32.
     """
     # checked with caches of float32 that take no memory
-    stand_ins = (q.new_empty(()).expand(x.shape) for x in (k, v))
-    call = decode_call(
-        q, *stand_ins, held, block_table=block_table, backend=backend, **options
-    )  # fmt: skip
-    call = execute.prepared(call)
-    if q.device.type == "cpu":
-        validate.values(call)
-    if route.is_plain(q, k, v) and execute.serves_on_cpu(call):
+    stand_ins = [torch.empty((), dtype=torch.float32).expand(x.shape) for x in (k, v)]
+    paged = dict(block_table=block_table, backend=backend, **options)
+    call = execute.prepared(decode_call(q, *stand_ins, held, **paged))
+    if len(q) == 0:
+        return attention_decode(q, *stand_ins, held, return_lse=return_lse, **paged)
+    validate.values(call)
+    # observers see calls of float32
+    if route.is_plain(q, k, v) and not route.observers and execute.serves_on_cpu(call):
         found = cpu_cache.of_int8(call._replace(k=k, v=v), k_factors, v_factors)
         if found is not None:
             return found if return_lse else found[0]
@@ -64,11 +102,9 @@ def decode(
 
 def _of_sequence(b: int, call, k, v, k_factors, v_factors, options):
     """(out, lse) of sequence b alone."""
-    pages = call.block_table[b].long()
-    if call.q.device.type == "cpu":  # page numbers beyond its length mean nothing
-        pages = pages[: max(1, -(-int(call.seqlens_k[b]) // k.shape[2]))]
-    capacity = len(pages) * k.shape[2]
-    pages = pages.clamp(0, len(k) - 1)
+    count = max(1, -(-int(call.seqlens_k[b]) // k.shape[2]))
+    pages = call.block_table[b, :count].long()
+    capacity = count * k.shape[2]
     rows = [
         dequantise(x[pages], factors[pages]).transpose(0, 1).flatten(1, 2)[None]
         for x, factors in ((k, k_factors), (v, v_factors))

@@ -29,10 +29,7 @@ def new_rows(name: str, x, pages, batch: int) -> None:
             f"{mistakes.of_rows(name, shape, batch, heads, head_dim)}"
         )
     if pages.dtype == torch.int8:
-        if x.dtype not in quantised.GIVEN:
-            raise TypeError(
-                f"{name} must be float16, bfloat16 or float32 for a cache of int8, got {x.dtype}"
-            )
+        quantised.check_dtype(name, x)
     elif x.dtype != pages.dtype:
         raise TypeError(f"{name} must have the cache's dtype {pages.dtype}, got {x.dtype}")
     if x.device != pages.device:

@@ -55,7 +55,7 @@ def test_features(name, way):
         model.check(4, tree_mask=tree, **FEATURES[name])
 
 
-def test_the_kernel_reads_int8(monkeypatch):
+def test_the_kernel_reads_int8(monkeypatch, isa):
     """Calls that silently go the slow way: here only the kernel may serve."""
     if not cpu_cache.READS_TENSORS:
         return  # an older torch has the slow way alone
@@ -92,16 +92,125 @@ def test_rounding_and_rows_that_are_not_finite(dtype):
     assert cache.attend(q).dtype == dtype
 
 
-def test_memory_and_refusals():
-    """A cache that takes more than it says, and errors that name no way out."""
+def test_the_smallest_and_the_largest_rows():
+    """int8 that wraps where a factor is no normal number, and 127 factors that overflow."""
+    numbers = torch.finfo(torch.float32)
+    sizes = [190 * numbers.smallest_normal * numbers.eps, numbers.tiny, numbers.max]
+    x = torch.tensor(sizes)[:, None] * torch.linspace(-1, 1, 64)
+    rounded = quantised.dequantise(*quantised.quantise(x))
+    assert rounded.isfinite().all()
+    bound = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=numbers.tiny) * 0.5001
+    assert ((rounded - x).abs() <= bound).all()
+
+
+def _of_next_position(x):
+    kept, factors = ROUNDED(x)
+    return kept, factors.roll(1, dims=2)
+
+
+def _of_next_head(x):
+    kept, factors = ROUNDED(x)
+    return kept, factors.roll(1, dims=1)
+
+
+def _cut(x):
+    _, factors = ROUNDED(x)
+    return (x / factors).trunc().to(torch.int8), factors
+
+
+def _of_all_rows(x):
+    factors = (x.abs().amax() / 127).expand(*x.shape[:-1], 1)
+    return (x / factors).round().to(torch.int8), factors
+
+
+ROUNDED, READ, WRITE = quantised.quantise, cpu_cache.of_int8, attn_ext.KVCache._write
+PLANTED = {
+    "factors of the next position": (quantised, "quantise", _of_next_position),
+    "factors of the next head": (quantised, "quantise", _of_next_head),
+    "cut instead of rounded": (quantised, "quantise", _cut),
+    "one factor for all rows": (quantised, "quantise", _of_all_rows),
+    "the kernel takes V's factors for K's": (
+        cpu_cache, "of_int8", lambda call, k_factors, v_factors: READ(call, v_factors, k_factors)),
+    "the kernel leaves V's factors out": (
+        cpu_cache, "of_int8", lambda call, k_factors, v_factors:
+            READ(call, k_factors, torch.full_like(v_factors, 0.02))),
+    "factors are written in another order": (
+        attn_ext.KVCache, "_write", lambda cache, new, counts, rows: WRITE(
+            cache, (*new[:2], *(x.flip(2) for x in new[2:])), counts, rows)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_is_caught(name, monkeypatch):
+    """A test of this file that could not tell."""
+    if "kernel" in name and not cpu_cache.READS_TENSORS:
+        return  # an older torch has the slow way alone
+
+    def live():
+        model = Model(2, 16, max_length=256, dtype=torch.int8, queries=8, dim=64, dim_v=64)
+        model.append(200, counts=[200, 77])
+        model.keep(4, [[0, 1, 3], [2, 3]])
+        model.check(2)
+
+    live()
+    monkeypatch.setattr(*PLANTED[name])
+    with pytest.raises(AssertionError):
+        live()
+
+
+def _compiled(cache, x):
+    torch.compile(lambda x: cache.attend(x), fullgraph=True, backend="eager")(x)
+
+
+k = torch.randn(2, 2, 1, 64)
+ERRORS = (ValueError, TypeError, RuntimeError)  # what the compiler makes of one is the last
+REFUSED = {
+    "k must be float16, bfloat16 or float32 for a cache of int8, got torch.float64":
+        lambda c: c.append(k.double(), k),
+    "v must be float16, bfloat16 or float32 for a cache of int8, got torch.int8":
+        lambda c: c.append(k, k.to(torch.int8)),
+    "q must be float16, bfloat16 or float32 for a cache of int8, got torch.float64":
+        lambda c: c.attend(k.double()),
+    "requires a gradient": lambda c: c.attend(k.clone().requires_grad_()),
+    "append of a KVCache of int8 cannot be transformed: call": lambda c: torch.vmap(
+        lambda x: c.append(x, x).lengths)(torch.stack([k, k])),
+    "attend of a KVCache of int8 cannot be transformed: call": lambda c: torch.vmap(c.attend)(
+        torch.stack([k, k])),
+    "attend of a KVCache of int8 cannot be compiled: call": lambda c: _compiled(c, k),
+    "device must be cpu for a cache of int8, which no kernel of another device reads, got meta":
+        lambda c: attn_ext.KVCache(2, 2, 64, max_length=64, dtype=torch.int8, device="meta"),
+    "k_cache must be on q's device meta, got cpu": lambda c: c.attend(k.to("meta")),
+    "bias must cover the 1 positions that are held, got 0":
+        lambda c: c.attend(k, bias=torch.zeros(0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_refused(message):
+    """Errors that name no way out, and a cache that is changed before one."""
+    cache = attn_ext.KVCache(2, 2, 64, max_length=64, dtype=torch.int8).append(k, k)
+    with pytest.raises(ERRORS, match=message):
+        REFUSED[message](cache)
+    assert cache.lengths.tolist() == [1, 1]
+
+
+def test_a_function_that_is_not_compiled():
+    """The way out that the error names."""
+    cache = attn_ext.KVCache(2, 2, 64, max_length=64, dtype=torch.int8)
+
+    @torch.compiler.disable
+    def attend(x):
+        return cache.append(x, x).attend(x)
+
+    torch.compile(lambda x: attend(x) + 1, backend="eager")(k)
+    assert cache.lengths.tolist() == [1, 1]
+
+
+def test_memory_and_no_sequences():
+    """A cache that takes more than it says; a batch of none."""
     sizes = dict(batch=2, heads=2, head_dim=64, max_length=64)
     whole, cache = attn_ext.KVCache(**sizes), attn_ext.KVCache(**sizes, dtype=torch.int8)
     assert cache.nbytes == whole.nbytes // 4 + 2 * 4 * 2 * 2 * 64
-    k = torch.randn(2, 2, 1, 64)
-    with pytest.raises(TypeError, match="k must be float16, bfloat16 or float32 for a cache"):
-        cache.append(k.double(), k)
-    cache.append(k, k)
-    with pytest.raises(TypeError, match="q must be float16, bfloat16 or float32 for a cache"):
-        cache.attend(k.double())
-    with pytest.raises(NotImplementedError, match="requires a gradient"):
-        cache.attend(k.clone().requires_grad_())
+    assert cache.append(k[:0], k[:0], rows=[]).attend(k[:0], rows=[]).shape == (0, 2, 1, 64)
+    out, lse = cache.append(k, k).attend(k[:, :, :0], return_lse=True)
+    assert out.shape == (2, 2, 0, 64) and lse.shape == (2, 2, 0)

@@ -79,8 +79,8 @@ def decode(
     The cpu backend's kernel for few queries reads them as they are; for all other calls the pages
     of one sequence at a time become float32.
     """
-    # checked with caches of float32 that take no memory
-    stand_ins = [torch.empty((), dtype=torch.float32).expand(x.shape) for x in (k, v)]
+    # checked with caches of float32 that are one row
+    stand_ins = [torch.empty(x.shape[-1:], dtype=torch.float32).expand(x.shape) for x in (k, v)]
     paged = dict(block_table=block_table, backend=backend, **options)
     call = execute.prepared(decode_call(q, *stand_ins, held, **paged))
     if len(q) == 0:

@@ -12,7 +12,12 @@ from attn_ext.backends.looks import looks
 from attn_ext.core.layout import empty_like_layout, prototype
 from attn_ext.core.schema import TENSORS, Call, lse_shape, statistics_dtype
 
-READS_TENSORS = cpu._C is not None and looks is getattr(cpu._C, "looks", None)
+try:
+    from attn_ext import _C
+except ImportError:  # attn_ext.backends.cpu says why
+    _C = None
+
+READS_TENSORS = _C is not None and looks is getattr(_C, "looks", None)
 GIVEN = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sink", "seqlens_k", "block_table")
 
 
@@ -34,7 +39,7 @@ class DecodePlan:
         page is out of range."""
         out = torch.empty_like(self.out)
         lse = torch.empty_like(self.lse) if with_lse else None
-        done = cpu._C.decode_forward(
+        done = _C.decode_forward(
             self.native, torch.get_num_threads(), q, k, v, mask, bias, slopes, sink, lengths, table,
             k_new, v_new, k_factors, v_factors, out, lse,
         )  # fmt: skip
@@ -72,7 +77,7 @@ def write(pages, new, copies, pieces) -> bool:
         or pages.stride(-1) != 1 or new.stride(-1) != 1
     ):  # fmt: skip
         return False
-    cpu._C.cache_write(pages, new, copies, pieces, torch.get_num_threads())
+    _C.cache_write(pages, new, copies, pieces, torch.get_num_threads())
     if not pages.is_inference():
         torch.autograd.graph.increment_version(pages)
     return True
@@ -83,7 +88,7 @@ def publish(lengths, table, numbers, lists) -> bool:
     list[0]; False, with nothing done, where this is not the way."""
     if not READS_TENSORS or looks(lengths, table) is None:
         return False
-    cpu._C.cache_publish(lengths, table, numbers, lists)
+    _C.cache_publish(lengths, table, numbers, lists)
     if not table.is_inference():
         torch.autograd.graph.increment_version((lengths, table))
     return True

@@ -243,6 +243,7 @@ class KVCache:
 
     def _attend_int8(self, q, k, v, held, table, tree_mask, return_lse, options):
         quantised.refuse_recorded("attend")
+        validate.boolean("return_lse", return_lse)
         quantised.check_dtype("q", q)
         call, factors = (q.float(), k, v, held), self._factors()
         if tree_mask is not None:

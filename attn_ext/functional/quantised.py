@@ -15,6 +15,7 @@ from attn_ext.core import validate
 from attn_ext.functional.decode import attention_decode, decode_call
 from attn_ext.ops import execute, route
 
+OPTIONS = frozenset(attention_decode.__kwdefaults__) - {"k_new", "v_new"}
 GIVEN = (torch.float16, torch.bfloat16, torch.float32)
 MOST = 127
 # Factors that are normal numbers, and of which 127 are finite: rows of smaller and larger numbers
@@ -79,6 +80,9 @@ def decode(
     The cpu backend's kernel for few queries reads them as they are; for all other calls the pages
     of one sequence at a time become float32.
     """
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"KVCache.attend() got an unexpected keyword argument {name!r}")
     # checked with caches of float32 that are one row
     stand_ins = [torch.empty(x.shape[-1:], dtype=torch.float32).expand(x.shape) for x in (k, v)]
     paged = dict(block_table=block_table, backend=backend, **options)

@@ -179,6 +179,9 @@ REFUSED = {
     "attend of a KVCache of int8 cannot be transformed: call": lambda c: torch.vmap(c.attend)(
         torch.stack([k, k])),
     "attend of a KVCache of int8 cannot be compiled: call": lambda c: _compiled(c, k),
+    "return_lse must be a bool": lambda c: c.attend(k, return_lse="yes"),
+    "KVCache.attend.. got an unexpected keyword argument 'need_stats'":
+        lambda c: c.attend(k, need_stats=True),
     "device must be cpu for a cache of int8, which no kernel of another device reads, got meta":
         lambda c: attn_ext.KVCache(2, 2, 64, max_length=64, dtype=torch.int8, device="meta"),
     "k_cache must be on q's device meta, got cpu": lambda c: c.attend(k.to("meta")),

@@ -27,7 +27,7 @@ def check_device(dtype, device) -> None:
     """NotImplementedError for a cache of int8 elsewhere than on the CPU."""
     if dtype != torch.int8:
         return
-    kind = torch.empty(0, device=device).device.type
+    kind = torch.empty(0, dtype=dtype, device=device).device.type
     if kind != "cpu":
         raise NotImplementedError(
             f"device must be cpu for a cache of int8, which no kernel of another device reads, got "
@@ -84,7 +84,10 @@ def decode(
         if name not in OPTIONS:
             raise TypeError(f"KVCache.attend() got an unexpected keyword argument {name!r}")
     # checked with caches of float32 that are one row
-    stand_ins = [torch.empty(x.shape[-1:], dtype=torch.float32).expand(x.shape) for x in (k, v)]
+    stand_ins = [
+        torch.empty(x.shape[-1:], dtype=torch.float32, device=x.device).expand(x.shape)
+        for x in (k, v)
+    ]
     paged = dict(block_table=block_table, backend=backend, **options)
     call = execute.prepared(decode_call(q, *stand_ins, held, **paged))
     if len(q) == 0:

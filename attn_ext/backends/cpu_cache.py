@@ -12,7 +12,12 @@ from attn_ext.backends.looks import looks
 from attn_ext.core.layout import empty_like_layout, prototype
 from attn_ext.core.schema import TENSORS, Call, lse_shape, statistics_dtype
 
-READS_TENSORS = cpu._C is not None and looks is getattr(cpu._C, "looks", None)
+try:
+    from attn_ext import _C
+except ImportError:  # attn_ext.backends.cpu says why
+    _C = None
+
+READS_TENSORS = _C is not None and looks is getattr(_C, "looks", None)
 GIVEN = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sink", "seqlens_k", "block_table")
 
 
@@ -26,14 +31,17 @@ class DecodePlan:
         self.native = cpu.native_call(call, cpu.canonical_inputs(call), out, lse)
         self.out, self.lse = prototype(out), prototype(lse)
 
-    def forward(self, q, k, v, mask, bias, slopes, sink, lengths, table, k_new, v_new, with_lse):
+    def forward(
+        self, q, k, v, mask, bias, slopes, sink, lengths, table, k_new, v_new, with_lse,
+        k_factors=None, v_factors=None,
+    ):  # fmt: skip
         """(O, LSE or None), k_new and v_new appended; None, with nothing done, where a length or a
         page is out of range."""
         out = torch.empty_like(self.out)
         lse = torch.empty_like(self.lse) if with_lse else None
-        done = cpu._C.decode_forward(
+        done = _C.decode_forward(
             self.native, torch.get_num_threads(), q, k, v, mask, bias, slopes, sink, lengths, table,
-            k_new, v_new, None, None, out, lse,
+            k_new, v_new, k_factors, v_factors, out, lse,
         )  # fmt: skip
         if not done:
             return None
@@ -69,7 +77,7 @@ def write(pages, new, copies, pieces) -> bool:
         or pages.stride(-1) != 1 or new.stride(-1) != 1
     ):  # fmt: skip
         return False
-    cpu._C.cache_write(pages, new, copies, pieces, torch.get_num_threads())
+    _C.cache_write(pages, new, copies, pieces, torch.get_num_threads())
     if not pages.is_inference():
         torch.autograd.graph.increment_version(pages)
     return True
@@ -80,7 +88,23 @@ def publish(lengths, table, numbers, lists) -> bool:
     list[0]; False, with nothing done, where this is not the way."""
     if not READS_TENSORS or looks(lengths, table) is None:
         return False
-    cpu._C.cache_publish(lengths, table, numbers, lists)
+    _C.cache_publish(lengths, table, numbers, lists)
     if not table.is_inference():
         torch.autograd.graph.increment_version((lengths, table))
     return True
+
+
+def of_int8(call: Call, k_factors, v_factors) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(O, LSE) of a float32 call with pages of int8, which stand for their numbers times the
+    factors, float32 [pages, H, page_size, 1]; None where no kernel reads them."""
+    if not READS_TENSORS or call.q.numel() == 0 or (call.bias is not None and call.bias.is_neg()):
+        return None
+    t = cpu.canonical_inputs(call)
+    call = call._replace(**{name: t[name] for name in GIVEN})
+    if looks(*(t[name] for name in GIVEN)) is None:
+        return None
+    inputs = [t[name] for name in GIVEN]
+    try:
+        return DecodePlan(call).forward(*inputs, None, None, True, k_factors, v_factors)
+    except NotImplementedError:  # more queries than the kernel takes, few keys, another width
+        return None

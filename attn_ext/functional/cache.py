@@ -13,7 +13,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.pages import CacheFullError, Pages
-from attn_ext.functional import tree
+from attn_ext.functional import quantised, tree
 from attn_ext.functional.decode import attention_decode, refuse_grad
 from attn_ext.ops import cache as operator
 from attn_ext.ops import route
@@ -46,6 +46,9 @@ class KVCache:
     pages: how many there are, shared by all sequences; None: enough for each sequence to be full.
     window: None, or how many positions before its own a query sees (`attention`'s window[0]);
     pages that no later query sees are freed, and max_length counts what is held.
+    dtype: of keys, values and queries, or torch.int8, on the CPU: about a quarter of float32's
+    memory, at an error of at most 0.4 % of the largest number of a row; k, v and q are float16,
+    bfloat16 or float32 then.
     Memory is taken at once, and by most systems only where it is written.
 
     A sequence that is full, or a pool without a free page, raises CacheFullError and changes
@@ -71,8 +74,11 @@ class KVCache:
         sizes["page_size"] = max_length if page_size is None else page_size
         for name, value in sizes.items():
             sizes[name] = validate.integer(name, value, 1)
-        if dtype not in validate.FLOATING:
-            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+        if dtype not in (*validate.FLOATING, torch.int8):
+            raise TypeError(
+                f"dtype must be float16, bfloat16, float32, float64 or int8, got {dtype!r}"
+            )
+        quantised.check_device(dtype, device)
         if window is not None:
             window = validate.integer("window", window)
             if page_size is None:
@@ -89,6 +95,11 @@ class KVCache:
         shape = (pages, sizes["heads"], sizes["page_size"])
         self.k_pages = torch.empty((*shape, sizes["head_dim"]), dtype=dtype, device=device)
         self.v_pages = torch.empty((*shape, sizes["head_dim_v"]), dtype=dtype, device=device)
+        self.k_factors = self.v_factors = None  # float32 [pages, Hk, page_size, 1], of int8
+        if dtype == torch.int8:
+            self.k_factors, self.v_factors = (
+                torch.empty((*shape, 1), dtype=torch.float32, device=device) for _ in range(2)
+            )
         self._table = torch.zeros((sizes["batch"], width), dtype=torch.int32, device=device)
         self._lengths = torch.zeros((2, sizes["batch"]), dtype=torch.int32, device=device)
 
@@ -122,6 +133,14 @@ class KVCache:
         """The most positions that one sequence may hold."""
         return self._table.shape[1] * self.page_size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, of int8 with their factors."""
+        return sum(x.nbytes for x in (self.k_pages, self.v_pages, *self._factors()))
+
+    def _factors(self) -> tuple:
+        return () if self.k_factors is None else (self.k_factors, self.v_factors)
+
     def gathered(self) -> tuple[Tensor, Tensor]:
         """Copies of what is held, k [B, Hk, S, D] and v [B, Hk, S, Dv], S positions being those of
         the longest sequence; what shorter ones lack is 0.
@@ -129,7 +148,10 @@ class KVCache:
         longest = max(map(self._book.held, range(self.batch)))
         at = torch.arange(longest, device=self._table.device).expand(self.batch, -1)
         there = (at < self._lengths[1][:, None])[:, None, :, None]
-        k, v = (tree.positions(x, self._table, at) for x in (self.k_pages, self.v_pages))
+        pages = (self.k_pages, self.v_pages, *self._factors())
+        k, v, *factors = (tree.positions(x, self._table, at) for x in pages)
+        if factors:
+            k, v = map(quantised.dequantise, (k, v), factors)
         return torch.where(there, k, 0), torch.where(there, v, 0)
 
     @property
@@ -140,7 +162,8 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor, *, counts=None, rows: Sequence[int] | None = None):
         """Put new keys and values behind those of each sequence; returns the cache.
 
-        k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype.  rows: only these sequences, in
+        k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype (int8: any of float16, bfloat16 and
+        float32).  rows: only these sequences, in
         this order; B is then their number.  counts [B]: only the last counts[i] of the S positions
         (shorter prompts are padded on the left), all if None; on the host.
         CacheFullError where there is no room: nothing is written then.
@@ -152,6 +175,9 @@ class KVCache:
         if k.shape[2] != v.shape[2]:
             raise ValueError(f"v must have k's {k.shape[2]} positions, got {v.shape[2]}")
         refuse_grad("KVCache.append", k=k, v=v)
+        if self.k_factors is not None:
+            self._append_int8(k, v, counts, rows)
+            return self
         tensors = (self.k_pages, self.v_pages, self._table, self._lengths)
         if torch.compiler.is_compiling() or not route.is_plain(k, v, self.k_pages):
             if counts is not None and not isinstance(counts, torch.Tensor):
@@ -159,8 +185,21 @@ class KVCache:
             torch.ops.attn_ext.cache_append(*tensors, self._handle, k, v, counts, rows)
             return self
         counts = None if counts is None else _integers("counts", counts)
-        operator.append(*tensors, self._book, k, v, counts, rows)
+        stores = ((self.k_pages, k), (self.v_pages, v))
+        operator.append(stores, self._table, self._lengths, self._book, counts, rows)
         return self
+
+    def _append_int8(self, k, v, counts, rows) -> None:
+        quantised.refuse_recorded("append")
+        (k, k_factors), (v, v_factors) = quantised.quantise(k), quantised.quantise(v)
+        counts = None if counts is None else _integers("counts", counts)
+        self._write((k, v, k_factors, v_factors), counts, rows)
+
+    def _write(self, new, counts, rows) -> None:
+        """Append rows that are as pages hold them."""
+        pages = (self.k_pages, self.v_pages, *self._factors())
+        stores = tuple(zip(pages, new, strict=True))
+        operator.append(stores, self._table, self._lengths, self._book, counts, rows)
 
     def attend(
         self,
@@ -196,9 +235,24 @@ class KVCache:
             table, held = table[index], held[index]
         options = self._of_width(options, table.shape[1] * self.page_size)
         call = (q, self.k_pages, self.v_pages, held, table)
+        if self.k_factors is not None:
+            return self._attend_int8(*call, tree_mask, return_lse, options)
         if tree_mask is not None:
             return tree.attend(*call, tree_mask, return_lse, options)
         return attention_decode(*call[:4], block_table=table, return_lse=return_lse, **options)
+
+    def _attend_int8(self, q, k, v, held, table, tree_mask, return_lse, options):
+        quantised.refuse_recorded("attend")
+        validate.boolean("return_lse", return_lse)
+        quantised.check_dtype("q", q)
+        call, factors = (q.float(), k, v, held), self._factors()
+        if tree_mask is not None:
+            out, lse = tree.attend(*call, table, tree_mask, True, options, factors)
+        else:
+            told = dict(block_table=table, return_lse=True, **options)
+            out, lse = quantised.decode(*call, *factors, **told)
+        out = out.to(q.dtype)
+        return (out, lse) if return_lse else out
 
     def reorder(self, indices) -> KVCache:
         """Sequence b becomes what sequence indices[b] was, for all b; as beam search needs it.
@@ -264,11 +318,13 @@ class KVCache:
         rows_index = torch.tensor(rows, dtype=torch.int64, device=self._table.device)
         held, table = self._lengths[1][rows_index], self._table[rows_index]
         at = held[:, None] - last + index
-        k, v = (tree.positions(x, table, at) for x in (self.k_pages, self.v_pages))
+        pages = (self.k_pages, self.v_pages, *self._factors())
+        new = [tree.positions(x, table, at) for x in pages]
         before = self._book.copy()
         self._book.truncate(rows, [self._book.lengths[b] - last for b in rows])
         try:
-            return self.append(k, v, counts=[len(numbers) for numbers in kept], rows=rows)
+            self._write(new, [len(numbers) for numbers in kept], rows)
+            return self
         except CacheFullError:
             self._book.restore(before)
             raise
@@ -287,6 +343,10 @@ class KVCache:
             self.k_pages, self.v_pages = (
                 _larger(x, count, page_size) for x in (self.k_pages, self.v_pages)
             )
+            if self.k_factors is not None:
+                self.k_factors, self.v_factors = (
+                    _larger(x, count, page_size) for x in self._factors()
+                )
         if width > self._table.shape[1]:
             more = (self.batch, width - self._table.shape[1])
             self._table = torch.cat([self._table, self._table.new_zeros(more)], dim=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import mistakes, validate
+from attn_ext.functional import quantised
 from attn_ext.functional.decode import attention_decode
 from attn_ext.functional.dense import attention
 
@@ -27,7 +28,9 @@ def new_rows(name: str, x, pages, batch: int) -> None:
             f"{name} must have shape [{batch}, {heads}, S, {head_dim}], got {shape}"
             f"{mistakes.of_rows(name, shape, batch, heads, head_dim)}"
         )
-    if x.dtype != pages.dtype:
+    if pages.dtype == torch.int8:
+        quantised.check_dtype(name, x)
+    elif x.dtype != pages.dtype:
         raise TypeError(f"{name} must have the cache's dtype {pages.dtype}, got {x.dtype}")
     if x.device != pages.device:
         raise ValueError(f"{name} must be on the cache's device {pages.device}, got {x.device}")
@@ -55,8 +58,9 @@ def positions(pages, table, at):
     return pages[numbers, :, (at % page_size).long()].transpose(1, 2)
 
 
-def attend(q, k_pages, v_pages, held, table, tree_mask, return_lse: bool, options: dict):
-    """`KVCache.attend` with a tree_mask; held [B] and table [B, max_pages] of the sequences."""
+def attend(q, k_pages, v_pages, held, table, tree_mask, return_lse, options, factors=()):
+    """`KVCache.attend` with a tree_mask; held [B] and table [B, max_pages] of the sequences;
+    factors: of pages of int8."""
     if "causal" in options:
         raise ValueError(
             f"causal must not be given with tree_mask, which takes its place, got "
@@ -66,19 +70,23 @@ def attend(q, k_pages, v_pages, held, table, tree_mask, return_lse: bool, option
     sizes = (batch, heads, seqlen, seqlen)
     tree_mask = validate.scores("tree_mask", tree_mask, True, q.device, *sizes)
     paged = dict(block_table=table, causal=False)
+    decode = quantised.decode if factors else attention_decode
     before = held - seqlen  # [B]: positions that every query sees
     if options.get("window") or any(options.get(name) is not None for name in SPANNING):
         options = options | {"mask": _spanning(tree_mask, seqlen, before, table, k_pages, options)}
-        call = (q, k_pages, v_pages, held)
-        return attention_decode(*call, return_lse=return_lse, **paged, **options)
+        call = (q, k_pages, v_pages, held, *factors)
+        return decode(*call, return_lse=return_lse, **paged, **options)
     at = before[:, None] + torch.arange(seqlen, device=q.device)  # [B, Sq]
-    k, v = (positions(x, table, at.clamp(min=0)) for x in (k_pages, v_pages))
+    k, v, *scales = (positions(x, table, at.clamp(min=0)) for x in (k_pages, v_pages, *factors))
+    if factors:
+        k, v = map(quantised.dequantise, (k, v), scales)
     mask = tree_mask & (at >= 0)[:, None, None, :]
     rest = {name: options[name] for name in options if name not in ("window", "sink")}
     both = {name: rest[name] for name in rest if name != "num_splits"}
     last = attention(q, k, v, mask=mask, return_lse=True, **both)
     before = before.clamp(min=0)
-    first = attention_decode(q, k_pages, v_pages, before, return_lse=True, **paged, **rest)
+    call = (q, k_pages, v_pages, before, *factors)
+    first = decode(*call, return_lse=True, **paged, **rest)
     sink = options.get("sink")
     sink = None if sink is None else validate.sink_logits(sink, q.device, q.dtype, heads)
     out, lse = _merged(*first, *last, sink)

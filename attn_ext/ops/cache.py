@@ -27,11 +27,12 @@ def handle(pages: Pages) -> torch.Tensor:
     return torch.tensor([number], device="cpu", dtype=torch.int64)
 
 
-def append(k_pages, v_pages, table, lengths, pages: Pages, k, v, counts=None, rows=None) -> None:
-    """Append the last counts[i] (None: all) of k, v [B, Hk, S, D] to sequence rows[i] (None: i):
-    into k_pages, v_pages [pages, Hk, page_size, D], with block table and lengths.
+def append(stores, table, lengths, pages: Pages, counts=None, rows=None) -> None:
+    """Append the last counts[i] (None: all) of new rows to sequence rows[i] (None: i); with block
+    table and lengths.  stores: of each kind of rows (pages [pages, Hk, page_size, D], new
+    [B, Hk, S, D]).
     """
-    batch, _, seqlen, _ = k.shape
+    batch, _, seqlen, _ = stores[0][1].shape
     rows = list(range(batch)) if rows is None else rows
     counts = [seqlen] * batch if counts is None else counts
     if len(counts) != batch or not all(0 <= count <= seqlen for count in counts):
@@ -42,7 +43,7 @@ def append(k_pages, v_pages, table, lengths, pages: Pages, k, v, counts=None, ro
     copies, pieces = pages.append(rows, counts)
     firsts = [seqlen - count for count in counts]
     placed = [(n, firsts[n] + first, *rest) for n, first, *rest in pieces]
-    for kept, new in ((k_pages, k), (v_pages, v)):
+    for kept, new in stores:
         if not cpu_cache.write(kept, new, copies, placed):
             _write_rows(kept, new, copies, placed)
     publish(pages, table, lengths)
@@ -100,7 +101,7 @@ def _append_kernel(k_pages, v_pages, table, lengths, handle, k, v, counts, rows)
     if pages is None:
         raise RuntimeError("the KVCache of this compiled call has gone: compile with one that is")
     counts = None if counts is None else counts.tolist()
-    append(k_pages, v_pages, table, lengths, pages, k, v, counts, rows)
+    append(((k_pages, k), (v_pages, v)), table, lengths, pages, counts, rows)
 
 
 for _device in ("CPU", "CUDA"):

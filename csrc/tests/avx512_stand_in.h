@@ -155,6 +155,12 @@ inline __m256i extracti64x4_epi64(__m512i a, int half) {
 inline __m512i cvtepu16_epi32(__m256i a) {
   return words([&](size_t i) { return uint32_t(((HalfShorts)a)[i]); });
 }
+inline __m512i cvtepi8_epi32(__m128i a) {
+  return words([&](size_t i) { return uint32_t(int32_t(((const signed char*)&a)[i])); });
+}
+inline __m512 cvtepi32_ps(__m512i a) {
+  return floats([&](size_t i) { return float(int32_t(((Words)a)[i])); });
+}
 inline __m512 cvtph_ps(__m256i a) {
   return floats([&](size_t i) { return half_to_float(((HalfShorts)a)[i]); });
 }
@@ -255,6 +261,10 @@ inline __m256i maskz_loadu_epi16(uint32_t m, const void* p) {
 #define _mm512_extracti64x4_epi64 attn::cpu::stand_in::extracti64x4_epi64
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32 attn::cpu::stand_in::cvtepu16_epi32
+#undef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32 attn::cpu::stand_in::cvtepi8_epi32
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps attn::cpu::stand_in::cvtepi32_ps
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps attn::cpu::stand_in::cvtph_ps
 #undef _mm512_cvtps_ph

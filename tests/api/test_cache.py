@@ -234,8 +234,8 @@ REFUSED = {
     "pages must be at least 8, got 7": lambda c: c.resize(pages=7),
     "max_length must be at least 16, got 15": lambda c: c.resize(max_length=15),
     "heads must be at least 1, got 0": lambda c: attn_ext.KVCache(1, 0, 8, max_length=8),
-    "dtype must be float16, bfloat16, float32 or float64, got torch.int8":
-        lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, dtype=torch.int8),
+    "dtype must be float16, bfloat16, float32, float64 or int8, got torch.uint8":
+        lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, dtype=torch.uint8),
     "page_size must be given with window": lambda c: attn_ext.KVCache(
         1, 1, 8, max_length=8, page_size=None, window=4),
     "pages must be at least batch, 3, if contiguous, got 2": lambda c: attn_ext.KVCache(

@@ -54,6 +54,7 @@ class Model:
         self.sizes = heads, queries, dim, dim_v
         self.backend = backend
         self.random = torch.Generator().manual_seed(0)
+        dtype = torch.float32 if dtype == torch.int8 else dtype
         self.k = [torch.zeros(0, heads, dim, dtype=dtype) for _ in range(batch)]
         self.v = [torch.zeros(0, heads, dim_v, dtype=dtype) for _ in range(batch)]
         # Where a window rolls: the first position whose whole window is still there
@@ -61,7 +62,16 @@ class Model:
 
     def draw(self, *shape):
         """Normal random numbers in the cache's dtype, on the CPU."""
-        return torch.randn(shape, generator=self.random).to(self.cache.k_pages.dtype)
+        dtype = self.cache.k_pages.dtype
+        x = torch.randn(shape, generator=self.random)
+        return x if dtype == torch.int8 else x.to(dtype)
+
+    def kept(self, x):
+        """What the cache holds of new rows: of int8, what they were rounded to."""
+        if self.cache.k_factors is None:
+            return x
+        factors = x.abs().amax(-1, keepdim=True) / 127
+        return (x / factors).round().clamp(-127, 127) * factors
 
     def poison(self) -> None:
         """NaN in each place that no sequence holds."""
@@ -70,9 +80,12 @@ class Model:
         for b, pages in enumerate(book.lists):
             for index, page in enumerate(pages):
                 used[page] = max(used[page], min(size, book.held(b) - index * size))
+        int8 = self.cache.k_factors is not None
+        pages = (self.cache.k_factors, self.cache.v_factors) if int8 else ()
+        pages = pages or (self.cache.k_pages, self.cache.v_pages)
         for page, count in enumerate(used):
-            self.cache.k_pages[page, :, count:] = torch.nan
-            self.cache.v_pages[page, :, count:] = torch.nan
+            for x in pages:
+                x[page, :, count:] = torch.nan
 
     def append(self, seqlen, counts=None, rows=None) -> bool:
         """Whether it fitted; where it did not, the cache must be what it was."""
@@ -88,6 +101,7 @@ class Model:
             assert vars(self.cache._book) == before
             return False
         counts = [seqlen] * len(every) if counts is None else counts
+        k, v = self.kept(k), self.kept(v)
         for i, (b, count) in enumerate(zip(every, counts, strict=True)):
             if count and self.cache.window is not None:
                 self.whole[b] = len(self.k[b])

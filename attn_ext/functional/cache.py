@@ -185,8 +185,7 @@ class KVCache:
             torch.ops.attn_ext.cache_append(*tensors, self._handle, k, v, counts, rows)
             return self
         counts = None if counts is None else _integers("counts", counts)
-        stores = ((self.k_pages, k), (self.v_pages, v))
-        operator.append(stores, self._table, self._lengths, self._book, counts, rows)
+        self._write((k, v), counts, rows)
         return self
 
     def _append_int8(self, k, v, counts, rows) -> None:

@@ -8,7 +8,7 @@ import pickle
 import cache_checks
 import pytest
 import torch
-from cache_checks import Model
+from cache_checks import TREE, Model, features
 from closeness import assert_same
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -17,8 +17,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import attn_ext
 from attn_ext.core.pages import Pages
-
-TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, None])
@@ -43,12 +41,7 @@ def test_a_life(page_size, backend_and_device):
     model.check_book()
 
 
-FEATURES = {
-    "softcap, sink": {"softcap": 2.0, "sink": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-    "window": {"window": (3, None)},
-    "bias of the positions held": {"bias": torch.arange(20.0) % 3},
-}
+FEATURES = features(20)
 
 
 @pytest.mark.parametrize("tree", [False, True])

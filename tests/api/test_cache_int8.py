@@ -3,7 +3,7 @@ by the kernel as they are, or made float32, one sequence at a time."""
 
 import pytest
 import torch
-from cache_checks import Model
+from cache_checks import TREE, Model, features
 from closeness import assert_same
 
 import attn_ext
@@ -11,7 +11,6 @@ from attn_ext.backends import cpu_cache
 from attn_ext.functional import quantised
 from attn_ext.ops import execute
 
-TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
 SIZES = {"made float32": {"dim": 8, "dim_v": 5}, "as they are": {"dim": 64, "dim_v": 32}}
 
 
@@ -38,12 +37,7 @@ def test_a_life(way, page_size):
     model.check_book()
 
 
-FEATURES = {
-    "softcap, sink": {"softcap": 2.0, "sink": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-    "window": {"window": (3, None)},
-    "bias of the positions held": {"bias": torch.arange(90.0) % 3},
-}
+FEATURES = features(90)
 
 
 @pytest.mark.parametrize("way", SIZES)

@@ -8,6 +8,19 @@ from closeness import FLOAT32, assert_close
 
 import attn_ext
 
+# What each of four drafts sees of the others: two branches
+TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
+
+
+def features(positions: int) -> dict:
+    """name -> keywords of KVCache.attend with four query heads, for up to `positions` held."""
+    return {
+        "softcap, sink": {"softcap": 2.0, "sink": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+        "window": {"window": (3, None)},
+        "bias of the positions held": {"bias": torch.arange(float(positions)) % 3},
+    }
+
 
 def attend(q, k, v, *, seen=None, window=None, softcap=0.0, slopes=None, bias=None, sink=None):
     """out [Hq, Sq, Dv] and lse of the last Sq positions, in float64.  q [Hq, Sq, D], k [n, Hk, D],

@@ -1,5 +1,9 @@
 """Which Triton kernels are compiled at this commit, and the digest of what decides the rest."""
 
+import json
+import os
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -45,3 +49,21 @@ def executed(test_file: str, *facts) -> str:
         *ROOT.glob("triton_kernels/**/*.py"),
     ]
     return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)
+
+
+def compiled(script: str, architecture: str, folder: Path) -> dict:
+    """The table that `script` prints of what it compiled for an architecture: in a process of its
+    own, since Triton remembers its target, with caches in `folder`."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder),
+        "ATTN_EXT_CACHE_DIR": str(folder),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script, architecture],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

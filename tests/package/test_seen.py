@@ -98,6 +98,8 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
     assert tables.keys() <= {
         "planted_bugs",
         "planted_bugs_cpu_second",
+        "compiled_ptx",
+        "compiled_ptx_faults",
         "nvcc",
         "triton",
         "programs",

@@ -4,11 +4,7 @@ products of matrices.  What was seen of these sources (tests/helpers/seen.py) is
 turn only.
 """
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import seen
@@ -16,7 +12,6 @@ import triton_seen
 
 from attn_ext.triton_kernels import configs
 
-# Compiles in a process of its own, since Triton remembers its target.
 SCRIPT = """
 import functools, json, sys
 import torch, triton
@@ -83,19 +78,7 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     name, today = triton_seen.families(architecture), triton_seen.digest(__file__)
     if seen.known(triton_seen.TABLE, name, today, triton_seen.DUE):
         return
-    environment = {
-        **os.environ,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "ATTN_EXT_CACHE_DIR": str(tmp_path),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "helpers")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, architecture],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = json.loads(done.stdout)
+    table = triton_seen.compiled(SCRIPT, architecture, tmp_path)
     assert len(table) >= 20, table.keys()
     for name, (registers, spilled, shared, products, loop) in table.items():
         if loop and "sigmoid" in name:  # by the tiles of softmax; up to a sixteenth of the hot loop

@@ -3,19 +3,12 @@ shared memory, and without spills in their loops.  What was seen of these source
 (tests/helpers/seen.py) is compiled again in turn only.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import seen
 import triton_seen
 
 from attn_ext.triton_kernels import configs
 
-# Compiles in a process of its own, since Triton remembers its target.
 SCRIPT = """
 import functools, json, sys
 import torch, triton
@@ -63,19 +56,7 @@ def test_kernels_compile_without_spills_in_their_loops(architecture, tmp_path):
     name, today = triton_seen.second(architecture), triton_seen.digest(__file__)
     if seen.known(triton_seen.TABLE, name, today, triton_seen.DUE):
         return
-    environment = {
-        **os.environ,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "ATTN_EXT_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, architecture],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = json.loads(done.stdout)
+    table = triton_seen.compiled(SCRIPT, architecture, tmp_path)
     assert len(table) == 10, table.keys()
     for kernel, (registers, _, shared, products, loop) in table.items():
         assert shared <= configs.SHARED_LIMIT["sm_89"], (kernel, shared)  # the smallest of all

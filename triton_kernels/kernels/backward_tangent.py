@@ -41,7 +41,10 @@ from attn_ext.triton_kernels.kernels.tangent import (
     MOVED_Q,
     MOVED_V,
     RUNTIME,
+    key_products,
     logit_tangents,
+    moving_rows,
+    moving_tile,
     rows_of,
     weighted_sum,
 )
@@ -211,16 +214,12 @@ def dkdv_tangent_kernel(
         return
     b, hk = b.to(tl.int64), hk.to(tl.int64)
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-    k_rows, v_rows = rows_of(k, b, hk, k_first), rows_of(v, b, hk, k_first)
-    k_tile = load_tile(k_rows, k.s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-    v_tile = load_tile(v_rows, v.s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
-    tk_tile, tv_tile = k_tile, v_tile
-    if MOVED_K & MOVES:
-        tk_rows = rows_of(tk, b, hk, k_first)
-        tk_tile = load_tile(tk_rows, tk.s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-    if MOVED_V & MOVES:
-        tv_rows = rows_of(tv, b, hk, k_first)
-        tv_tile = load_tile(tv_rows, tv.s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+    k_tile, tk_tile = moving_tile(
+        k, tk, b, hk, k_first, j_first, length_k, D, BLOCK_N, BLOCK_D, FLAGS, MOVED_K & MOVES
+    )
+    v_tile, tv_tile = moving_tile(
+        v, tv, b, hk, k_first, j_first, length_k, DV, BLOCK_N, BLOCK_DV, FLAGS, MOVED_V & MOVES
+    )
     off = diagonal(length_q, length_k, FLAGS)
     j_last = tl.minimum(j_first + BLOCK_N, length_k) - 1
     first, _full, _full_end, end = query_range(
@@ -231,12 +230,8 @@ def dkdv_tangent_kernel(
     members = group if (GROUPED & FLAGS) else 1
     for member in range(0, members):
         h = hk * group + member
-        q_rows, g_rows = rows_of(q, b, h, q_first), rows_of(dout, b, h, q_first)
-        tq_rows, tg_rows = q_rows, g_rows
-        if MOVED_Q & MOVES:
-            tq_rows = rows_of(tq, b, h, q_first)
-        if MOVED_DOUT & MOVES:
-            tg_rows = rows_of(tdout, b, h, q_first)
+        q_rows, tq_rows = moving_rows(q, tq, b, h, q_first, MOVED_Q & MOVES)
+        g_rows, tg_rows = moving_rows(dout, tdout, b, h, q_first, MOVED_DOUT & MOVES)
         row = b * lse_b + h * lse_h + q_first
         tdk_tile, tdv_tile = key_gradient_tangents(
             tdk_tile, tdv_tile, (k_tile, v_tile), (tk_tile, tv_tile),
@@ -260,22 +255,14 @@ def query_gradient_tangents(
 ):  # fmt: skip
     """dZ' K + dZ K' over key tiles first..end - 1   [BLOCK_M, BLOCK_D]; dbias' if any."""
     q, tq, g, tg = tiles
-    k, k_s, tk, tk_s, v, v_s, tv, tv_s = kv
+    _k, _k_s, _tk, _tk_s, v, v_s, tv, tv_s = kv
     tdq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     c = tl.arange(0, BLOCK_N)[None, :]
     for n_block in tl.range(first, end):
         j_first = n_block * BLOCK_N
-        # S = Q @ K^T,  S' = Q' @ K^T + Q @ K'^T   [BLOCK_M, BLOCK_N]
-        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-        s = dot(q, tl.trans(k_tile), zero)
-        ts = zero
-        if MOVED_Q & MOVES:
-            ts = dot(tq, tl.trans(k_tile), ts)
-        tk_tile = k_tile
-        if MOVED_K & MOVES:
-            tk_tile = load_tile(tk, tk_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-            ts = dot(q, tl.trans(tk_tile), ts)
+        s, ts, k_tile, tk_tile = key_products(
+            q, tq, kv, j_first, seqlen_k, D, BLOCK_M, BLOCK_N, BLOCK_D, FLAGS, MOVES
+        )
         s, cap = tile_logits(
             s, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             True, FLAGS,
@@ -285,6 +272,7 @@ def query_gradient_tangents(
             FLAGS, MOVES,
         )  # fmt: skip
         # dP = G @ V^T,  dP' = G @ V'^T + G' @ V^T   [BLOCK_M, BLOCK_N]
+        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
         dp = dot(g, tl.trans(v_tile), zero)
         tdp = zero
@@ -329,22 +317,15 @@ def dq_tangent_kernel(
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     grad = (tdbias.at, tdbias.b, tdbias.h, tdbias.q, tdbias.k)
-    q_rows, g_rows = rows_of(q, b, h, q_first), rows_of(dout, b, h, q_first)
-    q_tile = load_tile(q_rows, q.s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-    g_tile = load_tile(g_rows, dout.s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-    tq_tile, tg_tile = q_tile, g_tile
-    if MOVED_Q & MOVES:
-        tq_rows = rows_of(tq, b, h, q_first)
-        tq_tile = load_tile(tq_rows, tq.s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-    if MOVED_DOUT & MOVES:
-        tg_rows = rows_of(tdout, b, h, q_first)
-        tg_tile = load_tile(tg_rows, tdout.s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-    k_rows, v_rows = rows_of(k, b, hk, k_first), rows_of(v, b, hk, k_first)
-    tk_rows, tv_rows = k_rows, v_rows
-    if MOVED_K & MOVES:
-        tk_rows = rows_of(tk, b, hk, k_first)
-    if MOVED_V & MOVES:
-        tv_rows = rows_of(tv, b, hk, k_first)
+    q_tile, tq_tile = moving_tile(
+        q, tq, b, h, q_first, i_first, length_q, D, BLOCK_M, BLOCK_D, FLAGS, MOVED_Q & MOVES
+    )
+    g_tile, tg_tile = moving_tile(
+        dout, tdout, b, h, q_first, i_first, length_q, DV, BLOCK_M, BLOCK_DV, FLAGS,
+        MOVED_DOUT & MOVES,
+    )  # fmt: skip
+    k_rows, tk_rows = moving_rows(k, tk, b, hk, k_first, MOVED_K & MOVES)
+    v_rows, tv_rows = moving_rows(v, tv, b, hk, k_first, MOVED_V & MOVES)
     row = b * lse_b + h * lse_h + q_first
     row_lse, row_tlse, row_delta, row_tdelta = row_numbers(
         (lse2 + row, tlse + row, delta + row, tdelta + row), i_first + tl.arange(0, BLOCK_M),

@@ -78,6 +78,53 @@ def rows_of(x, b, h, first):
 
 
 @triton.jit
+def moving_rows(x, tx, b, h, first, MOVED: tl.constexpr):
+    """Pointers to row `first` of x and of its tangent; twice that of x where it has none."""
+    rows = rows_of(x, b, h, first)
+    moved = rows
+    if MOVED:
+        moved = rows_of(tx, b, h, first)
+    return rows, moved
+
+
+@triton.jit
+def moving_tile(
+    x, tx, b, h, first, at, seqlen,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, FLAGS: tl.constexpr,
+    MOVED: tl.constexpr,
+):  # fmt: skip
+    """Rows `at` and on of x and of its tangent; twice those of x where it has none."""
+    rows, moved = moving_rows(x, tx, b, h, first, MOVED)
+    tile = load_tile(rows, x.s, at, seqlen, WIDTH, BLOCK, BLOCK_WIDTH, True, FLAGS)
+    moved_tile = tile
+    if MOVED:
+        moved_tile = load_tile(moved, tx.s, at, seqlen, WIDTH, BLOCK, BLOCK_WIDTH, True, FLAGS)
+    return tile, moved_tile
+
+
+@triton.jit
+def key_products(
+    q, tq, kv, j_first, seqlen_k,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    FLAGS: tl.constexpr, MOVES: tl.constexpr,
+):  # fmt: skip
+    """(S, S', K, K') of a tile of keys: S = Q @ K^T,  S' = Q' @ K^T + Q @ K'^T
+    [BLOCK_M, BLOCK_N]; K' is K where K does not move."""
+    k, k_s, tk, tk_s, _v, _v_s, _tv, _tv_s = kv
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+    s = dot(q, tl.trans(k_tile), zero)
+    ts = zero
+    if MOVED_Q & MOVES:
+        ts = dot(tq, tl.trans(k_tile), ts)
+    tk_tile = k_tile
+    if MOVED_K & MOVES:
+        tk_tile = load_tile(tk, tk_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+        ts = dot(q, tl.trans(tk_tile), ts)
+    return s, ts, k_tile, tk_tile
+
+
+@triton.jit
 def weighted_sum(weights, rows, acc):
     """acc + weights @ rows in float32.  The weights are rounded to bfloat16 beside rows of that
     dtype; beside float16, whose range tangents leave, the product is one of TF32: as many digits,
@@ -132,23 +179,16 @@ def tangent_tiles(
 ):  # fmt: skip
     """(W, sum P, sum P (t' - mean), mean) after key tiles first..end - 1, with
     W = sum P M ((t' - mean) V + V')   [BLOCK_M, BLOCK_DV]."""
-    k, k_s, tk, tk_s, v, v_s, tv, tv_s = kv
+    _k, _k_s, _tk, _tk_s, v, v_s, tv, tv_s = kv
     w = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     rest, mean = total, total
     for n_block in tl.range(first, end):
         j_first = n_block * BLOCK_N
         c = tl.arange(0, BLOCK_N)[None, :]
-        # S = Q @ K^T,  S' = Q' @ K^T + Q @ K'^T   [BLOCK_M, BLOCK_N]
-        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-        s = dot(q, tl.trans(k_tile), zero)
-        ts = zero
-        if MOVED_Q & MOVES:
-            ts = dot(tq, tl.trans(k_tile), ts)
-        if MOVED_K & MOVES:
-            tk_tile = load_tile(tk, tk_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-            ts = dot(q, tl.trans(tk_tile), ts)
+        s, ts, _k_tile, _tk_tile = key_products(
+            q, tq, kv, j_first, seqlen_k, D, BLOCK_M, BLOCK_N, BLOCK_D, FLAGS, MOVES
+        )
         s, cap = tile_logits(
             s, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             True, FLAGS,
@@ -201,18 +241,11 @@ def tangent_kernel(
     b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-    q_rows = rows_of(q, b, h, q_first)
-    q_tile = load_tile(q_rows, q.s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-    tq_tile = q_tile
-    if MOVED_Q & MOVES:
-        tq_rows = rows_of(tq, b, h, q_first)
-        tq_tile = load_tile(tq_rows, tq.s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-    k_rows, v_rows = rows_of(k, b, hk, k_first), rows_of(v, b, hk, k_first)
-    tk_rows, tv_rows = k_rows, v_rows
-    if MOVED_K & MOVES:
-        tk_rows = rows_of(tk, b, hk, k_first)
-    if MOVED_V & MOVES:
-        tv_rows = rows_of(tv, b, hk, k_first)
+    q_tile, tq_tile = moving_tile(
+        q, tq, b, h, q_first, i_first, length_q, D, BLOCK_M, BLOCK_D, FLAGS, MOVED_Q & MOVES
+    )
+    k_rows, tk_rows = moving_rows(k, tk, b, hk, k_first, MOVED_K & MOVES)
+    v_rows, tv_rows = moving_rows(v, tv, b, hk, k_first, MOVED_V & MOVES)
     kv = (k_rows, k.s, tk_rows, tk.s, v_rows, v.s, tv_rows, tv.s)
     i = i_first + tl.arange(0, BLOCK_M)
     row = b * lse_b + h * lse_h + q_first + i

@@ -26,11 +26,12 @@ using attn::emulation::machine;
 using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
 
 // "plain", "random", "poison", "race", or several joined by "+"; "all" is all of them.
-void set_mode(const std::string& text, uint64_t seed, bool banks, int smem_limit) {
+void set_mode(const std::string& text, uint64_t seed, bool banks, int smem_limit, int grid_limit) {
   attn::emulation::Mode mode;
   mode.seed = seed;
   mode.banks = banks;
   mode.smem_limit = smem_limit;
+  mode.grid_limit = grid_limit;
   size_t begin = 0;
   while (begin <= text.size()) {
     const size_t end = std::min(text.find('+', begin), text.size());
@@ -177,7 +178,7 @@ void launch_compiled(uintptr_t body, std::array<int, 3> grid, int threads, int s
 
 PYBIND11_MODULE(_emulated, m) {
   m.def("set_mode", set_mode, py::arg("mode"), py::arg("seed") = 0, py::arg("banks") = false,
-        py::arg("smem_limit") = 163 * 1024);
+        py::arg("smem_limit") = 163 * 1024, py::arg("grid_limit") = 65535);
   m.def(
       "set_repairs", [](bool wanted) { machine.mode.repairs = wanted; },
       "Whether kernels compute results that hold a NaN once more; until the next set_mode");

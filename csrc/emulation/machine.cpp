@@ -114,9 +114,9 @@ void Machine::fail(Where where, const std::string& what) const {
 
 // ---- launch -----------------------------------------------------------------------------------
 void Machine::check_launch(Grid g, int t, int bytes) const {
-  if (g.x < 1 || g.y < 1 || g.z < 1 || g.y > 65535 || g.z > 65535) {
-    throw Error("launch: each side of the grid must be at least 1, y and z at most 65535, got " +
-                triple(g));
+  if (g.x < 1 || g.y < 1 || g.z < 1 || g.y > mode.grid_limit || g.z > mode.grid_limit) {
+    throw Error("launch: each side of the grid must be at least 1, y and z at most " +
+                std::to_string(mode.grid_limit) + ", got " + triple(g));
   }
   if (t < 32 || t > MAX_THREADS || t % 32 != 0) {
     throw Error("launch: threads a block must be a multiple of 32, at most 1024, got " +

@@ -50,6 +50,7 @@ struct Mode {
   int shadow_unit = 4;  // bytes that the race detector tells apart; ours store none narrower
   uint64_t seed = 0;
   int smem_limit = 163 * 1024;  // bytes a block may have: sm_80; 227 KiB on sm_90, 99 on sm_120
+  int grid_limit = 65535;       // blocks along y and z; less, so that a test needs not so many
 };
 
 enum class Kind : uint8_t {

@@ -31,7 +31,6 @@ THOROUGH = {
     "cpu/test_threads_and_fork.py": "processes that could hang",
     "cuda/test_cuda_kernels.py::test_backward_in_one_kernel": "long sequences",
     "cuda/test_cuda_kernels.py::test_backward_in_two_kernels": "long sequences",
-    "cuda/test_cuda_limits.py::test_more_heads_than_a_grid_dimension_holds": "66,000 heads",
     "cuda/test_cuda_sm90.py::test_bad_keys_of_the_other_warpgroup": "the same",
     "cuda/test_cuda_sm90.py::test_bad_output_gradients_reach_exactly_who_is_seen": "the same",
     "cuda/test_cuda_sm90.py::test_bad_values_reach_exactly_who_sees_them": "two results each",

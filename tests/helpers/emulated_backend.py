@@ -21,7 +21,8 @@ MODES = tuple(os.environ.get("ATTN_EXT_EMULATOR_MODE", ",".join(MODES)).split(",
 
 def set_mode(mode: str, seed: int, smem_kib: int = 99, **limits: int) -> None:
     """One of MODES, with the shared memory of a GPU: 99 KiB, the least from sm_80 on, or 163, what
-    sm_80 itself has; with the Hopper kernels that of sm_90.  limits: grid_limit, blocks along y and z."""
+    sm_80 itself has; with the Hopper kernels that of sm_90.  limits: grid_limit, of blocks along y
+    and z."""
     from attn_ext import _emulated
 
     limits["smem_limit"] = (227 if _kernels().sm90 else smem_kib) * 1024

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
+import torch
+
 from attn_ext.backends import registry, tuned
 from attn_ext.core import validate
 from attn_ext.core.problem import Problem
@@ -81,7 +83,7 @@ def _decided(problem: Problem, chosen: str) -> str:
     return f"attn-ext tune, {row}: {shown}"
 
 
-def explain(q, k, v, *args, **kwargs) -> Explanation:
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) -> Explanation:
     """Say which backend would serve the call, and each other backend's reasons; nothing is
     computed.
 

@@ -8,13 +8,32 @@ the chosen rows.  Nothing here is differentiable (`row_stats` is).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
 from attn_ext.inspect import kernels, logits
+
+if TYPE_CHECKING:
+    from typing import Literal, TypeAlias, TypedDict
+
+    from typing_extensions import Unpack
+
+    class MapOptions(TypedDict, total=False):
+        """The keywords of every function here."""
+
+        causal: bool | Literal["top_left", "bottom_right"]
+        window: Sequence[int | None] | None
+        mask: torch.Tensor | None
+        bias: torch.Tensor | None
+        softcap: float
+        alibi_slopes: torch.Tensor | None
+        sink: torch.Tensor | None
+        scale: float | None
+
+    Positions: TypeAlias = slice | Sequence[int] | torch.Tensor | None
 
 _OPTIONS = ("causal", "window", "mask", "bias", "softcap", "alibi_slopes", "sink", "scale")
 
@@ -27,7 +46,7 @@ class TopK(NamedTuple):
     keys: torch.Tensor  # int64, of the same shape; -1 there
 
 
-def _call(q, k, options: dict) -> Call:
+def _call(q, k, options) -> Call:
     if not isinstance(options, dict):
         raise TypeError(f"the options of a layer must be a dict, got {options!r:.80}")
     for name in options:
@@ -52,7 +71,10 @@ def _lse(call: Call, lse) -> torch.Tensor:
 
 
 @torch.no_grad()
-def top_k(q, k, n: int, *, per_head: bool = True, lse=None, backend="auto", **options) -> TopK:
+def top_k(
+    q: torch.Tensor, k: torch.Tensor, n: int, *, per_head: bool = True,
+    lse: torch.Tensor | None = None, backend: str = "auto", **options: Unpack[MapOptions],
+) -> TopK:  # fmt: skip
     """The n most attended keys of each query (all where n is larger than Sk) with their attention
     weights; with per_head=False those of the mean of the weights over the heads.
 
@@ -72,8 +94,9 @@ def top_k(q, k, n: int, *, per_head: bool = True, lse=None, backend="auto", **op
 
 @torch.no_grad()
 def column_mass(
-    q, k, *, per_head: bool = True, lse=None, backend="auto", **options
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, *, per_head: bool = True, lse: torch.Tensor | None = None,
+    backend: str = "auto", **options: Unpack[MapOptions],
+) -> torch.Tensor:  # fmt: skip
     """How much attention each key receives: sum_i P_ij, [B, Hq, Sk], or summed over the heads
     [B, Sk].
 
@@ -118,7 +141,10 @@ def _positions(name: str, chosen, size: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def weights(q, k, *, rows=None, cols=None, **options) -> torch.Tensor:
+def weights(
+    q: torch.Tensor, k: torch.Tensor, *, rows: Positions = None, cols: Positions = None,
+    **options: Unpack[MapOptions],
+) -> torch.Tensor:  # fmt: skip
     """The exact attention weights P of chosen queries (and keys): [B, Hq, rows, cols].
 
     rows, cols: a slice, or a list or tensor of positions (negative: from the end); None = all (the
@@ -147,7 +173,10 @@ def weights(q, k, *, rows=None, cols=None, **options) -> torch.Tensor:
 
 
 @torch.no_grad()
-def pooled_map(q, k, size=256, *, lse=None, backend="auto", **options) -> torch.Tensor:
+def pooled_map(
+    q: torch.Tensor, k: torch.Tensor, size: int | Sequence[int] = 256, *,
+    lse: torch.Tensor | None = None, backend: str = "auto", **options: Unpack[MapOptions],
+) -> torch.Tensor:  # fmt: skip
     """The N x N map of attention weights averaged down to `size` x `size`, [B, Hq, size, size].
 
     size: an int or (rows, cols); at most Sq and Sk (larger ones are cut to them).  Cell (r, c) is
@@ -178,7 +207,10 @@ def pooled_map_of(call: Call, size, lse, backend="auto") -> torch.Tensor:
 
 
 @torch.no_grad()
-def rollout(layers: Sequence, rows=None, *, residual: float = 0.5, **options) -> torch.Tensor:
+def rollout(
+    layers: Sequence, rows: Positions = None, *, residual: float = 0.5,
+    **options: Unpack[MapOptions],
+) -> torch.Tensor:  # fmt: skip
     """Attention rollout (arXiv 2005.00928): how much of each input position reaches the chosen
     outputs after all layers, as vector products, without any N x N matrix.
 

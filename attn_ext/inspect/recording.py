@@ -12,7 +12,7 @@ and the integrations), whatever made it; a compiled graph is not.  O(N) memory a
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,8 @@ from attn_ext.inspect.statistics import row_stats_of
 from attn_ext.ops import route
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas
 
     from attn_ext.inspect.page import Page
@@ -51,9 +53,9 @@ class record:
     """
 
     def __init__(
-        self, model=None, statistics=STATISTICS, *, top_k: int = 16, pooled: int = 64,
-        collapse_entropy: float = 0.1, sink_share: float = 0.5, keep: str | None = None,
-        differentiable: bool = False, ablate: Mapping | None = None,
+        self, model: torch.nn.Module | None = None, statistics: Sequence[str] = STATISTICS, *,
+        top_k: int = 16, pooled: int = 64, collapse_entropy: float = 0.1, sink_share: float = 0.5,
+        keep: str | None = None, differentiable: bool = False, ablate: Mapping | None = None,
     ):  # fmt: skip
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -269,7 +271,7 @@ class record:
         """(q, k, options) of each call, with keep="qk": what `rollout` takes."""
         return [c.layer for c in self.calls]
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the records to a file that `load` and `attn-ext look` read."""
         records.save(self.calls, path)
 
@@ -286,7 +288,7 @@ class record:
             ) from error
         return pandas.DataFrame(rows)
 
-    def to_csv(self, path, what: str = "heads") -> None:
+    def to_csv(self, path: str | Path, what: str = "heads") -> None:
         """The rows of `to_dataframe` as a file of comma-separated values; needs no pandas."""
         rows = records.table(self.calls, what)
         with open(path, "w", newline="", encoding="utf-8") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,13 +94,13 @@ def _to_file(value):
     return {n: _to_file(x) for n, x in value.items()} if isinstance(value, dict) else value
 
 
-def save(calls, path) -> None:
+def save(calls: Sequence[CallRecord], path: str | Path) -> None:
     """Write the records to a file that `load` and `attn-ext look` read."""
     fields = [f.name for f in dataclasses.fields(CallRecord)]
     torch.save([{name: _to_file(getattr(c, name)) for name in fields} for c in calls], path)
 
 
-def load(path) -> list[CallRecord]:
+def load(path: str | Path) -> list[CallRecord]:
     """The records of a file that `record.save` wrote; runs no code from the file."""
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path must be the path of a file, got {type(path).__name__} {path!r:.80}")

@@ -9,6 +9,8 @@ Forward is one pass of the best backend's kernel.  Backward recomputes the logit
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from attn_ext.core.schema import Call
@@ -16,10 +18,18 @@ from attn_ext.functional.common import RowStats
 from attn_ext.inspect import logits
 from attn_ext.ops import route
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
 
 def row_stats(
-    q, k, *, causal=False, window=(None, None), mask=None, bias=None, softcap=0.0,
-    alibi_slopes=None, sink=None, scale=None,
+    q: torch.Tensor, k: torch.Tensor, *,
+    causal: bool | Literal["top_left", "bottom_right"] = False,
+    window: Sequence[int | None] | None = (None, None), mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, sink: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> RowStats:  # fmt: skip
     """LSE, largest logit and entropy of each row, [B, Hq, Sq] each, differentiable in q, k, bias
     and sink.

@@ -7,6 +7,8 @@ x [N, S, E] throughout; masks are bool, True = attend, lengths int32 [N].  Packe
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -14,6 +16,11 @@ from attn_ext.core import validate
 from attn_ext.functional.additive import additive_attention, additive_attention_varlen
 from attn_ext.functional.dense import attention
 from attn_ext.functional.varlen import attention_varlen
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from torch import Tensor
 
 
 def _sizes(**sizes: int) -> None:
@@ -91,7 +98,11 @@ class AdditiveAttention(nn.Module):
         self.w = nn.Parameter(torch.empty(hidden_dim))
         nn.init.uniform_(self.w, -(hidden_dim**-0.5), hidden_dim**-0.5)
 
-    def forward(self, query, key, value=None, *, causal=False, mask=None, bias=None, lengths=None):
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor | None = None, *,
+        causal: bool | Literal["top_left", "bottom_right"] = False, mask: Tensor | None = None,
+        bias: Tensor | None = None, lengths: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """query [N, L, query_dim], key [N, S, key_dim], value [N, S, Ev] (the key if None) ->
         [N, L, Ev].  mask: bool, bias: added to the scores, both broadcastable to [N, L, S];
         lengths: int32 [N], used keys.  Weights are dropped out in training mode.
@@ -117,7 +128,7 @@ class AdditiveAttention(nn.Module):
         return out.squeeze(1)
 
     @torch.no_grad()
-    def weights(self, query, key, **options) -> torch.Tensor:
+    def weights(self, query: Tensor, key: Tensor, **options) -> Tensor:
         """The weights [N, L, S] themselves: O(L * S) memory, for looking at a few queries."""
         _features("key", key, 3, self.key_dim, self.key_proj.weight)
         eye = torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
@@ -155,11 +166,14 @@ class AttentionPooling(nn.Module):
         else:
             self.w = nn.Parameter(torch.randn(num_heads, width) * width**-0.5)
 
-    def keys(self, x) -> torch.Tensor:
+    def keys(self, x: Tensor) -> Tensor:
         """[..., S, num_heads, width]: what the learned queries are compared with."""
         return self.key_proj(x).unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x, cu_seqlens=None, max_seqlen=None, *, mask=None, lengths=None):
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, *,
+        mask: Tensor | None = None, lengths: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """x [N, S, E] with mask [N, S] or lengths [N], or packed x [total, E] with cu_seqlens ->
         [N, E], [N, num_queries, E] where there are several.
         """
@@ -233,7 +247,9 @@ class HierarchicalAttention(nn.Module):
         self.sentence_encoder = _PackedBlock(embed_dim, num_heads) if encoder else None
         self.sentence_pooling = AttentionPooling(embed_dim, 1, score="additive")
 
-    def forward(self, words, cu_words, cu_sentences, return_sentences: bool = False):
+    def forward(
+        self, words: Tensor, cu_words: Tensor, cu_sentences: Tensor, return_sentences: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """words [total_words, E]; cu_words int32 [sentences + 1]: where the sentences begin among
         the words; cu_sentences int32 [documents + 1]: where the documents begin among the
         sentences.  Returns [documents, E]; with return_sentences also [sentences, E].
@@ -269,7 +285,9 @@ class CrossModalAttention(nn.Module):
         self.kv_a, self.kv_b = nn.Linear(dim_a, 2 * embed_dim), nn.Linear(dim_b, 2 * embed_dim)
         self.out_a, self.out_b = nn.Linear(embed_dim, dim_a), nn.Linear(embed_dim, dim_b)
 
-    def forward(self, a, b, *, mask_a=None, mask_b=None):
+    def forward(
+        self, a: Tensor, b: Tensor, *, mask_a: Tensor | None = None, mask_b: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """a [N, La, dim_a], b [N, Lb, dim_b] -> the two of the same shapes.  mask_a [N, La],
         mask_b [N, Lb]: True where a position may be attended to.
         """

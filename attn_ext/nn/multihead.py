@@ -7,6 +7,8 @@ and the LSE of the attention call, for the rows asked for only.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,9 @@ from torch import nn
 from attn_ext.core import reference, validate
 from attn_ext.core.schema import Call
 from attn_ext.functional import common, dense
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -35,8 +40,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     prefer = "fastest"
 
     def __init__(
-        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
-        kdim=None, vdim=None, batch_first=False, device=None, dtype=None,
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
+        add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None,
+        vdim: int | None = None, batch_first: bool = False,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         embed_dim = validate.integer("embed_dim", embed_dim, 1)
         num_heads = validate.integer("num_heads", num_heads, 1)
@@ -58,9 +65,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
 
     def forward(
-        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-        average_attn_weights=True, is_causal=False, *, weights_rows=None,
-    ):  # fmt: skip
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None, need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *,
+        weights_rows: slice | Sequence[int] | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """weights_rows: indices (a slice, list or int64 tensor) of the queries whose weights are
         returned, all if None.  is_causal: a hint that attn_mask is the causal mask, as in torch.
         """

@@ -193,7 +193,8 @@ def test_dropout_weights_are_those_used():
 def test_same_constructor_state_dict_and_pickle():
     """A parameter of another name, or an argument that torch's module does not have."""
     ours, theirs = MultiheadAttention, nn.MultiheadAttention
-    told = [inspect.signature(kind.__init__).parameters for kind in (ours, theirs)]
+    told = [inspect.signature(kind.__init__).parameters.values() for kind in (ours, theirs)]
+    told = [[(each.name, each.kind, each.default) for each in side] for side in told]
     assert told[0] == told[1]
     names = list(inspect.signature(theirs.forward).parameters)
     assert list(inspect.signature(ours.forward).parameters)[: len(names)] == names

@@ -3,6 +3,7 @@ parameters are those of the function, and what a call returns by return_lse and 
 """
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
@@ -61,3 +62,29 @@ def test_parameters_are_those_of_the_function(name):
         assert required == sum(
             p.default is inspect.Parameter.empty and p.kind is kinds[0] for p in parameters
         )
+
+
+def public(module: str):
+    """(name, function) of the functions and methods that a module's __all__ names."""
+    found = importlib.import_module(module)
+    for name in found.__all__:
+        value = getattr(found, name)
+        if inspect.isfunction(value) and name not in FUNCTIONS:
+            yield name, value
+        elif inspect.isclass(value) and value.__module__.startswith("attn_ext"):
+            for each, method in vars(value).items():
+                if inspect.isfunction(method) and (each == "__init__" or each[0] != "_"):
+                    yield f"{name}.{each}", method
+
+
+@pytest.mark.parametrize("module", ["", ".distributed", ".inspect", ".nn"])
+def test_every_parameter_has_a_type(module):
+    """An editor that shows nothing of what a function takes."""
+    missing = [
+        f"{name}: {parameter.name}"
+        for name, function in public(f"attn_ext{module}")
+        for parameter in list(inspect.signature(function).parameters.values())
+        if parameter.annotation is inspect.Parameter.empty and parameter.name != "self"
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]  # fmt: skip
+    assert missing == []

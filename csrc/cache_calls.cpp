@@ -203,7 +203,8 @@ bool next_slots(const DLTensor& pages, const DLTensor& table, const DLTensor& le
 
 // cache_extend(k_pages, v_pages, table, lengths, k, v): puts k and v [B, H, S, D] behind the rows
 // of each sequence, in its last page, and adds S to the lengths [2, B].  False, with nothing done,
-// where they do not go there, or are so many that threads shall share the work (cache_write).
+// where they do not go there, have numbers apart from each other, or are so many that threads shall
+// share the work (cache_write).
 PyObject* cache_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<DLTensor, 6> x;
   if (count != 6) return PyErr_Format(PyExc_TypeError, "6 tensors are wanted, got %zd", count);
@@ -215,15 +216,17 @@ PyObject* cache_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (const auto& [pages, rows] : {std::pair(&k_pages, &k), std::pair(&v_pages, &v)})
     right = right && pages->ndim == 4 && rows->ndim == 4 && pages->bits == rows->bits &&
             rows->shape[0] == lengths.shape[1] && pages->shape[1] == rows->shape[1] &&
-            pages->shape[3] == rows->shape[3] && pages->strides[3] == 1 && rows->strides[3] == 1 &&
-            pages->shape[0] == k_pages.shape[0] && pages->shape[2] == k_pages.shape[2] &&
-            rows->shape[2] == k.shape[2];
+            pages->shape[3] == rows->shape[3] && pages->shape[0] == k_pages.shape[0] &&
+            pages->shape[2] == k_pages.shape[2] && rows->shape[2] == k.shape[2];
   if (!right)
     return PyErr_SetString(PyExc_ValueError, "rows, pages and lengths do not fit"), nullptr;
   const int64_t batch = lengths.shape[1], added = k.shape[2];
   const int64_t bytes = batch * added * k.shape[1] * (k.shape[3] + v.shape[3]) * (k.bits / 8);
+  bool whole = true;  // rows lie in one piece
+  for (const DLTensor* t : {&k_pages, &v_pages, &k, &v}) whole = whole && t->strides[3] == 1;
   std::vector<std::array<int64_t, 2>> slots;
-  if (bytes >= kAlone || !next_slots(k_pages, table, lengths, added, &slots)) Py_RETURN_FALSE;
+  if (!whole || bytes >= kAlone || !next_slots(k_pages, table, lengths, added, &slots))
+    Py_RETURN_FALSE;
   auto* numbers = static_cast<int32_t*>(address_of(lengths));
   for (int64_t b = 0; b < batch; ++b) {
     const auto [page, slot] = slots[size_t(b)];

@@ -167,6 +167,17 @@ def test_a_step_like_one_before_is_the_whole_way(sizes, monkeypatch):
     assert not cpu_cache.READS_TENSORS or (True in taken and len(taken) > 15)
 
 
+def test_rows_whose_numbers_lie_apart():
+    """An error, or numbers of other rows, where a step like one before goes on."""
+    x = torch.randn(2, 2, 16, 2).mT
+    cache = attn_ext.KVCache(2, 2, 16, max_length=64)
+    for _ in range(3):
+        cache.append(x, x)
+    k, v = cache.gathered()
+    assert_same(k, torch.cat([x] * 3, dim=2))
+    assert_same(v, k)
+
+
 def test_a_step_refuses_what_the_whole_way_refuses():
     """A batch, a gradient, a return_lse that the short way of a cache takes in silence, or rows in
     a cache that is full."""

@@ -184,6 +184,60 @@ PyObject* cache_write(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// Where the next row of each sequence goes: its page and the slot there; false where `count` rows
+// do not go there, or a page is none.
+bool next_slots(const DLTensor& pages, const DLTensor& table, const DLTensor& lengths,
+                int64_t count, std::vector<std::array<int64_t, 2>>* slots) {
+  const auto* held = static_cast<const int32_t*>(address_of(lengths)) + lengths.strides[0];
+  const auto* numbers = static_cast<const int32_t*>(address_of(table));
+  const int64_t size = pages.shape[2];
+  for (int64_t b = 0; b < lengths.shape[1]; ++b) {
+    const int64_t length = held[b * lengths.strides[1]];
+    if (length < 0 || length / size >= table.shape[1] || length % size + count > size) return false;
+    const int64_t page = numbers[b * table.strides[0] + length / size * table.strides[1]];
+    if (!inside(page, 1, pages.shape[0])) return false;
+    slots->push_back({page, length % size});
+  }
+  return true;
+}
+
+// cache_extend(k_pages, v_pages, table, lengths, k, v): puts k and v [B, H, S, D] behind the rows
+// of each sequence, in its last page, and adds S to the lengths [2, B].  False, with nothing done,
+// where they do not go there, have numbers apart from each other, or are so many that threads shall
+// share the work (cache_write).
+PyObject* cache_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<DLTensor, 6> x;
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "6 tensors are wanted, got %zd", count);
+  for (int i = 0; i < 6; ++i)
+    if (!view(args[i], x[i])) return nullptr;
+  const auto& [k_pages, v_pages, table, lengths, k, v] = x;
+  bool right = lengths.ndim == 2 && table.ndim == 2 && lengths.shape[0] == 2 &&
+               lengths.bits == 32 && table.bits == 32 && table.shape[0] == lengths.shape[1];
+  for (const auto& [pages, rows] : {std::pair(&k_pages, &k), std::pair(&v_pages, &v)})
+    right = right && pages->ndim == 4 && rows->ndim == 4 && pages->bits == rows->bits &&
+            rows->shape[0] == lengths.shape[1] && pages->shape[1] == rows->shape[1] &&
+            pages->shape[3] == rows->shape[3] && pages->shape[0] == k_pages.shape[0] &&
+            pages->shape[2] == k_pages.shape[2] && rows->shape[2] == k.shape[2];
+  if (!right)
+    return PyErr_SetString(PyExc_ValueError, "rows, pages and lengths do not fit"), nullptr;
+  const int64_t batch = lengths.shape[1], added = k.shape[2];
+  const int64_t bytes = batch * added * k.shape[1] * (k.shape[3] + v.shape[3]) * (k.bits / 8);
+  bool whole = true;  // rows lie in one piece
+  for (const DLTensor* t : {&k_pages, &v_pages, &k, &v}) whole = whole && t->strides[3] == 1;
+  std::vector<std::array<int64_t, 2>> slots;
+  if (!whole || bytes >= kAlone || !next_slots(k_pages, table, lengths, added, &slots))
+    Py_RETURN_FALSE;
+  auto* numbers = static_cast<int32_t*>(address_of(lengths));
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto [page, slot] = slots[size_t(b)];
+    copy_rows(k_pages, page, slot, k, b, 0, added);
+    copy_rows(v_pages, page, slot, v, b, 0, added);
+    for (int64_t i = 0; i < 2; ++i)
+      numbers[i * lengths.strides[0] + b * lengths.strides[1]] += int32_t(added);
+  }
+  Py_RETURN_TRUE;
+}
+
 // cache_publish(lengths, table, numbers, lists): lengths int32 [2, B] become the two lists of
 // `numbers`, and in the table, int32 [B, width], row list[0] of each list begins with the rest of
 // it.
@@ -220,6 +274,9 @@ PyMethodDef methods[] = {
      "alibi_slopes, sink, seqlens_k, block_table, k_new, v_new, k_scale, v_scale, out, lse"},
     {"cache_write", fastcall<cache_write>(), METH_FASTCALL,
      "Rows into pages: pages, new, copies, pieces, threads"},
+    {"cache_extend", fastcall<cache_extend>(), METH_FASTCALL,
+     "Rows behind those of each sequence: k_pages, v_pages, table, lengths, k, v; False where that "
+     "needs more than this"},
     {"cache_publish", fastcall<cache_publish>(), METH_FASTCALL,
      "Lengths and page numbers into tensors: lengths, table, numbers, lists"},
     {nullptr, nullptr, 0, nullptr},

@@ -83,6 +83,18 @@ def write(pages, new, copies, pieces) -> bool:
     return True
 
 
+def extend(k_pages, v_pages, table, lengths, k, v) -> bool:
+    """Put k and v [B, H, S, D] behind the rows of each sequence, whose last page has room for them,
+    and add S to the lengths [2, B], in one native call; False, with nothing done, where this is not
+    the way.  For tensors that have been written so before."""
+    if not _C.cache_extend(k_pages, v_pages, table, lengths, k, v):
+        return False
+    # tensors that inference mode has made have no versions
+    written = [x for x in (k_pages, v_pages, lengths) if not x.is_inference()]
+    torch.autograd.graph.increment_version(written)
+    return True
+
+
 def publish(lengths, table, numbers, lists) -> bool:
     """Two lists of numbers into lengths [2, B], and the rest of each list into the table's row
     list[0]; False, with nothing done, where this is not the way."""

@@ -48,6 +48,7 @@ class Pages:
         self.owners = [0] * count  # how many sequences have a page
         self.free = list(range(count))[::-1]
         self.changed: set[int] = set()  # whose lists nobody has published yet
+        self.room = 0  # what `extend` may add at most, by the last `measure`
 
     def copy(self) -> Pages:
         """The same numbers, for `restore`."""
@@ -61,6 +62,25 @@ class Pages:
         """How many positions of sequence b are there."""
         return self.lengths[b] - self.starts[b]
 
+    def measure(self) -> None:
+        """Look how many positions go into the last page of every sequence, before any page is
+        taken, copied or let go."""
+        self.room = min(map(self._room, range(len(self.lists))), default=0)
+
+    def _room(self, b: int) -> int:
+        used = self.held(b) % self.page_size
+        if not used or self.owners[self.lists[b][-1]] > 1:
+            return 0
+        room = self.page_size - used
+        if self.window is not None:  # the last append lets no page go that begins below this
+            room = min(room, self.page_size - self.held(b) + self.window)
+        return room
+
+    def extend(self, count: int) -> None:
+        """`append` of `count` positions, at most `room`, to all sequences; nothing to copy."""
+        self.room -= count
+        self.lengths = [length + count for length in self.lengths]
+
     def append(self, rows: Sequence[int], counts: Sequence[int]) -> tuple[list[Copy], list[Piece]]:
         """Make room for counts[i] positions behind those of sequence rows[i]; what to copy and
         then to write.  CacheFullError, and no change, where there is none.
@@ -69,6 +89,7 @@ class Pages:
             self._out_of_window(b) if count else 0 for b, count in zip(rows, counts, strict=True)
         ]
         self._check_room(rows, counts, out_of_window)
+        self.room = 0
         for b, gone in zip(rows, out_of_window, strict=True):
             if gone:
                 self._release(self.lists[b][:gone])
@@ -141,6 +162,7 @@ class Pages:
 
     def assign(self, targets: Sequence[int], sources: Sequence[int]) -> None:
         """Sequence targets[i] becomes what sources[i] was, all at once; pages are shared."""
+        self.room = 0
         taken = [(list(self.lists[b]), self.lengths[b], self.starts[b]) for b in sources]
         for pages, _, _ in taken:
             for page in pages:
@@ -180,6 +202,7 @@ class Pages:
                     f"{b}, whose positions before {self.starts[b]} have left the window of "
                     f"{self.window}, got {length}"
                 )
+        self.room = 0
         for b, length in zip(rows, lengths, strict=True):
             if length == 0:
                 self.starts[b] = 0

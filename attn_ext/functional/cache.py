@@ -16,7 +16,7 @@ from attn_ext.core.pages import CacheFullError, Pages
 from attn_ext.functional import quantised, tree
 from attn_ext.functional.decode import attention_decode, refuse_grad
 from attn_ext.ops import cache as operator
-from attn_ext.ops import route
+from attn_ext.ops import fast, route
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,8 @@ class KVCache:
             )
         self._table = torch.zeros((sizes["batch"], width), dtype=torch.int32, device=device)
         self._lengths = torch.zeros((2, sizes["batch"]), dtype=torch.int32, device=device)
+        self._accepted = None  # how the rows look that were appended last to all sequences
+        self._views = None  # of table and lengths, as attend hands them on
 
     @property
     def lengths(self) -> Tensor:
@@ -168,6 +170,22 @@ class KVCache:
         (shorter prompts are padded on the left), all if None; on the host.
         CacheFullError where there is no room: nothing is written then.
         """
+        look = None
+        if counts is None and rows is None and not torch.compiler.is_compiling():
+            tensors = (k, v, self.k_pages, self.v_pages, self._table, self._lengths)
+            look = operator.look_of(*tensors)
+            if (
+                look is not None and look == self._accepted
+                and operator.append_again(*tensors, self._book)
+            ):  # fmt: skip
+                return self
+        self._append(k, v, counts, rows)
+        if look is not None and self.k_factors is None:
+            self._accepted = look
+        return self
+
+    def _append(self, k, v, counts, rows) -> None:
+        """`append` with all of its checks."""
         rows = None if rows is None else self._checked_rows("rows", rows)
         batch = self.batch if rows is None else len(rows)
         tree.new_rows("k", k, self.k_pages, batch)
@@ -177,16 +195,15 @@ class KVCache:
         refuse_grad("KVCache.append", k=k, v=v)
         if self.k_factors is not None:
             self._append_int8(k, v, counts, rows)
-            return self
+            return
         tensors = (self.k_pages, self.v_pages, self._table, self._lengths)
         if torch.compiler.is_compiling() or not route.is_plain(k, v, self.k_pages):
             if counts is not None and not isinstance(counts, torch.Tensor):
                 counts = torch.tensor(_integers("counts", counts), dtype=torch.int64, device="cpu")
             torch.ops.attn_ext.cache_append(*tensors, self._handle, k, v, counts, rows)
-            return self
+            return
         counts = None if counts is None else _integers("counts", counts)
         self._write((k, v), counts, rows)
-        return self
 
     def _append_int8(self, k, v, counts, rows) -> None:
         quantised.refuse_recorded("append")
@@ -222,6 +239,11 @@ class KVCache:
         A cache with a window gives it to each call, and takes neither mask nor bias; there only the
         positions that were appended last, by one call, still have their whole windows.
         """
+        plain = not options and rows is None and tree_mask is None and self.k_factors is None
+        if plain and not torch.compiler.is_compiling():
+            found = self._attend_again(q, return_lse)
+            if found is not None:
+                return found
         validate.tensor("q", q)
         rows = None if rows is None else self._checked_rows("rows", rows)
         tree.queries(q, self.k_pages, self.batch if rows is None else len(rows))
@@ -239,6 +261,21 @@ class KVCache:
         if tree_mask is not None:
             return tree.attend(*call, tree_mask, return_lse, options)
         return attention_decode(*call[:4], block_table=table, return_lse=return_lse, **options)
+
+    def _attend_again(self, q, return_lse):
+        """`attend` of all sequences without options, of what looks like a call before; None where
+        there was none, and for what such a call refuses."""
+        if not isinstance(return_lse, bool):
+            return None
+        width, views = self._table_width(), self._views
+        if views is None or views[0] is not self._table or views[1] != width:
+            views = (self._table, width, self._table[:, :width], self._lengths[1])
+            self._views = views
+        window = (None, None) if self.window is None else (self.window, None)
+        sides = (None, None, None, None, views[3], views[2], None, None)
+        tensors = (q, self.k_pages, self.v_pages, *sides)
+        _, found = fast.decode_attempt(tensors, True, window, 0.0, None, 0, "auto", return_lse)
+        return found if found is None or return_lse else found[0]
 
     def _attend_int8(self, q, k, v, held, table, tree_mask, return_lse, options):
         quantised.refuse_recorded("attend")
@@ -379,12 +416,12 @@ class KVCache:
             raise ValueError(f"window left must be at most the cache's {self.window}, got {left}")
         return options | {"window": (left, right)}
 
-    def _table_width(self, options: dict) -> int:
+    def _table_width(self, options: dict | None = None) -> int:
         """How many pages a sequence the kernels are told of: a power of two, so that calls look
         alike for long and are remembered, and no fewer than mask and bias speak of.
         """
         most = max(1, *map(len, self._book.lists))
-        for name in ("mask", "bias"):
+        for name in ("mask", "bias") if options else ():
             if isinstance(options.get(name), torch.Tensor) and options[name].dim():
                 most = max(most, -(-options[name].shape[-1] // self.page_size))
         return 1 << (most - 1).bit_length()
@@ -406,6 +443,10 @@ class KVCache:
                 padding = (0, capacity - x.shape[-1])
                 options = options | {name: torch.nn.functional.pad(x, padding)}
         return options
+
+    def __getstate__(self) -> dict:
+        """Without views, which would not be those of a copy's tensors."""
+        return self.__dict__ | {"_views": None}
 
     def __setstate__(self, state: dict) -> None:
         """Of a copy: compiled code finds its own page lists, not those of the original."""

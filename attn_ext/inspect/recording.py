@@ -5,8 +5,9 @@
     print(seen.summary())          # a line a call: entropy, largest logit, collapse, sinks
     seen.save("attention.pt")      # for `attn-ext look attention.pt`
 
-Every call that goes through attn_ext's own functions is seen (also from replace_sdpa, attn_ext.nn
-and the integrations), whatever made it; a compiled graph is not.  O(N) memory a call.
+Every call that goes through attn_ext's own functions is seen (also from replace_sdpa, attn_ext.nn,
+the integrations and torch's own switch), whatever made it; a compiled graph is not, unless it calls
+torch's operators, as that switch has it.  O(N) memory a call.
 """
 
 from __future__ import annotations
@@ -134,6 +135,12 @@ class record:
             raise
 
     def _seen(self, call: Call):
+        if (self.differentiable or self.ablate) and _is_below_autograd(call):
+            raise NotImplementedError(
+                "differentiable=True and ablate with gradients need calls that autograd sees, got "
+                "one of torch's own switch (activate_flash_attention_impl): use "
+                "attn_ext.replace_sdpa() in its place, or ablate under torch.no_grad()"
+            )
         name = self._running[-1] if self._running else ""
         index, self._count = self._count, self._count + 1
         heads = self._heads_to_ablate(name, index, call)
@@ -314,6 +321,14 @@ class record:
 def _is_compiled(module: torch.nn.Module) -> bool:
     """Whether torch.compile has made it, or has changed it in place."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _is_below_autograd(call: Call) -> bool:
+    """Whether gradients will be asked for of a call that torch's autograd has already passed: its
+    backward is torch's and knows of no change of the results."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    passed = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    return passed and route.wants_grad(call.q, call.k, call.v, call.bias)
 
 
 def _ablation(model, ablate) -> dict:

@@ -167,6 +167,8 @@ class replace_sdpa(TorchFunctionMode):
             out = func(*args, **kwargs)
             scopes.close_in_graph()
             return out
+        if func is torch.Tensor.unflatten and torch.compiler.is_dynamo_compiling():
+            func = torch.unflatten  # whose graph Dynamo does not break under a mode
         return func(*args, **kwargs)
 
     def __enter__(self):

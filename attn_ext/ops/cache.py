@@ -12,7 +12,9 @@ from weakref import WeakValueDictionary
 import torch
 
 from attn_ext.backends import cpu_cache
+from attn_ext.backends.looks import looks
 from attn_ext.core.pages import Pages
+from attn_ext.ops import route
 from attn_ext.ops.dispatch import lib
 
 _known: WeakValueDictionary[int, Pages] = WeakValueDictionary()
@@ -49,6 +51,28 @@ def append(stores, table, lengths, pages: Pages, counts=None, rows=None) -> None
     publish(pages, table, lengths)
 
 
+def look_of(k, v, k_pages, v_pages, table, lengths):
+    """What an append of k and v to all sequences looks like, for `append_again`; None where these
+    tensors cannot take that way."""
+    if not cpu_cache.READS_TENSORS or not route.is_plain(k, v, k_pages):
+        return None
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        return None
+    return looks(k, v, k_pages, v_pages, table, lengths)
+
+
+def append_again(k, v, k_pages, v_pages, table, lengths, pages: Pages) -> bool:
+    """`append` to all sequences of what looks like rows that were appended before; False, with
+    nothing done, where a page is to be taken, copied or let go."""
+    count = k.shape[2]
+    if not 0 < count <= pages.room:
+        return False
+    if not cpu_cache.extend(k_pages, v_pages, table, lengths, k, v):
+        return False
+    pages.extend(count)
+    return True
+
+
 def _write_rows(pages, new, copies, pieces) -> None:
     for source, target, count in copies:
         pages[target, :, :count] = pages[source, :, :count]
@@ -72,6 +96,7 @@ def publish(pages: Pages, table, lengths) -> None:
     """Write the lengths [2, B] of all sequences, and the page lists that have changed, to the
     tensors that kernels read.  lengths[0]: positions, lengths[1]: those that are held.
     """
+    pages.measure()
     held = [pages.held(b) for b in range(len(pages.lists))]
     lists = [[b, *pages.lists[b]] for b in sorted(pages.changed)]
     if cpu_cache.publish(lengths, table, [pages.lengths, held], lists):

@@ -132,7 +132,12 @@ def decode_attempt(tensors, causal, window, softcap, scale, num_splits, backend,
 
 
 def _wants_grad(tensors) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110  `any` makes a call of each
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def remember_decode(key: tuple, call: Call, tensors) -> None:

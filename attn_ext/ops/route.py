@@ -5,6 +5,7 @@ that is right.
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -96,10 +97,13 @@ def _jvp_at_once(call: Call) -> tuple | None:
     return *(torch.autograd.forward_ad.make_dual(x, t, level=0) for x, t in pairs), None, None
 
 
-def _observed(call: Call) -> tuple:
-    """`run` with the observers: they see the call before it runs."""
-    edits = [observe(execute.prepared(call)) for observe in observers]
-    found = run(call, unseen=False)
+def observed(call: Call, way) -> tuple:
+    """way(call) with the observers: they see the call, as it runs, before it runs."""
+    if not observers:
+        return way(call)
+    call = execute.prepared(call)
+    edits = [observe(call) for observe in observers]
+    found = way(call)
     for edit in edits:
         found = found if edit is None else edit(found)
     return found
@@ -114,7 +118,7 @@ def run(call: Call, unseen: bool = True) -> tuple:
     if _jit_tracing():
         return torch.ops.attn_ext.forward(*_differentiable(call))
     if observers and unseen:
-        return _observed(call)
+        return observed(call, functools.partial(run, unseen=False))
     if torch._C._functorch.peek_interpreter_stack() is not None:
         if _is_one_jvp():
             found = _jvp_at_once(call)

@@ -8,8 +8,9 @@ import pickle
 import cache_checks
 import pytest
 import torch
+import torch.distributed as dist
 from cache_checks import TREE, Model, features
-from closeness import assert_same
+from closeness import FLOAT32, assert_close, assert_same
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import attn_ext
 from attn_ext.core.pages import Pages
+from attn_ext.distributed import context_decode
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, None])
@@ -153,6 +155,25 @@ def test_a_batch_of_another_size(page_size):
         assert model.append(2)
         model.check(2)
         model.check_book()
+
+
+def test_a_cache_that_is_a_shard():
+    """Rows of a cache that context_decode does not take, or counts from another position; here all
+    ranks are one, and the shard is the whole (the merge has tests of its own)."""
+    cache = attn_ext.KVCache(3, 2, 8, max_length=32, page_size=4)
+    for b, count in enumerate((9, 0, 4)):
+        k, v = torch.randn(2, 1, 2, count, 8)
+        cache.append(k, v, rows=[b])
+    cache.reorder([2, 0, 1])
+    q = torch.randn(3, 4, 2, 8)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        got = context_decode(
+            q, *cache.gathered(), k_first=0, whole_lengths=cache.lengths, group=dist.group.WORLD
+        )
+    finally:
+        dist.destroy_process_group()
+    assert_close(got, cache.attend(q), FLOAT32)
 
 
 def compiled(cache, q, k, v, counts=None):

@@ -2,7 +2,9 @@
 plan, and must give what the whole way gives, refuse what it refuses, and write what it writes.
 """
 
+import copy
 import inspect
+import pickle
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from closeness import assert_same
 
 import attn_ext
 from attn_ext.backends import cpu, cpu_cache
+from attn_ext.ops import cache as cache_operator
 from attn_ext.ops import fast
 
 
@@ -120,7 +123,103 @@ def test_a_call_costs_few_calls_of_python():
     q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 1, 16)
     for _ in range(3):
         cache.append(k, k).attend(q)
-    assert calls(lambda: cache.append(k, k).attend(q)) < 180
+    assert calls(lambda: cache.append(k, k).attend(q)) < 60
+
+
+def step(cache, x, **options):
+    """What a step gives, and what it leaves in the cache."""
+    out = cache.append(x, -x, **options).attend(torch.cat([x, x + 1], dim=1))
+    return out, *cache.gathered(), cache.lengths, cache.held
+
+
+@pytest.mark.parametrize("sizes", [{}, {"page_size": 4}, {"page_size": None}, {"window": 5}])
+def test_a_step_like_one_before_is_the_whole_way(sizes, monkeypatch):
+    """Rows in the wrong slot, a page that two sequences share written in place, lengths that stay
+    behind: after each change of a cache, beside one that always goes the whole way."""
+    caches = [attn_ext.KVCache(3, 2, 16, max_length=64, **sizes) for _ in range(2)]
+    random, taken = torch.Generator().manual_seed(5), []
+    own = cache_operator.append_again
+    changes = {
+        4: lambda c: c.reorder([2, 2, 0]),
+        7: lambda c: c.truncate([c.lengths[0].item(), 5, c.lengths[2].item() - 1]),
+        11: lambda c: c.fork(1, [0]),
+        13: lambda c: c.resize(max_length=80),
+        15: lambda c: c.reorder([0, 1]),  # two sequences from now on
+        18: lambda c: pickle.loads(pickle.dumps(c)),
+        21: copy.deepcopy,
+        24: lambda c: c.append(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), rows=[1]),
+    }
+    for number in range(30):
+        caches = [changes.get(number, lambda c: c)(cache) for cache in caches]
+        x = torch.randn(caches[0].batch, 2, 1 + (number % 9 == 8), 16, generator=random)
+        results = []
+        for cache, whole in zip(caches, (False, True), strict=True):
+            with monkeypatch.context() as patched:
+                if whole:
+                    patched.setattr(cache_operator, "look_of", lambda *tensors: None)
+                    patched.setattr(cache, "_attend_again", lambda q, return_lse: None)
+                else:
+                    noted = lambda *a: taken.append(own(*a)) or taken[-1]  # noqa: E731
+                    patched.setattr(cache_operator, "append_again", noted)
+                results.append(step(cache, x))
+        for got, want in zip(*results, strict=True):
+            assert_same(got, want)
+    assert not cpu_cache.READS_TENSORS or (True in taken and len(taken) > 15)
+
+
+def test_rows_whose_numbers_lie_apart():
+    """An error, or numbers of other rows, where a step like one before goes on."""
+    x = torch.randn(2, 2, 16, 2).mT
+    cache = attn_ext.KVCache(2, 2, 16, max_length=64)
+    for _ in range(3):
+        cache.append(x, x)
+    k, v = cache.gathered()
+    assert_same(k, torch.cat([x] * 3, dim=2))
+    assert_same(v, k)
+
+
+def test_a_step_refuses_what_the_whole_way_refuses():
+    """A batch, a gradient, a return_lse that the short way of a cache takes in silence, or rows in
+    a cache that is full."""
+    cache = attn_ext.KVCache(2, 2, 16, max_length=8, page_size=None)
+    x, q = torch.randn(2, 2, 1, 16), torch.randn(2, 4, 1, 16)
+    for _ in range(3):
+        cache.append(x, x).attend(q)
+    with pytest.raises(NotImplementedError, match="k requires a gradient"):
+        cache.append(x.clone().requires_grad_(), x)
+    with pytest.raises(TypeError, match="return_lse must be a bool"):
+        cache.attend(q, return_lse=1)
+    with pytest.raises(NotImplementedError, match="q requires a gradient"):
+        cache.attend(q.clone().requires_grad_())
+    cache.append(*torch.zeros(2, 2, 2, 4, 16)).append(x, x)
+    before = cache.gathered()
+    with pytest.raises(attn_ext.CacheFullError, match="sequence 0 would hold 9 positions"):
+        cache.append(x, x)
+    for got, want in zip(cache.gathered(), before, strict=True):
+        assert_same(got, want)
+    cache.reorder([0])
+    with pytest.raises(ValueError, match=r"k must have shape \[1, 2, S, 16\]"):
+        cache.append(x, x)
+    with pytest.raises(ValueError, match=r"q must have shape \[1, Hq, Sq, 16\]"):
+        cache.attend(q)
+
+
+def test_autograd_sees_that_a_step_was_written():
+    """A gradient of pages that a step has overwritten since; a cache of inference mode."""
+    cache = attn_ext.KVCache(2, 2, 16, max_length=64)
+    x = torch.randn(2, 2, 1, 16)
+    cache.append(x, x).append(x, x)
+    for kept in (cache.k_pages, cache.v_pages):
+        leaf = torch.ones_like(kept, requires_grad=True)
+        product = (leaf * kept).sum()
+        cache.append(x, x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():
+        cache = attn_ext.KVCache(2, 2, 16, max_length=64)
+    for _ in range(3):
+        cache.append(x, x)
+    assert cache.lengths.tolist() == [3, 3]
 
 
 def calls(function) -> int:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import FLOAT32, ONE_SUM, assert_close
+from closeness import FLOAT32, ONE_SUM, assert_close, assert_same
 from torch import nn
 
 import attn_ext
@@ -92,6 +92,15 @@ def test_gradients_with_respect_to_kept_q_and_k():
         hook.remove()
     for g, w in zip(got, torch.autograd.grad(plain.square().sum(), want_q), strict=True):
         assert_close(g, w, FLOAT32)
+
+
+def test_gradients_with_respect_to_copies_that_a_call_made():
+    """Kept tensors that the call did not compute with, where it copied q for its strides."""
+    q, k, v = (torch.randn(1, 2, 8, 5, requires_grad=True) for _ in range(3))
+    with inspect.record(keep="qk") as seen:
+        out = attn_ext.attention(q.mT, k.mT, v.mT)
+    got = torch.autograd.grad(out.square().sum(), (seen.calls[0].q, q), retain_graph=True)
+    assert_same(got[0].mT, got[1])
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,13 @@ A bug that was caught in these very sources is known (tests/helpers/seen.py): on
 is compiled.
 """
 
-import ctypes
 import functools
-import shutil
 
 import patches
+import planted_cpu
 import pytest
 import seen
 import torch
-from emulator_build import compiler, compiler_version
 from repository import ROOT
 from second_calls import FEATURES, combination
 from second_checks import by_passes, by_reference, seeds_of
@@ -23,11 +21,8 @@ from attn_ext import _C
 from attn_ext.backends import cpu_second
 from attn_ext.testing import allowed_error, to_float64
 
-MUTANTS = {
-    p.name: p for p in map(patches.read, sorted(ROOT.glob("tests/mutants/cpu_second/*.patch")))
-}
+MUTANTS = planted_cpu.bugs("cpu_second")
 SOURCE = ROOT / "csrc/tests/second_passes.cpp"
-FLAGS = ["-O0", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-pthread"]
 TABLE, CLEAN = "planted_bugs_cpu_second", "no bug"
 DUE = seen.sample([*MUTANTS, CLEAN], 1)
 SIZES = {"short": {}, "long": {"seqlen_q": 20, "seqlen_k": 210, "batch": 1}}
@@ -58,27 +53,17 @@ def wrong() -> tuple[str, ...]:
 
 def wrong_with(folder, patch=None) -> tuple[str, ...]:
     """`wrong` of the kernels with a bug."""
-    tree = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cuda", "emulation"))
-    for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
-        (folder / file).write_text(text)
-    source, library = tree / SOURCE.relative_to(ROOT / "csrc"), folder / "passes.so"
-    compiler(*FLAGS, f"-I{tree}", source, "-o", library)
-    loaded = ctypes.CDLL(str(library))
-    kernels = (loaded.planted_tangent, loaded.planted_backward_tangent)
+    names = ("planted_tangent", "planted_backward_tangent")
     try:
-        _C.plant(*(ctypes.cast(k, ctypes.c_void_p).value for k in kernels))
+        _C.plant(*planted_cpu.addresses(folder, SOURCE, names, patch))
         return wrong()
     finally:
-        _C.plant(0, 0)
+        _C.plant()
 
 
 def digest(patch=None) -> str:
     """Of all that decides what is wrong."""
-    changed = patches.apply(patch, ROOT) if patch else {}
-    files = {*seen.included(SOURCE), *map(type(SOURCE), (__file__, patches.__file__))}
-    facts = (compiler_version(), FLAGS, patch.caught if patch else ())
-    return seen.digest(files, *facts, changed=changed)
+    return planted_cpu.digest(SOURCE, __file__, patch)
 
 
 def test_every_patch_applies():

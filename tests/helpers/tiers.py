@@ -25,6 +25,8 @@ THOROUGH = {
     "cpu/test_fork.py": "a process for each order of calls",
     "cpu/test_kernels.py::test_many_heads": "the largest blocks of keys",
     "cpu/test_masked_tiles.py::test_structures": "long sequences; those with bands remain",
+    "cpu/test_inspect_kernel_mutations.py::test_planted_bug_is_caught": "a compilation each",
+    "cpu/test_inspect_kernel_mutations.py::test_the_kernels_as_they_are": "a compilation",
     "cpu/test_second_kernel_mutations.py::test_planted_bug_is_caught": "a compilation each",
     "cpu/test_second_kernel_mutations.py::test_the_kernels_as_they_are": "a compilation",
     "cpu/test_second_kernels.py::test_every_combination_of_features": "256 calls",

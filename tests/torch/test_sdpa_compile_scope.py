@@ -208,3 +208,18 @@ def test_caches_on_disk(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         found = dict(line.split() for line in done.stdout.splitlines())
         assert found == {"none": "False", "block": "True", "switch": "True"}
+
+
+def test_unflatten_does_not_break_the_graph():
+    """Dynamo's own break at Tensor.unflatten under any mode of torch functions, which costs a
+    compiled model its fusion."""
+
+    def attend(x):
+        q, k, v = x.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).unflatten(dim=2, sizes=(2, 3))
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 6, 48)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with attn_ext.replace_sdpa(strict=True):
+        torch.testing.assert_close(compiled(x), attend(x))

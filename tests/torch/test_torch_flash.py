@@ -247,3 +247,48 @@ def test_replace_sdpa_is_in_front(calls):
     with attn_ext.replace_sdpa(strict=True):
         outcome(F.scaled_dot_product_attention, *((1, 2, 5, 8),) * 3)
     assert calls == []
+
+
+def encoder():
+    """Two layers of torch that know nothing of attn_ext."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train()
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_record_sees_the_calls(calls, how):
+    """Calls of torch's operators that are missed, have no names, or other numbers than those of
+    replace_sdpa."""
+    model, x = encoder(), torch.randn(2, 7, 16)
+    with attn_ext.inspect.record(model) as want, attn_ext.replace_sdpa():
+        model(x)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    with attn_ext.inspect.record(model) as seen:
+        run(x)
+    assert calls == ["_forward"] * 2 and len(seen.calls) == 2
+    if how == "eager":
+        assert [c.name for c in seen.calls] == [c.name for c in want.calls]
+    for found, other in zip(seen.calls, want.calls, strict=True):
+        torch.testing.assert_close(found.top_weights, other.top_weights)
+        torch.testing.assert_close(found.entropy, other.entropy)
+
+
+def test_record_of_what_autograd_has_passed(calls):
+    """Q and K that are not the graph's; heads that are off in the output and on in the gradient;
+    statistics for a loss that have no graph."""
+    model, x = encoder(), torch.randn(2, 7, 16)
+    with attn_ext.inspect.record(model, keep="qk") as seen:
+        out = model(x)
+    grads = torch.autograd.grad(out.square().sum(), [c.q for c in seen.calls])
+    assert all(g.abs().sum() > 0 for g in grads)
+    with torch.no_grad(), attn_ext.inspect.record(model, ablate={1: [0]}):
+        found = model(x)
+    with attn_ext.replace_sdpa(), attn_ext.inspect.record(model, ablate={1: [0]}):
+        torch.testing.assert_close(found, model(x))
+    for options in ({"ablate": {1: [0]}}, {"differentiable": True}):
+        with (
+            pytest.raises(NotImplementedError, match=r"use attn_ext.replace_sdpa\(\) in its"),
+            attn_ext.inspect.record(model, **options),
+        ):
+            model(x)

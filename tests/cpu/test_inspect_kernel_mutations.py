@@ -1,0 +1,93 @@
+"""Planted bugs in the C++ kernels of attn_ext.inspect, tests/mutants/cpu_inspect: each must make
+wrong, in the top keys of the mean over heads, what its first line names.
+
+The kernels are compiled alone, on the plainest vectors, and run in place of those of attn_ext._C.
+A bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of them
+is compiled.
+"""
+
+import patches
+import planted_cpu
+import pytest
+import seen
+import torch
+from inspect_checks import check_mean, matrix
+from repository import ROOT
+
+from attn_ext import _C
+from attn_ext.inspect import kernels, logits
+from attn_ext.testing import random_call
+
+MUTANTS = planted_cpu.bugs("cpu_inspect")
+SOURCE = ROOT / "csrc/tests/inspect_maps.cpp"
+TABLE, CLEAN = "planted_bugs_cpu_inspect", "no bug"
+DUE = seen.sample([*MUTANTS, CLEAN], 1)
+# more keys than a tile has, keys that some heads see, and some that none sees
+SIZES = dict(batch=1, heads_q=4, heads_k=2, seqlen_q=40, seqlen_k=300, causal=True, mask="bhqk")
+
+
+def without_v(call):
+    """As `record` hands calls to the kernels."""
+    return call._replace(v=call.k[..., :1].contiguous())
+
+
+def wrong() -> tuple[str, ...]:
+    """What of a call's results is wrong."""
+    found = set()
+    call = random_call(3, **SIZES)
+    call.mask[..., 3] = False
+    p, (lse, *_) = matrix(call)
+    call = without_v(call)
+    found.update(check_mean(call, p, lse.float(), "cpu", torch.float32, named=True))
+    call = without_v(random_call(seqlen_q=3, seqlen_k=70, batch=1))
+    call.q.zero_()
+    keys = kernels.mean_top_k(call, 9, logits.forward(call)[1], "cpu").keys
+    found.update(["ties"] if not torch.equal(keys, torch.arange(9).expand(1, 3, 9)) else [])
+    call.q[:, :, 1] = torch.nan
+    weights = kernels.mean_top_k(call, 9, logits.forward(call)[1], "cpu").weights
+    found.update(["nan"] if not torch.equal(weights.isnan().all(-1)[0], IS_NAN) else [])
+    return tuple(sorted(found))
+
+
+IS_NAN = torch.tensor([False, True, False])
+
+
+def wrong_with(folder, patch=None) -> tuple[str, ...]:
+    """`wrong` of the kernels with a bug."""
+    try:
+        (address,) = planted_cpu.addresses(folder, SOURCE, ["planted_inspect"], patch)
+        _C.plant(inspect=address)
+        return wrong()
+    finally:
+        _C.plant()
+
+
+def digest(patch=None) -> str:
+    """Of all that decides what is wrong."""
+    return planted_cpu.digest(SOURCE, __file__, patch)
+
+
+def test_every_patch_applies():
+    """A kernel that changed where a bug is planted; a table with a bug that is gone."""
+    for patch in MUTANTS.values():
+        assert patches.apply(patch, ROOT), patch.name
+    assert len(MUTANTS) >= 8
+    assert not seen.strangers(TABLE, [*MUTANTS, CLEAN])
+
+
+def test_the_kernels_as_they_are(tmp_path):
+    """Without this, a check that always complains would pass all tests below."""
+    assert wrong() == ()
+    if not seen.known(TABLE, CLEAN, digest(), DUE):
+        assert wrong_with(tmp_path) == ()
+        seen.passed(TABLE, CLEAN, digest())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(name, tmp_path):
+    """A check that a lost head, a key of another tile, or a count of all keys passes."""
+    patch = MUTANTS[name]
+    if seen.known(TABLE, name, digest(patch), DUE):
+        return
+    assert wrong_with(tmp_path, patch) == tuple(sorted(patch.caught))
+    seen.passed(TABLE, name, digest(patch))

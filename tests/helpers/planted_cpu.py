@@ -1,0 +1,40 @@
+"""C++ kernels of the CPU with a bug: compiled alone from a copy of the sources, as a library whose
+functions `attn_ext._C.plant` puts in place of the built ones.
+"""
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import patches
+import seen
+from emulator_build import compiler, compiler_version
+from repository import ROOT
+
+FLAGS = ["-O0", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-pthread"]
+
+
+def bugs(folder: str) -> dict[str, patches.Patch]:
+    """Those of a folder of tests/mutants by name."""
+    found = map(patches.read, sorted(ROOT.glob(f"tests/mutants/{folder}/*.patch")))
+    return {patch.name: patch for patch in found}
+
+
+def addresses(folder: Path, source: Path, names, patch=None) -> list[int]:
+    """Where the functions of a source of csrc are, with a bug or without, once it is loaded."""
+    tree = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cuda", "emulation"))
+    for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
+        (folder / file).write_text(text)
+    library = folder / "planted.so"
+    compiler(*FLAGS, f"-I{tree}", tree / source.relative_to(ROOT / "csrc"), "-o", library)
+    loaded = ctypes.CDLL(str(library))
+    return [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+
+
+def digest(source: Path, test: str, patch=None) -> str:
+    """Of all that decides what a check of the test file sees."""
+    changed = patches.apply(patch, ROOT) if patch else {}
+    files = {*seen.included(source), *map(Path, (test, __file__, patches.__file__))}
+    facts = (compiler_version(), FLAGS, patch.caught if patch else ())
+    return seen.digest(files, *facts, changed=changed)

@@ -5,6 +5,7 @@ standard library that our headers use, and the compiler's options.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,22 +110,31 @@ def options_of(kernel: Kernel, root: Path) -> list[str]:
 
 def contents(kernel: Kernel, root: Path) -> Iterator[str]:
     """Names and texts of all that the kernel's translation unit includes of csrc."""
-    for path in sorted(_included(root / kernel.header)):
-        yield path.relative_to(root.resolve()).as_posix()
-        yield path.read_text()
+    folder = os.path.normpath(root)
+    for path, text in sorted(_included(os.path.join(folder, kernel.header)).items()):
+        yield os.path.relpath(path, folder)
+        yield text
 
 
-def _included(start: Path) -> set[Path]:
-    found: set[Path] = set()
-    work = [start.resolve()]
+def _included(start: str) -> dict[str, str]:
+    """Path and text of a header and of all that it includes, directly or not."""
+    found: dict[str, str] = {}
+    work = [start]
     while work:
-        path = work.pop()
-        if path not in found and path.is_file():  # "../emulation/..." is not for this compiler
-            found.add(path)
-            work += [(path.parent / name).resolve() for name in _names(path.read_text())]
+        path = os.path.normpath(work.pop())
+        if path in found:
+            continue
+        try:
+            now = os.stat(path)
+        except OSError:  # "../emulation/..." is not for this compiler, and may not be there
+            continue
+        found[path], names = _read(path, now.st_mtime_ns, now.st_size)
+        work += [os.path.join(os.path.dirname(path), name) for name in names]
     return found
 
 
-@functools.cache
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(INCLUDE.findall(text))
+@functools.lru_cache(1024)
+def _read(path: str, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
+    """The text of a file as it is since `changed`, and what it includes."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text, tuple(INCLUDE.findall(text))

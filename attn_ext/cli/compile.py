@@ -115,7 +115,10 @@ def here() -> list[str]:
 def clear(as_json: bool) -> int:
     """Empty the cache."""
     folder = first_use.folder()
-    count = cache.Cache(folder).clear() if folder else 0
+    try:
+        count = cache.Cache(folder).clear() if folder else 0
+    except OSError as error:
+        raise BadArgument(f"the cache cannot be emptied: {error}") from None
     print(json.dumps({"cleared": count}) if as_json else f"{count} kernels taken away")
     return 0
 

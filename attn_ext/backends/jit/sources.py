@@ -37,6 +37,10 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
 EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 
+# Line numbers in the machine code, and ATTN_CHECK of ptx.cuh.  A barrier that is asked a million
+# times, a second or more, is stuck.
+DEBUG = ("-lineinfo", "-DATTN_CUDA_DEBUG=1000000")
+
 # NVRTC has no standard library.  These are all the names of it that the kernels' headers use.
 STUBS = {
     "cstdint": """#pragma once
@@ -105,7 +109,13 @@ def text_of(kernel: Kernel) -> str:
 
 def options_of(kernel: Kernel, root: Path) -> list[str]:
     """-default-device: constexpr functions without an annotation are called in kernels."""
-    return ["-std=c++17", "-default-device", f"-arch=sm_{kernel.architecture}", f"-I{root}"]
+    shipped = ["-std=c++17", "-default-device", f"-arch=sm_{kernel.architecture}", f"-I{root}"]
+    return [*shipped, *DEBUG] if debugging() else shipped
+
+
+def debugging() -> bool:
+    """Whether kernels are compiled with checks: ATTN_EXT_CUDA_DEBUG=1 before the first call."""
+    return os.environ.get("ATTN_EXT_CUDA_DEBUG", "0") not in ("", "0")
 
 
 def contents(kernel: Kernel, root: Path) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Forward mode and double backward of attention against math attention, time and memory.
 
-    python bench/second.py [--sizes 256,1024] [--causal] [--repeats 5] [--json FILE]
+    python bench/second.py [--sizes 256,1024] [--work jvp] [--causal] [--repeats 5] [--json FILE]
 
 q, k, v [1, 2, N, 64] in float32 on one thread.  Math attention is torch's own under
 sdpa_kernel(SDPBackend.MATH), the way of torch to second derivatives.  Times are of the process's
@@ -97,6 +97,7 @@ def main() -> None:
     """Print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--work", choices=WORK, help="one of both alone")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="measure memory, too")
@@ -104,7 +105,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for work in WORK:
+    for work in [chosen.work] if chosen.work else WORK:
         for n in map(int, chosen.sizes.split(",")):
             row = {"work": work, "n": n, "causal": chosen.causal}
             row["ms"] = times(work, n, chosen.causal, chosen.repeats)

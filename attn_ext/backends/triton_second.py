@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.backends import triton
+from attn_ext.backends import triton, tuned
 from attn_ext.core import tiles
 from attn_ext.core.problem import FAR_LSE, Problem
 from attn_ext.core.schema import Call, Grads, Needs, Rows, Tangents
@@ -22,8 +22,16 @@ WIDEST = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
 
 
 def unsupported(problem: Problem) -> list[str]:
-    """Every reason why these kernels cannot serve `problem`, which the triton or the cuda backend
-    serves."""
+    """Every reason why these kernels do not serve `problem`, which the triton or the cuda backend
+    serves: they cannot, or nobody knows yet whether they are right on this GPU."""
+    why = limits(problem)
+    if problem.device == "cuda" and not tuned.verified(tuned.SECOND, problem.device_index):
+        why.append("`attn-ext verify` has not passed for them on this GPU")
+    return why
+
+
+def limits(problem: Problem) -> list[str]:
+    """Every reason why these kernels cannot serve `problem`."""
     missing = triton.available()
     if missing:
         return [missing]

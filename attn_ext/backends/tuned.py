@@ -32,7 +32,9 @@ from attn_ext.core.version import __version__
 
 FORMAT = 1
 MODULES = {"cpu": ("_C",), "cuda": ("_cuda",)}  # compiled kernels
+# Families that no hardware had run when they were written: each serves once it is in `verified`.
 HOPPER = "cuda:sm90"
+SECOND = "triton:second"  # Triton's second derivatives
 TRITON = "attn_ext.triton_kernels"
 ADVICE = "attn-ext tune measures it again"
 
@@ -247,7 +249,12 @@ def hopper(index: int) -> bool:
     table, _ = load("cuda", index)
     pairs = [(row.seconds.get("cuda:sm90"), row.seconds.get("cuda")) for row in table.rows]
     ratios = [math.log(own / other) for own, other in pairs if own and other]
-    return HOPPER in table.verified and sum(ratios) <= 0
+    return verified(HOPPER, index) and sum(ratios) <= 0
+
+
+def verified(family: str, index: int) -> bool:
+    """Whether `attn-ext verify` has passed for a family of kernels on a GPU."""
+    return family in load("cuda", index)[0].verified
 
 
 def state(device: str, index: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from attn_ext.backends import native_gpu
 from attn_ext.backends.jit import cache, first_use
 from attn_ext.backends.jit.nvrtc import CompileError
 from attn_ext.cli.errors import BadArgument
+from attn_ext.core.schema import Call
 from attn_ext.measure.cases import make
 from attn_ext.testing import random_call
 
@@ -49,24 +51,30 @@ class Wanted(NamedTuple):
     shared_memory: int
 
 
-def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):
-    """The kernels that one kind of call launches.  Which they are depends on sizes through the head
-    dimension and on whether keys are shared out alone, so that the calls here are short."""
-    from attn_ext import _cuda
-
+@functools.cache
+def short_call(shape: str, dtype: str, features: tuple[str, ...]) -> Call:
+    """A call of one kind with a tile of rows at most: which kernels it launches depends on sizes
+    through the head dimension and on whether a tile is full and keys are shared out."""
     case = make(shape, dtype)
     options = {"seqlen_q": min(case.seqlen_q, 128), "seqlen_k": min(case.seqlen_k, 128)}
     for name in features:
         options |= FEATURES[name]
-    call = random_call(
+    return random_call(
         batch=1, heads_q=case.heads_q, heads_k=case.heads_k, head_dim=case.head_dim,
         dtype=case.torch_dtype, **options,
     )  # fmt: skip
-    is_decode = "cache_seqlens" in options
+
+
+def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):
+    """The kernels that one kind of call launches."""
+    from attn_ext import _cuda
+
+    call = short_call(shape, dtype, tuple(features))
+    decodes = call.seqlens_k is not None
     kernels = native_gpu.Kernels(_cuda, "cpu")
     for sm90 in (False, True) if arch == "90a" else (False,):
-        device = (MULTIPROCESSORS if is_decode else 1, sm90, SHARED_KIB[arch] * 1024)
-        for direction in (False, True)[: 1 + (backward and not is_decode)]:
+        device = (MULTIPROCESSORS if decodes else 1, sm90, SHARED_KIB[arch] * 1024)
+        for direction in (False, True)[: 1 + (backward and not decodes)]:
             for kernel, threads, smem in kernels.launches(call, direction, device):
                 yield Wanted(kernel, arch, threads, smem)
 
@@ -107,7 +115,10 @@ def here() -> list[str]:
 def clear(as_json: bool) -> int:
     """Empty the cache."""
     folder = first_use.folder()
-    count = cache.Cache(folder).clear() if folder else 0
+    try:
+        count = cache.Cache(folder).clear() if folder else 0
+    except OSError as error:
+        raise BadArgument(f"the cache cannot be emptied: {error}") from None
     print(json.dumps({"cleared": count}) if as_json else f"{count} kernels taken away")
     return 0
 

@@ -200,7 +200,11 @@ def run_check(check: Check, dtype: str, subjects: list) -> list[Outcome]:
                 outcome.state, outcome.reason = "n/a", why
                 continue
             how: Callable = {"repeat": _repeat, "stream": _stream}.get(check.kind, _measure)
-            outcome.measures = how(ready, subject)
+            measures = how(ready, subject)
+            if measures is None:
+                outcome.state, outcome.reason = "n/a", "left to another backend"
+                continue
+            outcome.measures = measures
             bad = [m for m in outcome.measures if not m.ok]
             if bad:
                 outcome.state = "fail"
@@ -217,12 +221,16 @@ def run_check(check: Check, dtype: str, subjects: list) -> list[Outcome]:
     return outcomes
 
 
-def _measure(prepared: Prepared, subject) -> list[Measure]:
-    return prepared.measures(subject)
+def _measure(prepared: Prepared, subject) -> list[Measure] | None:
+    """By the subject itself where its results are others than a backend's"""
+    own = getattr(subject, "measures", None)
+    return own(prepared) if own else prepared.measures(subject)
 
 
 def _unavailable(check: Check, subject) -> str:
-    """Why this machine cannot hold a check, or ""."""
+    """Why this machine cannot hold a check, or its subject has nothing to do with it, or ""."""
+    if hasattr(subject, "measures") and check.kind != "compare":
+        return "its results are compared with the truth alone"
     if check.kind == "stream" and subject.device != "cuda":
         return "streams need a CUDA device"
     if check.kind == "large":

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_ext.backends import registry, tuned
+from attn_ext.cli.second import Second
 from attn_ext.core import logit
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TOP_LEFT, Call, Grads
@@ -181,6 +182,8 @@ def ours(names: list[str] | None, devices: list[str]) -> list[Backend]:
             found += [Backend(name, device) for device in usable]
         if name == "cuda" and not why and registry.get("cuda").is_hopper(0):
             found.append(Backend(tuned.HOPPER, "cuda", registry.get("cuda").Hopper()))
+        if name == "triton" and not why and "cuda" in devices:
+            found.append(Second("cuda"))
     return found
 
 

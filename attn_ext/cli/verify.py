@@ -61,21 +61,28 @@ def run(backend, also, full, only, device, strict, report, as_json) -> int:
     return int(bool(failed))
 
 
+FAMILIES = {
+    tuned.HOPPER: "the kernels for Hopper",
+    tuned.SECOND: "Triton's kernels of second derivatives",
+}
+
+
 def remember(outcomes: list[Outcome], console) -> None:
-    """Let the kernels for Hopper serve from now on where they passed the whole matrix: they are
-    off until this machine itself has shown that they are right."""
-    own = [o for o in outcomes if o.subject == tuned.HOPPER]
-    if not own:
-        return
-    if any(o.state == "fail" for o in own) or not any(o.state == "pass" for o in own):
-        console.print("the kernels for Hopper failed: they stay off.  Please report it.")
-        return
-    try:
-        tuning.mark_verified("cuda", tuned.HOPPER)
-    except OSError as error:
-        console.print(f"that the kernels for Hopper passed cannot be kept: {error}")
-    else:
-        console.print("the kernels for Hopper passed: they serve on this GPU from now on")
+    """Let each family of FAMILIES serve from now on where it passed the whole matrix: they are off
+    until this machine itself has shown that they are right."""
+    for family, words in FAMILIES.items():
+        own = [o for o in outcomes if o.subject == family]
+        if not own:
+            continue
+        if any(o.state == "fail" for o in own) or not any(o.state == "pass" for o in own):
+            console.print(f"{words} failed: they stay off.  Please report it.")
+            continue
+        try:
+            tuning.mark_verified("cuda", family)
+        except OSError as error:
+            console.print(f"that {words} passed cannot be kept: {error}")
+        else:
+            console.print(f"{words} passed: they serve on this GPU from now on")
 
 
 def _run_all(checks, tested, console) -> tuple[list[Outcome], bool]:

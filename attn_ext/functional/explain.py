@@ -53,7 +53,10 @@ class Explanation:
         missing = rules.not_twice(p.kind, p.normalizer, p.score)
         if missing is not None:
             return f"none; {missing[1]}"
-        return SECOND[registry.second(self.chosen or "", p)]
+        chosen = self.chosen or ""
+        why = registry.second_reasons(chosen, p) if chosen in registry.SECOND else []
+        left = f" (of their kernels: {'; '.join(why)})" if why else ""
+        return SECOND[registry.second(chosen, p)] + left
 
 
 def of(problem: Problem, backend: str = "auto") -> Explanation:

@@ -29,6 +29,16 @@
 
 #include "ptx_types.h"
 
+// What a debug build checks (ATTN_EXT_CUDA_DEBUG=1; ATTN_CUDA_DEBUG is how often a barrier is asked
+// before it counts as stuck): where `ok` is false the kernel prints `what`, two numbers, its block
+// and its thread, and traps.  Elsewhere a check is no code.
+#ifdef ATTN_CUDA_DEBUG
+#define ATTN_CHECK(ok, what, a, b) \
+  if (!(ok)) ::attn::ptx::stop(what, (long long)(a), (long long)(b))
+#else
+#define ATTN_CHECK(ok, what, a, b)
+#endif
+
 #ifdef ATTN_EMULATED
 #include "../emulation/ptx_host.h"
 #else
@@ -297,6 +307,14 @@ ATTN_DEVICE void atomic_add_global(float* p, float v) { atomicAdd(p, v); }
 // The value before: a ticket.  thread_fence() goes before taking it and after.
 ATTN_DEVICE int atomic_add_global(int* p, int v) { return atomicAdd(p, v); }
 ATTN_DEVICE void thread_fence() { __threadfence(); }
+
+#ifdef ATTN_CUDA_DEBUG
+ATTN_DEVICE void stop(const char* what, long long a, long long b) {
+  printf("attn_ext: %s: %lld, %lld; block %u %u %u, thread %u\n", what, a, b, blockIdx.x,
+         blockIdx.y, blockIdx.z, threadIdx.x);
+  asm volatile("trap;");
+}
+#endif
 
 }  // namespace attn::ptx
 #endif  // ATTN_EMULATED

@@ -82,8 +82,9 @@ ATTN_DEVICE bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
   return done != 0;
 }
 ATTN_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
-  while (!mbarrier_try_wait(bar, parity)) {
-  }
+  for (int asked = 0; !mbarrier_try_wait(bar, parity); ++asked)
+    ATTN_CHECK(asked < ATTN_CUDA_DEBUG, "an mbarrier at this address never ends the phase", bar,
+               parity);
 }
 
 // ---- copy engine ------------------------------------------------------------------------------

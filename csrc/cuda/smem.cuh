@@ -43,6 +43,8 @@ struct Rows {
   ATTN_DEVICE const char* at(int row) const {
     if (!GENERAL || !period) return base + row * stride;
     const int q = row / period;
+    ATTN_CHECK(!table || (table[q] >= 0 && table[q] < pages),
+               "an entry of block_table is not below", table[q], pages);
     const int page = table ? max_int(0, min_int(table[q], pages - 1)) : q;
     return base + int64_t(page) * outer + (row - q * period) * stride;
   }

@@ -54,6 +54,7 @@ struct Sequence {
     return s;
   }
   ATTN_DEVICE static int cut(int64_t length, int64_t longest) {
+    ATTN_CHECK(length >= 0 && length <= longest, "a length is not from 0 to", length, longest);
     return max_int(0, min_int(int(length), int(longest)));
   }
   ATTN_DEVICE int64_t lse_offset(const Params& p, int h, int i) const {

@@ -1,6 +1,7 @@
 """`attn-ext tune`, its table, and what "auto", "fastest" and `prefer` make of it."""
 
 import contextlib
+import dataclasses
 import json
 import types
 
@@ -11,6 +12,8 @@ from closeness import BFLOAT16_LAYERS, FLOAT32, assert_close
 import attn_ext
 from attn_ext.backends import cpu, registry, tuned
 from attn_ext.cli import main, verify
+from attn_ext.core.problem import Problem
+from attn_ext.functional import explain
 from attn_ext.measure import tuning
 from attn_ext.measure.cases import make
 from attn_ext.measure.peers import Peer, bind_backend
@@ -386,6 +389,21 @@ class TestHopper:
         assert tuned.hopper(0) is serves and len(said) == 1
         verify.remember([self.outcome("pass", "cuda")], types.SimpleNamespace(print=said.append))
         assert tuned.hopper(0) is serves and len(said) == 1
+
+    @pytest.mark.parametrize("state", ["pass", "fail", "n/a"])
+    def test_second_derivatives_of_triton(self, gpu, state):
+        """Kernels that no GPU has run, and that serve one which has not verified them."""
+        call = attn_ext.functional.dense.dense_call(*qkv(dtype=torch.bfloat16))
+        problem = dataclasses.replace(Problem.of(call), device="cuda")
+        assert registry.second("triton", problem) == registry.second("cuda", problem) == "blocked"
+        (why,) = registry.second_reasons("triton", problem)
+        assert "`attn-ext verify` has not passed" in why
+        assert why in explain.of(problem, "triton").second
+        told = [self.outcome(state, tuned.SECOND), self.outcome("pass")]
+        verify.remember(told, types.SimpleNamespace(print=lambda text: None))
+        expected = "triton_second" if state == "pass" else "blocked"
+        assert registry.second("triton", problem) == expected
+        assert registry.second("cuda", problem) == expected
 
     @pytest.mark.parametrize("own, serves", [(1e-3, True), (3e-3, False)])
     def test_they_stay_off_where_they_were_measured_slower(self, gpu, own, serves):

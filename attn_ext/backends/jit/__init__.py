@@ -32,6 +32,6 @@ def compile_kernel(
         options = sources.options_of(kernel, root)
         text = sources.text_of(kernel)
         found = nvrtc.compile(text, kernel.expression, options, sources.STUBS)
-        if store:
+        if store and key == key_of(nvrtc, kernel, root):  # no file was edited meanwhile
             store.put(key, found)
     return found

@@ -6,11 +6,13 @@ packages alone, or with a toolkit.  It needs no GPU.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,8 +75,10 @@ def instructions(cubin: bytes) -> int:
         executable = int.from_bytes(header[8:16], "little") & 4  # SHF_EXECINSTR
         if executable:
             begin, length = (int.from_bytes(header[at : at + 8], "little") for at in (24, 32))
-            words = [cubin[i : i + 2] for i in range(begin, begin + length, 16)]
-            total += sum(int.from_bytes(word, "little") & 0xFFF != NOP for word in words)
+            words = array.array("H", cubin[begin : begin + length])[::8]  # the first of each
+            if sys.byteorder == "big":
+                words.byteswap()
+            total += sum(word & 0xFFF != NOP for word in words)
     return total
 
 

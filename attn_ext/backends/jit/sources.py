@@ -5,6 +5,7 @@ standard library that our headers use, and the compiler's options.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,10 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
 }
 EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
+
+# Line numbers in the machine code, and ATTN_CHECK of ptx.cuh.  A barrier that is asked a million
+# times, a second or more, is stuck.
+DEBUG = ("-lineinfo", "-DATTN_CUDA_DEBUG=1000000")
 
 # NVRTC has no standard library.  These are all the names of it that the kernels' headers use.
 STUBS = {
@@ -104,27 +109,42 @@ def text_of(kernel: Kernel) -> str:
 
 def options_of(kernel: Kernel, root: Path) -> list[str]:
     """-default-device: constexpr functions without an annotation are called in kernels."""
-    return ["-std=c++17", "-default-device", f"-arch=sm_{kernel.architecture}", f"-I{root}"]
+    shipped = ["-std=c++17", "-default-device", f"-arch=sm_{kernel.architecture}", f"-I{root}"]
+    return [*shipped, *DEBUG] if debugging() else shipped
+
+
+def debugging() -> bool:
+    """Whether kernels are compiled with checks: ATTN_EXT_CUDA_DEBUG=1 before the first call."""
+    return os.environ.get("ATTN_EXT_CUDA_DEBUG", "0") not in ("", "0")
 
 
 def contents(kernel: Kernel, root: Path) -> Iterator[str]:
     """Names and texts of all that the kernel's translation unit includes of csrc."""
-    for path in sorted(_included(root / kernel.header)):
-        yield path.relative_to(root.resolve()).as_posix()
-        yield path.read_text()
+    folder = os.path.normpath(root)
+    for path, text in sorted(_included(os.path.join(folder, kernel.header)).items()):
+        yield os.path.relpath(path, folder)
+        yield text
 
 
-def _included(start: Path) -> set[Path]:
-    found: set[Path] = set()
-    work = [start.resolve()]
+def _included(start: str) -> dict[str, str]:
+    """Path and text of a header and of all that it includes, directly or not."""
+    found: dict[str, str] = {}
+    work = [start]
     while work:
-        path = work.pop()
-        if path not in found and path.is_file():  # "../emulation/..." is not for this compiler
-            found.add(path)
-            work += [(path.parent / name).resolve() for name in _names(path.read_text())]
+        path = os.path.normpath(work.pop())
+        if path in found:
+            continue
+        try:
+            now = os.stat(path)
+        except OSError:  # "../emulation/..." is not for this compiler, and may not be there
+            continue
+        found[path], names = _read(path, now.st_mtime_ns, now.st_size)
+        work += [os.path.join(os.path.dirname(path), name) for name in names]
     return found
 
 
-@functools.cache
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(INCLUDE.findall(text))
+@functools.lru_cache(1024)
+def _read(path: str, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
+    """The text of a file as it is since `changed`, and what it includes."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text, tuple(INCLUDE.findall(text))

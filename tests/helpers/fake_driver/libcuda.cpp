@@ -295,6 +295,16 @@ CONTROL void fake_capture(void* stream, int status) {
   of->capturing = status;
   status ? void(capturing.insert(of)) : void(capturing.erase(of));
 }
+// Runs a function as a kernel of one block; what went wrong, or null.
+CONTROL const char* fake_run(void (*body)(void*), void* params, int threads, int smem_bytes) {
+  static std::string fault;
+  try {
+    attn::emulation::machine.launch({1, 1, 1}, threads, smem_bytes, body, params);
+  } catch (const std::exception& error) {
+    return (fault = error.what()).c_str();
+  }
+  return nullptr;
+}
 CONTROL int fake_captured(void* stream) { return reinterpret_cast<Stream*>(stream)->launches; }
 CONTROL void fake_shared_memory(int device, int bytes) { devices[device].shared_memory = bytes; }
 CONTROL int fake_capture_mode() { return capture_mode; }

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ptx import flow
-from ptx.parse import Instruction, Kernel, Label, Unsupported, bits_of
+from ptx.parse import Instruction, Kernel, Label, Unsupported, bits_of, cxx_name
 
 CXX = {
     "pred": "bool", "f32": "float", "f64": "double", "f16": "uint16_t", "bf16": "uint16_t",
@@ -29,6 +29,38 @@ SPECIAL = {
        for name, call in (("ctaid", "block_id"), ("nctaid", "grid_size"))},
 }  # fmt: skip
 ADDRESS = re.compile(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+))?\s*\]")
+
+
+# For kernels of a debug build: vprintf, and a wait that gives up where nothing can end it.
+PRINTING = r"""
+static std::string printed;
+static uint32_t print(uint64_t format, uint64_t values) {
+  const char *at = reinterpret_cast<const char*>(format), *from = reinterpret_cast<char*>(values);
+  int used = 0;
+  const auto take = [&](int size) {
+    used = (used + size - 1) / size * size + size;
+    uint64_t value = 0;
+    memcpy(&value, from + used - size, size);
+    return value;
+  };
+  for (printed.clear(); *at; ++at) {
+    if (*at != '%') { printed += *at; continue; }
+    const std::string kind = at[1] == 'l' ? "lld" : std::string(1, at[1]);
+    at += kind.size();
+    printed += kind == "s" ? reinterpret_cast<const char*>(take(8))
+                           : std::to_string(int64_t(take(kind == "lld" ? 8 : 4)));
+  }
+  return 0;
+}
+static bool try_wait_or_not(uint32_t barrier, uint32_t parity, PTX_AT) {
+  try {
+    return try_wait(barrier, parity, at);
+  } catch (const emulation::Error& error) {
+    if (std::string(error.what()).rfind("deadlock", 0)) throw;
+    return false;
+  }
+}
+"""
 
 
 class Variable(NamedTuple):
@@ -142,6 +174,8 @@ class Emitter:
         cxx = CXX[kind]
         if text in self.kernel.shared:
             return f"{cxx}({0x400 + self.kernel.shared[text]})"  # SMEM_BASE of machine.h
+        if text in self.kernel.arrays:
+            return f"reinterpret_cast<{cxx}>({cxx_name(text)})"
         if text in self.kernel.parameters:
             return f"{cxx}({self.kernel.parameters[text][0]})"
         if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
@@ -230,7 +264,7 @@ class Emitter:
                 f'extern "C" __attribute__((visibility("default"))) void {self.kernel.name}'
                 "(void* parameters_) {",
                 "const uint64_t parameters = reinterpret_cast<uint64_t>(parameters_);",
-                *declared, *out, "}",
+                *self.kernel.arrays.values(), *declared, *out, "}",
             ]
         )  # fmt: skip
 
@@ -273,5 +307,6 @@ def translate(kernel: Kernel, file: str) -> str:
     return (
         '#include "emulation/ptx/operations.h"\n'
         "using namespace attn;\nusing namespace attn::compiled;\n"
+        f"{PRINTING if kernel.prints else ''}"
         f"{Emitter(kernel).function(file)}\n"
     )

@@ -32,7 +32,19 @@ def leave(em: Emitter, op: Opcode, args: list[str]) -> str:
 
 @handles("trap")
 def trap(em: Emitter, op: Opcode, args: list[str]) -> str:
-    return 'machine.fail({__builtin_FILE(), __builtin_LINE()}, "trap");'
+    said = '"trap: " + printed' if em.kernel.prints else '"trap"'
+    return f"machine.fail({{__builtin_FILE(), __builtin_LINE()}}, {said});"
+
+
+@handles("call")
+def call(em: Emitter, op: Opcode, args: list[str]) -> str:
+    """vprintf(format, arguments), which a debug build calls."""
+    op.take("uni")
+    result, function, arguments = args
+    if function != "vprintf":
+        raise Unsupported(f"a call of {function}")
+    text, values = (em.read(each, "u64") for each in em.vector(arguments.replace("(", "{")))
+    return em.write(result.strip("() "), "u32", f"print({text}, {values})")
 
 
 @handles("mov")
@@ -60,17 +72,17 @@ def move(em: Emitter, op: Opcode, args: list[str]) -> str:
 def convert_address(em: Emitter, op: Opcode, args: list[str]) -> str:
     kind = op.kind()
     op.take("to")
-    space = op.one_of("param", "global")
+    space = op.one_of("param", "global", "local")
     if not space:
-        raise Unsupported("generic addresses are those of global memory and parameters only")
+        raise Unsupported("generic addresses are those of global memory, parameters and arrays")
     base = "parameters + " if space == "param" else ""
     return em.write(args[0], kind, base + em.read(args[1], kind))
 
 
-def _space(op: Opcode) -> str:
+def _space(em: Emitter, op: Opcode) -> str:
     """ "global", where nothing is said, too: there are no generic addresses of shared memory."""
     space = op.one_of(*SPACES) or "global"
-    if space in ("local", "const"):
+    if space == "const" or (space == "local" and not em.kernel.arrays):
         raise Unsupported(f"memory of the space {space}")
     for hint in HINTS:
         op.take(hint)
@@ -81,12 +93,20 @@ def _count(op: Opcode) -> int:
     return int((op.one_of("v2", "v4", "v8") or "v1")[1:])
 
 
+def _argument(em: Emitter, address: str) -> str:
+    """The argument or result of a call that an address is; "" where it is a kernel's parameter."""
+    name = address.strip("[] ").removesuffix("+0")
+    return name if em.variable(name) else ""
+
+
 @handles("ld")
 def load(em: Emitter, op: Opcode, args: list[str]) -> str:
     op.take("L2::cache_hint")
-    kind, space, count = op.kind(), _space(op), _count(op)
+    kind, space, count = op.kind(), _space(em, op), _count(op)
     if space == "shared":
         value = f"load_shared<{CXX[kind]}, {count}>({em.address(args[1], 'u32')})"
+    elif space == "param" and (argument := _argument(em, args[1])):
+        return em.write(args[0], kind, em.read(argument, kind))
     elif space == "param":
         offset = em.address(args[1], "u64")
         value = f"load_parameter<{CXX[kind]}, {count}>(parameters, {offset})"
@@ -100,13 +120,15 @@ def load(em: Emitter, op: Opcode, args: list[str]) -> str:
 @handles("st")
 def store(em: Emitter, op: Opcode, args: list[str]) -> str:
     op.take("L2::cache_hint")
-    kind, space, count = op.kind(), _space(op), _count(op)
+    kind, space, count = op.kind(), _space(em, op), _count(op)
     values = ", ".join(em.read(each, kind) for each in em.vector(args[1]))
     value = f"Vector<{CXX[kind]}, {count}>{{{{{values}}}}}"
     if space == "shared":
         return f"store_shared<{CXX[kind]}, {count}>({em.address(args[0], 'u32')}, {value});"
     if space == "param":
-        raise Unsupported("stores to parameters")
+        if not (argument := _argument(em, args[0])):
+            raise Unsupported("stores to parameters")
+        return em.write(argument, kind, em.read(args[1], kind))
     return f"store<{CXX[kind]}, {count}>({em.address(args[0], 'u64')}, {value});"
 
 
@@ -128,7 +150,7 @@ def _change(em: Emitter, name: str, kind: str, values: list[str]) -> str:
 def _atomic(em: Emitter, op: Opcode, address: str, values: list[str]) -> tuple[str, str]:
     """(kind, expression) of the value before."""
     op.take("L2::cache_hint")
-    kind, space, name = op.kind(), _space(op), op.one_of(*CHANGES)
+    kind, space, name = op.kind(), _space(em, op), op.one_of(*CHANGES)
     if not name:
         raise Unsupported("unknown atomic operation")
     change = f"[&]({CXX[kind]} before) {{ return {_change(em, name, kind, values)}; }}"

@@ -50,6 +50,12 @@ class Kernel:
     body: list[Instruction | Label] = field(default_factory=list)
     registers: dict[tuple[int, str], int] = field(default_factory=dict)
     parents: list[int] = field(default_factory=lambda: [-1])
+    arrays: dict[str, str] = field(default_factory=dict)  # symbol -> a C++ array, of a thread
+
+    @property
+    def prints(self) -> bool:
+        """Whether it calls anything: vprintf is all that it may."""
+        return any(isinstance(x, Instruction) and x.opcode[0] == "call" for x in self.body)
 
 
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
@@ -58,6 +64,8 @@ PARAMETER = re.compile(
     r"([\w$]+)(?:\[(\d+)\])?"
 )
 SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
+TEXT = re.compile(r"\.global\s+\.align\s+1\s+\.b8\s+(\$str[\w$]*)\[\d+\]\s*=\s*\{([\d, ]*)\}")
+LOCAL = re.compile(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]")
 SPACE = re.compile(r"\s*")
 LABEL = re.compile(r"(\$?[\w$]+):(?!:)")
 LINE_DIRECTIVE = re.compile(r"\.(loc|file|section)\b[^\n]*\n")
@@ -85,6 +93,11 @@ def split(text: str) -> list[str]:
     return [*found, last] if last else found
 
 
+def cxx_name(symbol: str) -> str:
+    """Of an array."""
+    return "array_" + re.sub(r"\W", "_", symbol)
+
+
 def kernels(text: str) -> list[Kernel]:
     """All entries of a module."""
     text = COMMENT.sub(lambda m: "\n" * m[0].count("\n"), text)
@@ -95,6 +108,9 @@ def kernels(text: str) -> list[Kernel]:
         start = text.index("{", end)
         kernel = Kernel(match[1], parameters, size, _shared(text[: match.start()], match[1]))
         _Body(kernel, text, start + 1).read()
+        if kernel.prints:
+            for name, codes in TEXT.findall(text):
+                kernel.arrays[name] = f"const char {cxx_name(name)}[] = {{{codes}, 0}};"
         found.append(kernel)
     return found
 
@@ -157,8 +173,13 @@ class _Body:
         end = self.text.index(";", self.at)
         line, statement = self._here(), self.text[self.at : end].strip()
         self.at = end + 1
-        if statement.startswith(".reg"):
+        if statement.startswith((".reg", ".param")):  # the second: an argument of a call
             return self._declare(statement, line)
+        if local := LOCAL.fullmatch(statement):
+            align, name, size = local.groups()
+            array = f"alignas({align}) unsigned char {cxx_name(name)}[{size}] = {{}};"
+            self.kernel.arrays[name] = array
+            return None
         if not statement or statement.startswith(".pragma"):
             return None
         match = INSTRUCTION.fullmatch(statement)

@@ -153,7 +153,8 @@ def mbarrier(em: Emitter, op: Opcode, args: list[str]) -> str:
         if not op.take("parity"):
             raise Unsupported("try_wait by a state")
         bar, parity = em.address(args[1], "u32"), em.read(args[2], "u32")
-        return em.write(args[0], "pred", f"try_wait({bar}, {parity})")
+        wait = "try_wait_or_not" if em.kernel.prints else "try_wait"
+        return em.write(args[0], "pred", f"{wait}({bar}, {parity})")
     if not op.take("arrive"):
         raise Unsupported("unknown operation of an mbarrier")
     op.take("release"), op.take("cta")

@@ -76,7 +76,7 @@ class Ring:
         """Merges all hops into out and lse."""
         for hop, k, v in self.hops():
             keys = self.plan.layout.segments(self.owner(hop))
-            local.forward(self.blocks(keys, k, v), out, lse)
+            local.forward(self.blocks(keys, k, v), out, lse, fresh=hop == 0)
 
     def backward(self, dout, delta, lse, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds to dq and dbias; returns dK and dV of this rank's keys, in float32."""
@@ -132,7 +132,7 @@ class Gathered(Ring):
 
     def forward(self, out, lse) -> None:
         found = self.blocks(_whole(self.plan.layout), self._gather(self.k), self._gather(self.v))
-        local.forward(found, out, lse)
+        local.forward(found, out, lse, fresh=True)
 
     def backward(self, dout, delta, lse, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self._gather(self.k), self._gather(self.v)

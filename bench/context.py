@@ -164,7 +164,12 @@ def thresholds() -> list[dict]:
 
 def curves(parts: int, heads, wire: float) -> dict[str, list]:
     """Milliseconds that a causal forward waits, by tokens of a rank."""
-    found = {"tokens": [2**n for n in range(8, 18)], "kernels": [], "ring": [], "ulysses": []}
+    found = {
+        "tokens": [round(2 ** (n / 8)) for n in range(8 * 8, 17 * 8 + 1)],
+        "kernels": [],
+        "ring": [],
+        "ulysses": [],
+    }
     for tokens in found["tokens"]:
         sizes = model.Sizes(1, *heads, tokens * parts, 128, 2, parts, True, "cuda")
         times = model.exposed(sizes, wire)
@@ -191,7 +196,8 @@ def draw(path: Path, parts: int = 8) -> None:
             each.plot(found["tokens"], found[name], style, color=colour, label=label)
         limit = model.threshold(*heads, True, speed)
         each.axvline(limit, color="#2c6fbb", linewidth=0.8, linestyle=":")
-        each.set_title(f"{wire}, {speed / 1e9:.0f} GB/s: a ring is hidden from {limit:,.0f} tokens")
+        title = f"{wire}, {speed / 1e9:.0f} GB/s: a ring is hidden from {limit:,.0f} tokens"
+        each.set_title(title, fontsize=9)
         each.set_xscale("log", base=2), each.set_yscale("log"), each.set_ylim(1e-3, 1e3)
         each.set_xlabel("tokens of a rank"), each.grid(alpha=0.3), each.legend(frameon=False)
     axes[0].set_ylabel("ms of a causal forward (paper model)")

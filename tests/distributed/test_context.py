@@ -23,6 +23,7 @@ EXACT = [
     (3, "ring", "packed contiguous", LONG, SOME),
     (3, "allgather", "zigzag", (67,), EVERY),
     (2, "allgather", "packed zigzag", PACKED, ("window", "bias")),
+    (4, "allgather", "contiguous", (3,), ("causal",)),  # a rank without tokens
     (2, "ulysses", "zigzag", (67,), EVERY),
     (4, "ulysses", "packed zigzag", (7,), ("causal", "mask", "bias", "dropout")),
     (4, "2d", "zigzag", (67,), EVERY),

@@ -29,6 +29,7 @@ from attn_ext.integrations import torch_flash as _torch_flash
 from attn_ext.integrations.sdpa import replace_sdpa
 from attn_ext.measure.recorder import profile
 from attn_ext.ops import flops as _flops  # noqa: F401
+from attn_ext.ops import route as _route
 
 if _TYPE_CHECKING:
 
@@ -39,6 +40,16 @@ else:
     from attn_ext import backends  # a module that can be called, which no type checker knows
 
 _torch_flash.offer()
+
+
+def _of_dtensors(call):
+    """The results of a call of DTensors, or None where their sharding needs nothing of ours."""
+    from attn_ext.distributed import sharded
+
+    return sharded.run(call)
+
+
+_route.of_dtensors = _of_dtensors
 
 __all__ = [
     "CacheFullError", "KVCache", "RowStats", "additive_attention", "additive_attention_varlen",

@@ -45,7 +45,7 @@ class _Groups(NamedTuple):
         return found
 
 
-def _groups_of(mesh, method: str) -> tuple:
+def groups_of(mesh, method: str) -> tuple:
     """The group of all ranks; for "2d" those of 'ulysses' and 'ring'."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -57,6 +57,11 @@ def _groups_of(mesh, method: str) -> tuple:
             f"mesh must have the dimensions ('ring', 'ulysses') with method='2d', got {names}"
         )
     return mesh.get_group("ulysses"), mesh.get_group("ring")
+
+
+def refuse(mesh, method: str) -> None:
+    """Tells the other ranks of a mesh that this one's call is wrong, wherever that was found."""
+    agree.refuse(groups_of(mesh, method))
 
 
 def _placed(layout: Layout, groups, method: str, sizes) -> _Groups:
@@ -101,13 +106,14 @@ class Prepared(NamedTuple):
 
 def prepare(
     layout, mesh, method, shapes, dtype, device, causal, window, scalars, grad_comm_dtype, sides,
-    scores, wanted, keep,
+    scores, wanted, keep, firsts=(0, 0),
 ) -> Prepared:  # fmt: skip
     """Checks the call, agrees with the other ranks, and names what it does.  shapes, dtype, device:
     each of q, k and v; sides: which of mask, bias, slopes and sink there are; scores: the
     shapes of mask and bias, or None; wanted: which of q, k, v, bias and sink want gradients;
-    keep: a compiled graph will hold the names."""
-    every = _groups_of(mesh, method)
+    keep: a compiled graph will hold the names; firsts: batch element and head of the larger call
+    that these are of."""
+    every = groups_of(mesh, method)
     q, k, _ = shapes
     try:
         sizes = model.Sizes(
@@ -131,8 +137,9 @@ def prepare(
     heads = q[1] // groups.across
     first_h = groups.ulysses_rank * heads
     numbers = Scalars(
-        scale, softcap, dropout_p, left, right, deterministic, backend, layout.is_packed, first_h
-    )
+        scale, softcap, dropout_p, left, right, deterministic, backend, layout.is_packed,
+        firsts[0], firsts[1] + first_h,
+    )  # fmt: skip
     inner = layout.grouped(groups.across)
     ring = "" if groups.ring is None else groups.ring.group_name
     ours = plan.Plan(inner, ring, groups.method, numbers, grad_comm_dtype)
@@ -183,6 +190,21 @@ def context_attention(
     All other arguments and errors: as `attention`.  ValueError on every rank where they do not
     make the same call; ContextParallelError where a rank is gone or silent.
     """
+    return placed_attention(
+        q, k, v, layout=layout, mesh=mesh, method=method, causal=causal, window=window, mask=mask,
+        bias=bias, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p,
+        scale=scale, return_lse=return_lse, deterministic=deterministic,
+        grad_comm_dtype=grad_comm_dtype, backend=backend,
+    )  # fmt: skip
+
+
+def placed_attention(
+    q, k, v, *, layout, mesh, method, causal=False, window, mask, bias, softcap, alibi_slopes, sink,
+    dropout_p, scale, return_lse, deterministic, grad_comm_dtype=torch.float32, backend,
+    first_b=0, first_h=0, rng_state=None,
+):  # fmt: skip
+    """`context_attention` of a part of the batch and heads of a larger call, as which dropout
+    counts them.  rng_state: its seed, the same on all ranks; None: one is drawn."""
     try:
         validate.boolean("return_lse", return_lse)
         q, k, v, bias = _rows(q, k, v, bias, layout)
@@ -191,7 +213,7 @@ def context_attention(
         sides = _sides(q, layout, mask, bias, alibi_slopes, sink)
         operators.refuse_forward_mode(q, k, v, *sides)
     except (ValueError, TypeError, NotImplementedError):
-        agree.refuse(_groups_of(mesh, method))
+        agree.refuse(groups_of(mesh, method))
         raise
     prepared = prepare(
         layout, mesh, method, (_numbers(q), _numbers(k), _numbers(v)),
@@ -200,10 +222,10 @@ def context_attention(
         tuple(x is not None for x in sides),
         tuple(None if x is None else _numbers(x) for x in sides[:2]),
         tuple(route.wants_grad(x) for x in (q, k, v, sides[1], sides[3])),
-        torch.compiler.is_compiling(),
+        torch.compiler.is_compiling(), (first_b, first_h),
     )  # fmt: skip
-    state = None
-    if dropout_p > 0:
+    state = rng_state
+    if dropout_p > 0 and state is None:
         state = common.draw_rng_state(q)
         for group in prepared.groups:
             state = torch.ops.attn_ext.shared_seed(state, group)

@@ -22,6 +22,7 @@ class Scalars(NamedTuple):
     deterministic: bool
     backend: str
     packed: bool
+    first_b: int = 0  # of a larger call, as which dropout counts these
     first_h: int = 0
 
 
@@ -95,7 +96,8 @@ def _dense(piece: Piece, q, k, v, sides: Sides, scalars: Scalars) -> Block:
     rows, keys = slice(*piece.q), slice(*piece.k)
     frame = None
     if piece.frame is not None:
-        documents = [piece.document] if scalars.packed else range(q.shape[0])
+        batch = range(scalars.first_b, scalars.first_b + q.shape[0])
+        documents = [piece.document] if scalars.packed else batch
         frame = [_frame(piece, document, scalars) for document in documents]
         frame = torch.tensor(frame, dtype=torch.int32, device=q.device)
     call = Call(
@@ -142,15 +144,22 @@ def _packed(group: list[Piece], q, k, v, sides: Sides, scalars: Scalars) -> Bloc
     return Block(call._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k), None, None)
 
 
-def forward(found: list[Block], out, lse) -> None:
-    """Merges what the blocks give into out [B, Hq, S_local, Dv] and lse."""
+def forward(found: list[Block], out, lse, fresh: bool = False) -> None:
+    """Merges what the blocks give into out [B, Hq, S_local, Dv] and lse.  fresh: nothing is there
+    yet, so that the first part of some rows is copied."""
+    done: list[tuple[int, int]] = []
     for block in found:
         part, part_lse = parts.forward_partial(block.call)
         into = block.statistics(lse)
         into = into if block.q is not None else into[None]
         rows = out if block.q is None else out[:, :, block.q]
         part_lse = part_lse[None] if block.q is None else part_lse
-        parts.merge(rows, into, block.as_dense(part), part_lse)
+        first, last, _ = (slice(None) if block.q is None else block.q).indices(out.shape[2])
+        if fresh and not any(a < last and first < b for a, b in done):
+            rows.copy_(block.as_dense(part)), into.copy_(part_lse)
+        else:
+            parts.merge(rows, into, block.as_dense(part), part_lse)
+        done.append((first, last))
 
 
 class Sums(NamedTuple):

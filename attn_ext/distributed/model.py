@@ -33,10 +33,11 @@ def fits_heads(heads_q: int, heads_k: int, parts: int) -> bool:
     return heads_q % parts == 0 and (heads_k % parts == 0 or parts % heads_k == 0)
 
 
-def exposed(sizes: Sizes) -> dict[str, float]:
+def exposed(sizes: Sizes, wire: float | None = None) -> dict[str, float]:
     """Seconds that a rank waits in a forward, for each method that serves the call."""
     gpu = sizes.device != "cpu"
-    wire = (NVLINK if sizes.parts <= RANKS_OF_A_NODE else INFINIBAND) if gpu else LOOPBACK
+    if wire is None:
+        wire = (NVLINK if sizes.parts <= RANKS_OF_A_NODE else INFINIBAND) if gpu else LOOPBACK
     flops = FLOPS if gpu else CPU_FLOPS
     local = sizes.seqlen / sizes.parts
     row = sizes.batch * sizes.head_dim * sizes.bytes
@@ -50,6 +51,20 @@ def exposed(sizes: Sizes) -> dict[str, float]:
     if fits_heads(sizes.heads_q, sizes.heads_k, sizes.parts):
         found["ulysses"] = 2 * local * (sizes.heads_q + sizes.heads_k) * row / wire
     return found
+
+
+def threshold(heads_q: int, heads_k: int, causal: bool, wire: float, flops: float = FLOPS) -> float:
+    """Tokens of a rank from which on its kernels hide the hops of a ring, in 16 bits: those of one
+    hop, 4 Hq S_l^2 D / flops, last as long as its keys and values, 4 Hk S_l D / wire, travel."""
+    return heads_k / heads_q * flops / wire * (2 if causal else 1)
+
+
+def ring_from(heads_q: int, heads_k: int, parts: int, causal: bool, wire: float) -> float:
+    """Tokens of a rank from which on a ring waits less than Ulysses does: the exchange of the
+    latter grows with them, (P - 1) (hop - kernels) of the ring falls to nothing at its threshold.
+    """
+    share = 1 - (heads_q + heads_k) / (heads_k * max(parts - 1, 1))
+    return threshold(heads_q, heads_k, causal, wire) * max(share, 0.0)
 
 
 def choose(sizes: Sizes) -> str:

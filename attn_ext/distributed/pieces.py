@@ -54,15 +54,18 @@ class Rules:
 
 def pieces(layout: Layout, queries, keys, rules: Rules) -> list[Piece]:
     """The pieces of queries and keys, lists of segments that lie one after the other."""
-    found, joinable = [], []
+    found, joinable, diagonals = [], [], []
+    causal = rules.right == 0 and rules.left < 0 and not rules.scores and not rules.distances
     for q, q_at in _placed(queries):
         for k, k_at in _placed(keys):
             if not rules.seen(q, k):
                 continue
             piece = _piece(layout, rules, q, q_at, k, k_at)
             free = piece.frame is None and not piece.banded and not rules.scores
-            (joinable if free else found).append(piece)
-    return found + _joined(joinable)
+            diagonal = piece.frame is None and piece.banded and causal
+            (joinable if free else diagonals if diagonal else found).append(piece)
+    joined = _joined(joinable)
+    return found + (_along_diagonals(diagonals, joined) if diagonals else joined)
 
 
 def _placed(segments):
@@ -110,6 +113,29 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
         else:
             found.append(piece)
     return sorted(found, key=lambda p: (p.q, p.k))
+
+
+def _along_diagonals(diagonals: list[Piece], full: list[Piece]) -> list[Piece]:
+    """Causal pieces, as few as can be.  The keys before a diagonal's are seen by all of its rows,
+    and come to it; a diagonal that goes on where another ends is one with it, since rows and keys
+    that lie in ascending order hide from each other what positions would."""
+    by_end = {(p.document, p.q, p.k[1]): p for p in full}
+    for at, piece in enumerate(diagonals):
+        before = by_end.pop((piece.document, piece.q, piece.k[0]), None)
+        if before is not None:
+            diagonals[at] = piece._replace(k=(before.k[0], piece.k[1]))
+    found: list[Piece] = []
+    for piece in sorted(diagonals, key=lambda p: (p.document, p.q)):
+        last = found[-1] if found else None
+        goes_on = last is not None and (
+            (last.document, last.q[1], last.k[0]) == (piece.document, piece.q[0], piece.k[0])
+            and piece.k[1] - last.k[1] == piece.q[1] - last.q[1]
+        )
+        if goes_on:
+            found[-1] = last._replace(q=(last.q[0], piece.q[1]), k=piece.k)
+        else:
+            found.append(piece)
+    return found + list(by_end.values())
 
 
 def rounds(found: list[Piece]) -> list[list[Piece]]:

@@ -36,7 +36,7 @@ class Plan:
     def signature(self) -> str:
         """The same on all ranks that agree."""
         shared = (
-            self.method, self.scalars._replace(first_h=0), self.grad_comm_dtype,
+            self.method, self.scalars._replace(first_b=0, first_h=0), self.grad_comm_dtype,
             self.layout.fingerprint,
         )  # fmt: skip
         return hashlib.sha256(repr(shared).encode()).hexdigest()
@@ -48,5 +48,5 @@ by_name = _plans.get
 
 def name_of(plan: Plan, keep: bool = False) -> str:
     """The plan's name in this process, under which `by_name` finds it; keep: for ever."""
-    text = f"{plan.signature()} {plan.group} {plan.scalars.first_h}"
+    text = f"{plan.signature()} {plan.group} {plan.scalars}"
     return _plans.put(hashlib.sha256(text.encode()).hexdigest()[:32], plan, keep)

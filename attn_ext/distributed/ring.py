@@ -76,7 +76,7 @@ class Ring:
         """Merges all hops into out and lse."""
         for hop, k, v in self.hops():
             keys = self.plan.layout.segments(self.owner(hop))
-            local.forward(self.blocks(keys, k, v), out, lse)
+            local.forward(self.blocks(keys, k, v), out, lse, fresh=hop == 0)
 
     def backward(self, dout, delta, lse, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds to dq and dbias; returns dK and dV of this rank's keys, in float32."""
@@ -110,7 +110,8 @@ class Gathered(Ring):
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, S, D] in the order of positions."""
-        rows = x.movedim(2, 0).reshape(x.shape[2], -1)
+        width = x.shape[0] * x.shape[1] * x.shape[3]  # not -1: a rank may have no position
+        rows = x.movedim(2, 0).reshape(x.shape[2], width)
         rows = comm.gather_rows(rows, self._lengths(), self.group, "the gather of keys")
         whole = torch.empty_like(rows)
         whole[self._order()] = rows
@@ -120,9 +121,10 @@ class Gathered(Ring):
     def _scatter(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of [B, H, S, D], of which each rank gets its positions."""
         lengths = self._lengths()
-        rows = x.permute(2, 0, 1, 3).reshape(x.shape[2], -1)[self._order()]
+        width = x.shape[0] * x.shape[1] * x.shape[3]
+        rows = x.permute(2, 0, 1, 3).reshape(x.shape[2], width)[self._order()]
         rows = rows.to(self.plan.travelling(x.dtype))
-        own, width = lengths[self.rank], rows.shape[1]
+        own = lengths[self.rank]
         came = comm.all_to_all(
             rows.reshape(-1), [n * width for n in lengths], [own * width] * self.parts,
             self.group, "the gradients of gathered keys",
@@ -132,7 +134,7 @@ class Gathered(Ring):
 
     def forward(self, out, lse) -> None:
         found = self.blocks(_whole(self.plan.layout), self._gather(self.k), self._gather(self.v))
-        local.forward(found, out, lse)
+        local.forward(found, out, lse, fresh=True)
 
     def backward(self, dout, delta, lse, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self._gather(self.k), self._gather(self.v)

@@ -1,5 +1,5 @@
 """Attention of other libraries, served by attn_ext: torch's SDPA, flash-attn, xformers,
-transformers, diffusers.
+transformers, diffusers, and the context parallelism of torchtitan and DeepSpeed.
 
 Each module maps another library's arguments onto `attn_ext.attention`, `attention_varlen` or
 `attention_decode` and imports that library only inside functions.
@@ -7,7 +7,9 @@ Each module maps another library's arguments onto `attn_ext.attention`, `attenti
 
 import importlib
 
-_MODULES = ("diffusers", "flash_attn", "sdpa", "transformers", "xformers")
+_MODULES = (
+    "deepspeed", "diffusers", "flash_attn", "sdpa", "torchtitan", "transformers", "xformers",
+)  # fmt: skip
 
 
 def __getattr__(name: str):

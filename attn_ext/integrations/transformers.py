@@ -23,12 +23,15 @@ from attn_ext.functional.varlen import attention_varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.masks import LazyMask, mask_function
 from attn_ext.integrations.paged_cache import CachedRows, paged_cache
+from attn_ext.integrations.transformers_context import Context
 from attn_ext.ops import route
 
 __all__ = ["attention_forward", "mask_function", "paged_cache", "register"]
 
 
-def register(name: str = "attn_ext", prefer: str = "fastest") -> None:
+def register(
+    name: str = "attn_ext", prefer: str = "fastest", *, mesh=None, layout=None, method: str = "auto"
+) -> None:
     """Make `attn_implementation=name` available in transformers; a second call changes nothing.
 
     Registers `attention_forward` with AttentionInterface and `mask_function` with
@@ -36,6 +39,11 @@ def register(name: str = "attn_ext", prefer: str = "fastest") -> None:
     implementation that it does not know, padding included, and says nothing.
     prefer: "fastest" lets torch's own flash attention compute a plain call where `attn-ext tune`
     measured it to be faster, "attn_ext" keeps every call.
+    mesh: a DeviceMesh or process group over whose ranks the sequence is cut: `attention_forward` is
+    then `attn_ext.distributed.context_attention`, by `method`, and each rank's model must be given
+    its position_ids.  layout: a Layout, or a function without arguments that gives the step's;
+    needed where shards are uneven or documents packed.  What cannot be said of a shard (padding, a
+    cache, another mask function) is a ValueError or NotImplementedError.
     ImportError where transformers (v5 or newer) is not installed; ValueError for a name that
     transformers gives a meaning of its own.
     """
@@ -56,11 +64,17 @@ def register(name: str = "attn_ext", prefer: str = "fastest") -> None:
             f"'/', to which it gives meanings of its own, got {name!r}"
         )
     common.preferred(prefer)
-    forward = attention_forward
+    forward, mask = attention_forward, mask_function
     if prefer != "fastest":
         forward = functools.partial(attention_forward, prefer=prefer)
+    if mesh is not None:
+        context = Context(mesh, method, layout)
+        context.check()
+        forward, mask = context.attention_forward, context.mask_function
+    elif layout is not None or method != "auto":
+        raise ValueError("mesh must be given with layout or method, got None")
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, mask_function)
+    AttentionMaskInterface.register(name, mask)
 
 
 def attention_forward(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
@@ -18,6 +19,9 @@ from attn_ext.ops.autograd import EagerAttention
 # functions of a Call that see each eager call (inspect.record); what they return, if not None, is
 # a function that is given the call's results and returns those that the caller gets
 observers: list = []
+# gives the results of a call of DTensors, or None where the operators' own sharding serves it;
+# attn_ext sets it, since it needs torch.distributed
+of_dtensors: Callable[[Call], tuple | None] = lambda call: None  # noqa: E731
 through_dispatcher = False  # every call, for torch's profiler to see it (attn_ext.profile)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -109,12 +113,30 @@ def observed(call: Call, way) -> tuple:
     return found
 
 
+def _tell_torch_of_shards() -> None:
+    """How the operators may be sharded."""
+    from attn_ext.ops import dtensor
+
+    dtensor.register()
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler: four seconds.
+_tell_torch_of_shards._dynamo_marked_constant = True
+
+
+def _of_dtensors(call: Call) -> tuple | None:
+    """The results of a call that may be of DTensors, where the operators cannot be sharded."""
+    _tell_torch_of_shards()
+    return of_dtensors(call) if hasattr(call.q, "placements") else None
+
+
 def run(call: Call, unseen: bool = True) -> tuple:
     """(out, lse, max_logit, entropy); statistics are None or empty where not asked for.  unseen:
     the observers are still to see the call.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.attn_ext.forward(*call)
+        found = _of_dtensors(call) if hasattr(call.q, "placements") else None
+        return torch.ops.attn_ext.forward(*call) if found is None else found
     if _jit_tracing():
         return torch.ops.attn_ext.forward(*_differentiable(call))
     if observers and unseen:
@@ -132,9 +154,9 @@ def run(call: Call, unseen: bool = True) -> tuple:
         or not (is_plain(*call[:3]) and _sides_are_plain(call))
     ):
         if "torch.distributed.tensor" in sys.modules:  # a DTensor may be among them
-            from attn_ext.ops import dtensor
-
-            dtensor.register()
+            found = _of_dtensors(call)
+            if found is not None:
+                return found
         return torch.ops.attn_ext.forward(*call)
     if call.grad:
         return EagerAttention.apply(*call[:TENSORS], call[TENSORS:])

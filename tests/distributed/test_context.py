@@ -12,7 +12,7 @@ from ranks import of
 
 EVERY = tuple(FEATURES)
 SOME = ("causal", "both sides", "dropout")
-PACKED = (4, 3, 0, 1, 53)
+PACKED, LONG = (4, 3, 0, 1, 53), (4, 3, 0, 1, 513)
 EXACT = [
     # parts, method, layout, lengths, features: what each would miss that the others see
     (2, "ring", "zigzag", (67,), EVERY),
@@ -20,13 +20,14 @@ EXACT = [
     (4, "ring", "striped", (67,), SOME),
     (4, "ring", "zigzag", (7,), ("causal", "mask")),  # ranks with one token, or none
     (4, "ring", "packed zigzag", PACKED, EVERY),
-    (3, "ring", "packed contiguous", PACKED, SOME),
+    (3, "ring", "packed contiguous", LONG, SOME),
     (3, "allgather", "zigzag", (67,), EVERY),
     (2, "allgather", "packed zigzag", PACKED, ("window", "bias")),
+    (4, "allgather", "contiguous", (3,), ("causal",)),  # a rank without tokens
     (2, "ulysses", "zigzag", (67,), EVERY),
     (4, "ulysses", "packed zigzag", (7,), ("causal", "mask", "bias", "dropout")),
     (4, "2d", "zigzag", (67,), EVERY),
-    (4, "2d", "packed zigzag", PACKED, SOME),
+    (4, "2d", "packed zigzag", LONG, SOME),
     (2, "auto", "zigzag", (2999,), ("causal",)),
     (2, "ring", "zigzag", (4097,), ("window",)),
 ]

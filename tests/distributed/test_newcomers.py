@@ -26,9 +26,34 @@ WRONG = {
     "twice": ("NotImplementedError", "no double backward across ranks"),
     "forward": ("NotImplementedError", "no forward mode"),
 }
+# Placements of q, k and v on a mesh (a letter a dimension: batch, heads, rows), what the call
+# has, and how it is made: what each would miss that the others see
+SHARDED = [
+    (2, ("s", "plain")),
+    (3, ("s", "everything")),  # shards of unlike lengths
+    (4, ("s", "broadcast")),
+    (2, ("b", "dropout")),
+    (4, ("hs", "dropout")),
+    (4, ("bs", "everything")),
+    (4, ("bh", "dropout")),
+    (3, ("h", "dropout", "whole")),  # heads that do not divide
+    (2, ("s", "plain", "compile-whole")),
+    (2, ("h", "dropout", "compile")),
+]
+MODELS = [("Llama", "zigzag"), ("Mistral", "contiguous"), ("Llama", "packed")]
+REFUSED = {
+    "no positions": "position_ids must be those of contiguous or zigzag",
+    "padding": "attention_mask must not hide tokens",
+    "a mask of the shard": "attention_mask must have this rank's 18 rows and all 36 columns",
+    "a cache": "a cache is not sharded",
+    "layout": "layout must be a Layout or a function that gives one, got int",
+    "method": "mesh must be given with layout or method",
+}
 CASES = [
     *[("unusual", 3, case) for case in UNUSUAL],
     ("groups", 4, ()), ("wrong_everywhere", 3, ()), ("wrong_on_one", 3, ()), ("forgotten", 2, ()),
+    *[("dtensors", parts, case) for parts, case in SHARDED], ("plain_side", 2, ()),
+    *[("model", 2, case) for case in MODELS], ("model_refuses", 2, ()),
 ]  # fmt: skip
 
 
@@ -68,6 +93,35 @@ def test_wrong_on_one(found):
 def test_layouts_are_forgotten(found):
     """Memory that grows with each layout of packed documents."""
     assert all(ranks.of(found, "forgotten", 2))
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda c: f"{c[0]} {' '.join(c[1])}")
+def test_dtensors(found, case):
+    """Rows that do not see other ranks' keys; dropout that counts a shard's batch and heads; a
+    gradient of what ranks share that is not added up; a compiler that knows no sharding."""
+    assert max(ranks.of(found, "dtensors", *case)) <= SHARDS[torch.float32]
+
+
+def test_a_side_that_is_no_dtensor(found):
+    """A mask of which nobody knows whether it is the whole or a shard."""
+    for text in ranks.of(found, "plain_side", 2):
+        assert "mask must be a DTensor where q is one" in text
+
+
+@pytest.mark.parametrize("case", MODELS, ids=" ".join)
+def test_models_of_transformers(found, case):
+    """register(mesh=...): a shard taken for the whole by masks, positions or windows."""
+    assert max(ranks.of(found, "model", 2, case)) <= SHARDS[torch.float32]
+
+
+def test_what_models_may_not_ask(found):
+    """Padding, a cache or a mask that is dropped without a word."""
+    said = ranks.of(found, "model_refuses", 2)
+    for name, text in REFUSED.items():
+        # without positions a model makes up those of rank 0, which are right there
+        own = said[1:] if name == "no positions" else said
+        assert all(text in each[name] for each in own), (name, said)
+    assert "rank 1 deviates" in said[0]["no positions"]
 
 
 def test_a_rank_that_says_nothing():

@@ -12,6 +12,7 @@ AROUND = [
     (2, "compile", "ring", "zigzag", (67,)),
     (2, "compile", "ulysses", "zigzag", (67,)),
     (2, "compile", "allgather", "contiguous", (61,)),  # a second shape of the same function
+    (4, "compile", "2d", "packed zigzag", PACKED),
     (2, "checkpoint", "ring", "zigzag", (67,)),
     (2, "reentrant", "ring", "packed zigzag", PACKED),
     (2, "reentrant", "ulysses", "striped", (67,)),

@@ -7,6 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 from closeness import relative
+from context_dtensors import dtensors, plain_side  # noqa: F401  cases of the same processes
+from context_models import model, model_refuses  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 
 import attn_ext

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,13 @@ from attn_ext.distributed.layout import Layout
 from attn_ext.distributed.local import Scalars
 from attn_ext.functional import common
 from attn_ext.ops import route
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 METHODS = ("auto", "ring", "ulysses", "allgather", "2d")
 
@@ -168,10 +175,16 @@ def agree_on(signature: str, sides) -> str:
 
 
 def context_attention(
-    q, k, v, *, layout, mesh, method="auto", causal=False, window=(None, None), mask=None,
-    bias=None, softcap=0.0, alibi_slopes=None, sink=None, dropout_p=0.0, scale=None,
-    return_lse=False, deterministic=False, grad_comm_dtype=torch.float32, backend="auto",
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: Layout,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    method: Literal["auto", "ring", "ulysses", "allgather", "2d"] = "auto", causal: bool = False,
+    window: Sequence[int | None] | None = (None, None), mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, sink: torch.Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, return_lse: bool = False,
+    deterministic: bool = False, grad_comm_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Any:  # fmt: skip
     """`attention` of a sequence whose positions lie on the ranks of a mesh: exact, differentiable,
     the same values and gradients as on one device.
 

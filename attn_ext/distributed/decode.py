@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from attn_ext.core import validate
@@ -9,6 +11,11 @@ from attn_ext.core.schema import Call
 from attn_ext.distributed import agree, comm, local, operators
 from attn_ext.functional import common
 from attn_ext.ops import parts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch.distributed as dist
 
 
 def _lengths(whole_lengths, k_first, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,9 +26,13 @@ def _lengths(whole_lengths, k_first, capacity: int) -> tuple[torch.Tensor, torch
 
 
 def context_decode(
-    q, k_shard, v_shard, *, k_first, whole_lengths, group, causal=True, window=(None, None),
-    softcap=0.0, alibi_slopes=None, sink=None, scale=None, return_lse=False, backend="auto",
-):  # fmt: skip
+    q: torch.Tensor, k_shard: torch.Tensor, v_shard: torch.Tensor, *,
+    k_first: int | torch.Tensor, whole_lengths: int | torch.Tensor,
+    group: dist.ProcessGroup | None, causal: bool = True,
+    window: Sequence[int | None] | None = (None, None), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, sink: torch.Tensor | None = None,
+    scale: float | None = None, return_lse: bool = False, backend: str = "auto",
+) -> Any:  # fmt: skip
     """`attention_decode` with a cache that is cut over the ranks of a group: each attends to its
     own keys, and the parts are merged on all of them.  Inference only.
 

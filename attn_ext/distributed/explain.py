@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from attn_ext.core.schema import Call
@@ -10,11 +12,15 @@ from attn_ext.distributed.layout import Layout
 from attn_ext.distributed.pieces import Rules, pieces
 from attn_ext.ops import parts
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 def explain(
-    layout: Layout, heads_q: int, heads_k: int, head_dim: int, *, causal=False, dtype=None,
-    window=(None, None), alibi=False, dropout=False, scores=False, device="cuda", batch=1,
-    backend="auto",
+    layout: Layout, heads_q: int, heads_k: int, head_dim: int, *, causal: bool = False,
+    dtype: torch.dtype | None = None, window: Sequence[int | None] | None = (None, None),
+    alibi: bool = False, dropout: bool = False, scores: bool = False, device: str = "cuda",
+    batch: int = 1, backend: str = "auto",
 ) -> str:  # fmt: skip
     """The model's waiting of each method, which "auto" would take, how many calls the first rank
     makes in each hop of a ring, and who computes those that need the positions of the whole."""

@@ -14,9 +14,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 BALANCES = ("zigzag", "contiguous")
 
@@ -126,11 +129,11 @@ class Layout:
         """Positions that a rank has."""
         return sum(s.length for s in self.segments(rank))
 
-    def position_ids(self, rank: int, device=None) -> torch.Tensor:
+    def position_ids(self, rank: int, device: torch.device | str | None = None) -> torch.Tensor:
         """int64 [S_local], the position of each of a rank's tokens in its document."""
         return _counted([(s.first, s.last) for s in self.segments(rank)], device)
 
-    def indices(self, rank: int, device=None) -> torch.Tensor:
+    def indices(self, rank: int, device: torch.device | str | None = None) -> torch.Tensor:
         """int64 [S_local], the place of each of a rank's tokens in the whole row of tokens."""
         return _counted([self.columns(s) for s in self.segments(rank)], device)
 
@@ -143,7 +146,7 @@ class Layout:
     def _starts(self) -> list[int]:
         return [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
 
-    def cu_seqlens(self, rank: int, device=None) -> torch.Tensor:
+    def cu_seqlens(self, rank: int, device: torch.device | str | None = None) -> torch.Tensor:
         """int32 [documents + 1], where each document begins among a rank's tokens."""
         own = [0] * len(self.lengths)
         for s in self.segments(rank):
@@ -161,7 +164,7 @@ class Layout:
         parts = [x.narrow(dim, first, last - first) for first, last in cuts]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
-    def unshard(self, x: torch.Tensor, dim: int, group) -> torch.Tensor:
+    def unshard(self, x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
         """The whole tensor on every rank of the group, from each rank's part; no gradients."""
         from attn_ext.distributed import agree, comm
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from attn_ext.distributed import comm
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
-def mean_loss(loss_sum: torch.Tensor, tokens, group, averaged: bool = True) -> torch.Tensor:
+
+def mean_loss(
+    loss_sum: torch.Tensor, tokens: int | torch.Tensor, group: dist.ProcessGroup | None,
+    averaged: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """sum of `loss_sum` over the ranks of a group / sum of `tokens`, on every rank.
 
     A mean of each rank's mean is another number wherever ranks have unlike numbers of tokens.

@@ -161,7 +161,10 @@ class KVCache:
         """How many pages belong to no sequence."""
         return len(self._book.free)
 
-    def append(self, k: Tensor, v: Tensor, *, counts=None, rows: Sequence[int] | None = None):
+    def append(
+        self, k: Tensor, v: Tensor, *, counts: Sequence[int] | Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> KVCache:  # fmt: skip
         """Put new keys and values behind those of each sequence; returns the cache.
 
         k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype (int8: any of float16, bfloat16 and
@@ -290,7 +293,7 @@ class KVCache:
         out = out.to(q.dtype)
         return (out, lse) if return_lse else out
 
-    def reorder(self, indices) -> KVCache:
+    def reorder(self, indices: Sequence[int] | Tensor) -> KVCache:
         """Sequence b becomes what sequence indices[b] was, for all b; as beam search needs it.
         Pages are shared, and copied when they are written.  Another number of indices makes another
         batch size.
@@ -317,7 +320,9 @@ class KVCache:
         operator.publish(self._book, self._table, self._lengths)
         return self
 
-    def truncate(self, lengths, *, rows: Sequence[int] | None = None) -> KVCache:
+    def truncate(
+        self, lengths: Sequence[int] | Tensor, *, rows: Sequence[int] | None = None
+    ) -> KVCache:
         """Sequence b keeps its first lengths[b] positions (rows: sequence rows[i], lengths[i]), as
         after rejected drafts; 0 frees it.  Pages that nobody needs any more are free.
         """
@@ -329,7 +334,9 @@ class KVCache:
         operator.publish(self._book, self._table, self._lengths)
         return self
 
-    def keep(self, last: int, kept: Sequence[Sequence[int]], *, rows=None) -> KVCache:
+    def keep(
+        self, last: int, kept: Sequence[Sequence[int]], *, rows: Sequence[int] | None = None
+    ) -> KVCache:
         """Of the last `last` positions of sequence b only those numbered kept[b] stay, in that
         order, 0 being the first of them; as after the verification of a tree of drafts.
         """

@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attn_ext.inspect import page, picture
 from attn_ext.inspect.page import Labels, Page
 from attn_ext.inspect.records import NOTHING, CallRecord, load
 from attn_ext.inspect.tokens import texts
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from attn_ext.inspect.recording import record
-
 MOST_IN_A_NOTEBOOK = 16 << 20  # bytes of a page that a notebook shows by itself, and saves
 
 
 def look(
-    records: record | Sequence[CallRecord] | str | Path, out: str | Path = "out/look", *,
-    tokens: Any = None, query_tokens: Any = None, tokenizer: Any = None, title: str = "attention",
-    colours: str = "row",
+    records: Any, out: str | Path = "out/look", *, tokens: Any = None, query_tokens: Any = None,
+    tokenizer: Any = None, title: str = "attention", colours: str = "row",
 ) -> tuple[Path, Path]:  # fmt: skip
     """Write attention.png and attention.html of some calls into folder `out`; return their paths.
 

@@ -147,9 +147,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_table", &attn::cpu::isa_table,
         "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
   m.def("plant", &attn::cpu::plant, py::arg("tangent") = 0, py::arg("backward_tangent") = 0,
-        py::arg("inspect") = 0,
-        "For tests: the kernels of second derivatives, and of attn_ext.inspect, at these addresses "
-        "run; 0: our own");
+        py::arg("inspect") = 0, py::arg("backward") = 0,
+        "For tests: the kernels of derivatives, and of attn_ext.inspect, at these addresses run; "
+        "0: our own");
   m.def("cpu_has", &attn::cpu::cpu_has,
         "For tests: whether this machine has the CPU features, named as in isa_table()");
   m.def("emulate_amx", &attn::cpu::amx::emulate,

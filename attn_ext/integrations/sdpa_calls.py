@@ -76,11 +76,11 @@ def _left_to_torch(reason: str, counter: Counter) -> None:
 
 
 def not_served_in_hook(strict: bool) -> None:
-    """What a block does about a hook that may be its own, seen from another thread."""
+    """What a block does about a hook that may be its own, where that cannot be told."""
     why = (
         "it is called by a hook, and backward() runs in another thread than a replace_sdpa block "
-        "in which the graph may have been built: call backward() in that thread, or attention in "
-        "a replace_sdpa block within the hook"
+        "in which the graph may have been built, or thousands of blocks after it: call backward() "
+        "in that thread and earlier, or attention in a replace_sdpa block within the hook"
     )
     if strict:
         raise NotImplementedError(why)

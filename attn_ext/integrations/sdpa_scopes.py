@@ -19,7 +19,8 @@ and nothing depends on whether backward() runs in a block, after it, or in anoth
 a leaf (a parameter) has no forward and belongs to where backward() is called.
 
 Numbers are a thread's own.  So a hook of such a node is not in its block when backward() is called
-in another thread than the one that built the graph: `lost` tells that it may be so.
+in another thread than the one that built the graph, nor when so many blocks have ended since that
+its own is forgotten: `lost` tells that it may be so.
 """
 
 from __future__ import annotations
@@ -61,16 +62,18 @@ class Entry(NamedTuple):
 
 
 class Thread:
-    """The blocks of a thread, innermost last, and (first, end, settings) of those that ended.
+    """The blocks of a thread, innermost last, (first, end, settings) of those that ended, and the
+    last of these that had to be forgotten.
 
     `entries` is replaced, never changed: autograd's threads read it while it is.
     """
 
-    __slots__ = ("__weakref__", "ended", "entries")
+    __slots__ = ("__weakref__", "ended", "entries", "forgotten")
 
     def __init__(self):
         self.entries: tuple = ()
         self.ended: deque = deque(maxlen=_RANGES)
+        self.forgotten: tuple | None = None
         with _lock:
             _alive.add(self)
 
@@ -112,6 +115,8 @@ def leave(settings: Settings | None) -> None:
             above = (e for e in entries[index + 1 :] if e.frame is None)
             thread.entries = (*entries[:index], *above)
             if entries[index].first < (end := _next_number()):
+                if len(thread.ended) == _RANGES and thread.ended[0][2] is not None:
+                    thread.forgotten = thread.ended[0]
                 thread.ended.append((entries[index].first, end, settings))
                 if settings is not None:
                     with _lock:
@@ -150,8 +155,8 @@ def current() -> Settings | None:
 
 
 def lost() -> Settings | None:
-    """The block of another thread that the node at work may have been made in, where `current()`
-    finds none because backward() was called in this one."""
+    """The block that the node at work may have been made in, where `current()` finds none because
+    backward() was called in another thread than the forward, or because it is forgotten."""
     task, thread = _task(), getattr(_local, "thread", None)
     node = _node() if task != -1 else None
     if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -160,6 +165,8 @@ def lost() -> Settings | None:
         return None  # a hook of saved tensors, which knows that it is in no block
     caller = _get(_KEY) if _has(_KEY) else thread
     number = node._sequence_nr()
+    if caller is not None and caller.forgotten is not None and number < caller.forgotten[1]:
+        return caller.forgotten[2]
     with _lock:
         others = [each for each in _alive if each is not caller]
         ended = tuple(_all_ended)

@@ -365,6 +365,19 @@ def test_a_hook_in_a_thread_that_did_not_build_the_graph(strict, open_still):
     assert sdpa.report().served == {}
 
 
+def test_a_hook_of_a_block_that_is_forgotten():
+    """A hook that goes to torch in silence, since 4,096 blocks have ended after its own."""
+    x = leaf()
+    with attn_ext.replace_sdpa(strict=True):
+        y = x * 2
+        y.register_hook(lambda grad: attend(grad, 0.0))
+    for _ in range(sdpa_scopes._RANGES):
+        with attn_ext.replace_sdpa(strict=True):
+            x.sin()
+    with pytest.raises(NotImplementedError, match="thousands of blocks after it"):
+        y.sum().backward()
+
+
 def test_a_block_that_ends_by_an_exception():
     """A block that stays on, or forgets what was computed in it."""
     x, box = leaf(), []

@@ -96,6 +96,7 @@ const Isa* find(const std::string& name) {
 std::atomic<const Isa*> current{nullptr};
 std::atomic<TangentKernel> planted_tangent{nullptr}, planted_backward_tangent{nullptr};
 std::atomic<InspectKernel> planted_inspect{nullptr};
+std::atomic<Kernel> planted_backward{nullptr};
 std::atomic<bool> was_asked{false};  // by its name: then calls have no choice of their own
 
 void use(const std::string& name) {
@@ -127,7 +128,10 @@ void forward(const Problem& p, const Pointers& ptr, const Options& o, int thread
 }
 void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   const Isa& isa = serving(o);
-  (p.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(p, ptr, o, threads);
+  const Kernel planted = planted_backward.load(std::memory_order_relaxed);
+  (planted                       ? planted
+   : p.dtype == DType::kBFloat16 ? isa.backward_bf16
+                                 : isa.backward)(p, ptr, o, threads);
 }
 void forward(const Problem& p, const Pointers& ptr, int threads) { forward(p, ptr, {}, threads); }
 void backward(const Problem& p, const Pointers& ptr, int threads) { backward(p, ptr, {}, threads); }
@@ -146,7 +150,8 @@ bool backward_tangent(const Problem& p, const Pointers& ptr, const Options& o, c
   const TangentKernel planted = planted_backward_tangent.load(std::memory_order_relaxed);
   return (planted ? planted : serving(o).backward_tangent)(p, ptr, tp, tptr, threads);
 }
-void plant(uintptr_t tangent, uintptr_t backward_tangent, uintptr_t inspect) {
+void plant(uintptr_t tangent, uintptr_t backward_tangent, uintptr_t inspect, uintptr_t backward) {
+  planted_backward = reinterpret_cast<Kernel>(backward);
   planted_tangent = reinterpret_cast<TangentKernel>(tangent);
   planted_backward_tangent = reinterpret_cast<TangentKernel>(backward_tangent);
   planted_inspect = reinterpret_cast<InspectKernel>(inspect);

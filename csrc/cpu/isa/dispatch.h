@@ -26,9 +26,9 @@ bool tangent(const Problem& p, const Pointers& ptr, const Options& o, const Prob
              const Pointers& tptr, int threads);
 bool backward_tangent(const Problem& p, const Pointers& ptr, const Options& o, const Problem& tp,
                       const Pointers& tptr, int threads);
-// For tests: the functions at these addresses take the place of these and of inspect; 0: they have
-// it again.
-void plant(uintptr_t tangent, uintptr_t backward_tangent, uintptr_t inspect);
+// For tests: the functions at these addresses take the place of these, of inspect and of the
+// backward; 0: they have it again.
+void plant(uintptr_t tangent, uintptr_t backward_tangent, uintptr_t inspect, uintptr_t backward);
 
 std::vector<std::string> supported_isas();  // of this machine
 std::string isa();                          // the one in use

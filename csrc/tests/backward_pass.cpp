@@ -1,0 +1,27 @@
+// The backward kernel of float32 on the plainest vectors, as a library of its own in which tests
+// plant bugs (tests/cpu/test_far_row_mutations.py) and which attn_ext._C then calls.
+#define ATTN_ISA baseline
+#define ATTN_VEC_BYTES 16
+#define ATTN_NV 2
+#define ATTN_MR 4
+#include "cpu/isa/region.h"
+#include "cpu/kernels/backward.h"
+
+namespace attn::cpu {
+
+ScratchBuffer& thread_scratch() {
+  thread_local ScratchBuffer buffer;
+  return buffer;
+}
+
+void parallel_for(int64_t tasks, int, const std::function<void(int64_t)>& f) {
+  for (int64_t task = 0; task < tasks; ++task) f(task);
+}
+
+}  // namespace attn::cpu
+
+extern "C" void planted_backward(const attn::Problem& p, const attn::Pointers& ptr,
+                                 const attn::cpu::Options& o, int threads) {
+  namespace kernels = attn::cpu::baseline;
+  kernels::Backward<kernels::Plain<float>>(p, ptr, o, threads).run();
+}

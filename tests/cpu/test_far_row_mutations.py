@@ -1,0 +1,77 @@
+"""Planted bugs in what the C++ backward does with rows whose LSE is far from 0, in the folder
+tests/mutants/cpu_far: each must make the gradients wrong of the calls that its first line names.
+
+The kernel is compiled alone, on the plainest vectors, and runs in place of those of attn_ext._C.  A
+bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of them is
+compiled.
+"""
+
+import planted_cpu
+import pytest
+import seen
+from repository import ROOT
+
+from attn_ext import _C
+from attn_ext.testing import check_call, random_call
+
+MUTANTS = planted_cpu.bugs("cpu_far")
+SOURCE = ROOT / "csrc/tests/backward_pass.cpp"
+TABLE, CLEAN = "planted_bugs_cpu_far", "no bug"
+DUE = seen.sample([*MUTANTS, CLEAN], 1)
+
+
+def calls() -> dict:
+    """Calls with far logits, all keys in one block, and with rows of a far bias, several blocks of
+    keys, without a sink and with one."""
+    short = random_call(7, batch=1, seqlen_q=40, head_dim=32)
+    short.q.mul_(1e5), short.k.mul_(1e5)
+    options = {"batch": 1, "seqlen_q": 20, "seqlen_k": 300, "bias": "qk"}
+    long, sink = random_call(7, **options), random_call(7, sink=True, **options)
+    long.bias[:, :, 2:5] = sink.bias[:, :, 2:5] = sink.sink[:] = -1e9
+    return {"short": short, "long": long, "sink": sink}
+
+
+def wrong() -> tuple[str, ...]:
+    """The calls whose gradients are wrong."""
+    found = []
+    for name, call in calls().items():
+        try:
+            check_call(call, "cpu")
+        except AssertionError:
+            found.append(name)
+    return tuple(sorted(found))
+
+
+def wrong_with(folder, patch=None) -> tuple[str, ...]:
+    """`wrong` of the kernel with a bug."""
+    try:
+        (address,) = planted_cpu.addresses(folder, SOURCE, ["planted_backward"], patch)
+        _C.plant(backward=address)
+        return wrong()
+    finally:
+        _C.plant()
+
+
+def digest(patch=None) -> str:
+    """Of all that decides what is wrong."""
+    return planted_cpu.digest(SOURCE, __file__, patch)
+
+
+def test_the_kernel_as_it_is(tmp_path):
+    """Without this, a check that always complains would pass all tests below; a table with a bug
+    that is gone."""
+    assert wrong() == ()
+    assert len(MUTANTS) >= 3 and not seen.strangers(TABLE, [*MUTANTS, CLEAN])
+    if not seen.known(TABLE, CLEAN, digest(), DUE):
+        assert wrong_with(tmp_path) == ()
+        seen.passed(TABLE, CLEAN, digest())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(name, tmp_path):
+    """A check that a lost sum passes."""
+    patch = MUTANTS[name]
+    if seen.known(TABLE, name, digest(patch), DUE):
+        return
+    assert wrong_with(tmp_path, patch) == tuple(sorted(patch.caught))
+    seen.passed(TABLE, name, digest(patch))

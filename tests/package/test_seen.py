@@ -98,6 +98,7 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
     assert tables.keys() <= {
         "planted_bugs",
         "planted_bugs_cpu_second",
+        "planted_bugs_cpu_few",
         "compiled_ptx",
         "compiled_ptx_faults",
         "nvcc",

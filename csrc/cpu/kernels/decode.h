@@ -20,19 +20,14 @@ namespace attn::cpu::ATTN_ISA {
 
 // TYPE: of Q and O; KEPT: of K and V, TYPE itself or kInt8, whose factors are in `Kept`.
 template <DType TYPE, DType KEPT = TYPE>
-class Decode {
+class Decode : DecodeRows {
   static constexpr int L = kLanes<float>;
   static constexpr int64_t kBytes = storage_bytes(TYPE), kKeptBytes = storage_bytes(KEPT);
   static constexpr bool kFactors = KEPT == kInt8;
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
-      : p(problem),
-        ptr(pointers),
-        kept(kept),
-        threads(threads),
-        terms(Terms<float>::of(problem, pointers, 1)) {
-    group = p.heads_q / p.heads_k, rows = group * p.seqlen_q;
+      : DecodeRows(problem, pointers), kept(kept), threads(threads) {
     scattered = p.k.s != p.head_dim;
     together = p.k.s == p.heads_k * p.k.h && p.v.s == p.heads_k * p.v.h ? p.heads_k : 1;
     const int64_t tasks = p.batch * p.heads_k / together, chunks = (p.seqlen_k + 511) / 512;
@@ -43,7 +38,7 @@ class Decode {
   }
 
   // Whether the problem has this form; what it lacks is served by Forward.
-  static bool serves(const Problem& p, const Pointers& ptr) {
+  ATTN_NOINLINE static bool serves(const Problem& p, const Pointers& ptr) {
     return p.dtype == TYPE && few(p, ptr) && p.batch > 0 && p.seqlen_k >= kDecodeKeys &&
            p.head_dim % (2 * L) == 0 && p.head_dim_v % (2 * L) == 0 && !ptr.cu_seqlens_q &&
            shared(ptr.mask, p.mask, p) && shared(ptr.bias, p.bias, p) && !ptr.entropy &&
@@ -75,17 +70,9 @@ class Decode {
   }
 
  private:
-  const Problem& p;
-  const Pointers& ptr;
   const Kept& kept;
   int threads;
-  const Terms<float> terms;
-  int64_t group, rows, splits;
-  bool scattered;    // rows of K do not lie one after the other: nothing fetches them ahead
-  int64_t together;  // K/V heads of a unit: all where their rows share pages of memory
-
-  using Chunk = DecodeChunk;
-  using Keys = DecodeKeys;
+  bool scattered;  // rows of K do not lie one after the other: nothing fetches them ahead
 
   // Whether the queries are so few that panels would mostly hold padding.
   static bool few(const Problem& p, const Pointers& ptr) {
@@ -107,22 +94,8 @@ class Decode {
     return !base || s.h == 0 || p.heads_q == p.heads_k;
   }
 
-  // A head's state: O [rows][Dv] unnormalised, largest logit [rows], sum of exp(s - max) [rows].
-  float* max_of(float* state) const { return state + rows * p.head_dim_v; }
-  float* sum_of(float* state) const { return max_of(state) + rows; }
-
   // Numbers that `attend` and `finish` take.
   int64_t work() const { return together * rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
-  int64_t head_state() const { return rows * (p.head_dim_v + 2); }
-
-  bool finite(const float* state) const {
-    bool good = true;
-    for (int64_t h = 0; h < together && good; ++h, state += head_state())
-      good = all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
-                                      p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
-    return good;
-  }
-
   // Q [rows][D] in load_storage's order.
   void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
     for (int64_t r = 0; r < rows; ++r) {
@@ -161,12 +134,6 @@ class Decode {
       }
   }
 
-  void begin(float* state) const {
-    std::fill(state, max_of(state), 0.f);
-    std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
-    std::fill(sum_of(state), sum_of(state) + rows, 0.f);
-  }
-
   // A chunk of the keys of one head.
   void add_chunk(const Sequence& seq, int64_t hk, const Chunk& chunk, bool careful, const float* Q,
                  float* S, float* state, Keys* keys) const {
@@ -177,18 +144,6 @@ class Decode {
       if (keys->n > 0) add_keys(seq, hk, i * group, next * group, careful, *keys, Q, S, state);
       i = next;
     }
-  }
-
-  // The first chunk of a task.
-  Chunk chunk_of(const Sequence& seq, int64_t split) const {
-    int64_t lo, hi;
-    seq.key_range(0, seq.seqlen_q, &lo, &hi);
-    const int64_t t0 = lo / kDecodeKeys, t1 = (hi + kDecodeKeys - 1) / kDecodeKeys;
-    const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
-    const int64_t from = std::max(first * kDecodeKeys, lo);
-    const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
-    const int64_t each = kDecodeStreams * kDecodeEach;
-    return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
   }
 
   // Rows [r, end), which see the same keys.
@@ -266,30 +221,6 @@ class Decode {
     keys->n = n;
   }
 
-  const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
-    if (!ptr.mask) return nullptr;
-    return static_cast<const uint8_t*>(ptr.mask) + seq.b * p.mask.b + hk * group * p.mask.h +
-           i * p.mask.q;
-  }
-
-  // Whether query i sees the same keys of a chunk as query `other`, with the same bias.
-  bool same_keys(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i,
-                 int64_t other) const {
-    if (ptr.bias && p.bias.q != 0) return false;
-    int64_t first[2], last[2];
-    seq.key_range(i, i + 1, &first[0], &last[0]);
-    seq.key_range(other, other + 1, &first[1], &last[1]);
-    const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
-    for (int64_t s = 0; s < kDecodeStreams; ++s) {
-      const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
-      const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
-      if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;
-      for (int64_t j = begin; one != two && j < end; ++j)
-        if (!one[j * p.mask.k] != !two[j * p.mask.k]) return false;
-    }
-    return true;
-  }
-
   // R rows from row r.
   template <int R>
   void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q,
@@ -362,54 +293,6 @@ class Decode {
       for (int k = 0; k < N; ++k) acc[i * (L / R) + k] = sum[i][k];
   }
 
-  // One row: S products in, exp(s - max) out; the factor for what was summed before.
-  float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S, float* max,
-                float* sum) const {
-    constexpr int N = kAbreast;
-    const int64_t padded = (keys.n + N * L - 1) / (N * L) * (N * L);
-    const float ninf = -std::numeric_limits<float>::infinity();
-    const float now = std::max(*max, largest(logits(seq, h, i, keys, S)));
-    for (int64_t j = (keys.n + L - 1) / L * L; j < padded; j += L) store(S + j, set1(ninf));
-    const float base = now == ninf ? 0.f : now;
-    Vec<float> total{};
-    for (int64_t j = 0; j < padded; j += N * L) {
-      Vec<float> e[N];
-#pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) e[k] = load(S + j + k * L) - base;
-      vexp_each(e);
-#pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
-    }
-    const float alpha = *max == base ? 1.f : std::exp(*max - base);
-    *sum *= alpha;
-    for (int lane = 0; lane < L; ++lane) *sum += total[lane];
-    *max = now;
-    return alpha;
-  }
-
-  // S products in, logits out, -inf up to whole vectors; the largest of each lane.
-  Vec<float> logits(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S) const {
-    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
-    const Vec<float> ninf = set1(-std::numeric_limits<float>::infinity());
-    const float query = float(i + seq.seqlen_k - seq.seqlen_q);
-    Vec<float> top = ninf;
-    const auto run = [&](const auto& has) {
-      for (int64_t j = 0; j < keys.n; j += L) {
-        Vec<float> s = logit<DecodeWays>(
-            has, terms, head, load(S + j), [&] { return query - load(keys.position + j); },
-            [&] { return load(keys.bias + j); }, [](Vec<float>) {});
-        if (j + L > keys.n) s = iota<float>() + float(j) < float(keys.n) ? s : ninf;
-        store(S + j, s);
-        top = vmax(s, top);
-      }
-    };
-    if (terms.has.cap || terms.has.distance || terms.has.bias)
-      run(terms.has);
-    else
-      run(HasExactly<false, false, false>{});
-    return top;
-  }
-
   // O[i] += sum_k P[i][k] V[k], one key after the other.
   template <int R, int N>
   ATTN_INLINE void add_values(const char* const* V, const float* P, float* O) const {
@@ -435,23 +318,7 @@ class Decode {
     }
   }
 
-  void merge(float* a, float* b) const {
-    const float ninf = -std::numeric_limits<float>::infinity();
-    for (int64_t r = 0; r < rows; ++r) {
-      float &max_a = max_of(a)[r], &sum_a = sum_of(a)[r];
-      const float max_b = max_of(b)[r], now = std::max(max_a, max_b);
-      const float base = now == ninf ? 0.f : now;
-      const float wa = std::exp(max_a - base), wb = std::exp(max_b - base);
-      for (int64_t c = 0; c < p.head_dim_v; c += L) {
-        float* at = a + r * p.head_dim_v + c;
-        store(at, load(at) * wa + load(b + r * p.head_dim_v + c) * wb);
-      }
-      sum_a = sum_a * wa + sum_of(b)[r] * wb;
-      max_a = now;
-    }
-  }
-
-  void finish(int64_t unit, float* state, Scratch& scratch) const {
+  ATTN_NOINLINE void finish(int64_t unit, float* state, Scratch& scratch) const {
     const Sequence seq(p, ptr, unit * together / p.heads_k);
     float* row = scratch.take<float>(p.head_dim_v);
     for (int64_t h = 0; h < together; ++h)

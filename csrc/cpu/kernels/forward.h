@@ -96,7 +96,7 @@ class Forward {
     int64_t per_head() const { return (nq + kPanel - 1) / kPanel; }
     int64_t panels() const { return nq > 0 ? heads * per_head() : 0; }
   };
-  Unit unit_at(int64_t index) const {
+  ATTN_NOINLINE Unit unit_at(int64_t index) const {
     const int64_t set = index / m_tiles, kv = set / sets;
     const int64_t b = kv / p.heads_k, hk = kv - b * p.heads_k, first = (set - kv * sets) * together;
     const int64_t m0 = (index - set * m_tiles) * block_m;
@@ -110,7 +110,7 @@ class Forward {
   struct Row {
     int64_t h, i;
   };
-  Row row(int64_t h, int64_t r) const {
+  ATTN_NOINLINE Row row(int64_t h, int64_t r) const {
     return folded ? Row{h + r / p.seqlen_q, r % p.seqlen_q} : Row{h, r};
   }
   // Row r of Q or O, of which a number has `size` bytes.
@@ -150,7 +150,7 @@ class Forward {
   }
 
   // Returns the number of tasks when each has at most `most` panels.
-  int64_t set_panels(int64_t most) {
+  ATTN_NOINLINE int64_t set_panels(int64_t most) {
     block_m = std::min<int64_t>(most * kPanel, (rows() + kGrain - 1) / kGrain * kGrain);
     m_tiles = block_m ? (rows() + block_m - 1) / block_m : 0;
     panels = (block_m + kPanel - 1) / kPanel;
@@ -212,7 +212,7 @@ class Forward {
   };
 
   // Keys that some row of a unit sees.
-  void key_range(const Unit& unit, int64_t* lo, int64_t* hi) const {
+  ATTN_NOINLINE void key_range(const Unit& unit, int64_t* lo, int64_t* hi) const {
     if (folded)
       unit.seq.key_range(0, p.seqlen_q, lo, hi);
     else
@@ -397,7 +397,7 @@ class Forward {
   }
 
   // The sinks of rows m0 ... m0 + n - 1.
-  Vec<T> sinks(int64_t h, int64_t m0, int64_t n) const {
+  ATTN_NOINLINE Vec<T> sinks(int64_t h, int64_t m0, int64_t n) const {
     T sink[L] = {};
     for (int64_t i = 0; i < n; ++i) sink[i] = static_cast<const T*>(ptr.sink)[row(h, m0 + i).h];
     return load(sink);

@@ -65,8 +65,8 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # turn (tests/helpers/seen.py).  seen writes what is new there (`ATTN_EXT_SEEN=write make test` does so,
 # too); test-anew compiles all of it, on every architecture, whatever was seen.
 COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py ptx.py \
-  ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py inspect_kernel_mutations.py \
-  second_kernel_mutations.py) \
+  ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py far_row_mutations.py \
+  few_queries_mutations.py inspect_kernel_mutations.py second_kernel_mutations.py) \
   tests/triton/test_triton_compile.py \
   tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py \
   $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)

@@ -34,5 +34,8 @@ constexpr int64_t kDecodeRows = 256;
 // lanes are padding; where they multiply pairs of bfloat16, from fewer on.  Queries that cannot be
 // worked on together, since each has a bias of its own, are served up to the last number.
 constexpr int64_t kDecodeQueries = 16, kDecodePairQueries = 8, kDecodeSingleQueries = 4;
+// At most so many queries * heads of a group where heads may share panels, which are faster then
+// (kernels/forward.h).
+constexpr int64_t kDecodeBeforePanels = 31;
 
 }  // namespace attn::cpu

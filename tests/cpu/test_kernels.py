@@ -108,16 +108,32 @@ def test_several_queries_against_a_cache(name, seqlen_q, heads_q):
     check_call(call, "cpu", grads=False)
 
 
+@pytest.mark.parametrize("heads_q", [2, 4])  # their rows go to the decode kernel, or to panels
 @pytest.mark.parametrize("seqlen_k", [64, 65, 127, 256, 257])
-def test_a_tree_of_drafts(seqlen_k):
+def test_a_tree_of_drafts(seqlen_k, heads_q):
     """Speculative verification: all queries see the context, and of the last keys their own."""
     call = random_call(
-        batch=1, seqlen_q=9, heads_q=4, heads_k=1, seqlen_k=seqlen_k, head_dim=64, mask="qk"
+        batch=1, seqlen_q=9, heads_q=heads_q, heads_k=1, seqlen_k=seqlen_k, head_dim=64, mask="qk"
     )
     tree = torch.eye(9, dtype=torch.bool)
     tree[torch.arange(1, 9), torch.arange(8) // 2] = True
     call.mask[..., :-9] = True
     call.mask[..., -9:] = tree
+    check_call(call, "cpu", grads=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [
+    dict(seqlen_q=33, seqlen_k=400, causal=True, stats=True),
+    dict(seqlen_q=20, seqlen_k=61, window=(30, 2), sink=True, softcap=4.0, heads_q=10),
+    dict(seqlen_q=64, seqlen_k=64, causal=True, sink=True, head_dim=24, head_dim_v=9),
+    dict(seqlen_q=5, seqlen_k=40, align=TOP_LEFT, causal=True, mask="bqk", heads_q=16),
+    dict(seqlen_q=1, seqlen_k=1500, batch=1, heads_k=1, heads_q=40, mask="k"),
+], ids=["statistics", "sink", "whole panels", "top left", "one query"])  # fmt: skip
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_heads_that_share_a_panel(options, layout, dtype):
+    """A row that takes the diagonal, the mask, the sink or the place of another head's query."""
+    call = random_call(**dict(heads_q=6, heads_k=2, layout=layout, dtype=dtype) | options)
     check_call(call, "cpu", grads=False)
 
 

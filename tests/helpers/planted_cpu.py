@@ -1,5 +1,5 @@
-"""C++ kernels of the CPU with a bug: compiled alone from a copy of the sources, as a library whose
-functions `attn_ext._C.plant` puts in place of the built ones.
+"""C++ kernels of the CPU with a bug: compiled alone from a copy of the sources, as a program, or as
+a library whose functions `attn_ext._C.plant` puts in place of the built ones.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import seen
 from emulator_build import compiler, compiler_version
 from repository import ROOT
 
-FLAGS = ["-O0", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-pthread"]
+FLAGS = ["-O0", "-std=c++17", "-w", "-Wno-psabi", "-pthread"]
 
 
 def bugs(folder: str) -> dict[str, patches.Patch]:
@@ -20,14 +20,20 @@ def bugs(folder: str) -> dict[str, patches.Patch]:
     return {patch.name: patch for patch in found}
 
 
-def addresses(folder: Path, source: Path, names, patch=None) -> list[int]:
-    """Where the functions of a source of csrc are, with a bug or without, once it is loaded."""
+def compiled(folder: Path, source: Path, *flags: str, patch=None) -> Path:
+    """What a source of csrc makes, with a bug or without."""
     tree = folder / "csrc"
     shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cuda", "emulation"))
     for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
         (folder / file).write_text(text)
-    library = folder / "planted.so"
-    compiler(*FLAGS, f"-I{tree}", tree / source.relative_to(ROOT / "csrc"), "-o", library)
+    made = folder / source.stem
+    compiler(*FLAGS, *flags, f"-I{tree}", tree / source.relative_to(ROOT / "csrc"), "-o", made)
+    return made
+
+
+def addresses(folder: Path, source: Path, names, patch=None) -> list[int]:
+    """Where the functions of a library are, once it is loaded."""
+    library = compiled(folder, source, "-fPIC", "-shared", patch=patch)
     loaded = ctypes.CDLL(str(library))
     return [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
 

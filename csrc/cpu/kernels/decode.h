@@ -1,12 +1,14 @@
 // Few queries against many keys (decode): bound by reading K and V, so each row of them is read
 // once for all query heads of its group and with the head dimension in lanes, as it lies.
-// One task = one K/V head, or a share of its keys when heads are few (split-KV, combined in fixed
-// order).  It reads its keys as kDecodeStreams streams, each row after row and far from the others:
-// a processor fetches ahead for several such streams at a time, and less for one of them alone, or
-// for rows abreast that share a page of memory.  Rows of Q are ordered by query, then by head of
-// the group: queries that see the same keys of a chunk are worked on together, and rows of K and V
-// that a query does not see are not touched.
+// One task = one K/V head, or all heads of a sequence where their rows of a key lie together, or a
+// share of the keys when tasks are few (split-KV, combined in fixed order).  It reads its keys as
+// kDecodeStreams streams, each row after row and far from the others: a processor fetches ahead for
+// several such streams at a time, and less for one of them alone, or for rows abreast that share a
+// page of memory.  Rows of Q are ordered by query, then by head of the group: queries that see the
+// same keys of a chunk are worked on together, and rows of K and V that a query does not see are
+// not touched.
 #pragma once
+#include "cpu/kernels/decode_keys.h"
 #include "cpu/kernels/options.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -16,29 +18,19 @@
 
 namespace attn::cpu::ATTN_ISA {
 
-// logit.h for decode, which has always divided by softcap: its results keep their bits.
-struct DecodeWays : VectorWays<float> {
-  static ATTN_INLINE Vec<float> over_cap(Vec<float> x, const Terms<float>& t) { return x / t.cap; }
-};
-
 // TYPE: of Q and O; KEPT: of K and V, TYPE itself or kInt8, whose factors are in `Kept`.
 template <DType TYPE, DType KEPT = TYPE>
-class Decode {
+class Decode : DecodeRows {
   static constexpr int L = kLanes<float>;
   static constexpr int64_t kBytes = storage_bytes(TYPE), kKeptBytes = storage_bytes(KEPT);
   static constexpr bool kFactors = KEPT == kInt8;
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
-      : p(problem),
-        ptr(pointers),
-        kept(kept),
-        threads(threads),
-        terms(Terms<float>::of(problem, pointers, 1)) {
-    group = p.heads_q / p.heads_k;
-    rows = group * p.seqlen_q;
+      : DecodeRows(problem, pointers), kept(kept), threads(threads) {
     scattered = p.k.s != p.head_dim;
-    const int64_t tasks = p.batch * p.heads_k, chunks = (p.seqlen_k + 511) / 512;
+    together = p.k.s == p.heads_k * p.k.h && p.v.s == p.heads_k * p.v.h ? p.heads_k : 1;
+    const int64_t tasks = p.batch * p.heads_k / together, chunks = (p.seqlen_k + 511) / 512;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
     splits = p.num_splits > 0 ? std::min(p.num_splits, (p.seqlen_k + kDecodeKeys - 1) / kDecodeKeys)
              : tasks >= 16    ? 1
@@ -46,7 +38,7 @@ class Decode {
   }
 
   // Whether the problem has this form; what it lacks is served by Forward.
-  static bool serves(const Problem& p, const Pointers& ptr) {
+  ATTN_NOINLINE static bool serves(const Problem& p, const Pointers& ptr) {
     return p.dtype == TYPE && few(p, ptr) && p.batch > 0 && p.seqlen_k >= kDecodeKeys &&
            p.head_dim % (2 * L) == 0 && p.head_dim_v % (2 * L) == 0 && !ptr.cu_seqlens_q &&
            shared(ptr.mask, p.mask, p) && shared(ptr.bias, p.bias, p) && !ptr.entropy &&
@@ -54,7 +46,7 @@ class Decode {
   }
 
   void run() {
-    const int64_t units = p.batch * p.heads_k, state = rows * (p.head_dim_v + 2);
+    const int64_t units = p.batch * p.heads_k / together, state = together * head_state();
     std::vector<float> partial(splits > 1 ? units * splits * state : 0);
     parallel_for(units * splits, threads, [&](int64_t task) {
       Scratch scratch((state + work()) * int64_t(sizeof(float)));
@@ -69,40 +61,18 @@ class Decode {
     if (splits == 1) return;
     parallel_for(units, threads, [&](int64_t unit) {
       float* first = partial.data() + unit * splits * state;
-      for (int64_t i = 1; i < splits; ++i) merge(first, first + i * state);
+      for (int64_t i = 1; i < splits; ++i)
+        for (int64_t h = 0; h < together; ++h)
+          merge(first + h * head_state(), first + i * state + h * head_state());
       Scratch scratch(work() * int64_t(sizeof(float)));
       finish(unit, first, scratch);
     });
   }
 
  private:
-  const Problem& p;
-  const Pointers& ptr;
   const Kept& kept;
   int threads;
-  const Terms<float> terms;
-  int64_t group, rows, splits;
   bool scattered;  // rows of K do not lie one after the other: nothing fetches them ahead
-
-  // Part t of the keys [from, end) of a task: kDecodeEach of each stream, which starts `apart` keys
-  // after the one before it.
-  struct Chunk {
-    int64_t from, end, apart, t;
-    int64_t begin_of(int64_t stream) const { return from + stream * apart + t * kDecodeEach; }
-    int64_t end_of(int64_t stream) const {
-      return std::min(std::min(begin_of(stream) + kDecodeEach, from + (stream + 1) * apart), end);
-    }
-  };
-
-  // A query's keys of a chunk, those that mask and bias exclude left out.
-  struct Keys {
-    int64_t n = 0;
-    const char *K[kDecodeKeys], *V[kDecodeKeys];
-    int64_t j[kDecodeKeys];
-    float position[kDecodeKeys], bias[kDecodeKeys];  // position: j
-    float k_factor[kDecodeKeys], v_factor[kDecodeKeys];
-    const char* zeros = nullptr;  // if given: a row of V for keys with P = 0
-  };
 
   // Whether the queries are so few that panels would mostly hold padding.
   static bool few(const Problem& p, const Pointers& ptr) {
@@ -111,9 +81,11 @@ class Decode {
 #else
     constexpr int64_t kMost = kDecodeQueries;
 #endif
+    const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
     const bool together = !ptr.bias || p.bias.q == 0;
+    if (!kFactors && rows > kDecodeBeforePanels && heads_share_panels(p, ptr)) return false;
     return p.seqlen_q > 0 && p.seqlen_q <= (together ? kMost : kDecodeSingleQueries) &&
-           p.heads_q / p.heads_k * p.seqlen_q <= kDecodeRows;
+           rows <= kDecodeRows;
   }
 
   // True when there is no mask (or bias), or it is the same for all query heads of a group.
@@ -122,18 +94,8 @@ class Decode {
     return !base || s.h == 0 || p.heads_q == p.heads_k;
   }
 
-  // A unit's state: O [rows][Dv] unnormalised, largest logit [rows], sum of exp(s - max) [rows].
-  float* max_of(float* state) const { return state + rows * p.head_dim_v; }
-  float* sum_of(float* state) const { return max_of(state) + rows; }
-
   // Numbers that `attend` and `finish` take.
-  int64_t work() const { return rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
-
-  bool finite(const float* state) const {
-    return all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
-                                    p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
-  }
-
+  int64_t work() const { return together * rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
   // Q [rows][D] in load_storage's order.
   void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
     for (int64_t r = 0; r < rows; ++r) {
@@ -152,39 +114,36 @@ class Decode {
   // keys that mask or bias exclude are not touched in any case.
   ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state,
                             Scratch& scratch) const {
-    const int64_t hk = unit % p.heads_k, d = p.head_dim;
-    const Sequence seq(p, ptr, unit / p.heads_k);
-    std::fill(state, max_of(state), 0.f);
-    std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
-    std::fill(sum_of(state), sum_of(state) + rows, 0.f);
-    float* Q = scratch.take<float>(rows * d);
+    const int64_t first = unit * together % p.heads_k, size = rows * p.head_dim;
+    const Sequence seq(p, ptr, unit * together / p.heads_k);
+    float* Q = scratch.take<float>(together * size);
+    for (int64_t h = 0; h < together; ++h) {
+      begin(state + h * head_state());
+      load_queries(seq, first + h, Q + h * size);
+    }
     float* S = scratch.take<float>(4 * kDecodeKeys);
     float* zeros = scratch.take<float>(p.head_dim_v);
     std::fill(zeros, zeros + p.head_dim_v, 0.f);
     Keys keys;
     if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
-    load_queries(seq, hk, Q);
     Chunk chunk = chunk_of(seq, split);
     for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
-      for (int64_t i = 0; i < seq.seqlen_q;) {
-        collect(seq, hk, chunk, i, &keys);
-        int64_t next = i + 1;
-        while (next < seq.seqlen_q && same_keys(seq, hk, chunk, i, next)) ++next;
-        if (keys.n > 0) add_keys(seq, hk, i * group, next * group, careful, keys, Q, S, state);
-        i = next;
+      for (int64_t h = 0; h < together; ++h) {
+        keys.ahead = (h + 1 < together ? p.k.h : kDecodeEach * p.k.s - h * p.k.h) * kKeptBytes;
+        add_chunk(seq, first + h, chunk, careful, Q + h * size, S, state + h * head_state(), &keys);
       }
   }
 
-  // The first chunk of a task.
-  Chunk chunk_of(const Sequence& seq, int64_t split) const {
-    int64_t lo, hi;
-    seq.key_range(0, seq.seqlen_q, &lo, &hi);
-    const int64_t t0 = lo / kDecodeKeys, t1 = (hi + kDecodeKeys - 1) / kDecodeKeys;
-    const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
-    const int64_t from = std::max(first * kDecodeKeys, lo);
-    const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
-    const int64_t each = kDecodeStreams * kDecodeEach;
-    return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
+  // A chunk of the keys of one head.
+  void add_chunk(const Sequence& seq, int64_t hk, const Chunk& chunk, bool careful, const float* Q,
+                 float* S, float* state, Keys* keys) const {
+    for (int64_t i = 0; i < seq.seqlen_q;) {
+      collect(seq, hk, chunk, i, keys);
+      int64_t next = i + 1;
+      while (next < seq.seqlen_q && same_keys(seq, hk, chunk, i, next)) ++next;
+      if (keys->n > 0) add_keys(seq, hk, i * group, next * group, careful, *keys, Q, S, state);
+      i = next;
+    }
   }
 
   // Rows [r, end), which see the same keys.
@@ -254,37 +213,12 @@ class Decode {
         if (bias == -std::numeric_limits<float>::infinity()) continue;
         keys->bias[n] = bias;
       }
-      keys->j[n] = j, keys->position[n] = keys->position[at];
-      keys->K[n] = keys->K[at];
+      keys->j[n] = j, keys->position[n] = keys->position[at], keys->K[n] = keys->K[at];
       if constexpr (kFactors)
         keys->k_factor[n] = keys->k_factor[at], keys->v_factor[n] = keys->v_factor[at];
       keys->V[n++] = keys->V[at];
     }
     keys->n = n;
-  }
-
-  const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
-    if (!ptr.mask) return nullptr;
-    return static_cast<const uint8_t*>(ptr.mask) + seq.b * p.mask.b + hk * group * p.mask.h +
-           i * p.mask.q;
-  }
-
-  // Whether query i sees the same keys of a chunk as query `other`, with the same bias.
-  bool same_keys(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i,
-                 int64_t other) const {
-    if (ptr.bias && p.bias.q != 0) return false;
-    int64_t first[2], last[2];
-    seq.key_range(i, i + 1, &first[0], &last[0]);
-    seq.key_range(other, other + 1, &first[1], &last[1]);
-    const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
-    for (int64_t s = 0; s < kDecodeStreams; ++s) {
-      const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
-      const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
-      if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;
-      for (int64_t j = begin; one != two && j < end; ++j)
-        if (!one[j * p.mask.k] != !two[j * p.mask.k]) return false;
-    }
-    return true;
   }
 
   // R rows from row r.
@@ -295,7 +229,7 @@ class Decode {
     const char* const* V = keys.V;
     float* O = state + r * dv;
     products<R>(Q + r * p.head_dim, keys, S);
-    if constexpr (kFactors) multiply<R, false>(keys.k_factor, n, S);
+    if constexpr (kFactors) multiply_each<R, false>(keys.k_factor, n, S);
     for (int i = 0; i < R; ++i) {
       const float alpha =
           softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys, S + i * kDecodeKeys,
@@ -308,24 +242,14 @@ class Decode {
       for (int64_t j = 0; j < n; ++j) not_zero[j] = S[j] == 0.f ? keys.zeros : V[j];
       V = not_zero;
     }
-    if constexpr (kFactors) multiply<R, true>(keys.v_factor, n, S);
+    if constexpr (kFactors) multiply_each<R, true>(keys.v_factor, n, S);
     int64_t j = 0;
     for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
       for (int64_t k = j; scattered && k < j + kDecodeStreams; ++k)
-        prefetch_rows(keys.K[k] + kDecodeEach * p.k.s * kKeptBytes, 1, 0, p.head_dim * kKeptBytes);
+        prefetch_rows(keys.K[k] + keys.ahead, 1, 0, p.head_dim * kKeptBytes);
       add_values<R, kDecodeStreams>(V + j, S + j, O);
     }
     for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
-  }
-
-  // S[i][j] *= factor[j].  Of weights, a 0 stays one, whatever its factor is.
-  template <int R, bool WEIGHTS>
-  void multiply(const float* factor, int64_t n, float* S) const {
-    for (int i = 0; i < R; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        float& s = S[i * kDecodeKeys + j];
-        s = WEIGHTS && s == 0.f ? 0.f : s * factor[j];
-      }
   }
 
   // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
@@ -369,54 +293,6 @@ class Decode {
       for (int k = 0; k < N; ++k) acc[i * (L / R) + k] = sum[i][k];
   }
 
-  // One row: S products in, exp(s - max) out; the factor for what was summed before.
-  float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S, float* max,
-                float* sum) const {
-    constexpr int N = kAbreast;
-    const int64_t padded = (keys.n + N * L - 1) / (N * L) * (N * L);
-    const float ninf = -std::numeric_limits<float>::infinity();
-    const float now = std::max(*max, largest(logits(seq, h, i, keys, S)));
-    for (int64_t j = (keys.n + L - 1) / L * L; j < padded; j += L) store(S + j, set1(ninf));
-    const float base = now == ninf ? 0.f : now;
-    Vec<float> total{};
-    for (int64_t j = 0; j < padded; j += N * L) {
-      Vec<float> e[N];
-#pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) e[k] = load(S + j + k * L) - base;
-      vexp_each(e);
-#pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
-    }
-    const float alpha = *max == base ? 1.f : std::exp(*max - base);
-    *sum *= alpha;
-    for (int lane = 0; lane < L; ++lane) *sum += total[lane];
-    *max = now;
-    return alpha;
-  }
-
-  // S products in, logits out, -inf up to whole vectors; the largest of each lane.
-  Vec<float> logits(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S) const {
-    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
-    const Vec<float> ninf = set1(-std::numeric_limits<float>::infinity());
-    const float query = float(i + seq.seqlen_k - seq.seqlen_q);
-    Vec<float> top = ninf;
-    const auto run = [&](const auto& has) {
-      for (int64_t j = 0; j < keys.n; j += L) {
-        Vec<float> s = logit<DecodeWays>(
-            has, terms, head, load(S + j), [&] { return query - load(keys.position + j); },
-            [&] { return load(keys.bias + j); }, [](Vec<float>) {});
-        if (j + L > keys.n) s = iota<float>() + float(j) < float(keys.n) ? s : ninf;
-        store(S + j, s);
-        top = vmax(s, top);
-      }
-    };
-    if (terms.has.cap || terms.has.distance || terms.has.bias)
-      run(terms.has);
-    else
-      run(HasExactly<false, false, false>{});
-    return top;
-  }
-
   // O[i] += sum_k P[i][k] V[k], one key after the other.
   template <int R, int N>
   ATTN_INLINE void add_values(const char* const* V, const float* P, float* O) const {
@@ -442,27 +318,16 @@ class Decode {
     }
   }
 
-  void merge(float* a, float* b) const {
-    const float ninf = -std::numeric_limits<float>::infinity();
-    for (int64_t r = 0; r < rows; ++r) {
-      float &max_a = max_of(a)[r], &sum_a = sum_of(a)[r];
-      const float max_b = max_of(b)[r], now = std::max(max_a, max_b);
-      const float base = now == ninf ? 0.f : now;
-      const float wa = std::exp(max_a - base), wb = std::exp(max_b - base);
-      for (int64_t c = 0; c < p.head_dim_v; c += L) {
-        float* at = a + r * p.head_dim_v + c;
-        store(at, load(at) * wa + load(b + r * p.head_dim_v + c) * wb);
-      }
-      sum_a = sum_a * wa + sum_of(b)[r] * wb;
-      max_a = now;
-    }
+  ATTN_NOINLINE void finish(int64_t unit, float* state, Scratch& scratch) const {
+    const Sequence seq(p, ptr, unit * together / p.heads_k);
+    float* row = scratch.take<float>(p.head_dim_v);
+    for (int64_t h = 0; h < together; ++h)
+      finish_head(seq, unit * together % p.heads_k + h, state + h * head_state(), row);
   }
 
-  void finish(int64_t unit, float* state, Scratch& scratch) const {
+  void finish_head(const Sequence& seq, int64_t hk, float* state, float* row) const {
     const float ninf = -std::numeric_limits<float>::infinity();
-    const int64_t hk = unit % p.heads_k, dv = p.head_dim_v;
-    const Sequence seq(p, ptr, unit / p.heads_k);
-    float* row = scratch.take<float>(dv);
+    const int64_t dv = p.head_dim_v;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = hk * group + r % group, i = r / group;
       const float sum = sum_of(state)[r], top = max_of(state)[r];

@@ -1,8 +1,8 @@
 // O = softmax(scale * Q K^T + ...) V and LSE, FlashAttention-2's online softmax (Dao, 2023) on
-// vector registers.  One task = `block_m` queries of one head, or all queries of several heads of a
-// group where they are few, or a share of its keys when tasks are few (split-KV, combined
-// afterwards in fixed order).  All tiles are transposed, queries in lanes: row maximum and sum are
-// vertical operations.
+// vector registers.  One task = `block_m` queries of one head, or rows of a group's heads where
+// their queries are few, or a share of its keys when tasks are few (split-KV, combined afterwards
+// in fixed order).  All tiles are transposed, queries in lanes: row maximum and sum are vertical
+// operations.
 #pragma once
 #include "cpu/kernels/scores.h"
 #include "cpu/kernels/sigmoid.h"
@@ -27,14 +27,18 @@ class Forward {
         ptr(pointers),
         o(options),
         threads(threads),
-        softmax(problem, pointers, options) {
+        softmax(problem, pointers, options),
+        folded(!o.w && heads_share_panels(p, ptr)) {
     // Splits are chosen from shapes alone, so that results do not depend on the number of threads.
     const int64_t tasks = set_panels(2), n_tiles = (p.seqlen_k + kForwardKeys - 1) / kForwardKeys;
     splits =
         tasks == 0 || tasks >= 16 ? 1 : std::min<int64_t>((16 + tasks - 1) / tasks, n_tiles / 2);
     splits = std::max<int64_t>(splits, 1);
     if (tasks >= 16 * threads) set_panels(kPanels);  // what a panel computes stays the same
-    share_keys();
+    if (folded)
+      widen();
+    else
+      share_keys();
   }
 
   void run() {
@@ -77,28 +81,48 @@ class Forward {
   const Options& o;
   int threads;
   const Softmax<Op> softmax;
+  const bool folded;  // a unit's rows are the queries of all heads of a group, head after head
   int64_t block_m, m_tiles, panels, splits;
   int64_t together = 1, sets = 1;  // heads of a unit, and units that a group's heads make
+
+  int64_t group() const { return p.heads_q / p.heads_k; }
+  int64_t rows() const { return folded ? group() * p.seqlen_q : p.seqlen_q; }
 
   // Up to kPanels panels of queries, of one head or of several with one panel each.
   struct Unit {
     Sequence seq;
-    int64_t h, hk, m0, nq;  // query head, its K/V head, first query, queries (0 or less: none)
-    int64_t heads;          // from h
+    int64_t h, hk, m0, nq;  // query head, its K/V head, first row, rows (0 or less: none)
+    int64_t heads;          // from h; 1 where they are folded
     int64_t per_head() const { return (nq + kPanel - 1) / kPanel; }
     int64_t panels() const { return nq > 0 ? heads * per_head() : 0; }
   };
-  Unit unit_at(int64_t index) const {
-    const int64_t group = p.heads_q / p.heads_k, set = index / m_tiles, kv = set / sets;
+  ATTN_NOINLINE Unit unit_at(int64_t index) const {
+    const int64_t set = index / m_tiles, kv = set / sets;
     const int64_t b = kv / p.heads_k, hk = kv - b * p.heads_k, first = (set - kv * sets) * together;
     const int64_t m0 = (index - set * m_tiles) * block_m;
     Unit unit{
-        Sequence(p, ptr, b), hk * group + first, hk, m0, 0, std::min(together, group - first)};
-    unit.nq = std::min(block_m, unit.seq.seqlen_q - m0);
+        Sequence(p, ptr, b), hk * group() + first, hk, m0, 0, std::min(together, group() - first)};
+    unit.nq = std::min(block_m, (folded ? rows() : unit.seq.seqlen_q) - m0);
     return unit;
   }
 
-  // The head and the queries of a panel of a unit.
+  // The head and the query of row r of a unit whose first head is h.
+  struct Row {
+    int64_t h, i;
+  };
+  ATTN_NOINLINE Row row(int64_t h, int64_t r) const {
+    return folded ? Row{h + r / p.seqlen_q, r % p.seqlen_q} : Row{h, r};
+  }
+  // Row r of Q or O, of which a number has `size` bytes.
+  template <class Base>
+  auto at(const Sequence& seq, Base* base, const Strides& s, int64_t size, int64_t h,
+          int64_t r) const {
+    using Bytes = std::conditional_t<std::is_const_v<Base>, const char, char>;
+    const Row one = row(h, r);
+    return static_cast<Bytes*>(base) + seq.q_offset(s, one.h, one.i) * size;
+  }
+
+  // The head and the rows of a panel of a unit.
   struct Part {
     int64_t h, m0, nq;
   };
@@ -110,21 +134,27 @@ class Forward {
   // Heads of a group share the packing of K and V where each has one panel, as long as every thread
   // still gets some tasks.  What a panel computes stays the same.
   void share_keys() {
-    const int64_t group = p.heads_q / p.heads_k, others = p.batch * p.heads_k * splits;
-    sets = group;
+    const int64_t others = p.batch * p.heads_k * splits;
+    sets = group();
     if (p.seqlen_q > kPanel || o.w) return;
     for (int64_t n = kPanels; n > 1 && together == 1; n /= 2)
-      if (others * ((group + n - 1) / n) >= 2 * threads) together = std::min(n, group);
-    sets = (group + together - 1) / together;
+      if (others * ((group() + n - 1) / n) >= 2 * threads) together = std::min(n, group());
+    sets = (group() + together - 1) / together;
     panels = std::max(panels, together);
   }
 
+  // The same for folded heads.
+  void widen() {
+    const int64_t each = kPanels * kPanel, tasks = p.batch * p.heads_k * splits;
+    if (tasks * ((rows() + each - 1) / each) >= 2 * threads) set_panels(kPanels);
+  }
+
   // Returns the number of tasks when each has at most `most` panels.
-  int64_t set_panels(int64_t most) {
-    block_m = std::min<int64_t>(most * kPanel, (p.seqlen_q + kGrain - 1) / kGrain * kGrain);
-    m_tiles = block_m ? (p.seqlen_q + block_m - 1) / block_m : 0;
+  ATTN_NOINLINE int64_t set_panels(int64_t most) {
+    block_m = std::min<int64_t>(most * kPanel, (rows() + kGrain - 1) / kGrain * kGrain);
+    m_tiles = block_m ? (rows() + block_m - 1) / block_m : 0;
     panels = (block_m + kPanel - 1) / kPanel;
-    return p.batch * p.heads_q * m_tiles;
+    return p.batch * (folded ? p.heads_k : p.heads_q) * m_tiles;
   }
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -181,6 +211,14 @@ class Forward {
     Prefetch soon;
   };
 
+  // Keys that some row of a unit sees.
+  ATTN_NOINLINE void key_range(const Unit& unit, int64_t* lo, int64_t* hi) const {
+    if (folded)
+      unit.seq.key_range(0, p.seqlen_q, lo, hi);
+    else
+      unit.seq.key_range(unit.m0, unit.m0 + unit.nq, lo, hi);
+  }
+
   // Tiles of keys.
   struct Range {
     int64_t first, end, last_key;
@@ -189,7 +227,7 @@ class Forward {
   Range key_tiles(const Unit& unit, int64_t split) const {
     if (unit.nq <= 0) return {0, 0, 0};
     int64_t lo, hi;
-    unit.seq.key_range(unit.m0, unit.m0 + unit.nq, &lo, &hi);
+    key_range(unit, &lo, &hi);
     const int64_t t0 = lo / kForwardKeys, t1 = (hi + kForwardKeys - 1) / kForwardKeys;
     const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
     return {first, std::min(t1, first + share), hi};
@@ -204,7 +242,10 @@ class Forward {
            scratch);
     for (int64_t i = 0; tiles.first < tiles.end && i < unit.panels(); ++i) {
       const auto [h, m0, nq] = part(unit, i);
-      w.scores.load_queries(i, h, m0, nq);
+      const char* from[kPanel];
+      for (int64_t r = 0; folded && r < nq; ++r)
+        from[r] = at(unit.seq, ptr.q, p.q, bytes(), h, m0 + r);
+      w.scores.load_queries(i, h, m0, nq, folded ? from : nullptr);
     }
     for (int64_t t = tiles.first; t < tiles.end; ++t)
       add_tile(w, t * kForwardKeys, tiles.last_key, t + 1 == tiles.end, next);
@@ -212,18 +253,21 @@ class Forward {
       if (!w.begun[panel]) at_panel(state, panel).clear_output();
   }
 
+  // Lanes of a panel that products are made of: additive scores are rounded as whole grains are.
+  int64_t lanes(const Panel<T>& panel) const { return o.w ? panel.columns : panel.lanes; }
+
   // One tile of keys, from n0 and before `end`, against all panels.  last: of this task.
   void add_tile(Work& w, int64_t n0, int64_t end, bool last, int64_t next) const {
     const int64_t nk = std::min(kForwardKeys, end - n0);
     w.V = {}, w.finite = -1;
     for (int64_t i = 0; i < w.unit.panels(); ++i) {
       const auto [h, m0, nq] = part(w.unit, i);
-      const Panel<T> panel(w.unit.seq, h, m0, nq, w.side);
+      const Panel<T> panel(w.unit.seq, h, m0, nq, w.side, folded ? p.seqlen_q : 0);
       const Tile tile = panel.tile(n0, nk, Op::kPack);
       if (!last) panel.prefetch_mask(panel.m0, panel.nq, n0 + kForwardKeys, kForwardKeys);
       if (tile.empty) continue;
       if (!w.V.data) load_keys(w, tile, last, next);
-      const Segments segments = panel.segments(tile);
+      const Segments segments = panel.segments(tile, lanes(panel));
       weigh(w, i, panel, tile, segments);
       add_values(w, i, panel, tile, segments);
     }
@@ -250,7 +294,7 @@ class Forward {
              const Segments& segments) const {
     SoftmaxState<T> state = at_panel(w.state, index);
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
-    const bool try_lazy = !w.exact[index] && softmax.bases_serve(state, panel.columns);
+    const bool try_lazy = !w.exact[index] && softmax.bases_serve(state, panel.lanes);
     T scale = w.scores.logits(index, panel, tile, segments, w.S, &w.soon);
     if (o.sigmoid) return sigmoid_weights<Op>(panel, tile, w.S, scale, w.bias, kept);
     if (try_lazy) {
@@ -261,13 +305,13 @@ class Forward {
     softmax.on_new_bases(panel, tile, w.S, scale, kept, state);
   }
 
-  // O^T += V^T P^T   [dv, columns]; the first product over all columns need not add
+  // O^T += V^T P^T   [dv, lanes]; the first product over all lanes need not add
   void add_values(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile,
                   const Segments& segments) const {
     T* O = at_panel(w.state, index).O;
     if (w.careful && w.finite < 0) w.finite = values_finite(w.V, tile.nk);
     const bool visible_only = w.careful && !w.finite;
-    bool begins = !w.begun[index] && !visible_only && segments.at[0].covers(panel.columns);
+    bool begins = !w.begun[index] && !visible_only && segments.at[0].covers(lanes(panel));
     if (!w.begun[index] && !begins) at_panel(w.state, index).clear_output();
     w.begun[index] = true;
     if (visible_only) return add_visible(w.V, w.S, panel, tile, O);
@@ -292,6 +336,7 @@ class Forward {
   // output, and the inputs of the next.
   void prefetch_output(const Unit& unit, Prefetch& soon) const {
     const int64_t size = int64_t(dtype_size(o.written(p)));
+    if (folded) return;
     for (int64_t h = unit.h; h < unit.h + unit.heads; ++h)
       soon.add(static_cast<char*>(ptr.o) + unit.seq.q_offset(p.o, h, unit.m0) * size, unit.nq,
                p.o.s * size, p.head_dim_v * size);
@@ -299,11 +344,11 @@ class Forward {
   void prefetch_inputs(const Unit& unit, Prefetch& soon) const {
     const auto& [seq, first, hk, m0, nq, heads] = unit;
     if (nq <= 0) return;
-    for (int64_t h = first; h < first + heads; ++h)
+    for (int64_t h = first; !folded && h < first + heads; ++h)
       soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
                p.q.s * bytes(), p.head_dim * bytes());
     int64_t lo, hi;
-    seq.key_range(m0, m0 + nq, &lo, &hi);
+    key_range(unit, &lo, &hi);
     prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim, soon);
     prefetch_keys(seq, ptr.v, p.v, hk, lo, kForwardKeys, p.head_dim_v, soon);
   }
@@ -351,6 +396,13 @@ class Forward {
     }
   }
 
+  // The sinks of rows m0 ... m0 + n - 1.
+  ATTN_NOINLINE Vec<T> sinks(int64_t h, int64_t m0, int64_t n) const {
+    T sink[L] = {};
+    for (int64_t i = 0; i < n; ++i) sink[i] = static_cast<const T*>(ptr.sink)[row(h, m0 + i).h];
+    return load(sink);
+  }
+
   void finish_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t n,
                    const SoftmaxState<T>& state, int64_t lane, T* rows) const {
     const T ninf = -std::numeric_limits<T>::infinity();
@@ -358,7 +410,7 @@ class Forward {
     const Vec<T> base = top == ninf ? Vec<T>{} : top;
     Vec<T> total = sum, scale = set1(T(1)), shift = base;
     if (ptr.sink) {  // joins the normaliser only
-      const Vec<T> sink = set1(static_cast<const T*>(ptr.sink)[h]);
+      const Vec<T> sink = sinks(h, m0, n);
       shift = vmax(sink, base);
       scale = vexp(base - shift);
       total = sum * scale + vexp(sink - shift);
@@ -373,11 +425,14 @@ class Forward {
     store(entropy, ((apart + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
     const DType type = o.written(p);
     const int64_t size = int64_t(dtype_size(type));
-    store_transposed<T>(type, state.O + lane, inverse, n, p.head_dim_v, rows,
-                        static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, m0) * size, p.o.s * size);
+    char* to[L];
+    for (int64_t i = 0; i < n; ++i) to[i] = at(seq, ptr.o, p.o, size, h, m0 + i);
+    store_transposed<T>(type, state.O + lane, inverse, n, p.head_dim_v, rows, to[0], p.o.s * size,
+                        folded ? to : nullptr);
     if (o.sigmoid) return;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = seq.lse_offset(h, m0 + i);
+      const Row r = row(h, m0 + i);
+      const int64_t at = seq.lse_offset(r.h, r.i);
       if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse[i];
       if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = max_logit[i];
       if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = lse[i] == ninf ? T(0) : entropy[i];

@@ -35,8 +35,9 @@ class Scores {
     K_scratch = scratch.take<Item>(kForwardKeys * depth_of<Op>(p.head_dim));
   }
 
-  // Panel `index`: nq queries of a head from m0.
-  void load_queries(int64_t index, int64_t head, int64_t m0, int64_t nq) {
+  // Panel `index`: nq queries of a head from m0, or the rows that `at` points to.
+  void load_queries(int64_t index, int64_t head, int64_t m0, int64_t nq,
+                    const char* const* at = nullptr) {
     const int64_t size = int64_t(dtype_size(p.dtype)), step = p.q.s * size;
     const auto* base = static_cast<const char*>(seq.ptr->q) + seq.q_offset(p.q, head, m0) * size;
     const int64_t columns = (nq + kGrain - 1) / kGrain * kGrain;
@@ -45,7 +46,7 @@ class Scores {
                          [&](int64_t i) { return base + i * step; });
     else
       pack_transposed<Op>(p.dtype, base, step, nq, columns, p.head_dim, block,
-                          Qt + index * kPanel * depth);
+                          Qt + index * kPanel * depth, at);
   }
 
   // nk keys from n0.
@@ -59,7 +60,7 @@ class Scores {
       K = rows_by_depth<Op>(seq, base, p.k, hk, n0, nk, p.head_dim, K_scratch);
   }
 
-  // S^T [nk, columns] of panel `index`: logits / what is returned.
+  // S^T [nk, lanes] of panel `index`: logits / what is returned.
   T logits(int64_t index, const Panel<T>& panel, const Tile& tile, const Segments& segments, T* S,
            Prefetch* soon) const {
     panel.prefetch_bias(tile);

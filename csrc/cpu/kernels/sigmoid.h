@@ -52,7 +52,8 @@ inline void sigmoid_weights(const Panel<typename Op::Acc>& panel, const Tile& ti
                             typename Op::Acc* S, typename Op::Acc scale, typename Op::Acc bias,
                             const typename Op::Acc* kept) {
   for (int64_t g = 0; g < panel.grains; ++g)
-    for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += kLanes<typename Op::Acc>)
+    for (int64_t v = g * kGrain; v < std::min((g + 1) * kGrain, panel.lanes);
+         v += kLanes<typename Op::Acc>)
       sigmoid_weights<Op>(S + v, tile.lo[g], tile.hi[g], scale, bias, kept ? kept + v : nullptr);
 }
 

@@ -48,10 +48,10 @@ class Softmax {
       : p(problem), ptr(pointers), lazy(o.plain() && !ptr.max_logit && !ptr.entropy) {}
 
   // True when the bases of earlier tiles may serve the next one.
-  bool bases_serve(const SoftmaxState<T>& state, int64_t columns) const {
+  bool bases_serve(const SoftmaxState<T>& state, int64_t end) const {
     if (!lazy) return false;
     const Vec<T> ninf = set1(-std::numeric_limits<T>::infinity());
-    for (int64_t q = 0; q < columns; q += L)
+    for (int64_t q = 0; q < end; q += L)
       if (!all_below<T>(ninf, load(state.max + q)) ||
           !all_below<T>(load(state.sum + q), set1(T(kLazySum))))
         return false;
@@ -64,7 +64,7 @@ class Softmax {
                 SoftmaxState<T>& state) const {
     T sums[kPanel];
     for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L) {
+      for (int64_t v = g * kGrain; v < std::min((g + 1) * kGrain, panel.lanes); v += L) {
         const Vec<T> base = load(state.max + v);
         const int64_t lo = tile.lo[g], hi = tile.hi[g];
         const T factor = settled(S + v, lo, hi, scale, base);
@@ -73,7 +73,7 @@ class Softmax {
         if (!all_below<T>(sum, set1(T(kLazySum)))) return false;  // also NaN
         store(sums + v, load(state.sum + v) + sum);
       }
-    std::copy(sums, sums + panel.columns, state.sum);
+    std::copy(sums, sums + panel.lanes, state.sum);
     return true;
   }
 
@@ -81,7 +81,7 @@ class Softmax {
   void on_new_bases(const Panel<T>& panel, const Tile& tile, T* S, T scale, const T* kept,
                     SoftmaxState<T>& state) const {
     for (int64_t g = 0; g < panel.grains; ++g)
-      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+      for (int64_t v = g * kGrain; v < std::min((g + 1) * kGrain, panel.lanes); v += L)
         lanes(S + v, tile.lo[g], tile.hi[g], scale, kept ? kept + v : nullptr, state, v);
   }
 

@@ -34,19 +34,21 @@ class MaskBits {
   static constexpr int64_t size(int64_t keys) { return (keys + 31) / 32 * kPanel; }
   explicit MaskBits(Int* scratch) : words(scratch) {}  // [size(keys of a tile)]
 
-  // Queries [m0, m0 + nq) of head h; the tile is narrowed to what some of them see.
-  void read(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t grains, int64_t pack,
-            Tile* t) const {
+  // Queries [m0, m0 + nq) of head h; the tile is narrowed to what some of them see.  cycle: where
+  // not 0, the rows of some heads, one head after the other: row r is query r % cycle.
+  void read(const Sequence& seq, int64_t h, int64_t m0, int64_t nq, int64_t cycle, int64_t grains,
+            int64_t pack, Tile* t) const {
     const auto& s = seq.p->mask;
     const auto* base =
-        static_cast<const uint8_t*>(seq.ptr->mask) + seq.b * s.b + h * s.h + m0 * s.q + t->n0 * s.k;
+        static_cast<const uint8_t*>(seq.ptr->mask) + seq.b * s.b + h * s.h + t->n0 * s.k;
     int64_t first = t->nk, end = 0;
     for (int64_t j = t->lo[0] / 32 * 32; j < t->hi[grains - 1]; j += 32) {
       const int64_t n = std::min<int64_t>(32, t->nk - j), rows = s.q == 0 ? 1 : nq;
       Int* word = words + j / 32 * kPanel;
       uint32_t any = 0;
       for (int64_t q = 0; q < rows; ++q) {
-        const uint32_t bits = load_bits(base + q * s.q + j * s.k, s.k, n);
+        const int64_t i = cycle ? (m0 + q) % cycle : m0 + q;
+        const uint32_t bits = load_bits(base + i * s.q + j * s.k, s.k, n);
         word[q] = Int(bits);
         any |= bits;
       }

@@ -73,12 +73,14 @@ ATTN_NOINLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
 
 // Rows of storage from their transposition: out row i = factor[i] * in[.][i] for i < n <= kLanes,
 // `dim` numbers each; `in` is [dim][kPanel], `rows` scratch of kLanes x (dim padded to vectors).
+// at: where the rows are if they are not row_bytes apart.
 template <class T>
 ATTN_NOINLINE void store_transposed(DType type, const T* in, Vec<T> factor, int64_t n, int64_t dim,
-                                    T* rows, char* out, int64_t row_bytes) {
+                                    T* rows, char* out, int64_t row_bytes,
+                                    char* const* at = nullptr) {
   constexpr int L = kLanes<T>;
   const int64_t padded = (dim + L - 1) / L * L;
-  const bool direct = dtype_size(type) == sizeof(T) && n == L && dim == padded;
+  const bool direct = !at && dtype_size(type) == sizeof(T) && n == L && dim == padded;
   for (int64_t d = 0; d < dim; d += L) {
     Vec<T> block[L];
     if (d + L <= dim) {
@@ -96,7 +98,7 @@ ATTN_NOINLINE void store_transposed(DType type, const T* in, Vec<T> factor, int6
   }
   if (!direct)
     for (int64_t i = 0; i < n; ++i)
-      restore_row<T>(type, rows + i * padded, dim, out + i * row_bytes);
+      restore_row<T>(type, rows + i * padded, dim, at ? at[i] : out + i * row_bytes);
 }
 
 // One storage row as items of Op: numbers, or pairs of bfloat16 (an odd last one is paired with 0).
@@ -132,11 +134,12 @@ constexpr int64_t depth_of(int64_t dim) {
 }
 
 // X^T [items of dim][kPanel] of n <= kPanel storage rows `row_bytes` apart; the padding queries up
-// to `columns` are 0.  `block` holds kLanes rows of items, padded to whole vectors.
+// to `columns` are 0.  `block` holds kLanes rows of items, padded to whole vectors.  at: where the
+// rows are if they are not row_bytes apart.
 template <class Op>
 ATTN_NOINLINE void pack_transposed(DType type, const char* base, int64_t row_bytes, int64_t n,
                                    int64_t columns, int64_t dim, typename Op::Item* block,
-                                   typename Op::Item* out) {
+                                   typename Op::Item* out, const char* const* at = nullptr) {
   using Item = typename Op::Item;
   using Lane = typename Op::Acc;  // transposition moves bits: float lanes carry bf16 pairs as well
   constexpr int L = kLanes<Lane>;
@@ -147,11 +150,11 @@ ATTN_NOINLINE void pack_transposed(DType type, const char* base, int64_t row_byt
     const int64_t rows = std::min<int64_t>(L, n - q);
     const Lane* from = reinterpret_cast<const Lane*>(base + q * row_bytes);
     int64_t stride = row_bytes / int64_t(sizeof(Lane));
-    if (!direct || rows < L || row_bytes % int64_t(sizeof(Lane))) {
+    if (at || !direct || rows < L || row_bytes % int64_t(sizeof(Lane))) {
       for (int64_t r = 0; r < L; ++r) {
         Item* row = block + r * padded;
         if (r >= rows || depth != padded) std::memset(row, 0, size_t(padded) * sizeof(Item));
-        if (r < rows) item_row<Op>(type, base + (q + r) * row_bytes, dim, row);
+        if (r < rows) item_row<Op>(type, at ? at[q + r] : base + (q + r) * row_bytes, dim, row);
       }
       from = reinterpret_cast<const Lane*>(block);
       stride = padded;

@@ -36,7 +36,7 @@ struct Keys {
 
 struct Segment {
   int64_t lo, hi;      // keys, relative to the tile's first
-  int64_t begin, end;  // lanes, multiples of kGrain
+  int64_t begin, end;  // lanes, multiples of kGrain but for the last
   bool covers(int64_t columns) const { return begin == 0 && end == columns; }
 };
 
@@ -66,41 +66,50 @@ class Panel {
  public:
   const Sequence& seq;
   int64_t h, m0, nq;  // query head, first query, queries
+  int64_t cycle;      // of rows of several heads: how many each has; else 0
   int64_t grains, columns;
+  int64_t lanes;  // that hold queries, in whole vectors
 
-  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, PanelScratch<T> scratch)
+  // rows_of_head: where not 0, the panel's rows are the queries of heads that share it, one head
+  // after the other, so many each; `first` counts them from the first head's.
+  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, PanelScratch<T> scratch,
+        int64_t rows_of_head = 0)
       : seq(s),
         h(head),
         m0(first),
         nq(queries),
+        cycle(rows_of_head),
         keep_scratch(scratch.keep),
         mask(scratch.mask),
         terms(Terms<T>::of(*s.p, *s.ptr, 1)) {
     grains = (nq + kGrain - 1) / kGrain;
     columns = grains * kGrain;
+    lanes = (nq + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (int64_t g = 0; g < grains; ++g)
-      seq.key_range(m0 + g * kGrain, last_query(g) + 1, &lo_[g], &hi_[g]);
+      seq.key_range(first_query(g), last_query(g) + 1, &lo_[g], &hi_[g]);
     if (seq.p->dropout_p > 0) philox = philox_key(seq.ptr->rng_state[0], seq.ptr->rng_state[1]);
   }
 
   // `pack` keys share an item of a product, so grains begin and end at multiples of it.  Keys that
   // no query of the panel sees are left out.
   ATTN_NOINLINE Tile tile(int64_t n0, int64_t nk, int64_t pack) const {
-    Tile t{n0, nk, {}, {}, true, !seq.band_full(m0, m0 + nq, n0, n0 + nk)};
+    Tile t{n0, nk, {}, {}, true, false};
+    t.banded = !seq.band_full(first_query(0), last_query(grains - 1) + 1, n0, n0 + nk);
     for (int64_t g = 0; g < grains; ++g) {
       t.lo[g] = std::clamp<int64_t>(lo_[g] - n0, 0, nk) / pack * pack;
       t.hi[g] = std::min((std::clamp<int64_t>(hi_[g] - n0, 0, nk) + pack - 1) / pack * pack, nk);
       if (t.hi[g] <= t.lo[g]) t.lo[g] = t.hi[g] = t.hi[g] == 0 ? 0 : t.lo[g];
       t.empty &= t.hi[g] == t.lo[g];
     }
-    if (seq.ptr->mask && !t.empty) mask.read(seq, h, m0, nq, grains, pack, &t);
+    if (seq.ptr->mask && !t.empty) mask.read(seq, h, m0, nq, cycle, grains, pack, &t);
     if (seq.ptr->bias && !t.empty && bias_excludes(t)) t.narrow(t.lo[0], t.lo[0], grains);
     return t;
   }
 
   // The tile as rectangles.  Bounds ascend with the grain, so the grains that need a key are
-  // neighbours.
-  Segments segments(const Tile& t) const {
+  // neighbours.  lanes: how many are needed.
+  Segments segments(const Tile& t) const { return segments(t, columns); }
+  Segments segments(const Tile& t, int64_t lanes) const {
     Segments all;
     for (int64_t key = t.lo[0]; key < t.nk;) {
       int64_t begin = 0, end = grains, next = t.nk;
@@ -111,7 +120,7 @@ class Panel {
         if (t.hi[g] > key) next = std::min(next, t.hi[g]);
       }
       if (begin < end && t.hi[begin] > key)
-        all.at[all.count++] = {key, next, begin * kGrain, end * kGrain};
+        all.at[all.count++] = {key, next, begin * kGrain, std::min(end * kGrain, lanes)};
       key = next;
     }
     return all;
@@ -197,12 +206,26 @@ class Panel {
   PhiloxKey philox{};
   int64_t lo_[kGrains], hi_[kGrains];
 
-  int64_t last_query(int64_t g) const { return m0 + std::min((g + 1) * kGrain, nq) - 1; }
+  // Of a grain; with rows of several heads each grain counts as having all of their queries.
+  int64_t first_query(int64_t g) const { return cycle ? 0 : m0 + g * kGrain; }
+  int64_t last_query(int64_t g) const {
+    return cycle ? cycle - 1 : m0 + std::min((g + 1) * kGrain, nq) - 1;
+  }
+
+  // The queries of lanes q ... q + L - 1, counted from query 0 with rows of several heads, else
+  // from m0.
+  Vec<T> queries(int64_t q) const {
+    constexpr int L = kLanes<T>;
+    if (!cycle) return iota<T>() + T(q);
+    T at[L];
+    for (int64_t lane = 0; lane < L; ++lane) at[lane] = T((m0 + q + lane) % cycle);
+    return load(at);
+  }
 
   template <class S>
   void prefetch_pairs(const void* base, int64_t size, const S& s, int64_t first, int64_t queries,
                       int64_t key, int64_t keys) const {
-    if (!base || s.q == 0 || s.k != 1) return;
+    if (!base || s.q == 0 || s.k != 1 || cycle) return;
     const int64_t at = seq.b * s.b + h * s.h + first * s.q + key;
     prefetch_rows(static_cast<const char*>(base) + at * size,
                   std::min(queries, seq.seqlen_q - first), s.q * size,
@@ -242,7 +265,7 @@ class Panel {
 
   // The tile's keys that every query of a grain sees, as far as the band goes.
   Keys seen_by_grain(const Tile& t, int64_t g) const {
-    const int64_t d = seq.diagonal(), first = m0 + g * kGrain, last = last_query(g);
+    const int64_t d = seq.diagonal(), first = first_query(g), last = last_query(g);
     const int64_t lo = seq.p->window_left == kUnbounded
                            ? t.lo[g]
                            : std::clamp(last + d - seq.p->window_left - t.n0, t.lo[g], t.hi[g]);
@@ -263,13 +286,14 @@ class Panel {
 
   void band_row(int64_t key, int64_t g, T* row) const {
     const T ninf = -std::numeric_limits<T>::infinity();
-    const int64_t aligned = key - seq.diagonal() - m0;  // the lane on the diagonal
+    // the lane on the diagonal, or the query
+    const int64_t aligned = key - seq.diagonal() - (cycle ? 0 : m0);
     auto clamp = [](int64_t x) { return std::clamp<int64_t>(x, -1, kPanel); };
     const bool left = seq.p->window_left != kUnbounded, right = seq.p->window_right != kUnbounded;
     const T first = right ? T(clamp(aligned - seq.p->window_right)) : T(-1);
     const T last = left ? T(clamp(aligned + seq.p->window_left)) : T(kPanel);
     for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += kLanes<T>) {
-      const Vec<T> lane = iota<T>() + T(q);
+      const Vec<T> lane = queries(q);
       Vec<T> s = load(row + q);
       s = lane < first ? set1(ninf) : s;
       s = lane > last ? set1(ninf) : s;

@@ -2,6 +2,7 @@
 // O, for dense, varlen, ragged and paged layouts.
 #pragma once
 #include "cpu/simd/convert.h"
+#include "cpu/tiles.h"
 
 namespace attn::cpu {
 
@@ -72,5 +73,12 @@ struct Sequence {
  private:
   static int64_t clamp(int64_t x, int64_t hi) { return x < 0 ? 0 : x > hi ? hi : x; }
 };
+
+// Whether the queries of all heads of a group may be rows of one panel: nothing but the row of Q
+// depends on the head.
+inline bool heads_share_panels(const Problem& p, const Pointers& ptr) {
+  return p.heads_q > p.heads_k && p.seqlen_q > 0 && p.seqlen_q <= kPanel && !ptr.cu_seqlens_q &&
+         !ptr.bias && !ptr.alibi_slopes && p.dropout_p == 0 && (!ptr.mask || p.mask.h == 0);
+}
 
 }  // namespace attn::cpu

@@ -1,0 +1,188 @@
+// What the kernel for few queries (decode.h) reads at a time, keys of four streams, and what it
+// keeps of its rows: of their storage nothing depends here.
+#pragma once
+#include "cpu/kernels/options.h"
+#include "cpu/simd/storage.h"
+#include "cpu/tile/rows.h"
+#include "cpu/tile/score.h"
+#include "cpu/tiles.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+// logit.h for decode, which has always divided by softcap: its results keep their bits.
+struct DecodeWays : VectorWays<float> {
+  static ATTN_INLINE Vec<float> over_cap(Vec<float> x, const Terms<float>& t) { return x / t.cap; }
+};
+
+// Part t of the keys [from, end) of a task: kDecodeEach of each stream, which starts `apart` keys
+// after the one before it.
+struct DecodeChunk {
+  int64_t from, end, apart, t;
+  int64_t begin_of(int64_t stream) const { return from + stream * apart + t * kDecodeEach; }
+  int64_t end_of(int64_t stream) const {
+    return std::min(std::min(begin_of(stream) + kDecodeEach, from + (stream + 1) * apart), end);
+  }
+};
+
+// A query's keys of a chunk, those that mask and bias exclude left out.
+struct DecodeKeys {
+  int64_t n = 0;
+  const char *K[kDecodeKeys], *V[kDecodeKeys];
+  int64_t j[kDecodeKeys];
+  float position[kDecodeKeys], bias[kDecodeKeys];  // position: j
+  float k_factor[kDecodeKeys], v_factor[kDecodeKeys];
+  const char* zeros = nullptr;  // if given: a row of V for keys with P = 0
+  int64_t ahead;                // bytes from a row of K to the one that is wanted after this chunk
+};
+
+// The rows of Q and what is kept of them, whatever K and V are stored as.
+class DecodeRows {
+  static constexpr int L = kLanes<float>;
+
+ protected:
+  using Chunk = DecodeChunk;
+  using Keys = DecodeKeys;
+
+  DecodeRows(const Problem& problem, const Pointers& pointers)
+      : p(problem), ptr(pointers), terms(Terms<float>::of(problem, pointers, 1)) {
+    group = p.heads_q / p.heads_k, rows = group * p.seqlen_q;
+  }
+
+  const Problem& p;
+  const Pointers& ptr;
+  const Terms<float> terms;
+  int64_t group, rows, splits;
+  int64_t together;  // K/V heads of a unit: all where their rows share pages of memory
+
+  // A head's state: O [rows][Dv] unnormalised, largest logit [rows], sum of exp(s - max) [rows].
+  float* max_of(float* state) const { return state + rows * p.head_dim_v; }
+  float* sum_of(float* state) const { return max_of(state) + rows; }
+
+  int64_t head_state() const { return rows * (p.head_dim_v + 2); }
+
+  ATTN_NOINLINE bool finite(const float* state) const {
+    bool good = true;
+    for (int64_t h = 0; h < together && good; ++h, state += head_state())
+      good = all_finite<Plain<float>>(reinterpret_cast<const char*>(state),
+                                      p.head_dim_v * int64_t(sizeof(float)), rows, p.head_dim_v);
+    return good;
+  }
+
+  ATTN_NOINLINE void begin(float* state) const {
+    std::fill(state, max_of(state), 0.f);
+    std::fill(max_of(state), sum_of(state), -std::numeric_limits<float>::infinity());
+    std::fill(sum_of(state), sum_of(state) + rows, 0.f);
+  }
+
+  // The first chunk of a task.
+  ATTN_NOINLINE Chunk chunk_of(const Sequence& seq, int64_t split) const {
+    int64_t lo, hi;
+    seq.key_range(0, seq.seqlen_q, &lo, &hi);
+    const int64_t t0 = lo / kDecodeKeys, t1 = (hi + kDecodeKeys - 1) / kDecodeKeys;
+    const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
+    const int64_t from = std::max(first * kDecodeKeys, lo);
+    const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
+    const int64_t each = kDecodeStreams * kDecodeEach;
+    return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
+  }
+
+  const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
+    if (!ptr.mask) return nullptr;
+    return static_cast<const uint8_t*>(ptr.mask) + seq.b * p.mask.b + hk * group * p.mask.h +
+           i * p.mask.q;
+  }
+
+  // Whether query i sees the same keys of a chunk as query `other`, with the same bias.
+  ATTN_NOINLINE bool same_keys(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i,
+                               int64_t other) const {
+    if (ptr.bias && p.bias.q != 0) return false;
+    int64_t first[2], last[2];
+    seq.key_range(i, i + 1, &first[0], &last[0]);
+    seq.key_range(other, other + 1, &first[1], &last[1]);
+    const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
+    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+      const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
+      const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
+      if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;
+      for (int64_t j = begin; one != two && j < end; ++j)
+        if (!one[j * p.mask.k] != !two[j * p.mask.k]) return false;
+    }
+    return true;
+  }
+
+  // One row: S products in, exp(s - max) out; the factor for what was summed before.
+  ATTN_NOINLINE float softmax(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S,
+                              float* max, float* sum) const {
+    constexpr int N = kAbreast;
+    const int64_t padded = (keys.n + N * L - 1) / (N * L) * (N * L);
+    const float ninf = -std::numeric_limits<float>::infinity();
+    const float now = std::max(*max, largest(logits(seq, h, i, keys, S)));
+    for (int64_t j = (keys.n + L - 1) / L * L; j < padded; j += L) store(S + j, set1(ninf));
+    const float base = now == ninf ? 0.f : now;
+    Vec<float> total{};
+    for (int64_t j = 0; j < padded; j += N * L) {
+      Vec<float> e[N];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) e[k] = load(S + j + k * L) - base;
+      vexp_each(e);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
+    }
+    const float alpha = *max == base ? 1.f : std::exp(*max - base);
+    *sum *= alpha;
+    for (int lane = 0; lane < L; ++lane) *sum += total[lane];
+    *max = now;
+    return alpha;
+  }
+
+  // S products in, logits out, -inf up to whole vectors; the largest of each lane.
+  Vec<float> logits(const Sequence& seq, int64_t h, int64_t i, const Keys& keys, float* S) const {
+    const HeadTerms<float> head = HeadTerms<float>::of(ptr, seq, h, 1);
+    const Vec<float> ninf = set1(-std::numeric_limits<float>::infinity());
+    const float query = float(i + seq.seqlen_k - seq.seqlen_q);
+    Vec<float> top = ninf;
+    const auto run = [&](const auto& has) {
+      for (int64_t j = 0; j < keys.n; j += L) {
+        Vec<float> s = logit<DecodeWays>(
+            has, terms, head, load(S + j), [&] { return query - load(keys.position + j); },
+            [&] { return load(keys.bias + j); }, [](Vec<float>) {});
+        if (j + L > keys.n) s = iota<float>() + float(j) < float(keys.n) ? s : ninf;
+        store(S + j, s);
+        top = vmax(s, top);
+      }
+    };
+    if (terms.has.cap || terms.has.distance || terms.has.bias)
+      run(terms.has);
+    else
+      run(HasExactly<false, false, false>{});
+    return top;
+  }
+
+  ATTN_NOINLINE void merge(float* a, float* b) const {
+    const float ninf = -std::numeric_limits<float>::infinity();
+    for (int64_t r = 0; r < rows; ++r) {
+      float &max_a = max_of(a)[r], &sum_a = sum_of(a)[r];
+      const float max_b = max_of(b)[r], now = std::max(max_a, max_b);
+      const float base = now == ninf ? 0.f : now;
+      const float wa = std::exp(max_a - base), wb = std::exp(max_b - base);
+      for (int64_t c = 0; c < p.head_dim_v; c += L) {
+        float* at = a + r * p.head_dim_v + c;
+        store(at, load(at) * wa + load(b + r * p.head_dim_v + c) * wb);
+      }
+      sum_a = sum_a * wa + sum_of(b)[r] * wb;
+      max_a = now;
+    }
+  }
+};
+
+// S[i][j] *= factor[j].  Of weights, a 0 stays one, whatever its factor is.
+template <int R, bool WEIGHTS>
+inline void multiply_each(const float* factor, int64_t n, float* S) {
+  for (int i = 0; i < R; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      float& s = S[i * kDecodeKeys + j];
+      s = WEIGHTS && s == 0.f ? 0.f : s * factor[j];
+    }
+}
+
+}  // namespace attn::cpu::ATTN_ISA

@@ -23,6 +23,7 @@ THOROUGH = {
     "api/test_strangers_calls.py::test_command_line_on_a_terminal_of_little_help": "processes",
     "cpu/test_cpu_amx.py": "each AMX instruction is a signal",
     "cpu/test_far_row_mutations.py": "a compilation each",
+    "cpu/test_few_queries_mutations.py": "a compilation each",
     "cpu/test_fork.py": "a process for each order of calls",
     "cpu/test_kernels.py::test_many_heads": "the largest blocks of keys",
     "cpu/test_masked_tiles.py::test_structures": "long sequences; those with bands remain",

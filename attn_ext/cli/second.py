@@ -75,7 +75,7 @@ def _seeds(call: Call) -> dict[str, torch.Tensor]:
     for name in ("dlse", "tdlse"):
         like[name] = lse.to(statistics_dtype(call.q.dtype))
     return {
-        name: torch.randn(x.shape, generator=generator, device="cpu").to(x)
+        name: torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
         for name, x in like.items()
     }
 

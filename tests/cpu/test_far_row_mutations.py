@@ -1,5 +1,5 @@
 """Planted bugs in what the C++ backward does with rows whose LSE is far from 0, in the folder
-tests/mutants/cpu_far: each must make the gradients wrong of the calls that its first line names.
+tests/mutants/cpu/far: each must make the gradients wrong of the calls that its first line names.
 
 The kernel is compiled alone, on the plainest vectors, and runs in place of those of attn_ext._C.  A
 bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of them is
@@ -14,7 +14,7 @@ from repository import ROOT
 from attn_ext import _C
 from attn_ext.testing import check_call, random_call
 
-MUTANTS = planted_cpu.bugs("cpu_far")
+MUTANTS = planted_cpu.bugs("cpu/far")
 SOURCE = ROOT / "csrc/tests/backward_pass.cpp"
 TABLE, CLEAN = "planted_bugs_cpu_far", "no bug"
 DUE = seen.sample([*MUTANTS, CLEAN], 1)

@@ -1,4 +1,4 @@
-"""Planted bugs in the CPU kernels for few queries, tests/mutants/cpu_few: in the four streams of
+"""Planted bugs in the CPU kernels for few queries, tests/mutants/cpu/few: in the four streams of
 keys of the decode kernel, and in the panels that heads of a group share.  Each must make the cases
 of csrc/tests/few_queries.cpp wrong that its first line names.
 
@@ -14,7 +14,7 @@ import pytest
 import seen
 from repository import ROOT
 
-MUTANTS = planted_cpu.bugs("cpu_few")
+MUTANTS = planted_cpu.bugs("cpu/few")
 SOURCE = ROOT / "csrc/tests/few_queries.cpp"
 TABLE, CLEAN = "planted_bugs_cpu_few", "no bug"
 DUE = seen.sample([*MUTANTS, CLEAN], 1)

@@ -1,4 +1,4 @@
-"""Planted bugs in the C++ kernels of attn_ext.inspect, tests/mutants/cpu_inspect: each must make
+"""Planted bugs in the C++ kernels of attn_ext.inspect, tests/mutants/cpu/inspect: each must make
 wrong, in the top keys of the mean over heads, what its first line names.
 
 The kernels are compiled alone, on the plainest vectors, and run in place of those of attn_ext._C.
@@ -18,7 +18,7 @@ from attn_ext import _C
 from attn_ext.inspect import kernels, logits
 from attn_ext.testing import random_call
 
-MUTANTS = planted_cpu.bugs("cpu_inspect")
+MUTANTS = planted_cpu.bugs("cpu/inspect")
 SOURCE = ROOT / "csrc/tests/inspect_maps.cpp"
 TABLE, CLEAN = "planted_bugs_cpu_inspect", "no bug"
 DUE = seen.sample([*MUTANTS, CLEAN], 1)

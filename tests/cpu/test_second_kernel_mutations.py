@@ -1,4 +1,4 @@
-"""Planted bugs in the C++ kernels of second derivatives, tests/mutants/cpu_second: each must make
+"""Planted bugs in the C++ kernels of second derivatives, tests/mutants/cpu/second: each must make
 the results wrong that its first line names, of short rows (one block of keys) or long ones.
 
 The kernels are compiled alone, on the plainest vectors, and run in place of those of attn_ext._C.
@@ -21,7 +21,7 @@ from attn_ext import _C
 from attn_ext.backends import cpu_second
 from attn_ext.testing import allowed_error, to_float64
 
-MUTANTS = planted_cpu.bugs("cpu_second")
+MUTANTS = planted_cpu.bugs("cpu/second")
 SOURCE = ROOT / "csrc/tests/second_passes.cpp"
 TABLE, CLEAN = "planted_bugs_cpu_second", "no bug"
 DUE = seen.sample([*MUTANTS, CLEAN], 1)

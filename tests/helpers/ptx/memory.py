@@ -94,9 +94,10 @@ def _count(op: Opcode) -> int:
 
 
 def _argument(em: Emitter, address: str) -> str:
-    """The argument or result of a call that an address is; "" where it is a kernel's parameter."""
+    """The argument or result of a call that an address is; "" where it is in a kernel's parameters,
+    by a name of theirs or a register."""
     name = address.strip("[] ").removesuffix("+0")
-    return name if em.variable(name) else ""
+    return name if not name.startswith("%") and em.variable(name) else ""
 
 
 @handles("ld")

@@ -105,6 +105,8 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
         "compiled_ptx_faults",
         "nvcc",
         "triton",
+        "triton_ptx",
+        "triton_ptx_faults",
         "programs",
     }
     for lines in tables.values():

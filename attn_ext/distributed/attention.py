@@ -226,7 +226,7 @@ def placed_attention(
         sides = _sides(q, layout, mask, bias, alibi_slopes, sink)
         operators.refuse_forward_mode(q, k, v, *sides)
     except (ValueError, TypeError, NotImplementedError):
-        agree.refuse(groups_of(mesh, method))
+        refuse(mesh, method)
         raise
     prepared = prepare(
         layout, mesh, method, (_numbers(q), _numbers(k), _numbers(v)),

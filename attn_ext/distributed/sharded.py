@@ -44,8 +44,10 @@ def run(call: Call) -> tuple | None:
     own = Call(*shards, *call[TENSORS:])._replace(rng_state=_shared(call.rng_state, mesh))
     first_b = _range(call.q.shape[0], BATCH, mesh, targets)[0]
     first_h = _range(call.q.shape[1], HEADS, mesh, targets)[0]
-    way = _ring(own, mesh, over_rows[0], call, first_b, first_h) if over_rows else None
-    found = way if over_rows else _with_offsets(own, first_b, first_h)
+    if over_rows:
+        found = _ring(own, mesh, over_rows[0], call, first_b, first_h)
+    else:
+        found = _with_offsets(own, first_b, first_h)
     return tuple(_as_dtensor(x, call, mesh, targets) for x in found)
 
 

@@ -6,19 +6,7 @@
 #define ATTN_MR 4
 #include "cpu/isa/region.h"
 #include "cpu/kernels/backward.h"
-
-namespace attn::cpu {
-
-ScratchBuffer& thread_scratch() {
-  thread_local ScratchBuffer buffer;
-  return buffer;
-}
-
-void parallel_for(int64_t tasks, int, const std::function<void(int64_t)>& f) {
-  for (int64_t task = 0; task < tasks; ++task) f(task);
-}
-
-}  // namespace attn::cpu
+#include "one_thread.h"
 
 extern "C" void planted_backward(const attn::Problem& p, const attn::Pointers& ptr,
                                  const attn::cpu::Options& o, int threads) {

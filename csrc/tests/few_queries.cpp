@@ -7,19 +7,7 @@
 
 #include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
-
-namespace attn::cpu {
-
-ScratchBuffer& thread_scratch() {
-  thread_local ScratchBuffer buffer;
-  return buffer;
-}
-
-void parallel_for(int64_t tasks, int, const std::function<void(int64_t)>& f) {
-  for (int64_t task = 0; task < tasks; ++task) f(task);
-}
-
-}  // namespace attn::cpu
+#include "one_thread.h"
 
 namespace {
 

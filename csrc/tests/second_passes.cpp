@@ -3,19 +3,7 @@
 // calls.
 #include "cpu/kernels/backward_tangent.h"
 #include "cpu/kernels/tangent.h"
-
-namespace attn::cpu {
-
-ScratchBuffer& thread_scratch() {
-  thread_local ScratchBuffer buffer;
-  return buffer;
-}
-
-void parallel_for(int64_t tasks, int, const std::function<void(int64_t)>& f) {
-  for (int64_t task = 0; task < tasks; ++task) f(task);
-}
-
-}  // namespace attn::cpu
+#include "one_thread.h"
 
 using attn::Pointers;
 using attn::Problem;

@@ -8,16 +8,12 @@ compiled.
 
 import planted_cpu
 import pytest
-import seen
 from repository import ROOT
 
 from attn_ext import _C
 from attn_ext.testing import check_call, random_call
 
-MUTANTS = planted_cpu.bugs("cpu/far")
 SOURCE = ROOT / "csrc/tests/backward_pass.cpp"
-TABLE, CLEAN = "planted_bugs_cpu_far", "no bug"
-DUE = seen.sample([*MUTANTS, CLEAN], 1)
 
 
 def calls() -> dict:
@@ -52,26 +48,20 @@ def wrong_with(folder, patch=None) -> tuple[str, ...]:
         _C.plant()
 
 
-def digest(patch=None) -> str:
-    """Of all that decides what is wrong."""
-    return planted_cpu.digest(SOURCE, __file__, patch)
+PLANTED = planted_cpu.Planted("cpu/far", SOURCE, __file__, wrong_with)
 
 
-def test_the_kernel_as_it_is(tmp_path):
-    """Without this, a check that always complains would pass all tests below; a table with a bug
-    that is gone."""
+def test_every_patch_applies():
+    """A kernel that changed where a bug is planted; a table with a bug that is gone."""
+    PLANTED.check_patches(3)
+
+
+def test_the_built_kernels():
+    """Without this, a check that always complains would pass all tests below."""
     assert wrong() == ()
-    assert len(MUTANTS) >= 3 and not seen.strangers(TABLE, [*MUTANTS, CLEAN])
-    if not seen.known(TABLE, CLEAN, digest(), DUE):
-        assert wrong_with(tmp_path) == ()
-        seen.passed(TABLE, CLEAN, digest())
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", PLANTED.names)
 def test_planted_bug_is_caught(name, tmp_path):
     """A check that a lost sum passes."""
-    patch = MUTANTS[name]
-    if seen.known(TABLE, name, digest(patch), DUE):
-        return
-    assert wrong_with(tmp_path, patch) == tuple(sorted(patch.caught))
-    seen.passed(TABLE, name, digest(patch))
+    PLANTED.check(name, tmp_path)

@@ -8,16 +8,11 @@ is compiled.
 
 import subprocess
 
-import patches
 import planted_cpu
 import pytest
-import seen
 from repository import ROOT
 
-MUTANTS = planted_cpu.bugs("cpu/few")
 SOURCE = ROOT / "csrc/tests/few_queries.cpp"
-TABLE, CLEAN = "planted_bugs_cpu_few", "no bug"
-DUE = seen.sample([*MUTANTS, CLEAN], 1)
 
 
 def wrong_with(folder, patch=None) -> tuple[str, ...]:
@@ -27,24 +22,15 @@ def wrong_with(folder, patch=None) -> tuple[str, ...]:
     return tuple(sorted(done.stdout.split()))
 
 
-def digest(patch=None) -> str:
-    """Of all that decides what is wrong."""
-    return planted_cpu.digest(SOURCE, __file__, patch)
+PLANTED = planted_cpu.Planted("cpu/few", SOURCE, __file__, wrong_with)
 
 
 def test_every_patch_applies():
     """A kernel that changed where a bug is planted; a table with a bug that is gone."""
-    for patch in MUTANTS.values():
-        assert patches.apply(patch, ROOT), patch.name
-    assert len(MUTANTS) >= 8
-    assert not seen.strangers(TABLE, [*MUTANTS, CLEAN])
+    PLANTED.check_patches(8)
 
 
-@pytest.mark.parametrize("name", [CLEAN, *MUTANTS])
+@pytest.mark.parametrize("name", PLANTED.names)
 def test_planted_bug_is_caught(name, tmp_path):
     """Cases that a lost or doubled key passes, or which are wrong without a bug."""
-    patch = MUTANTS.get(name)
-    if seen.known(TABLE, name, digest(patch), DUE):
-        return
-    assert wrong_with(tmp_path, patch) == tuple(sorted(patch.caught if patch else ()))
-    seen.passed(TABLE, name, digest(patch))
+    PLANTED.check(name, tmp_path)

@@ -6,10 +6,8 @@ A bug that was caught in these very sources is known (tests/helpers/seen.py): on
 is compiled.
 """
 
-import patches
 import planted_cpu
 import pytest
-import seen
 import torch
 from inspect_checks import check_mean, matrix
 from repository import ROOT
@@ -18,10 +16,7 @@ from attn_ext import _C
 from attn_ext.inspect import kernels, logits
 from attn_ext.testing import random_call
 
-MUTANTS = planted_cpu.bugs("cpu/inspect")
 SOURCE = ROOT / "csrc/tests/inspect_maps.cpp"
-TABLE, CLEAN = "planted_bugs_cpu_inspect", "no bug"
-DUE = seen.sample([*MUTANTS, CLEAN], 1)
 # more keys than a tile has, keys that some heads see, and some that none sees
 SIZES = dict(batch=1, heads_q=4, heads_k=2, seqlen_q=40, seqlen_k=300, causal=True, mask="bhqk")
 
@@ -62,32 +57,20 @@ def wrong_with(folder, patch=None) -> tuple[str, ...]:
         _C.plant()
 
 
-def digest(patch=None) -> str:
-    """Of all that decides what is wrong."""
-    return planted_cpu.digest(SOURCE, __file__, patch)
+PLANTED = planted_cpu.Planted("cpu/inspect", SOURCE, __file__, wrong_with)
 
 
 def test_every_patch_applies():
     """A kernel that changed where a bug is planted; a table with a bug that is gone."""
-    for patch in MUTANTS.values():
-        assert patches.apply(patch, ROOT), patch.name
-    assert len(MUTANTS) >= 8
-    assert not seen.strangers(TABLE, [*MUTANTS, CLEAN])
+    PLANTED.check_patches(8)
 
 
-def test_the_kernels_as_they_are(tmp_path):
+def test_the_built_kernels():
     """Without this, a check that always complains would pass all tests below."""
     assert wrong() == ()
-    if not seen.known(TABLE, CLEAN, digest(), DUE):
-        assert wrong_with(tmp_path) == ()
-        seen.passed(TABLE, CLEAN, digest())
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", PLANTED.names)
 def test_planted_bug_is_caught(name, tmp_path):
     """A check that a lost head, a key of another tile, or a count of all keys passes."""
-    patch = MUTANTS[name]
-    if seen.known(TABLE, name, digest(patch), DUE):
-        return
-    assert wrong_with(tmp_path, patch) == tuple(sorted(patch.caught))
-    seen.passed(TABLE, name, digest(patch))
+    PLANTED.check(name, tmp_path)

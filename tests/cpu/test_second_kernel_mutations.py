@@ -8,10 +8,8 @@ is compiled.
 
 import functools
 
-import patches
 import planted_cpu
 import pytest
-import seen
 import torch
 from repository import ROOT
 from second_calls import FEATURES, combination
@@ -21,10 +19,7 @@ from attn_ext import _C
 from attn_ext.backends import cpu_second
 from attn_ext.testing import allowed_error, to_float64
 
-MUTANTS = planted_cpu.bugs("cpu/second")
 SOURCE = ROOT / "csrc/tests/second_passes.cpp"
-TABLE, CLEAN = "planted_bugs_cpu_second", "no bug"
-DUE = seen.sample([*MUTANTS, CLEAN], 1)
 SIZES = {"short": {}, "long": {"seqlen_q": 20, "seqlen_k": 210, "batch": 1}}
 CHOSEN = tuple(name != "window" for name in FEATURES)  # which would leave no long rows
 
@@ -61,32 +56,20 @@ def wrong_with(folder, patch=None) -> tuple[str, ...]:
         _C.plant()
 
 
-def digest(patch=None) -> str:
-    """Of all that decides what is wrong."""
-    return planted_cpu.digest(SOURCE, __file__, patch)
+PLANTED = planted_cpu.Planted("cpu/second", SOURCE, __file__, wrong_with)
 
 
 def test_every_patch_applies():
     """A kernel that changed where a bug is planted; a table with a bug that is gone."""
-    for patch in MUTANTS.values():
-        assert patches.apply(patch, ROOT), patch.name
-    assert len(MUTANTS) >= 8
-    assert not seen.strangers(TABLE, [*MUTANTS, CLEAN])
+    PLANTED.check_patches(8)
 
 
-def test_the_kernels_as_they_are(tmp_path):
+def test_the_built_kernels():
     """Without this, a check that always complains would pass all tests below."""
     assert wrong() == ()
-    if not seen.known(TABLE, CLEAN, digest(), DUE):
-        assert wrong_with(tmp_path) == ()
-        seen.passed(TABLE, CLEAN, digest())
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", PLANTED.names)
 def test_planted_bug_is_caught(name, tmp_path):
     """A check that a lost term passes."""
-    patch = MUTANTS[name]
-    if seen.known(TABLE, name, digest(patch), DUE):
-        return
-    assert wrong_with(tmp_path, patch) == tuple(sorted(patch.caught))
-    seen.passed(TABLE, name, digest(patch))
+    PLANTED.check(name, tmp_path)

@@ -44,3 +44,32 @@ def digest(source: Path, test: str, patch=None) -> str:
     files = {*seen.included(source), *map(Path, (test, __file__, patches.__file__))}
     facts = (compiler_version(), FLAGS, patch.caught if patch else ())
     return seen.digest(files, *facts, changed=changed)
+
+
+class Planted:
+    """The bugs of a folder, and what a test file sees of each; wrong_with(folder, patch=None): the
+    names of what is wrong with a bug, or without one."""
+
+    CLEAN = "no bug"
+
+    def __init__(self, folder: str, source: Path, test: str, wrong_with):
+        self.bugs, self.table = bugs(folder), f"planted_bugs_{folder.replace('/', '_')}"
+        self.names = [self.CLEAN, *self.bugs]
+        self.source, self.test, self.wrong_with = source, test, wrong_with
+        self.due = seen.sample(self.names, 1)
+
+    def check_patches(self, least: int) -> None:
+        """Each applies, there are so many, and the table has none that is gone."""
+        for patch in self.bugs.values():
+            assert patches.apply(patch, ROOT), patch.name
+        assert len(self.bugs) >= least
+        assert not seen.strangers(self.table, self.names)
+
+    def check(self, name: str, folder: Path) -> None:
+        """What its first line names is wrong with a bug, and nothing without one."""
+        patch = self.bugs.get(name)
+        today = digest(self.source, self.test, patch)
+        if not seen.known(self.table, name, today, self.due):
+            caught = tuple(sorted(patch.caught)) if patch else ()
+            assert self.wrong_with(folder, patch) == caught
+            seen.passed(self.table, name, today)

@@ -42,7 +42,7 @@ class Decode : DecodeRows {
     return p.dtype == TYPE && few(p, ptr) && p.batch > 0 && p.seqlen_k >= kDecodeKeys &&
            p.head_dim % (2 * L) == 0 && p.head_dim_v % (2 * L) == 0 && !ptr.cu_seqlens_q &&
            shared(ptr.mask, p.mask, p) && shared(ptr.bias, p.bias, p) && !ptr.entropy &&
-           p.dropout_p == 0 && !(TYPE == DType::kFloat16 && ATTN_VEC_BYTES < 32);
+           p.dropout_p == 0;
   }
 
   void run() {

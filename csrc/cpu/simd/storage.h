@@ -1,6 +1,7 @@
 // Two vectors of a row of storage as float, in the order that costs least, and sums and maxima
 // across lanes: what kernels need that keep the head dimension in lanes.
 #pragma once
+#include "cpu/simd/convert.h"
 #include "cpu/simd/vector.h"
 
 namespace attn::cpu::ATTN_ISA {
@@ -48,6 +49,15 @@ ATTN_INLINE void load_storage(const char* p, Vec<float>* a, Vec<float>* b) {
 #elif ATTN_VEC_BYTES == 32
     *a = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
     *b = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+#elif defined(__aarch64__)
+    const uint16x8_t x = vld1q_u16(reinterpret_cast<const uint16_t*>(p));
+    *a = (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(x)));
+    *b = (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(x)));
+#else
+    float x[2 * kLanes<float>];
+    load_row(TYPE, p, 2 * kLanes<float>, x);
+    *a = load(x);
+    *b = load(x + kLanes<float>);
 #endif
   }
 }

@@ -21,17 +21,17 @@ void Shadow::reset(int bytes, int warps, int unit) {
   reads_.assign(words * warps, Read{});
   generic_reads_.assign(words, Past{});
   fences_.assign(size_t(warps) * 32, {});
-  fenced_.assign(size_t(warps) * 32 * warps, 0);
   repeats_.clear();
 }
 
 void Shadow::fence(int thread, const WarpClock& clock) {
-  fences_[size_t(thread)].push_back({clock.at[thread / 32], clock.warp_syncs});
-  for (int v = 0; v < warps_; ++v) fenced_[size_t(thread) * warps_ + v] = clock.at[v];
+  Fences& mine = fences_[size_t(thread)];
+  mine.all.push_back({clock.at[thread / 32], clock.warp_syncs});
+  mine.before.assign(clock.at, clock.at + warps_);
 }
 
 uint32_t Shadow::fences(int warp, int lane) const {
-  return lane < 0 ? 0 : uint32_t(fences_[size_t(warp) * 32 + lane].size());
+  return lane < 0 ? 0 : uint32_t(fences_[size_t(warp) * 32 + lane].all.size());
 }
 
 namespace {
@@ -80,9 +80,9 @@ std::string Shadow::conflict_with_repeats(size_t word, const Actor& who, const W
 // By the thread of the access, its next fence before the barrier that orders it and `who`; or by
 // `who`.
 bool Shadow::fenced(const Past& past, const Actor& who, const WarpClock& clock) const {
-  const auto& own = fences_[size_t(past.warp) * 32 + past.lane];
+  const auto& own = fences_[size_t(past.warp) * 32 + past.lane].all;
   if (past.fences < own.size()) {
-    const Fence& next = own[past.fences];
+    const Fences::Fence& next = own[past.fences];
     if (past.warp != who.warp) {
       if (next.clock <= clock.at[past.warp]) return true;
     } else if (past.lane == who.lane || next.warp_syncs < clock.warp_syncs) {
@@ -97,9 +97,10 @@ bool Shadow::fenced(const Past& past, const Actor& who, const WarpClock& clock) 
 
 // By the last fence of this thread, before which a barrier has put the access.
 bool Shadow::fenced_by(int thread, const Past& past) const {
-  if (fences_[size_t(thread)].empty()) return false;
-  if (past.warp == thread / 32) return past.warp_syncs < fences_[size_t(thread)].back().warp_syncs;
-  return past.clock <= fenced_[size_t(thread) * warps_ + past.warp];
+  const Fences& mine = fences_[size_t(thread)];
+  if (mine.all.empty()) return false;
+  if (past.warp == thread / 32) return past.warp_syncs < mine.all.back().warp_syncs;
+  return past.clock <= mine.before[size_t(past.warp)];
 }
 
 std::string Shadow::conflict_with_reads(size_t word, const Actor& who,

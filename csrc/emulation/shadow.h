@@ -86,8 +86,13 @@ class Shadow {
     uint32_t offset = 0, bytes = 0;  // of the whole write
     bool repeated = false;           // repeats_ has earlier writes of the same bytes
   };
-  struct Fence {
-    uint32_t clock, warp_syncs;  // of its warp
+  // Those of one thread: of each the clock of its warp, and what of each warp was before the last.
+  struct Fences {
+    struct Fence {
+      uint32_t clock, warp_syncs;
+    };
+    std::vector<Fence> all;
+    std::vector<uint32_t> before;
   };
   struct Read {
     uint32_t clock = 0;
@@ -105,10 +110,9 @@ class Shadow {
   int warps_ = 0;
   uint32_t unit_ = 4;
   std::vector<Cell> cells_;
-  std::vector<Read> reads_;                 // [words][warps]
-  std::vector<Past> generic_reads_;         // [words]: the last one
-  std::vector<std::vector<Fence>> fences_;  // [threads]
-  std::vector<uint32_t> fenced_;  // [threads][warps]: what of each warp was before the last fence
+  std::vector<Read> reads_;          // [words][warps]
+  std::vector<Past> generic_reads_;  // [words]: the last one
+  std::vector<Fences> fences_;       // [threads]
   std::unordered_map<size_t, std::vector<Cell>> repeats_;
 };
 

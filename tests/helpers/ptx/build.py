@@ -103,7 +103,7 @@ def _header_folder() -> Path:
 
 def library(text: str, name: str) -> Path:
     """The shared library of the kernels in a PTX text; `name` is how messages call the text."""
-    code = "".join(ptx.translate(each, name) for each in ptx.kernels(text))
+    code = ptx.HEAD + "".join(ptx.translate(each, name) for each in ptx.kernels(text))
     key = seen.digest([], code, _header_key(), _emulated.__file__)
 
     def compile(where: Path) -> None:

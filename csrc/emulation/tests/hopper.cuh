@@ -30,7 +30,7 @@ enum Op : int {
   UNFENCED,           // STORED without fence_proxy_async
   ADD_UNFENCED,       // ADDED without it
   ADD_REUSED,         // the floats overwritten while they are read
-  ADD_FENCED_LATE,    // ADDED, with the fences of all but one thread after the barrier
+  ADD_FENCED_LATE,    // ADDED, with the fences of all but one warp after the barrier
   COPY_FENCED_EARLY,  // ADDED of what cp_async brings, with the fence before the wait for it
   READ_UNFENCED,      // LOADED_AGAIN without the fence, of what was read
   STORE_UNFENCED,     // the same of what was stored
@@ -87,8 +87,10 @@ ATTN_DEVICE void turned(uint32_t A, uint32_t* out) {
 ATTN_DEVICE void added(const Params& p, uint32_t A) {
   const int op = p.op;
   auto* out = reinterpret_cast<float*>(p.out);
-  // the warp that goes last after a barrier on the emulator: others' late fences are done by then
-  const bool issues = thread_id() == (op == ADD_FENCED_LATE ? 64 : 0);
+  // ADD_FENCED_LATE: the warp that goes last after the barrier on the emulator, so that by then the
+  // others have their late fences.
+  const bool late = op == ADD_FENCED_LATE, early = thread_id() / 32 == 1;
+  const bool issues = thread_id() == (late ? 32 : 0);
   const auto store = [&](float first) {
     for (int i = 0; i < 4; ++i)
       sts_f32(A + 16 * thread_id() + 4 * i, first + float(4 * thread_id() + i));
@@ -101,10 +103,9 @@ ATTN_DEVICE void added(const Params& p, uint32_t A) {
   } else {
     store(1.0f);
   }
-  const bool fences = op == ADDED || op == ADD_REUSED;
-  if (fences || (op == ADD_FENCED_LATE && issues)) fence_proxy_async();
+  if (op == ADDED || op == ADD_REUSED || (late && early)) fence_proxy_async();
   sync_threads();  // every thread has stored
-  if (op == ADD_FENCED_LATE && !issues) fence_proxy_async();
+  if (late && !early) fence_proxy_async();
   if (issues) {
     bulk_add(out, A, 2048);
     bulk_commit();

@@ -183,8 +183,10 @@ function paintPlaces(keys, rows) {
 function reveal() {
   const {offset} = index.layers[state.layer];
   const span = offset === null ? texts.queries.span(state.token) : texts.keys.span(keyPosition());
-  const box = held && span ? span.getBoundingClientRect() : null;
-  if (box && (box.top < 0 || box.bottom > 0.6 * innerHeight)) span.scrollIntoView({block: "center"});
+  if (!held || !span) return;
+  const box = span.getBoundingClientRect(), answer = by("right").getBoundingClientRect();
+  const below = answer.left < box.right ? answer.top : innerHeight;   // the answer is over the text
+  if (box.top < 0 || box.bottom > Math.min(below, innerHeight)) span.scrollIntoView({block: "center"});
 }
 
 function hold(query) {

@@ -19,7 +19,7 @@ from attn_ext.core.schema import Call
 MAX_HEAD_DIM = 256
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
-MAPS = ("top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
+MAPS = ("top_k", "mean_top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 MAX_TOP_K = 64  # keys a query that its kernel keeps in registers
 OLDEST = (3, 6)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -106,11 +106,27 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     return launch.backward(call, dout, out, lse, dlse, needs)
 
 
+def decode_int8(call: Call, k_factors, v_factors, dtype):
+    """(O, LSE) in float32 of a paged decode call whose k and v are int8, with their factors; dtype:
+    that of the queries before they were float32."""
+    from attn_ext.triton_kernels.launch import decode_int8
+
+    return decode_int8.forward(call, k_factors, v_factors, dtype)
+
+
 def inspect_top_k(call: Call, n: int, lse):
     """(weights, keys) [B, Hq, Sq, n] of a dense call."""
     from attn_ext.triton_kernels.launch import inspect
 
     return inspect.top_k(call, n, lse)
+
+
+def inspect_mean_top_k(call: Call, n: int, lse):
+    """(weights, keys, keys seen, keys seen by any head, sums of rows) of a dense call's mean over
+    heads."""
+    from attn_ext.triton_kernels.launch import inspect
+
+    return inspect.mean_top_k(call, n, lse)
 
 
 def inspect_column_mass(call: Call, lse):

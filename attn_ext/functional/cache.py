@@ -13,7 +13,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.pages import CacheFullError, Pages
-from attn_ext.functional import quantised, tree
+from attn_ext.functional import explain, quantised, tree
 from attn_ext.functional.decode import attention_decode, refuse_grad
 from attn_ext.ops import cache as operator
 from attn_ext.ops import fast, route
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from attn_ext.functional.dense import DotOptions
+    from attn_ext.functional.explain import Explanation
 
     class AttendOptions(DotOptions, total=False):
         """The keywords of `KVCache.attend` that `attention_decode` has, too."""
@@ -46,9 +47,9 @@ class KVCache:
     pages: how many there are, shared by all sequences; None: enough for each sequence to be full.
     window: None, or how many positions before its own a query sees (`attention`'s window[0]);
     pages that no later query sees are freed, and max_length counts what is held.
-    dtype: of keys, values and queries, or torch.int8, on the CPU: about a quarter of float32's
-    memory, at an error of at most 0.4 % of the largest number of a row; k, v and q are float16,
-    bfloat16 or float32 then.
+    dtype: of keys, values and queries, or torch.int8: about a quarter of float32's memory, at an
+    error of at most 0.4 % of the largest number of a row; k, v and q are float16, bfloat16 or
+    float32 then.
     Memory is taken at once, and by most systems only where it is written.
 
     A sequence that is full, or a pool without a free page, raises CacheFullError and changes
@@ -78,7 +79,6 @@ class KVCache:
             raise TypeError(
                 f"dtype must be float16, bfloat16, float32, float64 or int8, got {dtype!r}"
             )
-        quantised.check_device(dtype, device)
         if window is not None:
             window = validate.integer("window", window)
             if page_size is None:
@@ -202,16 +202,18 @@ class KVCache:
         tensors = (self.k_pages, self.v_pages, self._table, self._lengths)
         if torch.compiler.is_compiling() or not route.is_plain(k, v, self.k_pages):
             if counts is not None and not isinstance(counts, torch.Tensor):
-                counts = torch.tensor(_integers("counts", counts), dtype=torch.int64, device="cpu")
+                counts = torch.tensor(
+                    tree.integers("counts", counts), dtype=torch.int64, device="cpu"
+                )
             torch.ops.attn_ext.cache_append(*tensors, self._handle, k, v, counts, rows)
             return
-        counts = None if counts is None else _integers("counts", counts)
+        counts = None if counts is None else tree.integers("counts", counts)
         self._write((k, v), counts, rows)
 
     def _append_int8(self, k, v, counts, rows) -> None:
         quantised.refuse_recorded("append")
         (k, k_factors), (v, v_factors) = quantised.quantise(k), quantised.quantise(v)
-        counts = None if counts is None else _integers("counts", counts)
+        counts = None if counts is None else tree.integers("counts", counts)
         self._write((k, v, k_factors, v_factors), counts, rows)
 
     def _write(self, new, counts, rows) -> None:
@@ -247,6 +249,27 @@ class KVCache:
             found = self._attend_again(q, return_lse)
             if found is not None:
                 return found
+        call, options = self._call(q, rows, options)
+        if self.k_factors is not None:
+            return self._attend_int8(*call, tree_mask, return_lse, options)
+        if tree_mask is not None:
+            return tree.attend(*call, tree_mask, return_lse, options)
+        return attention_decode(*call[:4], block_table=call[4], return_lse=return_lse, **options)
+
+    def explain(
+        self, q: Tensor, *, rows: Sequence[int] | None = None, **options: Unpack[AttendOptions]
+    ) -> Explanation:
+        """Which backend `attend` takes for such a call, and why the others are not taken; of int8
+        also how keys and values are read."""
+        (q, k, v, held, table), options = self._call(q, rows, options)
+        if self.k_factors is None:
+            return explain.explain(q, k, v, cache_seqlens=held, block_table=table, **options)
+        quantised.check_dtype("q", q)
+        told = dict(block_table=table, dtype=q.dtype, backend="auto") | options
+        return quantised.explained(q.float(), k, v, held, *self._factors(), **told)
+
+    def _call(self, q, rows, options) -> tuple:
+        """((q, pages of k, of v, lengths, block table), keywords) of a call, checked."""
         validate.tensor("q", q)
         rows = None if rows is None else self._checked_rows("rows", rows)
         tree.queries(q, self.k_pages, self.batch if rows is None else len(rows))
@@ -258,12 +281,7 @@ class KVCache:
             index = torch.tensor(rows, dtype=torch.int64, device=table.device)
             table, held = table[index], held[index]
         options = self._of_width(options, table.shape[1] * self.page_size)
-        call = (q, self.k_pages, self.v_pages, held, table)
-        if self.k_factors is not None:
-            return self._attend_int8(*call, tree_mask, return_lse, options)
-        if tree_mask is not None:
-            return tree.attend(*call, tree_mask, return_lse, options)
-        return attention_decode(*call[:4], block_table=table, return_lse=return_lse, **options)
+        return (q, self.k_pages, self.v_pages, held, table), options
 
     def _attend_again(self, q, return_lse):
         """`attend` of all sequences without options, of what looks like a call before; None where
@@ -286,9 +304,9 @@ class KVCache:
         quantised.check_dtype("q", q)
         call, factors = (q.float(), k, v, held), self._factors()
         if tree_mask is not None:
-            out, lse = tree.attend(*call, table, tree_mask, True, options, factors)
+            out, lse = tree.attend(*call, table, tree_mask, True, options, factors, q.dtype)
         else:
-            told = dict(block_table=table, return_lse=True, **options)
+            told = dict(block_table=table, return_lse=True, dtype=q.dtype, **options)
             out, lse = quantised.decode(*call, *factors, **told)
         out = out.to(q.dtype)
         return (out, lse) if return_lse else out
@@ -327,7 +345,7 @@ class KVCache:
         after rejected drafts; 0 frees it.  Pages that nobody needs any more are free.
         """
         rows = list(range(self.batch)) if rows is None else self._checked_rows("rows", rows)
-        lengths = _integers("lengths", lengths)
+        lengths = tree.integers("lengths", lengths)
         if len(lengths) != len(rows):
             raise ValueError(f"lengths must have {len(rows)} entries, got {len(lengths)}")
         self._book.truncate(rows, lengths)
@@ -342,7 +360,7 @@ class KVCache:
         """
         rows = list(range(self.batch)) if rows is None else self._checked_rows("rows", rows)
         last = validate.integer("last", last)
-        kept = [_integers("kept", numbers) for numbers in kept]
+        kept = [tree.integers("kept", numbers) for numbers in kept]
         if len(kept) != len(rows):
             raise ValueError(f"kept must have {len(rows)} entries, got {len(kept)}")
         for b, numbers in zip(rows, kept, strict=True):
@@ -397,7 +415,7 @@ class KVCache:
         return self
 
     def _checked_rows(self, name: str, rows, distinct: bool = True) -> list[int]:
-        rows = _integers(name, rows)
+        rows = tree.integers(name, rows)
         for b in rows:
             if not 0 <= b < self.batch:
                 raise ValueError(
@@ -467,20 +485,6 @@ class KVCache:
             f"lengths={self._book.lengths}, {len(self._book.owners)} pages of {page_size}, "
             f"{self.free_pages} free, {self.k_pages.dtype}, {self.k_pages.device})"
         )
-
-
-def _integers(name: str, values) -> list[int]:
-    """Python's ints of a sequence or a tensor [n] of integers."""
-    if isinstance(values, torch.Tensor):
-        if values.dim() != 1 or values.is_floating_point() or values.dtype == torch.bool:
-            raise TypeError(
-                f"{name} must be integers in one dimension, got {values.dtype} of shape "
-                f"{tuple(values.shape)}"
-            )
-        return values.tolist()
-    if not hasattr(values, "__iter__") or isinstance(values, str):
-        raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
-    return [validate.integer(name, value) for value in values]
 
 
 def _larger(pages, count: int, page_size: int):

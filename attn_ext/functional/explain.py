@@ -31,6 +31,7 @@ class Explanation:
     reasons: dict[str, list[str]]  # backend -> why it cannot serve the call; empty when it can
     chosen: str | None  # None when no backend can
     decided: str = ""  # by what it was chosen
+    int8: str = ""  # of a KVCache of int8: how its keys and values are read
 
     def __str__(self) -> str:
         p = self.problem
@@ -43,6 +44,8 @@ class Explanation:
             verdict = "chosen" if name == self.chosen else "; ".join(why) or "able"
             lines.append(f"  {name:<10} {verdict}")
         lines.append(f"  decided by {self.decided}")
+        if self.int8:
+            lines.append(f"  keys and values of int8: {self.int8}")
         lines.append(f"  second derivatives and forward mode: {self.second}")
         return "\n".join(lines)
 

@@ -3,15 +3,23 @@
     row = int8 row * factor,  factor = max |row| / 127
 
 So no number is off by more than factor / 2, or 0.4 % of the largest of its row.  A row that holds
-NaN or inf is NaN as a whole.  Queries and results are float32.  CPU only: no GPU kernel reads it.
+NaN or inf is NaN as a whole.  Queries and results are float32.  The kernels of two backends read
+int8 as it is: the CPU's for few queries, and Triton's; what else is asked for is computed from
+float32 copies of one sequence's pages at a time, by any backend.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import torch
 
-from attn_ext.backends import cpu_cache
+from attn_ext.backends import cpu_cache, registry
 from attn_ext.core import validate
+from attn_ext.core.problem import Problem
+from attn_ext.core.schema import Call
+from attn_ext.functional import explain
 from attn_ext.functional.decode import attention_decode, decode_call
 from attn_ext.ops import execute, route
 
@@ -21,18 +29,6 @@ MOST = 127
 # Factors that are normal numbers, and of which 127 are finite: rows of smaller and larger numbers
 # (below 2**-120, or the very largest float) are kept in these steps
 FACTORS = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127.00002)
-
-
-def check_device(dtype, device) -> None:
-    """NotImplementedError for a cache of int8 elsewhere than on the CPU."""
-    if dtype != torch.int8:
-        return
-    kind = torch.empty(0, dtype=dtype, device=device).device.type
-    if kind != "cpu":
-        raise NotImplementedError(
-            f"device must be cpu for a cache of int8, which no kernel of another device reads, got "
-            f"{kind}; take dtype=torch.bfloat16 there"
-        )
 
 
 def check_dtype(name: str, x) -> None:
@@ -73,30 +69,22 @@ def dequantise(kept: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def decode(
-    q, k, v, held, k_factors, v_factors, *, block_table, return_lse=False, backend="auto", **options
-):
+    q, k, v, held, k_factors, v_factors, *, block_table, dtype=torch.float32, return_lse=False,
+    backend="auto", **options
+):  # fmt: skip
     """`attention_decode` with pages of int8 and their factors [pages, Hk, page_size, 1].
 
-    The cpu backend's kernel for few queries reads them as they are; for all other calls the pages
-    of one sequence at a time become float32.
+    dtype: that of the queries before they were float32.
     """
-    for name in options:
-        if name not in OPTIONS:
-            raise TypeError(f"KVCache.attend() got an unexpected keyword argument {name!r}")
-    # checked with caches of float32 that are one row
-    stand_ins = [
-        torch.empty(x.shape[-1:], dtype=torch.float32, device=x.device).expand(x.shape)
-        for x in (k, v)
-    ]
-    paged = dict(block_table=block_table, backend=backend, **options)
-    call = execute.prepared(decode_call(q, *stand_ins, held, **paged))
+    call = _call(q, k, v, held, block_table, backend, options)
     if len(q) == 0:
-        return attention_decode(q, *stand_ins, held, return_lse=return_lse, **paged)
+        out, lse = q.new_empty(0, *q.shape[1:3], v.shape[-1]), q.new_empty(0, *q.shape[1:3])
+        return (out, lse) if return_lse else out
     validate.values(call)
     # observers see calls of float32
-    if route.is_plain(q, k, v) and not route.observers and execute.serves_on_cpu(call):
-        found = cpu_cache.of_int8(call._replace(k=k, v=v), k_factors, v_factors)
-        if found is not None:
+    if route.is_plain(q, k, v) and not route.observers:
+        name, found = _as_they_are(call, (k, v, k_factors, v_factors), dtype)
+        if name is not None:
             return found if return_lse else found[0]
     options |= dict(return_lse=True, backend=backend)
     outs, lses = zip(
@@ -105,6 +93,53 @@ def decode(
     )
     out, lse = torch.cat(outs), torch.cat(lses)
     return (out, lse) if return_lse else out
+
+
+def _call(q, k, v, held, block_table, backend, options) -> Call:
+    """The checked call, with caches of float32 that are one row in place of those of int8."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"KVCache.attend() got an unexpected keyword argument {name!r}")
+    stand_ins = [
+        torch.empty(x.shape[-1:], dtype=torch.float32, device=x.device).expand(x.shape)
+        for x in (k, v)
+    ]
+    paged = dict(block_table=block_table, backend=backend, **options)
+    return execute.prepared(decode_call(q, *stand_ins, held, **paged))
+
+
+@functools.lru_cache(maxsize=1024)
+def _triton_reads(backend: str, problem: Problem) -> bool:
+    """Whether Triton's kernel serves the call: the only one on GPUs that reads int8."""
+    free = backend in registry.CHOICES and registry.automatic("triton", problem)
+    return (free or backend == "triton") and not registry.reasons("triton", problem)
+
+
+def _as_they_are(call: Call, kept: tuple, dtype) -> tuple:
+    """(the backend whose kernel reads int8, its O and LSE), or (None, None) where none does; kept:
+    k and v, and their factors."""
+    k, v, k_factors, v_factors = kept
+    of_int8 = call._replace(k=k, v=v)
+    if _triton_reads(call.backend, Problem.of(call)):
+        triton = registry.get("triton")
+        return "triton", triton.decode_int8(of_int8, k_factors, v_factors, dtype)
+    found = None
+    if execute.serves_on_cpu(call):
+        found = cpu_cache.of_int8(of_int8, k_factors, v_factors)
+    return (None, None) if found is None else ("cpu", found)
+
+
+def explained(q, k, v, held, k_factors, v_factors, *, block_table, dtype, backend, **options):
+    """What `explain` says of such a call.  Whether a kernel takes it is found out by a try."""
+    call = _call(q, k, v, held, block_table, backend, options)
+    found = explain.of(Problem.of(call), call.backend)
+    validate.values(call)
+    name, _ = _as_they_are(call, (k, v, k_factors, v_factors), dtype) if len(q) else (None, None)
+    if name is None:
+        return dataclasses.replace(found, int8="made float32, one sequence's pages at a time")
+    decided = found.decided if name == found.chosen else "what reads int8 as it is"
+    said = f"read as they are by the kernel of {name}"
+    return dataclasses.replace(found, chosen=name, decided=decided, int8=said)
 
 
 def _of_sequence(b: int, call, k, v, k_factors, v_factors, options):

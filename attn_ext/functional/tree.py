@@ -8,6 +8,8 @@ Both parts are exact and their (out, lse) are merged in float32, so that nothing
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from attn_ext.core import mistakes, validate
@@ -36,6 +38,20 @@ def new_rows(name: str, x, pages, batch: int) -> None:
         raise ValueError(f"{name} must be on the cache's device {pages.device}, got {x.device}")
 
 
+def integers(name: str, values) -> list[int]:
+    """Python's ints of a sequence or a tensor [n] of integers."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1 or values.is_floating_point() or values.dtype == torch.bool:
+            raise TypeError(
+                f"{name} must be integers in one dimension, got {values.dtype} of shape "
+                f"{tuple(values.shape)}"
+            )
+        return values.tolist()
+    if not hasattr(values, "__iter__") or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
+    return [validate.integer(name, value) for value in values]
+
+
 def queries(q, pages, batch: int) -> None:
     """Check queries [B, Hq, Sq, D] of a cache whose pages are [pages, Hk, page_size, D]."""
     _, heads, _, head_dim = pages.shape
@@ -58,9 +74,11 @@ def positions(pages, table, at):
     return pages[numbers, :, (at % page_size).long()].transpose(1, 2)
 
 
-def attend(q, k_pages, v_pages, held, table, tree_mask, return_lse, options, factors=()):
+def attend(
+    q, k_pages, v_pages, held, table, tree_mask, return_lse, options, factors=(), dtype=None
+):  # fmt: skip
     """`KVCache.attend` with a tree_mask; held [B] and table [B, max_pages] of the sequences;
-    factors: of pages of int8."""
+    factors: of pages of int8, where q is float32 and was `dtype`."""
     if "causal" in options:
         raise ValueError(
             f"causal must not be given with tree_mask, which takes its place, got "
@@ -70,7 +88,7 @@ def attend(q, k_pages, v_pages, held, table, tree_mask, return_lse, options, fac
     sizes = (batch, heads, seqlen, seqlen)
     tree_mask = validate.scores("tree_mask", tree_mask, True, q.device, *sizes)
     paged = dict(block_table=table, causal=False)
-    decode = quantised.decode if factors else attention_decode
+    decode = partial(quantised.decode, dtype=dtype) if factors else attention_decode
     before = held - seqlen  # [B]: positions that every query sees
     if options.get("window") or any(options.get(name) is not None for name in SPANNING):
         options = options | {"mask": _spanning(tree_mask, seqlen, before, table, k_pages, options)}

@@ -64,8 +64,11 @@ def top_k(call: Call, n: int, lse, backend: str = "auto") -> tuple:
 
 def mean_top_k(call: Call, n: int, lse, backend: str = "auto") -> blocked.MeanTopK:
     """The n largest of the mean over heads, from whole rows."""
-    if select(backend, call, "mean_top_k", lse, n) != "cpu":
+    name = select(backend, call, "mean_top_k", lse, n)
+    if name == "reference":
         return blocked.mean_top_k(call, n)
+    if name == "triton":
+        return blocked.MeanTopK(*registry.get("triton").inspect_mean_top_k(call, n, lse))
     (batch, heads, seqlen_q), device = call.q.shape[:3], call.q.device
     dtype, rows = logits.statistics_dtype(call), batch * seqlen_q
     weights = torch.zeros(batch, seqlen_q, n, dtype=dtype, device=device)

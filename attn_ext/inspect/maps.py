@@ -80,7 +80,7 @@ def top_k(
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D]; lse [B, Hq, Sq] saves a pass where it is known.  Options:
     causal, window, mask, bias, softcap, alibi_slopes, sink, scale as in `attn_ext.attention`.
-    backend: "auto", "cpu", "triton" (not for means over heads) or "reference".
+    backend: "auto", "cpu", "triton" or "reference".
     """
     validate.integer("n", n, 1)
     validate.boolean("per_head", per_head)

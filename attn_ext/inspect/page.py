@@ -95,7 +95,7 @@ def _index(calls, labels, title: str) -> dict:
         batch, heads, _, seqlen_q, seqlen_k, _ = call.shape
         rows, cols = call.pooled_map.shape[2:]
         layers.append({
-            "name": call.label(), "kind": call.kind, "batch": batch, "heads": heads,
+            "name": call.title(), "kind": call.kind, "batch": batch, "heads": heads,
             "seqlenQ": seqlen_q, "seqlenK": seqlen_k, "listed": call.top_keys.shape[-1],
             "wide": seqlen_k >= SHORT_KEYS, "rows": rows, "cols": cols, "offset": label.offset,
             "queries": numbers(label.queries), "keys": numbers(label.keys), "flags": _flags(call),

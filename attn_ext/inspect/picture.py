@@ -36,7 +36,7 @@ def panels_of(calls, labels) -> tuple[list, str]:
         what, examples = "head", calls[0].shape[0]
     else:
         panels = [
-            (f"{c.label()}\nmean over {c.shape[1]} heads", c.pooled_map[0].mean(0), pair)
+            (f"{c.title()}\nmean over {c.shape[1]} heads", c.pooled_map[0].mean(0), pair)
             for c, pair in zip(calls, labels, strict=True)
         ]
         what, examples = "call", max(c.shape[0] for c in calls)

@@ -57,6 +57,10 @@ class CallRecord:
         parts = [str(self.index), self.name, "" if self.sequence is None else f"[{self.sequence}]"]
         return " ".join(filter(None, (*parts, "" if self.kind == "softmax" else f"({self.kind})")))
 
+    def title(self) -> str:
+        """The label where nothing beside it says that its number is that of a call."""
+        return self.label() if self.name else f"call {self.label()}"
+
     @property
     def layer(self) -> tuple:
         """(q, k, options), as `rollout` takes a layer: row_stats(q, k, **options) is the call's."""

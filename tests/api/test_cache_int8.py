@@ -37,6 +37,38 @@ def test_a_life(way, page_size):
     model.check_book()
 
 
+@pytest.mark.parametrize("page_size", [3, None])
+def test_a_life_on_each_backend(page_size, backend_and_device):
+    """Devices on which nothing serves; a backend that is asked for and not taken."""
+    backend, device = backend_and_device
+    model = Model(3, page_size, max_length=48, dtype=torch.int8, device=device, backend=backend)
+    assert model.append(9, counts=[9, 1, 4])
+    model.check(4)
+    model.reorder([0, 0, 2])
+    assert model.append(4)
+    model.check(4, tree_mask=TREE)
+    assert model.keep(4, [[0, 1, 3], [], [2]])
+    model.check(1, rows=[2, 0])
+    assert model.cache.explain(model.draw(3, 4, 1, 8).to(device), backend=backend).chosen == backend
+
+
+def test_explain_says_how_int8_is_read():
+    """An explanation of the float32 call that nobody makes."""
+    cache = attn_ext.KVCache(1, 2, 64, max_length=256, dtype=torch.int8)
+    cache.append(*torch.randn(2, 1, 2, 100, 64))
+    few, many = torch.randn(1, 4, 1, 64), torch.randn(1, 4, 40, 64)
+    if cpu_cache.READS_TENSORS:
+        assert "int8: read as they are by the kernel of cpu" in str(cache.explain(few))
+    assert "int8: made float32, one sequence's pages at a time" in str(cache.explain(many))
+    found = cache.explain(few, backend="reference")
+    assert found.chosen == "reference" and found.int8.startswith("made float32")
+    assert "int8" not in str(attn_ext.KVCache(1, 2, 64, max_length=64).explain(few))
+    with pytest.raises(ValueError, match="q must have shape"):
+        cache.explain(few[..., :8])
+    with pytest.raises(TypeError, match="q must be float16, bfloat16 or float32"):
+        cache.explain(few.double())
+
+
 FEATURES = features(90)
 
 
@@ -176,8 +208,6 @@ REFUSED = {
     "return_lse must be a bool": lambda c: c.attend(k, return_lse="yes"),
     "KVCache.attend.. got an unexpected keyword argument 'need_stats'":
         lambda c: c.attend(k, need_stats=True),
-    "device must be cpu for a cache of int8, which no kernel of another device reads, got meta":
-        lambda c: attn_ext.KVCache(2, 2, 64, max_length=64, dtype=torch.int8, device="meta"),
     "k_cache must be on q's device meta, got cpu": lambda c: c.attend(k.to("meta")),
     "bias must cover the 1 positions that are held, got 0":
         lambda c: c.attend(k, bias=torch.zeros(0)),

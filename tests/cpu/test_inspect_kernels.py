@@ -103,8 +103,8 @@ def test_dispatch():
         assert kernels.select("auto", call, name) == "cpu"
     with pytest.raises(NotImplementedError, match="no cuda kernel for top_k"):
         kernels.select("cuda", call, "top_k")
-    with pytest.raises(NotImplementedError, match="no triton kernel for mean_top_k"):
-        kernels.select("triton", call, "mean_top_k")
+    with pytest.raises(NotImplementedError, match="no triton kernel for row_stats"):
+        kernels.select("triton", call, "row_stats")
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         kernels.select("gpu", call, "top_k")
     unsupported = registry.get("triton").unsupported

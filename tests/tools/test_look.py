@@ -44,7 +44,7 @@ def test_every_number_of_the_page(tmp_path):
     seen.page().save(path)
     layers = index_of(path)["layers"]
     assert [layer["name"] for layer in layers] == [
-        "0", "1 (additive)", "2 (sigmoid)", "3 [0]", "3 [1]"
+        "call 0", "call 1 (additive)", "call 2 (sigmoid)", "call 3 [0]", "call 3 [1]"
     ]  # fmt: skip
     for number, (p, seen_keys) in enumerate(zip(truths, there, strict=True)):
         assert (layers[number]["seqlenQ"], layers[number]["seqlenK"]) == p.shape[2:]
@@ -105,8 +105,8 @@ def test_every_map_of_the_picture(monkeypatch, tmp_path):
         assert_close(picture.coloured(image, "row"), by_row, ONE_SUM)
         assert_close(picture.coloured(image, "linear"), want, ONE_SUM)
     assert [name for name, *_ in drawn][:2] == [
-        "0\nmean over 4 heads",
-        "1 (additive)\nmean over 4 heads",
+        "call 0\nmean over 4 heads",
+        "call 1 (additive)\nmean over 4 heads",
     ]
     assert said == ", example 0 of 2"
     monkeypatch.setattr(picture, "MAX_PANELS", 3)

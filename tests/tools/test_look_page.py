@@ -74,7 +74,10 @@ def test_what_is_shown_is_the_data(tmp_path):
         assert {int(j): w for j, w in found["weights"].items()} == pytest.approx(want, abs=1e-6)
         assert one["rest"] == [] or found["spoken"].endswith(", ".join(one["rest"]))
     assert "Sigmoid weights need not sum to 1" in shown[6]["legend"]
-    assert [x["which"] for x in pair["lists"]] == ["0 · head 1", "2 (sigmoid) · mean of 4 heads"]
+    assert [x["which"] for x in pair["lists"]] == [
+        "call 0 · head 1",
+        "call 2 (sigmoid) · mean of 4 heads",
+    ]
     check_list(pair["lists"][0], *row(truths, there, 0, 0, 1, 30))
     check_list(pair["lists"][1], *row(truths, there, 2, 0, -1, 30))
     for found in (far, odd):
@@ -123,7 +126,7 @@ def test_keyboard(short):
     assert state[5]["token"] == "6" and "layer2" not in state[5]
     assert state[6] == "find" and state[7]["token"] == "4" and state[7]["find"] == "A%20B"
     assert state[8] == "keys" and (state[9]["layer"], state[9]["head"]) == ("0", "-1")
-    assert state[10] == "layer 0, mean of 3 heads" and state[11] == "1"
+    assert state[10] == "call 0, mean of 3 heads" and state[11] == "1"
 
 
 def test_pointer_maps_and_colours(short):
@@ -154,8 +157,9 @@ def test_pointer_maps_and_colours(short):
     document.querySelectorAll("#heads button")[5].dispatchEvent(
       new MouseEvent("click", {bubbles: true, shiftKey: true}));
     steps.push(read().lists.map(x => x.which));
+    steps.push([...document.querySelectorAll("#maps .axis")].map(x => x.clientHeight));
     """
-    spans, hover, held, cell, pixels, clicked, *colours, pair = driven(path, steps)
+    spans, hover, held, cell, pixels, clicked, *colours, pair, axes = driven(path, steps)
     assert spans == ["∅", "␣", "⏎\n", "⇥", "a b", "</script>", "if x:⏎\n  "]
     assert hover == "⏎ (2) attends to" and held == "a b (4) attends to"
     p = seen.calls[0].pooled_map[1, 1]
@@ -181,7 +185,15 @@ def test_pointer_maps_and_colours(short):
         got = torch.tensor([float(a[1]) if a else 1.0 for a in alphas])
         assert_close(got / 0.8, want.float(), PAGE_COLOUR)
         assert found[4:] == ["", "", ""]
-    assert pair == ["0 · head 1", "1 · head 0"]
+    assert pair == ["call 0 · head 1", "call 1 · head 0"]
+    assert len(axes) == 2 and max(axes) < 24  # one line under each of two maps
+
+
+# Whether the token of a link is in sight
+SIGHT = """await go("token=700");
+    const on = document.querySelector("#keys .on"), at = on.getBoundingClientRect();
+    steps.push(document.elementFromPoint(at.left + 3, at.top + 3) === on);
+    """
 
 
 def test_a_long_text(tmp_path):
@@ -191,7 +203,8 @@ def test_a_long_text(tmp_path):
     with inspect.record() as seen:
         attn_ext.attention(q, q, q, causal=True)
     path = inspect.look(seen, tmp_path, tokens=[f"w{i} " for i in range(1500)])[1]
-    steps = """
+    steps = (
+        """
     const shown = () => [$("range").textContent, document.querySelectorAll("#keys span").length];
     steps.push(shown(), $("overview").hidden);
     $("find").value = "w77 w78"; $("find").dispatchEvent(new Event("input"));
@@ -203,12 +216,16 @@ def test_a_long_text(tmp_path):
     steps.push(document.querySelector(`#keys span[data-i="${key.slice(1, -1)}"]`) !== null);
     await go("token=1499&from=100"); steps.push(shown(), read().title);
     """
+        + SIGHT
+    )
     got = driven(path, steps)
     assert got[0] == ["tokens 988 to 1499 of 1500", 512] and got[1] is False
     assert got[2] == "1 place" and got[3] == ["tokens 0 to 511 of 1500", 512]
     assert got[4] == "w77  (77) attends to" and got[5][0] == "tokens 256 to 767 of 1500"
     assert got[6] == got[4] and got[7] is True
     assert got[8] == ["tokens 100 to 611 of 1500", 512] and got[9] == "w1499  (1499) attends to"
+    assert got[10] is True
+    assert driven(path, SIGHT, "", "--window-size=500,800") == [True]  # the answer lies below
 
 
 def test_queries_that_are_another_text(tmp_path):

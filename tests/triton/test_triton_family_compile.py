@@ -1,7 +1,7 @@
-"""The Triton kernels of additive and sigmoid attention and of attn_ext.inspect compile for absent
-GPUs: without spills (sigmoid: few in the hot loop), within shared memory, with tensor cores for
-products of matrices.  What was seen of these sources (tests/helpers/seen.py) is compiled again in
-turn only.
+"""The Triton kernels of additive and sigmoid attention, of attn_ext.inspect and of decode against
+int8 compile for absent GPUs: without spills (sigmoid: few in the hot loop), within shared memory,
+with tensor cores for products of matrices.  What was seen of these sources (tests/helpers/seen.py)
+is compiled again in turn only.
 """
 
 import os
@@ -19,6 +19,7 @@ import triton_offline as offline
 from attn_ext.triton_kernels.launch import additive as additive_launch
 from attn_ext.triton_kernels.launch import attention as launch
 from attn_ext.triton_kernels.launch import backward as launch_backward
+from attn_ext.triton_kernels.launch import decode_int8
 from attn_ext.triton_kernels.launch import inspect as inspect_launch
 from attn_ext.testing import needs_of, random_call
 
@@ -55,9 +56,21 @@ def look(call):
     lse = torch.zeros(call.q.shape[:3])
     inspect_launch.column_mass(call, lse)
     inspect_launch.top_k(call, 16, lse)
+    inspect_launch.mean_top_k(call, 16, lse)
     inspect_launch.pooled_map(call, 64, 64, lse)
 
-families = {additive: calls, sigmoid: ["128"], look: ["128", "features"]}
+def int8(call):
+    dtype = torch.bfloat16 if call.mask is None else torch.float32
+    k, v = (torch.zeros(x.shape, dtype=torch.int8) for x in (call.k, call.v))
+    factors = [torch.zeros(*x.shape[:3], 1) for x in (k, v)]
+    decode_int8.forward(call._replace(k=k, v=v), *factors, dtype)
+
+cache = {"seqlen_q": 1, "seqlen_k": 4096, "heads_q": 8, "heads_k": 2, "cache_seqlens": [4096],
+         "page_size": 16, "head_dim": 128}
+calls["cache"] = random_call(**cache)
+calls["cache features"] = random_call(**cache, mask="bk", bias="hqk", softcap=5.0, sink=True)
+families = {additive: list(calls)[:4], sigmoid: ["128"], look: ["128", "features"],
+            int8: ["cache", "cache features"]}
 for family, names in families.items():
     for name in names:
         launch.run = functools.partial(run, f"{family.__name__} {name}")
@@ -79,13 +92,15 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     if seen.known(triton_seen.TABLE, name, today, triton_seen.DUE):
         return
     table = triton_seen.compiled(SCRIPT, architecture, tmp_path)
-    assert len(table) >= 20, table.keys()
+    assert len(table) >= 26, table.keys()
     for name, (registers, spilled, shared, products, loop) in table.items():
         if loop and "sigmoid" in name:  # by the tiles of softmax; up to a sixteenth of the hot loop
             assert loop[2] <= loop[1] // 16, (name, registers, loop)
         else:
             assert spilled == 0, (name, registers, spilled)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, shared)
-        if "delta" not in name and "float32" not in name:  # those multiply by FMA
+        if not any(
+            word in name for word in ("delta", "combine", "float32")
+        ):  # those multiply by FMA
             assert products, name
     seen.passed(triton_seen.TABLE, triton_seen.families(architecture), today)

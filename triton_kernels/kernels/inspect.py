@@ -3,6 +3,7 @@
 Q [B, Hq, Sq, D], K [B, Hk, Sk, D], LSE [B, Hq, Sq], dense.
     column_mass_kernel  sum_i P_ij, float32 [B, Hq, Sk]; one program = BLOCK_N keys of one head
     top_k_kernel        the BEST largest logits of each query; one program = BLOCK_M queries
+    mean_top_k_kernel   the BEST largest means of P over the heads; one program = BLOCK_M queries
     pooled_map_kernel   P averaged down to [B, Hq, rows, cols]; one program = CELLS x CELLS cells
 Each element of a result belongs to one program, so sums have a fixed order.
 """
@@ -76,6 +77,26 @@ def packed(s, j):
     return tl.where(s == float("-inf"), NOTHING, value)
 
 
+@triton.jit
+def nothing_yet(BLOCK_M: tl.constexpr, BEST: tl.constexpr):
+    """int64 [BLOCK_M, BEST] less than any packed number; every place of a row is different, so that
+    exactly one holds its least."""
+    return tl.zeros([BLOCK_M, BEST], tl.int64) + NOTHING + 1 + tl.arange(0, BEST)[None, :]
+
+
+@triton.jit
+def keep_largest(best, left_over):
+    """`best` [BLOCK_M, BEST] with what is larger in left_over [BLOCK_M, BLOCK_N], both packed."""
+    largest, least = tl.max(left_over, 1), tl.min(best, 1)
+    # the largest of the tile takes the place of the least, until no row gains by it
+    while tl.max(tl.where(largest > least, 1, 0), 0) > 0:
+        gains = (largest > least)[:, None]
+        best = tl.where((best == least[:, None]) & gains, largest[:, None], best)
+        left_over = tl.where(left_over == largest[:, None], NOTHING, left_over)
+        largest, least = tl.max(left_over, 1), tl.min(best, 1)
+    return best
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def top_k_kernel(
     q, k, best_out,
@@ -99,9 +120,7 @@ def top_k_kernel(
     first, _inner, _inner_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
     )
-    place = tl.arange(0, BEST)[None, :]
-    # every place is different, so that exactly one of a row holds its least
-    best = tl.zeros([BLOCK_M, BEST], tl.int64) + NOTHING + 1 + place
+    best = nothing_yet(BLOCK_M, BEST)
     for n_block in tl.range(first, end, num_stages=1):
         j_first = n_block * BLOCK_N
         j = (j_first + tl.arange(0, BLOCK_N))[None, :]
@@ -111,16 +130,69 @@ def top_k_kernel(
         s, _cap = logits(
             qk, i[:, None], j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, True, FLAGS
         )
-        left_over = packed(s, j)
-        largest, least = tl.max(left_over, 1), tl.min(best, 1)
-        # the largest of the tile takes the place of the least, until no row gains by it
-        while tl.max(tl.where(largest > least, 1, 0), 0) > 0:
-            gains = (largest > least)[:, None]
-            best = tl.where((best == least[:, None]) & gains, largest[:, None], best)
-            left_over = tl.where(left_over == largest[:, None], NOTHING, left_over)
-            largest, least = tl.max(left_over, 1), tl.min(best, 1)
-    rows = (b * heads_q + h) * seqlen_q + i
-    tl.store(best_out + rows[:, None] * BEST + place, best, mask=(i < seqlen_q)[:, None])
+        best = keep_largest(best, packed(s, j))
+    rows = ((b * heads_q + h) * seqlen_q + i)[:, None] * BEST
+    tl.store(best_out + rows + tl.arange(0, BEST)[None, :], best, mask=(i < seqlen_q)[:, None])
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def mean_top_k_kernel(
+    q, k, lse, best_out, total, seen, seen_by_any,
+    terms, q_b, q_h, q_s, k_b, k_h, k_s, lse_b, lse_h,
+    heads_q, group, seqlen_q, seqlen_k, blocks, scale, left, right,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BEST: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of queries * B).  best_out int64 [B, Sq, BEST], as of top_k_kernel, but of
+    means of P.  total float32 and seen int32 [B, Hq, Sq], 0 before: sum_j P_ij, and how many keys
+    the row sees; seen_by_any int32 [B, Sq]: how many of them some head sees."""
+    block, _h, b = program(blocks, 1)
+    b = b.to(tl.int64)
+    i_first = block * BLOCK_M
+    i = i_first + tl.arange(0, BLOCK_M)
+    there = i < seqlen_q
+    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    i_last = tl.minimum(i_first + BLOCK_M, seqlen_q) - 1
+    first, _inner, _inner_end, end = key_range(
+        i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
+    )
+    best = nothing_yet(BLOCK_M, BEST)
+    count = tl.zeros([BLOCK_M], tl.int32)
+    for n_block in tl.range(first, end, num_stages=1):
+        j_first = n_block * BLOCK_N
+        j = (j_first + tl.arange(0, BLOCK_N))[None, :]
+        summed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        by_any = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for head in tl.range(0, heads_q, num_stages=1):
+            h = b * 0 + head
+            # S = Q @ K^T   [BLOCK_M, BLOCK_N]
+            q_tile = load_tile(
+                q + b * q_b + h * q_h, q_s, i_first, seqlen_q, D, BLOCK_M, BLOCK_D, True, FLAGS
+            )
+            k_tile = load_tile(
+                k + b * k_b + h // group * k_h, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True,
+                FLAGS,
+            )  # fmt: skip
+            qk = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            s, _cap = logits(
+                qk, i[:, None], j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, True,
+                FLAGS,
+            )  # fmt: skip
+            row = b * lse_b + h * lse_h + i
+            p = probabilities(s, base2_lse(lse, row, there)[:, None], True, FLAGS)
+            visible = tl.where(s != float("-inf"), 1, 0)
+            # Each place belongs to one thread of one program: the sums have a fixed order
+            tl.atomic_add(total + row, tl.sum(p, 1), mask=there, sem="relaxed")
+            tl.atomic_add(seen + row, tl.sum(visible, 1), mask=there, sem="relaxed")
+            summed += p
+            by_any = tl.maximum(by_any, visible)
+        count += tl.sum(by_any, 1)
+        mean = tl.where(by_any > 0, summed / heads_q.to(tl.float32), float("-inf"))
+        best = keep_largest(best, packed(mean, j))
+    rows = b * seqlen_q + i
+    tl.store(seen_by_any + rows, count, mask=there)
+    places = rows[:, None] * BEST + tl.arange(0, BEST)[None, :]
+    tl.store(best_out + places, best, mask=there[:, None])
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from attn_ext.core.schema import Call
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.inspect import (
     column_mass_kernel,
+    mean_top_k_kernel,
     pooled_map_kernel,
     top_k_kernel,
 )
@@ -56,12 +57,27 @@ def column_mass(call: Call, lse: torch.Tensor) -> torch.Tensor:
     return mass
 
 
+def _empty_places(plan: attention.Plan, n: int, *shape: int) -> torch.Tensor:
+    """int64 [*shape, BEST] of what is less than any packed number, BEST a power of two >= n."""
+    size = (*shape, triton.next_power_of_2(max(n, 2)))
+    least = torch.iinfo(torch.int64).min
+    return torch.full(size, least, dtype=torch.int64, device=plan.q.device)
+
+
+def _unpacked(found: torch.Tensor, n: int) -> tuple:
+    """(whether a key is there, its float32, the key) [..., n], largest first, of packed numbers
+    [..., BEST]."""
+    found = found.sort(-1, descending=True).values[..., :n]
+    there = found >= -0x7F800000 << 32  # the least finite float
+    order = (found >> 32).to(torch.int32)
+    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return there, value, torch.where(there, 0x7FFFFFFF - (found & 0xFFFFFFFF), -1)
+
+
 def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
     """(weights float32, keys int64) [B, Hq, Sq, n], largest first; 0 and -1 where there is none."""
     plan = attention.Plan(call)
-    best = triton.next_power_of_2(max(n, 2))
-    shape = (plan.batch, plan.heads_q, plan.seqlen_q, best)
-    found = torch.full(shape, torch.iinfo(torch.int64).min, dtype=torch.int64, device=plan.q.device)
+    found = _empty_places(plan, n, plan.batch, plan.heads_q, plan.seqlen_q)
     if found.numel() and plan.seqlen_k:
         chosen = tile(plan)
         blocks = triton.cdiv(plan.seqlen_q, chosen.block_m)
@@ -69,16 +85,37 @@ def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
             attention.run(
                 top_k_kernel, blocks * plan.heads_q * plan.batch, chosen,
                 plan.q, plan.k, found, *_arguments(plan, blocks, False),
-                plan.dim, chosen.block_m, chosen.block_n, plan.block_d, best, plan.flags,
+                plan.dim, chosen.block_m, chosen.block_n, plan.block_d, found.shape[-1],
+                plan.flags,
             )  # fmt: skip
-    found = found.sort(-1, descending=True).values[..., :n]
-    there = found >= -0x7F800000 << 32  # the least finite float
-    order = (found >> 32).to(torch.int32)
-    s2 = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    there, s2, keys = _unpacked(found, n)
     row_lse = lse.detach().float().clamp_min(attention.LEAST).unsqueeze(-1)  # -inf: no key is there
     weights = torch.exp2(s2 - row_lse * attention.LOG2E)
-    keys = 0x7FFFFFFF - (found & 0xFFFFFFFF)
-    return torch.where(there, weights, 0.0), torch.where(there, keys, -1)
+    return torch.where(there, weights, 0.0), keys
+
+
+def mean_top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
+    """(weights float32, keys int64) [B, Sq, n] of the mean over heads, as top_k; (keys that a row
+    sees int64 [B, Hq, Sq], that some head sees [B, Sq], sum_j P_ij float32 [B, Hq, Sq])."""
+    plan = attention.Plan(call)
+    device, rows = plan.q.device, (plan.batch, plan.heads_q, plan.seqlen_q)
+    found = _empty_places(plan, n, plan.batch, plan.seqlen_q)
+    total = torch.zeros(rows, dtype=torch.float32, device=device)
+    seen = torch.zeros(rows, dtype=torch.int32, device=device)
+    by_any = torch.zeros(rows[::2], dtype=torch.int32, device=device)
+    if total.numel() and plan.seqlen_k:
+        chosen = tile(plan)
+        blocks = triton.cdiv(plan.seqlen_q, chosen.block_m)
+        with attention.on_device(plan.q):
+            attention.run(
+                mean_top_k_kernel, blocks * plan.batch, chosen,
+                plan.q, plan.k, _rows(lse), found, total, seen, by_any,
+                *_arguments(plan, blocks, True),
+                plan.dim, chosen.block_m, chosen.block_n, plan.block_d, found.shape[-1],
+                plan.flags,
+            )  # fmt: skip
+    there, mean, keys = _unpacked(found, n)
+    return torch.where(there, mean, 0.0), keys, seen.long(), by_any.long(), total
 
 
 def pooled_map(call: Call, rows: int, cols: int, lse: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Heads {
       const flag = layer.flags[head] ? `: ${layer.flags[head]}` : "";
       button.type = "button";
       button.setAttribute("role", "radio");
-      button.setAttribute("aria-label", `layer ${layer.name}, ${headName(layer, head)}${flag}`);
+      button.setAttribute("aria-label", `${layer.name}, ${headName(layer, head)}${flag}`);
       button.title = button.getAttribute("aria-label");
       button.append(element("canvas"), element("small", "", head < 0 ? "mean" : head));
       button.onclick = event => choose(number, head, event.shiftKey);
@@ -98,8 +98,9 @@ function mapFigure(side, example, query, ramp, colour, tell, choose) {
   };
   canvas.onpointermove = event => tell(cellWords(layer, map, ...cellAt(event)));
   canvas.onclick = event => choose(cellSpan(cellAt(event)[0], layer.rows, layer.seqlenQ)[0]);
-  axis.append(element("span", "", "key 0"), element("span", "", `queries downwards, 0 to ${layer.seqlenQ - 1}`),
-    element("span", "", `key ${layer.seqlenK - 1}`));
+  const queries = element("span", "", "queries ↓");
+  queries.append(element("span", "range", ` 0 to ${layer.seqlenQ - 1}`));   // too wide for two maps
+  axis.append(element("span", "", "key 0"), queries, element("span", "", `key ${layer.seqlenK - 1}`));
   const frame = element("div", "frame");
   frame.append(canvas, rowFrame(Math.floor(query * layer.rows / layer.seqlenQ), layer.rows));
   figure.append(element("figcaption", "", `${layer.name} · ${headName(layer, side.head)}`), frame, axis);

@@ -179,6 +179,16 @@ function paintPlaces(keys, rows) {
     to: texts.keys.to, token: keyPosition(), rows, marks: matches, colour: state.colour});
 }
 
+// After a link that names a token: scrolls to it where it is out of sight, or behind the answer.
+function reveal() {
+  const {offset} = index.layers[state.layer];
+  const span = offset === null ? texts.queries.span(state.token) : texts.keys.span(keyPosition());
+  if (!held || !span) return;
+  const box = span.getBoundingClientRect(), answer = by("right").getBoundingClientRect();
+  const below = answer.left < box.right ? answer.top : innerHeight;   // the answer is over the text
+  if (box.top < 0 || box.bottom > Math.min(below, innerHeight)) span.scrollIntoView({block: "center"});
+}
+
 function hold(query) {
   const layer = index.layers[state.layer];
   state.token = Math.max(0, Math.min(query, layer.seqlenQ - 1));
@@ -299,6 +309,7 @@ by("theme").onclick = () => {
 };
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setup());
 addEventListener("resize", () => paint());
-addEventListener("hashchange", () => { readLink(); setup(); });
+addEventListener("hashchange", () => { readLink(); setup(); reveal(); });
 readLink();
 setup();
+reveal();

@@ -1,0 +1,18 @@
+"""Triton kernels with one bug planted in their text."""
+
+import importlib.util
+from types import ModuleType
+
+from repository import ROOT
+
+
+def planted(kernels: str, before: str, after: str, folder) -> ModuleType:
+    """The module triton_kernels/kernels/`kernels`.py with `after` in the one place of `before`."""
+    text = (ROOT / "triton_kernels" / "kernels" / f"{kernels}.py").read_text()
+    assert text.count(before) == 1, f"{kernels}.py has {text.count(before)} times {before!r}"
+    path = folder / "planted.py"  # Triton reads the text of a kernel from its file
+    path.write_text(text.replace(before, after))
+    spec = importlib.util.spec_from_file_location("planted", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

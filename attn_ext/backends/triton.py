@@ -19,6 +19,7 @@ from attn_ext.core.schema import Call
 MAX_HEAD_DIM = 256
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
+FRAMES = True
 MAPS = ("top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 MAX_TOP_K = 64  # keys a query that its kernel keeps in registers
 OLDEST = (3, 6)
@@ -104,6 +105,21 @@ def backward(call: Call, dout, out, lse, dlse, needs):
 
     launch = backward if call.w is None else additive
     return launch.backward(call, dout, out, lse, dlse, needs)
+
+
+def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O, LSE) of these keys alone, both in float32.  The call has no sink."""
+    from attn_ext.triton_kernels.launch import attention
+
+    return attention.forward(call._replace(need_stats=False), partial=True)[:2]
+
+
+def backward_partial(call: Call, dout, delta, lse, needs):
+    """What these keys add to the gradients of q, k, v and the bias, in float32; delta and LSE are
+    those of whole rows."""
+    from attn_ext.triton_kernels.launch import backward
+
+    return backward.backward(call, dout, None, lse, delta, needs)
 
 
 def inspect_top_k(call: Call, n: int, lse):

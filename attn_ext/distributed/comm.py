@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -66,8 +67,11 @@ def one_group(mesh, name: str = "mesh") -> dist.ProcessGroup:
 
 
 LOOK = timedelta(seconds=0.2)  # after so long a wait a rank looks whether another has given up
+# and after so long a wait whether one refused its next call: this one may yet come to its end
+PATIENCE = 4.0
 _GIVEN_UP = "attn_ext/given up"  # a key of a group's store: the first rank that has, and why
-_broken: dict[str, tuple[int, str]] = {}  # the groups that have ended here: (rank, why)
+# The groups that have ended here: (group, rank, why).  A name may come again, for another group.
+_broken: dict[str, tuple[weakref.ref, int, str]] = {}
 
 
 class _GivenUp(RuntimeError):
@@ -92,24 +96,32 @@ def announced(groups: Sequence) -> Iterator[None]:
         text = (str(error).strip().splitlines() or [""])[0]
         why = f"rank {dist.get_rank()} gave up, {type(error).__name__}: {text[:300]}"
         for group in groups:
-            _broken.setdefault(group.group_name, (dist.get_rank(), why))
+            _broken[group.group_name] = (weakref.ref(group), dist.get_rank(), why)
             with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever waits
                 _store(group).compare_set(_GIVEN_UP, "", f"{dist.get_rank()} {why}")
         raise
 
 
-def _look(group) -> None:
-    """_GivenUp where a rank has told this group that it left a call."""
-    store = _store(group)
+def _look(group, begun: float) -> None:
+    """_GivenUp where a rank has told this group that it left a call, or refused the one that this
+    rank has waited in since `begun`."""
+    store, number = _store(group), _rounds.get(group.group_name, 0)
     if store.check([_GIVEN_UP]):
         rank, why = store.get(_GIVEN_UP).decode().split(" ", 1)
         raise _GivenUp(int(rank), why)
+    if time.monotonic() - begun < PATIENCE:
+        return
+    for rank in range(size_of(group)):
+        key = _key(number, rank)
+        if rank != rank_of(group) and store.check([key]) and store.get(key).endswith(_REFUSED):
+            why = "it refused its own call, and its error says why"
+            raise _GivenUp(dist.get_global_rank(group, rank), why)
 
 
 def _begin(group, hop: str) -> None:
     """ContextParallelError where the group has ended here before."""
-    if group.group_name in _broken:
-        rank, why = _broken[group.group_name]
+    of, rank, why = _broken.get(group.group_name, (lambda: None, 0, ""))
+    if of() is group:
         why = f"its process group ended with a call before ({why}); make another one"
         raise ContextParallelError(dist.get_rank(), rank, hop, 0.0, why)
 
@@ -137,6 +149,7 @@ def _finish(work, group) -> None:
     if dist.get_backend(group) != "gloo":
         work.wait()
         return
+    begun = time.monotonic()
     while True:
         try:
             work.wait(LOOK)
@@ -145,7 +158,7 @@ def _finish(work, group) -> None:
             if work.is_completed():
                 work.wait()  # raises what it failed with, if it did
                 return
-            _look(group)
+            _look(group, begun)
 
 
 def _lost(group, source, hop, begun, error) -> ContextParallelError:
@@ -231,21 +244,22 @@ def add_up(x: torch.Tensor, group, hop: str) -> torch.Tensor:
 
 
 _rounds: dict[str, int] = {}  # how many rows a rank has written in a group
+_REFUSED = b" refused"  # after the row of a rank that reads none
 
 
-def _write(row: Sequence[int], group) -> tuple:
+def _write(row: Sequence[int], group, refused: bytes = b"") -> tuple:
     """(store, number of the round) in which this rank's row now stands."""
     store = _store(group)
     number = _rounds.get(group.group_name, 0)
     _rounds[group.group_name] = number + 1
-    store.set(_key(number, rank_of(group)), " ".join(map(str, row)))
+    store.set(_key(number, rank_of(group)), " ".join(map(str, row)) + refused.decode())
     return store, number
 
 
 def say(row: Sequence[int], group) -> None:
     """A row for those who make a table now; this rank reads none."""
     try:
-        _write(row, group)
+        _write(row, group, _REFUSED)
     except RuntimeError:
         return  # the store is gone, and with it whoever waits; the caller raises what went wrong
 
@@ -260,7 +274,8 @@ def table(row: Sequence[int], group, hop: str) -> list[list[int]]:
     try:
         store, number = _write(row, group)
         for peer in range(size_of(group)):
-            found.append(list(map(int, _read(store, _key(number, peer), group).split())))
+            text = _read(store, _key(number, peer), group).removesuffix(_REFUSED)
+            found.append(list(map(int, text.split())))
         if number > 1:  # all have written in this round, so none reads that one any more
             store.delete_key(_key(number - 2, own))
     except RuntimeError as error:
@@ -270,13 +285,14 @@ def table(row: Sequence[int], group, hop: str) -> list[list[int]]:
 
 def _read(store, key: str, group) -> bytes:
     """What stands there, once it does; the store's timeout is the longest wait."""
-    end = time.monotonic() + store.timeout.total_seconds()
+    begun = time.monotonic()
+    end = begun + store.timeout.total_seconds()
     while True:
         try:
             store.wait([key], LOOK)
             return store.get(key)
         except dist.DistStoreError:
-            _look(group)
+            _look(group, begun)
             if time.monotonic() > end:
                 raise
 

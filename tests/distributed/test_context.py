@@ -65,6 +65,12 @@ def test_shards_agree_with_one_process(found, case):
     assert max(of(found, "agrees", parts, tuple(rest))) <= SHARDS[torch.float32]
 
 
+def test_eight_ranks():
+    """A ring that is longer than any other test's: a rank with four tokens, or none."""
+    found = ranks.run_alone("context_cases", "eight", 8, 60, limit=150, lost=0)
+    assert len(found) == 8 and max(found.values()) <= SHARDS[torch.float32]
+
+
 def test_float64(found):
     """A number that goes through float32 on its way."""
     case = ("ring", "zigzag", (67,), SOME, "float64")

@@ -1,7 +1,7 @@
-"""The Triton kernels of additive and sigmoid attention and of attn_ext.inspect compile for absent
-GPUs: without spills (sigmoid: few in the hot loop), within shared memory, with tensor cores for
-products of matrices.  What was seen of these sources (tests/helpers/seen.py) is compiled again in
-turn only.
+"""The Triton kernels of additive and sigmoid attention, of shards of larger calls and of
+attn_ext.inspect compile for absent GPUs: without spills (sigmoid: few in the hot loop), within
+shared memory, with tensor cores for products of matrices.  What was seen of these sources
+(tests/helpers/seen.py) is compiled again in turn only.
 """
 
 import os
@@ -50,6 +50,11 @@ def sigmoid(call):
     out, lse, _, _ = launch.forward(call)
     launch_backward.backward(call, out, out, lse, None, needs_of(call))
 
+def shards(call):
+    call = call._replace(frame=torch.zeros(2, 6, dtype=torch.int32), window_left=30)
+    out, lse, _, _ = launch.forward(call, partial=True)
+    launch_backward.backward(call, out.to(call.q.dtype), None, lse, lse, needs_of(call))
+
 def look(call):
     call = call._replace(v=call.k[..., :1], rng_state=None, dropout_p=0.0)
     lse = torch.zeros(call.q.shape[:3])
@@ -57,7 +62,8 @@ def look(call):
     inspect_launch.top_k(call, 16, lse)
     inspect_launch.pooled_map(call, 64, 64, lse)
 
-families = {additive: calls, sigmoid: ["128"], look: ["128", "features"]}
+families = {additive: calls, sigmoid: ["128"], shards: ["64", "128", "features"]}
+families[look] = ["128", "features"]
 for family, names in families.items():
     for name in names:
         launch.run = functools.partial(run, f"{family.__name__} {name}")

@@ -109,11 +109,15 @@ def _heads_to_rows(x, heads, name):
 
 
 def _shared_seed(state, group):
-    return comm.broadcast(state.clone(), comm.by_name(group), "dropout's seed")
+    group = comm.by_name(group)
+    with comm.announced([group]):
+        return comm.broadcast(state.clone(), group, "dropout's seed")
 
 
 def _group_sum(x, group):
-    return comm.add_up(x.clone(), comm.by_name(group), "the sum of losses")
+    group = comm.by_name(group)
+    with comm.announced([group]):
+        return comm.add_up(x.clone(), group, "the sum of losses")
 
 
 for _device in ("CPU", "CUDA"):

@@ -40,6 +40,7 @@ class FarRows {
 
   // Finds them, for a panel with any() and several blocks of keys.
   ATTN_NOINLINE void find(const Sequence& seq, const Rows& r) {
+    [[maybe_unused]] typename Op::PerThread held;
     T* base = begin_panel(r);
     T *inverse = base + kPanel, sum[kPanel];
     const T ninf = -std::numeric_limits<T>::infinity();

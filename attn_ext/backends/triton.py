@@ -119,6 +119,7 @@ def backward_partial(call: Call, dout, delta, lse, needs):
     those of whole rows."""
     from attn_ext.triton_kernels.launch import backward
 
+    needs = needs._replace(sink=False, w=False)  # no part has them
     return backward.backward(call, dout, None, lse, delta, needs)
 
 

@@ -52,12 +52,19 @@ def merged(call: Call, rows: slice, cuts) -> tuple:
     return out, lse
 
 
-def check_shards(backend: str, feature: str, whole: int, rows: slice, width: int, seen=3) -> None:
+def check_shards(
+    backend: str, feature: str, whole: int, rows: slice, width: int, seen=3, heads=(4, 2)
+) -> None:
     """Forward and backward of the queries `rows` of a call of `whole` positions, by shards of
     `width` keys (of single keys: the last 40, beside the rest at once), of which the gradients of
-    some `seen` are looked at."""
+    some `seen` are looked at.  heads: of q and of k, and as many batch elements as of k."""
     call = random_call(
-        batch=2, heads_q=4, heads_k=2, seqlen_q=whole, seqlen_k=whole, **FEATURES[feature]
+        batch=heads[1],
+        heads_q=heads[0],
+        heads_k=heads[1],
+        seqlen_q=whole,
+        seqlen_k=whole,
+        **FEATURES[feature],
     )._replace(backend=backend)
     first = 0 if width != 1 else whole - 40
     cuts = [slice(0, first)] * bool(first)

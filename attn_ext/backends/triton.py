@@ -19,6 +19,7 @@ from attn_ext.core.schema import Call
 MAX_HEAD_DIM = 256
 NORMALIZERS = ("softmax", "sigmoid")
 SCORES = ("dot", "additive")
+FRAMES = True
 MAPS = ("top_k", "mean_top_k", "column_mass", "pooled_map")  # of attn_ext.inspect
 MAX_TOP_K = 64  # keys a query that its kernel keeps in registers
 OLDEST = (3, 6)
@@ -112,6 +113,22 @@ def decode_int8(call: Call, k_factors, v_factors, dtype):
     from attn_ext.triton_kernels.launch import decode_int8
 
     return decode_int8.forward(call, k_factors, v_factors, dtype)
+
+
+def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O, LSE) of these keys alone, both in float32.  The call has no sink."""
+    from attn_ext.triton_kernels.launch import attention
+
+    return attention.forward(call._replace(need_stats=False), partial=True)[:2]
+
+
+def backward_partial(call: Call, dout, delta, lse, needs):
+    """What these keys add to the gradients of q, k, v and the bias, in float32; delta and LSE are
+    those of whole rows."""
+    from attn_ext.triton_kernels.launch import backward
+
+    needs = needs._replace(sink=False, w=False)  # no part has them
+    return backward.backward(call, dout, None, lse, delta, needs)
 
 
 def inspect_top_k(call: Call, n: int, lse):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
+from attn_ext.backends import registry
 from attn_ext.core import validate
 from attn_ext.core.schema import Call
 from attn_ext.distributed import agree, comm, model, operators, plan
@@ -13,7 +15,7 @@ from attn_ext.distributed.heads import Heads
 from attn_ext.distributed.layout import Layout
 from attn_ext.distributed.local import Scalars
 from attn_ext.functional import common
-from attn_ext.ops import route
+from attn_ext.ops import parts, route
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,8 +69,14 @@ def groups_of(mesh, method: str) -> tuple:
 
 
 def refuse(mesh, method: str) -> None:
-    """Tells the other ranks of a mesh that this one's call is wrong, wherever that was found."""
-    agree.refuse(groups_of(mesh, method))
+    """Tells the other ranks of a mesh that this one's call is wrong, wherever that was found: in
+    the mesh or the method, too."""
+    try:
+        every = groups_of(mesh, method)
+    except (ValueError, TypeError):
+        of_mesh = getattr(mesh, "get_all_groups", lambda: ())
+        every = (mesh,) if isinstance(mesh, ProcessGroup) else tuple(of_mesh())
+    agree.refuse(every)
 
 
 def _placed(layout: Layout, groups, method: str, sizes) -> _Groups:
@@ -120,9 +128,9 @@ def prepare(
     shapes of mask and bias, or None; wanted: which of q, k, v, bias and sink want gradients;
     keep: a compiled graph will hold the names; firsts: batch element and head of the larger call
     that these are of."""
-    every = groups_of(mesh, method)
     q, k, _ = shapes
     try:
+        every = groups_of(mesh, method)
         sizes = model.Sizes(
             q[0], q[1], k[1], layout.seqlen, q[3], dtype[0].itemsize, layout.parts, bool(causal),
             device[0].type,
@@ -137,8 +145,8 @@ def prepare(
             raise ValueError(f"q must have batch size 1 with a packed layout, got {q[0]}")
         if grad_comm_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"grad_comm_dtype must be a 16 or 32 bit float, got {grad_comm_dtype}")
-    except (ValueError, TypeError):
-        agree.refuse(every)
+    except Exception:
+        refuse(mesh, method)
         raise
     lengths = groups.lengths(layout)
     heads = q[1] // groups.across
@@ -149,7 +157,8 @@ def prepare(
     )  # fmt: skip
     inner = layout.grouped(groups.across)
     ring = "" if groups.ring is None else groups.ring.group_name
-    ours = plan.Plan(inner, ring, groups.method, numbers, grad_comm_dtype)
+    names = tuple(g.group_name for g in groups.all)
+    ours = plan.Plan(inner, ring, groups.method, numbers, grad_comm_dtype, names)
     signature = plan.Plan(layout, "", groups.method, numbers, grad_comm_dtype).signature()
     options = agree_on(signature, sides)
     own_rows = agree.check(groups.all, shapes, dtype[0], options, lengths, scores, wanted)
@@ -158,7 +167,6 @@ def prepare(
         first = groups.ring_rank * groups.across
         exchange = Heads(layout, groups.ulysses.group_name, first).name(keep)
     alone = layout.lengths if groups.ring is None else None
-    names = tuple(g.group_name for g in groups.all)
     place = (first_h, heads)
     return Prepared(plan.name_of(ours, keep), exchange, place, names, alone, align, own_rows)
 
@@ -224,8 +232,9 @@ def placed_attention(
         softcap, dropout_p, _ = validate.scalars(softcap, dropout_p, scale)
         window = validate.window_pair(window)
         sides = _sides(q, layout, mask, bias, alibi_slopes, sink)
+        _refuse_backend(q, k, v, sides, softcap, dropout_p, deterministic, backend)
         operators.refuse_forward_mode(q, k, v, *sides)
-    except (ValueError, TypeError, NotImplementedError):
+    except Exception:
         refuse(mesh, method)
         raise
     prepared = prepare(
@@ -242,7 +251,11 @@ def placed_attention(
         state = common.draw_rng_state(q)
         for group in prepared.groups:
             state = torch.ops.attn_ext.shared_seed(state, group)
-    out, lse = _run(q, k, v, (*sides, state), prepared)
+    if torch.compiler.is_compiling():  # in whose graph each operator tells the others by itself
+        out, lse = _run(q, k, v, (*sides, state), prepared)
+    else:
+        with comm.announced([comm.by_name(name) for name in prepared.groups]):
+            out, lse = _run(q, k, v, (*sides, state), prepared)
     return (out, lse) if return_lse else out
 
 
@@ -274,6 +287,22 @@ def _sides(q, layout, mask, bias, alibi_slopes, sink) -> tuple:
     if sink is not None:
         sink = validate.sink_logits(sink, q.device, q.dtype, heads)
     return mask, bias, alibi_slopes, sink
+
+
+def _refuse_backend(q, k, v, sides, softcap, dropout_p, deterministic, backend) -> None:
+    """NotImplementedError where the backend that was named cannot serve such a call; found before
+    data moves, it leaves the ranks in step."""
+    named = isinstance(backend, str) and backend not in registry.CHOICES
+    if not named or torch.compiler.is_compiling():
+        return
+    mask, bias, slopes, _ = sides
+    parts.server(
+        Call(
+            q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, softcap=softcap,
+            dropout_p=dropout_p, deterministic=deterministic, backend=backend,
+            max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2], grad=route.wants_grad(q, k, v, bias),
+        )
+    )  # fmt: skip
 
 
 def _run(q, k, v, sides, prepared: Prepared) -> tuple:

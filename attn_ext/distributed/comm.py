@@ -3,12 +3,19 @@
 A hop is a permutation: every rank sends one buffer to `dest` and gets one from `source`, of a
 length that both know.  On gloo that is an uneven all_to_all, which is quicker than its
 point-to-point operations; on NCCL a batch of these.
+
+A rank whose call raises says so in the group's store.  The others, who wait for what it will never
+send, look there while they wait, and end by an error that names it.  Afterwards its group is of no
+use: ranks are at different places, and what one sends another would take for something else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -59,6 +66,66 @@ def one_group(mesh, name: str = "mesh") -> dist.ProcessGroup:
     return mesh.get_group()
 
 
+LOOK = timedelta(seconds=0.2)  # after so long a wait a rank looks whether another has given up
+# and after so long a wait whether one refused its next call: this one may yet come to its end
+PATIENCE = 4.0
+_GIVEN_UP = "attn_ext/given up"  # a key of a group's store: the first rank that has, and why
+# The groups that have ended here: (group, rank, why).  A name may come again, for another group.
+_broken: dict[str, tuple[weakref.ref, int, str]] = {}
+
+
+class _GivenUp(RuntimeError):
+    """Another rank has left a call that this one is in."""
+
+    def __init__(self, rank: int, why: str):
+        self.rank = rank
+        super().__init__(why)
+
+
+def _store(group):
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
+@contextlib.contextmanager
+def announced(groups: Sequence) -> Iterator[None]:
+    """Work of a call that the other ranks of these groups take part in: where it raises, they are
+    told."""
+    try:
+        yield
+    except BaseException as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        why = f"rank {dist.get_rank()} gave up, {type(error).__name__}: {text[:300]}"
+        for group in groups:
+            _broken[group.group_name] = (weakref.ref(group), dist.get_rank(), why)
+            with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever waits
+                _store(group).compare_set(_GIVEN_UP, "", f"{dist.get_rank()} {why}")
+        raise
+
+
+def _look(group, begun: float) -> None:
+    """_GivenUp where a rank has told this group that it left a call, or refused the one that this
+    rank has waited in since `begun`."""
+    store, number = _store(group), _rounds.get(group.group_name, 0)
+    if store.check([_GIVEN_UP]):
+        rank, why = store.get(_GIVEN_UP).decode().split(" ", 1)
+        raise _GivenUp(int(rank), why)
+    if time.monotonic() - begun < PATIENCE:
+        return
+    for rank in range(size_of(group)):
+        key = _key(number, rank)
+        if rank != rank_of(group) and store.check([key]) and store.get(key).endswith(_REFUSED):
+            why = "it refused its own call, and its error says why"
+            raise _GivenUp(dist.get_global_rank(group, rank), why)
+
+
+def _begin(group, hop: str) -> None:
+    """ContextParallelError where the group has ended here before."""
+    of, rank, why = _broken.get(group.group_name, (lambda: None, 0, ""))
+    if of() is group:
+        why = f"its process group ended with a call before ({why}); make another one"
+        raise ContextParallelError(dist.get_rank(), rank, hop, 0.0, why)
+
+
 class Waiting:
     """Operations that have begun."""
 
@@ -71,14 +138,32 @@ class Waiting:
         """Until all have ended; ContextParallelError where one does not."""
         try:
             for work in self.works:
-                work.wait()
+                _finish(work, self.group)
         except RuntimeError as error:
             raise _lost(self.group, self.source, self.hop, self.begun, error) from error
         self.works, self.keep = (), ()
 
 
+def _finish(work, group) -> None:
+    """Waits for an operation.  On gloo it is the host that waits, and can look around."""
+    if dist.get_backend(group) != "gloo":
+        work.wait()
+        return
+    begun = time.monotonic()
+    while True:
+        try:
+            work.wait(LOOK)
+            return
+        except RuntimeError:  # it lasts longer, or has failed
+            if work.is_completed():
+                work.wait()  # raises what it failed with, if it did
+                return
+            _look(group, begun)
+
+
 def _lost(group, source, hop, begun, error) -> ContextParallelError:
     peer = None if source is None else dist.get_global_rank(group, source)
+    peer = error.rank if isinstance(error, _GivenUp) else peer
     why = str(error).strip().splitlines()
     seconds = time.monotonic() - begun
     return ContextParallelError(dist.get_rank(), peer, hop, seconds, why[0] if why else "")
@@ -91,6 +176,7 @@ def _on_gloo(x: torch.Tensor, group) -> bool:
 def permute(send, recv, dest: int, source: int, group, hop: str) -> Waiting:
     """Begins to send one flat buffer to rank `dest` of the group and to fill another from rank
     `source`."""
+    _begin(group, hop)
     begun = time.monotonic()
     try:
         if _on_gloo(send, group):
@@ -116,12 +202,23 @@ def _point_to_point(send, recv, dest: int, source: int, group) -> list:
 def all_to_all(send, lengths_out: Sequence[int], lengths_in: Sequence[int], group, hop: str):
     """A flat buffer whose parts go to the ranks in turn; returns what came, in the ranks' order."""
     recv = send.new_empty(sum(lengths_in))
+    lengths = list(lengths_in), list(lengths_out)
+    _collective(
+        lambda: dist.all_to_all_single(recv, send, *lengths, group=group, async_op=True),
+        group, None, hop,
+    )  # fmt: skip
+    return recv
+
+
+def _collective(begin, group, source: int | None, hop: str) -> None:
+    """An operation of all ranks of the group that `begin` begins, to its end."""
+    _begin(group, hop)
     begun = time.monotonic()
     try:
-        dist.all_to_all_single(recv, send, list(lengths_in), list(lengths_out), group=group)
+        works = [begin()]
     except RuntimeError as error:
-        raise _lost(group, None, hop, begun, error) from error
-    return recv
+        raise _lost(group, source, hop, begun, error) from error
+    Waiting(works, group, source, hop).wait()
 
 
 def gather_rows(rows: torch.Tensor, lengths: Sequence[int], group, hop: str = "a gather"):
@@ -135,40 +232,34 @@ def gather_rows(rows: torch.Tensor, lengths: Sequence[int], group, hop: str = "a
 
 def broadcast(x: torch.Tensor, group, hop: str) -> torch.Tensor:
     """x of the group's rank 0, in place."""
-    begun = time.monotonic()
-    try:
-        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
-    except RuntimeError as error:
-        raise _lost(group, 0, hop, begun, error) from error
+    first = dist.get_global_rank(group, 0)
+    _collective(lambda: dist.broadcast(x, first, group=group, async_op=True), group, 0, hop)
     return x
 
 
 def add_up(x: torch.Tensor, group, hop: str) -> torch.Tensor:
     """The sum of x over the ranks, in place."""
-    begun = time.monotonic()
-    try:
-        dist.all_reduce(x, group=group)
-    except RuntimeError as error:
-        raise _lost(group, None, hop, begun, error) from error
+    _collective(lambda: dist.all_reduce(x, group=group, async_op=True), group, None, hop)
     return x
 
 
 _rounds: dict[str, int] = {}  # how many rows a rank has written in a group
+_REFUSED = b" refused"  # after the row of a rank that reads none
 
 
-def _write(row: Sequence[int], group) -> tuple:
+def _write(row: Sequence[int], group, refused: bytes = b"") -> tuple:
     """(store, number of the round) in which this rank's row now stands."""
-    store = dist.distributed_c10d._get_process_group_store(group)
+    store = _store(group)
     number = _rounds.get(group.group_name, 0)
     _rounds[group.group_name] = number + 1
-    store.set(_key(number, rank_of(group)), " ".join(map(str, row)))
+    store.set(_key(number, rank_of(group)), " ".join(map(str, row)) + refused.decode())
     return store, number
 
 
 def say(row: Sequence[int], group) -> None:
     """A row for those who make a table now; this rank reads none."""
     try:
-        _write(row, group)
+        _write(row, group, _REFUSED)
     except RuntimeError:
         return  # the store is gone, and with it whoever waits; the caller raises what went wrong
 
@@ -176,18 +267,34 @@ def say(row: Sequence[int], group) -> None:
 def table(row: Sequence[int], group, hop: str) -> list[list[int]]:
     """The row of integers of every rank of the group, by the group's store: what a rank that is out
     of step writes there can never be taken for data, and a rank that is missing has a name."""
+    _begin(group, hop)
     own = rank_of(group)
     begun, peer = time.monotonic(), own
     found = []
     try:
         store, number = _write(row, group)
         for peer in range(size_of(group)):
-            found.append(list(map(int, store.get(_key(number, peer)).split())))
+            text = _read(store, _key(number, peer), group).removesuffix(_REFUSED)
+            found.append(list(map(int, text.split())))
         if number > 1:  # all have written in this round, so none reads that one any more
             store.delete_key(_key(number - 2, own))
     except RuntimeError as error:
         raise _lost(group, peer, hop, begun, error) from error
     return found
+
+
+def _read(store, key: str, group) -> bytes:
+    """What stands there, once it does; the store's timeout is the longest wait."""
+    begun, pause = time.monotonic(), 1e-4
+    while not store.check([key]):  # its own wait with a time limit logs each as a warning
+        waited = time.monotonic() - begun
+        if waited > store.timeout.total_seconds():
+            raise RuntimeError(f"nothing was said within {waited:.0f} s")
+        if waited > LOOK.total_seconds():
+            _look(group, begun)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    return store.get(key)
 
 
 def _key(number: int, rank: int) -> str:

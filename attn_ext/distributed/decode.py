@@ -66,7 +66,7 @@ def context_decode(
         max_seqlen_q=new, max_seqlen_k=k_shard.shape[2], scale=scale, softcap=softcap,
         window_left=left, window_right=right, backend=backend,
     )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), comm.announced([group]):
         out, lse = _merged(*parts.forward_partial(call), group)
         if sink is not None:
             local.add_sink(out, lse, sink)

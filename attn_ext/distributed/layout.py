@@ -179,7 +179,8 @@ class Layout:
         lengths = [self.length(r) for r in range(self.parts)]
         width = math.prod(moved.shape[1:])
         agree.alike(group, "unshard", {"numbers of a position": width}, x.dtype, self.fingerprint)
-        rows = comm.gather_rows(moved.reshape(own, width), lengths, group)
+        with comm.announced([group]):
+            rows = comm.gather_rows(moved.reshape(own, width), lengths, group)
         whole = torch.empty_like(rows)
         whole[torch.cat([self.indices(r, x.device) for r in range(self.parts)])] = rows
         return whole.view(self.seqlen, *moved.shape[1:]).movedim(0, dim)

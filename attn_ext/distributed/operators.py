@@ -60,29 +60,31 @@ def _worker(ours, q, k, v, sides):
 
 def _forward(q, k, v, mask, bias, alibi_slopes, sink, rng_state, name):
     ours, sides = plan.by_name(name), local.Sides(mask, bias, alibi_slopes, rng_state)
-    out, lse = local.no_rows(q, v)
-    _worker(ours, q, k, v, sides).forward(out, lse)
-    if sink is not None:
-        local.add_sink(out, lse, sink)
-    return empty_like_layout(q, v.shape[-1]).copy_(out), lse
+    with comm.announced(ours.groups()):
+        out, lse = local.no_rows(q, v)
+        _worker(ours, q, k, v, sides).forward(out, lse)
+        if sink is not None:
+            local.add_sink(out, lse, sink)
+        return empty_like_layout(q, v.shape[-1]).copy_(out), lse
 
 
 def _backward(
     dout, dlse, out, lse, q, k, v, mask, bias, alibi_slopes, sink, rng_state, name, bias_grad
 ):
     ours, sides = plan.by_name(name), local.Sides(mask, bias, alibi_slopes, rng_state)
-    wide = lse.dtype
-    delta = (dout.to(wide) * out.to(wide)).sum(-1)
-    delta = delta if dlse is None else delta - dlse
-    dq = torch.zeros_like(q, dtype=wide)
-    dbias = torch.zeros_like(bias, dtype=wide) if bias_grad else None
-    dk, dv = _worker(ours, q, k, v, sides).backward(dout, delta, lse, dq, dbias)
-    dsink = None if sink is None else local.sink_gradient(sink, lse, delta)
-    made = _gradients(q, k, v, bias, sink, bias_grad)
-    for into, grad in zip(made, (dq, dk, dv, dbias, dsink), strict=True):
-        if grad is not None:
-            into.copy_(grad)
-    return made
+    with comm.announced(ours.groups()):
+        wide = lse.dtype
+        delta = (dout.to(wide) * out.to(wide)).sum(-1)
+        delta = delta if dlse is None else delta - dlse
+        dq = torch.zeros_like(q, dtype=wide)
+        dbias = torch.zeros_like(bias, dtype=wide) if bias_grad else None
+        dk, dv = _worker(ours, q, k, v, sides).backward(dout, delta, lse, dq, dbias)
+        dsink = None if sink is None else local.sink_gradient(sink, lse, delta)
+        made = _gradients(q, k, v, bias, sink, bias_grad)
+        for into, grad in zip(made, (dq, dk, dv, dbias, dsink), strict=True):
+            if grad is not None:
+                into.copy_(grad)
+        return made
 
 
 def _gradients(q, k, v, bias, sink, bias_grad) -> tuple:
@@ -94,19 +96,35 @@ def _gradients(q, k, v, bias, sink, bias_grad) -> tuple:
     )
 
 
+def _rows_to_heads(x, heads, name):
+    ours = Heads.of(name)
+    with comm.announced([comm.by_name(ours.group)]):
+        return ours.to_heads(x)
+
+
+def _heads_to_rows(x, heads, name):
+    ours = Heads.of(name)
+    with comm.announced([comm.by_name(ours.group)]):
+        return ours.to_rows(x, heads)
+
+
 def _shared_seed(state, group):
-    return comm.broadcast(state.clone(), comm.by_name(group), "dropout's seed")
+    group = comm.by_name(group)
+    with comm.announced([group]):
+        return comm.broadcast(state.clone(), group, "dropout's seed")
 
 
 def _group_sum(x, group):
-    return comm.add_up(x.clone(), comm.by_name(group), "the sum of losses")
+    group = comm.by_name(group)
+    with comm.announced([group]):
+        return comm.add_up(x.clone(), group, "the sum of losses")
 
 
 for _device in ("CPU", "CUDA"):
     lib.impl("context", _forward, _device)
     lib.impl("context_backward", _backward, _device)
-    lib.impl("rows_to_heads", lambda x, heads, name: Heads.of(name).to_heads(x), _device)
-    lib.impl("heads_to_rows", lambda x, heads, name: Heads.of(name).to_rows(x, heads), _device)
+    lib.impl("rows_to_heads", _rows_to_heads, _device)
+    lib.impl("heads_to_rows", _heads_to_rows, _device)
     lib.impl("shared_seed", _shared_seed, _device)
     lib.impl("group_sum", _group_sum, _device)
 

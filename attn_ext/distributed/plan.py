@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_ext.distributed import comm
 from attn_ext.distributed.layout import Layout
 from attn_ext.distributed.local import Scalars, Sides
 from attn_ext.distributed.names import Names
@@ -22,6 +23,11 @@ class Plan:
     method: str  # "ring" or "allgather"
     scalars: Scalars
     grad_comm_dtype: torch.dtype
+    told: tuple[str, ...] = ()  # the names of all groups of the call, beside `group`
+
+    def groups(self) -> list:
+        """All groups whose ranks wait for this one."""
+        return [comm.by_name(name) for name in {self.group, *self.told} if name]
 
     def rules(self, sides: Sides) -> Rules:
         """What decides about pieces."""
@@ -48,5 +54,5 @@ by_name = _plans.get
 
 def name_of(plan: Plan, keep: bool = False) -> str:
     """The plan's name in this process, under which `by_name` finds it; keep: for ever."""
-    text = f"{plan.signature()} {plan.group} {plan.scalars}"
+    text = f"{plan.signature()} {plan.group} {plan.scalars} {plan.told}"
     return _plans.put(hashlib.sha256(text.encode()).hexdigest()[:32], plan, keep)

@@ -7,7 +7,7 @@ import pytest
 import ranks
 import torch
 from closeness import BF16_SHARDS, SHARDS
-from context_cases import FEATURES
+from context_cases import FEATURES, GIVES_UP
 from ranks import of
 
 EVERY = tuple(FEATURES)
@@ -63,6 +63,12 @@ def test_shards_agree_with_one_process(found, case):
     """out, lse and each gradient, with every feature."""
     parts, *rest = case
     assert max(of(found, "agrees", parts, tuple(rest))) <= SHARDS[torch.float32]
+
+
+def test_eight_ranks():
+    """A ring that is longer than any other test's: a rank with four tokens, or none."""
+    found = ranks.run_alone("context_cases", "eight", 8, 60, limit=150, lost=0)
+    assert len(found) == 8 and max(found.values()) <= SHARDS[torch.float32]
 
 
 def test_float64(found):
@@ -141,3 +147,26 @@ def test_a_lost_rank_is_an_error(name, seconds, most):
         "context_cases", name, 3, seconds, limit=150
     ).items():
         assert waited <= most and hop != "no error", (rank, waited, peer, hop)
+
+
+def test_a_rank_that_gives_up_is_named():
+    """A rank whose kernel raises when all have agreed: the others wait for the group's timeout, and
+    the error names the wrong rank, or none."""
+    found = ranks.run_alone("context_cases", "gives_up", 4, 40, limit=150, lost=0)
+    for at, (direction, method) in enumerate(GIVES_UP):
+        for rank, cases in found.items():
+            waited, peer, text, again = cases[at]
+            where = (direction, method, rank, waited, peer, text, again)
+            if direction == "drawing" and rank == 3:  # it alone: the others have agreed before
+                assert text.startswith("MemoryError") and again.startswith("MemoryError"), where
+            elif direction == "drawing":
+                assert "refused its own call" in text and waited < 6, where
+                assert peer == 3 or "rank 3" in text, where
+                assert "make another one" in again, where
+            elif rank == 3:
+                assert text.startswith("MemoryError") and "make another one" in again, where
+            else:
+                assert peer == 3 or "rank 3" in text, where
+                assert text.startswith("ContextParallelError") and "gave up" in text, where
+                assert "no room for this rank's part" in text and waited < 2, where
+                assert "make another one" in again, where

@@ -3,56 +3,15 @@
 import pytest
 import torch
 from closeness import BF16_WEIGHTS, SHARDS, relative
+from shard_calls import FEATURES, check_shards
 
-from attn_ext.backends import cpu, reference
-from attn_ext.core.schema import Call, Frame, Needs
+from attn_ext.backends import cpu, triton
+from attn_ext.core.schema import Call, Needs
 from attn_ext.ops import parts
 from attn_ext.testing import check_call, needs_of, random_call
 
-FEATURES = {
-    "plain": {},
-    "causal": {"causal": True},
-    "window": {"window": (30, 4), "align": 0},
-    "alibi": {"causal": True, "alibi": "b", "window": (40, -1)},
-    "dropout": {"dropout_p": 0.4, "causal": True},
-    "all": dict(
-        softcap=3.0, alibi=True, bias="hk", mask=True, dropout_p=0.2, window=(50, 6), sink=True
-    ),
-}
 SERVERS = ("cpu", "reference")  # the C++ kernels; torch operations on tiles
 WHOLE = 300
-
-
-def shard_of(call: Call, rows: slice, keys: slice) -> Call:
-    """The call's queries and keys of these ranges, without its sink."""
-    batch, _, seqlen_q, _ = call.q.shape
-    frame = [Frame(b, 0, rows.start, keys.start, seqlen_q, call.k.shape[2]) for b in range(batch)]
-
-    def scores(x):
-        if x is None:
-            return None
-        x = x if x.shape[2] == 1 else x[:, :, rows]
-        return x if x.shape[3] == 1 else x[..., keys]
-
-    return call._replace(
-        q=call.q[:, :, rows], k=call.k[:, :, keys], v=call.v[:, :, keys], mask=scores(call.mask),
-        bias=scores(call.bias), sink=None, frame=torch.tensor(frame, dtype=torch.int32),
-        max_seqlen_q=rows.stop - rows.start, max_seqlen_k=keys.stop - keys.start,
-    )  # fmt: skip
-
-
-def merged(call: Call, rows: slice, cuts) -> tuple:
-    """(O, LSE) of these queries from shards of the keys."""
-    q = call.q[:, :, rows]
-    out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=torch.float32)
-    lse = torch.full(q.shape[:-1], -torch.inf)
-    for keys in cuts:
-        parts.merge(out, lse, *parts.forward_partial(shard_of(call, rows, keys)))
-    if call.sink is not None:
-        total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, call.sink[None, :, None]))
-        out *= torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None]
-        lse = total
-    return out, lse
 
 
 CUTS = [(name, 77) for name in FEATURES]  # no multiple of four, as dropout's counter has them
@@ -63,37 +22,7 @@ CUTS += [("all", width) for width in (1, 64, 128, 256)]
 @pytest.mark.parametrize(("name", "width"), CUTS)
 def test_shards_merge_to_the_whole(backend, name, width):
     """Positions that are those of the shard; a shard's own sums taken for the whole's."""
-    call = random_call(
-        batch=2, heads_q=4, heads_k=2, seqlen_q=WHOLE, seqlen_k=WHOLE, **FEATURES[name]
-    )._replace(backend=backend)
-    rows = slice(110, 147)
-    first = 0 if width != 1 else WHOLE - 40  # single keys, beside the rest at once
-    cuts = [slice(0, first)] * bool(first)
-    cuts += [slice(i, min(i + width, WHOLE)) for i in range(first, WHOLE, width)]
-    truth, truth_lse, *_ = reference.forward(call)
-    out, lse = merged(call, rows, cuts)
-    assert relative(out, truth[:, :, rows]) <= SHARDS[torch.float32]
-    assert relative(lse, truth_lse[:, :, rows]) <= SHARDS[torch.float32]
-
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    whole = torch.zeros_like(truth)
-    whole[:, :, rows] = dout
-    needs = needs_of(call)
-    want = reference.backward(call, whole, truth, truth_lse, None, needs)
-    delta = (dout * out).sum(-1)
-    for keys in cuts[:: max(len(cuts) // 3, 1)]:
-        shard = shard_of(call, rows, keys)
-        got = parts.backward_partial(shard, dout, delta, lse, needs)
-        for name_of in ("k", "v"):
-            expected = getattr(want, name_of)[:, :, keys]
-            assert float((getattr(got, name_of) - expected).norm()) <= SHARDS[
-                torch.float32
-            ] * float(getattr(want, name_of).norm())
-    dq = sum(
-        parts.backward_partial(shard_of(call, rows, keys), dout, delta, lse, needs).q
-        for keys in cuts
-    )
-    assert relative(dq, want.q[:, :, rows]) <= 2 * SHARDS[torch.float32]
+    check_shards(backend, name, WHOLE, slice(110, 147), width)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64))
@@ -153,12 +82,10 @@ def test_operators_and_their_fakes():
 def test_who_refuses_frames():
     """A kernel that does not know frames and computes with its own positions."""
     call = random_call(seqlen_q=9, seqlen_k=12)._replace(frame=torch.zeros(2, 6, dtype=torch.int32))
-    for name in ("cuda", "triton"):
+    for function in (torch.ops.attn_ext.forward, lambda *x: parts.forward_partial(Call(*x))):
         with pytest.raises(NotImplementedError, match="frame"):
-            torch.ops.attn_ext.forward(*call._replace(backend=name))
-        with pytest.raises(NotImplementedError, match="frame"):
-            parts.forward_partial(call._replace(backend=name))
-    assert parts.served_by(call) == "cpu" and cpu.FRAMES
+            function(*call._replace(backend="cuda"))
+    assert parts.served_by(call) == "cpu" and cpu.FRAMES and triton.FRAMES
     with pytest.raises(ValueError, match="frame must have shape"):
         parts.forward_partial(call._replace(frame=call.frame[:1]))
     with pytest.raises(ValueError, match="sink must be None"):

@@ -108,8 +108,11 @@ def of(found, name: str, parts: int, arguments=()) -> list:
     return values
 
 
-def run_alone(module: str, name: str, world: int, seconds: float, limit: float) -> dict:
-    """{rank: what it returned} of the ranks that lived, of a group with this timeout."""
+def run_alone(
+    module: str, name: str, world: int, seconds: float, limit: float, lost: int = 1
+) -> dict:
+    """{rank: what it returned} of the ranks that lived, all but `lost`, of a group with this
+    timeout."""
     context, port = _server(), _port()
     results = context.Queue()
     processes = [
@@ -122,7 +125,9 @@ def run_alone(module: str, name: str, world: int, seconds: float, limit: float) 
         process.start()
     try:
         end = time.monotonic() + limit
-        return dict(results.get(timeout=max(end - time.monotonic(), 0.1)) for _ in range(world - 1))
+        return dict(
+            results.get(timeout=max(end - time.monotonic(), 0.1)) for _ in range(world - lost)
+        )
     finally:
         _end(processes)
 

@@ -1,7 +1,7 @@
-"""The Triton kernels of additive and sigmoid attention, of attn_ext.inspect and of decode against
-int8 compile for absent GPUs: without spills (sigmoid: few in the hot loop), within shared memory,
-with tensor cores for products of matrices.  What was seen of these sources (tests/helpers/seen.py)
-is compiled again in turn only.
+"""The Triton kernels of additive and sigmoid attention, of shards, of attn_ext.inspect
+and of decode against int8 compile for absent GPUs: without spills (sigmoid: few in the hot loop),
+within shared memory, with tensor cores for products of matrices.  What was seen of these sources
+(tests/helpers/seen.py) is compiled again in turn only.
 """
 
 import os
@@ -51,6 +51,11 @@ def sigmoid(call):
     out, lse, _, _ = launch.forward(call)
     launch_backward.backward(call, out, out, lse, None, needs_of(call))
 
+def shards(call):
+    call = call._replace(frame=torch.zeros(2, 6, dtype=torch.int32), window_left=30)
+    out, lse, _, _ = launch.forward(call, partial=True)
+    launch_backward.backward(call, out.to(call.q.dtype), None, lse, lse, needs_of(call))
+
 def look(call):
     call = call._replace(v=call.k[..., :1], rng_state=None, dropout_p=0.0)
     lse = torch.zeros(call.q.shape[:3])
@@ -69,8 +74,8 @@ cache = {"seqlen_q": 1, "seqlen_k": 4096, "heads_q": 8, "heads_k": 2, "cache_seq
          "page_size": 16, "head_dim": 128}
 calls["cache"] = random_call(**cache)
 calls["cache features"] = random_call(**cache, mask="bk", bias="hqk", softcap=5.0, sink=True)
-families = {additive: list(calls)[:4], sigmoid: ["128"], look: ["128", "features"],
-            int8: ["cache", "cache features"]}
+families = {additive: list(calls)[:4], sigmoid: ["128"], shards: ["64", "128", "features"],
+            look: ["128", "features"], int8: ["cache", "cache features"]}
 for family, names in families.items():
     for name in names:
         launch.run = functools.partial(run, f"{family.__name__} {name}")

@@ -27,6 +27,7 @@ PAGED = {"seqlen_q": 1, "cache_seqlens": [300, 41], "seqlen_k": 320, "page_size"
          "heads_q": 4, "heads_k": 2}  # fmt: skip
 VARLEN = {"seqlens_q": [30, 0, 75], "seqlens_k": [30, 40, 75], "causal": True}
 FIXED = {"seqlen_q": 70, "seqlen_k": 130, "bias": "hqk", "deterministic": True}
+PLACED = {"frame": [3, 1, 91, 62, 300, 280]}  # a shard's; no first key is a multiple of 4
 HALF, SINGLE = {"dtype": torch.float16}, {"dtype": torch.float32}
 # what each would catch beside the instructions of its kernels
 CALLS = {
@@ -38,6 +39,7 @@ CALLS = {
     "sm_90, varlen": ("sm_90", VARLEN),
     "sm_90, paged decode, split": ("sm_90", PAGED),
     "sm_90, deterministic dbias": ("sm_90", FIXED),
+    "sm_90, a shard: its diagonal, distances and counter": ("sm_90", FEATURES | PLACED),
     "sm_80": ("sm_80", CAUSAL),
     "sm_80, every feature": ("sm_80", FEATURES),
     "sm_80, tf32": ("sm_80", CAUSAL | SINGLE),
@@ -62,7 +64,11 @@ def test_kernels(name):
     architecture, options = (CALLS | SHIPPED)[name]
     tiles = triton_driver.SHIPPED if name in SHIPPED else triton_driver.small
     driver = triton_driver.Driver(architecture, tiles=tiles)
-    call = random_call(1, **{"head_dim": 64, "dtype": torch.bfloat16} | options)
+    options = {"head_dim": 64, "dtype": torch.bfloat16} | options
+    frame = options.pop("frame", None)
+    call = random_call(1, **options)
+    if frame:
+        call = call._replace(frame=torch.tensor([frame, frame[::-1]], dtype=torch.int32))
     for mode in MODES:
         triton_driver.set_mode(mode, driver)
         check_call(call, triton_driver.backend(driver), grads="cache_seqlens" not in options)

@@ -17,7 +17,7 @@ are the bottleneck, so every product of matrices may take the way that skips exc
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.dropout import keep, philox_key
+from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
@@ -96,7 +96,7 @@ def additive_forward_kernel(
     v += b * v_b + hk * v_h + k_first * v_s
     i = i_first + tl.arange(0, BLOCK_M)
     q_rows, q_in = i.to(tl.int64) * q_s, i < length_q
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     first, _inner, _inner_end, end = key_range(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS
@@ -118,8 +118,8 @@ def additive_forward_kernel(
             s, scale, row_max, row_sum, e, bad, FLAGS
         )
         if DROPOUT & FLAGS:
-            key0, key1 = philox_key(rng_state)
-            p = tl.where(keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
+            rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+            p = tl.where(keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS), p, 0.0)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
         v_tile = load_tile(v, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
         acc = dot_present(p, v_tile, acc * alpha[:, None], False)
@@ -143,8 +143,8 @@ def pair_gradients(
     p = probabilities(s, row_lse[:, None], True, FLAGS)
     used = p
     if DROPOUT & FLAGS:
-        key0, key1 = philox_key(rng_state)
-        kept = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)
+        rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+        kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
         used = tl.where(kept, p, 0.0)
         dp = tl.where(kept, dp * inverse_keep, 0.0)
     ds, _ = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
@@ -176,7 +176,7 @@ def additive_dkdv_kernel(
     v_tile = load_tile(v, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
     j = j_first + tl.arange(0, BLOCK_N)
     k_rows, k_in = j.to(tl.int64) * k_s, j < length_k
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     j_last = tl.minimum(j_first + BLOCK_N, length_k) - 1
     first, _inner, _inner_end, end = query_range(
         j_first, j_last, length_q, off, left, right, BLOCK_M, FLAGS
@@ -251,7 +251,7 @@ def additive_dq_kernel(
     row = b * lse_b + h * lse_h + q_first + i
     row_lse = base2_lse(lse, row, q_in)
     row_delta = tl.load(delta + row, mask=q_in, other=0.0)
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     first, _inner, _inner_end, end = key_range(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS

@@ -179,8 +179,7 @@ def key_gradient_tangents(
         numbers = (row_lse[None, :], row_tlse[None, :], row_delta[None, :], row_tdelta[None, :])
         stays = s != float("-inf")
         if DROPOUT & FLAGS:
-            key0, key1, threshold, _ = rng
-            bits = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)
+            bits = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             stays = tl.trans(bits.to(tl.int8)) != 0  # AMD has no transpose of single bits
         kept, moved, _, dz, tdz = gradient_tangents(
             s, cap, ts, t, dp, tdp, stays, rng, numbers, terms.cap_in, FLAGS
@@ -220,7 +219,7 @@ def dkdv_tangent_kernel(
     v_tile, tv_tile = moving_tile(
         v, tv, b, hk, k_first, j_first, length_k, DV, BLOCK_N, BLOCK_DV, FLAGS, MOVED_V & MOVES
     )
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     j_last = tl.minimum(j_first + BLOCK_N, length_k) - 1
     first, _full, _full_end, end = query_range(
         j_first, j_last, length_q, off, left, right, BLOCK_M, FLAGS
@@ -283,8 +282,7 @@ def query_gradient_tangents(
             tdp = dot(g, tl.trans(tv_tile), tdp)
         stays = s != float("-inf")
         if DROPOUT & FLAGS:
-            key0, key1, threshold, _ = rng
-            stays = keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N)
+            stays = keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
         _, _, tdt, dz, tdz = gradient_tangents(
             s, cap, ts, t, dp, tdp, stays, rng, numbers, terms.cap_in, FLAGS
         )
@@ -331,7 +329,7 @@ def dq_tangent_kernel(
         (lse2 + row, tlse + row, delta + row, tdelta + row), i_first + tl.arange(0, BLOCK_M),
         length_q,
     )  # fmt: skip
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     first, _full, _full_end, end = key_range(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS

@@ -63,22 +63,25 @@ def delta_kernel(
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dLSE and LSE in base 2, float32 in the layout of LSE."""
+    """delta = rowsum(dO * O) - dLSE, without O dlse for it, and LSE in base 2; float32 as LSE."""
     block, h, b = program(blocks, heads_q)
     i_first = block * BLOCK_M
     q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
     if i_first >= length_q:
         return
     b, h = b.to(tl.int64), h.to(tl.int64)
-    o_rows = out + b * o_b + h * o_h + q_first * o_s
-    do_rows = dout + b * do_b + h * do_h + q_first * do_s
-    o = load_tile(o_rows, o_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-    do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-    value = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     i = i_first + tl.arange(0, BLOCK_M)
     row = b * lse_b + h * lse_h + q_first + i
-    if DLSE:
-        value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
+    if out is None:
+        value = tl.load(dlse + row, mask=i < length_q, other=0.0)
+    else:
+        o_rows = out + b * o_b + h * o_h + q_first * o_s
+        do_rows = dout + b * do_b + h * do_h + q_first * do_s
+        o = load_tile(o_rows, o_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+        do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+        value = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if DLSE:
+            value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
     tl.store(delta + row, value, mask=i < length_q)
     tl.store(lse2 + row, base2_lse(lse, row, i < length_q), mask=i < length_q)
 
@@ -147,11 +150,10 @@ def key_gradient_tiles(
             dp = dot(v, tl.trans(do_tile), zero)
         used = p
         if DROPOUT & FLAGS:
-            key0, key1, threshold, inverse_keep = rng
-            kept = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)
+            kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             kept = tl.trans(kept.to(tl.int8)) != 0  # AMD has no transpose of single bits
             used = tl.where(kept, p, 0.0)
-            dp = tl.where(kept, dp * inverse_keep, 0.0)
+            dp = tl.where(kept, dp * rng[3], 0.0)
         if STREAM & FLAGS:
             tl.debug_barrier()  # no hazard: keeps this read from moving up, into more registers
             do_tile = load_rows(do_rows, DV, BLOCK_DV)
@@ -189,10 +191,9 @@ def careful_key_gradients(
         dp = product_each(v, do_row)
         used = p
         if DROPOUT & FLAGS:
-            key0, key1, threshold, inverse_keep = rng
-            kept = keep_each(i + r, j_first + c, b, h, key0, key1, threshold)
+            kept = keep_each(i + r, j_first + c, b, h, terms, rng, FLAGS)
             used = tl.where(kept, p, 0.0)
-            dp = tl.where(kept, dp * inverse_keep, 0.0)
+            dp = tl.where(kept, dp * rng[3], 0.0)
         dv += outer_present(used, do_row)
         _, ds = score_gradient(p, dp, tl.load(delta + i), cap, True, FLAGS)
         dk += outer_present(ds, q_row)
@@ -210,7 +211,7 @@ def key_gradients(
     them."""
     q, do, lse2, delta = pointers
     q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h = strides
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     j_last = tl.minimum(j_first + BLOCK_N, seqlen_k) - 1
     first, full_first, full_end, end = query_range(
         j_first, j_last, seqlen_q, off, left, right, BLOCK_M, FLAGS
@@ -368,9 +369,8 @@ def query_gradient_tiles(
         else:
             dp = dot(do, tl.trans(v_tile), zero)
         if DROPOUT & FLAGS:
-            key0, key1, threshold, inverse_keep = rng
-            kept = keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N)
-            dp = tl.where(kept, dp * inverse_keep, 0.0)
+            kept = keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            dp = tl.where(kept, dp * rng[3], 0.0)
         ds, raw = score_gradient(p, dp, row_delta[:, None], cap, DBIAS, FLAGS)
         if DBIAS:
             add_dbias(ds, i_first + r, j_first + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
@@ -404,9 +404,8 @@ def careful_query_gradients(
         p = probabilities(s, row_lse[:, None], True, FLAGS)
         dp = product_each(do, v_row)
         if DROPOUT & FLAGS:
-            key0, key1, threshold, inverse_keep = rng
-            kept = keep_each(i_first + r, j + c, b, h, key0, key1, threshold)
-            dp = tl.where(kept, dp * inverse_keep, 0.0)
+            kept = keep_each(i_first + r, j + c, b, h, terms, rng, FLAGS)
+            dp = tl.where(kept, dp * rng[3], 0.0)
         _, raw = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
         dq += outer_present(raw, k_row)
     return dq
@@ -450,7 +449,7 @@ def dq_kernel(
     row_lse = tl.load(lse2 + row, mask=i < length_q, other=float("inf"))
     row_delta = tl.load(delta + row, mask=i < length_q, other=0.0)
     r = tl.arange(0, BLOCK_M)[:, None]
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     first, full_first, full_end, end = key_range(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS

@@ -7,7 +7,7 @@ of dbias and computes every dS that belongs to it again, in a fixed order.
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.dropout import keep, philox_key
+from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
 from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     LEFT,
@@ -70,7 +70,7 @@ def dbias_kernel(
         )
         b = b.to(tl.int64)
         i_first, j_first = m_block * BLOCK_M, n_block * BLOCK_N
-        off = diagonal(length_q, length_k, FLAGS)
+        off = diagonal(b, length_q, length_k, terms, FLAGS)
         if tile_is_visible(
             i_first, j_first, length_q, length_k, off, left, right, BLOCK_M, BLOCK_N, FLAGS
         ):
@@ -104,8 +104,8 @@ def dbias_kernel(
             row_lse = tl.load(lse2 + row, mask=i < length_q, other=float("inf"))
             p = probabilities(s, row_lse[:, None], True, FLAGS)
             if DROPOUT & FLAGS:
-                key0, key1 = philox_key(rng_state)
-                kept = keep(i[:, None], j_first, b, h, key0, key1, threshold, BLOCK_N)
+                rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+                kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
                 dp = tl.where(kept, dp * inverse_keep, 0.0)
             row_delta = tl.load(delta + row, mask=i < length_q, other=0.0)
             ds, _ = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)

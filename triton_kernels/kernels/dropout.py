@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.primitives import DROPOUT
+from attn_ext.triton_kernels.kernels.primitives import DROPOUT, FRAME, in_frame
 
 
 @triton.jit
@@ -45,11 +45,16 @@ def philox_words(i, j4, b, h, key0, key1):
 
 
 @triton.jit
-def keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N: tl.constexpr):
-    """int1 [BLOCK_M, BLOCK_N]: dropout keeps (i, j_first + n); j_first is a multiple of 4.
+def keep(i, j_first, b, h, terms, rng, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """int1 [BLOCK_M, BLOCK_N]: dropout keeps (i, j_first + n); j_first is a multiple of 4; rng is
+    that of `dropout_state`.
 
     Kept iff word > threshold, which is floor(p * 2^32) - 1 in the bits of an int32.
     """
+    key0, key1, threshold, _ = rng
+    if FRAME & FLAGS:  # whose first key may be no multiple of 4
+        j = (j_first + tl.arange(0, BLOCK_N))[None, :]
+        return keep_each(i, j, b, h, terms, rng, FLAGS)
     j4 = (j_first // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
     c0, c1, c2, c3 = philox_words(i, j4, b, h, key0, key1)
     words = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
@@ -57,8 +62,12 @@ def keep(i, j_first, b, h, key0, key1, threshold, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def keep_each(i, j, b, h, key0, key1, threshold):
+def keep_each(i, j, b, h, terms, rng, FLAGS: tl.constexpr):
     """`keep` of any i and j that broadcast: four times the work."""
+    key0, key1, threshold, _ = rng
+    if FRAME & FLAGS:
+        i, j = i + in_frame(terms, b, 2), j + in_frame(terms, b, 3)
+        b, h = in_frame(terms, b, 0), h + in_frame(terms, b, 1)
     c0, c1, c2, c3 = philox_words(i, j // 4, b, h, key0, key1)
     low = tl.where(j % 2 == 0, c0, c1)
     high = tl.where(j % 2 == 0, c2, c3)

@@ -95,8 +95,7 @@ def forward_tiles(
             s, scale, row_max, row_sum, e, bad, FLAGS
         )
         if DROPOUT & FLAGS:
-            key0, key1, threshold, _ = rng
-            p = tl.where(keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N), p, 0.0)
+            p = tl.where(keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS), p, 0.0)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
         if STREAM & FLAGS:
             values = key_pointers(v, v_s, j_first, seqlen_k, pages, v_p, BLOCK_N, FLAGS)
@@ -131,7 +130,7 @@ def forward_rows(
 ):  # fmt: skip
     """State of the rows q [BLOCK_M, BLOCK_D], queries i_first + r up to i_last, after part `split`
     of `splits` of the keys that they see."""
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     first, full_first, full_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
     )
@@ -170,7 +169,7 @@ def careful_rows(
     that skip excluded pairs."""
     SCALED: tl.constexpr = (~UNSCALED) & FLAGS
     k, k_s, k_p, v, v_s, v_p, pages, _described = kv
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     first, _full, _full_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
     )
@@ -192,8 +191,7 @@ def careful_rows(
             s, scale, row_max, row_sum, e, bad, SCALED
         )
         if DROPOUT & FLAGS:
-            key0, key1, threshold, _ = rng
-            p = tl.where(keep_each(i_first + r, j + c, b, h, key0, key1, threshold), p, 0.0)
+            p = tl.where(keep_each(i_first + r, j + c, b, h, terms, rng, FLAGS), p, 0.0)
         # O = alpha * O + p v_j   [BLOCK_M, BLOCK_DV]; 0 * inf of keys that no longer count is 0
         v_row = load_each(v, v_s, j, pages, v_p, DV, BLOCK_M, BLOCK_DV, FLAGS)
         acc = tl.where(alpha[:, None] != 0, acc * alpha[:, None], 0.0) + outer_present(p, v_row)

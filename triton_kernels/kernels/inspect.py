@@ -43,7 +43,7 @@ def column_mass_kernel(
     k_rows = k + b * k_b + h // group * k_h
     k_tile = load_tile(k_rows, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
     j = j_first + tl.arange(0, BLOCK_N)
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     j_last = tl.minimum(j_first + BLOCK_N, seqlen_k) - 1
     first, _inner, _inner_end, end = query_range(
         j_first, j_last, seqlen_q, off, left, right, BLOCK_M, FLAGS
@@ -115,7 +115,7 @@ def top_k_kernel(
     )
     k_rows = k + b * k_b + h // group * k_h
     i = i_first + tl.arange(0, BLOCK_M)
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, seqlen_q) - 1
     first, _inner, _inner_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
@@ -239,7 +239,7 @@ def pooled_map_kernel(
     block = block.to(tl.int64)
     r_first, c_first = block % row_blocks * CELLS, block // row_blocks * CELLS
     r, c = r_first + tl.arange(0, CELLS), c_first + tl.arange(0, CELLS)
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     q_low = cell_low(r_first, rows, seqlen_q).to(tl.int32)
     q_end = cell_high(tl.minimum(r_first + CELLS, rows) - 1, rows, seqlen_q).to(tl.int32)
     k_low = cell_low(c_first, cols, seqlen_k).to(tl.int32)

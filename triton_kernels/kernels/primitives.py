@@ -47,6 +47,7 @@ STREAM = tl.constexpr(1 << 19)  # rows too wide to be held: products over D read
 SIGMOID = tl.constexpr(1 << 24)  # P = sigmoid(s + shift) in place of softmax; LSE is 0
 SIGMOID_LENGTH = tl.constexpr(1 << 25)  # shift = -ln(seqlen_k) of each sequence
 GROUPED = tl.constexpr(1 << 21)  # query heads share K and V
+FRAME = tl.constexpr(1 << 26)  # the call is a shard of a larger one, whose positions count
 # The logits are scale * q . k with scale > 0, and -inf: forward's softmax multiplies them
 UNSCALED = tl.constexpr(1 << 20)
 
@@ -70,6 +71,7 @@ class Terms(NamedTuple):
     cap_in: float  # softmax_scale / softcap
     cap_out: float  # softcap in base 2
     shift: float  # of sigmoid weights, in base 2
+    frame: object  # int32 [B, 6], as attn_ext.core.schema.Frame
 
 
 # The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
@@ -351,9 +353,26 @@ def sequences(cu_q, cu_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FL
 
 
 @triton.jit
-def diagonal(seqlen_q, seqlen_k, FLAGS: tl.constexpr):
+def in_frame(terms, b, FIELD: tl.constexpr):
+    """A number of sequence b's frame, by its place in attn_ext.core.schema.Frame."""
+    return tl.load(terms.frame + b.to(tl.int64) * 6 + FIELD)
+
+
+@triton.jit
+def last_distance(b, seqlen_q, seqlen_k, terms, FLAGS: tl.constexpr):
+    """Key position aligned with query 0 where the last query of all is with the last key."""
+    if FRAME & FLAGS:
+        seqlen_q, seqlen_k = in_frame(terms, b, 4) - in_frame(terms, b, 2), in_frame(terms, b, 5)
+        seqlen_k -= in_frame(terms, b, 3)
+    return seqlen_k - seqlen_q
+
+
+@triton.jit
+def diagonal(b, seqlen_q, seqlen_k, terms, FLAGS: tl.constexpr):
     """Key position aligned with query 0."""
-    return (seqlen_k - seqlen_q) if (BOTTOM_RIGHT & FLAGS) else (seqlen_k - seqlen_k)
+    if BOTTOM_RIGHT & FLAGS:
+        return last_distance(b, seqlen_q, seqlen_k, terms, FLAGS)
+    return in_frame(terms, b, 2) - in_frame(terms, b, 3) if (FRAME & FLAGS) else seqlen_k * 0
 
 
 @triton.jit
@@ -448,45 +467,27 @@ def tile_logits(
     else:
         s = qk * scale
     if SIGMOID_LENGTH & FLAGS:
-        s -= tl.log2(tl.maximum(seqlen_k, 1).to(tl.float32))
+        keys = in_frame(terms, b, 5) if (FRAME & FLAGS) else seqlen_k
+        s -= tl.log2(tl.maximum(keys, 1).to(tl.float32))
     elif SIGMOID & FLAGS:
         s += terms.shift
     inside = (i < seqlen_q) & (j < seqlen_k)
     if BIAS & FLAGS:
         at = score_pointers(
-            terms.bias,
-            terms.bias_b,
-            terms.bias_h,
-            terms.bias_q,
-            terms.bias_k,
-            b,
-            h,
-            i_first,
-            r,
-            j_first,
-            c,
-            FLAGS,
-        )
+            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
+            j_first, c, FLAGS,
+        )  # fmt: skip
         added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         s += tl.maximum(added, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
     if ALIBI & FLAGS:
         slope = tl.load(terms.alibi + b.to(tl.int64) * terms.alibi_b + h).to(tl.float32) * LOG2E
-        s -= slope * tl.abs(i + (seqlen_k - seqlen_q) - j).to(tl.float32)
+        last = last_distance(b, seqlen_q, seqlen_k, terms, FLAGS)
+        s -= slope * tl.abs(i + last - j).to(tl.float32)
     if MASK & FLAGS:
         at = score_pointers(
-            terms.mask,
-            terms.mask_b,
-            terms.mask_h,
-            terms.mask_q,
-            terms.mask_k,
-            b,
-            h,
-            i_first,
-            r,
-            j_first,
-            c,
-            FLAGS,
-        )
+            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
+            j_first, c, FLAGS,
+        )  # fmt: skip
         s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
     if BIAS & FLAGS:  # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)

@@ -197,8 +197,7 @@ def tangent_tiles(
         found = tl.sum(p, 1)
         kept = p
         if DROPOUT & FLAGS:
-            key0, key1, threshold, _ = rng
-            stays = keep(i_first + r, j_first, b, h, key0, key1, threshold, BLOCK_N)
+            stays = keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             kept = tl.where(stays, p, 0.0)
         if MOVED_LOGITS & MOVES:
             t = logit_tangents(
@@ -252,7 +251,7 @@ def tangent_kernel(
     there = i < length_q
     row_lse = tl.load(lse + row, mask=there, other=float("-inf"))
     of_sink, moved_sink = sink_weight(sink, tsink, h, row_lse, FLAGS, MOVES)
-    off = diagonal(length_q, length_k, FLAGS)
+    off = diagonal(b, length_q, length_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
     first, _full, _full_end, end = key_range(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS

@@ -27,9 +27,10 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLAG = {name: getattr(primitives, name).value for name in (
     "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",
     "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE", "STREAM", "GROUPED", "SIGMOID",
-    "SIGMOID_LENGTH",
+    "SIGMOID_LENGTH", "FRAME",
 )}  # fmt: skip
 
+FARTHEST = 1 << 30  # a window of a shard reaches less far, or past every key of the whole
 _RICH = sum(_FLAG[name] for name in ("MASK", "BIAS", "ALIBI", "SOFTCAP", "DROPOUT"))
 
 
@@ -55,10 +56,11 @@ def on_device(x: torch.Tensor):
 
 
 class Plan:
-    """What every kernel of one call shares: canonical tensors, sizes, strides, scalars, flags."""
+    """What every kernel of one call shares: canonical tensors, sizes, strides, scalars, flags.
+    partial: a part of a larger call, whose results are float32."""
 
-    def __init__(self, call: Call):
-        self.call = call
+    def __init__(self, call: Call, partial: bool = False):
+        self.call, self.partial = call, partial
         self.varlen = varlen = call.cu_seqlens_q is not None
         self.sigmoid = call.normalizer == "sigmoid"
         self.q, self.k, self.v = rows(call.q), rows(call.k), rows(call.v)
@@ -80,7 +82,7 @@ class Plan:
         self.cu_seqlens_k = self._side(call.cu_seqlens_k, torch.int32)
         self.seqlens_k = self._side(call.seqlens_k, torch.int32)
         self.block_table = self._side(call.block_table, torch.int32)
-        self.frame = None  # the registry leaves calls with one to others
+        self.frame = self._side(call.frame, torch.int32)
         self.owned: list[tuple] = []  # (tensor, fill or None) that this call allocates
         self.launched: list[tuple] = []  # (compiled kernel, programs, args)
         self._check_devices()
@@ -100,7 +102,7 @@ class Plan:
     def _scalars(self) -> None:
         call = self.call
         # A window that reaches past every key is none; what is left is small enough for int32.
-        reach = self.seqlen_q + self.seqlen_k
+        reach = self.seqlen_q + self.seqlen_k if self.frame is None else FARTHEST
         self.left = call.window_left if 0 <= call.window_left < reach else -1
         self.right = call.window_right if 0 <= call.window_right < reach else -1
         self.scale = call.scale * LOG2E
@@ -137,6 +139,7 @@ class Plan:
             "GROUPED": self.heads_q != self.heads_k,
             "SIGMOID": self.sigmoid,
             "SIGMOID_LENGTH": self.sigmoid and call.sigmoid_bias is None,
+            "FRAME": self.frame is not None,
         }
         return sum(_FLAG[name] for name, on in present.items() if on)
 
@@ -170,6 +173,7 @@ class Plan:
             self.mask, *score_strides(self.mask, self.sizes),
             self.bias, *score_strides(self.bias, self.sizes),
             alibi, alibi_b, self.cap_in, self.cap_out, (call.sigmoid_bias or 0.0) * LOG2E,
+            self.frame,
         )  # fmt: skip
 
     def scalars(self) -> tuple:
@@ -239,7 +243,8 @@ def outputs(plan: Plan):
     q = plan.call.q
     gaps = plan.varlen  # rows of no sequence
     shape = lse_shape(plan.call)
-    out = plan.own(empty_like_layout(q, plan.dim_v), 0.0 if gaps else None)
+    dtype = torch.float32 if plan.partial else q.dtype
+    out = plan.own(empty_like_layout(q, plan.dim_v, dtype), 0.0 if gaps else None)
 
     def row_values(fill, always=False):
         x = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -321,18 +326,18 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
         )  # fmt: skip
 
 
-def forward(call: Call):
-    """(out, lse, max_logit | None, entropy | None) of `call`."""
+def forward(call: Call, partial: bool = False):
+    """(out, lse, max_logit | None, entropy | None) of `call`; partial: out in float32."""
     known = key = None
     if not INTERPRETED and replay.usable(call.q):
         tensors = call[:TENSORS]
-        key = replay.key_of(call, tensors)
+        key = (partial, *replay.key_of(call, tensors))
         known = replay.find(key)
     if known:
         owned = replay.replay(known, tensors)
         if owned:
             return (*owned[:4],) if call.need_stats else (*owned[:2], None, None)
-    plan = Plan(call)
+    plan = Plan(call, partial)
     results = outputs(plan)
     if results[1].numel() == 0:
         return results

@@ -19,7 +19,8 @@ from attn_ext.triton_kernels.launch.gradients import dbias_flags, sink_gradient
 def empty_gradient(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """An uninitialised gradient of x; zero where rows may have no program that writes them."""
     gaps = plan.varlen or plan.seqlen_q == 0 or plan.seqlen_k == 0
-    return plan.own(empty_like_layout(x, x.shape[-1]), 0.0 if gaps else None)
+    dtype = torch.float32 if plan.partial else x.dtype
+    return plan.own(empty_like_layout(x, x.shape[-1], dtype), 0.0 if gaps else None)
 
 
 class Backward:
@@ -27,7 +28,8 @@ class Backward:
 
     def __init__(self, plan: Plan, dout, out, lse, dlse):
         self.plan, varlen = plan, plan.varlen
-        self.dout, self.out = rows(dout.to(plan.q.dtype)), rows(out)
+        self.dout = rows(dout.to(plan.q.dtype))
+        self.out = None if out is None else rows(out)
         self.lse = lse.detach().resolve_neg().contiguous()
         self.delta = plan.own(torch.empty_like(self.lse))
         self.lse2 = plan.own(torch.empty_like(self.lse), 0.0 if plan.sigmoid else None)
@@ -52,13 +54,14 @@ class Backward:
         return (plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv)
 
     def preprocess(self) -> None:
-        """delta = rowsum(dO * O) - dLSE, and LSE in base 2."""
+        """delta = rowsum(dO * O) - dLSE, or dlse for it where there is no O; and LSE in base 2."""
         plan, tile = self.plan, configs.Tile(32, 0, 4, 1)
         blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             delta_kernel, blocks * plan.heads_q * plan.batch, tile,
             self.out, self.dout, self.lse, self.dlse, self.delta, self.lse2, plan.cu_seqlens_q,
-            *strides(self.out, plan.varlen), *strides(self.dout, plan.varlen),
+            *strides(self.dout if self.out is None else self.out, plan.varlen),
+            *strides(self.dout, plan.varlen),
             *plan.lse_strides(), plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
             plan.dim_v, tile.block_m, plan.block_dv, self.dlse is not None, plan.flags,
         )  # fmt: skip
@@ -104,7 +107,8 @@ class Backward:
 
 
 def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
-    """The gradients; None where `needs` says so."""
+    """The gradients; None where `needs` says so.  Without `out` those of a part of a larger call,
+    in float32: lse and dlse are LSE and delta = rowsum(dO * O) - dLSE of whole rows."""
     known = key = None
     if not attention.INTERPRETED and replay.usable(call.q):
         tensors = (*call[:TENSORS], dout, out, lse, dlse)
@@ -116,7 +120,7 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     owned = iter(owned)
     wanted = (needs.q, needs.k, needs.v, needs.bias)  # allocated in this order
     grads = [next(owned) if need else None for need in wanted]
-    if needs.bias:
+    if needs.bias and out is not None:
         grads[3] = grads[3].to(call.bias.dtype)
     dsink = None
     if needs.sink:
@@ -129,7 +133,7 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
 
 def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Tensor]:
     """The gradients that are needed, delta if there is any pair, and what else was allocated."""
-    plan = Plan(call)
+    plan = Plan(call, partial=out is None)
     dq, dk, dv = (
         empty_gradient(x, plan) if need else None
         for x, need in zip((call.q, call.k, call.v), needs, strict=False)

@@ -1,0 +1,98 @@
+"""Shards of a call against the call itself, for every backend that serves parts of calls."""
+
+import torch
+from closeness import SHARDS, relative
+
+from attn_ext.backends import reference
+from attn_ext.core.schema import Call, Frame
+from attn_ext.ops import parts
+from attn_ext.testing import needs_of, random_call
+
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (30, 4), "align": 0},
+    "alibi": {"causal": True, "alibi": "b", "window": (40, -1)},
+    "dropout": {"dropout_p": 0.4, "causal": True},
+    "all": dict(
+        softcap=3.0, alibi=True, bias="hk", mask=True, dropout_p=0.2, window=(50, 6), sink=True
+    ),
+}
+
+
+def shard_of(call: Call, rows: slice, keys: slice) -> Call:
+    """The call's queries and keys of these ranges, without its sink."""
+    batch, _, seqlen_q, _ = call.q.shape
+    frame = [Frame(b, 0, rows.start, keys.start, seqlen_q, call.k.shape[2]) for b in range(batch)]
+
+    def scores(x):
+        if x is None:
+            return None
+        x = x if x.shape[2] == 1 else x[:, :, rows]
+        return x if x.shape[3] == 1 else x[..., keys]
+
+    return call._replace(
+        q=call.q[:, :, rows], k=call.k[:, :, keys], v=call.v[:, :, keys], mask=scores(call.mask),
+        bias=scores(call.bias), sink=None, frame=torch.tensor(frame, dtype=torch.int32),
+        max_seqlen_q=rows.stop - rows.start, max_seqlen_k=keys.stop - keys.start,
+    )  # fmt: skip
+
+
+def merged(call: Call, rows: slice, cuts) -> tuple:
+    """(O, LSE) of these queries from shards of the keys."""
+    q = call.q[:, :, rows]
+    out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=torch.float32)
+    lse = torch.full(q.shape[:-1], -torch.inf)
+    for keys in cuts:
+        parts.merge(out, lse, *parts.forward_partial(shard_of(call, rows, keys)))
+    if call.sink is not None:
+        total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, call.sink[None, :, None]))
+        out *= torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None]
+        lse = total
+    return out, lse
+
+
+def check_shards(
+    backend: str, feature: str, whole: int, rows: slice, width: int, seen=3, heads=(4, 2)
+) -> None:
+    """Forward and backward of the queries `rows` of a call of `whole` positions, by shards of
+    `width` keys (of single keys: the last 40, beside the rest at once), of which the gradients of
+    some `seen` are looked at.  heads: of q and of k, and as many batch elements as of k."""
+    call = random_call(
+        batch=heads[1],
+        heads_q=heads[0],
+        heads_k=heads[1],
+        seqlen_q=whole,
+        seqlen_k=whole,
+        **FEATURES[feature],
+    )._replace(backend=backend)
+    first = 0 if width != 1 else whole - 40
+    cuts = [slice(0, first)] * bool(first)
+    cuts += [slice(i, min(i + width, whole)) for i in range(first, whole, width)]
+    truth, truth_lse, *_ = reference.forward(call)
+    out, lse = merged(call, rows, cuts)
+    assert relative(out, truth[:, :, rows]) <= SHARDS[torch.float32]
+    assert relative(lse, truth_lse[:, :, rows]) <= SHARDS[torch.float32]
+
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    of_whole = torch.zeros_like(truth)
+    of_whole[:, :, rows] = dout
+    needs = needs_of(call)
+    want = reference.backward(call, of_whole, truth, truth_lse, None, needs)
+    delta, found = (dout * out).sum(-1), []
+    for keys in cuts:
+        grads = parts.backward_partial(shard_of(call, rows, keys), dout, delta, lse, needs)
+        assert all(x is None or x.dtype == torch.float32 for x in grads[:4])
+        found.append(grads)
+    for at in range(0, len(cuts), max(len(cuts) // seen, 1)):
+        for name in ("k", "v"):
+            whole_grad, got = getattr(want, name), getattr(found[at], name)
+            off = (got - whole_grad[:, :, cuts[at]]).norm()
+            assert float(off) <= SHARDS[torch.float32] * float(whole_grad.norm())
+    dq = sum(grads.q for grads in found)
+    assert relative(dq, want.q[:, :, rows]) <= 2 * SHARDS[torch.float32]
+    if needs.bias:
+        columns = [grads.bias for grads in found]
+        dbias = torch.cat(columns, -1) if call.bias.shape[3] > 1 else sum(columns)
+        expected = want.bias if call.bias.shape[2] == 1 else want.bias[:, :, rows]
+        assert relative(dbias, expected) <= 2 * SHARDS[torch.float32]

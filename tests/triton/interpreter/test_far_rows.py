@@ -1,0 +1,143 @@
+"""Gradients of rows whose logits are far from 0, where LSE = max + ln(sum) has lost the sum, by the
+Triton kernels, interpreted, and planted bugs in them, tests/mutants/triton_far: each must make the
+gradients wrong of the calls that its first line names.
+
+Tiles are 32 x 32 under the interpreter.
+"""
+
+import importlib.util
+import re
+
+import patches
+import pytest
+import torch
+from repository import ROOT
+
+from attn_ext.testing import check_call, random_call
+from attn_ext.triton_kernels.kernels import primitives
+from attn_ext.triton_kernels.launch import backward as launch
+
+SMALLEST = torch.finfo(torch.float32).min
+SHAPES = {
+    "one block of keys": {"seqlen_q": 30},
+    "several": {"seqlen_q": 70, "seqlen_k": 100},
+    "causal, grouped heads": {"seqlen_q": 40, "causal": True, "heads_q": 4, "heads_k": 2},
+    "packed": {"seqlens_q": [70, 0, 30], "seqlens_k": [40, 3, 30]},
+    "window and sink": {"seqlen_q": 70, "window": (50, 10), "sink": True},
+    "dropout": {"seqlen_q": 40, "dropout_p": 0.3},
+    "softcap and mask": {"seqlen_q": 40, "softcap": 2.0, "mask": "bk"},
+    "other head widths": {"seqlen_q": 40, "head_dim": 24, "head_dim_v": 40},
+}
+
+
+def far_call(value, bias="qk", **options):
+    """A call three of whose rows have a far bias, beside ordinary rows."""
+    call = random_call(7, bias=bias, batch=1, **options)
+    rows = slice(None) if call.bias.shape[2] == 1 else slice(2, 5)
+    call.bias[:, :, rows] = value
+    return call
+
+
+@pytest.mark.parametrize("value", [SMALLEST, -1e9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_a_far_bias(shape, value):
+    """exp(S - LSE) without the sum: dQ 70 times too large where a row has 70 keys."""
+    dtypes = (torch.float32, torch.bfloat16) if value == SMALLEST else (torch.float16,)
+    for dtype in dtypes:
+        check_call(far_call(value, dtype=dtype, **SHAPES[shape]), "triton")
+
+
+@pytest.mark.parametrize("bias", ["bhqk", "qk", "bk", "hq", "h"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dbias_of_far_rows(bias, deterministic):
+    """Rows of dbias written by the wrong kernel, or twice; a share that the fixed order forgets."""
+    call = far_call(-1e9, bias=bias, seqlen_q=40, seqlen_k=50)
+    check_call(call._replace(deterministic=deterministic), "triton")
+
+
+@pytest.mark.parametrize("sink", [1e4, -1e4, -1e9])
+def test_a_far_sink(sink):
+    """The sink's gradient by exp(sink - LSE), and rows whose base is the sink, not a key."""
+    call = random_call(7, bias="qk", seqlen_q=40, sink=True)
+    call.sink[:] = sink
+    call.bias[:, :, 2:5] = sink
+    check_call(call, "triton")
+
+
+@pytest.mark.parametrize("head_dim", [16, 32])  # a scale of 1/4, and one that rounds
+@pytest.mark.parametrize("seqlen", [1, 70])
+def test_logits_of_ten_billion(seqlen, head_dim):
+    """Digits of a fused scale * S - base that the base has lost."""
+    for dtype in (torch.float32, torch.bfloat16):
+        call = random_call(7, dtype=dtype, seqlen_q=seqlen, seqlen_k=70, head_dim=head_dim)
+        call.q.mul_(1e5), call.k.mul_(1e5)
+        check_call(call, "triton")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_excluded_pair_of_a_far_row_counts_for_nothing(value):
+    """0 * NaN of a key that the mask excludes, or of a value that dropout drops."""
+    masked = far_call(SMALLEST, seqlen_q=40, mask="bk")
+    masked.mask[..., 5] = False
+    masked.k[:, :, 5] = masked.v[:, :, 5] = value
+    dropped = far_call(SMALLEST, seqlen_q=40, dropout_p=0.5)
+    dropped.v[:, :, 5] = value
+    for call in (masked, dropped):
+        check_call(call, "triton")
+
+
+def test_the_bound_is_that_of_the_cpu():
+    """Two kernels that differ on which rows are far."""
+    text = (ROOT / "csrc/cpu/kernels/options.h").read_text()
+    (bound,) = re.findall(r"kFarLse = (\d+)", text)
+    assert primitives.FAR_LSE.value == float(bound)
+
+
+MUTANTS = {
+    p.name.split("/")[1]: p
+    for p in map(patches.read, sorted(ROOT.glob("tests/mutants/triton_far/*.patch")))
+}
+
+
+def wrong() -> set[str]:
+    """The calls whose gradients are wrong."""
+    options = {"seqlen_q": 40, "heads_q": 2, "heads_k": 1}
+    calls = {
+        "plain": far_call(-1e9, **options),
+        "sink": far_call(-1e9, sink=True, **options),
+        "dropout": far_call(-1e9, dropout_p=0.5, **options),
+        "shared": far_call(-1e9, bias="k", **options)._replace(deterministic=True),
+    }
+    calls["sink"].sink[:] = -1e9
+    calls["excluded"] = far_call(-1e9, mask="bk", **options)
+    calls["excluded"].mask[..., 5] = False
+    calls["excluded"].k[:, :, 5] = torch.nan
+    found = set()
+    for name, call in calls.items():
+        try:
+            check_call(call, "triton")
+        except AssertionError:
+            found.add(name)
+    return found
+
+
+def test_the_kernels_as_they_are():
+    """Without this, a check that always complains would pass all tests below."""
+    assert wrong() == set()
+    assert len(MUTANTS) >= 6
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(name, monkeypatch, tmp_path):
+    """A check that a lost term passes."""
+    ((_, text),) = patches.apply(MUTANTS[name], ROOT).items()
+    path = tmp_path / "planted.py"  # Triton reads the text of a kernel from its file
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("planted", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernels = [n for n in vars(module) if n.endswith("_kernel") and hasattr(launch, n)]
+    assert kernels
+    for kernel in kernels:
+        monkeypatch.setattr(launch, kernel, getattr(module, kernel))
+    assert wrong() == set(MUTANTS[name].caught)

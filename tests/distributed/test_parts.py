@@ -6,6 +6,7 @@ from closeness import SHARDS, relative
 
 from attn_ext.backends import cpu, reference
 from attn_ext.core.schema import Call, Frame, Needs
+from attn_ext.distributed import local
 from attn_ext.ops import parts
 from attn_ext.testing import check_call, needs_of, random_call
 
@@ -42,17 +43,15 @@ def shard_of(call: Call, rows: slice, keys: slice) -> Call:
 
 
 def merged(call: Call, rows: slice, cuts) -> tuple:
-    """(O, LSE) of these queries from shards of the keys."""
+    """(O, sums) of these queries from shards of the keys."""
     q = call.q[:, :, rows]
     out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=torch.float32)
-    lse = torch.full(q.shape[:-1], -torch.inf)
+    sums = parts.of_lse(torch.full(q.shape[:-1], -torch.inf))
     for keys in cuts:
-        parts.merge(out, lse, *parts.forward_partial(shard_of(call, rows, keys)))
+        parts.merge(out, sums, *parts.forward_partial(shard_of(call, rows, keys)))
     if call.sink is not None:
-        total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, call.sink[None, :, None]))
-        out *= torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None]
-        lse = total
-    return out, lse
+        local.add_sink(out, sums, call.sink)
+    return out, sums
 
 
 CUTS = [(name, 77) for name in FEATURES]  # no multiple of four, as dropout's counter has them
@@ -71,9 +70,9 @@ def test_shards_merge_to_the_whole(backend, name, width):
     cuts = [slice(0, first)] * bool(first)
     cuts += [slice(i, min(i + width, WHOLE)) for i in range(first, WHOLE, width)]
     truth, truth_lse, *_ = reference.forward(call)
-    out, lse = merged(call, rows, cuts)
+    out, sums = merged(call, rows, cuts)
     assert relative(out, truth[:, :, rows]) <= SHARDS[torch.float32]
-    assert relative(lse, truth_lse[:, :, rows]) <= SHARDS[torch.float32]
+    assert relative(sums.sum(-1), truth_lse[:, :, rows]) <= SHARDS[torch.float32]
 
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     whole = torch.zeros_like(truth)
@@ -83,14 +82,14 @@ def test_shards_merge_to_the_whole(backend, name, width):
     delta = (dout * out).sum(-1)
     for keys in cuts[:: max(len(cuts) // 3, 1)]:
         shard = shard_of(call, rows, keys)
-        got = parts.backward_partial(shard, dout, delta, lse, needs)
+        got = parts.backward_partial(shard, dout, delta, sums, needs)
         for name_of in ("k", "v"):
             expected = getattr(want, name_of)[:, :, keys]
             assert float((getattr(got, name_of) - expected).norm()) <= SHARDS[
                 torch.float32
             ] * float(getattr(want, name_of).norm())
     dq = sum(
-        parts.backward_partial(shard_of(call, rows, keys), dout, delta, lse, needs).q
+        parts.backward_partial(shard_of(call, rows, keys), dout, delta, sums, needs).q
         for keys in cuts
     )
     assert relative(dq, want.q[:, :, rows]) <= 2 * SHARDS[torch.float32]
@@ -111,39 +110,43 @@ def test_frames_of_whole_calls(dtype, place):
 def test_parts_are_not_rounded():
     """O, dQ, dK and dV of bfloat16 inputs that are rounded to bfloat16."""
     call = random_call(seqlen_q=90, seqlen_k=200, dtype=torch.bfloat16)
-    out, lse = parts.forward_partial(call)
+    out, sums = parts.forward_partial(call)
     wide = call._replace(**{n: getattr(call, n).float() for n in ("q", "k", "v")})
-    want, want_lse = parts.forward_partial(wide)
+    want, want_sums = parts.forward_partial(wide)
     dout = torch.randn(out.shape).bfloat16()
-    more = (torch.randn(lse.shape), lse, needs_of(call))
+    more = (torch.randn(sums.shape[:-1]), sums, needs_of(call))
     got, exact = (parts.backward_partial(c, dout, *more) for c in (call, wide))
-    for a, b in ((out, want), (lse, want_lse), *zip(got[:3], exact[:3], strict=True)):
+    for a, b in (
+        (out, want),
+        (sums.sum(-1), want_sums.sum(-1)),
+        *zip(got[:3], exact[:3], strict=True),
+    ):
         assert a.dtype == torch.float32 and relative(a, b) <= SHARDS[torch.float32]
 
 
 def test_rows_without_keys_merge():
     """-inf - -inf in a merge: NaN."""
-    out, lse = torch.zeros(1, 1, 3, 2), torch.full((1, 1, 3), -torch.inf)
-    parts.merge(out, lse, torch.zeros_like(out), lse.clone())
-    assert torch.equal(out, torch.zeros_like(out)) and (lse == -torch.inf).all()
+    out, sums = torch.zeros(1, 1, 3, 2), parts.of_lse(torch.full((1, 1, 3), -torch.inf))
+    parts.merge(out, sums, torch.zeros_like(out), sums.clone())
+    assert torch.equal(out, torch.zeros_like(out)) and (sums.sum(-1) == -torch.inf).all()
     part, part_lse = torch.ones_like(out), torch.tensor([[[0.0, -torch.inf, 700.0]]])
-    parts.merge(out, lse, part, part_lse)
-    assert torch.equal(lse, part_lse) and out[0, 0, :, 0].tolist() == [1, 0, 1]
+    parts.merge(out, sums, part, parts.of_lse(part_lse))
+    assert torch.equal(sums.sum(-1), part_lse) and out[0, 0, :, 0].tolist() == [1, 0, 1]
 
 
 def test_operators_and_their_fakes():
     """A fake that promises other shapes, strides or dtypes."""
     call = random_call(seqlen_q=9, seqlen_k=12, bias=True, dtype=torch.bfloat16, layout="bshd")
-    out, lse = torch.ops.attn_ext.forward_partial(*call)
+    out, sums = torch.ops.attn_ext.forward_partial(*call)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.attn_ext.forward_partial, tuple(call), test_utils=tests)
-    rows = (torch.randn_like(out).bfloat16(), torch.randn_like(lse), lse)
+    rows = (torch.randn_like(out).bfloat16(), torch.randn_like(sums[..., 0]), sums)
     needs = list(Needs(q=True, k=True, bias=True))
     torch.library.opcheck(
         torch.ops.attn_ext.backward_partial, (*rows, *call, needs), test_utils=tests
     )
     torch.library.opcheck(
-        torch.ops.attn_ext.merge_, (out, lse, out.clone(), lse.clone()), test_utils=tests
+        torch.ops.attn_ext.merge_, (out, sums, out.clone(), sums.clone()), test_utils=tests
     )
 
 

@@ -1,5 +1,5 @@
 """Planted bugs in what the Triton backward does with rows whose LSE is far from 0, in the folder
-tests/mutants/triton_far: each must make the gradients wrong of the calls that its first line names.
+tests/mutants/triton/far: each must make the gradients wrong of the calls that its first line names.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from attn_ext.triton_kernels.launch import backward as launch
 
 MUTANTS = {
     p.name.split("/")[1]: p
-    for p in map(patches.read, sorted(ROOT.glob("tests/mutants/triton_far/*.patch")))
+    for p in map(patches.read, sorted(ROOT.glob("tests/mutants/triton/far/*.patch")))
 }
 
 
@@ -32,7 +32,9 @@ def wrong() -> set[str]:
         "plain": far_call(**options),
         "sink": far_call(sink=True, **options),
         "dropout": far_call(dropout_p=0.5, **options),
+        "stored": far_call(bias="hqk", **options),
         "shared": far_call(bias="k", **options)._replace(deterministic=True),
+        "mixed": far_call(**options)._replace(deterministic=True),
     }
     calls["sink"].sink[:] = -1e9
     calls["excluded"] = far_call(mask="bk", **options)

@@ -25,6 +25,7 @@ from machine import RESULTS, describe
 import attn_ext
 from attn_ext.distributed import Layout, comm, context_attention, local, model
 from attn_ext.distributed.pieces import Rules, pieces
+from attn_ext.ops import parts
 
 HEADS_Q, HEADS_K, DIM = 4, 2, 64
 MODELS = {"grouped heads, 32 / 8": (32, 8), "one key head each, 32 / 32": (32, 32)}

@@ -1,7 +1,7 @@
 """The operators of context attention, opaque to compilers: process groups and plans are known to
 them by name.
 
-attn_ext::context            O and sums (`attn_ext.ops.parts`) of this rank's queries, the keys of all
+attn_ext::context            O and sums (attn_ext.ops.parts) of this rank's queries, the keys of all
                              ranks of the group
 attn_ext::context_backward   the gradients
 attn_ext::rows_to_heads      [B, H, S_local, D] -> [B, heads of this rank, S of the group, D]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import patches
 import pytest
-import seen
-from emulator_build import compiler, compiler_version
+from emulator_build import compiler
 from planted_cpu import Planted
 from repository import ROOT
 

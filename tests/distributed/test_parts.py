@@ -4,11 +4,11 @@ import pytest
 import torch
 from closeness import SHARDS, relative
 
-from attn_ext.backends import cpu, reference
+from attn_ext.backends import cpu, reference, registry
 from attn_ext.core.schema import Call, Frame, Needs
 from attn_ext.distributed import local
 from attn_ext.ops import parts
-from attn_ext.testing import check_call, needs_of, random_call
+from attn_ext.testing import check_call, needs_of, random_call, to_float64
 
 FEATURES = {
     "plain": {},
@@ -42,13 +42,24 @@ def shard_of(call: Call, rows: slice, keys: slice) -> Call:
     )  # fmt: skip
 
 
+def unframed(call: Call, keys: slice) -> Call:
+    """The call's keys of this range, where nothing depends on positions."""
+    more = {} if call.bias is None else {"bias": call.bias[..., keys]}
+    return call._replace(
+        k=call.k[:, :, keys], v=call.v[:, :, keys], sink=None,
+        max_seqlen_k=keys.stop - keys.start, **more,
+    )  # fmt: skip
+
+
 def merged(call: Call, rows: slice, cuts) -> tuple:
     """(O, sums) of these queries from shards of the keys."""
     q = call.q[:, :, rows]
     out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=torch.float32)
     sums = parts.of_lse(torch.full(q.shape[:-1], -torch.inf))
     for keys in cuts:
-        parts.merge(out, sums, *parts.forward_partial(shard_of(call, rows, keys)))
+        whole = rows.stop - rows.start == call.q.shape[2]
+        shard = unframed(call, keys) if whole else shard_of(call, rows, keys)
+        parts.merge(out, sums, *parts.forward_partial(shard))
     if call.sink is not None:
         local.add_sink(out, sums, call.sink)
     return out, sums
@@ -163,3 +174,73 @@ def test_who_refuses_frames():
         parts.forward_partial(call._replace(frame=call.frame[:1]))
     with pytest.raises(ValueError, match="sink must be None"):
         parts.forward_partial(call._replace(sink=torch.zeros(2)))
+
+
+SMALLEST = torch.finfo(torch.float32).min
+FAR = {
+    "smallest float": {"value": SMALLEST},
+    "ten thousand": {"value": -1e4},
+    "sink": {"value": -1e4, "sink": True},
+    "logits of ten billion": {"value": 0.0, "factor": 1e5},
+}
+
+
+def far_call(value, factor=1.0, **options) -> Call:
+    """A call three of whose rows have a far bias, beside ordinary rows."""
+    call = random_call(7, batch=1, seqlen_q=20, seqlen_k=150, bias="qk", **options)
+    call.bias[:, :, 2:5] = value
+    call.q.mul_(factor), call.k.mul_(factor)
+    if call.sink is not None:
+        call.sink[:] = value
+    return call
+
+
+@pytest.mark.parametrize("backend", [*SERVERS, "emulated"])
+@pytest.mark.parametrize("name", FAR)
+def test_shards_of_far_rows(backend, name):
+    """Parts that count as if each had one key, since LSE beside 1e9 has lost how many it has: O of
+    the wrong part, and gradients too large by their number."""
+    if backend == "emulated":
+        registry.get(backend).set_mode("plain", 1)
+    call = far_call(**FAR[name])._replace(backend=backend)
+    rows, cuts = slice(0, 20), (slice(0, 60), slice(60, 61), slice(61, 150))
+    exact = to_float64(call)
+    truth, truth_lse, *_ = reference.forward(exact)
+    out, sums = merged(call, rows, cuts)
+    # float32 has three decimals of a logit near 1e4
+    allowed = 2e-4 if FAR[name]["value"] == -1e4 else SHARDS[torch.float32]
+    assert relative(out.double(), truth) <= allowed
+
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    want = reference.backward(exact, dout.double(), truth, truth_lse, None, needs_of(call))
+    delta = (dout * out).sum(-1)
+    got = [
+        parts.backward_partial(unframed(call, keys), dout, delta, sums, needs_of(call))
+        for keys in cuts
+    ]
+    found = {
+        "v": torch.cat([g.v for g in got], 2),
+        "k": torch.cat([g.k for g in got], 2),
+        "bias": torch.cat([g.bias for g in got], 3),
+        "q": sum(g.q for g in got),
+    }
+    if call.sink is not None:
+        found["sink"] = local.sink_gradient(call.sink, sums, delta)
+    for each, x in found.items():
+        if each == "v" or "billion" not in name:  # where dS of a weight of 1 is what rounding left
+            assert relative(x.double(), getattr(want, each)) <= 2 * allowed, each
+
+
+def test_lse_alone_would_not_do(monkeypatch):
+    """The check above passing with parts that have only their LSE."""
+    call = far_call(SMALLEST)._replace(backend="cpu")
+    truth, *_ = reference.forward(to_float64(call))
+    forward = parts.forward_partial
+
+    def without_rest(call):
+        out, sums = forward(call)
+        return out, parts.of_lse(sums.sum(-1))
+
+    monkeypatch.setattr(parts, "forward_partial", without_rest)
+    out, _ = merged(call, slice(0, 20), (slice(0, 60), slice(60, 61), slice(61, 150)))
+    assert relative(out.double(), truth) > 0.1

@@ -3,8 +3,9 @@
 //
 // OpenMP's threads spin between calls, and its regions end when every thread has arrived.  Where
 // other processes have the cores, a thread may arrive milliseconds late, or lose its core for so
-// long.  After that, calls begin on the caller's thread alone for a while (`Alone`), so that
-// short ones need no other thread, and the idle threads go to sleep.
+// long.  Where regions lose more time in this way than they take otherwise, calls begin on the
+// caller's thread alone for a while (`Alone`), so that short ones need no other thread, and the
+// idle threads go to sleep.
 #include "cpu/parallel.h"
 
 #include <pthread.h>
@@ -20,6 +21,8 @@
 #include <new>
 #include <system_error>
 #include <thread>
+
+#include "cpu/alone.h"
 
 namespace attn::cpu {
 namespace {
@@ -62,34 +65,6 @@ struct Job {
   }
 };
 
-// Until when calls begin alone.  Each region in which a thread had no core doubles the time, each
-// other one shortens it.
-class Alone {
- public:
-  bool now_is(int64_t time) const { return time < until_.load(std::memory_order_relaxed); }
-
-  // lost: the longest that a thread came late or was without a core.
-  void learn(int64_t lost) {
-    int64_t hold = hold_.load(std::memory_order_relaxed);
-    if (lost < kLate) {
-      if (hold > 0) hold_.store(hold - hold / 64 - 1, std::memory_order_relaxed);
-      return;
-    }
-    hold = std::min(std::max(2 * hold, kShortest), kLongest);
-    hold_.store(hold, std::memory_order_relaxed);
-    until_.store(now() + hold, std::memory_order_relaxed);
-  }
-
-  // What a call may take alone before it asks for the others after all.
-  static constexpr int64_t kTrial = 2'000'000;
-
- private:
-  // A sleeping thread of an idle machine comes within some 100 us; a slice of the scheduler, which
-  // one that lost its core waits for, is milliseconds.
-  static constexpr int64_t kLate = 500'000;
-  static constexpr int64_t kShortest = 50'000'000, kLongest = 1'000'000'000;
-  std::atomic<int64_t> hold_{0}, until_{0};
-};
 Alone alone;
 
 class Pool {
@@ -185,6 +160,12 @@ void use_openmp(uintptr_t gomp_parallel) {
   team = reinterpret_cast<GompParallel>(gomp_parallel);
 }
 
+static void raise(std::atomic<int64_t>& most, int64_t x) {
+  int64_t seen = most.load(std::memory_order_relaxed);
+  while (x > seen && !most.compare_exchange_weak(seen, x, std::memory_order_relaxed)) {
+  }
+}
+
 // On torch's threads, of which the caller's is one.
 static void on_team(GompParallel openmp, Job& job, int threads) {
   const int64_t time = now();
@@ -195,18 +176,20 @@ static void on_team(GompParallel openmp, Job& job, int threads) {
   struct Region {
     Job* job;
     int64_t begin;
-    std::atomic<int64_t> lost{0};
+    std::atomic<int64_t> late{0}, work{0};
   } region{&job, now()};
+  const bool awake = alone.awake(region.begin);
   openmp(
       [](void* data) {
         auto* r = static_cast<Region*>(data);
-        const int64_t start = now(), core = on_core();
+        raise(r->late, now() - r->begin);
+        const int64_t core = on_core();
         r->job->work();
-        const int64_t lost = std::max(start - r->begin, now() - start - (on_core() - core));
-        if (lost > r->lost.load(std::memory_order_relaxed)) r->lost.store(lost);
+        raise(r->work, on_core() - core);
       },
       &region, unsigned(threads), 0);
-  alone.learn(region.lost);
+  const int64_t end = now(), took = end - region.begin - (awake ? 0 : region.late.load());
+  alone.learn(end, region.work, std::max<int64_t>(0, took - region.work));
 }
 
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& f) {

@@ -1,7 +1,7 @@
-// Forward, backward and decode against softmax(scale Q K^T + bias) V in double, without Python: for
-// machines that Python cannot run on (tests/aarch64.sh runs it under qemu).  Features come in fixed
-// mixes, every output buffer is NaN before the call.  Prints "ok", or each mix that is wrong and
-// exits with 1.
+// Forward, backward, decode and the parts of a row against softmax(scale Q K^T + bias) V in double,
+// without Python: for machines that Python cannot run on (tests/cpu/aarch64.sh runs it under qemu).
+// Features come in fixed mixes, every output buffer is NaN before the call.  Prints "ok", or each mix
+// that is wrong and exits with 1.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -142,7 +142,7 @@ Data make(const Mix& m, DType type) {
 }
 
 struct Outputs {
-  std::vector<double> o, lse, dq, dk, dv, dbias, dsink;
+  std::vector<double> o, lse, delta, dq, dk, dv, dbias, dsink;
 };
 
 bool sees(const Mix& m, const Data& d, int64_t pair, int64_t i, int64_t j, int64_t length) {
@@ -155,7 +155,8 @@ bool sees(const Mix& m, const Data& d, int64_t pair, int64_t i, int64_t j, int64
 Outputs naive(const Mix& m, const Data& d, const int64_t rng[2]) {
   Outputs out;
   const int64_t rows_q = m.batch * m.heads_q * m.seqlen_q;
-  out.o.resize(rows_q * m.dim_v), out.lse.resize(rows_q), out.dq.resize(rows_q * m.dim);
+  out.o.resize(rows_q * m.dim_v), out.lse.resize(rows_q), out.delta.resize(rows_q);
+  out.dq.resize(rows_q * m.dim);
   out.dk.resize(d.k.values.size()), out.dv.resize(d.v.values.size());
   out.dbias.resize(d.bias.values.size()), out.dsink.resize(d.sink.values.size());
   const double scale = 1 / std::sqrt(double(m.dim));
@@ -200,6 +201,7 @@ Outputs naive(const Mix& m, const Data& d, const int64_t rng[2]) {
       }
       delta += p[j] * dp[j];
     }
+    out.delta[row] = delta;
     if (m.sink) out.dsink[h] -= std::exp(d.sink.values[h] - lse) * delta;
     for (int64_t j = 0; j < n; ++j) {
       double ds = p[j] * (dp[j] - delta);
@@ -252,15 +254,19 @@ double error(const Buffer& got, const std::vector<double>& truth) {
   return worst;
 }
 
-bool check(const Mix& m, DType type, int threads) {
+// partial: the rows as parts of longer ones, whose O and gradients are not rounded to `type`.
+bool check(const Mix& m, DType type, int threads, bool partial) {
   const Data d = make(m, type);
   const int64_t rng[2] = {12345, 678};
   const Outputs truth = naive(m, d, rng);
   const Problem p = describe(m, d, type);
   const DType wide = p.bias_dtype;
-  Buffer o(type, int64_t(truth.o.size())), lse(wide, int64_t(truth.lse.size()));
-  Buffer dq(type, int64_t(truth.dq.size())), dk(type, int64_t(truth.dk.size()));
-  Buffer dv(type, int64_t(truth.dv.size())), dbias(wide, int64_t(truth.dbias.size()));
+  const DType written = partial ? wide : type;
+  Buffer o(written, int64_t(truth.o.size())), lse(wide, int64_t(truth.lse.size()));
+  Buffer dq(written, int64_t(truth.dq.size())), dk(written, int64_t(truth.dk.size()));
+  Buffer dv(written, int64_t(truth.dv.size())), dbias(wide, int64_t(truth.dbias.size()));
+  Buffer delta(wide, int64_t(truth.delta.size()));
+  for (size_t i = 0; i < truth.delta.size(); ++i) delta.put(int64_t(i), truth.delta[i]);
   Buffer dsink(wide, int64_t(truth.dsink.size()));  // both start at zero: they are summed into
   for (Buffer* x : {&o, &lse, &dq, &dk, &dv}) x->poison();
   Pointers ptr;
@@ -272,7 +278,9 @@ bool check(const Mix& m, DType type, int threads) {
   if (m.dropout > 0) ptr.rng_state = rng;
   if (m.page_size) ptr.seqlens_k = d.lengths.data(), ptr.block_table = d.table.data();
   ptr.o = o.bytes.data(), ptr.lse = lse.bytes.data();
-  attn::cpu::forward(p, ptr, threads);
+  attn::cpu::Options options;
+  options.partial = partial, options.delta = partial ? delta.bytes.data() : nullptr;
+  attn::cpu::forward(p, ptr, options, threads);
   // Rounding of the result, and what is lost on the way: 2^-8 and 2^-11 are half a bfloat16's and
   // half a float16's last digit.
   const double digits = type == DType::kFloat64    ? 1e-13
@@ -285,8 +293,8 @@ bool check(const Mix& m, DType type, int threads) {
     const double e = error(got, want);
     if (e <= bound) return;
     right = false;
-    std::printf("%s, dtype %d, %d threads: %s is off by %.3g of the largest, allowed is %.3g\n",
-                m.name, int(type), threads, what, e, bound);
+    std::printf("%s%s, dtype %d, %d threads: %s is off by %.3g of the largest, allowed is %.3g\n",
+                m.name, partial ? ", a part" : "", int(type), threads, what, e, bound);
   };
   hold("O", o, truth.o, digits);
   hold("LSE", lse, truth.lse, type == DType::kBFloat16 ? 1e-4 : std::fmin(digits, 4e-6));
@@ -295,7 +303,7 @@ bool check(const Mix& m, DType type, int threads) {
   ptr.dq = dq.bytes.data(), ptr.dk = dk.bytes.data(), ptr.dv = dv.bytes.data();
   if (m.bias) ptr.dbias = dbias.bytes.data();
   if (m.sink) ptr.dsink = dsink.bytes.data();
-  attn::cpu::backward(p, ptr, threads);
+  attn::cpu::backward(p, ptr, options, threads);
   hold("dQ", dq, truth.dq, 3 * digits);
   hold("dK", dk, truth.dk, 3 * digits);
   hold("dV", dv, truth.dv, 3 * digits);
@@ -310,7 +318,10 @@ int main() {
   int wrong = 0, count = 0;
   for (const Mix& m : kMixes)
     for (DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
-      for (int threads : {1, 3}) ++count, wrong += !check(m, type, threads);
+      for (int threads : {1, 3}) {
+        ++count, wrong += !check(m, type, threads, false);
+        if (!m.sink && !m.page_size) ++count, wrong += !check(m, type, threads, true);
+      }
   if (wrong) return std::printf("%d of %d are wrong\n", wrong, count), 1;
   std::printf("ok: %d mixes on %s\n", count, attn::cpu::isa().c_str());
   return 0;

@@ -14,6 +14,8 @@ import time
 
 import pytest
 import torch
+from emulator_build import compiler
+from repository import ROOT
 
 import attn_ext
 
@@ -199,3 +201,13 @@ def test_short_calls_do_not_wait_for_threads_without_a_core():
     found = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) < 100
+
+
+def test_when_calls_begin_alone(tmp_path):
+    """Short calls that use one core of an idle machine since a thread once came late, or that wait
+    for threads whose cores other processes have."""
+    program = tmp_path / "alone"
+    compiler(
+        "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", ROOT / "csrc/tests/alone.cpp", "-o", program
+    )
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "ok\n"

@@ -35,6 +35,7 @@ APPROXIMATE = Tolerance(4e-7, 4e-7)  # the hardware's ex2.approx and its like, b
 
 # |got - want| / |want| of whole tensors, by their norms: a sequence on several ranks against one
 SHARDS = {torch.float32: 2e-6, torch.float64: 1e-12}
+BF16_WEIGHTS = 4e-3  # results in float32 of sums whose weights have 8 bits, by their norms
 BF16_SHARDS = 1.15  # the error of shards in bfloat16 against that of one call, both by their norms
 
 

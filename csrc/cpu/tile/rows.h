@@ -62,13 +62,15 @@ ATTN_NOINLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
     }
 #endif
 #ifdef ATTN_BF16_DOT
-  auto* out = static_cast<uint16_t*>(dst);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_bf16(out + i, load(src + i));
-  for (; i < n; ++i) out[i] = float_to_bf16(src[i]);
-#else
-  store_row<T>(type, src, n, dst);
+  if (type == DType::kBFloat16) {
+    auto* out = static_cast<uint16_t*>(dst);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store_bf16(out + i, load(src + i));
+    for (; i < n; ++i) out[i] = float_to_bf16(src[i]);
+    return;
+  }
 #endif
+  store_row<T>(type, src, n, dst);
 }
 
 // Rows of storage from their transposition: out row i = factor[i] * in[.][i] for i < n <= kLanes,

@@ -64,8 +64,8 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # What takes minutes to compile is compiled where its sources are not those of tests/seen, and else in
 # turn (tests/helpers/seen.py).  seen writes what is new there (`ATTN_EXT_SEEN=write make test` does so,
 # too); test-anew compiles all of it, on every architecture, whatever was seen.
-COMPILED := $(addprefix tests/cuda/test_, emulator.py emulator_mutations.py nvcc.py ptx.py \
-  ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py far_row_mutations.py \
+COMPILED := $(addprefix tests/cuda/test_, cuda_far_mutations.py emulator.py emulator_mutations.py \
+  nvcc.py ptx.py ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py far_row_mutations.py \
   few_queries_mutations.py inspect_kernel_mutations.py second_kernel_mutations.py) \
   tests/triton/test_triton_compile.py \
   tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py \

@@ -25,6 +25,7 @@ from machine import RESULTS, describe
 import attn_ext
 from attn_ext.distributed import Layout, comm, context_attention, local, model
 from attn_ext.distributed.pieces import Rules, pieces
+from attn_ext.ops import parts
 
 HEADS_Q, HEADS_K, DIM = 4, 2, 64
 MODELS = {"grouped heads, 32 / 8": (32, 8), "one key head each, 32 / 32": (32, 32)}
@@ -37,7 +38,7 @@ class Rank:
 
     def __init__(self, layout: Layout, rank: int, q, k, v, dout, out, lse):
         take = lambda x: layout.shard(x, 2, rank)  # noqa: E731
-        self.q, self.dout, self.lse = take(q), take(dout), take(lse)
+        self.q, self.dout, self.sums = take(q), take(dout), parts.of_lse(take(lse))
         self.delta = (self.dout * take(out)).sum(-1)
         numbers = local.Scalars(None, 0.0, 0.0, -1, 0, False, "auto", False)
         sides, self.hops = local.Sides(None, None, None, None), []
@@ -51,17 +52,17 @@ class Rank:
 
     def forward(self):
         """All hops merged."""
-        out, lse = local.no_rows(self.q, self.hops[0][2])
+        out, sums = local.no_rows(self.q, self.hops[0][2])
         for hop, (blocks, _, _) in enumerate(self.hops):
-            local.forward(blocks, out, lse, fresh=hop == 0)
-        return out, lse
+            local.forward(blocks, out, sums, fresh=hop == 0)
+        return out, sums
 
     def backward(self) -> None:
         """All hops, with the additions of sums that travel."""
         dq = torch.zeros_like(self.q)
         for blocks, keys, values in self.hops:
-            sums = local.Sums(dq, torch.zeros_like(keys), torch.zeros_like(values), None)
-            local.backward(blocks, self.dout, self.delta, self.lse, sums)
+            into = local.Gradients(dq, torch.zeros_like(keys), torch.zeros_like(values), None)
+            local.backward(blocks, self.dout, self.delta, self.sums, into)
 
 
 def data(seqlen: int):

@@ -82,14 +82,15 @@ void define_whole(py::class_<Call>& call) {
   call.def(
           "set_options",
           [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw,
-             bool partial, uintptr_t delta) {
+             bool partial, uintptr_t delta, uintptr_t base, uintptr_t rest) {
             c.options.sigmoid = sigmoid, c.options.length_bias = !sigmoid_bias;
             c.options.sigmoid_bias = sigmoid_bias.value_or(0);
             c.options.w = at<void>(w), c.options.dw = at<void>(dw);
             c.options.partial = partial, c.options.delta = at<void>(delta);
+            c.options.base = at<void>(base), c.options.rest = at<void>(rest);
           },
           py::kw_only(), py::arg("sigmoid"), py::arg("sigmoid_bias"), py::arg("w"), py::arg("dw"),
-          py::arg("partial"), py::arg("delta"),
+          py::arg("partial"), py::arg("delta"), py::arg("base"), py::arg("rest"),
           "Other weights than softmax, other scores than dot products")
       .def(
           "set_isa",

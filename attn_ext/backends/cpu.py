@@ -192,15 +192,17 @@ def _results(call: Call, dout: torch.Tensor, isa: str) -> list[torch.Tensor]:
     return [out, *grads]
 
 
-def native_call(call: Call, t: dict, out, lse, dw=None, partial: bool = False, delta=None):
-    """The native call: sizes, strides, scalars and the addresses of the inputs."""
+def native_call(call: Call, t: dict, out, lse, dw=None, partial: bool = False, given=None):
+    """The native call: sizes, strides, scalars and the addresses of the inputs; given: (delta,
+    base, rest) of whole rows for the backward of a part."""
     native = _C.Call(**fields(call, t, out, lse, DTYPES))
     native.set_isa(_isa(call))
     w, sigmoid = t["w"], call.normalizer == "sigmoid"
     if sigmoid or partial or w is not None:
+        delta, base, rest = given or (None, None, None)
         native.set_options(
             sigmoid=sigmoid, sigmoid_bias=call.sigmoid_bias, w=_address(w), dw=_address(dw),
-            partial=partial, delta=_address(delta),
+            partial=partial, delta=_address(delta), base=_address(base), rest=_address(rest),
         )  # fmt: skip
     point(native, **{name: x for name, x in t.items() if name != "w"})
     return native
@@ -403,26 +405,29 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
 
 
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, LSE) of these keys alone, both in the statistics' dtype.  The call has no sink."""
+    """(O, sums) of these keys alone, as `attn_ext.ops.parts` has them.  The call has no sink."""
     t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
     out = empty_like_layout(call.q, call.v.shape[-1], statistics)
-    lse = call.q.new_empty(lse_shape(call), dtype=statistics)
+    base, rest = (call.q.new_empty(lse_shape(call), dtype=statistics) for _ in range(2))
     if call.cu_seqlens_q is not None:  # rows that belong to no sequence are empty rows
         out.zero_()
-        lse.fill_(float("-inf"))
-    if out.numel() or lse.numel():
-        native = native_call(call, t, out, lse, partial=True)
-        point(native, o=out, lse=lse)
+        base.fill_(float("-inf"))
+        rest.zero_()
+    if out.numel() or base.numel():
+        native = native_call(call, t, out, rest, partial=True)
+        point(native, o=out, max_logit=base, lse=rest)
         native.forward(torch.get_num_threads())
-    return out, lse
+    return out, torch.stack([base, rest], -1)
 
 
-def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
+def backward_partial(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     """What these keys add to the gradients of q, k, v and the bias, in the statistics' dtype;
-    delta = rowsum(dO * O) - dLSE and LSE are those of whole rows."""
+    delta = rowsum(dO * O) - dLSE and sums are those of whole rows."""
     t, statistics = canonical_inputs(call), statistics_dtype(call.q.dtype)
     dout = rows(dout.to(call.q.dtype))
-    delta, lse = (x.to(statistics).resolve_neg().contiguous() for x in (delta, lse))
+    sums = sums.to(statistics).resolve_neg()
+    of_rows = (delta.to(statistics).resolve_neg(), sums[..., 0], sums[..., 1], sums.sum(-1))
+    *given, lse = (x.contiguous() for x in of_rows)
     grads = [
         empty_like_layout(x, x.shape[-1], statistics) if need else None
         for x, need in zip((call.q, call.k, call.v), needs, strict=False)
@@ -433,7 +438,7 @@ def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
             g.zero_()
     dbias = bias_sums(call, statistics) if needs.bias else None
     if call.q.numel() and call.k.numel() and call.v.numel():
-        native = native_call(call, t, dout, lse, partial=True, delta=delta)
+        native = native_call(call, t, dout, lse, partial=True, given=given)
         set_gradients(native, call, dout, grads, dbias)
         dq, dk, dv = grads
         point(native, lse=lse, dout=dout, dq=dq, dk=dk, dv=dv, dbias=dbias)

@@ -4,7 +4,8 @@ call get from its keys, where these are some of all the keys that the queries se
     forward    O = sum_j exp(t_j - LSE) M_j v_j       LSE = ln sum_j exp(t_j), over these keys
     backward   P = exp(t - LSE)   dT = P (M dP - delta)   dQ = scale dZ K   dK = scale dZ^T Q ...
 
-with LSE and delta = rowsum(dO * O) - dLSE of whole rows in the backward.  It serves what no kernel
+with LSE = base + rest, two numbers (`attn_ext.ops.parts`), and delta = rowsum(dO * O) - dLSE of
+whole rows in the backward.  It serves what no kernel
 does: calls with frames on a GPU.  All results are in the statistics' dtype.
 """
 
@@ -87,14 +88,15 @@ def _one(call: Call, part: _Sequence) -> _Sequence:
 
 @torch.no_grad()
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, LSE) of these keys alone, in the statistics' dtype.  The call has no sink."""
+    """(O, sums) of these keys alone, as `attn_ext.ops.parts` has them.  The call has no sink."""
     dtype = statistics_dtype(call.q.dtype)
     out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=dtype)
-    lse = call.q.new_full(lse_shape(call), -torch.inf, dtype=dtype)
+    sums = call.q.new_zeros((*lse_shape(call), 2), dtype=dtype)
+    sums[..., 0] = -torch.inf
     finite = bool(tiles.finite(call))
     for part in _sequences(call):
         one, philox = part.call, tiles.key_of(part.call)
-        of_out, of_lse = part.of_rows(out), part.of_statistics(lse)
+        of_out, of_sums = part.of_rows(out), part.of_statistics(sums)
         for panel in tiles.panels(one, 0, finite, part.frame):
             k, v = panel.of_keys(one.k), panel.of_keys(one.v)
             for r, c in tiles.tiles(one, part.frame):
@@ -107,8 +109,9 @@ def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
                 p = p if kept is None else p * kept
                 found = panel.times(p, v[:, :, c]) / total.masked_fill(total == 0, 1.0)
                 of_out[panel.b, panel.h, r] = found
-                of_lse[panel.b, panel.h, r] = (base + torch.log(total)).squeeze(-1)
-    return out, lse
+                rest = torch.log(total.masked_fill(total == 0, 1.0))
+                of_sums[panel.b, panel.h, r] = torch.cat([largest, rest], -1)
+    return out, sums
 
 
 class _Sums(NamedTuple):
@@ -121,8 +124,9 @@ class _Sums(NamedTuple):
 
 
 @torch.no_grad()
-def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
-    """What these keys add to the gradients of q, k, v and the bias."""
+def backward_partial(call: Call, dout, delta, sums, needs: Needs) -> Grads:
+    """What these keys add to the gradients of q, k, v and the bias; delta and sums are those of
+    whole rows."""
     dtype = statistics_dtype(call.q.dtype)
     inputs = (call.q, call.k, call.v, call.bias)
     wanted = (needs.q, needs.k, needs.v, needs.bias)
@@ -133,13 +137,13 @@ def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
     finite = bool(tiles.finite(call, dout, delta))
     for part in _sequences(call):
         dq, dk, dv, dbias = made
-        sums = _Sums(
+        gradients = _Sums(
             part.of_rows(dq), part.of_rows(dk, 1), part.of_rows(dv, 1), part.of_scores(dbias, call)
         )
-        of_rows = part.of_rows(dout), part.of_statistics(delta), part.of_statistics(lse)
+        of_rows = part.of_rows(dout), part.of_statistics(delta), part.of_statistics(sums)
         for panel in tiles.panels(part.call, 0, finite, part.frame):
             for r, c in tiles.tiles(part.call, part.frame):
-                _add_tile(panel, tiles.key_of(part.call), of_rows, sums, r, c)
+                _add_tile(panel, tiles.key_of(part.call), of_rows, gradients, r, c)
     return Grads(*made)
 
 
@@ -147,10 +151,11 @@ def _add_tile(panel: tiles.Panel, philox, of_rows, sums: _Sums, r: slice, c: sli
     """Adds the gradients of one tile."""
     call = panel.call
     q, k, v = panel.of_queries(call.q, r), panel.of_keys(call.k), panel.of_keys(call.v)
-    dout, delta, lse = (panel.of_queries(x, r) for x in of_rows)
+    dout, delta, of_whole = (panel.of_queries(x, r) for x in of_rows)
     scores = tiles.scores(panel, q, k[:, :, c], r, c)
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)  # empty rows: P = 0
-    p = torch.exp(scores.t - lse[..., None])
+    base, rest = of_whole.unbind(-1)
+    base = torch.where(base == -torch.inf, torch.inf, base)  # empty rows: P = 0
+    p = torch.exp(scores.t - base[..., None] - rest[..., None])
     if scores.seen is not None:
         p = torch.where(scores.seen, p, 0.0)
     kept = tiles.dropout_factor(panel, philox, r, c)

@@ -13,6 +13,7 @@ import os
 
 import torch
 
+from attn_ext.backends import sums
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Call
 
@@ -116,19 +117,23 @@ def decode_int8(call: Call, k_factors, v_factors, dtype):
 
 
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, LSE) of these keys alone, both in float32.  The call has no sink."""
+    """(O, sums) of these keys alone, in float32 (`attn_ext.ops.parts`).  The call has no sink."""
     from attn_ext.triton_kernels.launch import attention
 
-    return attention.forward(call._replace(need_stats=False), partial=True)[:2]
+    out, lse, *_ = attention.forward(call._replace(need_stats=False), partial=True)
+    return sums.forward(call, out, lse)
 
 
-def backward_partial(call: Call, dout, delta, lse, needs):
-    """What these keys add to the gradients of q, k, v and the bias, in float32; delta and LSE are
-    those of whole rows."""
+def backward_partial(call: Call, dout, delta, sums_of_rows, needs):
+    """What these keys add to the gradients of q, k, v and the bias, in float32; delta and the sums
+    are those of whole rows."""
     from attn_ext.triton_kernels.launch import backward
 
     needs = needs._replace(sink=False, w=False)  # no part has them
-    return backward.backward(call, dout, None, lse, delta, needs)
+    return sums.backward(
+        call, dout, delta, sums_of_rows, needs,
+        lambda lse: backward.backward(call, dout, None, lse, delta, needs),
+    )  # fmt: skip
 
 
 def inspect_top_k(call: Call, n: int, lse):

@@ -305,10 +305,16 @@ def _refuse_backend(q, k, v, sides, softcap, dropout_p, deterministic, backend) 
     )  # fmt: skip
 
 
+def _context(q, k, v, sides, plan_name: str) -> tuple:
+    """(out, lse) of the operator."""
+    out, sums = torch.ops.attn_ext.context(q, k, v, *sides, plan_name)
+    return out, sums.sum(-1)
+
+
 def _run(q, k, v, sides, prepared: Prepared) -> tuple:
     """(out, lse) of this rank's rows."""
     if not prepared.exchange:
-        return torch.ops.attn_ext.context(q, k, v, *sides, prepared.plan)
+        return _context(q, k, v, sides, prepared.plan)
     heads = q.shape[1]
     mask, bias, slopes, sink, state = sides
     first, count = prepared.exchange_heads
@@ -342,7 +348,7 @@ def _inner(q, k, v, sides, prepared: Prepared) -> tuple:
     ours = plan.by_name(prepared.plan)
     s = ours.scalars
     if prepared.whole_lengths is None or s.packed or state is not None:
-        return torch.ops.attn_ext.context(q, k, v, *sides, prepared.plan)
+        return _context(q, k, v, sides, prepared.plan)
     call = Call(
         q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=slopes, sink=sink,
         max_seqlen_q=q.shape[2], max_seqlen_k=k.shape[2],

@@ -67,21 +67,22 @@ def context_decode(
         window_left=left, window_right=right, backend=backend,
     )  # fmt: skip
     with torch.no_grad(), comm.announced([group]):
-        out, lse = _merged(*parts.forward_partial(call), group)
+        out, sums = _merged(*parts.forward_partial(call), group)
         if sink is not None:
-            local.add_sink(out, lse, sink)
+            local.add_sink(out, sums, sink)
     out = out.to(q.dtype)
-    return (out, lse) if return_lse else out
+    return (out, sums.sum(-1)) if return_lse else out
 
 
-def _merged(part, part_lse, group) -> tuple[torch.Tensor, torch.Tensor]:
+def _merged(part, part_sums, group) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts of all ranks, merged in their order."""
-    rows = torch.cat([part, part_lse.unsqueeze(-1)], -1).contiguous()
+    rows = torch.cat([part, part_sums], -1).contiguous()
     lines = comm.gather_rows(
         rows.view(1, -1), [1] * comm.size_of(group), group, "the parts of a decode"
     )
-    out, lse = torch.zeros_like(part), torch.full_like(part_lse, -torch.inf)
+    out, sums = torch.zeros_like(part), torch.zeros_like(part_sums)
+    sums[..., 0] = -torch.inf
     for line in lines:
         found = line.view(rows.shape)
-        parts.merge(out, lse, found[..., :-1], found[..., -1])
-    return out, lse
+        parts.merge(out, sums, found[..., :-2], found[..., -2:])
+    return out, sums

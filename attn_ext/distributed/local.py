@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from attn_ext.backends.sums import of_lse
 from attn_ext.core.schema import UNBOUNDED, Call, Frame, Needs, statistics_dtype
 from attn_ext.distributed.pieces import Piece, rounds
 from attn_ext.ops import parts
@@ -49,7 +50,7 @@ class Block(NamedTuple):
         return x[0].transpose(0, 1) if where is None else x[:, :, where]
 
     def statistics(self, x: torch.Tensor) -> torch.Tensor:
-        """The call's part of a tensor [B, Hq, S_local]."""
+        """The call's part of a tensor [B, Hq, S_local, ...]."""
         return x[0] if self.q is None else x[:, :, self.q]
 
     def as_dense(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,25 +145,26 @@ def _packed(group: list[Piece], q, k, v, sides: Sides, scalars: Scalars) -> Bloc
     return Block(call._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k), None, None)
 
 
-def forward(found: list[Block], out, lse, fresh: bool = False) -> None:
-    """Merges what the blocks give into out [B, Hq, S_local, Dv] and lse.  fresh: nothing is there
-    yet, so that the first part of some rows is copied."""
+def forward(found: list[Block], out, sums, fresh: bool = False) -> None:
+    """Merges what the blocks give into out [B, Hq, S_local, Dv] and sums [B, Hq, S_local, 2]
+    (`attn_ext.ops.parts`).  fresh: nothing is there yet, so that the first part of some rows is
+    copied."""
     done: list[tuple[int, int]] = []
     for block in found:
-        part, part_lse = parts.forward_partial(block.call)
-        into = block.statistics(lse)
+        part, part_sums = parts.forward_partial(block.call)
+        into = block.statistics(sums)
         into = into if block.q is not None else into[None]
         rows = out if block.q is None else out[:, :, block.q]
-        part_lse = part_lse[None] if block.q is None else part_lse
+        part_sums = part_sums[None] if block.q is None else part_sums
         first, last, _ = (slice(None) if block.q is None else block.q).indices(out.shape[2])
         if fresh and not any(a < last and first < b for a, b in done):
-            rows.copy_(block.as_dense(part)), into.copy_(part_lse)
+            rows.copy_(block.as_dense(part)), into.copy_(part_sums)
         else:
-            parts.merge(rows, into, block.as_dense(part), part_lse)
+            parts.merge(rows, into, block.as_dense(part), part_sums)
         done.append((first, last))
 
 
-class Sums(NamedTuple):
+class Gradients(NamedTuple):
     """Gradients in the statistics' dtype that blocks add to; None where one is not wanted."""
 
     q: torch.Tensor | None
@@ -171,37 +173,38 @@ class Sums(NamedTuple):
     bias: torch.Tensor | None
 
 
-def backward(found: list[Block], dout, delta, lse, sums: Sums) -> None:
-    """Adds the gradients that the blocks give."""
-    needs = Needs(*[x is not None for x in sums])
+def backward(found: list[Block], dout, delta, sums, into: Gradients) -> None:
+    """Adds the gradients that the blocks give; sums: of whole rows."""
+    needs = Needs(*[x is not None for x in into])
     for block in found:
-        rows = block.rows(dout), block.statistics(delta), block.statistics(lse)
+        rows = block.rows(dout), block.statistics(delta), block.statistics(sums)
         grads = parts.backward_partial(block.call, *rows, needs)
         for name, at in (("q", 0), ("k", 1), ("v", 1)):
-            into, grad = getattr(sums, name), getattr(grads, name)
-            if into is not None:
-                block.rows(into, at).add_(grad)
-        if sums.bias is not None:
-            _scores(sums.bias, block.piece).add_(grads.bias)
+            total, grad = getattr(into, name), getattr(grads, name)
+            if total is not None:
+                block.rows(total, at).add_(grad)
+        if into.bias is not None:
+            _scores(into.bias, block.piece).add_(grads.bias)
 
 
 def no_rows(q, v) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, LSE) of queries that have seen no key yet."""
+    """(O, sums) of queries that have seen no key yet."""
     dtype = statistics_dtype(q.dtype)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
-    return out, q.new_full(q.shape[:-1], -torch.inf, dtype=dtype)
+    return out, of_lse(q.new_full(q.shape[:-1], -torch.inf, dtype=dtype))
 
 
-def add_sink(out, lse, sink) -> None:
+def add_sink(out, sums, sink) -> None:
     """The sink joins the normaliser of all rows that see a key, in place."""
-    logits = sink.to(lse.dtype)[None, :, None]
-    total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, logits))
-    out.mul_(torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None])
-    lse.copy_(total)
+    logits = sink.to(sums.dtype)[None, :, None].expand(sums.shape[:-1])
+    empty = sums[..., 0] == -torch.inf
+    logits = logits.masked_fill(empty, -torch.inf)
+    parts.merge(out, sums, torch.zeros_like(out), of_lse(logits))
 
 
-def sink_gradient(sink, lse, delta) -> torch.Tensor:
+def sink_gradient(sink, sums, delta) -> torch.Tensor:
     """-sum over rows of exp(sink - LSE) delta."""
-    weight = torch.exp(sink.to(lse.dtype)[None, :, None] - lse)
-    weight = torch.where(lse == -torch.inf, 0.0, weight)
+    base, rest = sums.unbind(-1)
+    weight = torch.exp(sink.to(sums.dtype)[None, :, None] - base - rest)
+    weight = torch.where(base == -torch.inf, 0.0, weight)
     return -(weight * delta).sum((0, 2))

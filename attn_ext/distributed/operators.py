@@ -1,7 +1,8 @@
 """The operators of context attention, opaque to compilers: process groups and plans are known to
 them by name.
 
-attn_ext::context            O and LSE of this rank's queries, the keys of all ranks of the group
+attn_ext::context            O and sums (attn_ext.ops.parts) of this rank's queries, the keys of all
+                             ranks of the group
 attn_ext::context_backward   the gradients
 attn_ext::rows_to_heads      [B, H, S_local, D] -> [B, heads of this rank, S of the group, D]
 attn_ext::heads_to_rows      the way back
@@ -23,9 +24,9 @@ from attn_ext.ops.dispatch import TAGS, lib
 
 _SIDES = "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? rng_state"
 _INPUTS = f"Tensor q, Tensor k, Tensor v, {_SIDES}, str plan"
-lib.define(f"context({_INPUTS}) -> (Tensor out, Tensor lse)", tags=tuple(TAGS))
+lib.define(f"context({_INPUTS}) -> (Tensor out, Tensor sums)", tags=tuple(TAGS))
 lib.define(
-    f"context_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, "
+    f"context_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor sums, {_INPUTS}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     tags=tuple(TAGS),
 )
@@ -44,12 +45,12 @@ class _Alone:
         self.blocks = local.blocks(found, q, k, v, sides, ours.scalars)
         self.k, self.v = k, v
 
-    def forward(self, out, lse) -> None:
-        local.forward(self.blocks, out, lse, fresh=True)
+    def forward(self, out, sums) -> None:
+        local.forward(self.blocks, out, sums, fresh=True)
 
-    def backward(self, dout, delta, lse, dq, dbias) -> tuple:
-        dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (self.k, self.v))
-        local.backward(self.blocks, dout, delta, lse, local.Sums(dq, dk, dv, dbias))
+    def backward(self, dout, delta, sums, dq, dbias) -> tuple:
+        dk, dv = (torch.zeros_like(x, dtype=sums.dtype) for x in (self.k, self.v))
+        local.backward(self.blocks, dout, delta, sums, local.Gradients(dq, dk, dv, dbias))
         return dk, dv
 
 
@@ -61,25 +62,25 @@ def _worker(ours, q, k, v, sides):
 def _forward(q, k, v, mask, bias, alibi_slopes, sink, rng_state, name):
     ours, sides = plan.by_name(name), local.Sides(mask, bias, alibi_slopes, rng_state)
     with comm.announced(ours.groups()):
-        out, lse = local.no_rows(q, v)
-        _worker(ours, q, k, v, sides).forward(out, lse)
+        out, sums = local.no_rows(q, v)
+        _worker(ours, q, k, v, sides).forward(out, sums)
         if sink is not None:
-            local.add_sink(out, lse, sink)
-        return empty_like_layout(q, v.shape[-1]).copy_(out), lse
+            local.add_sink(out, sums, sink)
+        return empty_like_layout(q, v.shape[-1]).copy_(out), sums
 
 
 def _backward(
-    dout, dlse, out, lse, q, k, v, mask, bias, alibi_slopes, sink, rng_state, name, bias_grad
+    dout, dlse, out, sums, q, k, v, mask, bias, alibi_slopes, sink, rng_state, name, bias_grad
 ):
     ours, sides = plan.by_name(name), local.Sides(mask, bias, alibi_slopes, rng_state)
     with comm.announced(ours.groups()):
-        wide = lse.dtype
+        wide = sums.dtype
         delta = (dout.to(wide) * out.to(wide)).sum(-1)
         delta = delta if dlse is None else delta - dlse
         dq = torch.zeros_like(q, dtype=wide)
         dbias = torch.zeros_like(bias, dtype=wide) if bias_grad else None
-        dk, dv = _worker(ours, q, k, v, sides).backward(dout, delta, lse, dq, dbias)
-        dsink = None if sink is None else local.sink_gradient(sink, lse, delta)
+        dk, dv = _worker(ours, q, k, v, sides).backward(dout, delta, sums, dq, dbias)
+        dsink = None if sink is None else local.sink_gradient(sink, sums, delta)
         made = _gradients(q, k, v, bias, sink, bias_grad)
         for into, grad in zip(made, (dq, dk, dv, dbias, dsink), strict=True):
             if grad is not None:
@@ -132,11 +133,11 @@ for _device in ("CPU", "CUDA"):
 @torch.library.register_fake("attn_ext::context", lib=lib)
 def _forward_fake(q, k, v, *rest):
     dtype = statistics_dtype(q.dtype)
-    return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=dtype)
+    return empty_like_layout(q, v.shape[-1]), q.new_empty((*q.shape[:-1], 2), dtype=dtype)
 
 
 @torch.library.register_fake("attn_ext::context_backward", lib=lib)
-def _backward_fake(dout, dlse, out, lse, q, k, v, mask, bias, slopes, sink, rng, name, bias_grad):
+def _backward_fake(dout, dlse, out, sums, q, k, v, mask, bias, slopes, sink, rng, name, bias_grad):
     return _gradients(q, k, v, bias, sink, bias_grad)
 
 
@@ -163,13 +164,14 @@ def _context_saves(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _context_gradients(ctx, dout, dlse):
-    *tensors, out, lse = ctx.saved_tensors
+def _context_gradients(ctx, dout, dsums):
+    *tensors, out, sums = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
+    dlse = None if dsums is None else dsums[..., 0]  # LSE, their sum, is all that is made of them
     bias_grad = tensors[4] is not None and ctx.needs_input_grad[4]
     dq, dk, dv, dbias, dsink = torch.ops.attn_ext.context_backward(
-        dout, dlse, out, lse, *tensors, ctx.name, bias_grad
+        dout, dlse, out, sums, *tensors, ctx.name, bias_grad
     )
     sink = tensors[6] is not None and ctx.needs_input_grad[6]
     return (

@@ -72,13 +72,13 @@ class Ring:
                 moving.wait()  # before the next hop reads what came
                 here = coming
 
-    def forward(self, out, lse) -> None:
-        """Merges all hops into out and lse."""
+    def forward(self, out, sums) -> None:
+        """Merges all hops into out and sums."""
         for hop, k, v in self.hops():
             keys = self.plan.layout.segments(self.owner(hop))
-            local.forward(self.blocks(keys, k, v), out, lse, fresh=hop == 0)
+            local.forward(self.blocks(keys, k, v), out, sums, fresh=hop == 0)
 
-    def backward(self, dout, delta, lse, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(self, dout, delta, sums, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds to dq and dbias; returns dK and dV of this rank's keys, in float32."""
         wide = statistics_dtype(self.q.dtype)
         travelling = self.plan.travelling(wide)
@@ -86,9 +86,9 @@ class Ring:
         for hop, k, v in self.hops():
             owner = self.owner(hop)
             own = torch.zeros_like(self.empty(owner, wide))
-            sums = local.Sums(dq, *self.views(own, owner), dbias)
+            into = local.Gradients(dq, *self.views(own, owner), dbias)
             keys = self.plan.layout.segments(owner)
-            local.backward(self.blocks(keys, k, v), dout, delta, lse, sums)
+            local.backward(self.blocks(keys, k, v), dout, delta, sums, into)
             if moving is not None:
                 moving.wait()  # before its sums are read
                 own += coming
@@ -132,14 +132,14 @@ class Gathered(Ring):
         found = came.view(self.parts, own, width).to(x.dtype).sum(0)
         return found.view(own, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3)
 
-    def forward(self, out, lse) -> None:
+    def forward(self, out, sums) -> None:
         found = self.blocks(_whole(self.plan.layout), self._gather(self.k), self._gather(self.v))
-        local.forward(found, out, lse, fresh=True)
+        local.forward(found, out, sums, fresh=True)
 
-    def backward(self, dout, delta, lse, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(self, dout, delta, sums, dq, dbias) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self._gather(self.k), self._gather(self.v)
         wide = statistics_dtype(self.q.dtype)
         dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
         found = self.blocks(_whole(self.plan.layout), k, v)
-        local.backward(found, dout, delta, lse, local.Sums(dq, dk, dv, dbias))
+        local.backward(found, dout, delta, sums, local.Gradients(dq, dk, dv, dbias))
         return self._scatter(dk), self._scatter(dv)

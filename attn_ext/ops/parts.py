@@ -1,8 +1,12 @@
 """The operators of a part of attention: some queries of a larger call with some of its keys.
 
-attn_ext::forward_partial    (O, LSE) of these keys alone, in the statistics' dtype
+attn_ext::forward_partial    (O, sums) of these keys alone, in the statistics' dtype
 attn_ext::merge_             adds such a part to what other keys gave
-attn_ext::backward_partial   what these keys add to the gradients, from LSE and delta of whole rows
+attn_ext::backward_partial   what these keys add to the gradients, from sums and delta of whole rows
+
+sums [..., S, 2]: (base, rest) of each row, LSE = base + rest, where base is a number near the
+largest logit, and -inf in empty rows.  Beside logits of 1e9 or the smallest float LSE itself has
+lost the logarithm of the sum, and with it by how much each part counts.
 
 The first and the last take the fields of `attn_ext.core.schema.Call` flat and in its order.  A sink
 belongs to no part: whoever merges adds it once.
@@ -16,6 +20,7 @@ from types import ModuleType
 import torch
 
 from attn_ext.backends import registry, shards
+from attn_ext.backends import sums as sums_of
 from attn_ext.core.layout import conform, empty_like_layout
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import (
@@ -30,10 +35,10 @@ from attn_ext.core.schema import (
 from attn_ext.ops import checks, execute
 from attn_ext.ops.dispatch import TAGS, lib
 
-lib.define(f"forward_partial({PARAMETERS}) -> (Tensor out, Tensor lse)", tags=tuple(TAGS))
-lib.define("merge_(Tensor(a!) out, Tensor(b!) lse, Tensor part, Tensor part_lse) -> ()")
+lib.define(f"forward_partial({PARAMETERS}) -> (Tensor out, Tensor sums)", tags=tuple(TAGS))
+lib.define("merge_(Tensor(a!) out, Tensor(b!) sums, Tensor part, Tensor part_sums) -> ()")
 lib.define(
-    f"backward_partial(Tensor dout, Tensor delta, Tensor lse, {PARAMETERS}, bool[] needs) "
+    f"backward_partial(Tensor dout, Tensor delta, Tensor sums, {PARAMETERS}, bool[] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     tags=tuple(TAGS),
 )
@@ -78,48 +83,52 @@ def _checked(call: Call) -> Call:
 
 
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O, LSE) of these keys alone, in the statistics' dtype."""
+    """(O, sums) of these keys alone, in the statistics' dtype."""
     call = _checked(call)
     module = server(call)
     if module is None:
         return shards.forward_partial(call)
     if hasattr(module, "forward_partial"):
         return module.forward_partial(call)
-    out, lse, *_ = module.forward(call._replace(need_stats=False))
-    return out.to(lse.dtype), lse
+    return sums_of.forward(call, *module.forward(call._replace(need_stats=False))[:2])
 
 
-def backward_partial(call: Call, dout, delta, lse, needs: Needs) -> Grads:
+def backward_partial(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     """What these keys add to the gradients, in the statistics' dtype."""
     call = _checked(call)
     for name, value, want in (
         ("dout", dout, (*call.q.shape[:-1], call.v.shape[-1])),
         ("delta", delta, lse_shape(call)),
-        ("lse", lse, lse_shape(call)),
+        ("sums", sums, (*lse_shape(call), 2)),
     ):
         if tuple(value.shape) != want:
             raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
     module = server(call)
     if module is None:
-        return shards.backward_partial(call, dout, delta, lse, needs)
+        return shards.backward_partial(call, dout, delta, sums, needs)
     if hasattr(module, "backward_partial"):
-        return module.backward_partial(call, dout, delta, lse, needs)
+        return module.backward_partial(call, dout, delta, sums, needs)
     # Kernels that find delta themselves find rowsum(dO * 0) - dLSE, with dLSE = -delta.
-    dout, call = dout.to(call.q.dtype), execute.as_torch_asks(call)
-    grads = module.backward(call, dout, torch.zeros_like(dout), lse, -delta, needs)
-    return Grads(*[g if g is None else g.to(lse.dtype) for g in grads])
+    asked, rounded = execute.as_torch_asks(call), dout.to(call.q.dtype)
+    zero = torch.zeros_like(rounded)
+    return sums_of.backward(
+        call, rounded, delta, sums, needs,
+        lambda lse: module.backward(asked, rounded, zero, lse, -delta, needs),
+    )  # fmt: skip
 
 
-def merge(out, lse, part, part_lse) -> None:
-    """Adds (part, part_lse) to (out, lse), in place: out [..., S, D], lse [..., S].  Rows that have
-    seen no key yet have LSE -inf, and stay so with a part that sees none."""
-    top = torch.maximum(lse, part_lse)
-    base = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN
-    old, new = torch.exp(lse - base), torch.exp(part_lse - base)
+def merge(out, sums, part, part_sums) -> None:
+    """Adds (part, part_sums) to (out, sums), in place: out [..., S, D], sums [..., S, 2].  Rows
+    that have seen no key yet have a base of -inf, and keep it with a part that sees none."""
+    (base, rest), (part_base, part_rest) = sums.unbind(-1), part_sums.unbind(-1)
+    top = torch.maximum(base, part_base)
+    usable = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN
+    old, new = torch.exp(base - usable + rest), torch.exp(part_base - usable + part_rest)
     total = old + new
-    inverse = 1 / total.masked_fill(total == 0, 1.0)
+    total = total.masked_fill(total == 0, 1.0)
+    inverse = 1 / total
     out.mul_((old * inverse)[..., None]).addcmul_(part, (new * inverse)[..., None])
-    lse.copy_(base + torch.log(total))
+    sums.copy_(torch.stack([top, torch.log(total)], -1))
 
 
 def _forward_kernel(*fields):
@@ -130,12 +139,12 @@ def _forward_kernel(*fields):
 def _forward_outputs(call: Call) -> tuple:
     dtype = statistics_dtype(call.q.dtype)
     out = empty_like_layout(call.q, call.v.shape[-1], dtype)
-    return out, call.q.new_empty(lse_shape(call), dtype=dtype)
+    return out, call.q.new_empty((*lse_shape(call), 2), dtype=dtype)
 
 
-def _backward_kernel(dout, delta, lse, *rest):
+def _backward_kernel(dout, delta, sums, *rest):
     call, needs = Call(*rest[:-1]), Needs(*rest[-1])
-    grads = backward_partial(call, dout, delta, lse, needs)[:4]
+    grads = backward_partial(call, dout, delta, sums, needs)[:4]
     return tuple(map(conform, grads, _backward_outputs(call, needs)))
 
 
@@ -161,10 +170,10 @@ def _forward_fake(*fields):
 
 
 @torch.library.register_fake("attn_ext::merge_", lib=lib)
-def _merge_fake(out, lse, part, part_lse):
+def _merge_fake(out, sums, part, part_sums):
     return None
 
 
 @torch.library.register_fake("attn_ext::backward_partial", lib=lib)
-def _backward_fake(dout, delta, lse, *rest):
+def _backward_fake(dout, delta, sums, *rest):
     return _backward_outputs(Call(*rest[: len(FIELDS)]), Needs(*rest[-1]))

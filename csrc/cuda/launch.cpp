@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "far.h"
 #include "head_dims.h"
 #include "sm80/decode.h"
 #include "sm80/launches.h"
@@ -123,12 +124,10 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
   return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
-// delta, as LSE, and behind it, at a multiple of 128 bytes, the sums of dQ of a backward in one
-// kernel.
+// delta, as LSE, what is kept of far rows, and behind it, at a multiple of 128 bytes, the sums of
+// dQ of a backward in one kernel.
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
-  // not lse_stride_h: torch may say anything of a single head
-  const int64_t rows = p.heads_q * (ptr.cu_seqlens_q ? p.rows_q : p.batch * p.seqlen_q);
-  return (rows + 31) / 32 * 32;
+  return row_floats(p, ptr) + far_floats(p, ptr);
 }
 // Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
 int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -171,10 +170,30 @@ void run_sm90(Executor& to, const Params& x, bool backward) {
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
 }
 
+// As many warps as there are units of work.
+void run_warps(Executor& to, std::string kernel, int64_t units, int smem, const Params& x) {
+  launch(to, std::move(kernel), grid_of((units + 3) / 4), kRowThreads, smem, x);
+}
 // One warp a row.
 void run_rows(Executor& to, std::string kernel, const Params& x) {
-  const int64_t rows = x.p.batch * x.p.heads_q * x.p.seqlen_q;
-  launch(to, std::move(kernel), grid_of((rows + 3) / 4), kRowThreads, 0, x);
+  run_warps(to, std::move(kernel), x.p.batch * x.p.heads_q * x.p.seqlen_q, 0, x);
+}
+
+// What the other kernels have left out of rows whose LSE is far from 0.
+template <class T>
+void run_far_rows(Executor& to, const Params& x) {
+  const Problem& p = x.p;
+  const int64_t marks = marks_of_head(p), heads = p.batch * p.heads_q;
+  run_warps(to, kernel_name<T>("sm80::backward_far_queries"), heads * marks, kFarSmem, x);
+  if (x.ptr.dk || x.ptr.dv)
+    run_warps(to, kernel_name<T>("sm80::backward_far_keys"),
+              p.batch * p.heads_k * ((p.seqlen_k + kFarKeys - 1) / kFarKeys), kFarSmem, x);
+  if (!x.ptr.dbias) return;
+  const ScoreStrides& s = p.dbias;
+  run_warps(to, kernel_name<T>("sm80::backward_far_bias"),
+            (s.b ? p.batch : 1) * (s.h ? p.heads_q : 1) * (s.q ? marks : 1) *
+                (s.k ? (p.seqlen_k + 31) / 32 : 1),
+            kFarSmem, x);
 }
 
 }  // namespace
@@ -228,9 +247,14 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     using P = decltype(pair);
     using T = typename P::Element;
     run_rows(to, kernel_name<T>("sm80::backward_delta"), x);
+    Params near = x;
+    near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;
     const Choice choice = choose_backward(p, ptr, target);
-    if (choice == Choice::SM90) return run_sm90(to, x, true);
-    sm80::run_backward<T, P::kHeadDim>(to, x, choice == Choice::SM80_GENERAL);
+    if (choice == Choice::SM90)
+      run_sm90(to, near, true);
+    else
+      sm80::run_backward<T, P::kHeadDim>(to, near, choice == Choice::SM80_GENERAL);
+    run_far_rows<T>(to, x);
     if (ptr.dsink)
       launch(to, kernel_name<T>("sm80::backward_sink"), grid_of(p.heads_q), kRowThreads,
              4 * kRowThreads, x);

@@ -2,7 +2,8 @@
 // of a tile, also those whose weight is 0, and 0 * inf and 0 * NaN are the only ways in which such
 // a pair reaches a sum.  Both leave NaN, so the loops need not look at their operands: afterwards a
 // warp whose results hold a NaN computes its rows again from global memory, row by row, only with
-// pairs that count (logit not -inf, weight not 0).  What is NaN by right is NaN again.
+// pairs that count (logit not -inf, weight not 0).  What is NaN by right is NaN again.  Rows of
+// O with logits beyond 2^24 are computed once more, too (warp_finds_huge).
 #pragma once
 #include "backward_parts.cuh"
 
@@ -71,8 +72,10 @@ struct Repair {
     return static_cast<const T*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
   }
   ATTN_DEVICE float logit(int h, int i, int j) const {
-    return p.scale_log2 *
-           warp_dot(query(p.ptr.q, p.p.q, h, i), key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
+    const float s = p.scale_log2 * warp_dot(query(p.ptr.q, p.p.q, h, i), key(p.ptr.k, p.p.k, h, j),
+                                            int(p.p.head_dim));
+    // A lane's own value: what comes out of a shuffle is in no multiply-add with what follows.
+    return shfl(s, lane_id());
   }
   // P and dS of a pair; row: of query i.
   ATTN_DEVICE void gradient(int h, int i, int j, const RowGradient& row, float& P,
@@ -84,7 +87,7 @@ struct Repair {
     dS = P == 0.0f ? 0.0f : P * (dP - row.delta);
   }
 
-  // O of query i.
+  // O and LSE of query i.
   ATTN_DEVICE void output(int h, int i) const {
     int lo, hi;
     Band::of(p, seq).key_range(i, i + 1, seq.seqlen_k, lo, hi);
@@ -102,6 +105,9 @@ struct Repair {
     }
     O.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
     O.store(const_cast<T*>(query(p.ptr.o, p.p.o, h, i)), int(p.p.head_dim_v));
+    if (lane_id() == 0)
+      static_cast<float*>(p.ptr.lse)[seq.lse_offset(p, h, i)] =
+          sum == 0.0f ? -kInf : (top + log2f(sum)) * kLn2;
   }
 
   // dQ of query i.

@@ -22,6 +22,21 @@ struct RowState {
   float weighted[2] = {0, 0};     // of exp(s - max) (s - max), for the entropy
 };
 
+constexpr float kLargestFused = 16777216.0f;  // half a unit in its last place is 1
+
+// True in the whole warp when a row's logits are so large that the rounding of the maximum, which
+// the multiply-adds of online_softmax do not share, counts in an exponent (repair.cuh).
+ATTN_DEVICE bool warp_finds_huge(const RowState& state, float scale) {
+  if (!repairs()) return false;
+  bool huge = false;
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const float top = fabsf(state.max[r] * scale);
+    huge |= top > kLargestFused && top < kInf;
+  }
+  return ballot(huge) != 0;
+}
+
 // S: logits in, exp2(scale * (S - max)) out; rescales acc to the new maxima.
 template <bool STATS, int TILES, int ACC>
 ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowState& state,

@@ -322,20 +322,21 @@ def _instead(place, name, value):
         setattr(place, name, before)
 
 
-def _with_shortcut(call, dout, delta, lse, needs):
+def _with_shortcut(call, dout, delta, sums, needs):
     """The shard's backward by the kernel for whole rows, which finds delta by itself."""
-    out = torch.zeros_like(dout)
+    out, lse = torch.zeros_like(dout), sums.sum(-1)
     assert lse.shape == lse_shape(call)
     grads = cpu.backward(call, dout, out, lse, -delta, needs)
     return type(grads)(*[x if x is None else x.to(lse.dtype) for x in grads])
 
 
-def _unguarded(out, lse, part, part_lse):
+def _unguarded(out, sums, part, part_sums):
+    lse, part_lse = sums.sum(-1), part_sums.sum(-1)
     top = torch.maximum(lse, part_lse)
     old, new = torch.exp(lse - top), torch.exp(part_lse - top)
     total = old + new
     out.mul_((old / total)[..., None]).addcmul_(part, (new / total)[..., None])
-    lse.copy_(top + torch.log(total))
+    sums.copy_(torch.stack([top, torch.log(total)], -1))
 
 
 def _source_with(function, old: str, new: str):

@@ -4,7 +4,9 @@ import torch
 from closeness import SHARDS, relative
 
 from attn_ext.backends import reference
+from attn_ext.backends.sums import of_lse
 from attn_ext.core.schema import Call, Frame
+from attn_ext.distributed import local
 from attn_ext.ops import parts
 from attn_ext.testing import needs_of, random_call
 
@@ -38,18 +40,27 @@ def shard_of(call: Call, rows: slice, keys: slice) -> Call:
     )  # fmt: skip
 
 
-def merged(call: Call, rows: slice, cuts) -> tuple:
-    """(O, LSE) of these queries from shards of the keys."""
-    q = call.q[:, :, rows]
-    out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=torch.float32)
-    lse = torch.full(q.shape[:-1], -torch.inf)
-    for keys in cuts:
-        parts.merge(out, lse, *parts.forward_partial(shard_of(call, rows, keys)))
+def unframed(call: Call, keys: slice) -> Call:
+    """The call's keys of this range, where nothing depends on positions."""
+    more = {} if call.bias is None else {"bias": call.bias[..., keys]}
+    return call._replace(
+        k=call.k[:, :, keys], v=call.v[:, :, keys], sink=None,
+        max_seqlen_k=keys.stop - keys.start, **more,
+    )  # fmt: skip
+
+
+def merged(call: Call, shards) -> tuple:
+    """(O, sums) of the call's queries from shards of its keys."""
+    out, sums = None, None
+    for shard in shards:
+        part, part_sums = parts.forward_partial(shard)
+        if out is None:
+            out = torch.zeros_like(part)
+            sums = of_lse(torch.full_like(part_sums[..., 0], -torch.inf))
+        parts.merge(out, sums, part, part_sums)
     if call.sink is not None:
-        total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, call.sink[None, :, None]))
-        out *= torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None]
-        lse = total
-    return out, lse
+        local.add_sink(out, sums, call.sink)
+    return out, sums
 
 
 def check_shards(
@@ -70,9 +81,10 @@ def check_shards(
     cuts = [slice(0, first)] * bool(first)
     cuts += [slice(i, min(i + width, whole)) for i in range(first, whole, width)]
     truth, truth_lse, *_ = reference.forward(call)
-    out, lse = merged(call, rows, cuts)
+    shards = [shard_of(call, rows, keys) for keys in cuts]
+    out, sums = merged(call, shards)
     assert relative(out, truth[:, :, rows]) <= SHARDS[torch.float32]
-    assert relative(lse, truth_lse[:, :, rows]) <= SHARDS[torch.float32]
+    assert relative(sums.sum(-1), truth_lse[:, :, rows]) <= SHARDS[torch.float32]
 
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     of_whole = torch.zeros_like(truth)
@@ -80,8 +92,8 @@ def check_shards(
     needs = needs_of(call)
     want = reference.backward(call, of_whole, truth, truth_lse, None, needs)
     delta, found = (dout * out).sum(-1), []
-    for keys in cuts:
-        grads = parts.backward_partial(shard_of(call, rows, keys), dout, delta, lse, needs)
+    for shard in shards:
+        grads = parts.backward_partial(shard, dout, delta, sums, needs)
         assert all(x is None or x.dtype == torch.float32 for x in grads[:4])
         found.append(grads)
     for at in range(0, len(cuts), max(len(cuts) // seen, 1)):

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
+from attn_ext.triton_kernels.kernels.far import weights_and_gradients
 from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     LEFT,
@@ -38,6 +39,58 @@ def tile_is_visible(
     return visible
 
 
+@triton.jit
+def put(places, value, inside, ADD: tl.constexpr):
+    """Write, or with ADD add to what the same program alone writes."""
+    if ADD:
+        value += tl.load(places, mask=inside, other=0.0)
+    tl.store(places, value, mask=inside)
+
+
+@triton.jit
+def near_gradient(
+    q, k, v, do, i_first, j_first, lse2, delta, b, h, length_q, length_k, off, terms, rng_state,
+    scale, threshold, inverse_keep, left, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """dS of a tile [BLOCK_M, BLOCK_N]."""
+    q_rows, q_s = q
+    k_rows, k_s = k
+    v_rows, v_s = v
+    do_rows, do_s = do
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if STREAM & FLAGS:
+        queries = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
+        keys = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
+        qk = streamed_dot(queries, keys, zero, D, BLOCK_D)
+        queries = row_pointers(do_rows, do_s, i_first, length_q, BLOCK_M)
+        keys = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
+        dp = streamed_dot(queries, keys, zero, DV, BLOCK_DV)
+    else:
+        qt = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
+        kt = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
+        qk = dot(qt, tl.trans(kt), zero)
+        do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
+        vt = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+        dp = dot(do, tl.trans(vt), zero)
+    i = i_first + tl.arange(0, BLOCK_M)
+    r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    s, cap = tile_logits(
+        qk, i_first, r, j_first, c, b, h, length_q, length_k, off, terms, scale, left,
+        right, True, FLAGS,
+    )  # fmt: skip
+    row_lse = tl.load(lse2 + i, mask=i < length_q, other=float("inf"))
+    p = probabilities(s, row_lse[:, None], True, FLAGS)
+    if DROPOUT & FLAGS:
+        rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+        kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+        dp = tl.where(kept, dp * inverse_keep, 0.0)
+    row_delta = tl.load(delta + i, mask=i < length_q, other=0.0)
+    ds, _ = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
+    return ds
+
+
 @triton.jit(
     do_not_specialize=[
         "heads_q", "group", "total_q", "total_k", "seqlen_q", "seqlen_k", "threshold", "left",
@@ -45,7 +98,7 @@ def tile_is_visible(
     ]
 )  # fmt: skip
 def dbias_kernel(
-    q, k, v, dout, lse2, delta, dbias,
+    q, k, v, dout, lse2, delta, inverse, dbias,
     terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
     g_b, g_h, g_q, g_k, own_h, own_m, own_n, sum_b, sum_h, sum_m, sum_n,
@@ -53,10 +106,11 @@ def dbias_kernel(
     scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ONE_QUERY: tl.constexpr,
-    ONE_KEY: tl.constexpr, FLAGS: tl.constexpr,
+    ONE_KEY: tl.constexpr, FAR_ROWS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (own_n * own_m * own_h * own_b).  Of each dimension (b, h, query tile m, key tile n)
-    either the grid holds all, or the program sums over all (sum_* of them)."""
+    either the grid holds all, or the program sums over all (sum_* of them).  FAR_ROWS: adds the
+    share of far rows to dbias, with their base in place of lse2 and their inverse (far.py)."""
     pid = tl.program_id(0)
     pid_n, pid_m = pid % own_n, pid // own_n % own_m
     pid_h, pid_b = pid // own_n // own_m % own_h, pid // own_n // own_m // own_h
@@ -79,47 +133,39 @@ def dbias_kernel(
             do_rows = dout + b * do_b + h * do_h + q_first * do_s
             k_rows = k + b * k_b + hk * k_h + k_first * k_s
             v_rows = v + b * v_b + hk * v_h + k_first * v_s
-            zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            if STREAM & FLAGS:
-                queries = row_pointers(q_rows, q_s, i_first, length_q, BLOCK_M)
-                keys = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
-                qk = streamed_dot(queries, keys, zero, D, BLOCK_D)
-                queries = row_pointers(do_rows, do_s, i_first, length_q, BLOCK_M)
-                keys = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
-                dp = streamed_dot(queries, keys, zero, DV, BLOCK_DV)
+            row = b * lse_b + h * lse_h + q_first
+            if FAR_ROWS:
+                i = i_first + tl.arange(0, BLOCK_M)
+                inside = i < length_q
+                row_base = tl.load(lse2 + row + i, mask=inside, other=float("inf"))
+                if tl.min(row_base, 0) < float("inf"):
+                    row_inverse = tl.load(inverse + row + i, mask=inside, other=0.0)
+                    row_delta = tl.load(delta + row + i, mask=inside, other=0.0)
+                    rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
+                    _used, ds, _raw = weights_and_gradients(
+                        (q_rows, q_s), (k_rows, k_s), (v_rows, v_s), (do_rows, do_s), i_first,
+                        j_first, row_base, row_inverse, row_delta, b, h, length_q, length_k, off,
+                        terms, rng, scale, left, right,
+                        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+                    )  # fmt: skip
+                    acc += ds
             else:
-                qt = load_tile(q_rows, q_s, i_first, length_q, D, BLOCK_M, BLOCK_D, True, FLAGS)
-                kt = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-                qk = dot(qt, tl.trans(kt), zero)
-                do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-                vt = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
-                dp = dot(do, tl.trans(vt), zero)
-            i = i_first + tl.arange(0, BLOCK_M)
-            r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-            s, cap = tile_logits(
-                qk, i_first, r, j_first, c, b, h, length_q, length_k, off, terms, scale, left,
-                right, True, FLAGS,
-            )  # fmt: skip
-            row = b * lse_b + h * lse_h + q_first + i
-            row_lse = tl.load(lse2 + row, mask=i < length_q, other=float("inf"))
-            p = probabilities(s, row_lse[:, None], True, FLAGS)
-            if DROPOUT & FLAGS:
-                rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
-                kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
-                dp = tl.where(kept, dp * inverse_keep, 0.0)
-            row_delta = tl.load(delta + row, mask=i < length_q, other=0.0)
-            ds, _ = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
-            acc += ds
+                acc += near_gradient(
+                    (q_rows, q_s), (k_rows, k_s), (v_rows, v_s), (do_rows, do_s), i_first, j_first,
+                    lse2 + row, delta + row, b, h, length_q, length_k, off, terms, rng_state,
+                    scale, threshold, inverse_keep, left, right,
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+                )  # fmt: skip
 
     base = dbias + pid_b.to(tl.int64) * g_b + pid_h.to(tl.int64) * g_h
     i = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     j = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     if ONE_QUERY and ONE_KEY:
-        tl.store(base, tl.sum(tl.sum(acc, 1), 0))
+        put(base, tl.sum(tl.sum(acc, 1), 0), seqlen_k > 0, FAR_ROWS)
     elif ONE_QUERY:
-        tl.store(base + j * g_k, tl.sum(acc, 0), mask=j < seqlen_k)
+        put(base + j * g_k, tl.sum(acc, 0), j < seqlen_k, FAR_ROWS)
     elif ONE_KEY:
-        tl.store(base + i * g_q, tl.sum(acc, 1), mask=i < seqlen_q)
+        put(base + i * g_q, tl.sum(acc, 1), i < seqlen_q, FAR_ROWS)
     else:
         inside = (i < seqlen_q)[:, None] & (j < seqlen_k)[None, :]
-        tl.store(base + (i * g_q)[:, None] + (j * g_k)[None, :], acc, mask=inside)
+        put(base + (i * g_q)[:, None] + (j * g_k)[None, :], acc, inside, FAR_ROWS)

@@ -7,6 +7,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ONE_KEY,
     DBIAS_ONE_QUERY,
     DBIAS_STORE,
+    FAR_LSE,
     LEAST,
     LOG2E,
     SIGMOID,
@@ -21,6 +22,12 @@ def base2_lse(lse, row, inside):
     value = tl.load(lse + row, mask=inside, other=float("inf"))
     base2 = tl.maximum(value, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
     return tl.where(value == float("-inf"), 0.0, base2)
+
+
+@triton.jit
+def is_far(lse):
+    """Whether LSE, in base e, is so far from 0 that the sum in it is lost (far.py)."""
+    return (tl.abs(lse) > FAR_LSE) & (tl.abs(lse) < float("inf"))
 
 
 @triton.jit

@@ -224,7 +224,7 @@ def _architecture(index: int) -> str:
 
 def options(tile: configs.Tile) -> dict:
     """How Triton compiles a kernel for a tile."""
-    found = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    found = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": tile.fused}
     if INTERPRETED or tile.loads:  # descriptors take fewer registers; specialized warps share
         return found
     if triton.runtime.driver.active.get_current_target().backend == "cuda":

@@ -1,4 +1,5 @@
-"""From a `Call` and dO to the launches of the backward kernels: delta, dK and dV, dQ, dbias."""
+"""From a `Call` and dO to the launches of the backward kernels: delta, dK and dV, dQ, dbias, and
+the same of far rows."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from attn_ext.core.schema import TENSORS, Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
 from attn_ext.triton_kernels.kernels.dbias import dbias_kernel
+from attn_ext.triton_kernels.kernels.far import far_keys_kernel, far_queries_kernel
 from attn_ext.triton_kernels.launch import attention, replay
 from attn_ext.triton_kernels.launch.attention import Plan, ceil_div
 from attn_ext.triton_kernels.launch.gradients import dbias_flags, sink_gradient
@@ -33,8 +35,20 @@ class Backward:
         self.lse = lse.detach().resolve_neg().contiguous()
         self.delta = plan.own(torch.empty_like(self.lse))
         self.lse2 = plan.own(torch.empty_like(self.lse), 0.0 if plan.sigmoid else None)
+        # Of far rows: base (inf in others) and inverse of each, and how many a block has
+        self.base, self.inverse, self.marks = None, None, None
         if plan.sigmoid:
             self.lse, dlse = self.lse2, None
+        else:
+            self.base = plan.own(torch.empty_like(self.lse), math.inf if varlen else None)
+            self.inverse = plan.own(torch.empty_like(self.lse))
+            self.far_tile = configs.far_tile(
+                max(plan.block_d, plan.block_dv), plan.q.element_size()
+            )
+            self.far_blocks = ceil_div(plan.seqlen_q, self.far_tile.block_m)
+            marks = plan.batch * plan.heads_q * self.far_blocks
+            self.marks = plan.own(torch.empty(marks, dtype=torch.int32, device=plan.q.device))
+        self.dq = self.dk = self.dv = None
         self.dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
         self.shared = (
             *plan.side(), plan.cu_seqlens_q, plan.cu_seqlens_k,
@@ -69,8 +83,8 @@ class Backward:
     def keys(self, dk, dv) -> None:
         """dK and dV; the kernel makes both, so a gradient that is not needed (None) is dropped."""
         plan, tile = self.plan, self.plan.tile("dkdv")
-        dk = plan.own(torch.empty_like(plan.k)) if dk is None else dk
-        dv = plan.own(torch.empty_like(plan.v)) if dv is None else dv
+        self.dk = dk = plan.own(torch.empty_like(plan.k)) if dk is None else dk
+        self.dv = dv = plan.own(torch.empty_like(plan.v)) if dv is None else dv
         blocks = ceil_div(plan.seqlen_k, tile.block_n)
         plan.run(
             dkdv_kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv,
@@ -81,7 +95,7 @@ class Backward:
     def queries(self, dq, dbias) -> None:
         """dQ, and dbias where it is given, by plain stores or atomics."""
         plan, tile = self.plan, self.plan.tile("dq")
-        dq = plan.own(torch.empty_like(plan.q)) if dq is None else dq
+        self.dq = dq = plan.own(torch.empty_like(plan.q)) if dq is None else dq
         flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
         blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
@@ -90,19 +104,43 @@ class Backward:
             *self._sizes(blocks), *self._tiles(tile), flags,
         )  # fmt: skip
 
-    def shared_dbias(self, dbias) -> None:
-        """dbias of a broadcast bias in a fixed order of additions."""
-        plan, tile = self.plan, self.plan.tile("dbias")
+    def far_rows(self, dbias) -> None:
+        """The share of far rows in the gradients that the other kernels have written."""
+        plan, tile, blocks = self.plan, self.far_tile, self.far_blocks
+        flags = plan.flags + (0 if dbias is None else dbias_flags(plan, tuple(dbias.shape)))
+        plan.run(
+            far_queries_kernel, blocks * plan.heads_q * plan.batch, tile,
+            *self.inputs[:4], self.lse, self.delta, self.base, self.inverse, self.marks, self.dq,
+            dbias, *self.shared,
+            *strides(plan.q if self.dq is None else self.dq, plan.varlen),
+            *score_strides(dbias, plan.sizes), *self._sizes(blocks), *self._tiles(tile),
+            self.dq is not None, flags,
+        )  # fmt: skip
+        if self.dk is None:
+            return
+        n_blocks = ceil_div(plan.seqlen_k, tile.block_n)
+        plan.run(
+            far_keys_kernel, n_blocks * plan.heads_k * plan.batch, tile,
+            *self.inputs[:4], self.delta, self.base, self.inverse, self.marks, self.dk, self.dv,
+            *self.shared, *strides(self.dk, plan.varlen), *strides(self.dv, plan.varlen),
+            *self._sizes(n_blocks), blocks, *self._tiles(tile), plan.flags,
+        )  # fmt: skip
+
+    def shared_dbias(self, dbias, far_rows: bool = False) -> None:
+        """dbias of a broadcast bias in a fixed order of additions; `far_rows` adds their share."""
+        plan, tile = self.plan, self.far_tile if far_rows else self.plan.tile("dbias")
+        lse2, delta = (self.base if far_rows else self.lse2), self.delta
         full = (*plan.sizes[:2], ceil_div(plan.seqlen_q, tile.block_m),
                 ceil_div(plan.seqlen_k, tile.block_n))  # fmt: skip
         summed = [n == 1 for n in dbias.shape]
         own = [1 if one else n for one, n in zip(summed, full, strict=True)]
         sums = [n if one else 1 for one, n in zip(summed, full, strict=True)]
         plan.run(
-            dbias_kernel, math.prod(own), tile, *self.inputs, dbias, *self.shared,
+            dbias_kernel, math.prod(own), tile,
+            *self.inputs[:4], lse2, delta, self.inverse, dbias, *self.shared,
             *score_strides(dbias, plan.sizes), *own[1:], *sums, *self.heads, *plan.totals(),
             plan.seqlen_q, plan.seqlen_k, *plan.scalars(), *self._tiles(tile), summed[2],
-            summed[3], plan.flags,
+            summed[3], far_rows, plan.flags,
         )  # fmt: skip
 
 
@@ -124,10 +162,12 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         grads[3] = grads[3].to(call.bias.dtype)
     dsink = None
     if needs.sink:
-        delta = next(owned, None)  # none without any pair of query and key
+        numbers = tuple(owned)[:4]  # delta, lse2, base, inverse; none without any pair
         dsink = torch.zeros_like(call.sink, dtype=torch.float32)
-        if delta is not None:
-            dsink = sink_gradient(call.sink, call.cu_seqlens_q is not None, lse.detach(), delta)
+        if numbers:
+            delta, _, base, inverse = numbers
+            varlen = call.cu_seqlens_q is not None
+            dsink = sink_gradient(call.sink, varlen, lse.detach(), delta, base, inverse)
     return Grads(*grads, dsink)
 
 
@@ -153,6 +193,10 @@ def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Te
                 kernels.queries(dq, None if apart else dbias)
             if apart:
                 kernels.shared_dbias(dbias)
+            if not plan.sigmoid:
+                kernels.far_rows(None if apart else dbias)
+                if apart:
+                    kernels.shared_dbias(dbias, far_rows=True)
         if key:
             rows_taken = (lse, dlse) if plan.sigmoid else (kernels.lse, kernels.dlse)
             taken = (*plan.taken(), kernels.dout, kernels.out, *rows_taken)

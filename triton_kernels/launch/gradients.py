@@ -19,11 +19,15 @@ def dbias_flags(plan, shape: tuple) -> int:
     return flags + (primitives.DBIAS_ONE_KEY.value if shape[3] == 1 else 0)
 
 
-def sink_gradient(sink, varlen: bool, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """dsink [Hq] = -sum over rows that are not empty of exp(sink - LSE) * (delta - dLSE)."""
+def sink_gradient(sink, varlen: bool, lse, delta, base, inverse) -> torch.Tensor:
+    """dsink [Hq] = -sum over rows that are not empty of exp(sink - LSE) * (delta - dLSE); far rows,
+    where base is finite, take the weight 2^(sink - base) * inverse."""
     head = 0 if varlen else 1
     shape = [-1 if d == head else 1 for d in range(lse.dim())]
-    share = torch.exp(sink.detach().float().view(shape) - lse)
+    sink = sink.detach().float().view(shape)
+    share = torch.exp(sink - lse)
+    far = torch.exp2(sink * primitives.LOG2E.value - base) * inverse
+    share = torch.where(base < math.inf, far, share)
     # rows without keys, and rows of a varlen buffer without a sequence, have no share
     terms = torch.where(lse == -math.inf, 0.0, share * delta)
     return -terms.sum([d for d in range(lse.dim()) if d != head])

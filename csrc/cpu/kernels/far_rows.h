@@ -21,9 +21,9 @@ class FarRows {
       : p(problem), ptr(pointers), o(options) {}
   void begin(int64_t units) { known = std::vector<std::unique_ptr<T[]>>(units); }
 
-  // Whether a row's LSE is far.  Parts of rows have the LSE of the whole, sigmoid weights none.
+  // Whether a row's LSE is far.  Sigmoid weights have none.
   bool any(const Sequence& seq, const Rows& r) const {
-    if (o.sigmoid || o.partial) return false;
+    if (o.sigmoid) return false;
     const T* lse = lse_of(seq, r);
     bool found = false;
     for (int64_t i = 0; i < r.nq; ++i) found |= is_far(lse[i]);
@@ -40,6 +40,7 @@ class FarRows {
 
   // Finds them, for a panel with any() and several blocks of keys.
   ATTN_NOINLINE void find(const Sequence& seq, const Rows& r) {
+    if (o.partial) return take(seq, r);
     [[maybe_unused]] typename Op::PerThread held;
     T* base = begin_panel(r);
     T *inverse = base + kPanel, sum[kPanel];
@@ -105,6 +106,17 @@ class FarRows {
   }
   const T* lse_of(const Sequence& seq, const Rows& r) const {
     return static_cast<const T*>(ptr.lse) + seq.lse_offset(r.h, r.m0);
+  }
+
+  // Those of the whole rows, where the keys here are a part.
+  void take(const Sequence& seq, const Rows& r) {
+    T* base = begin_panel(r);
+    const int64_t at = seq.lse_offset(r.h, r.m0);
+    for (int64_t q = 0; q < r.nq; ++q) {
+      base[q] = static_cast<const T*>(o.base)[at + q];
+      base[kPanel + q] = std::exp(-static_cast<const T*>(o.rest)[at + q]);
+    }
+    leave_near_rows(seq, r, base);
   }
 
   // base = what there is beside the keys.

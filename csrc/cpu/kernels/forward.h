@@ -419,7 +419,10 @@ class Forward {
     const Vec<T> safe = empty ? set1(T(1)) : total;
     const Vec<T> inverse = o.sigmoid ? set1(T(1)) : empty ? Vec<T>{} : scale / safe;
     T lse[L], max_logit[L], entropy[L];
-    store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
+    if (o.partial)  // log(1) = 0 where a row is empty
+      store(lse, nan ? sum : vlog(safe));
+    else
+      store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
     store(max_logit, nan ? sum : top == ninf ? top : base);
     const Vec<T> apart = -vmax(base - shift, set1(T(-kFar)));
     store(entropy, ((apart + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);

@@ -30,10 +30,12 @@ struct Options {
   void* dw = nullptr;  // [Hq, D], contiguous
   // Whose kernels serve the call where no ISA is forced: an index of isa_index(); -1 the best one.
   int isa = -1;
-  // A part of the keys that the rows see: O and the gradients are in the statistics' dtype, and the
-  // rows' sums are of the whole: backward takes LSE and delta = rowsum(dO * O) - dLSE as they are.
+  // A part of the keys that the rows see: O and the gradients are in the statistics' dtype. Forward
+  // gives a base near the largest logit in place of that, and rest = LSE - base in place of LSE, in
+  // which rest is lost far from 0.  In backward the rows' sums are of the whole: it takes LSE, base
+  // + rest, and delta = rowsum(dO * O) - dLSE as they are.
   bool partial = false;
-  const void* delta = nullptr;  // as LSE
+  const void *delta = nullptr, *base = nullptr, *rest = nullptr;  // as LSE
   Kept kept;
 
   bool plain() const { return !sigmoid && !w; }

@@ -45,7 +45,9 @@ class Softmax {
 
  public:
   Softmax(const Problem& problem, const Pointers& pointers, const Options& o)
-      : p(problem), ptr(pointers), lazy(o.plain() && !ptr.max_logit && !ptr.entropy) {}
+      : p(problem),
+        ptr(pointers),
+        lazy(o.plain() && (o.partial || !ptr.max_logit) && !ptr.entropy) {}
 
   // True when the bases of earlier tiles may serve the next one.
   bool bases_serve(const SoftmaxState<T>& state, int64_t end) const {

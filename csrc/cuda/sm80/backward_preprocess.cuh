@@ -1,7 +1,8 @@
-// delta = rowsum(dO * O) - dLSE   [B, Hq, Sq] as LSE; one warp a row.  dSink = -sum over rows of
-// exp(sink - LSE) * delta   [Hq]; one CTA a head, rows in a fixed order.
+// delta = rowsum(dO * O) - dLSE   [B, Hq, Sq] as LSE; one warp a row; and LSE as the other kernels
+// take it, +inf in far rows (far.h).  dSink = -sum over rows of exp(sink - LSE) * delta   [Hq];
+// one CTA a head, rows in a fixed order, after backward_far_queries.
 #pragma once
-#include "../softmax.cuh"
+#include "backward_far.cuh"
 
 namespace attn::cuda::sm80 {
 
@@ -26,19 +27,25 @@ void backward_delta(ATTN_GRID_CONSTANT const Params p) {
   if (lane_id() != 0) return;
   const int64_t at = seq.lse_offset(p, h, i);
   p.delta[at] = sum - (p.ptr.dlse ? static_cast<const float*>(p.ptr.dlse)[at] : 0.0f);
+  const float lse = static_cast<const float*>(p.ptr.lse)[at];
+  FarRows::of(p.p, p.ptr, p.delta).near_lse[at] = is_far(lse) ? kInf : lse;
 }
 
 template <class>  // T only so that the kernel may stand in a header
 ATTN_KERNEL(kRowThreads) void backward_sink(ATTN_GRID_CONSTANT const Params p) {
   const int h = block_id().x;
   const float sink = static_cast<const float*>(p.ptr.sink)[h];
+  const FarRows far = FarRows::of(p.p, p.ptr, p.delta);
   double sum = 0;
   for (int b = 0; b < int(p.p.batch); ++b) {
     const Sequence seq = Sequence::of(p, b);
     for (int i = thread_id(); i < seq.seqlen_q; i += kRowThreads) {
       const int64_t at = seq.lse_offset(p, h, i);
       const float lse = static_cast<const float*>(p.ptr.lse)[at];
-      if (lse != -kInf) sum -= double(exp2f((sink - lse) * kLog2e)) * p.delta[at];
+      if (lse == -kInf) continue;
+      const float weight = is_far(lse) ? exp2f(sink * kLog2e - far.base[at]) * far.inverse[at]
+                                       : exp2f((sink - lse) * kLog2e);
+      sum -= double(weight) * p.delta[at];
     }
   }
   sts_f32(smem_base() + 4 * thread_id(), float(sum));

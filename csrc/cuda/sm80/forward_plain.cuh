@@ -196,7 +196,7 @@ struct PlainForward {
     bool bad = false;
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
-      bad |= warp_finds_nan(O[f]);
+      bad |= warp_finds_nan(O[f]) || warp_finds_huge(state[f], scale);
       store_rows<T, false>(p, seq, task, O[f], state[f], queries(f).row, row(f), scale);
     }
     if (!bad) return;

@@ -5,6 +5,7 @@
 #include "../launches.h"
 #include "backward.cuh"
 #include "backward_bias.cuh"
+#include "backward_far.cuh"
 #include "backward_fused.cuh"
 #include "backward_preprocess.cuh"
 #include "combine.cuh"
@@ -50,6 +51,9 @@ void each_other(const Use& use) {
   use(kernel_name<T>("sm80::combine"), combine<T>);
   use(kernel_name<T>("sm80::backward_delta"), backward_delta<T>);
   use(kernel_name<T>("sm80::backward_sink"), backward_sink<T>);
+  use(kernel_name<T>("sm80::backward_far_queries"), backward_far_queries<T>);
+  use(kernel_name<T>("sm80::backward_far_keys"), backward_far_keys<T>);
+  use(kernel_name<T>("sm80::backward_far_bias"), backward_far_bias<T>);
 }
 
 }  // namespace attn::cuda::sm80

@@ -256,7 +256,7 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
   }
   const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
   mine.whole(turn, turns.count(), {group, both});
-  const bool bad = warp_finds_nan(mine.O);
+  const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
   store_rows<T, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
   if (bad)
     each_row(group_row + 16 * (warp_id() % 4), task.rows,

@@ -23,9 +23,9 @@ import torch
 from machine import RESULTS, describe
 
 import attn_ext
+from attn_ext.backends.sums import of_lse
 from attn_ext.distributed import Layout, comm, context_attention, local, model
 from attn_ext.distributed.pieces import Rules, pieces
-from attn_ext.ops import parts
 
 HEADS_Q, HEADS_K, DIM = 4, 2, 64
 MODELS = {"grouped heads, 32 / 8": (32, 8), "one key head each, 32 / 32": (32, 32)}
@@ -38,7 +38,7 @@ class Rank:
 
     def __init__(self, layout: Layout, rank: int, q, k, v, dout, out, lse):
         take = lambda x: layout.shard(x, 2, rank)  # noqa: E731
-        self.q, self.dout, self.sums = take(q), take(dout), parts.of_lse(take(lse))
+        self.q, self.dout, self.sums = take(q), take(dout), of_lse(take(lse))
         self.delta = (self.dout * take(out)).sum(-1)
         numbers = local.Scalars(None, 0.0, 0.0, -1, 0, False, "auto", False)
         sides, self.hops = local.Sides(None, None, None, None), []

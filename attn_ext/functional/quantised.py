@@ -120,7 +120,8 @@ def _as_they_are(call: Call, kept: tuple, dtype) -> tuple:
     k and v, and their factors."""
     k, v, k_factors, v_factors = kept
     of_int8 = call._replace(k=k, v=v)
-    if _triton_reads(call.backend, Problem.of(call)):
+    on_cpu = call.q.device.type == "cpu" and call.backend != "triton"
+    if not on_cpu and _triton_reads(call.backend, Problem.of(call)):
         triton = registry.get("triton")
         return "triton", triton.decode_int8(of_int8, k_factors, v_factors, dtype)
     found = None

@@ -320,7 +320,7 @@ q.requires_grad_()
 sum(x.mean() for x in inspect.row_stats(q, k)).backward()
 inspect.top_k(q, k, 4, window=(256, 256))
 inspect.top_k(q, k, 4, per_head=False, window=(256, 256))
-inspect.top_k(q, k, 4, per_head=False, window=(256, 256), backend="reference")  # as on GPUs
+inspect.top_k(q, k, 4, per_head=False, window=(256, 256), backend="reference")
 inspect.column_mass(q, k, causal=True)
 inspect.pooled_map(q, k, 64, causal=True)
 inspect.rollout([(q, k)] * 2, causal=True)

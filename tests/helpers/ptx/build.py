@@ -30,8 +30,8 @@ SOURCES = ROOT / "csrc"
 HEADER = "emulation/ptx/operations.h"
 # -O1: half of the time of -O2 to compile, and what runs is the emulator's code for the most part
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-Wno-psabi", "-ffp-contract=off",
-         "-fno-strict-aliasing", "-fvisibility=hidden", "-DATTN_EMULATED",
-         "-DATTN_COMPILED_PTX"]  # fmt: skip
+         "-fno-strict-aliasing", "-fstack-clash-protection", "-fvisibility=hidden",
+         "-DATTN_EMULATED", "-DATTN_COMPILED_PTX"]  # fmt: skip
 # Whether this run of pytest has compiled PTX in place of all kernels (tests/conftest.py).
 STANDING = os.environ.get("ATTN_EXT_EMULATED_RUNS") == "ptx" or None
 ARCHITECTURES = {"sm80": "80", "sm90": "90a"}

@@ -16,6 +16,7 @@
 #include "cpu/isa/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/isa/features.h"
+#include "cpu/tiles.h"
 
 namespace py = pybind11;
 using attn::Pointers;
@@ -138,6 +139,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("ceilings", &attn::cpu::ceiling, py::arg("name"), py::arg("isa") = "",
         py::arg("threads") = 1, py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
         "What this machine reaches: fma, bf16 (GFLOP/s), exp (10^9/s) or read (GB/s)");
+
+  m.attr("SECOND_WHOLE") = attn::cpu::kSecondWhole;  // keys up to which O' and L' are not read
 
   m.def("use_openmp", &attn::cpu::use_openmp,
         "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <new>
 #include <stdexcept>
 
@@ -96,12 +97,16 @@ bool view(PyObject* x, DLTensor& seen) {
   return false;
 }
 
-bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int threads) {
+namespace {
+
+// Checks the call and runs the kernel; false with Python's error set.
+bool guarded(const Held& held, const Pointers& pointers, int threads,
+             const std::function<void()>& kernel) {
   try {
     check(*held.problem, pointers);
     check_at_least("num_threads", threads, 1);
     WithoutGil release;
-    kernel(*held.problem, pointers, *held.options, threads);
+    kernel();
     return true;
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
@@ -113,6 +118,13 @@ bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int thre
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return false;
+}
+
+}  // namespace
+
+bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int threads) {
+  return guarded(held, pointers, threads,
+                 [&] { kernel(*held.problem, pointers, *held.options, threads); });
 }
 
 namespace {
@@ -176,6 +188,47 @@ PyObject* dense_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// The tensors of a side of a second pass, of the call or of its tangents, in their order.
+constexpr int kSide = 12;
+bool read_side(PyObject* const* args, Pointers& p) {
+  std::array<void*, kSide> at{};
+  for (int i = 0; i < kSide; ++i)
+    if (!find_address(args[i], at[i])) return false;
+  p.q = at[0], p.k = at[1], p.v = at[2], p.bias = at[3];
+  p.o = at[4], p.lse = at[5], p.dout = at[6], p.dlse = at[7];
+  p.dq = at[8], p.dk = at[9], p.dv = at[10], p.dbias = at[11];
+  return true;
+}
+
+// second_pass(backward, call, tangents, threads, mask, (q, k, v, bias, out, lse, dout, dlse, dq,
+// dk, dv, dbias) of the call, the same of its tangents): cpu::backward_tangent or cpu::tangent of a
+// dense call; whether the kernel served it.
+PyObject* second_pass(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 5 + 2 * kSide)
+    return PyErr_Format(PyExc_TypeError, "%d arguments are wanted, got %zd", 5 + 2 * kSide, count);
+  const auto kernel = args[0] == Py_True ? cpu::backward_tangent : cpu::tangent;
+  const Held call = held_by(args[1]);
+  const Held tangents = call.problem ? held_by(args[2]) : Held{};
+  if (!tangents.problem) return nullptr;
+  const int threads = int(PyLong_AsLong(args[3]));
+  if (PyErr_Occurred()) return nullptr;
+  Pointers ptr, tptr;
+  void* mask;
+  if (!find_address(args[4], mask) || !read_side(args + 5, ptr) ||
+      !read_side(args + 5 + kSide, tptr))
+    return nullptr;
+  ptr.mask = mask;
+  if (call.problem->dtype == DType::kFloat64)
+    return PyErr_Format(PyExc_ValueError,
+                        "dtype must be float32, bfloat16 or float16, got float64");
+  bool served = false;
+  if (!guarded(call, ptr, threads, [&] {
+        served = kernel(*call.problem, ptr, *call.options, *tangents.problem, tptr, threads);
+      }))
+    return nullptr;
+  return PyBool_FromLong(served);
+}
+
 PyMethodDef methods[] = {
     {"use_exchange", fastcall<use_exchange>(), METH_FASTCALL,
      "Whether tensors can be read through this DLPack exchange table"},
@@ -186,6 +239,8 @@ PyMethodDef methods[] = {
     {"dense_backward", fastcall<dense_backward>(), METH_FASTCALL,
      "Gradients of a dense call: call, threads, q, k, v, mask, bias, out, lse, dout, dq, dk, "
      "dv, dbias"},
+    {"second_pass", fastcall<second_pass>(), METH_FASTCALL,
+     "A pass of second derivatives of a dense call"},
     {nullptr, nullptr, 0, nullptr},
 };
 

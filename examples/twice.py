@@ -69,7 +69,7 @@ def run_both(train) -> dict:
         torch.manual_seed(1)
         start = time.process_time()
         found[name] = train(attend)
-        rows.append([name, f"{found[name][0]:.4g}", f"{time.process_time() - start:.1f}"])
+        rows.append([name, f"{found[name][0]:.4g}", f"{time.process_time() - start:.2f}"])
     table("the same training by both", ["attention", "held out", "processor seconds"], rows)
     first = [losses[:5] for _, losses in found.values()]
     apart = max(abs(a - b) / abs(b) for a, b in zip(*first, strict=True))

@@ -15,7 +15,7 @@ import torch
 from attn_ext.backends import cpu
 from attn_ext.backends.looks import looks
 from attn_ext.backends.native import addresses
-from attn_ext.core.layout import empty_like_layout, rows
+from attn_ext.core.layout import empty_like_layout, prototype, rows
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import (
@@ -28,6 +28,11 @@ from attn_ext.core.schema import (
     lse_shape,
     statistics_dtype,
 )
+
+try:
+    from attn_ext import _C
+except ImportError:  # attn_ext.backends.cpu says why
+    _C = None
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -42,6 +47,7 @@ class _Plan(NamedTuple):
 
     native: object
     moved: object
+    made: tuple = ()  # prototypes of (O', L', tangents of the gradients): of double_backward alone
 
 
 _plans: Plans[_Plan] = Plans()  # of dense calls, by how their tensors look
@@ -123,15 +129,27 @@ def _is_empty(call: Call) -> bool:
     return 0 in (call.q.numel(), call.k.numel(), call.v.numel())
 
 
-def tangent(call: Call, tangents: Tangents, given: Rows) -> tuple | None:
-    """(O', L'), of the O and LSE in `given`."""
-    if _is_empty(call):
-        return None
+def _is_short(call: Call) -> bool:
+    """Whether one block of the kernel of T2 holds all keys of each row: it then needs no O' and
+    L', and can find them beside the gradients."""
+    return call.max_seqlen_k <= _C.SECOND_WHOLE
+
+
+def _blank_rows(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """What O' and L' are written to."""
     out = empty_like_layout(call.q, call.v.shape[-1])
     lse = torch.empty(lse_shape(call), dtype=statistics_dtype(call.q.dtype), device="cpu")
     if call.cu_seqlens_q is not None:  # rows that belong to no sequence
         out.zero_()
         lse.zero_()
+    return out, lse
+
+
+def tangent(call: Call, tangents: Tangents, given: Rows) -> tuple | None:
+    """(O', L'), of the O and LSE in `given`."""
+    if _is_empty(call):
+        return None
+    out, lse = _blank_rows(call)
     inputs = _inputs(call, tangents, Rows(out=given.out, lse=given.lse))
     given = inputs.rows
     plan = _plans.get(inputs.key)
@@ -150,12 +168,71 @@ def backward_tangent(
     for."""
     if _is_empty(call):
         return None
+    if _is_short(call):
+        given = given._replace(tout=None, tlse=None)
+    elif given.tout is None or given.tlse is None:
+        found = tangent(call, tangents, given)
+        if found is None:
+            return None
+        given = given._replace(tout=found[0], tlse=found[1])
+    return _backward_tangent(call, tangents, given, needs, primal)
+
+
+def double_backward(
+    call: Call, tangents: Tangents, given: Rows, needs: Needs, rows_too: bool
+) -> tuple | None:
+    """(O', L', the tangents of the gradients that `needs` asks for) of short rows in one pass; O'
+    and L' None unless `rows_too`."""
+    if _is_empty(call) or not _is_short(call):
+        return None
+    tout, tlse = _blank_rows(call) if rows_too else (None, None)
+    written = given._replace(tout=tout, tlse=tlse)
+    found = _backward_tangent(call, tangents, written, needs, Needs())
+    if found is None:
+        return None
+    plan = _plans.get(plan_key(call, tangents, written, needs, Needs()))
+    key = plan_key(call, tangents, given, needs, rows_too)
+    if plan is not None and key is not None:
+        made = (*(_blank_rows(call) if rows_too else (None, None)), *_blank(call, needs)[:4])
+        made = [x if x is None else prototype(x) for x in made]
+        _plans.keep(key, plan._replace(made=tuple(made)))
+    return tout, tlse, found[0]
+
+
+def double_backward_again(
+    call: Call, tangents: Tangents, given: Rows, needs: Needs, rows_too: bool
+) -> tuple | None:
+    """`double_backward` where tensors that look the same went that way; else None, with nothing
+    done and nothing of the tensors assumed."""
+    plan = _plans.get(plan_key(call, tangents, given, needs, rows_too))
+    if plan is None:
+        return None
+    tout, tlse, dq, dk, dv, sums = [x if x is None else torch.empty_like(x) for x in plan.made]
+    if sums is not None:
+        sums.zero_()
+    tq, tk, tv, tbias, *_ = tangents
+    served = _C.second_pass(
+        True, plan.native, plan.moved, torch.get_num_threads(), call.mask,
+        call.q, call.k, call.v, call.bias, given.out, given.lse, given.dout, given.dlse,
+        None, None, None, None,
+        tq, tk, tv, tbias, tout, tlse, None, None, dq, dk, dv, sums,
+    )  # fmt: skip
+    if not served:
+        return None
+    return tout, tlse, Grads(dq, dk, dv, cpu.bias_gradient(call.bias, sums))
+
+
+def _backward_tangent(
+    call: Call, tangents: Tangents, given: Rows, needs: Needs, primal: Needs
+) -> tuple[Grads, Grads] | None:
+    """`backward_tangent`; where rows are short, O' and L' of `given` are written."""
     first, second = _blank(call, primal), _blank(call, needs)
     inputs = _inputs(call, tangents, given, needs, primal)
     given = inputs.rows
     plan = _plans.get(inputs.key)
     if plan is None:
-        plan = _new_plan(call, inputs, given.out, given.tout, given.lse)
+        tout = given.out if given.tout is None else given.tout
+        plan = _new_plan(call, inputs, given.out, tout, given.lse)
         tdout = given.dout if given.tdout is None else given.tdout
         for native, grads, dout in ((plan.native, first, given.dout), (plan.moved, second, tdout)):
             cpu.set_gradients(native, call, dout, grads[:3], grads.bias)

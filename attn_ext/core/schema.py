@@ -126,7 +126,8 @@ Tangents.__doc__ = "Tangents of a call's inputs, each like its input; None where
 
 class Rows(NamedTuple):
     """What the tangent of a backward takes beside the call: tensors like O and LSE, the gradients
-    with respect to them (d...), and the tangents of these four (t...).  None: 0."""
+    with respect to them (d...), and the tangents of these four (t...).  None: 0, but for tout and
+    tlse: a backend that needs them finds them itself."""
 
     dout: torch.Tensor | None = None
     dlse: torch.Tensor | None = None
@@ -156,8 +157,8 @@ GRADIENT_RESULTS = ", ".join(f"Tensor d{name}" for name in GRADIENTS)  # of attn
 TANGENT_PARAMETERS = ", ".join(f"Tensor? t{name}" for name in GRADIENTS)
 TANGENT_RESULTS = ", ".join(f"Tensor td{name}" for name in GRADIENTS)
 ROW_PARAMETERS = (
-    "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor tout, Tensor tlse, Tensor? tdout, "
-    "Tensor? tdlse"
+    "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? tout, Tensor? tlse, "
+    "Tensor? tdout, Tensor? tdlse"
 )
 
 

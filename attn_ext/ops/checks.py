@@ -76,7 +76,7 @@ def results(dout, dlse, out, lse, given: Call) -> None:
             raise ValueError(f"{name} must be on q's device {q.device}, got {value.device}")
     dtypes = (("out", out, q.dtype), ("lse", lse, statistics_dtype(q.dtype)))
     for name, value, dtype in dtypes:
-        if value.dtype != dtype:
+        if value is not None and value.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
 
 

@@ -32,7 +32,6 @@ from attn_ext.ops.second import backward_tangent_kernel, call_and_tangents, tang
 
 _GIVEN = 4  # dout, dlse, out, lse, before the fields of the call of a backward
 _NOTHING = [False] * len(GRADIENTS)
-_OPERATORS = torch.ops.attn_ext.tangent, torch.ops.attn_ext.backward_tangent
 
 
 def _save(ctx, *tensors) -> None:
@@ -74,12 +73,25 @@ def _backward_context(ctx, inputs, output):
 
 
 def _backward_backward(ctx, *cotangents):
-    return differentiate_backward(ctx, cotangents, *_OPERATORS)
+    return differentiate_backward(ctx, cotangents, _by_operators)
 
 
-def differentiate_backward(ctx, cotangents, tangent, backward_tangent) -> list:
-    """Double backward: the gradients of the inputs of a backward, by these two functions.  ctx: of
-    a Function whose inputs are those of attn_ext::backward and one more, which has saved them as
+def _by_operators(dout, dlse, out, lse, call, given, needs, rows_too) -> tuple:
+    """`second.double_backward` by the two operators, which transforms and compilers see."""
+    tout = tlse = None
+    if rows_too:
+        tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *given)
+    found = [None] * len(GRADIENTS)
+    if any(needs):
+        found = torch.ops.attn_ext.backward_tangent(
+            dout, dlse, out, lse, tout, tlse, None, None, *call, *given, needs, _NOTHING
+        )
+    return tout, tlse, found[: len(GRADIENTS)]
+
+
+def differentiate_backward(ctx, cotangents, double_backward) -> list:
+    """Double backward: the gradients of the inputs of a backward, by this function.  ctx: of a
+    Function whose inputs are those of attn_ext::backward and one more, which has saved them as
     `_backward_context` does."""
     dout, dlse, out, lse, *tensors = ctx.saved_tensors
     call = Call(*tensors, *ctx.rest)
@@ -88,15 +100,14 @@ def differentiate_backward(ctx, cotangents, tangent, backward_tangent) -> list:
     if all(x is None for x in given):
         return grads
     rules.refuse_once_only(call, rules.DOUBLE_BACKWARD)
-    tout, tlse = tangent(out, lse, *call, *given)
     of_dout, of_dlse, _, _, *of_fields, _, _ = ctx.needs_input_grad
-    grads[0], grads[1] = tout if of_dout else None, tlse if of_dlse else None
     needs = of_gradients(of_fields)
+    tout, tlse, found = double_backward(
+        dout, dlse, out, lse, call, given, needs, of_dout or of_dlse
+    )
+    grads[0], grads[1] = tout if of_dout else None, tlse if of_dlse else None
     if any(needs):
-        found = backward_tangent(
-            dout, dlse, out, lse, tout, tlse, None, None, *call, *given, needs, _NOTHING
-        )
-        grads[_GIVEN:-1] = at_inputs(found[: len(GRADIENTS)], needs, len(FIELDS))
+        grads[_GIVEN:-1] = at_inputs(found, needs, len(FIELDS))
     return grads
 
 
@@ -104,12 +115,10 @@ def _backward_jvp(ctx, tdout, tdlse, tout, tlse, *rest):
     dout, dlse, out, lse, *tensors = map(rules.primal_of, ctx.saved_tensors)
     call = Call(*tensors, *ctx.rest)
     rules.refuse_once_only(call, rules.FORWARD_MODE)
-    tangents = of_gradients(rest)
-    if tout is None or tlse is None:  # only of LSE or only of O, or none: nobody differentiated it
-        tout, tlse = torch.ops.attn_ext.tangent(out, lse, *call, *tangents)
     found = torch.ops.attn_ext.backward_tangent(
-        dout, dlse, out, lse, tout, tlse, tdout, tdlse, *call, *tangents, ctx.needs, _NOTHING
-    )
+        dout, dlse, out, lse, tout, tlse, tdout, tdlse, *call, *of_gradients(rest), ctx.needs,
+        _NOTHING,
+    )  # fmt: skip
     return found[: len(GRADIENTS)]
 
 
@@ -152,8 +161,8 @@ class EagerGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         direct = not torch.is_grad_enabled() and rules.are_eager((*cotangents, *ctx.saved_tensors))
-        passes = (second.tangent, second.backward_tangent) if direct else _OPERATORS
-        return (*differentiate_backward(ctx, cotangents, *passes), None)
+        way = second.double_backward if direct else _by_operators
+        return (*differentiate_backward(ctx, cotangents, way), None)
 
 
 # Without what Function.apply adds for transforms, under which nothing comes this way.

@@ -140,13 +140,35 @@ def backward_tangent(
     return _by_second("backward_tangent", call, tangents, rows, needs, primal)
 
 
+def double_backward(
+    call: Call, tangents: Tangents, rows: Rows, needs: Needs, rows_too: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Grads]:
+    """The tangents of O and LSE where they are wanted, too, and those of the gradients that `needs`
+    asks for."""
+    module = second_of(prepared(call))
+    if hasattr(module, "double_backward") and any(needs):  # in one pass
+        found = _alone(module.double_backward, prepared(call), tangents, rows, needs, rows_too)
+        if found is not None:
+            return found
+    tout, tlse = tangent(call, tangents, rows) if rows_too else (None, None)
+    if not any(needs):
+        return tout, tlse, Grads()
+    moved = rows._replace(tout=tout, tlse=tlse)
+    return tout, tlse, backward_tangent(call, tangents, moved, needs, Needs())[0]
+
+
 def _by_second(name: str, call: Call, *others):
     """What the function called `name` of the module that serves the call gives, or that of
-    `blocked` where it gives nothing.  Autograd, autocast and forward mode leave its operations as
-    they are."""
+    `blocked` where it gives nothing."""
     call = prepared(call)
+    found = _alone(getattr(second_of(call), name), call, *others)
+    return found or _alone(getattr(blocked, name), call, *others)
+
+
+def _alone(function, call: Call, *others):
+    """function(call, ...), whose operations autograd, autocast and forward mode leave as they
+    are."""
     if call.cu_seqlens_q is not None:
         validate.values(call)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-        found = _in_their_dtypes(getattr(second_of(call), name), call, *others)
-        return found or _in_their_dtypes(getattr(blocked, name), call, *others)
+        return _in_their_dtypes(function, call, *others)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from attn_ext.backends import cpu_second
 from attn_ext.core.layout import empty_like_layout
 from attn_ext.core.schema import (
     FIELDS,
@@ -74,6 +75,20 @@ def backward_tangent(*inputs) -> tuple:
     needs, primal = Needs(*rest[-2]), Needs(*rest[-1])
     second, first = execute.backward_tangent(call, tangents, rows, needs, primal)
     return (*second, *first)
+
+
+def double_backward(dout, dlse, out, lse, call: Call, tangents, needs, rows_too: bool) -> tuple:
+    """(O', L', the tangents of the gradients) on real tensors; O' and L' None unless `rows_too`,
+    each gradient None unless asked for."""
+    tangents, needs = Tangents(*tangents), Needs(*needs)
+    rows = Rows(dout=dout, dlse=dlse, out=out, lse=lse)
+    ready = execute.prepared(call)
+    found = cpu_second.double_backward_again(ready, tangents, rows, needs, rows_too)
+    if found is None:  # all that looks like what has been checked needs no checks
+        call = dispatch.checked_backward(dout, dlse, out, lse, call)
+        checks.tangents(call, tangents)
+        found = execute.double_backward(call, tangents, rows, needs, rows_too)
+    return found
 
 
 def tangent_kernel(out, lse, *rest):

@@ -41,7 +41,7 @@ class Alone {
                 std::memory_order_relaxed);
   }
 
-  // What a call may take alone before it asks for the others after all.
+  // What a call may take of its core alone before it asks for the others after all.
   static constexpr int64_t kTrial = 2'000'000;
 
  private:

@@ -52,8 +52,18 @@ struct Job {
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // written once, by the thread that set `failed`
 
-  void work(int64_t until = kForever) {
-    while (until == kForever || now() < until) {
+  // Tasks until there are none, or until this thread has had a core for so long.
+  void work(int64_t most = kForever) {
+    const bool ends = most != kForever;
+    const int64_t core = ends ? on_core() : 0;
+    int64_t until = ends ? now() + most : kForever;
+    for (;;) {
+      if (ends && now() >= until) {
+        // The time in which another process had the core is none that more threads would save.
+        const int64_t left = most - (on_core() - core);
+        if (left <= 0) return;
+        until = now() + left;
+      }
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
       try {
@@ -170,7 +180,7 @@ static void raise(std::atomic<int64_t>& most, int64_t x) {
 static void on_team(GompParallel openmp, Job& job, int threads) {
   const int64_t time = now();
   if (alone.now_is(time)) {
-    job.work(time + Alone::kTrial);
+    job.work(Alone::kTrial);
     if (job.next.load(std::memory_order_relaxed) >= job.tasks) return;
   }
   struct Region {

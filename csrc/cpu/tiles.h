@@ -24,8 +24,10 @@ constexpr int64_t kBackwardKeys[] = {384, 256, 192}, kNarrowHead = 64, kBackward
 constexpr int64_t kPartTasks = 4;
 
 // Second derivatives: keys of a task.  Its rows of K, V, K', V', dK', dV' and four tiles of scores
-// stay in L2.  A multiple of 32.
-constexpr int64_t kSecondKeys = 128;
+// stay in L2.  Calls of up to kSecondWhole keys have one task a head: it holds all keys of its rows
+// and needs neither O' and L', which are a pass of their own, nor sums that tasks share.  Multiples
+// of 32.
+constexpr int64_t kSecondKeys = 128, kSecondWhole = 256;
 
 // Decode: keys of a chunk, whose weights stay in L1 while V is read, in equal parts from streams
 // that a processor fetches ahead for (kernels/decode.h).
@@ -37,7 +39,13 @@ constexpr int64_t kDecodeRows = 256;
 // worked on together, since each has a bias of its own, are served up to the last number.
 constexpr int64_t kDecodeQueries = 16, kDecodePairQueries = 8, kDecodeSingleQueries = 4;
 // At most so many queries * heads of a group where heads may share panels, which are faster then
-// (kernels/forward.h).
-constexpr int64_t kDecodeBeforePanels = 31;
+// (kernels/forward.h): where K and V have at most kDecodeCached bytes, which a third-level cache
+// may hold, and where they have more, since this kernel reads memory faster.  Wide: vectors of 64
+// bytes; pairs: of bfloat16, multiplied as such.  Measured on EPYC, Zen 3 and Zen 5.
+struct BeforePanels {
+  int64_t cached, more;
+};
+constexpr BeforePanels kBeforePanels{31, 31}, kBeforeWidePanels{15, 27}, kBeforePairPanels{11, 23};
+constexpr int64_t kDecodeCached = 16 << 20;
 
 }  // namespace attn::cpu

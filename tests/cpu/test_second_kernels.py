@@ -12,6 +12,7 @@ from closeness import assert_same
 from second_calls import EVERY, MORE, SAMPLE, combination
 from second_checks import by_double_backward, by_passes, by_reference, check_dtype, seeds_of
 
+import attn_ext
 from attn_ext import _C
 from attn_ext.backends import blocked, cpu_second
 from attn_ext.core.schema import Needs, Rows, Tangents
@@ -26,6 +27,7 @@ from attn_ext.testing import (
 
 by_kernels = functools.partial(by_passes, module=cpu_second)
 LONG = {"seqlen_q": 70, "seqlen_k": 300, "batch": 1}  # three blocks of keys, two panels of queries
+WHOLE = _C.SECOND_WHOLE  # keys of the longest rows that one block holds
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -41,7 +43,7 @@ def isa(request):
 def check(call) -> None:
     """The kernels against the reference, in memory that holds NaN."""
     with poisoned_memory():
-        check_dtype(call, [by_kernels])
+        check_dtype(call, [by_kernels, by_double_backward])
 
 
 def test_every_combination_of_features():
@@ -98,6 +100,68 @@ def test_absent_tangents():
         got = by_kernels(call, seeds._replace(tangents={name: seeds.tangents[name]}))
         for result, x in want.items():
             torch.testing.assert_close(got[result], x)
+
+
+def second_by(call, **rows) -> list:
+    """The tangents of the gradients of q, k, v, with these of a call's `Rows` beside O and LSE."""
+    seeds = seeds_of(call)
+    out, lse = execute.forward(call)[:2]
+    given = Rows(**{"dout": seeds.dout, "out": out, "lse": lse, **rows})
+    found, _ = cpu_second.backward_tangent(
+        call, Tangents(**seeds.tangents), given, needs_of(call), Needs()
+    )
+    return [x for x in found if x is not None]
+
+
+@pytest.mark.parametrize("keys", [WHOLE // 2 + 1, WHOLE, WHOLE + 1])
+def test_tangents_of_rows_are_found_where_they_are_needed(keys, isa):
+    """O' and L' taken for 0 where rows have several blocks; a pass for them where they have one."""
+    call = random_call(3, seqlen_q=70, seqlen_k=keys, batch=1, causal=True)
+    out, lse = execute.forward(call)[:2]
+    tangents = Tangents(**seeds_of(call).tangents)
+    tout, tlse = cpu_second.tangent(call, tangents, Rows(out=out, lse=lse))
+    want = second_by(call, tout=tout, tlse=tlse)
+    if keys <= WHOLE:
+        tout, tlse = torch.full_like(tout, torch.nan), torch.full_like(tlse, torch.nan)
+        ways = [second_by(call), second_by(call, tout=tout, tlse=tlse)]
+    else:
+        ways = [second_by(call), second_by(call, tout=tout), second_by(call, tlse=tlse)]
+        assert not torch.equal(want[0], second_by(call, tout=0 * tout, tlse=0 * tlse)[0])
+    for way in ways:
+        for got, x in zip(way, want, strict=True):
+            assert_same(got, x)
+
+
+ALIKE = {"plain": {}, "bias": {"bias": "hqk"}, "band": {"causal": True, "window": (3, 2)}}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_calls_that_look_alike(name):
+    """A remembered double backward that differs from the first, of other values, or that takes a
+    gradient for one that was asked for before."""
+    call = random_call(3, seqlen_q=40, seqlen_k=30, **ALIKE[name])
+    first = by_double_backward(call, seeds_of(call))
+    for seed in (8, 9):
+        seeds = seeds_of(call, seed)
+        again = by_double_backward(call, seeds)
+        cpu_second.forget()
+        for key, x in by_double_backward(call, seeds).items():
+            assert_same(again[key], x)
+        assert not torch.equal(first["second q"], again["second q"])
+
+
+@pytest.mark.parametrize("keys, want", [(WHOLE, 0), (WHOLE + 1, 1)])
+def test_double_backward_takes_no_pass_twice(keys, want, monkeypatch):
+    """A pass over the keys for a tangent of O that nobody needs or that another pass finds."""
+    passes, kernel = [], cpu_second.tangent
+    monkeypatch.setattr(cpu_second, "tangent", lambda *a: passes.append(a) or kernel(*a))
+    q, k, v, dout = (torch.randn(1, 2, keys, 8, requires_grad=True) for _ in range(4))
+    for cotangent in (dout, dout.detach()):
+        out = attn_ext.attention(q, k, v)
+        first = torch.autograd.grad(out, (q, k, v), cotangent, create_graph=True)
+        sum(x.square().sum() for x in first).backward()
+        assert len(passes) == want
+        passes.clear()
 
 
 def passes_of(call, module):

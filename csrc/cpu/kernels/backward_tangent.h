@@ -4,6 +4,10 @@
 //   dQ' = scale (dZ' K + dZ K')       dK' = scale (dZ'^T Q + dZ^T Q')
 //   dV' = (P M c)^T G + (P M)^T G'    dSink' = -sum P_sink [(sink' - L') D + D']
 // Tasks, and the order in which they add to dQ and dQ', are those of backward.h.
+//
+// O' and L' are read where a row's keys may lie in several blocks.  Where one block holds the keys
+// of all rows, they are not needed, and written where they are asked for: O' = (P M c) V + (P M) V'
+// is two products more here, and a pass of five alone (tangent.h).
 #pragma once
 #include "cpu/kernels/gradient_tangent.h"
 #include "cpu/kernels/key_gradient.h"
@@ -30,7 +34,10 @@ class BackwardTangent {
         tdQ(tp, tptr, T(p.scale)) {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
-    n_tiles = (p.seqlen_k + kSecondKeys - 1) / kSecondKeys;
+    // Scratch of short rows is no larger than they are: it stays in L1.
+    block_n = p.seqlen_k <= kSecondWhole ? (p.seqlen_k + 31) / 32 * 32 : kSecondKeys;
+    block_n = std::max<int64_t>(block_n, 32);
+    n_tiles = (p.seqlen_k + block_n - 1) / block_n;
     d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
   }
 
@@ -82,7 +89,7 @@ class BackwardTangent {
   const Problem& tp;
   const Pointers& tptr;
   int threads;
-  int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
+  int64_t group, m_tiles, n_tiles, block_n, d_pad, dv_pad;
   std::vector<T> delta, tdelta, tlse;  // D, D', L' [B, Hq, m_tiles, kPanel]
   QueryGradient<T> dQ, tdQ;
 
@@ -116,8 +123,8 @@ class BackwardTangent {
   void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
     int64_t lo, hi;
     seq.key_range(m0, m0 + nq, &lo, &hi);
-    *t0 = lo / kSecondKeys;
-    *t1 = hi > lo ? (hi + kSecondKeys - 1) / kSecondKeys : *t0;
+    *t0 = lo / block_n;
+    *t1 = hi > lo ? (hi + block_n - 1) / block_n : *t0;
   }
 
   // L', D = G.O - lam, D' = G'.O + G.O' - lam' and the panel's first ticket.  Panels without keys
@@ -129,7 +136,10 @@ class BackwardTangent {
     int64_t t0, t1;
     if (nq <= 0) return true;
     key_tiles(seq, m0, nq, &t0, &t1);
-    if (t0 >= t1) dQ.write_zeros(seq, h, m0, nq), tdQ.write_zeros(seq, h, m0, nq);
+    if (t0 >= t1) {
+      dQ.write_zeros(seq, h, m0, nq), tdQ.write_zeros(seq, h, m0, nq);
+      write_empty_rows(seq, h, m0, nq);
+    }
     if (t1 - t0 <= 1) return true;
     dQ.first_block(panel, t0), tdQ.first_block(panel, t0);
     const int64_t at = seq.lse_offset(h, m0);
@@ -160,14 +170,14 @@ class BackwardTangent {
   int64_t scratch_bytes() const {
     const int64_t dims = d_pad + dv_pad, most = std::max(d_pad, dv_pad);
     return int64_t(sizeof(T)) *
-           (kSecondKeys * (4 * dims + 6 * kPanel) + Panel<T>::keep_size(kSecondKeys) +
-            kPanel * (2 * dims + 2 * d_pad + most + 3) + L * most + MaskBits<T>::size(kSecondKeys));
+           (block_n * (4 * dims + 6 * kPanel) + Panel<T>::keep_size(block_n) +
+            kPanel * (2 * dims + 2 * d_pad + most + 3) + L * most + MaskBits<T>::size(block_n));
   }
 
   void key_block(int64_t b, int64_t hk, int64_t t) {
     const Sequence seq(p, ptr, b), tseq(tp, tptr, b);
     Block k(seq, tseq);
-    k.t = t, k.hk = hk, k.n0 = t * kSecondKeys, k.nk = std::min(kSecondKeys, seq.seqlen_k - k.n0);
+    k.t = t, k.hk = hk, k.n0 = t * block_n, k.nk = std::min(block_n, seq.seqlen_k - k.n0);
     if (k.nk <= 0) return;
     Scratch scratch(scratch_bytes());
     take_scratch(k, scratch);
@@ -187,12 +197,12 @@ class BackwardTangent {
   }
 
   void take_scratch(Block& k, Scratch& scratch) const {
-    auto tile_of = [&] { return scratch.take<T>(kSecondKeys * kPanel); };
+    auto tile_of = [&] { return scratch.take<T>(block_n * kPanel); };
     auto panel_of = [&](int64_t dim) { return scratch.take<T>(dim * kPanel); };
     k.S = tile_of(), k.tS = tile_of(), k.dP = tile_of(), k.tdP = tile_of();
     if (p.softcap > 0) k.slope = tile_of(), k.bend = tile_of();
-    k.side = {scratch.take<T>(Panel<T>::keep_size(kSecondKeys)),
-              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(kSecondKeys))};
+    k.side = {scratch.take<T>(Panel<T>::keep_size(block_n)),
+              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
     k.Qt = panel_of(d_pad), k.tQt = panel_of(d_pad);
     k.Gt = panel_of(dv_pad), k.tGt = panel_of(dv_pad);
     k.dQt = panel_of(d_pad), k.tdQt = panel_of(d_pad);
@@ -206,13 +216,13 @@ class BackwardTangent {
   void load_keys(Block& k, Scratch& scratch) const {
     auto rows = [&](const void* base, const Strides& s, int64_t dim) {
       if (!base) return Operand{};
-      T* copy = scratch.take<T>(kSecondKeys * round_up(dim));
+      T* copy = scratch.take<T>(block_n * round_up(dim));
       return rows_by_depth<Op>(k.seq, base, s, k.hk, k.n0, k.nk, dim, copy);
     };
     k.K = rows(ptr.k, p.k, p.head_dim), k.tK = rows(tptr.k, tp.k, p.head_dim);
     k.V = rows(ptr.v, p.v, p.head_dim_v), k.tV = rows(tptr.v, tp.v, p.head_dim_v);
     auto sum = [&](const void* wanted, int64_t pad) {
-      return Sum{wanted ? scratch.take<T>(kSecondKeys * pad) : nullptr};
+      return Sum{wanted ? scratch.take<T>(block_n * pad) : nullptr};
     };
     k.dK = sum(ptr.dk, d_pad), k.tdK = sum(tptr.dk, d_pad);
     k.dV = sum(ptr.dv, dv_pad), k.tdV = sum(tptr.dv, dv_pad);
@@ -229,6 +239,9 @@ class BackwardTangent {
       gradient(k, r, panel, moved, tile);
       add_to_keys(k, r, segments);
     }
+    if (n_tiles == 1 && tptr.o)
+      tile.empty ? write_empty_rows(k.seq, r.h, r.m0, r.nq)
+                 : write_rows(k, r, segments, panel.columns);
     add_to_queries(k, r, dQ, k.dQt, segments, panel.columns, {{&k.K, k.dP}, {nullptr, nullptr}});
     add_to_queries(k, r, tdQ, k.tdQt, segments, panel.columns, {{&k.K, k.tdP}, {&k.tK, k.dP}});
   }
@@ -298,6 +311,29 @@ class BackwardTangent {
     add(k.tdK, ptr.q, p.q, p.head_dim, k.tdP), add(k.tdK, tptr.q, tp.q, p.head_dim, k.dP);
     add(k.tdV, ptr.dout, p.dout, p.head_dim_v, k.tS);
     add(k.tdV, tptr.dout, tp.dout, p.head_dim_v, k.S);
+  }
+
+  // O'^T = V^T (P M c)^T + V'^T (P M)^T  [Dv, columns], and L'.
+  void write_rows(const Block& k, const Rows& r, const Segments& segments, int64_t columns) const {
+    T* Ot = k.Gt;  // G^T has been used
+    sum_over_keys(segments, columns, k.V, p.head_dim_v, k.tS, Ot, false);
+    if (tptr.v) sum_over_keys(segments, columns, k.tV, p.head_dim_v, k.S, Ot, true);
+    for (int64_t v = 0; v < r.nq; v += L)
+      store_transposed<T>(p.dtype, Ot + v, set1(T(1)), std::min<int64_t>(L, r.nq - v), p.head_dim_v,
+                          k.block, rows_moved(k.seq, r.h, r.m0 + v), tp.o.s * bytes());
+    std::copy_n(k.tlse, r.nq, static_cast<T*>(tptr.lse) + k.seq.lse_offset(r.h, r.m0));
+  }
+
+  // The same of rows that see no key: 0.
+  void write_empty_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t nq) const {
+    if (n_tiles > 1 || !tptr.o) return;
+    for (int64_t i = 0; i < nq; ++i)
+      std::memset(rows_moved(seq, h, m0 + i), 0, size_t(p.head_dim_v * bytes()));
+    std::fill_n(static_cast<T*>(tptr.lse) + seq.lse_offset(h, m0), nq, T(0));
+  }
+
+  char* rows_moved(const Sequence& seq, int64_t h, int64_t i) const {
+    return static_cast<char*>(tptr.o) + seq.q_offset(tp.o, h, i) * bytes();
   }
 
   struct Term {

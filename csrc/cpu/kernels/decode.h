@@ -24,11 +24,18 @@ class Decode : DecodeRows {
   static constexpr int L = kLanes<float>;
   static constexpr int64_t kBytes = storage_bytes(TYPE), kKeptBytes = storage_bytes(KEPT);
   static constexpr bool kFactors = KEPT == kInt8;
+  // Whether q.k is of pairs of bfloat16, as Q and K are stored: half of the instructions.
+#ifdef ATTN_BF16_DOT
+  static constexpr bool kPairs = TYPE == DType::kBFloat16 && KEPT == TYPE;
+#else
+  static constexpr bool kPairs = false;
+#endif
+  static constexpr int64_t kQueryBytes = kPairs ? 2 : 4;  // of a number of Q
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
       : DecodeRows(problem, pointers), kept(kept), threads(threads) {
-    scattered = p.k.s != p.head_dim;
+    prefetched = p.k.s != p.head_dim || (L == 16 && rows > 1);
     together = p.k.s == p.heads_k * p.k.h && p.v.s == p.heads_k * p.v.h ? p.heads_k : 1;
     const int64_t tasks = p.batch * p.heads_k / together, chunks = (p.seqlen_k + 511) / 512;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
@@ -72,7 +79,10 @@ class Decode : DecodeRows {
  private:
   const Kept& kept;
   int threads;
-  bool scattered;  // rows of K do not lie one after the other: nothing fetches them ahead
+  // Whether rows are prefetched by instructions: where they do not lie one after the other, since
+  // nothing else fetches them ahead, and where several rows of Q share them: a processor with
+  // AVX-512 then reads 1.4 to 1.8 times as fast (EPYC, Zen 5), one row of Q gains nothing.
+  bool prefetched;
 
   // Whether the queries are so few that panels would mostly hold padding.
   static bool few(const Problem& p, const Pointers& ptr) {
@@ -83,7 +93,15 @@ class Decode : DecodeRows {
 #endif
     const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
     const bool together = !ptr.bias || p.bias.q == 0;
-    if (!kFactors && rows > kDecodeBeforePanels && heads_share_panels(p, ptr)) return false;
+    constexpr BeforePanels kMostRows = kPairs    ? kBeforePairPanels
+                                       : L == 16 ? kBeforeWidePanels
+                                                 : kBeforePanels;
+    const bool cached =
+        p.batch * p.heads_k * p.seqlen_k * (p.head_dim + p.head_dim_v) * kKeptBytes <=
+        kDecodeCached;
+    if (!kFactors && rows > (cached ? kMostRows.cached : kMostRows.more) &&
+        heads_share_panels(p, ptr))
+      return false;
     return p.seqlen_q > 0 && p.seqlen_q <= (together ? kMost : kDecodeSingleQueries) &&
            rows <= kDecodeRows;
   }
@@ -96,11 +114,16 @@ class Decode : DecodeRows {
 
   // Numbers that `attend` and `finish` take.
   int64_t work() const { return together * rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
-  // Q [rows][D] in load_storage's order.
+  // Q [rows][D] in load_storage's order; pairs as they are.
   void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
       const char* row = static_cast<const char*>(ptr.q) + at * kBytes;
+      if constexpr (kPairs) {
+        std::memcpy(Q, row, size_t(p.head_dim * kBytes));
+        Q += p.head_dim / 2;
+        continue;
+      }
       for (int64_t c = 0; c < p.head_dim; c += 2 * L, Q += 2 * L) {
         Vec<float> x[2];
         load_storage<TYPE>(row + c * kBytes, &x[0], &x[1]);
@@ -114,7 +137,7 @@ class Decode : DecodeRows {
   // keys that mask or bias exclude are not touched in any case.
   ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state,
                             Scratch& scratch) const {
-    const int64_t first = unit * together % p.heads_k, size = rows * p.head_dim;
+    const int64_t first = unit * together % p.heads_k, size = rows * p.head_dim * kQueryBytes / 4;
     const Sequence seq(p, ptr, unit * together / p.heads_k);
     float* Q = scratch.take<float>(together * size);
     for (int64_t h = 0; h < together; ++h) {
@@ -129,6 +152,7 @@ class Decode : DecodeRows {
     Chunk chunk = chunk_of(seq, split);
     for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
       for (int64_t h = 0; h < together; ++h) {
+        keys.paged = prefetched && ptr.block_table && h + 1 == together;
         keys.ahead = (h + 1 < together ? p.k.h : kDecodeEach * p.k.s - h * p.k.h) * kKeptBytes;
         add_chunk(seq, first + h, chunk, careful, Q + h * size, S, state + h * head_state(), &keys);
       }
@@ -159,10 +183,22 @@ class Decode : DecodeRows {
     }
   }
 
+  // The row of K that the chunk after this one reads for each row of `add_rows`, in pages.
+  void add_rows_after(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at,
+                      int64_t step, Keys* keys) const {
+    for (j += kDecodeEach, end += kDecodeEach; j < end;) {
+      const int64_t stop = std::min(end, (j / p.page_size + 1) * p.page_size);
+      const int64_t row = std::min(j, seq.seqlen_k - 1);  // beyond the last: any that there is
+      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, row) * kKeptBytes;
+      for (; j < stop; ++j, at += step, K += p.k.s * kKeptBytes) keys->after[at] = K;
+    }
+  }
+
   // Rows j ... end - 1 of K and V, as keys at, at + step ...
   void add_rows(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
                 Keys* keys) const {
     const int64_t k_step = p.k.s * kKeptBytes, v_step = p.v.s * kKeptBytes;
+    if (keys->paged) add_rows_after(seq, hk + 1 - together, j, end, at, step, keys);
     while (j < end) {
       const int64_t page = p.page_size, stop = ptr.block_table ? (j / page + 1) * page : end;
       const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kKeptBytes;
@@ -214,6 +250,7 @@ class Decode : DecodeRows {
         keys->bias[n] = bias;
       }
       keys->j[n] = j, keys->position[n] = keys->position[at], keys->K[n] = keys->K[at];
+      if (keys->paged) keys->after[n] = keys->after[at];
       if constexpr (kFactors)
         keys->k_factor[n] = keys->k_factor[at], keys->v_factor[n] = keys->v_factor[at];
       keys->V[n++] = keys->V[at];
@@ -228,7 +265,7 @@ class Decode : DecodeRows {
     const int64_t n = keys.n, dv = p.head_dim_v;
     const char* const* V = keys.V;
     float* O = state + r * dv;
-    products<R>(Q + r * p.head_dim, keys, S);
+    products<R>(Q + r * p.head_dim * kQueryBytes / 4, keys, S, prefetched && r == 0);
     if constexpr (kFactors) multiply_each<R, false>(keys.k_factor, n, S);
     for (int i = 0; i < R; ++i) {
       const float alpha =
@@ -243,26 +280,30 @@ class Decode : DecodeRows {
       V = not_zero;
     }
     if constexpr (kFactors) multiply_each<R, true>(keys.v_factor, n, S);
+    const bool last = prefetched && r + R == rows;
     int64_t j = 0;
     for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
-      for (int64_t k = j; scattered && k < j + kDecodeStreams; ++k)
-        prefetch_rows(keys.K[k] + keys.ahead, 1, 0, p.head_dim * kKeptBytes);
+      for (int64_t k = j; last && k < j + kDecodeStreams; ++k)
+        prefetch_rows(keys.paged ? keys.after[k] : keys.K[k] + keys.ahead, 1, 0,
+                      p.head_dim * kKeptBytes);
       add_values<R, kDecodeStreams>(V + j, S + j, O);
     }
     for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
   }
 
-  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
+  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.  first: of the chunk, so that V is
+  // prefetched.
   template <int R>
-  void products(const float* Q, const Keys& keys, float* S) const {
-    constexpr int KEYS = L / R, ABREAST = R == 1 ? kDecodeStreams : 2;
+  void products(const float* Q, const Keys& keys, float* S, bool first) const {
+    // A key of each stream abreast, where 16 sums and what they are made of fit the registers.
+    constexpr int KEYS = L / R, ABREAST = R == 1 || L == 16 ? kDecodeStreams : 2;
     static_assert(KEYS % std::min(KEYS, ABREAST) == 0);
     const int64_t n = keys.n;
     for (int64_t j = 0; j < n; j += KEYS) {
       Vec<float> acc[L];
       const char* key[KEYS];
       for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(j + k, n - 1)];
-      for (int64_t k = j; scattered && k < std::min(j + KEYS, n); ++k)
+      for (int64_t k = j; first && k < std::min(j + KEYS, n); ++k)
         prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kKeptBytes);
 #pragma GCC unroll 16
       for (int k = 0; k < KEYS; k += ABREAST) dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
@@ -277,6 +318,12 @@ class Decode : DecodeRows {
   ATTN_INLINE void dots(const float* Q, const char* const* key, Vec<float>* acc) const {
     Vec<float> sum[R][N] = {};
     for (int64_t c = 0; c < p.head_dim; c += 2 * L) {
+#ifdef ATTN_BF16_DOT
+      if constexpr (kPairs) {
+        add_pairs<R, N>(reinterpret_cast<const uint32_t*>(Q) + c / 2, key, c, sum);
+        continue;
+      }
+#endif
       Vec<float> x[N][2];
 #pragma GCC unroll 4
       for (int k = 0; k < N; ++k) load_storage<KEPT>(key[k] + c * kKeptBytes, &x[k][0], &x[k][1]);
@@ -292,6 +339,23 @@ class Decode : DecodeRows {
 #pragma GCC unroll 4
       for (int k = 0; k < N; ++k) acc[i * (L / R) + k] = sum[i][k];
   }
+
+#ifdef ATTN_BF16_DOT
+  // What numbers c ... c + 2 L - 1 of the rows add to their products.
+  template <int R, int N>
+  ATTN_INLINE void add_pairs(const uint32_t* Q, const char* const* key, int64_t c,
+                             Vec<float> (&sum)[R][N]) const {
+    Vec<uint32_t> x[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) x[k] = load(reinterpret_cast<const uint32_t*>(key[k]) + c / 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      const Vec<uint32_t> q = load(Q + i * p.head_dim / 2);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; ++k) sum[i][k] = Bf16Pairs::fma(sum[i][k], q, x[k]);
+    }
+  }
+#endif
 
   // O[i] += sum_k P[i][k] V[k], one key after the other.
   template <int R, int N>

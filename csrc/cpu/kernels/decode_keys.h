@@ -32,7 +32,10 @@ struct DecodeKeys {
   float position[kDecodeKeys], bias[kDecodeKeys];  // position: j
   float k_factor[kDecodeKeys], v_factor[kDecodeKeys];
   const char* zeros = nullptr;  // if given: a row of V for keys with P = 0
-  int64_t ahead;                // bytes from a row of K to the one that is wanted after this chunk
+  // The row of K that is wanted after this chunk: so many bytes from this one, or in other pages.
+  int64_t ahead;
+  bool paged = false;
+  const char* after[kDecodeKeys];
 };
 
 // The rows of Q and what is kept of them, whatever K and V are stored as.

@@ -20,7 +20,7 @@ ATTN_INLINE Vec<float> load_int8(const char* p) {
 #elif ATTN_VEC_BYTES == 32
   return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
-  Vec<float> x;
+  Vec<float> x{};
   for (int lane = 0; lane < kLanes<float>; ++lane)
     x[lane] = float(reinterpret_cast<const signed char*>(p)[lane]);
   return x;

@@ -101,6 +101,7 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
         "planted_bugs_cpu_inspect",
         "planted_bugs_cpu_second",
         "planted_bugs_cpu_few",
+        "planted_bugs_cuda_far",
         "compiled_ptx",
         "compiled_ptx_faults",
         "nvcc",

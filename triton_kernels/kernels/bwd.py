@@ -45,8 +45,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
 )
 from attn_ext.triton_kernels.kernels.scores import (
     add_dbias,
-    base2_lse,
-    is_far,
+    near_lse,
     probabilities,
     score_gradient,
 )
@@ -64,8 +63,8 @@ def delta_kernel(
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dLSE, without O dlse for it, and LSE in base 2; float32 as LSE.  Far
-    rows have lse2 = inf, so that P = 0, and are left to far.py."""
+    """delta = rowsum(dO * O) - dLSE, without O dlse for it, and LSE in base 2 (`near_lse`), float32
+    in LSE's layout."""
     block, h, b = program(blocks, heads_q)
     i_first = block * BLOCK_M
     q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
@@ -85,9 +84,7 @@ def delta_kernel(
         if DLSE:
             value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
     tl.store(delta + row, value, mask=i < length_q)
-    far = is_far(tl.load(lse + row, mask=i < length_q, other=0.0))
-    row_lse = tl.where(far, float("inf"), base2_lse(lse, row, i < length_q))
-    tl.store(lse2 + row, row_lse, mask=i < length_q)
+    tl.store(lse2 + row, near_lse(lse, row, i < length_q), mask=i < length_q)
 
 
 @triton.jit

@@ -22,8 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(-2.3e38)
 LEAST2 = tl.constexpr(-3.3e38)
 FINFO_MIN = tl.constexpr(-3.4028234663852886e38)
-# Beyond this |LSE| half of float32's last bit is 1.5e-5 of a weight exp(S - LSE): see far.py
-FAR_LSE = tl.constexpr(256.0)
+FAR_LSE = tl.constexpr(256.0)  # beyond it LSE has lost digits of a weight exp(S - LSE): far.py
 FAR = tl.constexpr(200.0)  # 2^-FAR is 0; beyond it a distance may overflow where it meets such a 0
 
 MASK = tl.constexpr(1)  # bool mask

@@ -31,6 +31,13 @@ def is_far(lse):
 
 
 @triton.jit
+def near_lse(lse, row, inside):
+    """`base2_lse`, and inf in far rows too, so that P = 0 there: they are left to far.py."""
+    far = is_far(tl.load(lse + row, mask=inside, other=0.0))
+    return tl.where(far, float("inf"), base2_lse(lse, row, inside))
+
+
+@triton.jit
 def probabilities(s, lse, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
     """P = 2^(s - lse); 0 where s = -inf if ALWAYS, else there 0 or (LSE is NaN) NaN.  lse is inf
     for rows past the last query, which makes P 0 with SIGMOID (where it is 0 elsewhere) too."""

@@ -20,8 +20,6 @@ constexpr int64_t kPanels = 4;
 // which 384 are too many beyond a head dimension of kNarrowHead.  Multiples of 32, the keys of a
 // word of MaskBits.
 constexpr int64_t kBackwardKeys[] = {384, 256, 192}, kNarrowHead = 64, kBackwardTasks = 32;
-// Of a part of a larger call at least so many tasks a thread, where that is fewer.
-constexpr int64_t kPartTasks = 4;
 
 // Second derivatives: keys of a task.  Its rows of K, V, K', V', dK', dV' and four tiles of scores
 // stay in L2.  Calls of up to kSecondWhole keys have one task a head: it holds all keys of its rows

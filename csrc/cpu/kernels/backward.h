@@ -38,16 +38,13 @@ class Backward {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
     // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
-    // enough of them.  By shape alone: results do not depend on the number of threads.  A part of a
-    // larger call, whose results depend on how that is cut, needs no more than its threads want.
+    // enough of them.  By shape alone: results do not depend on the number of threads.
     const bool narrow = std::max(p.head_dim, p.head_dim_v) <= kNarrowHead && sizeof(T) == 4;
-    const int64_t least =
-        o.partial ? std::min(kBackwardTasks, kPartTasks * threads) : kBackwardTasks;
     for (int64_t keys : kBackwardKeys) {
       if (keys == kBackwardKeys[0] && !narrow) continue;
       block_n = keys;
       n_tiles = (p.seqlen_k + block_n - 1) / block_n;
-      if (p.batch * p.heads_k * n_tiles >= least) break;
+      if (p.batch * p.heads_k * n_tiles >= kBackwardTasks) break;
     }
     d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
   }

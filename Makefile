@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 2>/dev/null)
 TEXT ?= a gorgeous, witty film that never stops surprising
 
-.PHONY: check test-gpu seen test-anew test-ptx test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
+.PHONY: check test-gpu seen test-anew test-ptx explore-ptx test-triton-oldest test-triton-table triton-table test demo fmt lint bench test-asan \
   test-tsan test-aarch64 test-avx512 wheel test-latest test-oldest clean
 
 $(VENV)/torch.done:
@@ -82,13 +82,24 @@ test-anew: $(VENV)/emulated.done
 # The CUDA kernels as NVRTC compiles them and those of Triton, their PTX on the emulator: every planted
 # fault, every kernel's registers, and the tests of the backends `emulated` and `triton` with compiled
 # kernels in their place.
+ON_PTX := $(addprefix tests/api/test_, api.py backends_hypothesis.py)
 test-ptx: $(VENV)/emulated.done
 	ATTN_EXT_SEEN=nothing ATTN_EXT_PTX_ALL=1 $(PYTEST) $(addprefix tests/cuda/test_, jit.py ptx.py ptx_mutations.py)
-	ATTN_EXT_EMULATED_RUNS=ptx $(PYTEST) -k emulated tests/api/test_api.py tests/api/test_backends_hypothesis.py \
+	ATTN_EXT_EMULATED_RUNS=ptx $(PYTEST) -k emulated $(ON_PTX) \
 	  $(addprefix tests/cuda/test_cuda_, kernels.py sm90.py sm90_varlen.py)
+	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_TEST_AUTO=emulated $(PYTEST) $(ON_EMULATOR) -k "not memory"
 	ATTN_EXT_SEEN=nothing $(PYTEST) $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
-	ATTN_EXT_EMULATED_RUNS=triton-ptx $(PYTEST) -k triton tests/api/test_api.py \
+	ATTN_EXT_EMULATED_RUNS=triton-ptx $(PYTEST) -k triton $(ON_PTX) \
 	  $(addprefix tests/triton/interpreter/test_, kernels.py decode.py mixes.py)
+
+# 500 random mixes of features each on the compiled PTX of the CUDA kernels and of Triton's.  What was
+# compiled stays in build/ptx: with the same SEED a run that was stopped goes on where it was.
+SEED ?= 21
+explore-ptx: $(VENV)/emulated.done
+	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_HYPOTHESIS=explore ATTN_EXT_PTX_CXXFLAGS=-O0 $(PYTEST) --hypothesis-seed=$(SEED) -k emulated \
+	  tests/api/test_backends_hypothesis.py
+	ATTN_EXT_EMULATED_RUNS=triton-ptx ATTN_EXT_EXAMPLES=167 ATTN_EXT_PTX_CXXFLAGS=-O0 $(PYTEST) \
+	  --hypothesis-seed=$(SEED) tests/triton/interpreter/test_mixes.py
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,
 # and what CI compiles for sm_90.

@@ -14,7 +14,8 @@
 
 namespace attn::emulation {
 
-constexpr size_t STACK_BYTES = 64 * 1024, GUARD_BYTES = 4096;
+// A kernel compiled from PTX without optimisation has a variable for each of its registers.
+constexpr size_t STACK_BYTES = 256 * 1024, GUARD_BYTES = 4096;
 
 #ifdef ATTN_FIBER_UCONTEXT
 struct Context {

@@ -212,7 +212,7 @@ void Machine::on_fault(int signal, siginfo_t* info, void*) {
   if (signal == SIGFPE) {
     m.fault_text_ = "integer division by zero or overflow in a kernel" + who;
   } else if (m.stacks_.guard_hit(info->si_addr) >= 0) {
-    m.fault_text_ = "a kernel thread needs more than 64 KiB of stack" + who;
+    m.fault_text_ = "a kernel thread needs more than 256 KiB of stack" + who;
   } else {
     m.fault_text_ = std::string("global memory access at ") + address + " is not mapped" + who;
   }

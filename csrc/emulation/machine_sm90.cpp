@@ -122,8 +122,12 @@ void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar
   bar.load_phase = bar.phase + 1;
   check_mbarriers(address, bytes, where);
   if (mode.race) {
-    const Actor who = {current_ / 32, ENGINE, where};
-    race(shadow_.issue(who, warps_[who.warp].clock, offset, bytes));
+    const Actor who = {current_ / 32, ENGINE, where}, issuer = {who.warp, current_ % 32, where};
+    const WarpClock& clock = warps_[who.warp].clock;
+    const std::string unfenced =
+        mode.load_fences ? shadow_.unfenced_below(issuer, clock, offset, bytes) : "";
+    race(shadow_.issue(who, clock, offset, bytes));
+    race(unfenced);
   }
   if (mode.poison) std::memset(smem_.data() + offset, 0xff, size_t(bytes));
   loads_.push_back(load);
@@ -186,8 +190,9 @@ void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
   if (mode.race) {
     // The engine reads until the wait: nobody may overwrite it before.
     const Actor who = {current_ / 32, current_ % 32, where};
-    race(shadow_.read(who, warps_[who.warp].clock, offset, bytes));
-    race(shadow_.unfenced(who, offset, bytes));
+    const WarpClock& clock = warps_[who.warp].clock;
+    race(shadow_.read(who, clock, offset, bytes, false));
+    race(shadow_.unfenced(who, clock, offset, bytes));
     shadow_.hold(who.warp, offset, bytes, std::numeric_limits<uint32_t>::max());
   }
   BulkAdd op = {gmem, address, bytes, false, where};

@@ -19,19 +19,19 @@ void Shadow::reset(int bytes, int warps, int unit) {
   const size_t words = size_t(bytes + unit - 1) / unit_;
   cells_.assign(words, Cell{});
   reads_.assign(words * warps, Read{});
-  fences_.assign(size_t(warps) * 32, 0);
-  fenced_.assign(size_t(warps) * 32 * warps, 0);
+  generic_reads_.assign(words, Past{});
+  fences_.assign(size_t(warps) * 32, {});
   repeats_.clear();
 }
 
 void Shadow::fence(int thread, const WarpClock& clock) {
-  ++fences_[size_t(thread)];
-  for (int v = 0; v < warps_; ++v) {
-    // of its own warp, what lies before the last barrier
-    const uint32_t before = clock.at[v] - (v == thread / 32);
-    uint32_t& known = fenced_[size_t(thread) * warps_ + v];
-    known = std::max(known, before);
-  }
+  Fences& mine = fences_[size_t(thread)];
+  mine.all.push_back({clock.at[thread / 32], clock.warp_syncs});
+  mine.before.assign(clock.at, clock.at + warps_);
+}
+
+uint32_t Shadow::fences(int warp, int lane) const {
+  return lane < 0 ? 0 : uint32_t(fences_[size_t(warp) * 32 + lane].all.size());
 }
 
 namespace {
@@ -77,8 +77,30 @@ std::string Shadow::conflict_with_repeats(size_t word, const Actor& who, const W
   return "";
 }
 
-bool Shadow::fenced_by(int thread, const Cell& cell) const {
-  return cell.clock <= fenced_[size_t(thread) * warps_ + cell.warp];
+// By the thread of the access, its next fence before the barrier that orders it and `who`; or by
+// `who`.
+bool Shadow::fenced(const Past& past, const Actor& who, const WarpClock& clock) const {
+  const auto& own = fences_[size_t(past.warp) * 32 + past.lane].all;
+  if (past.fences < own.size()) {
+    const Fences::Fence& next = own[past.fences];
+    if (past.warp != who.warp) {
+      if (next.clock <= clock.at[past.warp]) return true;
+    } else if (past.lane == who.lane || next.warp_syncs < clock.warp_syncs) {
+      return true;
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    if ((who.lane == ALL_LANES || who.lane == lane) && !fenced_by(who.warp * 32 + lane, past))
+      return false;
+  return true;
+}
+
+// By the last fence of this thread, before which a barrier has put the access.
+bool Shadow::fenced_by(int thread, const Past& past) const {
+  const Fences& mine = fences_[size_t(thread)];
+  if (mine.all.empty()) return false;
+  if (past.warp == thread / 32) return past.warp_syncs < mine.all.back().warp_syncs;
+  return past.clock <= mine.before[size_t(past.warp)];
 }
 
 std::string Shadow::conflict_with_reads(size_t word, const Actor& who,
@@ -93,7 +115,8 @@ std::string Shadow::conflict_with_reads(size_t word, const Actor& who,
   return "";
 }
 
-std::string Shadow::read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) {
+std::string Shadow::read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
+                         bool generic) {
   const uint64_t where = who.where.packed();
   const bool partial = bytes < int(unit_);
   for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
@@ -108,6 +131,14 @@ std::string Shadow::read(const Actor& who, const WarpClock& clock, uint32_t offs
     Read& read = reads_[word * warps_ + who.warp];
     read.clock = clock.at[who.warp];
     read.where = where;
+    if (!generic) continue;
+    const int8_t lane = int8_t(std::max(who.lane, 0));  // ldmatrix: the first for all
+    generic_reads_[word] = {clock.at[who.warp],
+                            clock.warp_syncs,
+                            fences(who.warp, lane),
+                            int8_t(who.warp),
+                            lane,
+                            where};
   }
   return "";
 }
@@ -133,15 +164,11 @@ std::string Shadow::write(const Actor& who, const WarpClock& clock, uint32_t off
       if (bad.empty()) bad = conflict_with_reads(word, who, clock);
       if (!bad.empty()) return bad;
     }
-    cell = Cell{clock.at[who.warp],
-                clock.warp_syncs,
-                who.where.packed(),
-                int8_t(who.warp),
-                int8_t(who.lane),
+    cell = Cell{{clock.at[who.warp], clock.warp_syncs, fences(who.warp, who.lane), int8_t(who.warp),
+                 int8_t(who.lane), who.where.packed()},
                 false,
                 atomic,
                 partial,
-                who.lane < 0 ? uint16_t(0) : fences_[size_t(who.warp) * 32 + who.lane],
                 offset,
                 uint32_t(bytes),
                 repeated};
@@ -165,21 +192,33 @@ void Shadow::landed(const Actor& who, const WarpClock& clock, uint32_t offset, i
     cell.warp = int8_t(who.warp);
     cell.clock = clock.at[who.warp];
     cell.warp_syncs = clock.warp_syncs;
+    cell.fences = fences(who.warp, who.lane);  // one before the wait fences nothing
   }
 }
 
-std::string Shadow::unfenced(const Actor& who, uint32_t offset, int bytes) const {
+std::string Shadow::unfenced(const Actor& who, const WarpClock& clock, uint32_t offset,
+                             int bytes) const {
   for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
     const Cell& cell = cells_[word];
-    if (cell.lane < 0 || fences_[size_t(cell.warp) * 32 + cell.lane] != cell.fences) continue;
-    bool fenced = true;
-    for (int lane = 0; lane < 32; ++lane)
-      if (who.lane == ALL_LANES || who.lane == lane)
-        fenced = fenced && fenced_by(who.warp * 32 + lane, cell);
-    if (fenced) continue;
+    if (cell.lane < 0 || fenced(cell, who, clock)) continue;
     return report(who, "reads",
                   Where::unpack(cell.where).text() + " (" + lane_text(cell.warp, cell.lane) +
-                      ") stored: no fence_proxy_async in that thread after it");
+                      ") stored: no fence_proxy_async on the way from there");
+  }
+  return "";
+}
+
+std::string Shadow::unfenced_below(const Actor& who, const WarpClock& clock, uint32_t offset,
+                                   int bytes) const {
+  for (size_t word = offset / unit_; word <= (offset + bytes - 1) / unit_; ++word) {
+    const Past* const both[] = {&cells_[word], &generic_reads_[word]};
+    for (const Past* past : both) {
+      if (past->clock == 0 || past->lane < 0 || fenced(*past, who, clock)) continue;
+      return report(who, "overwrites by the copy engine",
+                    Where::unpack(past->where).text() + " (" + lane_text(past->warp, past->lane) +
+                        (past == both[0] ? ") stored" : ") read") +
+                        ": no fence_proxy_async on the way from there");
+    }
   }
   return "";
 }

@@ -49,7 +49,9 @@ class Shadow {
   void reset(int bytes, int warps, int unit);
 
   // Each returns an empty string or the report of a race.  offset: bytes from the base.
-  std::string read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
+  // generic: by an instruction that needs no proxy fence, not by wgmma or the copy engine.
+  std::string read(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
+                   bool generic = true);
   // Two stores of the same bytes to the same place need no order (PTX 8.7.2: races of operations
   // that overlap completely leave one of their values); what follows needs one with both.
   std::string write(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes,
@@ -57,23 +59,40 @@ class Shadow {
   // An asynchronous write has been issued: the bytes belong to it until landed().
   std::string issue(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
   void landed(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes);
-  // wgmma and the copy engine see what a thread stored only after a fence_proxy_async: of that
-  // thread, or of those that read by them, once a barrier has put the store before it.
+  // A fence_proxy_async.  wgmma and the copy engine come after what threads stored and read only if
+  // one stands on the way from there: of the thread that did so, before the barrier that orders the
+  // two, or of those that issue the asynchronous operation, after that barrier.
   void fence(int thread, const WarpClock& clock);
-  std::string unfenced(const Actor& who, uint32_t offset, int bytes) const;
+  // Of what `who` is about to read so: what was stored without a fence on the way.
+  std::string unfenced(const Actor& who, const WarpClock& clock, uint32_t offset, int bytes) const;
+  // Of what a load by this thread is about to overwrite: what was stored or read without one.  Of
+  // several threads that read a place the last one counts.
+  std::string unfenced_below(const Actor& who, const WarpClock& clock, uint32_t offset,
+                             int bytes) const;
   // The warp's read of these bytes is as late as `clock`.
   void hold(int warp, uint32_t offset, int bytes, uint32_t clock);
 
  private:
-  struct Cell {
-    uint32_t clock = 0;  // of the last write; 0 = never written
+  // An access by one lane.
+  struct Past {
+    uint32_t clock = 0;  // 0: there was none
     uint32_t warp_syncs = 0;
-    uint64_t where = 0;
+    uint32_t fences = 0;  // of this thread until then
     int8_t warp = 0, lane = 0;
+    uint64_t where = 0;
+  };
+  struct Cell : Past {  // the last write
     bool in_flight = false, atomic = false, partial = false;
-    uint16_t fences = 0;             // of the writing thread, at the write
     uint32_t offset = 0, bytes = 0;  // of the whole write
     bool repeated = false;           // repeats_ has earlier writes of the same bytes
+  };
+  // Those of one thread: of each the clock of its warp, and what of each warp was before the last.
+  struct Fences {
+    struct Fence {
+      uint32_t clock, warp_syncs;
+    };
+    std::vector<Fence> all;
+    std::vector<uint32_t> before;
   };
   struct Read {
     uint32_t clock = 0;
@@ -83,15 +102,17 @@ class Shadow {
                                   const char* verb, bool partial) const;
   std::string conflict_with_repeats(size_t word, const Actor& who, const WarpClock& clock,
                                     const char* verb, bool partial) const;
-  bool fenced_by(int thread, const Cell& cell) const;
+  uint32_t fences(int warp, int lane) const;
+  bool fenced(const Past& past, const Actor& who, const WarpClock& clock) const;
+  bool fenced_by(int thread, const Past& past) const;
   std::string conflict_with_reads(size_t word, const Actor& who, const WarpClock& clock) const;
 
   int warps_ = 0;
   uint32_t unit_ = 4;
   std::vector<Cell> cells_;
-  std::vector<Read> reads_;  // [words][warps]
-  std::vector<uint16_t> fences_;
-  std::vector<uint32_t> fenced_;  // [threads][warps]: what of each warp was before the last fence
+  std::vector<Read> reads_;          // [words][warps]
+  std::vector<Past> generic_reads_;  // [words]: the last one
+  std::vector<Fences> fences_;       // [threads]
   std::unordered_map<size_t, std::vector<Cell>> repeats_;
 };
 

@@ -123,8 +123,8 @@ void Machine::issue_wgmma(void* const* calls, Where where) {
     const auto check = [&](uint32_t address, int, int) {
       operand(address, where);
       const uint32_t offset = address - SMEM_BASE;
-      race(shadow_.read(who, warps_[w].clock, offset, 16));
-      race(shadow_.unfenced(who, offset, 16));
+      race(shadow_.read(who, warps_[w].clock, offset, 16, false));
+      race(shadow_.unfenced(who, warps_[w].clock, offset, 16));
       shadow_.hold(w, offset, 16, std::numeric_limits<uint32_t>::max());
       op.reads.push_back({offset, 16});
     };

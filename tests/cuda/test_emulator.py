@@ -320,7 +320,7 @@ EVERY_MODE = {
     "DIVERGENT": r"divergent warp: this lane calls \w+, .* wait in \w+ at csrc.*faults.cuh:\d+",
     "BARRIER_SKIPPED": r"deadlock(.|\n)*warp 0: waits at .*32 of 64 threads(.|\n)*1: has returned",
     "LANES_RETURNED": r"deadlock(.|\n)*31 lanes wait in sync_warp at .*, 1 have returned",
-    "STACK": r"more than 64 KiB of stack",
+    "STACK": r"more than 256 KiB of stack",
     "WILD_POINTER": r"global memory access at 0x\w+ is not mapped",
     "DIVISION": r"integer division by zero",
     "IN_FLIGHT_AT_END": r"faults.cuh:\d+: a thread returns while what it copies here is in flight",

@@ -1,6 +1,7 @@
 """The executor of compiled PTX against published facts: Random123's known answers, the special
 values and the error that NVIDIA's manual of PTX states for ex2.approx, the fragments of its figures
-for stmatrix and ldmatrix, and the swizzles of CUTLASS's CuTe (Swizzle<B, 4, 3> of byte addresses).
+for stmatrix, ldmatrix and wgmma, and the layouts and swizzles of CUTLASS's CuTe (Swizzle<B, 4, 3>
+of byte addresses).
 
 The instructions stand here as text, so that nothing of ours or of Triton's is between them and the
 executor.
@@ -23,7 +24,7 @@ HEAD = ".version 8.0\n.target sm_90a\n.address_size 64\n.extern .shared .align 1
 ENTRY = """.visible .entry {name}(
   .param .u64 {name}_in, .param .u64 {name}_out, .param .align 64 .b8 {name}_map[128])
 {{
-  .reg .b32 %r<40>; .reg .f32 %f<4>; .reg .b64 %rd<8>; .reg .pred %p<4>;
+  .reg .b32 %r<40>; .reg .f32 %f<48>; .reg .b64 %rd<8>; .reg .pred %p<4>;
   ld.param.u64 %rd1, [{name}_in];
   ld.param.u64 %rd2, [{name}_out];
   mov.u32 %r0, %tid.x;
@@ -98,6 +99,35 @@ wait:
   add.u32 %r4, %r4, %r2;
 {reads}
 """
+# 64 x 96 += A [64, 16] B [16, 96]: a thread stores 64 bytes of the image of both, and has 48 sums.
+SUMS = ", ".join(f"%f{i}" for i in range(48))
+PRODUCT = (
+    """
+  shl.b32 %r1, %r0, 6;
+  mov.u32 %r2, smem;
+  add.u32 %r1, %r1, %r2;
+"""
+    + "".join(
+        f"  ld.global.v4.u32 {{%r3, %r4, %r5, %r6}}, [%rd3+{at}];\n"
+        f"  st.shared.v4.u32 [%r1+{at}], {{%r3, %r4, %r5, %r6}};\n"
+        for at in range(0, 64, 16)
+    )
+    + "".join(f"  mov.f32 %f{i}, 0f3F800000;\n" for i in range(48))
+    + f"""
+  fence.proxy.async.shared::cta;
+  bar.sync 0;
+  setp.eq.u32 %p1, %r2, %r2;
+  ld.global.u64 %rd6, [%rd1+8176];
+  ld.global.u64 %rd7, [%rd1+8184];
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {{{SUMS}}}, %rd6, %rd7, %p1, 1, 1, 0, 1;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  mul.wide.u32 %rd5, %r0, 192;
+  add.s64 %rd4, %rd2, %rd5;
+"""
+    + "".join(f"  st.global.f32 [%rd4+{4 * i}], %f{i};\n" for i in range(48))
+)
 SPANS = {128: 3, 64: 2, 32: 1}  # bytes that are swizzled -> bits of CuTe's Swizzle
 REGISTERS = {1: "%r2", 2: "%r2, %r3", 4: "%r2, %r3, %r4, %r5"}
 READS = "".join(
@@ -105,7 +135,7 @@ READS = "".join(
     f"  st.global.v4.u32 [%rd4+{at}], {{%r5, %r6, %r7, %r8}};\n"
     for at in range(0, 64, 16)
 )
-BODIES = {"ex2": EX2, "philox": PHILOX}
+BODIES = {"ex2": EX2, "philox": PHILOX, "product": PRODUCT}
 BODIES |= {
     f"tiles{count}{'t' * trans}": TILES.format(
         count=count, trans=".trans" * trans, registers=registers
@@ -117,15 +147,15 @@ BODIES |= {f"box{span}": BOX.format(span=span, bytes=16 * span, reads=READS) for
 TEXT = HEAD + "".join(ENTRY.format(name=name, body=body) for name, body in BODIES.items())
 
 
-def run(name: str, words: np.ndarray, tensor_map: bytes = bytes(128)) -> np.ndarray:
-    """[32, 16] words of the lanes from [32, 16] words, with poison: bytes that nothing
-    wrote are read here, which "race" would report."""
-    given, got = np.ascontiguousarray(words, np.uint32), np.zeros((32, 16), np.uint32)
-    assert given.shape == (32, 16)
+def run(name: str, words: np.ndarray, tensor_map: bytes = bytes(128), sums: int = 16) -> np.ndarray:
+    """[threads, sums] words of the threads from [threads, 16] words, with poison: bytes that
+    nothing wrote are read here, which "race" would report."""
+    given, got = np.ascontiguousarray(words, np.uint32), np.zeros((len(words), sums), np.uint32)
+    assert given.shape[1:] == (16,)
     parameters = struct.pack("<QQ", given.ctypes.data, got.ctypes.data).ljust(64, b"\0")
     body = build.address(TEXT, name, "golden.ptx")
     emulated.set_mode("random+poison", seed=3, smem_limit=227 * 1024)
-    emulated.launch_compiled(body, (1, 1, 1), 32, 8192, parameters + tensor_map)
+    emulated.launch_compiled(body, (1, 1, 1), len(words), 8192, parameters + tensor_map)
     emulated.set_mode("plain")
     return got
 
@@ -201,3 +231,32 @@ def test_swizzles_of_boxes(span):
     x = 2 * np.arange(16 * columns)
     mask = ((1 << SPANS[span]) - 1) << 4
     np.testing.assert_array_equal(got[(x ^ ((x >> 3) & mask)) // 2], tensor)
+
+
+def test_product_over_one_and_a_half_atoms():
+    """wgmma of 96 columns of B, row after row (MN-major), in 128-byte swizzle: the atoms of 64
+    columns that CuTe's canonical layout has, Swizzle<3, 4, 3> o ((8, 8, m), (8, k)) :
+    ((1, 8, LBO), (64, SBO)), the second of them half used; A K-major in 32-byte swizzle.  NaN where
+    no operand lies.  The sums lie as in the manual's figure of the fragment."""
+    lbo, sbo, at_a = 2048, 1024, 4096  # bytes
+    rng = np.random.default_rng(9)
+    A, B = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((64, 16), (16, 96)))
+    image = np.full(4096, 0x7FFF, np.uint16)
+    k, n = np.ogrid[:16, :96]
+    x = 2 * (n % 64) + n // 64 * lbo + k % 8 * 128 + k // 8 * sbo
+    image[(x ^ ((x >> 3) & 0x70)) // 2] = B.view(np.uint32) >> 16
+    m, k = np.ogrid[:64, :16]
+    x = at_a + m // 8 * 256 + m % 8 * 32 + 2 * k
+    image[(x ^ ((x >> 3) & 0x10)) // 2] = A.view(np.uint32) >> 16
+    words = image.view(np.uint32)
+    smem = 0x400  # where the emulator's shared memory begins
+
+    def descriptor(start, leading, stride, swizzle):
+        return (smem + start) >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | swizzle << 62
+
+    words[-4:] = np.array([descriptor(at_a, 16, 256, 3), descriptor(0, lbo, sbo, 1)],
+                          np.uint64).view(np.uint32)  # fmt: skip
+    got = run("product", words.reshape(128, 16), sums=48).view(np.float32)
+    thread, i = np.ogrid[:128, :48]
+    row = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
+    np.testing.assert_array_equal(got, 1 + (A @ B)[row, i // 4 * 8 + thread % 4 * 2 + i % 2])

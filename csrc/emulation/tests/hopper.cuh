@@ -15,19 +15,25 @@ namespace attn::hopper {
 using namespace ptx;
 
 enum Op : int {
-  BOX,     // 64 rows of 128 bytes of shared memory after a load that crosses every edge
-  SS_K,    // acc + A B^T, both from shared memory
-  SS_MN,   // acc + A B
-  RS_MN,   // acc + A B, A from registers
-  VOTES,   // elect_one, named_barrier_or
-  STORED,  // SS_K of a B that the threads have stored again themselves
-  N32,     // SS_K of the first 32 rows of B
-  TURNED,  // stmatrix_x4_trans of 16-bit numbers that say where they come from
-  ADDED,   // bulk_add of 512 floats, and of the first 256 once more
+  BOX,            // 64 rows of 128 bytes of shared memory after a load that crosses every edge
+  SS_K,           // acc + A B^T, both from shared memory
+  SS_MN,          // acc + A B
+  RS_MN,          // acc + A B, A from registers
+  VOTES,          // elect_one, named_barrier_or
+  STORED,         // SS_K of a B that the threads have stored again themselves
+  N32,            // SS_K of the first 32 rows of B
+  TURNED,         // stmatrix_x4_trans of 16-bit numbers that say where they come from
+  ADDED,          // bulk_add of 512 floats, and of the first 256 once more
+  READERS_FENCE,  // STORED, with the fence after the barrier
+  LOADED_AGAIN,   // A as it is after the threads have read and stored it and a load has come again
   // Faults from here on.
-  UNFENCED,      // STORED without fence_proxy_async
-  ADD_UNFENCED,  // ADDED without it
-  ADD_REUSED,    // the floats overwritten while they are read
+  UNFENCED,           // STORED without fence_proxy_async
+  ADD_UNFENCED,       // ADDED without it
+  ADD_REUSED,         // the floats overwritten while they are read
+  ADD_FENCED_LATE,    // ADDED, with the fences of all but one warp after the barrier
+  COPY_FENCED_EARLY,  // ADDED of what cp_async brings, with the fence before the wait for it
+  READ_UNFENCED,      // LOADED_AGAIN without the fence, of what was read
+  STORE_UNFENCED,     // the same of what was stored
 };
 
 constexpr int THREADS = 128, TILES = 16, OUT = THREADS * TILES * 4;
@@ -41,10 +47,29 @@ struct Params {
 };
 
 // Each thread stores its part of B again.
-ATTN_DEVICE void store_again(uint32_t B, bool fence) {
+ATTN_DEVICE void store_again(int op, uint32_t B) {
   for (int i = thread_id(); i < B_BYTES / 4; i += THREADS) sts_32(B + 4 * i, lds_32(B + 4 * i));
-  if (fence) fence_proxy_async();
+  if (op == STORED) fence_proxy_async();
   sync_threads();  // all of B is stored
+  if (op == READERS_FENCE) fence_proxy_async();
+}
+
+// Each thread reads and stores its part of A, and A is loaded again.
+ATTN_DEVICE void load_again(const Params& p, uint32_t A, uint32_t bar) {
+  uint32_t sum = 0;
+  for (int i = thread_id(); i < A_BYTES / 4; i += THREADS) {
+    if (p.op != STORE_UNFENCED) sum += lds_32(A + 4 * i);
+    if (p.op != READ_UNFENCED) sts_32(A + 4 * i, uint32_t(i));
+  }
+  if (p.op == LOADED_AGAIN) fence_proxy_async();
+  sync_threads();  // A was read and stored
+  if (thread_id() == 0) {
+    mbarrier_arrive_expect_tx(bar, A_BYTES);
+    tma_load_4d(A, p.a, bar, 0, 0, 0, 0);
+  }
+  mbarrier_wait(bar, 1);
+  for (int i = thread_id(); i < A_BYTES / 4; i += THREADS) p.out[i] = lds_32(A + 4 * i);
+  if (sum == 1) p.out[A_BYTES / 4] = sum;  // what was read is used
 }
 
 ATTN_DEVICE void turned(uint32_t A, uint32_t* out) {
@@ -59,15 +84,29 @@ ATTN_DEVICE void turned(uint32_t A, uint32_t* out) {
     out[4 * thread_id() + i] = lds_32(A + 16 * (THREADS - 1 - thread_id()) + 4 * i);
 }
 
-ATTN_DEVICE void added(int op, uint32_t A, float* out) {
+ATTN_DEVICE void added(const Params& p, uint32_t A) {
+  const int op = p.op;
+  auto* out = reinterpret_cast<float*>(p.out);
+  // ADD_FENCED_LATE: the warp that goes last after the barrier on the emulator, so that by then the
+  // others have their late fences.
+  const bool late = op == ADD_FENCED_LATE, early = thread_id() / 32 == 1;
+  const bool issues = thread_id() == (late ? 32 : 0);
   const auto store = [&](float first) {
     for (int i = 0; i < 4; ++i)
       sts_f32(A + 16 * thread_id() + 4 * i, first + float(4 * thread_id() + i));
   };
-  store(1.0f);
-  if (op != ADD_UNFENCED) fence_proxy_async();
+  if (op == COPY_FENCED_EARLY) {
+    cp_async_16(A + 16 * thread_id(), p.a_registers + 4 * thread_id(), true);
+    cp_async_commit();
+    fence_proxy_async();
+    cp_async_wait<0>();
+  } else {
+    store(1.0f);
+  }
+  if (op == ADDED || op == ADD_REUSED || (late && early)) fence_proxy_async();
   sync_threads();  // every thread has stored
-  if (thread_id() == 0) {
+  if (late && !early) fence_proxy_async();
+  if (issues) {
     bulk_add(out, A, 2048);
     bulk_commit();
     bulk_add(out, A, 1024);
@@ -76,7 +115,7 @@ ATTN_DEVICE void added(int op, uint32_t A, float* out) {
   }
   sync_threads();  // the floats have been read
   store(7.0f);
-  if (op == ADD_REUSED && thread_id() == 0) bulk_wait_read<0>();
+  if (op == ADD_REUSED && issues) bulk_wait_read<0>();
 }
 
 template <class T>
@@ -105,7 +144,7 @@ ATTN_DEVICE void products(const Params& p, uint32_t A, uint32_t B) {
   for (int step = 0; step < 4; ++step) {
     const uint64_t a = wgmma_descriptor(A + 32 * step);
     const uint64_t across = wgmma_descriptor(B + 2048 * step, 64 * 128);
-    if (p.op == SS_K || p.op == STORED || p.op == UNFENCED)
+    if (p.op == SS_K || p.op == STORED || p.op == READERS_FENCE || p.op == UNFENCED)
       wgmma_ss<T, false>(acc, a, wgmma_descriptor(B + 32 * step), true);
     if (p.op == SS_MN) wgmma_ss<T, true>(acc, a, across, true);
     if (p.op == RS_MN) {
@@ -152,13 +191,16 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
   } else if (p.op == TURNED) {
     sync_threads();  // every thread has waited for the loads
     turned(A, p.out);
+  } else if (p.op == LOADED_AGAIN || p.op == READ_UNFENCED || p.op == STORE_UNFENCED) {
+    sync_threads();  // every thread has waited for the loads
+    load_again(p, A, bar);
   } else if (p.op == ADDED || p.op > UNFENCED) {
     sync_threads();  // every thread has waited for the loads
-    added(p.op, A, reinterpret_cast<float*>(p.out));
+    added(p, A);
   } else if (p.op == N32) {
     narrow_product<T>(p, A, B);
   } else {
-    if (p.op == STORED || p.op == UNFENCED) store_again(B, p.op == STORED);
+    if (p.op == STORED || p.op == READERS_FENCE || p.op == UNFENCED) store_again(p.op, B);
     products<T>(p, A, B);
   }
 }

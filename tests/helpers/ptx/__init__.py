@@ -4,7 +4,7 @@ docs/design/emulation.md says what this proves.
 """
 
 from ptx import memory, numbers, warps  # noqa: F401  the handlers
-from ptx.emit import translate
+from ptx.emit import HEAD, translate
 from ptx.parse import Kernel, Unsupported, kernels
 
-__all__ = ["Kernel", "Unsupported", "kernels", "translate"]
+__all__ = ["HEAD", "Kernel", "Unsupported", "kernels", "translate"]

@@ -27,10 +27,11 @@ from attn_ext.backends.jit import cache, sources
 
 FOLDER = ROOT / "build" / "ptx"
 SOURCES = ROOT / "csrc"
+HEADER = "emulation/ptx/operations.h"
 # -O1: half of the time of -O2 to compile, and what runs is the emulator's code for the most part
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-Wno-psabi", "-ffp-contract=off",
-         "-fno-strict-aliasing", "-fvisibility=hidden", "-DATTN_EMULATED",
-         "-DATTN_COMPILED_PTX"]  # fmt: skip
+         "-fno-strict-aliasing", "-fstack-clash-protection", "-fvisibility=hidden",
+         "-DATTN_EMULATED", "-DATTN_COMPILED_PTX"]  # fmt: skip
 # Whether this run of pytest has compiled PTX in place of all kernels (tests/conftest.py).
 STANDING = os.environ.get("ATTN_EXT_EMULATED_RUNS") == "ptx" or None
 ARCHITECTURES = {"sm80": "80", "sm90": "90a"}
@@ -38,10 +39,12 @@ ARCHITECTURES = {"sm80": "80", "sm90": "90a"}
 
 @functools.cache
 def flags() -> list[str]:
-    """With fused multiply-add in one instruction where the machine has it."""
+    """With fused multiply-add in one instruction where the machine has it.  ATTN_EXT_PTX_CXXFLAGS
+    adds some: with -O0 a kernel that runs once is there sooner."""
     info = Path("/proc/cpuinfo")
     fused = info.exists() and re.search(r"^flags\b.*\bfma\b", info.read_text(), re.M)
-    return [*FLAGS, "-mfma"] if fused else FLAGS
+    more = os.environ.get("ATTN_EXT_PTX_CXXFLAGS", "").split()
+    return [*FLAGS, *(["-mfma"] if fused else []), *more]
 
 
 @functools.cache
@@ -66,23 +69,50 @@ def expression(symbol: str) -> str:
     return re.sub(r"^void |\([^()]*\)\s*$", "", name.strip())
 
 
-def library(text: str, name: str) -> Path:
-    """The shared library of the kernels in a PTX text; `name` is how messages call the text."""
-    code = "".join(ptx.translate(each, name) for each in ptx.kernels(text))
-    facts = [code, flags(), emulator_build.compiler_version(), _emulated.__file__]
-    key = seen.digest(seen.included(SOURCES / "emulation/ptx/operations.h"), *facts)
-    path = FOLDER / "libraries" / f"{key}.so"
+def made(path: Path, compile) -> Path:
+    """A file, by compile(where) unless it is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         # a folder of its own: several processes may compile the same text at once
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unit, made = Path(folder) / "unit.cpp", Path(folder) / "unit.so"
-            unit.write_text(code)
-            emulator_build.compiler(
-                *flags(), f"-I{SOURCES}", unit, _emulated.__file__, "-o", made,
-            )  # fmt: skip
-            made.rename(path)
+            new = Path(folder) / path.name
+            compile(new)
+            new.rename(path)
     return path
+
+
+@functools.cache
+def _header_key() -> str:
+    """The digest of operations.h and of how it is compiled."""
+    facts = [flags(), emulator_build.compiler_version()]
+    return seen.digest(seen.included(SOURCES / HEADER), *facts)
+
+
+def _header_folder() -> Path:
+    """Where g++ finds operations.h compiled already: to parse it takes longer than a small
+    kernel."""
+
+    def compile(where: Path) -> None:
+        source = ["-x", "c++-header", SOURCES / HEADER]
+        emulator_build.compiler(*flags(), f"-I{SOURCES}", *source, "-o", where)
+
+    folder = FOLDER / "headers" / _header_key()
+    made(folder / f"{HEADER}.gch", compile)
+    return folder
+
+
+def library(text: str, name: str) -> Path:
+    """The shared library of the kernels in a PTX text; `name` is how messages call the text."""
+    code = ptx.HEAD + "".join(ptx.translate(each, name) for each in ptx.kernels(text))
+    key = seen.digest([], code, _header_key(), _emulated.__file__)
+
+    def compile(where: Path) -> None:
+        unit = where.with_suffix(".cpp")
+        unit.write_text(code)
+        includes = [f"-I{_header_folder()}", f"-I{SOURCES}"]
+        emulator_build.compiler(*flags(), *includes, unit, _emulated.__file__, "-o", where)
+
+    return made(FOLDER / "libraries" / f"{key}.so", compile)
 
 
 @functools.cache

@@ -302,11 +302,12 @@ class Emitter:
         return found
 
 
+HEAD = """#include "emulation/ptx/operations.h"
+using namespace attn;
+using namespace attn::compiled;
+"""
+
+
 def translate(kernel: Kernel, file: str) -> str:
-    """A C++ file with the kernel as an exported function of its name."""
-    return (
-        '#include "emulation/ptx/operations.h"\n'
-        "using namespace attn;\nusing namespace attn::compiled;\n"
-        f"{PRINTING if kernel.prints else ''}"
-        f"{Emitter(kernel).function(file)}\n"
-    )
+    """The kernel as an exported function of its name, for a C++ file that begins with HEAD."""
+    return f"{PRINTING if kernel.prints else ''}{Emitter(kernel).function(file)}\n"

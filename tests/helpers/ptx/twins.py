@@ -34,7 +34,7 @@ def ops(header: str) -> list[str]:
 
 OPS = ops("wrappers.cuh")
 HOPPER_OPS = ops("hopper.cuh")
-FAULTS = ("UNFENCED", "ADD_UNFENCED", "ADD_REUSED")  # of which race and all must complain
+FAULTS = tuple(HOPPER_OPS[HOPPER_OPS.index("UNFENCED") :])  # of which race and all must complain
 
 
 @functools.cache

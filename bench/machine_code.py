@@ -40,18 +40,23 @@ HEAD_DIMS = (64, 128)
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one multiprocessor has (CUDA C++ programming guide; the white papers of A100, H100)."""
+    """What one multiprocessor has (CUDA C++ programming guide; the white papers of A100,
+    L40S, H100 and RTX PRO 6000)."""
 
     name: str  # of nvcc
     shared_memory: int  # bytes
     multiply_adds: int  # of 16 bits, a cycle and tensor core
     fp32_cycles: int  # a scheduler's warp instruction of fp32
+    warps: int = 64
 
 
 ARCHITECTURES = {
     "sm80": Architecture("80", 164 << 10, 256, 2),
+    "sm89": Architecture("89", 100 << 10, 128, 1, 48),  # L40S; of GeForce half the multiply-adds
     "sm90": Architecture("90a", 228 << 10, 512, 1),
+    "sm120": Architecture("120", 100 << 10, 128, 1, 48),  # RTX PRO 6000; GeForce as above
 }
+FAMILIES = ("sm80", "sm90")  # of the CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,7 @@ def report(kernel: Kernel, path: list[Instruction], registers: int, block: dict)
     ctas = min(
         65536 // (-(-registers // 8) * 8 * 32 * warps),
         architecture.shared_memory // (block["shared_memory_bytes"] + 1024),
-        64 // warps,
+        architecture.warps // warps,
     )
     each_scheduler = ctas * (kernel.mma_threads or block["threads"]) / 128
     tensor = sum(i.tensor_cycles(architecture) for i in path)
@@ -332,7 +337,7 @@ def paths_of(text: str, family: str) -> dict[str, tuple[list[Instruction], int]]
     return out
 
 
-def measure(nvcc: str, families=tuple(ARCHITECTURES), head_dims=HEAD_DIMS) -> dict:
+def measure(nvcc: str, families=FAMILIES, head_dims=HEAD_DIMS) -> dict:
     """{"sm90_forward 128": row} of all kernels."""
     blocks = load_resources().blocks()
     rows = {}

@@ -25,10 +25,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "triton_code.json"
-ARCHITECTURES = {"sm_80": "sm80", "sm_90": "sm90"}  # -> family of machine_code.py
+ARCHITECTURES = {  # -> what machine_code.py knows of it
+    "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_120": "sm120",
+}  # fmt: skip
+TABLED = ("sm_80", "sm_90")  # of which the table has rows
 HEAD_DIMS = (64, 128)
 PASSES = {"forward": "fwd", "dkdv": "dkdv", "dq": "dq"}  # -> direction of the configuration
-CASES = ("full", "causal")
+CASES = {"full": {}, "causal": {"causal": True}}
+# Of the forward one option each; ALiBi as models have it, with causal
+OPTIONS = {
+    "varlen": {"seqlens_q": [1024]},
+    "softcap": {"softcap": 30.0}, "alibi": {"alibi": True, "causal": True},
+    "key mask": {"mask": "bk"}, "mask": {"mask": "bqk"}, "bias": {"bias": "hqk"},
+    "dropout": {"dropout_p": 0.1},
+}  # fmt: skip
 SEQLEN = 1024  # a multiple of every tile
 
 # (architecture, pass, head_dim) -> (BLOCK_M, BLOCK_N, warps, stages): the largest share of those
@@ -71,7 +81,7 @@ def hot_loop(compiled, architecture: str):
         file.flush()
         text = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
     ((_, section, registers),) = machine_code.sections(text)
-    family = machine_code.ARCHITECTURES[ARCHITECTURES.get(architecture, "sm80")]
+    family = machine_code.ARCHITECTURES[ARCHITECTURES[architecture]]
     return machine_code.hot_path(machine_code.Code.of(section), family)[0], registers
 
 
@@ -102,7 +112,7 @@ def prepare(architecture: str) -> None:
     replay.usable = lambda x: False  # nothing is launched
 
 
-def ours(name: str, head_dim: int, case: str, tile=None, options=None):
+def ours(name: str, head_dim: int, case: str, tile=None):
     """(compiled kernel, tile) of a pass as a call launches it; `tile`: another than the table's."""
     import contextlib
 
@@ -121,12 +131,12 @@ def ours(name: str, head_dim: int, case: str, tile=None, options=None):
 
     attention.run = run
     sizes = {"batch": 1, "heads_q": 1, "seqlen_q": SEQLEN, "seqlen_k": SEQLEN}
-    wanted = sizes | {"head_dim": head_dim, "dtype": torch.bfloat16, "causal": case == "causal"}
-    call = random_call(**wanted | (options or {}))
+    wanted = sizes | {"head_dim": head_dim, "dtype": torch.bfloat16}
+    call = random_call(**wanted | (CASES | OPTIONS)[case])
     asked = contextlib.nullcontext()
     if tile is not None:
         width = attention.width(head_dim)
-        rich = bool(attention.Plan(call).flags & attention._RICH)
+        rich = attention.Plan(call).rich()
         asked = configs.using(configs.key(PASSES[name], width, 2, rich), configs.Tile(*tile))
     with asked:
         out, lse, *_ = attention.forward(call)
@@ -145,7 +155,7 @@ def measure(architecture: str, only: Sequence[str] = ()) -> dict:
         each, label = {}, f"{architecture} {name} {head_dim}"
         if only and label not in only:
             continue
-        for case in CASES:
+        for case in (*CASES, *(OPTIONS if name == "forward" else ())):
             compiled, tile = ours(name, head_dim, case)
             each[f"ours {case}"] = row(compiled, architecture, tile)
         if not only:
@@ -159,7 +169,7 @@ def measure(architecture: str, only: Sequence[str] = ()) -> dict:
 def measure_all(only: Sequence[str] = ()) -> dict:
     """`measure` of each architecture, in processes of their own: Triton remembers its target."""
     rows = {}
-    for architecture in ARCHITECTURES:
+    for architecture in TABLED:
         wanted = [name for name in only if name.startswith(architecture)]
         if only and not wanted:
             continue
@@ -286,7 +296,7 @@ def main() -> None:
     parser.add_argument("--search", nargs=2, metavar=("PASS", "HEAD_DIM"))
     parser.add_argument("--tile", nargs=3, metavar=("PASS", "HEAD_DIM", "TILE"))
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
-    parser.add_argument("--case", choices=CASES, default="full")
+    parser.add_argument("--case", choices=[*CASES, *OPTIONS], default="full")
     parser.add_argument("--only", default="", help='tiles that begin like this: "64,*,8"')
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")
     parser.add_argument("--dump", action="store_true", help="print the loop")

@@ -1,7 +1,8 @@
 """Tile sizes by architecture, direction, width of the head and element size; each row says why.
 
 A row is (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages, loads).  Calls with features that
-take registers (mask, bias, ALiBi, softcap, dropout) are "rich" and have rows of their own.
+take registers (mask, bias, ALiBi, softcap, dropout) are "rich" and have rows of their own, those
+with one of them others than those with several.
 `python tests/helpers/triton_offline.py --write` compiles each row for each architecture and commits
 what it takes; tests/triton/test_triton_compile.py compares.  `tune` measures tiles on a GPU and
 stores the best ones; those win over this table.  Keys of stored tiles: "fwd/128/2" is direction,
@@ -104,8 +105,10 @@ _PLAIN = {
         ("dq", 128): Tile(64, 64, 8, 2),
     },
     # 99 KiB of shared memory on sm_89 and sm_120, which the rows of 64 and 128 columns above fit;
-    # of those of 128 one block at a time, dK and dV and dQ at 82 KiB
+    # of those of 128 one block at a time, dK and dV and dQ at 82 KiB.  Where these spill, the tiles
+    # that do not have a smaller share of the peak: docs/design/triton.md
     "small": {
+        ("dq", 64): Tile(128, 32, 4, 2),  # 64 keys spill; two blocks at a time, by the model -3 %
         ("dkdv", 256): Tile(32, 32, 8, 1),
         ("decode", 64): Tile(16, 32, 4, 2),  # 64 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
@@ -176,6 +179,32 @@ _RICH = {
     },
 }
 
+RICH_FEATURES = ("mask", "bias", "alibi", "softcap", "dropout")
+
+# Rich calls with one feature, 16-bit elements: feature -> tile.  Others are as with several.  The
+# tiles of plain calls, of which those that test_triton_compile.py names spill a little: an option
+# costs a plain loop less than half as many rows a warp do.
+_ONE = {
+    "sm_80": {
+        ("fwd", 64): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 64, 4, 2)),
+        ("fwd", 128): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 32, 4, 2))
+        | {"dropout": Tile(64, 64, 4, 2)},
+    },
+    "sm_90": {
+        ("fwd", 64): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 64, 8, 2)),
+        ("fwd", 128): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 64, 8, 2)),
+    },
+}
+
+# The same by tensor descriptors
+_ONE_DESCRIBED = {
+    "sm_90": {
+        ("fwd", 64): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 128, 8, 2, 1)),
+        ("fwd", 128): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 128, 8, 2, 1))
+        | {"dropout": Tile(128, 64, 8, 2, 1)},
+    },
+}
+
 # Forward by tensor descriptors: fewer registers than by pointers, so larger tiles.  Without
 # descriptors for what TMA cannot load from (`descriptors.describable`).
 _DESCRIBED = {
@@ -226,16 +255,15 @@ SPECIALIZED = {
 }
 
 
-def key(direction: str, width: int, element_size: int, rich: bool = False) -> str:
+def key(direction: str, width: int, element_size: int, rich: str = "") -> str:
     """The name under which `tune` stores a tile."""
-    return f"{direction}/{width}/{element_size}" + ("/rich" if rich else "")
+    return f"{direction}/{width}/{element_size}" + (f"/{rich}" if rich else "")
 
 
-def tile(
-    architecture: str, direction: str, width: int, element_size: int, rich: bool = False
-) -> Tile:
+def tile(architecture: str, direction: str, width: int, element_size: int, rich: str = "") -> Tile:
     """The tile for heads of `width` columns: a tuned one, else the table's; for an unknown
-    architecture that of small shared memory, which fits everywhere."""
+    architecture that of small shared memory, which fits everywhere.  rich: the feature of a rich
+    call, one of `RICH_FEATURES`, or "all" where it has several."""
     if architecture == "interpreter":
         return INTERPRETED
     tuned = _tuned().get(key(direction, width, element_size, rich))
@@ -243,7 +271,7 @@ def tile(
 
 
 def shipped(
-    architecture: str, direction: str, width: int, element_size: int, rich: bool = False,
+    architecture: str, direction: str, width: int, element_size: int, rich: str = "",
     descriptors: bool = True,
 ) -> Tile:  # fmt: skip
     """The table's tile; without `descriptors` that of the kernels which load by pointers."""
@@ -254,6 +282,17 @@ def shipped(
     return _shipped(architecture, direction, width, element_size, rich, descriptors)
 
 
+def with_one_feature(
+    architecture: str, descriptors: bool = True
+) -> dict[tuple[str, int, str], Tile]:
+    """(direction, width, feature) -> tile of what the table has for rich calls with one feature."""
+    found = {}
+    for table in (_ONE, _ONE_DESCRIBED) if descriptors else (_ONE,):
+        for (direction, width), rows in table.get(architecture, {}).items():
+            found |= {(direction, width, feature): tile for feature, tile in rows.items()}
+    return found
+
+
 def _shipped(architecture, direction, width, element_size, rich, descriptors) -> Tile:
     """The row of the tables."""
     if descriptors and element_size == 2 and not rich:
@@ -261,6 +300,11 @@ def _shipped(architecture, direction, width, element_size, rich, descriptors) ->
         if described:
             return described
     kinds = _kinds(architecture)
+    if element_size == 2 and rich in RICH_FEATURES:
+        one = with_one_feature(architecture, descriptors)
+        found = one.get((direction, max(width, 64), rich))
+        if found:
+            return found
     plain = _row(_PLAIN, kinds, direction, width)
     found = _row(_RICH, kinds, direction, width) or plain._replace(stages=1) if rich else plain
     if element_size == 4:

@@ -279,7 +279,7 @@ def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim, ar
 
 
 @needs_tools
-@pytest.mark.parametrize("family", machine_code.ARCHITECTURES)
+@pytest.mark.parametrize("family", machine_code.FAMILIES)
 @pytest.mark.parametrize("head_dim", machine_code.HEAD_DIMS)
 def test_hot_loops_have_no_more_instructions_than_the_table_says(family, head_dim):
     """A change that puts instructions, spills or moves between register files into a hot loop."""

@@ -229,7 +229,7 @@ def main() -> None:
     for name, call in differ.items():
         found["differ"][name] = takes_the_long_way(base, call)
     run(base)
-    with configs.using(configs.key("fwd", 16, 2, True), SMALL), counting() as used:
+    with configs.using(configs.key("fwd", 16, 2, "bias"), SMALL), counting() as used:
         run(base)
         outcome = "replayed" if used else "long way, same launches as without memory"
         found["differ"]["another tile"] = outcome

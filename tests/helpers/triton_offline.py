@@ -41,6 +41,7 @@ from attn_ext.triton_kernels.launch import attention, backward, replay
 
 TABLES = Path(__file__).parents[1] / "triton" / "resources"
 KERNELS = Path(__file__).parents[2] / "triton_kernels" / "kernels"
+TEXTS = ("functions", "primitives", "softmax", "dropout", "scores", "fwd", "bwd", "dbias", "decode")
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
@@ -85,13 +86,14 @@ def configuration(architecture: str):
     """(direction, dtype, tile, name of the row) of each place of the configuration, the plain
     before the rich and the narrow before the wide."""
     for direction, dtype, rich, width in itertools.product(
-        DIRECTIONS, ("bf16", "fp32"), (False, True), configs.WIDTHS
+        DIRECTIONS, ("bf16", "fp32"), ("", "all"), configs.WIDTHS
     ):
         kernel, *cases = DIRECTIONS[direction]
-        if cases[rich]:
+        case = cases[rich == "all"]
+        if case:
             size = DTYPES[dtype].itemsize
             tile = configs.shipped(architecture, direction, width, size, rich)
-            yield direction, dtype, tile, f"{kernel} {width} {dtype} {cases[rich]}"
+            yield direction, dtype, tile, f"{kernel} {width} {dtype} {case}"
 
 
 def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
@@ -101,6 +103,8 @@ def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
     rows = {name: tile for (_, _, tile), name in last.items()}
     for (_, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         rows[f"forward {width} bf16 specialized"] = tile
+    for (direction, width, feature), tile in configs.with_one_feature(architecture).items():
+        rows[f"{DIRECTIONS[direction][0]} {width} bf16 {feature}"] = tile
     return rows
 
 
@@ -124,7 +128,7 @@ def load_machine_code():
 def digest() -> str:
     """What rows hold for: the kernels' text without comments, docstrings and imports."""
     found = hashlib.sha256()
-    for name in ("primitives", "softmax", "dropout", "scores", "fwd", "bwd", "dbias", "decode"):
+    for name in TEXTS:
         text = (KERNELS / f"{name}.py").read_text()
         first = ""  # token of the line
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

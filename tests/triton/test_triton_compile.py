@@ -38,15 +38,19 @@ SLACK_SPILLED = 32  # accesses in the hot loop
 SPILLS_IN_LOOPS = {
     ("sm_80", "dq 64 bf16 causal"): 6,
     ("sm_80", "dq 128 bf16 causal"): 6,
-    ("sm_89", "forward 128 bf16 causal"): 12,  # sm_89 has the tiles of sm_80, where none of these
-    ("sm_89", "dkdv 64 bf16 causal"): 1,  # two spills
-    ("sm_89", "dq 64 bf16 causal"): 9,
+    ("sm_80", "forward 64 bf16 bias"): 21,  # .49, where a tile without has .46
+    ("sm_80", "forward 128 bf16 bias"): 6,  # of these four the tiles before had .28 to .31
+    ("sm_80", "forward 128 bf16 mask"): 2,
+    ("sm_80", "forward 128 bf16 alibi"): 4,
+    # Tiles of sm_80, the best here too: .87 of the peak, where one without spills has .79; .89 for
+    # .81, .90 for .80
+    ("sm_89", "forward 128 bf16 causal"): 12,
+    ("sm_89", "dkdv 64 bf16 causal"): 1,
     ("sm_89", "dq 128 bf16 causal"): 16,
-    ("sm_120", "forward 64 bf16 causal"): 1,  # and sm_120
+    ("sm_120", "forward 64 bf16 causal"): 1,  # .87, without .83
     ("sm_120", "forward 128 bf16 causal"): 17,
     ("sm_120", "dkdv 64 bf16 causal"): 8,
     ("sm_120", "dkdv 128 bf16 causal"): 4,
-    ("sm_120", "dq 64 bf16 causal"): 9,
     ("sm_120", "dq 128 bf16 causal"): 12,
 }
 EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
@@ -124,10 +128,13 @@ def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(tabl
         else:
             assert expected in compiled, name
     assert offline.shipped_rows(architecture).keys() <= rows.keys()
+    for (direction, width, feature), tile in configs.with_one_feature(architecture).items():
+        name = f"{offline.DIRECTIONS[direction][0]} {width} bf16 {feature}"
+        assert rows[name][0] == list(tile), name
     for (direction, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         assert direction == "fwd"
         assert rows[f"forward {width} bf16 specialized"][0] == list(tile)
-        repair = configs.shipped(architecture, "fwd", width, 2, False, False)
+        repair = configs.shipped(architecture, "fwd", width, 2, "", False)
         if width == 128:  # the narrower one needs less
             assert rows[f"repair {width} bf16 specialized"][0] == list(repair)
     for name, (tile, _, spilled, shared, _, loop) in rows.items():
@@ -156,7 +163,7 @@ def test_instructions_are_those_that_the_rows_claim(table):
 def test_triton_3_6_gets_no_tcgen05(monkeypatch):
     """Tiles of 64 queries and more on sm_100, which Triton 3.6 fails to compile."""
     monkeypatch.setattr(configs, "_triton", lambda: (3, 6))
-    for direction, width, rich in itertools.product(("fwd", "dq"), configs.WIDTHS, (False, True)):
+    for direction, width, rich in itertools.product(("fwd", "dq"), configs.WIDTHS, ("", "all")):
         assert configs.shipped("sm_100", direction, width, 2, rich).block_m <= 32
         assert configs.shipped("sm_100", direction, width, 2, rich).loads == 0
     assert configs.shipped("sm_90", "fwd", 64, 2).block_m == 128

@@ -23,7 +23,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     nan_count,
     unknown_zero,
 )
-from attn_ext.triton_kernels.kernels.softmax import far_count, row_ends
+from attn_ext.triton_kernels.kernels.softmax import far_count, lost_count, row_ends
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def store_packed_rows(state, ends, DV: tl.constexpr, BLOCK_DV: tl.constexpr, FLA
 
 @triton.jit(
     do_not_specialize=[
-        "page_size", "page_count", "heads_q", "group", "seqlen_q", "seqlen_k", "m_blocks",
+        "page_count", "heads_q", "group", "seqlen_q", "seqlen_k", "m_blocks",
         "splits", "threshold", "left", "right",
     ]
 )  # fmt: skip
@@ -79,11 +79,11 @@ def decode_kernel(
     q, k, v, out, lse, max_logit, entropy, part, sums,
     terms, sink, rng_state, seqlens_k, block_table,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, lse_b, lse_h,
-    table_b, page_size, page_count,
+    table_b, page_count,
     heads_q, group, seqlen_q, seqlen_k, m_blocks, splits,
     scale, threshold, inverse_keep, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (m_blocks * splits * Hk * B).  part float32 [splits, B, Hq, Sq, Dv] and sums float32
     [4, splits, B, Hq, Sq] (maximum, sum, entropy's sum, NaN) where SPLIT, else the results."""
@@ -113,7 +113,7 @@ def decode_kernel(
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     if PAGED & FLAGS:  # k_b and v_b are the strides of pages
         kv = (k + wide_hk * k_h, k_s, k_b, v + wide_hk * v_h, v_s, v_b,
-              (block_table + wide_b * table_b, page_size, page_count), 0)  # fmt: skip
+              (block_table + wide_b * table_b, PAGE_SIZE, page_count), 0)  # fmt: skip
     else:
         kv = (k + wide_b * k_b + wide_hk * k_h, k_s, 0,
               v + wide_b * v_b + wide_hk * v_h, v_s, 0, 0, 0)  # fmt: skip
@@ -125,7 +125,7 @@ def decode_kernel(
     ends = (out + wide_b * o_b, o_h, o_s, lse, max_logit, entropy, wide_b * lse_b + h * lse_h + i,
             part, sums, sink, inverse_keep, split, splits, m_blocks, heads_q, seqlen_q, heads_k,
             real, h, i)  # fmt: skip
-    bad = nan_count(state[0]) + far_count(state[1], FLAGS)
+    bad = nan_count(state[0]) + far_count(state[1], FLAGS) + lost_count(state[2], FLAGS)
     if bad > 0:  # each way stores its own result, as in the forward kernel
         zero = unknown_zero(bad)
         again = tl.load(zero + q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)

@@ -84,7 +84,7 @@ def decode_int8_kernel(
     q_rows = q + wide_b * q_b + h * q_h + i.to(tl.int64) * q_s
     q_tile = tl.load(q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
 
-    off = diagonal(seqlen_q, length, FLAGS)
+    off = diagonal(b, seqlen_q, length, terms, FLAGS)
     first, _inner, _inner_end, end = key_range(i_first, i_last, length, off, left, right, BLOCK_N,
                                                FLAGS)  # fmt: skip
     share = (end - first + splits - 1) // splits

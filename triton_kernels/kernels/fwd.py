@@ -12,11 +12,14 @@ import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
 from attn_ext.triton_kernels.kernels.primitives import (
+    ALIBI,
     DROPOUT,
+    NATURAL,
     PAGED,
     STATS,
     STREAM,
     UNSCALED,
+    alibi_slope,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -41,7 +44,14 @@ from attn_ext.triton_kernels.kernels.primitives import (
     tile_step,
     unknown_zero,
 )
-from attn_ext.triton_kernels.kernels.softmax import far_count, online_softmax, row_ends
+from attn_ext.triton_kernels.kernels.softmax import (
+    base2_max,
+    far_count,
+    lost_count,
+    online_softmax,
+    row_ends,
+    unit,
+)
 
 SPECIALIZED = tl.constexpr(2)  # LOADS: by descriptors, in warps of their own
 REPAIR = tl.constexpr(3)  # LOADS: by pointers, and only for tiles of O that hold a NaN
@@ -64,6 +74,10 @@ def forward_tiles(
     if ADVANCE:
         k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS)
         v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS)
+    factor, _shift = unit(terms, scale, FLAGS)
+    slope = 0.0
+    if ALIBI & FLAGS:
+        slope = alibi_slope(b, h, terms, scale, FLAGS)
     for step in tl.range(first, end - skip, warp_specialize=LOADS == SPECIALIZED):
         n_block = step
         if EDGE and LOADS != SPECIALIZED:
@@ -72,7 +86,7 @@ def forward_tiles(
         # S = Q @ K^T   [BLOCK_M, BLOCK_N]
         zero = tl.zeros([r.shape[0], BLOCK_N], tl.float32)
         if STREAM & FLAGS:
-            keys = key_pointers(k, k_s, j_first, seqlen_k, pages, k_p, BLOCK_N, FLAGS)
+            keys = key_pointers(k, k_s, j_first, seqlen_k, pages, k_p, BLOCK_N, EDGE, FLAGS)
             qk = streamed_dot(q, keys, zero, D, BLOCK_D)
         else:
             if LOADS:
@@ -89,16 +103,16 @@ def forward_tiles(
         c = tl.arange(0, BLOCK_N)[None, :]
         s, _ = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS,
+            EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
         p, alpha, row_max, row_sum, e, bad = online_softmax(
-            s, scale, row_max, row_sum, e, bad, FLAGS
+            s, factor, row_max, row_sum, e, bad, FLAGS
         )
         if DROPOUT & FLAGS:
             p = tl.where(keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS), p, 0.0)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
         if STREAM & FLAGS:
-            values = key_pointers(v, v_s, j_first, seqlen_k, pages, v_p, BLOCK_N, FLAGS)
+            values = key_pointers(v, v_s, j_first, seqlen_k, pages, v_p, BLOCK_N, EDGE, FLAGS)
             v_tile = load_rows(values, DV, BLOCK_DV)
         elif LOADS:
             v_tile = load_described(v_desc, index_b, index_h, j_first, BLOCK_N, BLOCK_DV)
@@ -155,7 +169,9 @@ def forward_rows(
             full_first, full_first, 0, full_end,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOADS, FLAGS,
         )  # fmt: skip
-    return state
+    acc, row_max, row_sum, e, bad = state
+    _factor, shift = unit(terms, scale, FLAGS)
+    return acc, base2_max(row_max, shift, FLAGS), row_sum, e, bad
 
 
 @triton.jit
@@ -167,7 +183,7 @@ def careful_rows(
 ):  # fmt: skip
     """`forward_rows` again where that has left a NaN, or met huge logits: key by key, with sums
     that skip excluded pairs."""
-    SCALED: tl.constexpr = (~UNSCALED) & FLAGS
+    BASE2: tl.constexpr = ~(UNSCALED | NATURAL) & FLAGS
     k, k_s, k_p, v, v_s, v_p, pages, _described = kv
     off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     first, _full, _full_end, end = key_range(
@@ -185,11 +201,9 @@ def careful_rows(
         k_row = load_each(k, k_s, j, pages, k_p, D, BLOCK_M, BLOCK_D, FLAGS)
         s, _cap = tile_logits(
             product_each(q, k_row), i_first, r, j, c, b, h, seqlen_q, seqlen_k, off, terms, scale,
-            left, right, True, SCALED,
+            left, right, True, BASE2,
         )  # fmt: skip
-        p, alpha, row_max, row_sum, e, bad = online_softmax(
-            s, scale, row_max, row_sum, e, bad, SCALED
-        )
+        p, alpha, row_max, row_sum, e, bad = online_softmax(s, 1.0, row_max, row_sum, e, bad, BASE2)
         if DROPOUT & FLAGS:
             p = tl.where(keep_each(i_first + r, j + c, b, h, terms, rng, FLAGS), p, 0.0)
         # O = alpha * O + p v_j   [BLOCK_M, BLOCK_DV]; 0 * inf of keys that no longer count is 0
@@ -269,6 +283,7 @@ def forward_kernel(
             rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
         )  # fmt: skip
         bad = nan_count(state[0]) + far_count(state[1], FLAGS)
+        bad += lost_count(state[2], FLAGS)
     # Each way stores its own result: joined, they would share a layout that suits neither.
     if LOADS == SPECIALIZED:
         store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)

@@ -151,7 +151,7 @@ def mean_top_k_kernel(
     i_first = block * BLOCK_M
     i = i_first + tl.arange(0, BLOCK_M)
     there = i < seqlen_q
-    off = diagonal(seqlen_q, seqlen_k, FLAGS)
+    off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     i_last = tl.minimum(i_first + BLOCK_M, seqlen_q) - 1
     first, _inner, _inner_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS

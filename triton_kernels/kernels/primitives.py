@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
+from attn_ext.triton_kernels.kernels.functions import INTERPRETED, tanh, tanh_part
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A bias below LEAST counts as LEAST: times log2(e), finfo.min, of which additive masks are made,
@@ -49,8 +51,14 @@ SIGMOID = tl.constexpr(1 << 24)  # P = sigmoid(s + shift) in place of softmax; L
 SIGMOID_LENGTH = tl.constexpr(1 << 25)  # shift = -ln(seqlen_k) of each sequence
 GROUPED = tl.constexpr(1 << 21)  # query heads share K and V
 FRAME = tl.constexpr(1 << 26)  # the call is a shard of a larger one, whose positions count
-# The logits are scale * q . k with scale > 0, and -inf: forward's softmax multiplies them
+# The units of the logits in the forward's softmax (softmax.py): a term times a positive number, and
+# -inf; or base e, since a bias may be the least number, of which base 2 makes -inf
 UNSCALED = tl.constexpr(1 << 20)
+NATURAL = tl.constexpr(1 << 27)
+QUICK_TANH = tl.constexpr(1 << 28)  # softcap: digits of small logits count less than their factors'
+BACKWARD = tl.constexpr(1 << 29)  # ALiBi: no query sees a key behind its own position
+MASK_ONE_QUERY = tl.constexpr(1 << 30)  # the mask is the same for all queries
+BIAS_ONE_QUERY = tl.constexpr(1 << 31)
 
 
 class Terms(NamedTuple):
@@ -75,13 +83,10 @@ class Terms(NamedTuple):
     frame: object  # int32 [B, 6], as attn_ext.core.schema.Frame
 
 
-# The interpreter multiplies bfloat16 matrices by their raw bits; tiles are float32 under it.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in float32; `a` is rounded to b's dtype, as tensor cores want it.
+    """acc + a @ b in float32; `a` is rounded to b's dtype, as tensor cores want it.  (Tiles are
+    float32 in the interpreter, which multiplies bfloat16 matrices by their raw bits.)
 
     float32 on NVIDIA GPUs: each factor as the sum of two TF32 numbers, three products on tensor
     cores, with an error of 2^-22 a product.  As FMA instructions these products would need
@@ -91,36 +96,6 @@ def dot(a, b, acc):
     if is_cuda():
         return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
     return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
-
-
-@triton.jit
-def add_special(acc, present, code, plus, minus):
-    """acc + NaN, `plus` or `minus` where the row of `present` meets such a code in the column."""
-    small = tl.float32 if INTERPRETED else tl.bfloat16
-    zero = tl.zeros_like(acc)
-    met = dot(tl.where(present, 1.0, 0.0).to(small), code.to(small), zero).to(tl.int32)
-    acc += tl.where((met & 255) > 0, float("nan"), 0.0)
-    acc += tl.where(((met >> 8) & 255) > 0, plus, 0.0)
-    return acc + tl.where((met >> 16) > 0, minus, 0.0)
-
-
-@triton.jit
-def dot_present(a, b, acc, SIGNED: tl.constexpr):
-    """acc + sum_k a_ik b_kj over the k with a_ik != 0: a zero also silences NaN and inf of b.
-
-    The finite part is one product.  What non-finite elements add is found by counting them: NaN in
-    units of 1, inf of 2^8, -inf of 2^16, exact in bfloat16 factors and a float32 sum for at most
-    255 terms.  SIGNED: `a` may be negative.
-    """
-    wide = b.to(tl.float32)
-    acc = dot(a, tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(b.dtype), acc)
-    code = tl.where(wide != wide, 1.0, 0.0)
-    code = tl.where(wide == float("inf"), 256.0, code)
-    code = tl.where(wide == float("-inf"), 65536.0, code)
-    acc = add_special(acc, (a > 0) | (a != a), code, float("inf"), float("-inf"))
-    if SIGNED:
-        acc = add_special(acc, a < 0, code, float("-inf"), float("inf"))
-    return acc
 
 
 @triton.constexpr_function
@@ -238,17 +213,26 @@ def load_keys(
 ):  # fmt: skip
     """Keys (or values) j_first, ... as [BLOCK_N, BLOCK_DIM]: rows of base [seqlen_k, DIM], or with
     PAGED of the pages, `page_stride` apart, that pages = (table row, page size, number of pages)
-    names.  Page numbers are clamped: a wrong one cannot make the kernel leave the cache."""
+    names.  Page numbers are clamped: a wrong one cannot make the kernel leave the cache.  The page
+    size is a constant, and a tile that it divides lies in one page."""
     if PAGED & FLAGS:
-        table, page_size, page_count = pages
-        j = j_first + tl.arange(0, BLOCK_N)
-        inside = j < seqlen_k
-        page = tl.load(table + j // page_size, mask=inside, other=0)
-        page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
-        rows = page * page_stride + (j % page_size).to(tl.int64) * stride
-        d = tl.arange(0, BLOCK_DIM)[None, :]
-        tile = tl.load(base + rows[:, None] + d, mask=inside[:, None] & (d < DIM), other=0.0)
-        return tile.to(tl.float32) if INTERPRETED else tile
+        table, PAGE_SIZE, page_count = pages
+        if PAGE_SIZE % BLOCK_N == 0:
+            page = tl.load(table + j_first // PAGE_SIZE)
+            page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
+            start = base + page * page_stride + (j_first % PAGE_SIZE).to(tl.int64) * stride
+            found = load_tile(
+                start, stride, j_first * 0, seqlen_k - j_first, DIM, BLOCK_N, BLOCK_DIM, EDGE, FLAGS
+            )
+        else:  # one `return`: several keep Triton from seeing the loads of a loop
+            keys, inside = key_pointers(
+                base, stride, j_first, seqlen_k, pages, page_stride, BLOCK_N, EDGE, FLAGS
+            )
+            d = tl.arange(0, BLOCK_DIM)[None, :]
+            inside = inside[:, None] & (d < DIM) if EDGE else d < DIM
+            found = tl.load(keys[:, None] + d, mask=inside, other=0.0)
+            found = found.to(tl.float32) if INTERPRETED else found
+        return found
     return load_tile(base, stride, j_first, seqlen_k, DIM, BLOCK_N, BLOCK_DIM, EDGE, FLAGS)
 
 
@@ -267,15 +251,19 @@ def row_pointers(base, stride, row, rows, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def key_pointers(
-    base, stride, j_first, seqlen_k, pages, page_stride, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr
-):
+    base, stride, j_first, seqlen_k, pages, page_stride, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
     """`row_pointers` of the keys that `load_keys` loads."""
     if PAGED & FLAGS:
-        table, page_size, page_count = pages
+        table, PAGE_SIZE, page_count = pages
         j = j_first + tl.arange(0, BLOCK_N)
-        page = tl.load(table + j // page_size, mask=j < seqlen_k, other=0)
+        if EDGE:
+            page = tl.load(table + j // PAGE_SIZE, mask=j < seqlen_k, other=0)
+        else:
+            page = tl.load(table + j // PAGE_SIZE)
         page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
-        return base + page * page_stride + (j % page_size).to(tl.int64) * stride, j < seqlen_k
+        return base + page * page_stride + (j % PAGE_SIZE).to(tl.int64) * stride, j < seqlen_k
     return row_pointers(base, stride, j_first, seqlen_k, BLOCK_N)
 
 
@@ -413,17 +401,6 @@ def query_range(
 
 
 @triton.jit
-def tanh(x):
-    """tanh to 2 units in the last place: Cephes' odd polynomial below 0.625, exp2 above, where no
-    digits cancel."""
-    z = x * x
-    p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
-    small = x + x * z * ((p + 1.33314422036e-1) * z - 3.33332819422e-1)
-    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.885390081777927) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
 def logits(
     qk, i, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -437,62 +414,96 @@ def logits(
 
 
 @triton.jit
-def score_pointers(base, b_s, h_s, q_s, k_s, b, h, i_first, r, j_first, c, FLAGS: tl.constexpr):
-    """Pointers to elements (i_first + r, j_first + c) of a mask or bias of head h.  Within the tile
-    32 bits do (but WIDE): a tile of 64-bit offsets takes too many registers."""
-    tile = base + b.to(tl.int64) * b_s + h * h_s
-    tile += i_first.to(tl.int64) * q_s + j_first.to(tl.int64) * k_s
+def score_tile(
+    base, b_s, h_s, q_s, k_s, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k,
+    ONE_QUERY: tl.constexpr, WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Elements (i_first + r, j_first + c) of a mask or bias of head h, 0 outside; with ONE_QUERY of
+    its only query, shaped as c.  WHOLE_KEYS: all these keys exist; a check of each would keep loads
+    from being vectors.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes too
+    many registers."""
     if WIDE & FLAGS:
-        return tile + (r.to(tl.int64) * q_s + c.to(tl.int64) * k_s)
-    return tile + (r * q_s + c * k_s)
+        r, c = r.to(tl.int64), c.to(tl.int64)
+    tile = base + b.to(tl.int64) * b_s + h * h_s + j_first.to(tl.int64) * k_s
+    keys = j_first + c < seqlen_k
+    if ONE_QUERY:
+        places = tile + c * k_s
+        found = tl.load(places) if WHOLE_KEYS else tl.load(places, mask=keys, other=0)
+    else:
+        places = tile + i_first.to(tl.int64) * q_s + (r * q_s + c * k_s)
+        queries = i_first + r < seqlen_q
+        found = tl.load(places, mask=queries if WHOLE_KEYS else queries & keys, other=0)
+    return found
+
+
+@triton.jit
+def alibi_slope(b, h, terms, scale, FLAGS: tl.constexpr):
+    """The slope of head h in the units of the logits."""
+    slope = tl.load(terms.alibi + b.to(tl.int64) * terms.alibi_b + h).to(tl.float32)
+    if NATURAL & FLAGS:
+        return slope
+    return slope * LOG2E / scale if UNSCALED & FLAGS else slope * LOG2E
 
 
 @triton.jit
 def tile_logits(
     qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-    POSITIONS: tl.constexpr, FLAGS: tl.constexpr,
+    POSITIONS: tl.constexpr, FLAGS: tl.constexpr, WHOLE_KEYS: tl.constexpr = False, slope=None,
 ):  # fmt: skip
     """(s2, cap): base-2 logits, -inf where excluded, and tanh's value where softcap is on.  With
-    UNSCALED the logits are q . k.
+    UNSCALED or NATURAL the logits are in other units (softmax.py).
 
     qk: q_i . k_j of queries i_first + r and keys j_first + c; r, c and h broadcast to its shape.
-    POSITIONS: the tile is cut by a window, or by the last key.
+    POSITIONS: the tile is cut by a window, or by the last key; WHOLE_KEYS: no key is past the last.
+    slope: `alibi_slope`, which is loaded here if not given.
     """
-    i, j = i_first + r, j_first + c
+    unit = LN2 if NATURAL & FLAGS else 1.0
     cap = qk
     if SOFTCAP & FLAGS:
-        cap = tanh(qk * terms.cap_in)
-        s = cap * terms.cap_out
+        if QUICK_TANH & FLAGS:
+            part = tanh_part(qk, terms.cap_in)
+            cap = 2.0 * part - 1.0
+        else:
+            cap = tanh(qk * terms.cap_in)
+        s = part if UNSCALED & FLAGS else cap * (terms.cap_out * unit)
     elif UNSCALED & FLAGS:
         s = qk
     else:
-        s = qk * scale
+        s = qk * (scale * unit)
     if SIGMOID_LENGTH & FLAGS:
         keys = in_frame(terms, b, 5) if (FRAME & FLAGS) else seqlen_k
         s -= tl.log2(tl.maximum(keys, 1).to(tl.float32))
     elif SIGMOID & FLAGS:
         s += terms.shift
-    inside = (i < seqlen_q) & (j < seqlen_k)
     if BIAS & FLAGS:
-        at = score_pointers(
+        added = score_tile(
             terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-            j_first, c, FLAGS,
-        )  # fmt: skip
-        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        s += tl.maximum(added, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
+            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+        ).to(tl.float32)  # fmt: skip
+        if NATURAL & FLAGS:  # -inf + NaN is found by `nan_count`
+            s += added
+        else:
+            s += tl.maximum(added, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
     if ALIBI & FLAGS:
-        slope = tl.load(terms.alibi + b.to(tl.int64) * terms.alibi_b + h).to(tl.float32) * LOG2E
+        if slope is None:
+            slope = alibi_slope(b, h, terms, scale, FLAGS)
+        # of floats: an integer of each pair would be converted
         last = last_distance(b, seqlen_q, seqlen_k, terms, FLAGS)
-        s -= slope * tl.abs(i + last - j).to(tl.float32)
+        row = (i_first + r + last - j_first).to(tl.float32)
+        distance = row - c.to(tl.float32)
+        s -= slope * (distance if BACKWARD & FLAGS else tl.abs(distance))
     if MASK & FLAGS:
-        at = score_pointers(
+        visible = score_tile(
             terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
-            j_first, c, FLAGS,
+            j_first, c, seqlen_q, seqlen_k, MASK_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
         )  # fmt: skip
-        s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
-    if BIAS & FLAGS:  # a bias of -inf excludes even where q . k is NaN
+        s = tl.where(visible != 0, s, float("-inf"))
+    if (BIAS & FLAGS) and not (NATURAL & FLAGS):
+        # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)
     if POSITIONS:
+        i, j = i_first + r, j_first + c
+        inside = (i < seqlen_q) & (j < seqlen_k)
         if LEFT & FLAGS:
             inside = inside & (j >= i + off - left)
         if RIGHT & FLAGS:

@@ -4,13 +4,17 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.primitives import (
+    DROPOUT,
     FAR,
     FINFO_MIN,
+    LEAST,
     LEAST2,
     LN2,
     LOG2E,
+    NATURAL,
     SIGMOID,
     SINK,
+    SOFTCAP,
     STATS,
     UNSCALED,
 )
@@ -25,29 +29,67 @@ def sigmoid(s):
 
 
 @triton.jit
-def online_softmax(s, scale, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
-    """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of base-2 logits.
+def unit(terms, scale, FLAGS: tl.constexpr):
+    """(factor, shift): base-2 logits are factor times what `tile_logits` gives, plus shift.
+
+    UNSCALED: with softcap that is `tanh_part`, else q . k and ALiBi's share over the
+    scale.  NATURAL: in base e.  Else base-2 logits themselves."""
+    if UNSCALED & FLAGS:
+        return (2.0 * terms.cap_out, -terms.cap_out) if SOFTCAP & FLAGS else (scale, 0.0)
+    return (LOG2E, 0.0) if NATURAL & FLAGS else (1.0, 0.0)
+
+
+@triton.jit
+def base2_max(row_max, shift, FLAGS: tl.constexpr):
+    """The rows' maxima of `online_softmax` in base 2, shift included."""
+    if NATURAL & FLAGS:
+        base2 = tl.maximum(row_max, LEAST) * LOG2E
+        return tl.where(row_max == float("-inf"), row_max, base2)
+    return row_max + shift if (SOFTCAP & FLAGS) and (UNSCALED & FLAGS) else row_max
+
+
+@triton.jit
+def online_softmax(s, factor, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
+    """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of logits, of which
+    `unit` says the factor; row_max is in base 2, but with NATURAL in base e, where differences
+    are taken first, since the least number in base 2 is -inf.
 
     SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max;
     what was summed before shrinks by alpha.  With STATS e = sum_j P_ij (s_ij - m_i), and `bad`
-    counts the NaN of a row, which max ignores.  UNSCALED: s is q . k, to be multiplied by `scale`.
+    counts the NaN of a row, which max ignores.
     """
     if SIGMOID & FLAGS:
         return sigmoid(s), row_sum + 1.0, row_max, row_sum, e, bad
-    factor = scale if UNSCALED & FLAGS else 1.0
-    m_new = tl.maximum(row_max, tl.max(s, 1) * factor)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
-    # UNSCALED: one multiply-add; what that means for huge logits says `far_count`
-    distance = s * factor - m_safe[:, None]
+    if NATURAL & FLAGS:
+        m_new = tl.maximum(row_max, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
+        distance = (s - m_safe[:, None]) * factor
+        shrink = (row_max - m_safe) * factor
+    else:
+        times = factor if UNSCALED & FLAGS else 1.0
+        m_new = tl.maximum(row_max, tl.max(s, 1) * times)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        # UNSCALED: one multiply-add; what that means for huge logits says `far_count`
+        distance = s * times - m_safe[:, None]
+        shrink = row_max - m_safe
     p = tl.exp2(distance)
-    alpha = tl.exp2(row_max - m_safe)
+    alpha = tl.exp2(shrink)
     if STATS & FLAGS:
-        before = tl.maximum(row_max - m_safe, -FAR)
+        before = tl.maximum(shrink, -FAR)
         terms = tl.where(p > 0, p * distance, 0.0)
         e = alpha * (e + before * row_sum) + tl.sum(terms, 1)
         bad += tl.sum(tl.where(s != s, 1.0, 0.0), 1)
     row_sum = alpha * row_sum + tl.sum(p, 1)
     return p, alpha, m_new, row_sum, e, bad
+
+
+@triton.jit
+def lost_count(row_sum, FLAGS: tl.constexpr):
+    """How many rows have a sum that is NaN: dropout may have kept its NaN from O, and NATURAL does
+    not look for biases of -inf, so that the pair may be an excluded one."""
+    if (DROPOUT & FLAGS) and (NATURAL & FLAGS):
+        return tl.sum(tl.where(row_sum != row_sum, 1, 0), 0)
+    return 0
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     key_range,
     load_tile,
     program,
-    score_pointers,
+    score_tile,
     sequences,
     store_tile,
     tile_logits,
@@ -148,11 +148,10 @@ def logit_tangents(
     if SOFTCAP & FLAGS:
         t = t * (1.0 - cap * cap)
     if MOVED_BIAS & MOVES:
-        at = score_pointers(
-            bias.at, bias.b, bias.h, bias.q, bias.k, b, h, i_first, r, j_first, c, FLAGS
-        )
-        inside = (i_first + r < seqlen_q) & (j_first + c < seqlen_k)
-        t += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        t += score_tile(
+            bias.at, bias.b, bias.h, bias.q, bias.k, b, h, i_first, r, j_first, c, seqlen_q,
+            seqlen_k, False, False, FLAGS,
+        ).to(tl.float32)  # fmt: skip
     return t
 
 

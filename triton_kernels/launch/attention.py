@@ -27,11 +27,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLAG = {name: getattr(primitives, name).value for name in (
     "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",
     "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE", "STREAM", "GROUPED", "SIGMOID",
-    "SIGMOID_LENGTH", "FRAME",
+    "SIGMOID_LENGTH", "FRAME", "QUICK_TANH", "BACKWARD", "MASK_ONE_QUERY", "BIAS_ONE_QUERY",
 )}  # fmt: skip
 
 FARTHEST = 1 << 30  # a window of a shard reaches less far, or past every key of the whole
-_RICH = sum(_FLAG[name] for name in ("MASK", "BIAS", "ALIBI", "SOFTCAP", "DROPOUT"))
+_RICH = {name: _FLAG[name.upper()] for name in configs.RICH_FEATURES}
 
 
 # As triton.cdiv and triton.next_power_of_2, which take microseconds
@@ -140,13 +140,30 @@ class Plan:
             "SIGMOID": self.sigmoid,
             "SIGMOID_LENGTH": self.sigmoid and call.sigmoid_bias is None,
             "FRAME": self.frame is not None,
+            # tanh to 2^-23 of 1: a logit to 2^-15, less than the rounding of q . k's factors
+            "QUICK_TANH": 0 < call.softcap <= 256 and self.q.element_size() == 2,
+            "BACKWARD": self.alibi is not None and self.right == 0 and call.align == BOTTOM_RIGHT,
+            "MASK_ONE_QUERY": self._has_one_query(self.mask),
+            "BIAS_ONE_QUERY": self._has_one_query(self.bias),
         }
         return sum(_FLAG[name] for name, on in present.items() if on)
 
+    def _has_one_query(self, x) -> bool:
+        return x is not None and score_strides(x, self.sizes)[2] == 0
+
     def forward_flags(self) -> int:
-        """The flags, and UNSCALED where softmax may take q . k and a positive scale."""
-        other = sum(_FLAG[name] for name in ("BIAS", "ALIBI", "SOFTCAP", "SIGMOID"))
-        unscaled = self.scale > 0 and not self.flags & other
+        """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED
+        where they are one term times a positive number, or that of q . k is not tiny beside
+        ALiBi's, which is divided by it."""
+        if self.sigmoid:
+            return self.flags
+        if self.bias is not None:
+            return self.flags + primitives.NATURAL.value
+        capped = self.call.softcap > 0
+        if capped:
+            unscaled = self.flags & _FLAG["QUICK_TANH"] and self.alibi is None
+        else:
+            unscaled = self.scale > (0 if self.alibi is None else 2.0**-20)
         return self.flags + (primitives.UNSCALED.value if unscaled else 0)
 
     def own(self, x: torch.Tensor, fill: float | None = None) -> torch.Tensor:
@@ -203,8 +220,12 @@ class Plan:
 
     def _row(self, direction: str) -> tuple:
         wide = max(self.block_d, self.block_dv)
-        rich = bool(self.flags & _RICH)
-        return (architecture(self.q), direction, wide, self.q.element_size(), rich)
+        return (architecture(self.q), direction, wide, self.q.element_size(), self.rich())
+
+    def rich(self) -> str:
+        """As `configs.tile` takes it."""
+        names = [name for name, flag in _RICH.items() if self.flags & flag]
+        return "all" if len(names) > 1 else "".join(names)
 
 
 def architecture(x: torch.Tensor) -> str:
@@ -311,9 +332,9 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
         *plan.side(), plan.seqlens_k, table,
         *strides(plan.q, False), *strides(plan.k, False), *strides(plan.v, False),
         *strides(out, False), *plan.lse_strides(),
-        0 if table is None else table.stride(0), page_size, plan.k.shape[0],
+        0 if table is None else table.stride(0), plan.k.shape[0],
         plan.heads_q, group, plan.seqlen_q, plan.seqlen_k, m_blocks, splits, *plan.scalars(),
-        plan.dim, plan.dim_v, block_m, tile.block_n, plan.block_d, plan.block_dv,
+        plan.dim, plan.dim_v, block_m, tile.block_n, plan.block_d, plan.block_dv, page_size,
         plan.forward_flags() + split_flag,
     )  # fmt: skip
     if splits > 1:

@@ -44,7 +44,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def small(architecture, direction, width, element_size, rich=False, descriptors=True):
+def small(architecture, direction, width, element_size, rich="", descriptors=True):
     """In place of configs.shipped: a small tile, with descriptors where the shipped one has."""
     loads = SHIPPED(architecture, direction, width, element_size, rich, descriptors).loads
     return SMALL[direction]._replace(loads=min(loads, 1))

@@ -59,6 +59,7 @@ FEATURES = {
     "softcap, in tanh's linear part": {"softcap": 300.0},
     "softcap, saturated": {"softcap": 0.5},
     "ALiBi": {"alibi": "b"},
+    "ALiBi where no key is behind": {"alibi": "b", "causal": True},
     "sink": {"sink": True},
     "sink and empty rows": {"sink": True, "causal": True, "seqlen_k": 20},
     "dropout": {"dropout_p": 0.3},
@@ -93,6 +94,14 @@ def test_all_features_in_half_precision(dtype):
     """A side input or an intermediate that is cast to the wrong dtype."""
     options = {"seqlen_q": 33, "seqlen_k": 40, "stats": True, "dtype": dtype, "batch": 1}
     check_call(random_call(**{**options, **FEATURES["all at once"]}), "triton")
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 250.0])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_softcap_in_half_precision(softcap, dtype):
+    """The quick tanh: its LSE and statistics without the shift, excluded pairs that count."""
+    options = {"seqlen_q": 37, "seqlen_k": 70, "mask": "qk", "sink": True, "stats": True}
+    check_call(random_call(softcap=softcap, dtype=dtype, **options), "triton")
 
 
 @pytest.mark.parametrize("name", ["window", "bias", "dropout", "sink", "all at once"])
@@ -156,6 +165,14 @@ def test_bad_values_behind_a_mask(value):
     for tensor in (call.k, call.v):
         tensor[:, :, 4] = tensor[:, :, 9] = value
     check_call(call, "triton")
+
+
+def test_a_dropped_nan_behind_a_bias_of_minus_infinity():
+    """A NaN of an excluded pair that dropout keeps from O, but that its row's sum holds."""
+    call = random_call(7, batch=1, seqlen_q=3, seqlen_k=12, bias="hk", dropout_p=1.0)
+    call.bias[..., 9] = -torch.inf
+    call.k[:, :, 9] = torch.nan
+    check_call(call, "triton", grads=False)
 
 
 @pytest.mark.parametrize("where", ["k", "q"])

@@ -184,17 +184,16 @@ PYBIND11_MODULE(_emulated, m) {
       "Whether kernels compute results that hold a NaN once more; until the next set_mode");
   m.def(
       "set_rules",
-      [](bool init_fences, int shadow_unit, bool load_fences) {
+      [](bool init_fences, int shadow_unit) {
         if (shadow_unit != 1 && shadow_unit != 2 && shadow_unit != 4)
           throw py::value_error("shadow_unit must be 1, 2 or 4");
         machine.mode.init_fences = init_fences;
         machine.mode.shadow_unit = shadow_unit;
-        machine.mode.load_fences = load_fences;
       },
-      py::arg("init_fences"), py::arg("shadow_unit"), py::arg("load_fences") = true,
-      "Whether loads need a fence after their mbarrier's initialisation, the bytes that the race "
-      "detector tells apart, and whether loads over what threads read or stored need a proxy "
-      "fence; until the next set_mode");
+      py::arg("init_fences"), py::arg("shadow_unit"),
+      "Whether loads need a fence after their mbarrier's initialisation, and the bytes that the "
+      "race "
+      "detector tells apart");
   m.def("bank_conflicts", bank_conflicts, "{source line: (phases, ideal, wavefronts)}");
   m.def("launches", [] { return machine.launches; });
   m.def("wgmmas", [] { return machine.wgmmas; }, "Warpgroup products since reset_counters, a warp");

@@ -47,8 +47,6 @@ struct Mode {
   // Whether loads need a fence after the mbarrier's initialisation, not only a barrier: our own
   // rule, as CUTLASS has it.  Triton leaves the fence out (docs/design/emulation.md).
   bool init_fences = true;
-  // Whether a load over what threads read or stored needs a proxy fence, not only a barrier.
-  bool load_fences = true;
   int shadow_unit = 4;  // bytes that the race detector tells apart; ours store none narrower
   uint64_t seed = 0;
   int smem_limit = 163 * 1024;  // bytes a block may have: sm_80; 227 KiB on sm_90, 99 on sm_120

@@ -124,8 +124,7 @@ void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar
   if (mode.race) {
     const Actor who = {current_ / 32, ENGINE, where}, issuer = {who.warp, current_ % 32, where};
     const WarpClock& clock = warps_[who.warp].clock;
-    const std::string unfenced =
-        mode.load_fences ? shadow_.unfenced_below(issuer, clock, offset, bytes) : "";
+    const std::string unfenced = shadow_.unfenced_below(issuer, clock, offset, bytes);
     race(shadow_.issue(who, clock, offset, bytes));
     race(unfenced);
   }

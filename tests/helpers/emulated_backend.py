@@ -27,8 +27,7 @@ def set_mode(mode: str, seed: int, smem_kib: int = 99, **limits: int) -> None:
 
     limits["smem_limit"] = (227 if _kernels().sm90 else smem_kib) * 1024
     _emulated.set_mode(mode, seed=seed, **limits)
-    # The Hopper kernels look for NaN in tiles at an edge, and release these without a proxy fence.
-    _emulated.set_rules(init_fences=True, shadow_unit=4, load_fences=False)
+    _emulated.set_rules(init_fences=True, shadow_unit=4)
 
 
 @functools.cache

@@ -169,6 +169,7 @@ ATTN_DEVICE bool warpgroup_finds_nonfinite(uint32_t tile, int group) {
     bad |= !(word_is_finite(T{}, v.x) && word_is_finite(T{}, v.y) && word_is_finite(T{}, v.z) &&
              word_is_finite(T{}, v.w));
   }
+  fence_proxy_async();  // the copy engine may load over it once it is released
   return group == 0 ? named_barrier_or<1>(128, bad) : named_barrier_or<2>(128, bad);
 }
 
@@ -198,6 +199,7 @@ ATTN_DEVICE void add_visible(float (&O)[ACC][4], const float (&P)[TILES][4], uin
       }
     }
   }
+  fence_proxy_async();  // the copy engine may load over V once it is released
 }
 
 }  // namespace attn::cuda::sm90

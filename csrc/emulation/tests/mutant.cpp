@@ -354,8 +354,7 @@ std::string verdict(const NamedMode& m) {
     machine.mode = {};
     machine.mode.random = m.random, machine.mode.poison = m.poison, machine.mode.race = m.race;
     machine.mode.seed = uint64_t(seed);
-    machine.mode.repairs = false;      // they would hide a NaN that a planted bug lets in
-    machine.mode.load_fences = false;  // see tests/helpers/emulated_backend.py
+    machine.mode.repairs = false;  // they would hide a NaN that a planted bug lets in
     try {
       const double error = run_all();
       if (!(error < 0.05)) return "wrong by " + std::to_string(error);

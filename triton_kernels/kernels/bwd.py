@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
@@ -29,8 +30,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     load_tile,
     load_whole,
     nan_count,
-    outer_present,
-    product_each,
     program,
     query_range,
     row_pointers,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.bwd import RUNTIME
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
+from attn_ext.triton_kernels.kernels.present import dot_present
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
@@ -29,7 +30,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     STREAM,
     diagonal,
     dot,
-    dot_present,
     head_rows,
     key_range,
     load_tile,

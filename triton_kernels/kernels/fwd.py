@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
     DROPOUT,
@@ -32,8 +33,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     load_tile,
     load_whole,
     nan_count,
-    outer_present,
-    product_each,
     program,
     row_pointers,
     sequences,

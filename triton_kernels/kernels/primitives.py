@@ -125,18 +125,6 @@ def load_each(
 
 
 @triton.jit
-def product_each(a, b):
-    """Products of the rows of a and b [BLOCK, D], as [BLOCK, 1]."""
-    return tl.sum(a.to(tl.float32) * b, 1)[:, None]
-
-
-@triton.jit
-def outer_present(weight, rows):
-    """weight [BLOCK, 1] times rows [BLOCK, D]; 0, whatever a row holds, where its weight is 0."""
-    return tl.where(weight != 0, weight * rows, 0.0)
-
-
-@triton.jit
 def nan_count(x):
     """How many NaN a tile holds: the sign to compute it again with `outer_present`.
 

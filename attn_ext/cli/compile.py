@@ -125,9 +125,10 @@ def clear(as_json: bool) -> int:
 
 def row(want: Wanted, found: first_use.Result, keep: Path | None) -> dict:
     """What the command says of one kernel."""
-    binary, flags = found.binary, sources.flags_of(want.kernel, sources.root())
+    binary, name = found.binary, want.kernel.split("<")[0]
     told = {
-        "name": want.kernel.split("<")[0], "flags": flags, "arch": want.arch, "threads": want.threads,
+        "name": name, "flags": sources.flags_of(want.kernel, sources.root()),
+        "arch": want.arch, "threads": want.threads,
         "registers": binary.resources.registers, "spilled_bytes": binary.resources.spilled_bytes,
         "shared_memory": want.shared_memory, "instructions": binary.instructions,
         "seconds": round(found.seconds, 3), "cached": found.cached,

@@ -75,7 +75,7 @@ def test_names_and_bits():
 @pytest.mark.parametrize("name", SINGLE)
 @pytest.mark.parametrize("more", [{}, {"dtype": torch.float32}, {"deterministic": True}], ids=str)
 def test_a_call_asks_for_exactly_its_features(name, more):
-    """A feature that the host forgets, or finds where there is none; a vector where rows are odd."""
+    """A feature that the host forgets, or finds where there is none; odd rows read as vectors."""
     options, expected = SINGLE[name]
     call = random_call(1, **{**SIZES, **options, **more})
     with driver(80, runs=False) as fake:

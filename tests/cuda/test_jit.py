@@ -38,8 +38,8 @@ def expressions():
     for name, row in table.items():
         hopper = name.startswith("sm90_")
         stem, _, arguments = name.removeprefix("sm90_").partition("<")
-        words = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "f32": "float",
-                 **{word: str(bits) for bits, word in resources.feature_words().items()}}  # fmt: skip
+        words = {word: str(bits) for bits, word in resources.feature_words().items()}
+        words |= {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "f32": "float"}
         if stem in ("forward_general", "backward_bias"):  # of which there is one
             arguments = arguments.replace(">", ", general>")
         arguments = [words.get(each, each) for each in arguments.rstrip(">").split(", ")]

@@ -110,7 +110,8 @@ def test_occupancy_by_hand():
 def test_log_parser_reads_names_spills_and_warnings():
     log = (
         "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8011backward_dqINS_3ptx4bf16ELi64ELi1048576EEEvNS0_6ParamsE' for 'sm_80'\n"
+        "'_ZN4attn4cuda4sm8011backward_dqINS_3ptx4bf16ELi64ELi1048576EEEvNS0_6ParamsE' "
+        "for 'sm_80'\n"
         "    16 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 1 barriers\n"
         "ptxas info    : Compiling entry function "

@@ -37,7 +37,7 @@ ATTN_DEVICE bool has(const Params& p, int feature) {
 }
 // Whether it may have: known when the kernel is compiled.
 template <int BITS>
-constexpr bool may_have(int feature) {
+ATTN_FORMULA constexpr bool may_have(int feature) {
   return (BITS & (feature | kAny)) != 0;
 }
 // Its terms of logits beside the product.

@@ -107,11 +107,11 @@ using PlainForwardTile = std::conditional_t<
     HEAD_DIM <= 128, PlainTile<4, 2, 64>,
     std::conditional_t<HEAD_DIM <= 192, PlainTile<8, 1, 64>, PlainTile<8, 1, 32>>>;
 
-// The same with features.  BIAS: there is one, and at 128 columns half of the keys, since it is on
-// its way while O, S and Q take the registers (64 keys spill 29 times in the loop).
-template <int HEAD_DIM, bool BIAS>
+// The same with features.  BOTH: a mask and a bias, which are on their way while O, S and Q take
+// the registers: at 128 columns half of the keys (64 keys spill 67 times in the loop).
+template <int HEAD_DIM, bool BOTH>
 using FeatureForwardTile =
-    std::conditional_t<HEAD_DIM == 128 && BIAS, PlainTile<4, 2, 32>, PlainForwardTile<HEAD_DIM>>;
+    std::conditional_t<HEAD_DIM == 128 && BOTH, PlainTile<4, 2, 32>, PlainForwardTile<HEAD_DIM>>;
 
 // The backward in one kernel: 8 warps own BLOCK_N keys, the queries come BLOCK_M at a time through
 // two buffers; P and dS cross shared memory.

@@ -193,42 +193,44 @@ struct FusedBackward {
       low |= value < kLeast && value != -kInf;
       lse[f][r] = RowGradient::of<may_have<BITS>(kBias)>(value, 0.0f).lse;
     }
-    const bool pairs = EDGE || (may_have<BITS>(kBias) && ballot(low));
-    ATTN_UNROLL
-    for (int f = 0; f < SF; ++f) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int i = m0 + score_row(f, r);
+    const auto each_four = [&](const auto& use) {
       ATTN_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        if (pairs) {
-          const Query q = score.query(head, i);
-          ATTN_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            float& x = P[f][2 * m + e / 2][2 * r + e % 2];
-            float slope;
-            const float s = score.template logit<BITS>(x, q, first_key(m) + e, slope);
-            x = s == -kInf ? 0.0f : exp2_approx(s - lse[f][r]);
-            if (CAPPED) slopes[f][2 * m + e / 2][2 * r + e % 2] = slope;
-          }
-        } else {
-          ATTN_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            float& x = P[f][2 * m + e / 2][2 * r + e % 2];
-            float slope = 1.0f;
-            x = weight(x, terms, i, first_key(m) + e, sides[f][m][r], e, lse[f][r], slope);
-            if (CAPPED) slopes[f][2 * m + e / 2][2 * r + e % 2] = slope;
-          }
-        }
-        if (!has<BITS>(p, kDropout)) continue;
-        uint32_t words[4];
-        dropout.words(head, i, first_key(m), words);
+      for (int f = 0; f < SF; ++f) ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) ATTN_UNROLL
+      for (int m = 0; m < 2; ++m) use(f, r, m);
+    };
+    if (EDGE || (may_have<BITS>(kBias) && ballot(low))) {
+      each_four([&](int f, int r, int m) {
+        const Query q = score.query(head, m0 + score_row(f, r));
         ATTN_UNROLL
         for (int e = 0; e < 4; ++e) {
-          float& x = P[f][2 * m + e / 2][2 * r + e % 2];
-          x = words[e] < least ? -x : x;
+          float &x = P[f][2 * m + e / 2][2 * r + e % 2], slope;
+          const float s = score.template logit<BITS>(x, q, first_key(m) + e, slope);
+          x = s == -kInf ? 0.0f : exp2_approx(s - lse[f][r]);
+          if (CAPPED) slopes[f][2 * m + e / 2][2 * r + e % 2] = slope;
         }
-      }
+      });
+    } else {
+      each_four([&](int f, int r, int m) {
+        const int i = m0 + score_row(f, r);
+        ATTN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float &x = P[f][2 * m + e / 2][2 * r + e % 2], slope = 1.0f;
+          x = weight(x, terms, i, first_key(m) + e, sides[f][m][r], e, lse[f][r], slope);
+          if (CAPPED) slopes[f][2 * m + e / 2][2 * r + e % 2] = slope;
+        }
+      });
     }
+    if (!has<BITS>(p, kDropout)) return;
+    each_four([&](int f, int r, int m) {
+      uint32_t words[4];
+      dropout.words(head, m0 + score_row(f, r), first_key(m), words);
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float& x = P[f][2 * m + e / 2][2 * r + e % 2];
+        x = words[e] < least ? -x : x;
+      }
+    });
   }
   // dP in, dS out.
   template <bool EDGE>

@@ -18,7 +18,7 @@ namespace attn::cuda::sm80 {
 constexpr float kFarUnit = 8.0779357e-28f;  // 2^-90
 
 template <int HEAD_DIM, int BITS>
-using FeatureTileOf = FeatureForwardTile<HEAD_DIM, may_have<BITS>(kBias)>;
+using FeatureTileOf = FeatureForwardTile<HEAD_DIM, may_have<BITS>(kMask) && may_have<BITS>(kBias)>;
 
 template <class T, int HEAD_DIM, int BITS>
 struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>, InFours> {
@@ -33,7 +33,10 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // Logits are products times p.scale_log2; else they are computed, in natural units.
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
   static constexpr bool FAR = may_have<BITS>(kBias);  // a row may need another unit than log2(e)
-  static constexpr float GROWTH = 8.0f;               // as in WholeSoftmax
+  // How many of a tile's 16 keys have their masks and biases asked for before S is computed; the
+  // rest after: all of them would take 48 registers.
+  static constexpr int EARLY = TILES / 4;
+  static constexpr float GROWTH = 8.0f;  // as in WholeSoftmax
   static constexpr float LOWEST = PRODUCTS || !FAR ? -3.4e38f : kFinfoMin * kFarUnit;
 
   Dropout dropout;
@@ -62,9 +65,9 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // The first of this thread's 4 keys in 16 of a tile.
   ATTN_DEVICE static int first_key(int n0, int m) { return n0 + 16 * m + 4 * (lane_id() & 3); }
 
-  ATTN_DEVICE void load_sides(Sides& sides, int n0) const {
+  ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
     ATTN_UNROLL
-    for (int m = 0; m < TILES / 2; ++m) ATTN_UNROLL
+    for (int m = first; m < last; ++m) ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) sides[f][m][r].load(p, query[f][r], first_key(n0, m));
   }
@@ -86,10 +89,23 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) ATTN_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const Side<T, BITS>& side = sides[f][m][r];
       float& s = S[f][2 * m + e / 2][2 * r + e % 2];
-      s = logit(s, query[f][r], first_key(n0, m) + e, side, e);
-      if (has<BITS>(p, kMask) && !side.keeps(e)) s = -kInf;
+      s = logit(s, query[f][r], first_key(n0, m) + e, sides[f][m][r], e);
+    }
+    if (!has<BITS>(p, kMask)) return;
+    // Bytes are 0 or 1: of a row's words one, whose bits become predicates many at a time.
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t bits = 0;
+      ATTN_UNROLL
+      for (int m = TILES / 2 - 1; m >= 0; --m) bits = 2 * bits + sides[f][m][r].mask;
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) ATTN_UNROLL
+      for (int m = 0; m < TILES / 2; ++m) {
+        float& s = S[f][2 * m + e / 2][2 * r + e % 2];
+        if (!(bits & (1u << (8 * e + m)))) s = -kInf;
+      }
     }
   }
   // The same at an edge, where a pair must be within length and band.
@@ -211,13 +227,14 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
       sync_threads();  // K of this turn is complete, and every warp has read V of the turn before
       next_V.copy();
       cp_async_commit();
-      load_sides(sides, n0);
+      load_sides(sides, n0, 0, EARLY);
       // S = Q K^T   [WARP_ROWS, BLOCK_N] a warp
       multiply_rows<T, HEAD_DIM>(S, Base::Q_smem(), Base::warp_row(), Base::K_smem());
       cp_async_wait<0>();
       sync_threads();  // V is complete, and every warp has read K
       if (left > 1) next_K.copy();
       cp_async_commit();
+      load_sides(sides, n0, EARLY, TILES / 2);
       logits(S, sides, n0);
       follow(S);
       weights(S, n0);

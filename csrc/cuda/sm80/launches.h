@@ -17,13 +17,14 @@ inline int fused_queries(const Problem& p, const Pointers& ptr, int head_dim, in
 template <class T, int HEAD_DIM>
 void run_features(Executor& to, Params p) {
   using Tile = FeatureForwardTile<HEAD_DIM, false>;
-  using Biased = FeatureForwardTile<HEAD_DIM, true>;
-  static_assert(Tile::BLOCK_M == Biased::BLOCK_M && Tile::THREADS == Biased::THREADS);
+  using Smaller = FeatureForwardTile<HEAD_DIM, true>;
+  static_assert(Tile::BLOCK_M == Smaller::BLOCK_M && Tile::THREADS == Smaller::THREADS);
   constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
+  const bool both = (p.features & kMask) && (p.features & kBias);
   p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
   launch(to, kernel_name<T>("sm80::forward_features", HEAD_DIM, p.features),
          grid_of(p.p.batch * p.p.heads_q * p.m_tiles), Tile::THREADS,
-         p.features & kBias ? Biased::smem(BYTES) : Tile::smem(BYTES), p);
+         both ? Smaller::smem(BYTES) : Tile::smem(BYTES), p);
 }
 
 // general: false only where the plain kernels know everything that the call asks for.

@@ -39,9 +39,17 @@ def head_dims(arch: str) -> tuple[int, ...]:
 HEAD_DIMS = head_dims("sm80")
 DTYPES = {"bf16": "bf16", "fp16": "fp16", "float": "f32"}
 SM90_HEAD_DIMS = head_dims("sm90")
+# Sets of features whose kernels are counted beside those for none and for any
+# (csrc/cuda/features.h), by a name.
+FEATURES = {"mask": ("kMask", "kMaskVectors"), "bias": ("kBias", "kBiasVectors"),
+            "dropout": ("kDropout",)}  # fmt: skip
+FEATURE_DIMS = (64, 128)
+FEATURED = ("forward_general", "forward_features", "backward_features", "convert_dq_features",
+            "backward_dq", "backward_dkdv", "backward_bias")  # fmt: skip
 # ("launch", 0): kernels that serve all head dimensions; "sm90 ...": the Hopper kernels of a pair
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
 UNITS += [(f"sm90 {dtype}", dim) for dtype in ("bf16", "fp16") for dim in SM90_HEAD_DIMS]
+UNITS += [("features bf16", dim) for dim in FEATURE_DIMS]
 
 
 def find_nvcc() -> str | None:
@@ -89,11 +97,14 @@ SPILLS = {
 def spill_budget(kernel: str, arch: str) -> int:
     """Bytes of spill stores + loads that a kernel may have, by its name as in the table.
 
-    None for 16 bits, none up to head_dim 128, but for SPILLS.  A float32 product is three tf32
+    None for 16 bits, none up to head_dim 128, but for SPILLS and kernels with features, of which
+    bench/machine_code.py counts those in the loops.  A float32 product is three tf32
     ones, whose split operands and an accumulator of 192 or 256 columns do not fit 255 registers.
     """
     if (kernel, arch) in SPILLS:
         return SPILLS[kernel, arch]
+    if "_features<" in kernel:  # for any feature: not what runs on a GPU
+        return 4096 if kernel.endswith("general>") else 512
     dtype, dim = re.match(r"\w+<(\w+)(?:, (\d+))?", kernel).groups()
     return 512 if dtype == "f32" and dim and int(dim) > 128 else 0
 
@@ -101,6 +112,15 @@ def spill_budget(kernel: str, arch: str) -> int:
 def nvcc_version(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release ([\d.]+)", text).group(1)
+
+
+@functools.cache
+def feature_words() -> dict[int, str]:
+    """What the last argument of a kernel stands for, a set of features."""
+    text = (ROOT / "csrc" / "cuda" / "features.h").read_text()
+    bits = {name: 1 << int(n) for name, n in re.findall(r"(k\w+) = 1 << (\d+)", text)}
+    words = {sum(map(bits.get, names)): word for word, names in FEATURES.items()}
+    return {0: "plain", bits["kAny"]: "general", **words}
 
 
 def source_text(dtype: str, head_dim: int) -> str:
@@ -112,6 +132,12 @@ def source_text(dtype: str, head_dim: int) -> str:
         lists = {f"each_other<{element}>" for element in DTYPES}
     # to take a kernel's address is to instantiate it
     calls = "".join(f"  {each}(take);\n" for each in sorted(lists))
+    if dtype.startswith("features"):
+        element = dtype.removeprefix("features ")
+        calls = "".join(
+            f'  take("", {kernel}<{element}, {head_dim}, {" | ".join(bits)}>);\n'
+            for bits in FEATURES.values() for kernel in ("forward_features", "backward_features")
+        )  # fmt: skip
     return (
         f'#include "cuda/{arch}/kernels.cuh"\n'
         f"using namespace attn::cuda;\nusing namespace {arch};\n"
@@ -133,7 +159,7 @@ def sources_hash() -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """_ZN4attn4cuda4sm807forwardINS_3ptx4bf16ELi64ELb0EEEv... -> forward<bf16, 64, plain>; those of
+    """_ZN4attn4cuda4sm807forwardINS_3ptx4bf16ELi64ELi0EEEv... -> forward<bf16, 64, plain>; those of
     sm90 are called sm90_forward<bf16, 64>"""
     found = re.match(r"_ZN4attn4cuda4(sm[89]0)(\d+)(.*)", mangled)
     if not found:
@@ -142,8 +168,10 @@ def kernel_name(mangled: str) -> str:
     name, rest = found[3][:length], found[3][length:]
     name = f"sm90_{name}" if found[1] == "sm90" else name
     words = [re.search(r"bf16|fp16", rest)[0] if re.match(r"INS_3ptx", rest) else "f32"]
-    words += re.findall(r"Li(\d+)E", rest)[:2]
-    words += [("plain", "general")[int(b)] for b in re.findall(r"Lb([01])E", rest)[:1]]
+    numbers = re.findall(r"Li(\d+)E", rest.split("Ev")[0] + "E")
+    if name in FEATURED:
+        numbers[-1] = feature_words().get(int(numbers[-1]), numbers[-1])
+    words += numbers[:-1] if name in ("forward_general", "backward_bias") else numbers
     return f"{name}<{', '.join(words)}>"
 
 
@@ -234,9 +262,13 @@ void print(const char* dtype) {
   if constexpr (kIsHalf<T>) {
     using P = PlainForwardTile<D>;
     printf("forward_plain %s %d %d %d\\n", dtype, D, P::smem(Row<T, D>::BYTES), P::THREADS);
+    using Q = FeatureForwardTile<D, false>;
+    printf("forward_features %s %d %d %d\\n", dtype, D, Q::smem(Row<T, D>::BYTES), Q::THREADS);
     if constexpr (D <= 128) {
       using G = FusedBackwardTile<D, fused_block_m(D, SM80)>;
       printf("backward_fused %s %d %d %d\\n", dtype, D, G::SMEM, G::THREADS);
+      using H = FusedBackwardTile<D, 64>;
+      printf("backward_features %s %d %d %d\\n", dtype, D, H::SMEM, H::THREADS);
     }
     if constexpr (D == 64) {
       using G = FusedBackwardTile<D, fused_block_m(D, 99 * 1024)>;

@@ -68,8 +68,8 @@ class Kernel:
     function: str
     block: str
     mma_threads: int = 0
-    plain: bool = False  # an instantiation without the general options: the last flag is 0
     only: str = ""  # a pattern of the mangled name, where a head_dim has several instantiations
+    features: str = ""  # a name among FEATURES of cuda_resources.py, "plain" for none
 
 
 KERNELS = {
@@ -77,8 +77,13 @@ KERNELS = {
     "sm80_backward_fused": Kernel(
         "sm80", "backward_fused", "backward_fused", only="Li64ELi128E|Li128ELi64E"
     ),
-    "sm80_backward_dq": Kernel("sm80", "backward_dq", "backward", plain=True),
-    "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", "backward", plain=True),
+    "sm80_backward_dq": Kernel("sm80", "backward_dq", "backward", features="plain"),
+    "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", "backward", features="plain"),
+    **{
+        f"sm80_{way}_{name}": Kernel("sm80", function, function, features=name)
+        for way, function in (("forward", "forward_features"), ("backward", "backward_features"))
+        for name in ("mask", "bias", "dropout")
+    },
     "sm90_forward": Kernel("sm90", "forward", "sm90_forward", 256),
     "sm90_backward_dq": Kernel("sm90", "backward_dq", "sm90_backward_dq", 256),
     "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", "sm90_backward_dkdv", 256),
@@ -304,12 +309,13 @@ def load_resources():
 
 def disassemble(nvcc: str, family: str, head_dim: int) -> str:
     """nvdisasm's text of the bf16 kernels of one family and head_dim."""
-    resources = load_resources()
-    with tempfile.TemporaryDirectory() as folder:
-        unit = "sm90 bf16" if family == "sm90" else "bf16"
-        cubin = resources.cubin(nvcc, unit, head_dim, ARCHITECTURES[family].name, Path(folder))
-        command = [resources.find_cuda_tool("nvdisasm"), str(cubin)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources, text = load_resources(), ""
+    for unit in ("sm90 bf16",) if family == "sm90" else ("bf16", "features bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = resources.cubin(nvcc, unit, head_dim, ARCHITECTURES[family].name, Path(folder))
+            command = [resources.find_cuda_tool("nvdisasm"), str(cubin)]
+            text += subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text
 
 
 def sections(text: str):
@@ -325,12 +331,12 @@ def sections(text: str):
 
 def paths_of(text: str, family: str) -> dict[str, tuple[list[Instruction], int]]:
     """{kernel of KERNELS: (hot path, registers a thread)} in nvdisasm's text."""
-    out = {}
+    out, resources = {}, load_resources()
     for mangled, section, registers in sections(text):
         for name, kernel in KERNELS.items():
             length = f"{len(kernel.function)}{kernel.function}IN"
-            general = kernel.plain and "Lb0E" not in mangled
-            other = general or not re.search(kernel.only, mangled)
+            word = resources.kernel_name(mangled).rstrip(">").split(", ")[-1]
+            other = kernel.features not in ("", word) or not re.search(kernel.only, mangled)
             if kernel.family == family and length in mangled and not other:
                 path, _ = hot_path(Code.of(section), ARCHITECTURES[family])
                 out[name] = (path, registers)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from attn_ext.backends import native_gpu
-from attn_ext.backends.jit import cache, first_use
+from attn_ext.backends.jit import cache, first_use, sources
 from attn_ext.backends.jit.nvrtc import CompileError
 from attn_ext.cli.errors import BadArgument
 from attn_ext.core.schema import Call
@@ -125,9 +125,10 @@ def clear(as_json: bool) -> int:
 
 def row(want: Wanted, found: first_use.Result, keep: Path | None) -> dict:
     """What the command says of one kernel."""
-    binary, (name, flags) = found.binary, want.kernel.rstrip(">").split("<")
+    binary, name = found.binary, want.kernel.split("<")[0]
     told = {
-        "name": name, "flags": flags, "arch": want.arch, "threads": want.threads,
+        "name": name, "flags": sources.flags_of(want.kernel, sources.root()),
+        "arch": want.arch, "threads": want.threads,
         "registers": binary.resources.registers, "spilled_bytes": binary.resources.spilled_bytes,
         "shared_memory": want.shared_memory, "instructions": binary.instructions,
         "seconds": round(found.seconds, 3), "cached": found.cached,

@@ -68,7 +68,7 @@ void bind(py::module_& m) {
             check(c.p, c.ptr);
             return forward_kernel(c.p, c.ptr, target(multiprocessors, sm90));
           },
-          "What forward launches: 'sm90', 'sm80 plain' or 'sm80 general'")
+          "What forward launches: 'sm90', 'sm80 plain', 'sm80 features' or 'sm80 general'")
       .def(
           "backward_kernel",
           [](const NativeCall& c, int multiprocessors, bool sm90) {

@@ -15,6 +15,10 @@ struct Dropout {
     if (p.ptr.rng_state) d.key = philox_key(p.ptr.rng_state[0], p.ptr.rng_state[1]);
     return d;
   }
+  // A word is kept that is at least this.  2^32, which keeps none, comes with a keep_scale of 0.
+  ATTN_DEVICE uint32_t least_word() const {
+    return threshold > 0xffffffffu ? 0xffffffffu : uint32_t(threshold);
+  }
   // Keys 4 * (j / 4) .. + 3 of query i of head h.
   ATTN_DEVICE void words(int h, int i, int j, uint32_t (&out)[4]) const {
     const uint32_t counter[4] = {uint32_t(j) >> 2, uint32_t(i), uint32_t(h), b};

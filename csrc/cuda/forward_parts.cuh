@@ -25,8 +25,8 @@ struct ForwardTask {
   }
 };
 
-// S: products in, logits out.  Only for tiles that need it when the call is plain.
-template <bool GENERAL, int TILES>
+// S: products in, logits out; without features products, and -inf where a pair does not count.
+template <int BITS, int TILES>
 ATTN_DEVICE void mask_scores(float (&S)[TILES][4], const Score& score, const Query (&query)[2],
                              int n0) {
   ATTN_UNROLL
@@ -36,8 +36,8 @@ ATTN_DEVICE void mask_scores(float (&S)[TILES][4], const Score& score, const Que
       const int j = n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1);
       const Query& q = query[c >> 1];
       float derivative;
-      if constexpr (GENERAL)
-        S[n][c] = score.logit(S[n][c], q, j, derivative);
+      if constexpr (BITS != 0)
+        S[n][c] = score.template logit<BITS>(S[n][c], q, j, derivative);
       else
         S[n][c] = j < score.seq.seqlen_k && score.band.keep(q.i, j) ? S[n][c] : -kInf;
     }
@@ -66,22 +66,23 @@ ATTN_DEVICE void store_row(Out* row, const float (&acc)[ACC][4], int r, float fa
   }
 }
 
-// O, LSE and statistics of a warp's 16 rows, or one share of them.
-template <class T, bool GENERAL, int ACC>
+// O, LSE and statistics of a warp's 16 rows, or one share of them (SHARES: it may be one).
+template <class T, int BITS, bool SHARES, int ACC>
 ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardTask& task,
                             const float (&acc)[ACC][4], const RowState& state,
                             const Query (&query)[2], int row, float scale) {
-  const bool stats = GENERAL && p.ptr.entropy;
+  const bool stats = has<BITS>(p, kStats);
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     const Query& q = query[r];
     const bool valid = row + 8 * r < task.rows;
     const auto* sinks = static_cast<const float*>(p.ptr.sink);
-    const bool partial = GENERAL && p.splits > 1;
-    const RowResult result = finish_row(
-        state, r, scale, GENERAL && sinks && !partial && valid ? sinks + q.h : nullptr, stats);
+    const bool partial = SHARES && p.splits > 1;
+    const bool sink = has<BITS>(p, kSink) && !partial && valid;
+    const RowResult result = finish_row(state, r, scale, sink ? sinks + q.h : nullptr, stats);
     if (!valid) continue;
-    const float factor = GENERAL ? result.inverse * p.keep_scale : result.inverse;
+    const bool drops = has<BITS>(p, kDropout);
+    const float factor = drops ? result.inverse * p.keep_scale : result.inverse;
     const bool writes = (lane_id() & 3) == 0;
     if (partial) {
       const int64_t all = p.p.batch * p.p.heads_q * p.p.seqlen_q;

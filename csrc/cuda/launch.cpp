@@ -76,7 +76,8 @@ Params make_params(const Problem& p, const Pointers& ptr) {
                                   std::to_string(n));
   Params x{};
   x.p = p, x.ptr = ptr;
-  x.terms = terms_of(p, ptr);
+  x.terms = terms_of(p, ptr), x.natural = Terms<float>::of(p, ptr, 1.0);
+  x.features = features_of(p, ptr);
   x.scale = x.terms.scale, x.scale_log2 = x.terms.factor;
   x.keep_scale = p.dropout_p < 1 ? float(1 / (1 - p.dropout_p)) : 0.0f;
   x.keep_threshold = dropout_threshold(p.dropout_p);
@@ -92,13 +93,6 @@ Params make_params(const Problem& p, const Pointers& ptr) {
   return x;
 }
 
-// What the plain kernels do not know.  They mask before they scale: the scale is above 0 as a
-// float.
-bool is_general(const Problem& p, const Pointers& ptr) {
-  return ptr.mask || ptr.sink || ptr.entropy || ptr.block_table || p.dropout_p > 0 ||
-         !terms_of(p, ptr).plain();
-}
-
 sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
   sm80::Plan result{1, 1, 1};
   with_pair(p, [&](auto pair) {
@@ -111,16 +105,23 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
 }
 
 // The kernels of a call.
-enum class Choice { SM90, SM80_PLAIN, SM80_GENERAL };
+enum class Choice { SM90, SM80_PLAIN, SM80_FEATURES, SM80_GENERAL };
+
+// Of a call that is not plain: pages and float32 have the kernels that know everything.
+Choice with_features(const Problem& p, const Pointers& ptr) {
+  const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  return half && !ptr.block_table ? Choice::SM80_FEATURES : Choice::SM80_GENERAL;
+}
 
 Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& cut,
                       const Target& target) {
-  if (is_general(p, ptr) || cut.pack > 1 || cut.splits > 1) return Choice::SM80_GENERAL;
+  if (cut.pack > 1 || cut.splits > 1) return Choice::SM80_GENERAL;
+  if (features_of(p, ptr)) return with_features(p, ptr);
   return target.sm90 && sm90::forward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
 Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& target) {
-  if (is_general(p, ptr)) return Choice::SM80_GENERAL;
+  if (features_of(p, ptr)) return with_features(p, ptr);
   return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
 }
 
@@ -131,7 +132,8 @@ int64_t delta_floats(const Problem& p, const Pointers& ptr) {
 }
 // Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
 int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
-  if (choose_backward(p, ptr, target) != Choice::SM80_PLAIN) return 0;
+  const Choice choice = choose_backward(p, ptr, target);
+  if (choice != Choice::SM80_PLAIN && choice != Choice::SM80_FEATURES) return 0;
   return sm80::fused_queries(p, ptr, padded_head_dim(p), target.shared_memory);
 }
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -146,6 +148,8 @@ const char* name(Choice choice) {
       return "sm90";
     case Choice::SM80_PLAIN:
       return "sm80 plain";
+    case Choice::SM80_FEATURES:
+      return "sm80 features";
     default:
       return "sm80 general";
   }
@@ -222,6 +226,8 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
+    if constexpr (kIsHalf<T>)
+      if (choice == Choice::SM80_FEATURES) return sm80::run_features<T, P::kHeadDim>(to, x);
     sm80::run_forward<T, P::kHeadDim>(to, x, choice == Choice::SM80_GENERAL);
     if (x.splits > 1) run_rows(to, kernel_name<T>("sm80::combine"), x);
   });
@@ -253,7 +259,7 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     if (choice == Choice::SM90)
       run_sm90(to, near, true);
     else
-      sm80::run_backward<T, P::kHeadDim>(to, near, choice == Choice::SM80_GENERAL);
+      sm80::run_backward<T, P::kHeadDim>(to, near, choice != Choice::SM80_PLAIN);
     run_far_rows<T>(to, x);
     if (ptr.dsink)
       launch(to, kernel_name<T>("sm80::backward_sink"), grid_of(p.heads_q), kRowThreads,

@@ -29,7 +29,8 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target,
               Executor& to);
 
-// The kernel that forward launches: "sm90", "sm80 plain" or "sm80 general".
+// The kernel that forward launches: "sm90", "sm80 plain", "sm80 features" or "sm80
+// general".
 std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& target);
 // The same of backward; "sm80 plain fused": all in one kernel.
 std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target& target);

@@ -14,7 +14,7 @@ ATTN_DEVICE int64_t sum_tile(const Params& p, const Sequence& seq, int head) {
 }
 
 // dQ of rows m0 + 16 * warp .. of a head, from fragments of their sums.
-template <class T, int HEAD_DIM>
+template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE void store_query_gradient(const Params& p, const Sequence& seq, int head, int m0,
                                       const float (&acc)[HEAD_DIM / 8][4]) {
   ATTN_UNROLL
@@ -26,7 +26,7 @@ ATTN_DEVICE void store_query_gradient(const Params& p, const Sequence& seq, int 
   }
   if (warp_finds_nan(acc))
     each_row(m0 + 16 * warp_id(), seq.seqlen_q,
-             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(head, i); });
+             [&](int i) { Repair<T, HEAD_DIM, BITS>{p, seq}.query_gradient(head, i); });
 }
 
 // sums = 0, one CTA of 128 threads a tile.
@@ -39,7 +39,7 @@ ATTN_DEVICE void clear_sums(const Params& p) {
 
 // dQ = scale * sums, one CTA of 128 threads a tile of a sequence.  load(sums, acc) takes a thread's
 // fragments from its tile, in the order in which the kernel added them.
-template <class T, int HEAD_DIM, class Load>
+template <class T, int HEAD_DIM, int BITS = 0, class Load>
 ATTN_DEVICE void convert_sums(const Params& p, const Load& load) {
   const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
   const int head = block_id().x / p.m_tiles % heads;
@@ -47,7 +47,7 @@ ATTN_DEVICE void convert_sums(const Params& p, const Load& load) {
   if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
   float acc[HEAD_DIM / 8][4];
   load(p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM), acc);
-  store_query_gradient<T, HEAD_DIM>(p, seq, head, 64 * m, acc);
+  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, head, 64 * m, acc);
 }
 
 }  // namespace attn::cuda

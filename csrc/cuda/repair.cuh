@@ -1,11 +1,14 @@
-// Results that hold a NaN, computed once more by the plain kernels.  Their loops multiply all pairs
-// of a tile, also those whose weight is 0, and 0 * inf and 0 * NaN are the only ways in which such
-// a pair reaches a sum.  Both leave NaN, so the loops need not look at their operands: afterwards a
-// warp whose results hold a NaN computes its rows again from global memory, row by row, only with
-// pairs that count (logit not -inf, weight not 0).  What is NaN by right is NaN again.  Rows of
-// O with logits beyond 2^24 are computed once more, too (warp_finds_huge).
+// Results that hold a NaN, computed once more by the kernels whose loops look at no operand.  Their
+// loops multiply all pairs of a tile, also those whose weight is 0, and 0 * inf and 0 * NaN are the
+// only ways in which such a pair reaches a sum.  Both leave NaN, so the loops need not look at
+// their operands: afterwards a warp whose results hold a NaN computes its rows again from global
+// memory, row by row, only with pairs that count (logit not -inf, weight not 0).  What is NaN by
+// right is NaN again.  Rows of O with logits beyond 2^24 are computed once more, too
+// (warp_finds_huge).
 #pragma once
 #include "backward_parts.cuh"
+#include "dropout.cuh"
+#include "softmax.cuh"
 
 namespace attn::cuda {
 
@@ -59,8 +62,8 @@ struct RowSum {
   }
 };
 
-// Of one head and sequence of a plain call.  All lanes of a warp together.
-template <class T, int HEAD_DIM>
+// Of one head and sequence of a call with these features.  All lanes of a warp together.
+template <class T, int HEAD_DIM, int BITS = 0>
 struct Repair {
   const Params& p;
   const Sequence& seq;
@@ -71,50 +74,86 @@ struct Repair {
   ATTN_DEVICE const T* key(const void* base, const Strides& s, int h, int j) const {
     return static_cast<const T*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
   }
-  ATTN_DEVICE float logit(int h, int i, int j) const {
-    const float s = p.scale_log2 * warp_dot(query(p.ptr.q, p.p.q, h, i), key(p.ptr.k, p.p.k, h, j),
-                                            int(p.p.head_dim));
+  ATTN_DEVICE float logit(int h, int i, int j, float& derivative) const {
+    const float product =
+        warp_dot(query(p.ptr.q, p.p.q, h, i), key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
     // A lane's own value: what comes out of a shuffle is in no multiply-add with what follows.
-    return shfl(s, lane_id());
+    if constexpr (BITS == 0) return shfl(p.scale_log2 * product, lane_id());
+    const Score score(p, seq);
+    return score.template logit<BITS>(product, score.query(h, i), j, derivative);
+  }
+  // What dropout makes of a weight of 1.
+  ATTN_DEVICE float kept(int h, int i, int j) const {
+    if (!has<BITS>(p, kDropout)) return 1.0f;
+    return Dropout::of(p, seq.b).keep(h, i, j) ? p.keep_scale : 0.0f;
   }
   // P and dS of a pair; row: of query i.
   ATTN_DEVICE void gradient(int h, int i, int j, const RowGradient& row, float& P,
                             float& dS) const {
-    const float s = logit(h, i, j);
+    float derivative = 1.0f;
+    const float s = logit(h, i, j, derivative), weight = kept(h, i, j);
     P = s == -kInf ? 0.0f : exp2_approx(s - row.lse);
     const float dP =
         warp_dot(query(p.ptr.dout, p.p.dout, h, i), key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
-    dS = P == 0.0f ? 0.0f : P * (dP - row.delta);
+    dS = P == 0.0f ? 0.0f : P * (dP * weight - row.delta) * derivative;
+    P *= weight;
   }
 
-  // O and LSE of query i.
+  // O, LSE and statistics of query i: a product of NaN may have met an excluded pair.
   ATTN_DEVICE void output(int h, int i) const {
     int lo, hi;
     Band::of(p, seq).key_range(i, i + 1, seq.seqlen_k, lo, hi);
-    float top = -kInf, sum = 0.0f;
+    float top = -kInf, sum = 0.0f, weighted = 0.0f;
     RowSum<HEAD_DIM> O;
     ATTN_NO_UNROLL
     for (int j = lo; j < hi; ++j) {
-      const float s = logit(h, i, j), before = top;
+      float derivative;
+      const float s = logit(h, i, j, derivative), before = top;
       top = fmaxf(top, s);
       const float base = top == -kInf ? 0.0f : top, alpha = exp2_approx(before - base);
       const float weight = exp2_approx(s - base);
+      if (has<BITS>(p, kStats))
+        weighted = alpha * (weighted + fmaxf(before - base, -kFar) * sum) +
+                   (s == -kInf ? 0.0f : weight * (s - base));
       sum = sum * alpha + weight;
       O.scale(alpha);
-      O.add(weight, key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
+      O.add(weight * kept(h, i, j), key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
     }
-    O.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
+    if constexpr (BITS == 0) {
+      O.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
+      if (lane_id() == 0)
+        static_cast<float*>(p.ptr.lse)[seq.lse_offset(p, h, i)] =
+            sum == 0.0f ? -kInf : (top + log2f(sum)) * kLn2;
+    } else {
+      O.scale(finish(h, i, top, sum, weighted));
+    }
     O.store(const_cast<T*>(query(p.ptr.o, p.p.o, h, i)), int(p.p.head_dim_v));
-    if (lane_id() == 0)
-      static_cast<float*>(p.ptr.lse)[seq.lse_offset(p, h, i)] =
-          sum == 0.0f ? -kInf : (top + log2f(sum)) * kLn2;
+  }
+
+  // LSE and statistics of query i; what O is to be multiplied by.
+  ATTN_DEVICE float finish(int h, int i, float top, float sum, float weighted) const {
+    RowState state;  // whose sums are shared out in a quad
+    const bool first = (lane_id() & 3) == 0;
+    state.max[0] = top, state.sum[0] = first ? sum : 0.0f;
+    state.weighted[0] = first ? weighted : 0.0f;
+    const auto* sinks = static_cast<const float*>(p.ptr.sink);
+    const bool stats = has<BITS>(p, kStats);
+    const RowResult result =
+        finish_row(state, 0, 1.0f, has<BITS>(p, kSink) ? sinks + h : nullptr, stats);
+    const int64_t at = seq.lse_offset(p, h, i);
+    if (lane_id() == 0) {
+      static_cast<float*>(p.ptr.lse)[at] = result.lse;
+      if (stats) static_cast<float*>(p.ptr.max_logit)[at] = result.max_logit;
+      if (stats) static_cast<float*>(p.ptr.entropy)[at] = result.entropy;
+    }
+    return result.inverse;
   }
 
   // dQ of query i.
   ATTN_DEVICE void query_gradient(int h, int i) const {
     int lo, hi;
     Band::of(p, seq).key_range(i, i + 1, seq.seqlen_k, lo, hi);
-    const RowGradient row = RowGradient::of(p, seq, h, i);
+    const RowGradient row = RowGradient::of<may_have<BITS>(kBias)>(p, seq, h, i);
     RowSum<HEAD_DIM> dQ;
     ATTN_NO_UNROLL
     for (int j = lo; j < hi; ++j) {
@@ -136,7 +175,7 @@ struct Repair {
       ATTN_NO_UNROLL
       for (int i = lo; i < hi; ++i) {
         float P, dS;
-        gradient(h, i, j, RowGradient::of(p, seq, h, i), P, dS);
+        gradient(h, i, j, RowGradient::of<may_have<BITS>(kBias)>(p, seq, h, i), P, dS);
         dV.add(P, query(p.ptr.dout, p.p.dout, h, i), int(p.p.head_dim_v));
         dK.add(dS, query(p.ptr.q, p.p.q, h, i), int(p.p.head_dim));
       }

@@ -23,6 +23,32 @@ struct FloatWays {
   ATTN_DEVICE static float excluded() { return -kInf; }
 };
 
+// The same in natural units, without a case for a bias of -inf: that comes through the sum, but for
+// a product of +inf or NaN, which leaves NaN for the repair.
+struct NaturalWays : FloatWays {
+  ATTN_DEVICE static float in_units(float bias) { return bias; }
+  ATTN_DEVICE static float excluded() { return NAN; }  // which nothing equals
+};
+
+// Whether the call has a feature, in a kernel that is compiled for BITS.
+template <int BITS>
+ATTN_DEVICE bool has(const Params& p, int feature) {
+  return (((BITS & kAny) ? p.features : BITS) & feature) != 0;
+}
+// Whether it may have: known when the kernel is compiled.
+template <int BITS>
+ATTN_FORMULA constexpr bool may_have(int feature) {
+  return (BITS & (feature | kAny)) != 0;
+}
+// Its terms of logits beside the product.
+template <int BITS>
+ATTN_DEVICE auto terms_of_logits(const Params& p) {
+  if constexpr (BITS & kAny)
+    return p.terms.has;
+  else
+    return HasExactly<(BITS & kSoftcap) != 0, (BITS & kAlibi) != 0, (BITS & kBias) != 0>();
+}
+
 // What a query row needs: its position, head, what its head adds, rows of mask and bias.
 struct Query {
   int i, h;
@@ -46,13 +72,15 @@ struct Score {
   }
 
   // derivative: d softcap(s) / ds
+  template <int BITS>
   ATTN_DEVICE float logit(float product, const Query& q, int j, float& derivative) const {
     derivative = 1.0f;
     if (q.i >= seq.seqlen_q || j >= seq.seqlen_k || !band.keep(q.i, j)) return -kInf;
-    if (p.ptr.mask && !static_cast<const uint8_t*>(p.ptr.mask)[q.mask_row + j * p.p.mask.k])
+    if (has<BITS>(p, kMask) &&
+        !static_cast<const uint8_t*>(p.ptr.mask)[q.mask_row + j * p.p.mask.k])
       return -kInf;
     return attn::logit<FloatWays>(
-        p.terms.has, p.terms, q.head, product,
+        terms_of_logits<BITS>(p), p.terms, q.head, product,
         [&] { return float(q.i + seq.seqlen_k - seq.seqlen_q - j); },
         [&] { return load_bias(p.p.bias_dtype, p.ptr.bias, q.bias_row + j * p.p.bias.k); },
         [&](float slope) { derivative = slope; });

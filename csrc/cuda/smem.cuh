@@ -50,6 +50,21 @@ struct Rows {
   }
 };
 
+// Which key lies in row `row` of a tile of keys: itself, or 4 t + 2 h + e of each 16 in row
+// 8 h + 2 t + e, so that the columns 2 t, 2 t + 1 of two neighbouring C fragments, which a thread
+// owns (mma.cuh), are 4 keys in a row: one load of a mask or of a bias, one block of Philox.
+// Products know nothing of it: a sum over keys does not mind their order.
+struct InOrder {
+  static constexpr bool FOURS = false;
+  ATTN_DEVICE static int key(int row) { return row; }
+};
+struct InFours {
+  static constexpr bool FOURS = true;
+  ATTN_DEVICE static int key(int row) {
+    return (row & ~15) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1);
+  }
+};
+
 ATTN_DEVICE uint32_t element_bits(const uint16_t* p) { return *p; }
 ATTN_DEVICE uint32_t element_bits(const uint32_t* p) { return *p; }
 
@@ -79,13 +94,13 @@ struct Unchanged {
   }
 };
 
-// tile[r] = rows[first + r]; 0 where first + r >= end or column >= dim, so that nothing out of
-// range is read or multiplied.  vec: by cp.async (the caller commits and waits), else by plain
-// loads.
+// tile[r] = rows[first + Order::key(r)]; 0 where that is >= end or column >= dim, so that nothing
+// out of range is read or multiplied.  vec: by cp.async (the caller commits and waits), else by
+// plain loads.
 //
 // A thread keeps its chunk and goes down the rows (with 12 or 24 chunks a row some threads rest):
 // one pointer that is moved on, where an index per copy would cost a register pair each.
-template <class T, int HEAD_DIM, int ROWS, int THREADS, bool GENERAL>
+template <class T, int HEAD_DIM, int ROWS, int THREADS, bool GENERAL, class Order = InOrder>
 ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, int dim, bool vec) {
   using R = Row<T, HEAD_DIM>;
   constexpr int STEP = THREADS / R::CHUNKS;  // rows that the CTA copies at a time
@@ -98,8 +113,8 @@ ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, 
     ATTN_NO_UNROLL
     for (; row < ROWS; row += STEP) {
       U32x4 v{0, 0, 0, 0};
-      if (inside && first + row < end)
-        v = gather_chunk<T>(rows.at<GENERAL>(first + row), column, dim, Unchanged());
+      const int key = first + Order::key(row);
+      if (inside && key < end) v = gather_chunk<T>(rows.at<GENERAL>(key), column, dim, Unchanged());
       sts_128(tile_address<T, HEAD_DIM>(tile, row, chunk), v);
     }
     return;
@@ -108,8 +123,9 @@ ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, 
   ATTN_UNROLL_4
   for (int i = 0; i < (ROWS + STEP - 1) / STEP; ++i, row += STEP, from += STEP * rows.stride) {
     if (ROWS % STEP && row >= ROWS) break;
-    const bool valid = inside && first + row < end;
-    if (GENERAL && valid) from = rows.at<GENERAL>(first + row) + column * int(sizeof(T));
+    const int key = first + Order::key(row);
+    const bool valid = inside && key < end;
+    if ((GENERAL || Order::FOURS) && valid) from = rows.at<GENERAL>(key) + column * int(sizeof(T));
     cp_async_16(tile_address<T, HEAD_DIM>(tile, row, chunk), valid ? from : rows.base, valid);
   }
 }
@@ -117,12 +133,15 @@ ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, 
 // Whole tiles of ROWS rows, one behind the other, that come into the same buffer by cp.async.  A
 // thread keeps its chunk, a pointer that moves on, and rows that are a multiple of 8 apart, so that
 // their swizzle is the same: a copy is one addition and one instruction.
-template <class T, int HEAD_DIM, int ROWS, int THREADS>
+template <class T, int HEAD_DIM, int ROWS, int THREADS, class Order = InOrder>
 struct TileStream {
   using R = Row<T, HEAD_DIM>;
   static constexpr int STEP = THREADS / R::CHUNKS / 8 * 8;  // rows that the CTA copies at a time
   static constexpr bool ALL = STEP * R::CHUNKS == THREADS;  // else some threads rest
   static_assert(STEP > 0 && ROWS % STEP == 0);
+  // Rows 8 apart hold keys 2 apart, rows 16 apart keys 16 apart.
+  static constexpr bool IN_PAIRS = Order::FOURS && STEP == 8;
+  static_assert(!Order::FOURS || STEP == 8 || STEP % 16 == 0);
   uint32_t to;
   const char* from;
   int64_t step;  // bytes
@@ -132,13 +151,19 @@ struct TileStream {
   ATTN_DEVICE TileStream(uint32_t tile, const Rows& rows, int first, int dim) {
     const int row = thread_id() / R::CHUNKS, chunk = thread_id() % R::CHUNKS;
     to = tile_address<T, HEAD_DIM>(tile, row, chunk);
-    from = rows.base + (first + row) * rows.stride + 16 * chunk;
-    step = STEP * rows.stride;
+    from = rows.base + (first + Order::key(row)) * rows.stride + 16 * chunk;
+    step = (IN_PAIRS ? 2 : STEP) * rows.stride;
     inside = chunk * R::PER_CHUNK < dim;
   }
   // The next tile; the caller commits and waits.
   ATTN_DEVICE void copy() {
     if (!ALL && thread_id() >= STEP * R::CHUNKS) return;
+    if constexpr (IN_PAIRS) {
+      ATTN_UNROLL
+      for (int i = 0; i < ROWS / STEP; ++i, from += i % 2 ? step : 7 * step)
+        cp_async_16(to + i * STEP * R::BYTES, from, inside);
+      return;
+    }
     ATTN_UNROLL
     for (int i = 0; i < ROWS / STEP; ++i, from += step)
       cp_async_16(to + i * STEP * R::BYTES, from, inside);

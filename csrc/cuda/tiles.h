@@ -8,6 +8,7 @@
 #include "../logit.h"
 #include "../params.h"
 #include "../philox.h"
+#include "features.h"
 #include "ptx_types.h"
 
 namespace attn::cuda {
@@ -18,7 +19,8 @@ struct Params {
   Problem p;
   Pointers ptr;
   float scale, scale_log2;             // softmax_scale, and that times log2(e)
-  Terms<float> terms;                  // of logits, in units of log2(e)
+  Terms<float> terms, natural;         // of logits, in units of log2(e) and as they are
+  int features;                        // bits of features.h
   float keep_scale;                    // 1 / (1 - dropout_p); 0 where everything is dropped
   uint64_t keep_threshold;             // a Philox word survives when it is at least this
   int window_left, window_right;       // -1: unbounded
@@ -104,6 +106,12 @@ template <int HEAD_DIM>
 using PlainForwardTile = std::conditional_t<
     HEAD_DIM <= 128, PlainTile<4, 2, 64>,
     std::conditional_t<HEAD_DIM <= 192, PlainTile<8, 1, 64>, PlainTile<8, 1, 32>>>;
+
+// The same with features.  BOTH: a mask and a bias, which are on their way while O, S and Q take
+// the registers: at 128 columns half of the keys (64 keys spill 67 times in the loop).
+template <int HEAD_DIM, bool BOTH>
+using FeatureForwardTile =
+    std::conditional_t<HEAD_DIM == 128 && BOTH, PlainTile<4, 2, 32>, PlainForwardTile<HEAD_DIM>>;
 
 // The backward in one kernel: 8 warps own BLOCK_N keys, the queries come BLOCK_M at a time through
 // two buffers; P and dS cross shared memory.

@@ -1,6 +1,7 @@
 // The emulated device as csrc/cuda/launch.h asks for it.
 #include <unordered_map>
 
+#include "../cuda/features.h"
 #include "../cuda/launch.h"
 #include "../cuda/ptx_sm90.cuh"
 #include "kernels.h"
@@ -17,8 +18,13 @@ std::unordered_map<std::string, Run>& kernels() {
 
 void enlist(std::string name, Run run) { kernels()[std::move(name)] = std::move(run); }
 
+// Kernels are enlisted for no features and for kAny, which serves any.
 void Device::launch(const cuda::Launch& launch) {
-  const auto found = kernels().find(launch.kernel);
+  auto found = kernels().find(launch.kernel);
+  if (found == kernels().end()) {
+    const std::string stem = launch.kernel.substr(0, launch.kernel.rfind(", "));
+    found = kernels().find(stem + ", " + std::to_string(cuda::kAny) + ">");
+  }
   if (found == kernels().end()) throw Error("no kernel is called " + launch.kernel);
   found->second(launch);
 }

@@ -131,6 +131,13 @@ def test_features(check, name, dtype):
 
 
 @pytest.mark.parametrize("name", FEATURES)
+def test_features_of_deterministic_calls(check, name):
+    """The same in the two kernels of a backward without atomic additions."""
+    options = {"seqlen_q": 70, "seqlen_k": 134, "head_dim": 24, "dtype": BF16}
+    check(**{**options, "deterministic": True, **FEATURES[name]})
+
+
+@pytest.mark.parametrize("name", FEATURES)
 def test_varlen(check, name):
     """Positions, masks or dropout bits counted from the buffer's start and not the sequence's."""
     options = {k: v for k, v in FEATURES[name].items() if k != "seqlen_k"}
@@ -238,9 +245,8 @@ def test_a_remembered_plan_serves_only_its_own_calls(check):
 @pytest.mark.parametrize("head_dim", [32, 192])
 def test_only_the_gradients_that_are_needed(check, needs, head_dim):
     """A null pointer written to, or a gradient that depends on which others are asked for."""
-    call = random_call(
-        seqlen_q=20, dtype=BF16, head_dim=head_dim, bias="k", sink=True, device=check.device
-    )
+    options = {"bias": "k", "sink": True, "deterministic": True, "device": check.device}
+    call = random_call(seqlen_q=20, dtype=BF16, head_dim=head_dim, **options)
     out, lse, *_ = check.module.forward(call)
     dout = torch.ones_like(out)
     every = check.module.backward(call, dout, out, lse, None, needs_of(call))
@@ -252,7 +258,7 @@ def test_only_the_gradients_that_are_needed(check, needs, head_dim):
 def test_runs_are_bitwise_equal(check):
     """An order of additions that depends on the scheduling of warps."""
     options = {"heads_q": 4, "heads_k": 2, "bias": "k", "sink": True, "device": check.device}
-    call = random_call(seqlen_q=100, dtype=BF16, head_dim=32, **options)
+    call = random_call(seqlen_q=100, dtype=BF16, head_dim=32, deterministic=True, **options)
     results = []
     for seed in (1, 2, 3):
         if check.device == "cpu":

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import seen
 import torch
-from repository import ROOT
+from repository import ROOT, load
 
 from attn_ext.backends import jit
 from attn_ext.backends.jit import cache, first_use, nvrtc, sources
 from attn_ext.cli import compile as command
 from attn_ext.cli.errors import BadArgument
 
+resources = load("bench/cuda_resources.py")
 CSRC = ROOT / "csrc"
 COMBINE = sources.kernel("attn::cuda::sm80::combine<attn::ptx::bf16>", "80")
 BINARY = nvrtc.Binary("_Zname", b".version 9.0", bytes(range(256)) * 3, "Used 3 registers")
@@ -37,8 +38,10 @@ def expressions():
     for name, row in table.items():
         hopper = name.startswith("sm90_")
         stem, _, arguments = name.removeprefix("sm90_").partition("<")
-        words = {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "f32": "float",
-                 "plain": "false", "general": "true"}  # fmt: skip
+        words = {word: str(bits) for bits, word in resources.feature_words().items()}
+        words |= {"bf16": "attn::ptx::bf16", "fp16": "attn::ptx::fp16", "f32": "float"}
+        if stem in ("forward_general", "backward_bias"):  # of which there is one
+            arguments = arguments.replace(">", ", general>")
         arguments = [words.get(each, each) for each in arguments.rstrip(">").split(", ")]
         space = "sm90" if hopper else "sm80"
         architecture = "90a" if hopper else "80"

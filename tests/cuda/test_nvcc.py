@@ -39,10 +39,22 @@ def test_table_holds_every_kernel_within_its_budget():
     expected |= {f"{k}<{p}, general>" for k in names for p in floats}
     expected |= {f"forward_plain<{p}>" for p in halves}
     expected |= {f"forward_general<{p}>" for p in halves + floats}
+    expected |= {f"forward_features<{p}, general>" for p in halves}
+    expected |= {
+        f"{k}_features<bf16, {n}, {word}>"
+        for k in ("forward", "backward")
+        for n in resources.FEATURE_DIMS
+        for word in resources.FEATURES
+    }
     for dtype in ("bf16", "fp16"):
         expected |= {f"{k}<{dtype}, {n}>" for k in ("clear_dq", "convert_dq") for n in FUSED_DIMS}
         expected |= {f"backward_fused<{dtype}, {n}, 64>" for n in FUSED_DIMS}
         expected.add(f"backward_fused<{dtype}, 64, 128>")
+        expected |= {
+            f"{k}<{dtype}, {n}, general>"
+            for k in ("backward_features", "convert_dq_features")
+            for n in FUSED_DIMS
+        }
     expected |= {f"backward_bias<{p}>" for p in halves + floats}
     expected |= {
         f"sm90_{k}<{d}, {n}>"
@@ -68,7 +80,7 @@ def test_shared_memory_fits_every_architecture():
     assert blocks == TABLE["blocks"]
     for name, block in blocks.items():
         limit = 227 if name.startswith("sm90_") else 99
-        if name.startswith("backward_fused<"):  # chosen where it fits
+        if name.startswith(("backward_fused<", "backward_features<")):  # chosen where it fits
             limit = 163
         assert block["shared_memory_bytes"] <= limit * 1024, name
 
@@ -98,15 +110,16 @@ def test_occupancy_by_hand():
 def test_log_parser_reads_names_spills_and_warnings():
     log = (
         "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8011backward_dqINS_3ptx4bf16ELi64ELb1EEEvNS0_6ParamsE' for 'sm_80'\n"
+        "'_ZN4attn4cuda4sm8011backward_dqINS_3ptx4bf16ELi64ELi1048576EEEvNS0_6ParamsE' "
+        "for 'sm_80'\n"
         "    16 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 1 barriers\n"
         "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8013backward_biasIfLi128EEEvNS0_6ParamsE' for 'sm_80'\n"
+        "'_ZN4attn4cuda4sm8013backward_biasIfLi128ELi1048576EEEvNS0_6ParamsE' for 'sm_80'\n"
         "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 90 registers, used 1 barriers\n"
         "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8013backward_biasIfLi128EEEvNS0_6ParamsE' for 'sm_90a'\n"
+        "'_ZN4attn4cuda4sm8013backward_biasIfLi128ELi1048576EEEvNS0_6ParamsE' for 'sm_90a'\n"
         "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 91 registers, used 1 barriers\n"
     )
@@ -131,6 +144,7 @@ CHOSEN = {
     ("fp16", 64): "90a", ("fp16", 128): "120",
     ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
     ("float", 192): "120", ("float", 256): "80",
+    ("features bf16", 64): "90a", ("features bf16", 128): "80",
     **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
     **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
 }  # fmt: skip

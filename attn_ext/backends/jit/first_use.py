@@ -129,5 +129,6 @@ def image(expression: str, capability: int, driver: int | None = None) -> tuple[
     found = compiler.get(expression, arch)
     if not found.cached:
         _tell()
-        log.info("compiled %s for sm_%s in %.1f s", expression, arch, found.seconds)
+        told = f"{expression.split('<')[0]}<{sources.flags_of(expression, compiler.root)}>"
+        log.info("compiled %s for sm_%s in %.1f s", told, arch, found.seconds)
     return found.binary.name, found.binary.cubin

@@ -14,6 +14,7 @@ from typing import NamedTuple
 HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
     "sm80": {
         "forward_plain": "sm80/forward_plain.cuh",
+        "forward_features": "sm80/forward_features.cuh",
         "forward_general": "sm80/forward.cuh",
         "combine": "sm80/combine.cuh",
         "backward_delta": "sm80/backward_preprocess.cuh",
@@ -25,8 +26,10 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
         "backward_dkdv": "sm80/backward.cuh",
         "backward_bias": "sm80/backward_bias.cuh",
         "backward_fused": "sm80/backward_fused.cuh",
+        "backward_features": "sm80/backward_fused.cuh",
         "clear_dq": "sm80/backward_fused.cuh",
         "convert_dq": "sm80/backward_fused.cuh",
+        "convert_dq_features": "sm80/backward_fused.cuh",
     },
     "sm90": {
         "forward": "sm90/forward.cuh",
@@ -37,6 +40,9 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
         "convert_dq": "sm90/backward_fused.cuh",
     },
 }
+# Those whose last argument is a set of features (csrc/cuda/features.h).
+FEATURED = ("forward_features", "forward_general", "backward_dq", "backward_dkdv", "backward_bias",
+            "backward_features", "convert_dq_features")  # fmt: skip
 EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 
@@ -103,6 +109,24 @@ def kernel(expression: str, architecture: str) -> Kernel:
     if header is None:
         raise ValueError(f"{expression} is no kernel of csrc/cuda")
     return Kernel(expression, architecture, f"cuda/{header}")
+
+
+@functools.cache
+def features(root: Path) -> dict[str, int]:
+    """The bit of each feature by its name, as csrc/cuda/features.h has them."""
+    text = (root / "cuda" / "features.h").read_text(encoding="utf-8")
+    bits = dict(re.findall(r"(k\w+) = 1 << (\d+)", text))
+    return {name: 1 << int(bits[bit]) for bit, name in re.findall(r'\{(k\w+), "(\w+)"\}', text)}
+
+
+def flags_of(expression: str, root: Path) -> str:
+    """The arguments of a kernel for people: "attn::ptx::bf16, 64, mask dropout"."""
+    found, arguments = EXPRESSION.match(expression), expression.rstrip(">").split("<")[1]
+    if found is None or found[1] != "sm80" or found[2] not in FEATURED:
+        return arguments
+    rest, bits = arguments.rsplit(", ", 1)
+    names = [name for name, bit in features(root).items() if int(bits) & bit]
+    return f"{rest}, {' '.join(names) or 'plain'}"
 
 
 def text_of(kernel: Kernel) -> str:

@@ -16,13 +16,13 @@ namespace attn::cuda::sm80 {
 
 // One pair: product and dP in; P (as it weighs V) and dS (as it reaches the product) out.  Returns
 // dS before softcap, the gradient of the bias.
-template <bool GENERAL>
+template <int BITS>
 ATTN_DEVICE float pair_gradient(const Score& score, const Dropout& dropout, const Query& q, int j,
                                 const RowGradient& row, bool check, float& product, float& dP) {
   const Params& p = score.p;
   float derivative = 1.0f, P;
-  if constexpr (GENERAL) {
-    const float s = score.logit(product, q, j, derivative);
+  if constexpr (BITS != 0) {
+    const float s = score.template logit<BITS>(product, q, j, derivative);
     P = s == -kInf ? 0.0f : exp2_approx(s - row.lse);
   } else {
     P = exp2_approx(fmaf(product, p.scale_log2, -row.lse));
@@ -30,7 +30,7 @@ ATTN_DEVICE float pair_gradient(const Score& score, const Dropout& dropout, cons
       P = 0.0f;
   }
   float weight = 1.0f;
-  if (GENERAL && p.p.dropout_p > 0) weight = dropout.keep(q.h, q.i, j) ? p.keep_scale : 0.0f;
+  if (has<BITS>(p, kDropout)) weight = dropout.keep(q.h, q.i, j) ? p.keep_scale : 0.0f;
   // not P * (..) where P = 0: V of an excluded key may hold NaN
   // and not 0 * dP: V of a key that dropout drops may hold NaN
   const float passed = GENERAL && weight == 0.0f ? 0.0f : dP * weight;
@@ -40,10 +40,11 @@ ATTN_DEVICE float pair_gradient(const Score& score, const Dropout& dropout, cons
   return dS;
 }
 
-template <class T, int HEAD_DIM, bool GENERAL>
+template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
 void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   using Tile = BackwardTile<T, HEAD_DIM>;
+  constexpr bool GENERAL = BITS != 0;
   constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, N = Tile::BLOCK_N, TILES = N / 8;
   const uint32_t Q_smem = smem_base(), dO_smem = Q_smem + Tile::BLOCK_M * BYTES;
   const uint32_t K_smem = dO_smem + Tile::BLOCK_M * BYTES;
@@ -68,7 +69,7 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   for (int r = 0; r < 2; ++r) {
     query[r] =
         GENERAL ? score.query(task.head, row + 8 * r) : Query{row + 8 * r, task.head, 0.0f, 0, 0};
-    gradient[r] = RowGradient::of<GENERAL>(p, seq, task.head, row + 8 * r);
+    gradient[r] = RowGradient::of<may_have<BITS>(kBias)>(p, seq, task.head, row + 8 * r);
   }
 
   const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, task.head, sizeof(T));
@@ -108,9 +109,9 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
       for (int n = 0; n < TILES; ++n) {
         ATTN_UNROLL
         for (int c = 0; c < 4; ++c)
-          pair_gradient<GENERAL>(score, dropout, query[c >> 1],
-                                 n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1), gradient[c >> 1],
-                                 check, S[n][c], dS[n][c]);
+          pair_gradient<BITS>(score, dropout, query[c >> 1],
+                              n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1), gradient[c >> 1], check,
+                              S[n][c], dS[n][c]);
       }
     }
     // dQ += dS K   [16, D] a warp.  A NaN in K is already in dS of who sees it.
@@ -139,10 +140,11 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
              [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(task.head, i); });
 }
 
-template <class T, int HEAD_DIM, bool GENERAL>
+template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
 void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
   using Tile = BackwardTile<T, HEAD_DIM>;
+  constexpr bool GENERAL = BITS != 0;
   constexpr bool WIDE = kTwoPasses<T, HEAD_DIM>;
   constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, N = Tile::BLOCK_N, TILES = N / 8;
   const uint32_t K_smem = smem_base(), V_smem = K_smem + Tile::BLOCK_M * BYTES;
@@ -211,11 +213,12 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
           const int column = 8 * n + 2 * (lane_id() & 3) + c, i = m0 + column;
           const Query q = GENERAL ? score.query(h, i) : Query{i, h, 0.0f, 0, 0};
           const uint32_t at = rows_smem + 4 * (2 * N * (u % Tile::STAGES) + column);
-          const RowGradient gradient = RowGradient::of<GENERAL>(lds_f32(at), lds_f32(at + 4 * N));
+          const RowGradient gradient =
+              RowGradient::of<may_have<BITS>(kBias)>(lds_f32(at), lds_f32(at + 4 * N));
           ATTN_UNROLL
           for (int r = 0; r < 2; ++r)
-            pair_gradient<GENERAL>(score, dropout, q, row + 8 * r, gradient, check, P[n][2 * r + c],
-                                   dS[n][2 * r + c]);
+            pair_gradient<BITS>(score, dropout, q, row + 8 * r, gradient, check, P[n][2 * r + c],
+                                dS[n][2 * r + c]);
         }
       }
     }

@@ -67,7 +67,7 @@ ATTN_DEVICE void store_bias_gradient(const Params& p, float (&total)[TILES][4], 
   }
 }
 
-template <class T, int HEAD_DIM>
+template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((BackwardTile<T, HEAD_DIM>::THREADS), 1)
 void backward_bias(ATTN_GRID_CONSTANT const Params p) {
   using Tile = BackwardTile<T, HEAD_DIM>;
@@ -127,7 +127,7 @@ void backward_bias(ATTN_GRID_CONSTANT const Params p) {
               ATTN_UNROLL
               for (int c = 2 * r; c < 2 * r + 2; ++c) {
                 const int j = n0 + 8 * tile + 2 * (lane_id() & 3) + (c & 1);
-                total[tile][c] += pair_gradient<true>(score, dropout, q, j, gradient, true,
+                total[tile][c] += pair_gradient<BITS>(score, dropout, q, j, gradient, true,
                                                       S[tile][c], dP[tile][c]);
               }
             }

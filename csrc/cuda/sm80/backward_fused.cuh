@@ -1,6 +1,7 @@
-// dQ, dK and dV of a plain call in one kernel: five products of tiles where two kernels need seven
-// (FlashAttention-2, Dao 2023).  dQ is added up in float32 in global memory by atomics: the order
-// of the additions, and with it the last bits, is not said (deterministic: backward.cuh).
+// dQ, dK and dV of a call in one kernel, compiled for exactly its features (features.h): five
+// products of tiles where two kernels need seven (FlashAttention-2, Dao 2023).  dQ is added up in
+// float32 in global memory by atomics: the order of the additions, and with it the last bits, is
+// not said (deterministic: backward.cuh).
 //
 // One CTA = BLOCK_N keys of one K/V head, to which the queries of its group come, BLOCK_M at a
 // time.
@@ -15,16 +16,19 @@
 #pragma once
 #include "../mma_across.cuh"
 #include "../query_sums.cuh"
+#include "../side.cuh"
 #include "rows.cuh"
 
 namespace attn::cuda::sm80 {
 
-template <class T, int HEAD_DIM, int BLOCK_M>
+template <class T, int HEAD_DIM, int BLOCK_M, int BITS = 0>
 struct FusedBackward {
   using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
   static constexpr int M = Tile::BLOCK_M, N = Tile::BLOCK_N, THREADS = Tile::THREADS;
   static constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, SCORE_BYTES = Row<T, N>::BYTES;
   static constexpr int QUERY_BYTES = M * BYTES, KEY_BYTES = N * BYTES;
+  // with features a thread has 4 keys in a row (smem.cuh)
+  using Order = std::conditional_t<BITS != 0, InFours, InOrder>;
   // columns of dK and dV, rows and columns of dQ that a warp has
   static constexpr int KEY_COLUMNS = HEAD_DIM / 2;
   static constexpr int QUERY_WARPS = M == 64 && HEAD_DIM % 64 == 0 ? 2 : 4;
@@ -65,8 +69,9 @@ struct FusedBackward {
   ATTN_DEVICE void copy_keys() const {
     const Rows K = key_rows(p, seq, p.ptr.k, p.p.k, head_k, sizeof(T));
     const Rows V = key_rows(p, seq, p.ptr.v, p.p.v, head_k, sizeof(T));
-    copy_tile<T, HEAD_DIM, N, THREADS, false>(K_smem(), K, n0, n1, int(p.p.head_dim), p.k_vec);
-    copy_tile<T, HEAD_DIM, N, THREADS, false>(V_smem(), V, n0, n1, int(p.p.head_dim_v), p.v_vec);
+    const int dim = int(p.p.head_dim), dim_v = int(p.p.head_dim_v);
+    copy_tile<T, HEAD_DIM, N, THREADS, false, Order>(K_smem(), K, n0, n1, dim, p.k_vec);
+    copy_tile<T, HEAD_DIM, N, THREADS, false, Order>(V_smem(), V, n0, n1, dim_v, p.v_vec);
   }
   ATTN_DEVICE const float* all_row_values() const {
     return thread_id() < M ? static_cast<const float*>(p.ptr.lse) : p.delta;
@@ -134,8 +139,122 @@ struct FusedBackward {
         dS[f][n][c] = EDGE && P[f][n][c] == 0.0f ? 0.0f : P[f][n][c] * (dS[f][n][c] - delta);
     }
   }
+
+  // ---- with features
+  // Products are logits but for p.scale_log2; else they are computed, in natural units.
+  static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
+  static constexpr bool CAPPED = may_have<BITS>(kSoftcap), DROPS = may_have<BITS>(kDropout);
+  using Sides = Side<T, BITS>[SF][2][2];        // [..][16 keys][row]
+  using Slopes = float[CAPPED ? SF : 1][4][4];  // of the soft cap
+  ATTN_DEVICE static int score_row(int f, int r) {
+    return query_row() + 16 * f + 8 * r + (lane_id() >> 2);
+  }
+  // The first of this thread's 4 keys among 16.
+  ATTN_DEVICE int first_key(int m) const { return n0 + key_row() + 16 * m + 4 * (lane_id() & 3); }
+
+  ATTN_DEVICE void load_sides(Sides& sides, int head, int m0) const {
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const Query q = score.query(head, m0 + score_row(f, r));
+      ATTN_UNROLL
+      for (int m = 0; m < 2; ++m) sides[f][m][r].load(p, q, first_key(m));
+    }
+  }
+  // The weight of a product in a tile that its row sees whole; lse: in units of log2(e).
+  ATTN_DEVICE float weight(float product, const HeadTerms<float>& terms, int i, int j,
+                           const Side<T, BITS>& side, int e, float lse, float& slope) const {
+    float weight;
+    if constexpr (PRODUCTS) {
+      weight = exp2_approx(fmaf(product, p.scale_log2, -lse));
+    } else {
+      const float s = attn::logit<NaturalWays>(
+          terms_of_logits<BITS>(p), p.natural, terms, product,
+          [&] { return float(i + seq.seqlen_k - seq.seqlen_q - j); },
+          [&] { return side.bias_of(e); }, [&](float d) { slope = d; });
+      weight = exp2_approx(fmaf(s, kLog2e, -lse));
+    }
+    return has<BITS>(p, kMask) && !side.keeps(e) ? 0.0f : weight;
+  }
+  // P: products in, weights out, below 0 where dropout takes them.  slopes: of the soft cap.  A row
+  // whose LSE is that of biases of finfo.min's size goes pair by pair, as do tiles at an edge.
+  template <bool EDGE>
+  ATTN_DEVICE void weigh_features(float (&P)[SF][4][4], Slopes& slopes, const Sides& sides,
+                                  int head, int m0, int stage) const {
+    const auto terms = HeadTerms<float>::of(p.ptr, seq, head, 1.0f);
+    const Dropout dropout = Dropout::of(p, seq.b);
+    const uint32_t least = dropout.least_word();
+    float lse[SF][2];
+    bool low = false;
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float value = lds_f32(rows_smem() + 4 * uint32_t(2 * M * stage + score_row(f, r)));
+      low |= value < kLeast && value != -kInf;
+      lse[f][r] = RowGradient::of<may_have<BITS>(kBias)>(value, 0.0f).lse;
+    }
+    const auto each_four = [&](const auto& use) {
+      ATTN_UNROLL
+      for (int f = 0; f < SF; ++f) ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) ATTN_UNROLL
+      for (int m = 0; m < 2; ++m) use(f, r, m);
+    };
+    if (EDGE || (may_have<BITS>(kBias) && ballot(low))) {
+      each_four([&](int f, int r, int m) {
+        const Query q = score.query(head, m0 + score_row(f, r));
+        ATTN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float &x = P[f][2 * m + e / 2][2 * r + e % 2], slope;
+          const float s = score.template logit<BITS>(x, q, first_key(m) + e, slope);
+          x = s == -kInf ? 0.0f : exp2_approx(s - lse[f][r]);
+          if (CAPPED) slopes[f][2 * m + e / 2][2 * r + e % 2] = slope;
+        }
+      });
+    } else {
+      each_four([&](int f, int r, int m) {
+        const int i = m0 + score_row(f, r);
+        ATTN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float &x = P[f][2 * m + e / 2][2 * r + e % 2], slope = 1.0f;
+          x = weight(x, terms, i, first_key(m) + e, sides[f][m][r], e, lse[f][r], slope);
+          if (CAPPED) slopes[f][2 * m + e / 2][2 * r + e % 2] = slope;
+        }
+      });
+    }
+    if (!has<BITS>(p, kDropout)) return;
+    each_four([&](int f, int r, int m) {
+      uint32_t words[4];
+      dropout.words(head, m0 + score_row(f, r), first_key(m), words);
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float& x = P[f][2 * m + e / 2][2 * r + e % 2];
+        x = words[e] < least ? -x : x;
+      }
+    });
+  }
+  // dP in, dS out.
+  template <bool EDGE>
+  ATTN_DEVICE void differentiate_features(float (&dS)[SF][4][4], const float (&P)[SF][4][4],
+                                          int stage) const {
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float delta = lds_f32(rows_smem() + 4 * uint32_t(2 * M * stage + M + score_row(f, r)));
+      ATTN_UNROLL
+      for (int n = 0; n < 4; ++n) ATTN_UNROLL
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {  // not P * (..) where P = 0: V there may hold NaN
+        const float weight = P[f][n][c], dP = dS[f][n][c];
+        const float kept =
+            !DROPS ? dP - delta : fmaf(dP, weight > 0.0f ? p.keep_scale : 0.0f, -delta);
+        dS[f][n][c] = EDGE && weight == 0.0f ? 0.0f : fabsf(weight) * kept;
+      }
+    }
+  }
+
   // S or dP of a warp -> [query][key]
+  template <bool ABOVE_ZERO = false>  // 0 for what is below
   ATTN_DEVICE static void store_scores(uint32_t tile, const float (&C)[SF][4][4]) {
+    const auto stored = [](float x) { return ABOVE_ZERO ? fmaxf(x, 0.0f) : x; };
     const int row = query_row() + (lane_id() >> 2);
     ATTN_UNROLL
     for (int n = 0; n < 4; ++n) {
@@ -143,7 +262,8 @@ struct FusedBackward {
       ATTN_UNROLL
       for (int f = 0; f < SF; ++f) ATTN_UNROLL
       for (int r = 0; r < 2; ++r)  // rows that are a multiple of 8 apart have the same swizzle
-        sts_32(at + (16 * f + 8 * r) * SCORE_BYTES, pack<T>(C[f][n][2 * r], C[f][n][2 * r + 1]));
+        sts_32(at + (16 * f + 8 * r) * SCORE_BYTES,
+               pack<T>(stored(C[f][n][2 * r]), stored(C[f][n][2 * r + 1])));
     }
   }
 
@@ -164,11 +284,27 @@ struct FusedBackward {
     const uint32_t Q = Q_smem() + uint32_t(stage) * 2 * QUERY_BYTES, dO = Q + QUERY_BYTES;
     float P[SF][4][4], dS[SF][4][4];
     // S = Q K^T, dP = dO V^T   [M / 2, 32] a warp
-    multiply_rows<T, HEAD_DIM>(P, Q, query_row(), K_smem() + key_row() * BYTES);
-    weigh<EDGE>(P, m0, stage);
-    store_scores(P_smem(), P);
-    multiply_rows<T, HEAD_DIM>(dS, dO, query_row(), V_smem() + key_row() * BYTES);
-    differentiate<EDGE>(dS, P, stage);
+    if constexpr (BITS == 0) {
+      multiply_rows<T, HEAD_DIM>(P, Q, query_row(), K_smem() + key_row() * BYTES);
+      weigh<EDGE>(P, m0, stage);
+      store_scores(P_smem(), P);
+      multiply_rows<T, HEAD_DIM>(dS, dO, query_row(), V_smem() + key_row() * BYTES);
+      differentiate<EDGE>(dS, P, stage);
+    } else {
+      Sides sides;
+      Slopes slopes;
+      if (!EDGE) load_sides(sides, head, m0);
+      multiply_rows<T, HEAD_DIM>(P, Q, query_row(), K_smem() + key_row() * BYTES);
+      weigh_features<EDGE>(P, slopes, sides, head, m0, stage);
+      store_scores<DROPS>(P_smem(), P);
+      if constexpr (CAPPED) {
+        ATTN_UNROLL
+        for (int f = 0; f < SF; ++f) ATTN_UNROLL
+        for (int x = 0; x < 16; ++x) P[f][x / 4][x % 4] *= slopes[f][x / 4][x % 4];
+      }
+      multiply_rows<T, HEAD_DIM>(dS, dO, query_row(), V_smem() + key_row() * BYTES);
+      differentiate_features<EDGE>(dS, P, stage);
+    }
     store_scores(dS_smem(), dS);
     sync_threads();  // P and dS of every warp are there
     // dV += P^T dO   [32, KEY_COLUMNS] a warp
@@ -183,23 +319,25 @@ struct FusedBackward {
 
   ATTN_DEVICE void store() {
     bool bad = false;
+    const float factor = has<BITS>(p, kDropout) ? p.keep_scale : 1.0f;
     ATTN_UNROLL
     for (int f = 0; f < 2; ++f) {
       bad |= warp_finds_nan(dK[f]) || warp_finds_nan(dV[f]);
       ATTN_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const int j = n0 + key_row() + 16 * f + 8 * r + (lane_id() >> 2);
+        const int j = n0 + key_row() + Order::key(16 * f + 8 * r + (lane_id() >> 2));
         if (j >= seq.seqlen_k) continue;
         if (p.ptr.dk) store_columns(p.ptr.dk, p.p.dk, j, dK[f], r, p.scale, int(p.p.head_dim));
-        if (p.ptr.dv) store_columns(p.ptr.dv, p.p.dv, j, dV[f], r, 1.0f, int(p.p.head_dim_v));
+        if (p.ptr.dv) store_columns(p.ptr.dv, p.p.dv, j, dV[f], r, factor, int(p.p.head_dim_v));
       }
     }
     sync_threads();  // the other half of these rows' columns is stored, too
     if (!bad) return;
     ATTN_NO_UNROLL
     for (int f = 0; f < 2; ++f)
-      each_row(n0 + key_row() + 16 * f, seq.seqlen_k,
-               [&](int j) { Repair<T, HEAD_DIM>{p, seq}.key_gradients(head_k, j, true, true); });
+      each_row(n0 + key_row() + 16 * f, seq.seqlen_k, [&](int j) {
+        Repair<T, HEAD_DIM, BITS>{p, seq}.key_gradients(head_k, j, true, true);
+      });
   }
   ATTN_DEVICE void store_columns(void* base, const Strides& s, int j, const float (&acc)[KT][4],
                                  int r, float factor, int dim) const {
@@ -208,10 +346,9 @@ struct FusedBackward {
   }
 };
 
-template <class T, int HEAD_DIM, int BLOCK_M>
-ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, BLOCK_M>::THREADS), 1)
-void backward_fused(ATTN_GRID_CONSTANT const Params p) {
-  using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M>;
+template <class T, int HEAD_DIM, int BLOCK_M, int BITS>
+ATTN_DEVICE void run_fused_backward(const Params& p) {
+  using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M, BITS>;
   constexpr int M = Kernel::M;
   const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
   const int head_k = block_id().x / p.n_tiles % heads_k;
@@ -259,6 +396,17 @@ void backward_fused(ATTN_GRID_CONSTANT const Params p) {
   mine.store();
 }
 
+template <class T, int HEAD_DIM, int BLOCK_M>
+ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, BLOCK_M>::THREADS), 1)
+void backward_fused(ATTN_GRID_CONSTANT const Params p) {
+  run_fused_backward<T, HEAD_DIM, BLOCK_M, 0>(p);
+}
+template <class T, int HEAD_DIM, int BITS>
+ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, 64>::THREADS), 1)
+void backward_features(ATTN_GRID_CONSTANT const Params p) {
+  run_fused_backward<T, HEAD_DIM, 64, BITS>(p);
+}
+
 // sums = 0, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)
@@ -267,15 +415,24 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
 }
 
 // dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
-template <class T, int HEAD_DIM>
-ATTN_KERNEL(128)
-void convert_dq(ATTN_GRID_CONSTANT const Params p) {
-  convert_sums<T, HEAD_DIM>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
+template <class T, int HEAD_DIM, int BITS>
+ATTN_DEVICE void convert_fused_sums(const Params& p) {
+  convert_sums<T, HEAD_DIM, BITS>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
     sums += thread_id();
     ATTN_UNROLL
     for (int n = 0; n < HEAD_DIM / 8; ++n) ATTN_UNROLL
     for (int c = 0; c < 4; ++c) acc[n][c] = sums[n * 512 + 128 * c];
   });
+}
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(128)
+void convert_dq(ATTN_GRID_CONSTANT const Params p) {
+  convert_fused_sums<T, HEAD_DIM, 0>(p);
+}
+template <class T, int HEAD_DIM, int BITS>
+ATTN_KERNEL(128)
+void convert_dq_features(ATTN_GRID_CONSTANT const Params p) {
+  convert_fused_sums<T, HEAD_DIM, BITS>(p);
 }
 
 }  // namespace attn::cuda::sm80

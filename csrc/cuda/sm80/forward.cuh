@@ -5,9 +5,9 @@
 // plans, combine.cuh merges).  A warp owns 16 rows and all BLOCK_N keys of a tile, so the softmax
 // needs only its own quads.  K and V tiles arrive by cp.async one tile ahead.
 //
-// It knows everything, by run-time branches; also paged caches and `pack` query heads of one K/V
-// head in one tile of rows (row r = query r % Sq of head r / Sq).  Plain calls in 16 bits have a
-// kernel of their own, forward_plain.cuh.
+// For float32, decode and caches in pages; `pack` query heads of one K/V head may share a tile of
+// rows (row r = query r % Sq of head r / Sq).  It is compiled for the features of a call
+// (features.h).  Other calls in 16 bits have forward_plain.cuh and forward_features.cuh.
 #pragma once
 #include "../dropout.cuh"
 #include "../forward_parts.cuh"
@@ -43,7 +43,7 @@ ATTN_DEVICE void drop(float (&P)[TILES][4], const Dropout& dropout, const Query 
   }
 }
 
-template <class T, int HEAD_DIM>
+template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((ForwardTile<T, HEAD_DIM>::THREADS), 1)
 void forward_general(ATTN_GRID_CONSTANT const Params p) {
   using Tile = ForwardTile<T, HEAD_DIM>;
@@ -92,6 +92,7 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
     cp_async_commit();
   };
 
+  const float scale = BITS ? 1.0f : p.scale_log2;  // of what mask_scores() leaves
   float O[HEAD_DIM / 8][4] = {};
   RowState state;
   copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, true>(Q_smem, Q, task.row0, row_end, dim,
@@ -108,9 +109,9 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
     if (active) {
       // S = Q K^T   [16, BLOCK_N] a warp
       multiply<T, HEAD_DIM, TILES>(S, Q_smem, 16 * warp_id(), K_smem + stage);
-      mask_scores<true>(S, score, query, n0);
-      online_softmax<true>(S, O, state, 1.0f, p.ptr.entropy);
-      if (p.p.dropout_p > 0) drop(S, dropout, query, n0);
+      mask_scores<BITS>(S, score, query, n0);
+      online_softmax<may_have<BITS>(kStats)>(S, O, state, scale, has<BITS>(p, kStats));
+      if (has<BITS>(p, kDropout)) drop(S, dropout, query, n0);
     }
     // O += P V   [16, Dv] a warp
     const bool bad = tile_has_nonfinite<T, HEAD_DIM, N, Tile::WARPS>(V_smem + stage, flags);
@@ -124,7 +125,7 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
   cp_async_wait<0>();
-  if (active) store_rows<T, true>(p, seq, task, O, state, query, row, 1.0f);
+  if (active) store_rows<T, BITS, true>(p, seq, task, O, state, query, row, scale);
 }
 
 }  // namespace attn::cuda::sm80

@@ -75,12 +75,12 @@ struct WholeSoftmax {
   }
 };
 
-template <class T, int HEAD_DIM>
+template <class T, int HEAD_DIM, class Tile_ = PlainForwardTile<HEAD_DIM>, class Order = InOrder>
 struct PlainForward {
-  using Tile = PlainForwardTile<HEAD_DIM>;
+  using Tile = Tile_;
   static constexpr int F = Tile::FRAGMENTS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
   static constexpr int TILES = N / 8, ACC = HEAD_DIM / 8, BYTES = Row<T, HEAD_DIM>::BYTES;
-  using Stream = TileStream<T, HEAD_DIM, N, Tile::THREADS>;
+  using Stream = TileStream<T, HEAD_DIM, N, Tile::THREADS, Order>;
 
   const Params& p;
   const Sequence& seq;
@@ -111,13 +111,13 @@ struct PlainForward {
                                                     p.q_vec);
   }
   ATTN_DEVICE void copy_K(int turn) const {
-    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(K_smem(), K, turns.tile(turn) * N, seq.seqlen_k,
-                                                    int(p.p.head_dim), p.k_vec);
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false, Order>(
+        K_smem(), K, turns.tile(turn) * N, seq.seqlen_k, int(p.p.head_dim), p.k_vec);
     cp_async_commit();
   }
   ATTN_DEVICE void copy_V(int turn) const {
-    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false>(V_smem(), V, turns.tile(turn) * N, seq.seqlen_k,
-                                                    int(p.p.head_dim_v), p.v_vec);
+    copy_tile<T, HEAD_DIM, N, Tile::THREADS, false, Order>(
+        V_smem(), V, turns.tile(turn) * N, seq.seqlen_k, int(p.p.head_dim_v), p.v_vec);
     cp_async_commit();
   }
 
@@ -144,7 +144,7 @@ struct PlainForward {
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
       const auto query = queries(f);
-      mask_scores<false>(S[f], score, query.row, n0);
+      mask_scores<0>(S[f], score, query.row, n0);
       online_softmax<false>(S[f], O[f], state[f], p.scale_log2, false);
     }
     output_visible(S, n0);
@@ -197,7 +197,7 @@ struct PlainForward {
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
       bad |= warp_finds_nan(O[f]) || warp_finds_huge(state[f], scale);
-      store_rows<T, false>(p, seq, task, O[f], state[f], queries(f).row, row(f), scale);
+      store_rows<T, 0, false>(p, seq, task, O[f], state[f], queries(f).row, row(f), scale);
     }
     if (!bad) return;
     ATTN_NO_UNROLL

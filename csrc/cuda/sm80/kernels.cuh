@@ -1,6 +1,7 @@
 // All kernels of one (dtype, HEAD_DIM) pair, by the names that launches.h gives them: for compilers
-// that see kernels as functions, which are g++ for the emulator and nvcc for checks.  The product
-// compiles each kernel by its name (attn_ext/backends/jit).
+// that see kernels as functions, which are g++ for the emulator and nvcc for checks: without
+// features and for kAny.  The product compiles each kernel by its name, for the features of a call
+// (attn_ext/backends/jit).
 #pragma once
 #include "../launches.h"
 #include "backward.cuh"
@@ -10,6 +11,7 @@
 #include "backward_preprocess.cuh"
 #include "combine.cuh"
 #include "forward.cuh"
+#include "forward_features.cuh"
 #include "forward_plain.cuh"
 
 namespace attn::cuda::sm80 {
@@ -17,9 +19,13 @@ namespace attn::cuda::sm80 {
 // use(name, function) for each.
 template <class T, int HEAD_DIM, class Use>
 void each_forward(const Use& use) {
-  if constexpr (kIsHalf<T>)
+  if constexpr (kIsHalf<T>) {
     use(kernel_name<T>("sm80::forward_plain", HEAD_DIM), forward_plain<T, HEAD_DIM>);
-  use(kernel_name<T>("sm80::forward_general", HEAD_DIM), forward_general<T, HEAD_DIM>);
+    use(kernel_name<T>("sm80::forward_features", HEAD_DIM, int(kAny)),
+        forward_features<T, HEAD_DIM, kAny>);
+  }
+  use(kernel_name<T>("sm80::forward_general", HEAD_DIM, int(kAny)),
+      forward_general<T, HEAD_DIM, kAny>);
 }
 
 template <class T, int HEAD_DIM, int BLOCK_M, class Use>
@@ -31,16 +37,20 @@ void each_fused(const Use& use) {
 template <class T, int HEAD_DIM, class Use>
 void each_backward(const Use& use) {
   if constexpr (kIsHalf<T>) {
-    use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, false), backward_dq<T, HEAD_DIM, false>);
-    use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, false), backward_dkdv<T, HEAD_DIM, false>);
+    use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, 0), backward_dq<T, HEAD_DIM, 0>);
+    use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, 0), backward_dkdv<T, HEAD_DIM, 0>);
   }
-  use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, true), backward_dq<T, HEAD_DIM, true>);
-  use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, true), backward_dkdv<T, HEAD_DIM, true>);
-  use(kernel_name<T>("sm80::backward_bias", HEAD_DIM), backward_bias<T, HEAD_DIM>);
+  use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, int(kAny)), backward_dq<T, HEAD_DIM, kAny>);
+  use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, int(kAny)), backward_dkdv<T, HEAD_DIM, kAny>);
+  use(kernel_name<T>("sm80::backward_bias", HEAD_DIM, int(kAny)), backward_bias<T, HEAD_DIM, kAny>);
   if constexpr (kIsHalf<T> && HEAD_DIM <= 128) {
     use(kernel_name<T>("sm80::clear_dq", HEAD_DIM), clear_dq<T, HEAD_DIM>);
     use(kernel_name<T>("sm80::convert_dq", HEAD_DIM), convert_dq<T, HEAD_DIM>);
     each_fused<T, HEAD_DIM, 64>(use);
+    use(kernel_name<T>("sm80::backward_features", HEAD_DIM, int(kAny)),
+        backward_features<T, HEAD_DIM, kAny>);
+    use(kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, int(kAny)),
+        convert_dq_features<T, HEAD_DIM, kAny>);
     if constexpr (HEAD_DIM == 64) each_fused<T, HEAD_DIM, 128>(use);
   }
 }

@@ -13,6 +13,20 @@ inline int fused_queries(const Problem& p, const Pointers& ptr, int head_dim, in
   return fused_block_m(head_dim, shared_memory);
 }
 
+// A forward that knows p.features, in 16 bits.
+template <class T, int HEAD_DIM>
+void run_features(Executor& to, Params p) {
+  using Tile = FeatureForwardTile<HEAD_DIM, false>;
+  using Smaller = FeatureForwardTile<HEAD_DIM, true>;
+  static_assert(Tile::BLOCK_M == Smaller::BLOCK_M && Tile::THREADS == Smaller::THREADS);
+  constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
+  const bool both = (p.features & kMask) && (p.features & kBias);
+  p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  launch(to, kernel_name<T>("sm80::forward_features", HEAD_DIM, p.features),
+         grid_of(p.p.batch * p.p.heads_q * p.m_tiles), Tile::THREADS,
+         both ? Smaller::smem(BYTES) : Tile::smem(BYTES), p);
+}
+
 // general: false only where the plain kernels know everything that the call asks for.
 template <class T, int HEAD_DIM>
 void run_forward(Executor& to, Params p, bool general) {
@@ -27,60 +41,70 @@ void run_forward(Executor& to, Params p, bool general) {
   }
   using Tile = ForwardTile<T, HEAD_DIM>;
   const Grid grid = grid_of(p.p.batch * (p.p.heads_q / p.pack) * p.m_tiles * p.splits);
-  launch(to, kernel_name<T>("sm80::forward_general", HEAD_DIM), grid, Tile::THREADS,
+  launch(to, kernel_name<T>("sm80::forward_general", HEAD_DIM, p.features), grid, Tile::THREADS,
          Tile::forward_smem(Row<T, HEAD_DIM>::BYTES), p);
 }
 
 // All of dQ, dK and dV, where p.dq_sums is there.
 template <class T, int HEAD_DIM, int BLOCK_M>
-void run_fused(Executor& to, Params p) {
+void run_fused(Executor& to, Params p, bool features) {
   using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
   p.m_tiles = int((p.p.seqlen_q + 63) / 64);
   p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+  const std::string fused = features
+                                ? kernel_name<T>("sm80::backward_features", HEAD_DIM, p.features)
+                                : kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M);
+  const std::string convert =
+      features ? kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, p.features)
+               : kernel_name<T>("sm80::convert_dq", HEAD_DIM);
   launch(to, kernel_name<T>("sm80::clear_dq", HEAD_DIM),
          grid_of(p.p.heads_q * sum_tiles(p.p, p.ptr)), 128, 0, p);
-  launch(to, kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M),
-         grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Tile::THREADS, Tile::SMEM, p);
-  launch(to, kernel_name<T>("sm80::convert_dq", HEAD_DIM),
-         grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, p);
+  launch(to, fused, grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Tile::THREADS, Tile::SMEM, p);
+  launch(to, convert, grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, p);
+}
+
+template <class T, int HEAD_DIM>
+void run_bias_gradient(Executor& to, Params p) {
+  using Tile = BackwardTile<T, HEAD_DIM>;
+  p.splits = p.pack = 1;
+  p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+  const ScoreStrides& s = p.p.dbias;
+  const Grid grid = grid_of((s.b ? p.p.batch : 1) * (s.h ? p.p.heads_q : 1) *
+                            (s.q ? p.m_tiles : 1) * (s.k ? p.n_tiles : 1));
+  launch(to, kernel_name<T>("sm80::backward_bias", HEAD_DIM, p.features), grid, Tile::THREADS,
+         Tile::backward_smem(Row<T, HEAD_DIM>::BYTES), p);
 }
 
 // dQ, dK, dV and dBias, each where its pointer is not null; p.delta is filled.
 template <class T, int HEAD_DIM>
 void run_backward(Executor& to, Params p, bool general) {
+  if (p.ptr.dbias) run_bias_gradient<T, HEAD_DIM>(to, p);
   if constexpr (kIsHalf<T> && HEAD_DIM <= 128) {
     if (p.dq_sums) {
       p.splits = p.pack = 1;
       if constexpr (HEAD_DIM == 64)
-        if (p.fused_block_m == 128) return run_fused<T, HEAD_DIM, 128>(to, p);
-      return run_fused<T, HEAD_DIM, 64>(to, p);
+        if (p.fused_block_m == 128 && !general) return run_fused<T, HEAD_DIM, 128>(to, p, false);
+      return run_fused<T, HEAD_DIM, 64>(to, p, general);
     }
   }
   using Tile = BackwardTile<T, HEAD_DIM>;
   const int smem = Tile::backward_smem(Row<T, HEAD_DIM>::BYTES);
   const int64_t units = p.p.batch * p.p.heads_q;
-  general = general || !kIsHalf<T>;
+  // float32 has no kernel that masks before it scales
+  const int bits = kIsHalf<T> || p.features ? p.features : kScale;
   p.splits = p.pack = 1;
   p.m_tiles = int((p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
   if (p.ptr.dq) {
     const Grid grid = grid_of(units * p.m_tiles);
-    launch(to, kernel_name<T>("sm80::backward_dq", HEAD_DIM, general), grid, Tile::THREADS, smem,
-           p);
-  }
-  if (p.ptr.dbias) {
-    p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
-    const ScoreStrides& s = p.p.dbias;
-    const Grid grid = grid_of((s.b ? p.p.batch : 1) * (s.h ? p.p.heads_q : 1) *
-                              (s.q ? p.m_tiles : 1) * (s.k ? p.n_tiles : 1));
-    launch(to, kernel_name<T>("sm80::backward_bias", HEAD_DIM), grid, Tile::THREADS, smem, p);
+    launch(to, kernel_name<T>("sm80::backward_dq", HEAD_DIM, bits), grid, Tile::THREADS, smem, p);
   }
   p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
   const Grid grid = grid_of(p.p.batch * p.p.heads_k * p.n_tiles);
   constexpr bool TWO = kTwoPasses<T, HEAD_DIM>;
   for (p.pass = 0; p.pass < (TWO ? 2 : 1); ++p.pass) {
     if (TWO ? !(p.pass ? p.ptr.dk : p.ptr.dv) : !p.ptr.dk && !p.ptr.dv) continue;
-    launch(to, kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, general), grid, Tile::THREADS, smem,
-           p);
+    launch(to, kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, bits), grid, Tile::THREADS, smem, p);
   }
 }
 

@@ -159,7 +159,7 @@ struct Consumer {
   // A tile at an edge, by itself.
   ATTN_DEVICE void edge(const Score& score, const Query (&query)[2], int group, int turn, int n0) {
     Scores S;
-    weights_alone(S, turn, [&](Scores& x) { mask_scores<false>(x, score, query, n0); });
+    weights_alone(S, turn, [&](Scores& x) { mask_scores<0>(x, score, query, n0); });
     V.wait(turn);
     if (warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(V.tile(turn), group)) {
       add_visible<T>(O, S, V.tile(turn));
@@ -257,7 +257,7 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
   const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
   mine.whole(turn, turns.count(), {group, both});
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
-  store_rows<T, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
+  store_rows<T, 0, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
   if (bad)
     each_row(group_row + 16 * (warp_id() % 4), task.rows,
              [&](int i) { Repair<T, HEAD_DIM>{p, task.seq}.output(task.head, i); });

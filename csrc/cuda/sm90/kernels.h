@@ -54,7 +54,7 @@ inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr, ptr.dout, p.dout, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
 }
 
-// "" when the kernels serve a plain call (launch.cpp: is_general), else what they lack.
+// "" when the kernels serve a plain call (features.h: no feature), else what they lack.
 inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
   if (!ptr.cu_seqlens_q != !ptr.cu_seqlens_k) return "one of cu_seqlens_q and cu_seqlens_k";

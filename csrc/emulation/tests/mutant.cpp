@@ -253,6 +253,8 @@ struct Run {
     p.ptr.q = q.data.data(), p.ptr.k = k.data.data(), p.ptr.v = v.data.data();
     p.ptr.lse = lse.data();
     p.terms = attn::Terms<float>::of(p.p, p.ptr, 1.4426950408889634);
+    p.natural = attn::Terms<float>::of(p.p, p.ptr, 1.0);
+    p.features = attn::cuda::features_of(p.p, p.ptr);
     p.scale = p.terms.scale, p.scale_log2 = p.terms.factor;
     p.keep_scale = 1.0f;
     p.window_left = -1, p.window_right = c.causal ? 0 : -1;

@@ -48,7 +48,7 @@ void run_kernels(cuda::Params p) {
 #if PART_HERE == 1
   using Tile = ForwardTile<bf16, D>;
   p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::forward_general<bf16, D>, {int(p.p.heads_q) * p.m_tiles, 1, 1}, Tile::THREADS,
+  launch(sm80::forward_general<bf16, D, kAny>, {int(p.p.heads_q) * p.m_tiles, 1, 1}, Tile::THREADS,
          Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
 #elif PART_HERE == 7
   using Tile = PlainForwardTile<D>;
@@ -60,11 +60,11 @@ void run_kernels(cuda::Params p) {
   using Tile = BackwardTile<bf16, D>;
   const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
   p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dq<bf16, D, KERNELS_GENERAL>, {int(p.p.heads_q) * p.m_tiles, 1, 1},
-         Tile::THREADS, smem, nullptr, p);
+  launch(sm80::backward_dq < bf16, D, KERNELS_GENERAL ? kAny : 0 >,
+         {int(p.p.heads_q) * p.m_tiles, 1, 1}, Tile::THREADS, smem, nullptr, p);
   p.n_tiles = int(p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dkdv<bf16, D, KERNELS_GENERAL>, {p.n_tiles, 1, 1}, Tile::THREADS, smem,
-         nullptr, p);
+  launch(sm80::backward_dkdv < bf16, D, KERNELS_GENERAL ? kAny : 0 >, {p.n_tiles, 1, 1},
+         Tile::THREADS, smem, nullptr, p);
 #elif PART_HERE == 8
   std::vector<float> sums(p.p.heads_q * sum_tiles(p.p, p.ptr) * 64 * D + 4, NAN);
   p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;

@@ -1,0 +1,154 @@
+"""CUDA kernels that are compiled for exactly the features of a call (csrc/cuda/features.h), by
+NVRTC, on the driver without a GPU that runs what was compiled (tests/helpers/fake_driver).
+
+The emulator's own tests run the same texts compiled for any feature, which ask at run time; here a
+bit that the host forgets, or that a kernel takes for another, leaves a feature out.
+"""
+
+import os
+import random
+import re
+
+import pytest
+import seen
+import torch
+from repository import ROOT
+
+pytest.importorskip(
+    "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
+)
+
+from fake_driver import Kernels, driver
+
+from attn_ext import _emulated
+from attn_ext.backends import jit
+from attn_ext.backends.jit import sources
+from attn_ext.cli import compile as command
+from attn_ext.testing import check_call, random_call
+
+CSRC = ROOT / "csrc"
+BITS = sources.features(CSRC)
+needs_nvrtc = pytest.mark.skipif(jit.find() is None, reason="nvidia-cuda-nvrtc is not installed")
+SIZES = {"batch": 1, "heads_q": 2, "heads_k": 1, "seqlen_q": 130, "seqlen_k": 200, "head_dim": 32,
+         "dtype": torch.bfloat16}  # fmt: skip
+# name -> (options of random_call, features that its forward is compiled for)
+SINGLE = {
+    "mask": ({"mask": "bhqk"}, "mask mask_vectors"),
+    "mask of odd rows": ({"mask": "qk", "seqlen_k": 199}, "mask"),
+    "mask broadcast over keys": ({"mask": "bhq"}, "mask"),
+    "bias": ({"bias": "hqk"}, "bias bias_vectors"),
+    "bias of odd rows": ({"bias": "hqk", "seqlen_k": 199}, "bias"),
+    "alibi": ({"alibi": "b"}, "alibi"),
+    "softcap": ({"softcap": 2.0}, "softcap"),
+    "sink": ({"sink": True}, "sink"),
+    "dropout": ({"dropout_p": 0.3}, "dropout"),
+    "stats": ({"stats": True}, "stats"),
+    "scale": ({"scale": -0.3}, "scale"),
+}
+EVERY = {key: value for options, _ in SINGLE.values() for key, value in options.items()}
+
+
+def features_in(fake, kernel="forward"):
+    """Names of the features that the kernels of a name were compiled for."""
+    found = [name for name, _ in fake.compiled if f"::{kernel}" in name]
+    return [sources.flags_of(name, CSRC).rsplit(", ", 1)[1] for name in found]
+
+
+@pytest.fixture(autouse=True)
+def machine():
+    _emulated.set_mode("plain", seed=1, smem_limit=227 * 1024)
+
+
+def test_names_and_bits():
+    """Two features of one bit; a bit without a name; a kernel that is told without its features."""
+    text = (CSRC / "cuda/features.h").read_text()
+    assert len(set(BITS.values())) == len(BITS) == len(re.findall(r"k\w+ = 1 << ", text))
+    for name in sources.FEATURED:
+        header = (CSRC / "cuda" / sources.HEADERS["sm80"][name]).read_text()
+        assert re.search(rf"int BITS>\s*ATTN_KERNEL.*\s*void {name}\(", header), name
+    known = {name for name, header in sources.HEADERS["sm80"].items()
+             if re.search(rf"int BITS>\s*ATTN_KERNEL.*\s*void {name}\(",
+                          (CSRC / "cuda" / header).read_text())}  # fmt: skip
+    assert known == set(sources.FEATURED)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("more", [{}, {"dtype": torch.float32}, {"deterministic": True}], ids=str)
+def test_a_call_asks_for_exactly_its_features(name, more):
+    """A feature that the host forgets, or finds where there is none; odd rows read as vectors."""
+    options, expected = SINGLE[name]
+    call = random_call(1, **{**SIZES, **options, **more})
+    with driver(80, runs=False) as fake:
+        kernels = Kernels()
+        kernels._devices[0] = (1, False)  # one multiprocessor: the keys are not shared out
+        kernels.forward(call)
+        assert features_in(fake) == [expected]
+
+
+def test_a_bias_of_another_dtype():
+    """A float32 bias read as bfloat16."""
+    for dtype, expected in ((torch.float32, "bias bias_vectors bias_f32"),
+                            (torch.float16, "bias bias_vectors bias_cast")):  # fmt: skip
+        call = random_call(1, **SIZES, bias="hqk")
+        call = call._replace(bias=call.bias.to(dtype))
+        with driver(80, runs=False) as fake:
+            Kernels().forward(call)
+            assert features_in(fake) == [expected]
+
+
+def test_flags_of_the_command_are_names():
+    """A number where `attn-ext compile` should say what a kernel knows."""
+    wants = list(command.wanted("1,2,64,32", "bf16", ("mask", "dropout"), True, "80"))
+    told = [sources.flags_of(want.kernel, CSRC) for want in wants]
+    assert "attn::ptx::bf16, 32, mask mask_vectors dropout" in told
+    assert "attn::ptx::bf16, 32" in told  # clear_dq
+
+
+# ---- compiled and run ---------------------------------------------------------------------------
+def mix(seed):
+    """Features and sizes of a call drawn at random."""
+    draw = random.Random(seed)
+    options = dict(SIZES, seqlen_q=draw.choice((70, 130)), seqlen_k=draw.choice((130, 199, 200)))
+    for each, _ in draw.sample(list(SINGLE.values()), draw.randint(2, 5)):
+        options |= {key: value for key, value in each.items() if key != "seqlen_k"}
+    if draw.random() < 0.5:
+        options["causal"] = True
+    return options
+
+
+CASES = {
+    **{name: options for name, (options, _) in SINGLE.items()},
+    "bias in float32": {"bias": "hqk", "cast": torch.float32},
+    "everything": EVERY,
+    "head_dim 128: tiles of 32 keys": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2,
+                                       "head_dim": 128, "seqlen_q": 70},
+    "head_dim 64, fp16, causal": {"mask": "bhqk", "softcap": 3.0, "dropout_p": 0.2, "head_dim": 64,
+                                  "dtype": torch.float16, "causal": True},
+    "float32": {"mask": "bhqk", "bias": "hqk", "dtype": torch.float32, "seqlen_q": 40},
+    "deterministic": {"bias": "hqk", "dropout_p": 0.2, "deterministic": True},
+    "decode of pages": {"cache_seqlens": [200], "seqlen_q": 2, "page_size": 16, "softcap": 3.0},
+    "decode without features": {"cache_seqlens": [200], "seqlen_q": 2},
+    "packed sequences": {"mask": "bk", "seqlens_q": [5, 71, 1], "seqlens_k": [7, 133, 0],
+                         "dropout_p": 0.2, "stats": True},
+    **{f"mix {seed}": mix(seed) for seed in range(6)},
+}  # fmt: skip
+# at each commit two of them; `make test-ptx` takes all
+CHOSEN = CASES if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(CASES, 2)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", sorted(CHOSEN))
+def test_exactly_these_features_compute_what_they_should(name):
+    """A feature that a kernel leaves out because its bit is another one's, or that is compiled in
+    two ways of which one is wrong."""
+    options = dict(SIZES, **{}) | CASES[name]
+    cast = options.pop("cast", None)
+    if "seqlens_q" in options:
+        options = {k: v for k, v in options.items() if k not in ("batch", "seqlen_q", "seqlen_k")}
+    call = random_call(3, **options)
+    if cast is not None:
+        call = call._replace(bias=call.bias.to(cast))
+    with driver(80) as fake:
+        check_call(call, Kernels(), grads=call.seqlens_k is None)
+        asked = features_in(fake)
+        assert asked and "any" not in " ".join(asked)

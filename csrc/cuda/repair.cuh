@@ -95,7 +95,9 @@ struct Repair {
     P = s == -kInf ? 0.0f : exp2_approx(s - row.lse);
     const float dP =
         warp_dot(query(p.ptr.dout, p.p.dout, h, i), key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
-    dS = P == 0.0f ? 0.0f : P * (dP * weight - row.delta) * derivative;
+    // not 0 * dP: V of a key that dropout drops may hold NaN
+    const float passed = may_have<BITS>(kDropout) && weight == 0.0f ? 0.0f : dP * weight;
+    dS = P == 0.0f ? 0.0f : P * (passed - row.delta) * derivative;
     P *= weight;
   }
 

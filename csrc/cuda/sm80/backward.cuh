@@ -33,7 +33,7 @@ ATTN_DEVICE float pair_gradient(const Score& score, const Dropout& dropout, cons
   if (has<BITS>(p, kDropout)) weight = dropout.keep(q.h, q.i, j) ? p.keep_scale : 0.0f;
   // not P * (..) where P = 0: V of an excluded key may hold NaN
   // and not 0 * dP: V of a key that dropout drops may hold NaN
-  const float passed = GENERAL && weight == 0.0f ? 0.0f : dP * weight;
+  const float passed = may_have<BITS>(kDropout) && weight == 0.0f ? 0.0f : dP * weight;
   const float dS = P == 0.0f ? 0.0f : P * (passed - row.delta);
   product = P * weight;
   dP = P == 0.0f ? 0.0f : dS * derivative;

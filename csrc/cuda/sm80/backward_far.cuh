@@ -80,7 +80,9 @@ struct Far {
   ATTN_DEVICE float logit(const T* row, int h, int i, int j, bool valid, float& derivative) const {
     derivative = 1.0f;
     float s = -kInf;
-    if (valid) s = score.logit(product(row, 0, p.p.head_dim), score.query(h, i), j, derivative);
+    if (valid)
+      s = score.template logit<kAny>(product(row, 0, p.p.head_dim), score.query(h, i), j,
+                                     derivative);
     // A lane's own value: what comes out of a shuffle is in no multiply-add with what follows, so
     // that it is rounded in each kernel before base is taken from it.
     return shfl(s, lane_id());

@@ -24,15 +24,21 @@ from attn_ext.core.machine import cache_folder
 
 class Tile(NamedTuple):
     """Queries, keys, warps and pipeline stages of one program; loads: 0 by pointers, 1 by tensor
-    descriptors (TMA) where the tensors allow it, 2 so and with specialized warps; fused: whether
-    multiply-adds round once."""
+    descriptors (TMA) where the tensors allow it, 2 so and with specialized warps."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     loads: int = 0
-    fused: bool = True
+
+    fused = True  # multiply-adds round once
+
+
+class Unfused(Tile):
+    """The tile of a kernel whose products are rounded before anything is added to them."""
+
+    fused = False
 
 
 # Shared memory that one program may use, in bytes
@@ -52,7 +58,7 @@ def far_tile(width: int, element_size: int) -> Tile:
     """The one tile of the kernels of far rows, which are rare, on every GPU: small enough for the
     registers and the shared memory of each."""
     small = width * element_size > 256
-    return Tile(16 if small else 32, 16 if small else 32, 4, 1, fused=False)
+    return Unfused(16 if small else 32, 16 if small else 32, 4, 1)
 
 
 WIDTHS = (32, 64, 128, 256)  # of a head inside the kernels: the next power of two, at least 32

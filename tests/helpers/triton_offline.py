@@ -41,7 +41,8 @@ from attn_ext.triton_kernels.launch import attention, backward, replay
 
 TABLES = Path(__file__).parents[1] / "triton" / "resources"
 KERNELS = Path(__file__).parents[2] / "triton_kernels" / "kernels"
-TEXTS = ("functions", "primitives", "softmax", "dropout", "scores", "fwd", "bwd", "dbias", "decode")
+TEXTS = ("functions", "primitives", "present", "softmax", "dropout", "scores", "fwd", "bwd",
+         "dbias", "decode")  # fmt: skip
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
@@ -289,8 +290,8 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
             if short == "forward" and args[-2] == fwd.REPAIR.value:
                 short = "repair"
             name = f"{short} {end}"
-            if short not in kernels or not wanted(name):
-                return
+            if short not in kernels or not wanted(name) or not tile.fused:
+                return  # far rows have one tile on every GPU
             compiled = kernel.warmup(*args, grid=(programs,), **attention.options(tile))
             table[name] = [list(tile), *resources(compiled)]
             if os.environ.get("SHOW"):

@@ -45,9 +45,13 @@ for name, options in calls.items():
 print(json.dumps(table))
 """
 
-# (architecture, kernel) -> accesses to spilled registers in a turn of its loop.  These 4 are among
-# 1270 instructions, in the smallest tile that tensor cores take.
-SPILLS = {("sm_90", "dq_tangent_kernel 64 fp32 features"): 4}
+# (architecture, kernel) -> accesses to spilled registers in a turn of its loop, of 1270 and 1190
+# instructions, in the smallest tiles that tensor cores take.
+SPILLS = {
+    ("sm_90", "dq_tangent_kernel 64 fp32 features"): 4,
+    ("sm_80", "dkdv_tangent_kernel 128 fp16 features"): 41,
+    ("sm_90", "dkdv_tangent_kernel 128 fp16 features"): 45,
+}
 
 
 @pytest.mark.parametrize("architecture", triton_seen.SECOND)

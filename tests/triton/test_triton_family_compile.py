@@ -1,5 +1,5 @@
-"""The Triton kernels of additive and sigmoid attention, of shards, of attn_ext.inspect and of decode
-against int8 compile for absent GPUs: without spills (shards and sigmoid: few in the hot loop),
+"""The Triton kernels of additive and sigmoid attention, of shards, of attn_ext.inspect, of decode
+with int8 compile for absent GPUs: without spills (shards and sigmoid: few in the hot loop),
 within shared memory, with tensor cores for products of matrices.  What was seen of these sources
 (tests/helpers/seen.py) is compiled again in turn only.
 """

@@ -28,10 +28,6 @@ FUNCTIONS = {
         (lambda q: inspect.top_k(q, q, True), "n must be an int, got bool True"),
         (lambda q: inspect.top_k(q, q, 2, per_head=1), "per_head must be a bool, got int 1"),
         (lambda q: inspect.top_k(q, q, 2, dropout_p=0.5), "unknown option 'dropout_p'"),
-        (
-            lambda q: inspect.top_k(q, q, 2, per_head=False, backend="triton"),
-            "no triton kernel for mean_top_k",
-        ),
         (lambda q: inspect.weights(q, q, rows=[9]), "rows must be between -5 and 4, got 9"),
         (lambda q: inspect.weights(q, q, cols=[0.5]), "cols must be a slice or a list"),
         (lambda q: inspect.weights(q, q, rows=slice(0, 3, -1)), "rows must be a slice .*-1"),

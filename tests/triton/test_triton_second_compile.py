@@ -51,6 +51,7 @@ SPILLS = {
     ("sm_90", "dq_tangent_kernel 64 fp32 features"): 4,
     ("sm_80", "dkdv_tangent_kernel 128 fp16 features"): 41,
     ("sm_90", "dkdv_tangent_kernel 128 fp16 features"): 45,
+    ("sm_90", "dkdv_tangent_kernel 64 fp32 features"): 1,
 }
 
 

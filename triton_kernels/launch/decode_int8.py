@@ -44,8 +44,9 @@ def forward(call: Call, k_factors, v_factors, dtype: torch.dtype) -> tuple:
     part = sums = None
     flags = plan.flags & ~primitives.STREAM.value  # rows of int8 are never too wide to be held
     if splits > 1:
-        part = torch.empty(splits * lse.numel(), plan.dim_v, device=out.device)
-        sums = torch.empty(4, splits * lse.numel(), device=out.device)
+        count, device = splits * lse.numel(), out.device
+        part = torch.empty(count, plan.dim_v, dtype=torch.float32, device=device)
+        sums = torch.empty(4, count, dtype=torch.float32, device=device)
     table = plan.block_table
     with attention.on_device(plan.q):
         attention.run(

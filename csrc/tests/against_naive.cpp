@@ -1,7 +1,7 @@
 // Forward, backward, decode and the parts of a row against softmax(scale Q K^T + bias) V in double,
 // without Python: for machines that Python cannot run on (tests/cpu/aarch64.sh runs it under qemu).
-// Features come in fixed mixes, every output buffer is NaN before the call.  Prints "ok", or each mix
-// that is wrong and exits with 1.
+// Features come in fixed mixes, every output buffer is NaN before the call.  Prints "ok", or each
+// mix that is wrong and exits with 1.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

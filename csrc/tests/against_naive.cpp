@@ -60,6 +60,7 @@ struct Buffer {
 
   Buffer(DType t, int64_t n) : type(t), values(n), bytes(n * size_of(t)) {}
 
+  int64_t size() const { return int64_t(values.size()); }
   void put(int64_t i, double x) {
     char* at = &bytes[i * size_of(type)];
     const float f = float(x);
@@ -279,8 +280,15 @@ bool check(const Mix& m, DType type, int threads, bool partial) {
   if (m.page_size) ptr.seqlens_k = d.lengths.data(), ptr.block_table = d.table.data();
   ptr.o = o.bytes.data(), ptr.lse = lse.bytes.data();
   attn::cpu::Options options;
-  options.partial = partial, options.delta = partial ? delta.bytes.data() : nullptr;
+  Buffer base(wide, lse.size()), rest(wide, lse.size());  // of a part, in place of LSE, their sum
+  if (partial) {
+    options.partial = true, options.delta = delta.bytes.data();
+    options.base = base.bytes.data(), options.rest = rest.bytes.data();
+    ptr.max_logit = base.bytes.data(), ptr.lse = rest.bytes.data();
+  }
   attn::cpu::forward(p, ptr, options, threads);
+  for (int64_t i = 0; partial && i < lse.size(); ++i) lse.put(i, base.get(i) + rest.get(i));
+  ptr.max_logit = nullptr, ptr.lse = lse.bytes.data();
   // Rounding of the result, and what is lost on the way: 2^-8 and 2^-11 are half a bfloat16's and
   // half a float16's last digit.
   const double digits = type == DType::kFloat64    ? 1e-13

@@ -22,4 +22,4 @@ for source in csrc/tests/against_naive.cpp $(find csrc/cpu -name "*.cpp"); do
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
 $compiler -static -pthread "${objects[@]}" -o build/aarch64/against_naive
-echo "aarch64: $($run build/aarch64/against_naive)"
+$run build/aarch64/against_naive | sed "s/^/aarch64: /"  # pipefail: what is wrong fails here

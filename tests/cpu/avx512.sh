@@ -29,5 +29,5 @@ done | xargs -P 2 -I{} sh -c 'line="{}"; ${CXX:-c++} -std=c++17 -O1 -pthread -w 
   '"$stand_in"' -Icsrc -c "${line#*: }" -o "${line%%:*}"'
 ${CXX:-c++} -pthread build/avx512-naive/*.o -o build/avx512-naive/against_naive
 for isa in avx512 avx512_bf16; do
-  echo "$isa by stand-ins: $(ATTN_EXT_ISA=$isa build/avx512-naive/against_naive)"
+  ATTN_EXT_ISA=$isa build/avx512-naive/against_naive | sed "s/^/$isa by stand-ins: /"
 done

@@ -11,5 +11,5 @@ ${CXX:-c++} -pthread -fsanitize=thread build/tsan/*.o -o build/tsan/threads
 # die_after_fork: the child of a threaded process may start threads again, which is what is tested here.
 export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0"
 for isa in baseline $(grep -o -m1 -w avx2 /proc/cpuinfo || true) $(grep -q -w avx512vl /proc/cpuinfo && echo avx512 || true); do
-  echo "$isa: $(ATTN_EXT_ISA=$isa build/tsan/threads)"
+  ATTN_EXT_ISA=$isa build/tsan/threads | sed "s/^/$isa: /"
 done

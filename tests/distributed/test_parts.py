@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import BF16_WEIGHTS, SHARDS, relative
-from shard_calls import FEATURES, check_shards, merged, unframed
+from shard_calls import FEATURES, check_not_rounded, check_shards, merged, unframed
 
 from attn_ext.backends import cpu, reference, registry, triton
 from attn_ext.backends.sums import of_lse
@@ -42,18 +42,8 @@ def test_frames_of_whole_calls(dtype, place):
 def test_parts_are_not_rounded(isa):
     """O, dQ, dK and dV of bfloat16 inputs that are rounded to bfloat16, or written as bfloat16."""
     call = random_call(seqlen_q=90, seqlen_k=200, dtype=torch.bfloat16)
-    out, sums = parts.forward_partial(call)
-    wide = call._replace(**{n: getattr(call, n).float() for n in ("q", "k", "v")})
-    want, want_sums = parts.forward_partial(wide)
-    dout = torch.randn(out.shape).bfloat16()
-    more = (torch.randn(sums.shape[:-1]), sums, needs_of(call))
-    got, exact = (parts.backward_partial(c, dout, *more) for c in (call, wide))
     pairs = "bf16" in isa or "amx" in isa  # products of bfloat16 pairs round the weights
-    lses = sums.sum(-1), want_sums.sum(-1)
-    for a, b in ((out, want), lses, *zip(got[:3], exact[:3], strict=True)):
-        assert a.dtype == torch.float32
-        assert relative(a, b) <= (BF16_WEIGHTS if pairs else SHARDS[torch.float32])
-        assert not torch.equal(a, a.bfloat16().float())
+    check_not_rounded(call, BF16_WEIGHTS if pairs else SHARDS[torch.float32])
 
 
 def test_rows_without_keys_merge():

@@ -10,8 +10,13 @@ def planted(kernels: str, before: str, after: str, folder) -> ModuleType:
     """The module triton_kernels/kernels/`kernels`.py with `after` in the one place of `before`."""
     text = (ROOT / "triton_kernels" / "kernels" / f"{kernels}.py").read_text()
     assert text.count(before) == 1, f"{kernels}.py has {text.count(before)} times {before!r}"
+    return loaded(text.replace(before, after), folder)
+
+
+def loaded(text: str, folder) -> ModuleType:
+    """A module of kernels from its text."""
     path = folder / "planted.py"  # Triton reads the text of a kernel from its file
-    path.write_text(text.replace(before, after))
+    path.write_text(text)
     spec = importlib.util.spec_from_file_location("planted", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -108,3 +108,18 @@ def check_shards(
         dbias = torch.cat(columns, -1) if call.bias.shape[3] > 1 else sum(columns)
         expected = want.bias if call.bias.shape[2] == 1 else want.bias[:, :, rows]
         assert relative(dbias, expected) <= 2 * SHARDS[torch.float32]
+
+
+def check_not_rounded(call: Call, allowed: float) -> None:
+    """O, LSE, dQ, dK and dV of a call of bfloat16 as a part of a larger one, in float32."""
+    out, sums = parts.forward_partial(call)
+    wide = call._replace(**{n: getattr(call, n).float() for n in ("q", "k", "v")})
+    want, want_sums = parts.forward_partial(wide)
+    dout = torch.randn(out.shape).bfloat16()
+    more = (torch.randn(sums.shape[:-1]), sums, needs_of(call))
+    got, exact = (parts.backward_partial(c, dout, *more) for c in (call, wide))
+    lses = sums.sum(-1), want_sums.sum(-1)
+    for a, b in ((out, want), lses, *zip(got[:3], exact[:3], strict=True)):
+        assert a.dtype == torch.float32
+        assert relative(a, b) <= allowed
+        assert not torch.equal(a, a.bfloat16().float())

@@ -4,13 +4,13 @@ float32."""
 import pytest
 import torch
 from closeness import SHARDS, relative
-from shard_calls import FEATURES, check_shards
+from shard_calls import FEATURES, check_not_rounded, check_shards
 
 from attn_ext.backends import registry, triton
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Frame
 from attn_ext.ops import parts
-from attn_ext.testing import check_call, needs_of, random_call
+from attn_ext.testing import check_call, random_call
 
 CUTS = [("window", 33), ("alibi", 33), ("dropout", 33), ("all", 33)]
 
@@ -61,14 +61,7 @@ def test_parts_are_not_rounded():
     """O, dQ, dK and dV of bfloat16 inputs that are rounded to bfloat16; delta that is computed from
     the part."""
     call = random_call(seqlen_q=20, seqlen_k=70, dtype=torch.bfloat16)._replace(backend="triton")
-    out, sums = parts.forward_partial(call)
-    wide = call._replace(**{n: getattr(call, n).float() for n in ("q", "k", "v")})
-    want, want_sums = parts.forward_partial(wide)
-    dout = torch.randn(out.shape).bfloat16()
-    more = (torch.randn(sums.shape[:-1]), sums, needs_of(call))
-    got, exact = (parts.backward_partial(c, dout, *more) for c in (call, wide))
-    for a, b in ((out, want), (sums, want_sums), *zip(got[:3], exact[:3], strict=True)):
-        assert a.dtype == torch.float32 and relative(a, b) <= SHARDS[torch.float32]
+    check_not_rounded(call, SHARDS[torch.float32])
 
 
 def test_auto_takes_them_on_a_gpu(monkeypatch):

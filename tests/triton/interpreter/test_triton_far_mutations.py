@@ -2,9 +2,8 @@
 tests/mutants/triton/far: each must make the gradients wrong of the calls that its first line names.
 """
 
-import importlib.util
-
 import patches
+import planted_triton
 import pytest
 import torch
 from repository import ROOT
@@ -59,11 +58,7 @@ def test_the_kernels_as_they_are():
 def test_planted_bug_is_caught(name, monkeypatch, tmp_path):
     """A check that a lost term passes."""
     ((_, text),) = patches.apply(MUTANTS[name], ROOT).items()
-    path = tmp_path / "planted.py"  # Triton reads the text of a kernel from its file
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location("planted", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = planted_triton.loaded(text, tmp_path)
     kernels = [n for n in vars(module) if n.endswith("_kernel") and hasattr(launch, n)]
     assert kernels
     for kernel in kernels:

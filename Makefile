@@ -77,10 +77,10 @@ seen: $(VENV)/emulated.done build/triton-3.6/triton
 	PYTHONPATH=build/triton-3.6 ATTN_EXT_SEEN=write $(PYTEST) $(ON_OLDEST)
 
 test-anew: $(VENV)/emulated.done
-	ATTN_EXT_SEEN=nothing ATTN_EXT_NVCC_ALL=1 ATTN_EXT_TRITON_ALL=1 $(PYTEST) $(COMPILED)
+	ATTN_EXT_SEEN=nothing ATTN_EXT_NVRTC_ALL=1 ATTN_EXT_TRITON_ALL=1 $(PYTEST) $(COMPILED)
 
 # The CUDA kernels as NVRTC compiles them and those of Triton, their PTX on the emulator: every planted
-# fault, every kernel's registers, and the tests of the backends `emulated` and `triton` with compiled
+# fault, every set of features, and the tests of the backends `emulated` and `triton` with compiled
 # kernels in their place.
 ON_PTX := $(addprefix tests/api/test_, api.py backends_hypothesis.py)
 test-ptx: $(VENV)/emulated.done

@@ -5,10 +5,11 @@
     python bench/machine_code.py --dump sm90_forward 128    the instructions of one loop
     python bench/machine_code.py --triton [--write]         the same of the Triton kernels
 
-nvcc compiles the bf16 kernels of head_dim 64 and 128; nvdisasm, of the toolkit or of Triton's
-wheel, prints their machine code.  Of each kernel the loop with the most tensor work is taken, and
-through it the path that has all products and copies, but no mask and no slow way: what a tile runs
-whose every query sees every key.  Counts are by `GROUPS`, one instruction an issue slot.
+NVRTC compiles the bf16 kernels of head_dim 64 and 128, as `attn-ext compile` does; nvdisasm, of the
+toolkit or of Triton's wheel, prints their machine code. Of each kernel the loop with the most
+tensor work is taken, and through it the path that has all products and copies, but no mask and no
+slow way: what a tile runs whose every query sees every key. Counts are by `GROUPS`, one instruction
+an issue slot.
 
 The bounds are a model; nothing is timed.  Cycles are those of one multiprocessor while each
 resident warp runs one iteration: 4 schedulers of one slot a cycle, 128 bytes of shared memory a
@@ -33,6 +34,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from attn_ext.backends.jit import first_use
+from attn_ext.cli import compile as command
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "machine_code.json"
 HEAD_DIMS = (64, 128)
@@ -43,7 +47,7 @@ class Architecture:
     """What one multiprocessor has (CUDA C++ programming guide; the white papers of A100,
     L40S, H100 and RTX PRO 6000)."""
 
-    name: str  # of nvcc
+    name: str  # of NVRTC
     shared_memory: int  # bytes
     multiply_adds: int  # of 16 bits, a cycle and tensor core
     fp32_cycles: int  # a scheduler's warp instruction of fp32
@@ -61,33 +65,29 @@ FAMILIES = ("sm80", "sm90")  # of the CUDA kernels
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel to look at.  threads and smem (bytes): of a CTA; `block`: its row among the blocks
-    of cuda_resources.py, from which both come; mma_threads: those that run the loop, 0 for all."""
+    """A kernel to look at: the function that a call with `features` launches.  mma_threads: those
+    that run the loop, 0 for all of a CTA."""
 
     family: str  # "sm80" or "sm90"
     function: str
-    block: str
     mma_threads: int = 0
-    only: str = ""  # a pattern of the mangled name, where a head_dim has several instantiations
-    features: str = ""  # a name among FEATURES of cuda_resources.py, "plain" for none
+    features: str = "none"  # of the calls that `attn-ext compile` knows
 
 
 KERNELS = {
-    "sm80_forward": Kernel("sm80", "forward_plain", "forward_plain"),
-    "sm80_backward_fused": Kernel(
-        "sm80", "backward_fused", "backward_fused", only="Li64ELi128E|Li128ELi64E"
-    ),
-    "sm80_backward_dq": Kernel("sm80", "backward_dq", "backward", features="plain"),
-    "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", "backward", features="plain"),
+    "sm80_forward": Kernel("sm80", "forward_plain"),
+    "sm80_backward_fused": Kernel("sm80", "backward_fused"),
+    "sm80_backward_dq": Kernel("sm80", "backward_dq", features="deterministic"),
+    "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", features="deterministic"),
     **{
-        f"sm80_{way}_{name}": Kernel("sm80", function, function, features=name)
+        f"sm80_{way}_{name}": Kernel("sm80", function, features=name)
         for way, function in (("forward", "forward_features"), ("backward", "backward_features"))
         for name in ("mask", "bias", "dropout")
     },
-    "sm90_forward": Kernel("sm90", "forward", "sm90_forward", 256),
-    "sm90_backward_dq": Kernel("sm90", "backward_dq", "sm90_backward_dq", 256),
-    "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", "sm90_backward_dkdv", 256),
-    "sm90_backward_fused": Kernel("sm90", "backward_fused", "sm90_backward_fused", 256),
+    "sm90_forward": Kernel("sm90", "forward", 256),
+    "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "deterministic"),
+    "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "deterministic"),
+    "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),
 }
 
 # The first pattern that an opcode begins with names its group.
@@ -255,13 +255,14 @@ def hot_path(code: Code, architecture: Architecture) -> tuple[list[Instruction],
 
 
 def report(kernel: Kernel, path: list[Instruction], registers: int, block: dict) -> dict:
-    """A row of the table: counts of the path, and the model's cycles and shares."""
+    """A row of the table: counts of the path, and the model's cycles and shares.  block: threads
+    and shared_memory (bytes) of a CTA."""
     architecture = ARCHITECTURES[kernel.family]
     counts = Counter(each.group for each in path)
     warps = block["threads"] // 32
     ctas = min(
         65536 // (-(-registers // 8) * 8 * 32 * warps),
-        architecture.shared_memory // (block["shared_memory_bytes"] + 1024),
+        architecture.shared_memory // (block["shared_memory"] + 1024),
         architecture.warps // warps,
     )
     each_scheduler = ctas * (kernel.mma_threads or block["threads"]) / 128
@@ -307,15 +308,31 @@ def load_resources():
     return load_beside("cuda_resources")
 
 
-def disassemble(nvcc: str, family: str, head_dim: int) -> str:
-    """nvdisasm's text of the bf16 kernels of one family and head_dim."""
-    resources, text = load_resources(), ""
-    for unit in ("sm90 bf16",) if family == "sm90" else ("bf16", "features bf16"):
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = resources.cubin(nvcc, unit, head_dim, ARCHITECTURES[family].name, Path(folder))
-            command = [resources.find_cuda_tool("nvdisasm"), str(cubin)]
-            text += subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return text
+@functools.cache
+def launch_of(name: str, head_dim: int) -> command.Wanted:
+    """How a call in bf16 launches the kernel that KERNELS has by this name."""
+    kernel = KERNELS[name]
+    stem = f"attn::cuda::{kernel.family}::{kernel.function}<"
+    wants = list(command.wanted(
+        f"1,4/2,128,{head_dim}", "bf16", (kernel.features,), True,
+        ARCHITECTURES[kernel.family].name,
+    ))  # fmt: skip
+    found = [want for want in wants if want.kernel.startswith(stem)]
+    if not found:
+        raise ValueError(f"a call with features {kernel.features} launches no {stem[:-1]}, but "
+                         f"{', '.join(want.kernel for want in wants)}")  # fmt: skip
+    return found[0]
+
+
+@functools.cache
+def disassemble(name: str, head_dim: int) -> str:
+    """nvdisasm's text of a kernel of KERNELS."""
+    want = launch_of(name, head_dim)
+    found = first_use.default().get(want.kernel, want.arch).binary
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(found.cubin)
+        line = [load_resources().find_cuda_tool("nvdisasm"), file.name]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
 
 
 def sections(text: str):
@@ -329,32 +346,21 @@ def sections(text: str):
         yield mangled, section, int(registers[mangled], 16)
 
 
-def paths_of(text: str, family: str) -> dict[str, tuple[list[Instruction], int]]:
-    """{kernel of KERNELS: (hot path, registers a thread)} in nvdisasm's text."""
-    out, resources = {}, load_resources()
-    for mangled, section, registers in sections(text):
-        for name, kernel in KERNELS.items():
-            length = f"{len(kernel.function)}{kernel.function}IN"
-            word = resources.kernel_name(mangled).rstrip(">").split(", ")[-1]
-            other = kernel.features not in ("", word) or not re.search(kernel.only, mangled)
-            if kernel.family == family and length in mangled and not other:
-                path, _ = hot_path(Code.of(section), ARCHITECTURES[family])
-                out[name] = (path, registers)
-    return out
+def path_of(name: str, head_dim: int) -> tuple[list[Instruction], int]:
+    """(hot path, registers a thread) of a kernel of KERNELS."""
+    ((_, section, registers),) = sections(disassemble(name, head_dim))
+    path, _ = hot_path(Code.of(section), ARCHITECTURES[KERNELS[name].family])
+    return path, registers
 
 
-def measure(nvcc: str, families=FAMILIES, head_dims=HEAD_DIMS) -> dict:
+def measure(families=FAMILIES, head_dims=HEAD_DIMS) -> dict:
     """{"sm90_forward 128": row} of all kernels."""
-    blocks = load_resources().blocks()
     rows = {}
-    for family in families:
-        for head_dim in head_dims:
-            for name, (path, registers) in paths_of(
-                disassemble(nvcc, family, head_dim), family
-            ).items():
-                kernel = KERNELS[name]
-                block = blocks[f"{kernel.block}<bf16, {head_dim}>"]
-                rows[f"{name} {head_dim}"] = report(kernel, path, registers, block)
+    for head_dim, (name, kernel) in itertools.product(head_dims, KERNELS.items()):
+        if kernel.family in families:
+            path, registers = path_of(name, head_dim)
+            block = launch_of(name, head_dim)._asdict()
+            rows[f"{name} {head_dim}"] = report(kernel, path, registers, block)
     return rows
 
 
@@ -401,24 +407,24 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.triton:
         return load_beside("triton_code").report(arguments.write)
-    nvcc = load_resources().find_nvcc()
-    if nvcc is None or load_resources().find_cuda_tool("nvdisasm") is None:
-        print("nvcc and nvdisasm are needed; Triton's wheel has the latter", file=sys.stderr)
+    if not load_resources().compiler() or load_resources().find_cuda_tool("nvdisasm") is None:
+        print(
+            "NVRTC and nvdisasm are needed: pip install nvidia-cuda-nvrtc triton", file=sys.stderr
+        )
         return 2
     if arguments.dump:
         name, head_dim = arguments.dump
         if name not in KERNELS or not head_dim.isdigit():
             print(f"KERNEL must be one of {', '.join(KERNELS)}", file=sys.stderr)
             return 2
-        family = KERNELS[name].family
-        path, _ = paths_of(disassemble(nvcc, family, int(head_dim)), family)[name]
+        path, _ = path_of(name, int(head_dim))
         for each in path:
             print(f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}")
         return 0
-    rows = measure(nvcc)
+    rows = measure()
     print(markdown(rows))
     if arguments.write:
-        table = {"nvcc": load_resources().nvcc_version(nvcc), "kernels": rows}
+        table = {"nvrtc": load_resources().compiler(), "kernels": rows}
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
         return 0
     lines = differences(json.loads(TABLE.read_text()), rows)

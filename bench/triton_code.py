@@ -90,10 +90,10 @@ def row(compiled, architecture: str, tile) -> dict:
     path, registers = hot_loop(compiled, architecture)
     block = {
         "threads": compiled.metadata.num_warps * 32,
-        "shared_memory_bytes": compiled.metadata.shared,
+        "shared_memory": compiled.metadata.shared,
     }
     # of specialized warps those of the tile multiply, and not the ones that Triton adds
-    kernel = machine_code.Kernel(ARCHITECTURES[architecture], "", "", tile[2] * 32)
+    kernel = machine_code.Kernel(ARCHITECTURES[architecture], "", tile[2] * 32)
     found = machine_code.report(kernel, path, registers, block)
     return {"tile": list(tile), "shared_memory": compiled.metadata.shared} | found
 

@@ -23,7 +23,7 @@ from attn_ext.testing import random_call
 SHARED_KIB = {"80": 163, "86": 99, "87": 163, "89": 99, "90a": 227, "100": 227, "103": 227,
               "110": 227, "120": 99, "121": 99}  # fmt: skip
 FEATURES = {  # name -> what random_call() takes
-    "causal": {"causal": True}, "mask": {"mask": True}, "bias": {"bias": True},
+    "none": {}, "causal": {"causal": True}, "mask": {"mask": True}, "bias": {"bias": True},
     "softcap": {"softcap": 30.0}, "alibi": {"alibi": True}, "sink": {"sink": True},
     "dropout": {"dropout_p": 0.1}, "window": {"window": (16, 16)}, "stats": {"stats": True},
     "deterministic": {"deterministic": True},
@@ -80,8 +80,9 @@ def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch
 
 
 def calls(preset, shapes, dtypes, features) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(shape, dtype, features) of all that was asked for; BadArgument where it makes no sense."""
-    for name in features or ():
+    """(shape, dtype, features) of all that was asked for; BadArgument where it makes no sense.
+    features: of each kind of call its own."""
+    for name in (name for kind in features for name in kind):
         if name not in FEATURES:
             raise BadArgument(f"--features must be among {', '.join(FEATURES)}, got {name!r}")
     if preset is not None and preset not in PRESETS:
@@ -89,7 +90,8 @@ def calls(preset, shapes, dtypes, features) -> list[tuple[str, str, tuple[str, .
     for dtype in dtypes:
         if dtype not in ("bf16", "fp16", "fp32"):
             raise BadArgument(f"--dtype must be bf16, fp16 or fp32 on cuda, got {dtype!r}")
-    kinds = [*PRESETS.get(preset, ()), *((shape, tuple(features or ())) for shape in shapes)]
+    asked = [tuple(kind) for kind in features] or [()]
+    kinds = [*PRESETS.get(preset, ()), *((shape, kind) for shape in shapes for kind in asked)]
     if not kinds:
         raise BadArgument("--preset or --shape must say what to compile")
     return [(shape, dtype, kind) for shape, kind in kinds for dtype in dtypes]
@@ -166,7 +168,10 @@ def run(archs, preset, shapes, dtypes, features, backward, keep, as_json) -> int
         if sys.stderr.isatty():
             print(f"\r{index}/{len(wants)} {want.kernel} sm_{want.arch}\033[K", end="",
                   file=sys.stderr, flush=True)  # fmt: skip
-        rows.append(row(want, compiler.get(want.kernel, want.arch), keep))
+        found = compiler.get(want.kernel, want.arch)
+        rows.append(row(want, found, keep))
+        if found.binary.serialized:  # its products wait for one another: right, and slow
+            print(f"{want.kernel} sm_{want.arch}: {found.binary.serialized}", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     if as_json:

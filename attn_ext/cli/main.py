@@ -180,8 +180,8 @@ def compile(
     ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32; with commas")] = "bf16",
     features: Annotated[
-        str | None,
-        typer.Option(help="causal, mask, bias, softcap, alibi, sink, dropout, decode, paged ..."),
+        list[str] | None,
+        typer.Option(help="of a kind of calls: causal,mask ...; none; again for another kind"),
     ] = None,
     backward: Annotated[bool, typer.Option("--backward", help="with gradients")] = False,
     keep: Annotated[Path | None, typer.Option(help="write the machine code here, too")] = None,
@@ -195,9 +195,8 @@ def compile(
         return command.clear(json)
     found = words(arch) or command.here()
     keep = writable(keep, "--keep", folder=True)
-    return command.run(
-        found, preset, shape or [], words(dtype) or [], words(features), backward, keep, json
-    )
+    kinds = [words(kind) or [] for kind in features or []]
+    return command.run(found, preset, shape or [], words(dtype) or [], kinds, backward, keep, json)
 
 
 @app.command(

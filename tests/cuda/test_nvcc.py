@@ -1,15 +1,15 @@
-"""Every CUDA kernel compiled by nvcc, without a GPU, against bench/results/cuda_resources.json.
+"""What the CUDA kernels take, and the machine code of their hot loops, without a GPU.
 
-The half of ptx.cuh that the emulator never runs is at least compiled for every architecture, and a
-change that costs registers or spills shows here.  `python bench/cuda_resources.py --write` renews
-the table.  What was compiled of these very sources is known (tests/helpers/seen.py): only a sample
-of it is compiled again.
+`attn-ext compile` compiles what calls launch; a change that costs registers or spills, instructions
+or shared memory shows against bench/results/cuda_resources.json, one that lengthens a hot loop
+against bench/results/machine_code.json.  `python bench/cuda_resources.py --write` and
+`python bench/machine_code.py --write` renew them.  What was compiled of these very sources is known
+(tests/helpers/seen.py): only a sample of it is compiled again.
 """
 
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,72 +17,74 @@ import pytest
 import seen
 from repository import ROOT, load
 
+from attn_ext.backends.jit import first_use, nvrtc, sources
+from attn_ext.cli import compile as command
+
 resources, machine_code = load("bench/cuda_resources.py"), load("bench/machine_code.py")
 TABLE = json.loads(resources.TABLE.read_text())
-NVCC = resources.find_nvcc()
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_nvrtc = pytest.mark.skipif(
+    not resources.compiler(), reason="nvidia-cuda-nvrtc is not installed"
+)
 
 
-FUSED_DIMS = [n for n in resources.HEAD_DIMS if n <= 128]
+@pytest.fixture(scope="module")
+def launched():
+    """{kernel: {architecture: how it is launched}} of all kernels that calls launch."""
+    found = {}
+    for unit in resources.UNITS:
+        for arch in resources.ARCHS:
+            for kernel, want in resources.launched(unit, arch).items():
+                found.setdefault(kernel, {}).setdefault(arch, want)
+    return found
 
 
-def test_table_holds_every_kernel_within_its_budget():
-    """A table renewed after a change that spills, or that lost a kernel, does not pass."""
+def test_the_table_has_what_calls_launch(launched):
+    """A kernel that is in no row, or a row of a kernel that nobody runs; another block."""
+    assert {k: set(rows) for k, rows in launched.items()} == {
+        kernel: set(rows) for kernel, rows in TABLE["kernels"].items()
+    }
+    for kernel, rows in launched.items():
+        for arch, want in rows.items():
+            row = TABLE["kernels"][kernel][arch]
+            assert (row["threads"], row["shared_memory"]) == (want.threads, want.shared_memory)
+
+
+def test_calls_launch_every_kernel_and_feature(launched):
+    """A kernel, a head dimension, a dtype or a feature that no call of the table comes to."""
+    stems = {kernel.split("<")[0] for kernel in launched}
+    names = {f"{space}::{name}" for space, kernels in sources.HEADERS.items() for name in kernels}
+    assert stems == names
+    for space, dims in (("sm80", resources.HEAD_DIMS), ("sm90", resources.head_dims("sm90"))):
+        sizes = {kernel.strip(">").split(", ")[1] for kernel in launched
+                 if kernel.startswith(space) and ", " in kernel}  # fmt: skip
+        assert sizes == set(map(str, dims))
+    words = {word for kernel in launched for word in kernel.strip(">").split(", ")[-1].split()}
+    cases = {"bias_f32", "bias_cast", "any"}  # a bias in another dtype; the emulator's
+    assert sources.features(ROOT / "csrc").keys() - words == cases
+    assert {kernel.split("<")[1].split(",")[0].strip(">") for kernel in launched} == {
+        "bf16", "fp16", "f32",
+    }  # fmt: skip
+
+
+def test_every_row_is_within_its_budget():
+    """A table renewed after a change that spills or takes more shared memory than there is."""
     for kernel, rows in TABLE["kernels"].items():
         for arch, row in rows.items():
-            assert row["spill_bytes"] <= resources.spill_budget(kernel, arch), (kernel, arch, row)
+            assert row["spilled_bytes"] <= resources.spill_budget(kernel, arch), (kernel, arch, row)
             assert 0 < row["registers"] <= 255
-    halves = [f"{d}, {n}" for d in ("bf16", "fp16") for n in resources.HEAD_DIMS]
-    floats = [f"f32, {n}" for n in resources.HEAD_DIMS]
-    names = ("backward_dq", "backward_dkdv")
-    expected = {f"{k}<{p}, {v}>" for k in names for p in halves for v in ("plain", "general")}
-    expected |= {f"{k}<{p}, general>" for k in names for p in floats}
-    expected |= {f"forward_plain<{p}>" for p in halves}
-    expected |= {f"forward_general<{p}>" for p in halves + floats}
-    expected |= {f"forward_features<{p}, general>" for p in halves}
-    expected |= {
-        f"{k}_features<bf16, {n}, {word}>"
-        for k in ("forward", "backward")
-        for n in resources.FEATURE_DIMS
-        for word in resources.FEATURES
-    }
-    for dtype in ("bf16", "fp16"):
-        expected |= {f"{k}<{dtype}, {n}>" for k in ("clear_dq", "convert_dq") for n in FUSED_DIMS}
-        expected |= {f"backward_fused<{dtype}, {n}, 64>" for n in FUSED_DIMS}
-        expected.add(f"backward_fused<{dtype}, 64, 128>")
-        expected |= {
-            f"{k}<{dtype}, {n}, general>"
-            for k in ("backward_features", "convert_dq_features")
-            for n in FUSED_DIMS
-        }
-    expected |= {f"backward_bias<{p}>" for p in halves + floats}
-    expected |= {
-        f"sm90_{k}<{d}, {n}>"
-        for k in ("forward", *names)
-        for d in ("bf16", "fp16")
-        for n in resources.SM90_HEAD_DIMS
-    }
-    expected |= {
-        f"sm90_{k}<{d}, {n}>"
-        for k in ("backward_fused", "clear_dq", "convert_dq")
-        for d in ("bf16", "fp16")
-        for n in resources.SM90_HEAD_DIMS
-        if n <= 128
-    }
-    assert expected <= TABLE["kernels"].keys()
-    for kernel, rows in TABLE["kernels"].items():
-        assert set(rows) == resources.kernel_archs(kernel), kernel
+            assert row["shared_memory"] <= command.SHARED_KIB[arch] * 1024, (kernel, arch)
 
 
-def test_shared_memory_fits_every_architecture():
-    """More than 99 KiB a block would run on sm_80 and fail on sm_86, sm_89 and sm_120."""
-    blocks = resources.blocks()
-    assert blocks == TABLE["blocks"]
-    for name, block in blocks.items():
-        limit = 227 if name.startswith("sm90_") else 99
-        if name.startswith(("backward_fused<", "backward_features<")):  # chosen where it fits
-            limit = 163
-        assert block["shared_memory_bytes"] <= limit * 1024, name
+def test_every_exception_is_needed():
+    """A pattern of SPILLS that outlived the kernel that it was for, or excuses more than it has."""
+    names = {
+        f"{kernel} sm_{arch}": row["spilled_bytes"]
+        for kernel, rows in TABLE["kernels"].items()
+        for arch, row in rows.items()
+    }
+    for pattern, most in resources.SPILLS:
+        found = [spilled for name, spilled in names.items() if re.fullmatch(pattern, name)]
+        assert found and 0 < most <= 1.5 * max(found), (pattern, max(found, default=None))
 
 
 def test_the_occupancy_of_the_document_is_that_of_the_table():
@@ -90,71 +92,66 @@ def test_the_occupancy_of_the_document_is_that_of_the_table():
     assert resources.occupancy(TABLE) in (ROOT / "docs" / "design" / "cuda.md").read_text()
 
 
-def test_two_forward_blocks_for_head_dim_128_fit_sm_80():
+def test_two_forward_ctas_for_head_dim_128_fit_sm_80():
     """256 bytes of shared memory too many halve what a multiprocessor of an A100 works on."""
     for dtype in ("bf16", "fp16"):
-        assert resources.resident_warps(TABLE, f"forward_plain<{dtype}, 128>", "sm_80") == 8
+        assert resources.resident_warps(TABLE, f"sm80::forward_plain<{dtype}, 128>", "80") == 8
 
 
 def test_occupancy_by_hand():
-    """Registers not rounded to what a warp is given, or the block's own shared memory forgotten."""
-    rows = {"forward_plain<bf16, 64>": {"sm_80": {"registers": 129}}}
-    block = {"shared_memory_bytes": 40 * 1024, "threads": 128}
-    table = {"kernels": rows, "blocks": {"forward_plain<bf16, 64>": block}}
-    # 129 registers are 136: 65536 // (136 * 128) = 3 blocks; 164 // 41 = 4 blocks
-    assert resources.resident_warps(table, "forward_plain<bf16, 64>", "sm_80") == 12
-    block["shared_memory_bytes"] += 16 * 1024  # 164 // 57 = 2 blocks
-    assert resources.resident_warps(table, "forward_plain<bf16, 64>", "sm_80") == 8
+    """Registers not rounded to what a warp is given, or the CTA's own shared memory forgotten."""
+    row = {"registers": 129, "shared_memory": 40 * 1024, "threads": 128}
+    table = {"kernels": {"sm80::forward_plain<bf16, 64>": {"80": row}}}
+    # 129 registers are 136: 65536 // (136 * 128) = 3 CTAs; 164 // 41 = 4 CTAs
+    assert resources.resident_warps(table, "sm80::forward_plain<bf16, 64>", "80") == 12
+    row["shared_memory"] += 16 * 1024  # 164 // 57 = 2 CTAs
+    assert resources.resident_warps(table, "sm80::forward_plain<bf16, 64>", "80") == 8
 
 
-def test_log_parser_reads_names_spills_and_warnings():
+def test_what_counts_as_a_difference():
+    """More of something that passes, or less of it that does not."""
+    row = {
+        "threads": 128,
+        "registers": 90,
+        "spilled_bytes": 0,
+        "shared_memory": 9,
+        "instructions": 50,
+    }
+    table = {"kernels": {"sm80::combine<f32>": {"80": row, "120": row}}}
+    for name, worse in (("threads", 64), ("registers", 91), ("spilled_bytes", 4),
+                        ("shared_memory", 8), ("instructions", 56)):  # fmt: skip
+        (line,) = resources.differences(
+            table, {"sm80::combine<f32>": {"80": row | {name: worse}}}, ("80",)
+        )
+        assert name in line
+    fewer = row | {"registers": 80, "instructions": 54}
+    assert not resources.differences(table, {"sm80::combine<f32>": {"80": fewer}}, ("80",))
+    assert resources.differences(table, {"sm80::combine<f32>": {"80": row}})  # not for sm_120
+    assert resources.differences(table, {"sm80::other<f32>": {"80": row}}, ("80",))
+    assert resources.differences(table, {}) == ["no kernel was compiled"]
+
+
+def test_the_assemblers_log_is_read():
+    """Spills or registers of another line; products of wgmma that wait for one another, unseen."""
     log = (
-        "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8011backward_dqINS_3ptx4bf16ELi64ELi1048576EEEvNS0_6ParamsE' "
-        "for 'sm_80'\n"
+        "ptxas info    : Compiling entry function '_Zname' for 'sm_80'\n"
         "    16 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 1 barriers\n"
-        "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8013backward_biasIfLi128ELi1048576EEEvNS0_6ParamsE' for 'sm_80'\n"
-        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
-        "ptxas info    : Used 90 registers, used 1 barriers\n"
-        "ptxas info    : Compiling entry function "
-        "'_ZN4attn4cuda4sm8013backward_biasIfLi128ELi1048576EEEvNS0_6ParamsE' for 'sm_90a'\n"
-        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
-        "ptxas info    : Used 91 registers, used 1 barriers\n"
     )
-    assert resources.parse(log) == {
-        "backward_dq<bf16, 64, general>": {"sm_80": {"registers": 255, "spill_bytes": 40}},
-        "backward_bias<f32, 128>": {
-            "sm_80": {"registers": 90, "spill_bytes": 0},
-            "sm_90a": {"registers": 91, "spill_bytes": 0},
-        },
-    }
-    with pytest.raises(ValueError, match="ptxas warns"):
-        resources.parse("ptxas info : (C7510) Potential Performance Loss: wgmma serialized")
+    found = nvrtc.Binary("_Zname", b"", b"", log)
+    assert found.resources == (255, 40) and not found.serialized
+    warned = log + "ptxas info : (C7510) Potential Performance Loss: wgmma serialized\n"
+    assert "wgmma serialized" in nvrtc.Binary("_Zname", b"", b"", warned).serialized
 
 
-# Each kernel for one architecture, and each architecture for some widths of each dtype.  The hot
-# loops are counted in the machine code for sm_80 at 64 and 128.  fp16 is the text of bf16 with
-# another type: two widths of it.
+# Each unit for one architecture, all three in turn.
 CHOSEN = {
-    ("launch", 0): "80",
-    ("bf16", 32): "90a", ("bf16", 64): "80", ("bf16", 96): "120", ("bf16", 128): "80",
-    ("bf16", 192): "90a", ("bf16", 256): "120",
-    ("fp16", 64): "90a", ("fp16", 128): "120",
-    ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
-    ("float", 192): "120", ("float", 256): "80",
-    ("features bf16", 64): "90a", ("features bf16", 128): "80",
-    **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
-    **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
-}  # fmt: skip
-COMPILED = [(dtype, dim, (arch,)) for (dtype, dim), arch in CHOSEN.items()]
-if os.environ.get("ATTN_EXT_NVCC_ALL") == "1":  # every row of the table
-    COMPILED = [(dtype, dim, resources.unit_archs(dtype)) for dtype, dim in resources.UNITS]
-
-
+    unit: resources.ARCHS[(index + index // len(resources.HEAD_DIMS)) % 3]
+    for index, unit in enumerate(resources.UNITS)
+}
 SEEN = "nvcc"
-DUE = seen.sample([f"{dtype} {dim}" for dtype, dim in CHOSEN], 1)  # a unit at each commit
+DUE = seen.sample(map(str, CHOSEN), 1)  # a unit at each commit
+ALL = os.environ.get("ATTN_EXT_NVRTC_ALL") == "1"  # every row of the table
 
 
 class Known(NamedTuple):
@@ -164,14 +161,15 @@ class Known(NamedTuple):
     digest: str
 
     @classmethod
-    def of(cls, what, dtype, head_dim, *facts):
-        """facts: the rows of a table that nvcc's result is held against."""
-        unit = re.findall(r'#include "(.*)"', resources.source_text(dtype, head_dim))
-        files = set().union(*(seen.included(ROOT / "csrc" / name, "emulation") for name in unit))
-        files |= {ROOT / "bench/cuda_resources.py", ROOT / "bench/machine_code.py"}
+    def of(cls, what, unit, kernels, *facts):
+        """kernels: as C++ names them; facts: the rows of a table that they are held against."""
+        headers = {sources.kernel(each, "80").header for each in kernels}
+        files = set().union(*(seen.included(ROOT / "csrc" / each, "emulation") for each in headers))
+        files |= {ROOT / f"bench/{name}.py" for name in ("cuda_resources", "machine_code")}
+        files |= {ROOT / f"attn_ext/backends/jit/{name}.py" for name in ("nvrtc", "sources")}
         files.add(Path(__file__).resolve())
-        facts = (resources.nvcc_version(NVCC), dtype, head_dim, *facts)
-        return cls(f"{dtype} {head_dim}: {what}", seen.digest(files, *facts))
+        facts = (resources.compiler(), sorted(kernels), *facts)
+        return cls(f"{unit}: {what}", seen.digest(files, *facts))
 
     def __bool__(self):
         due = [self.name] if self.name.split(":")[0] in DUE else []
@@ -181,27 +179,64 @@ class Known(NamedTuple):
         seen.passed(SEEN, self.name, self.digest)
 
 
-TOOLS = NVCC and all(map(resources.find_cuda_tool, ("cuobjdump", "nvdisasm")))
-needs_tools = pytest.mark.skipif(not TOOLS, reason="nvcc, cuobjdump or nvdisasm is missing")
+@pytest.fixture
+def kept_kernels(monkeypatch):
+    """What was compiled stays in build/, by its contents."""
+    monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(ROOT / "build" / "kernels"))
+    first_use.default.cache_clear()
+    yield
+    first_use.default.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def hopper_sass(tmp_path_factory):
-    """{kernel: machine code} of the Hopper kernels for bf16 and head_dim 128."""
-    if not TOOLS:
-        pytest.skip("nvcc, cuobjdump or nvdisasm is missing")
-    cubin = resources.cubin(NVCC, "sm90 bf16", 128, "90a", tmp_path_factory.mktemp("sass"))
-    sass = subprocess.run(
-        [resources.find_cuda_tool("cuobjdump"), "-sass", cubin],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    parts = sass.split("Function : ")[1:]
-    return {resources.kernel_name(part.split()[0]).split("<")[0]: part for part in parts}
+@needs_nvrtc
+@pytest.mark.parametrize("unit", CHOSEN, ids=str)
+def test_kernels_take_no_more_than_the_table_says(unit, kept_kernels):
+    """Registers, spills, instructions, threads and shared memory by `attn-ext compile --json`."""
+    archs = resources.ARCHS if ALL else (CHOSEN[unit],)
+    wants = {
+        kernel: want for arch in archs for kernel, want in resources.launched(unit, arch).items()
+    }
+    expected = {kernel: TABLE["kernels"].get(kernel) for kernel in sorted(wants)}
+    kernels = [want.kernel for want in wants.values()]
+    known = Known.of(f"takes for {', '.join(archs)}", unit, kernels, TABLE["nvrtc"], expected)
+    if known:
+        return
+    found = resources.compile_unit(unit, archs)
+    bad = resources.differences(TABLE, found, archs)
+    if resources.compiler() != TABLE["nvrtc"]:
+        # another compiler allocates otherwise: only the budget holds
+        bad = [
+            f"{kernel} sm_{arch} spills {row['spilled_bytes']} bytes"
+            for kernel, rows in found.items()
+            for arch, row in rows.items()
+            if row["spilled_bytes"] > resources.spill_budget(kernel, arch)
+        ]
+    assert bad == []
+    known.passed()
+
+
+def test_every_architecture_is_compiled_for_each_dtype():
+    """A dtype or an architecture that was added and is never compiled."""
+    assert tuple(CHOSEN) == resources.UNITS
+    for dtype in resources.DTYPES:
+        archs = {arch for unit, arch in CHOSEN.items() if unit.dtype == dtype}
+        assert archs == set(resources.ARCHS)
+
+
+TOOLS = resources.compiler() and resources.find_cuda_tool("nvdisasm")
+needs_tools = pytest.mark.skipif(not TOOLS, reason="NVRTC or nvdisasm is missing")
+
+
+def known_code(what, names, head_dim, *facts):
+    """`Known` of kernels of machine_code.KERNELS."""
+    kernels = [machine_code.launch_of(name, head_dim).kernel for name in names]
+    return Known.of(what, resources.Unit("bf16", head_dim), kernels, *facts)
 
 
 INSTRUCTIONS = ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG.DEALLOC")
 
 
+@needs_tools
 @pytest.mark.parametrize(
     ("kernel", "more"),
     [
@@ -211,13 +246,13 @@ INSTRUCTIONS = ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG.DEALLOC")
         ("sm90_backward_fused", ("STSM.16.MT88.4", "UBLKRED.G.S.ADD.F32")),
     ],
 )
-def test_hopper_kernels_use_hoppers_instructions(request, kernel, more):
+def test_hopper_kernels_use_hoppers_instructions(kept_kernels, kernel, more):
     """wgmma that the compiler waits for one by one, loads that are no copies of the engine, arrays
     that went to local memory, registers that were not handed over."""
-    known = TOOLS and Known.of(f"instructions of {kernel}", "sm90 bf16", 128)
+    known = known_code(f"instructions of {kernel}", [kernel], 128)
     if known:
         return
-    sass = request.getfixturevalue("hopper_sass")[kernel]
+    sass = machine_code.disassemble(kernel, 128)
     for name in (*INSTRUCTIONS, *more):
         assert name in sass, name
     assert not re.search(r"\b(STL|LDL)\b", sass)
@@ -232,12 +267,18 @@ def until_the_next_wait(sass, before):
     return sass[begin : sass.index("WARPGROUP.DEPBAR", begin + 16)]
 
 
-def test_hopper_kernels_compute_while_the_tensor_cores_do(request):
+@needs_tools
+def test_hopper_kernels_compute_while_the_tensor_cores_do(kept_kernels):
     """ptxas moves arithmetic behind a wait that it need not wait for."""
-    known = TOOLS and Known.of("what overlaps", "sm90 bf16", 128)
+    names = [
+        name
+        for name in machine_code.KERNELS
+        if re.fullmatch("sm90_(forward|backward_d.*|backward_fused)", name)
+    ]
+    known = known_code("what overlaps", names, 128)
     if known:
         return
-    hopper_sass = request.getfixturevalue("hopper_sass")
+    hopper_sass = {name: machine_code.disassemble(name, 128) for name in names}
     # softmax of a tile (32 values a row and thread, 2 rows) while P V is under way
     overlapped = until_the_next_wait(hopper_sass["sm90_forward"], "HGMMA")
     assert overlapped.count("MUFU.EX2") >= 64
@@ -254,66 +295,28 @@ def test_hopper_kernels_compute_while_the_tensor_cores_do(request):
     known.passed()
 
 
-def test_every_unit_but_those_of_fp16_is_compiled():
-    """A width, a dtype or an architecture that was added and is never compiled."""
-    assert CHOSEN.keys() == {u for u in resources.UNITS if "fp16" not in u[0] or u[1] in (64, 128)}
-    for dtype in ("bf16", "float"):
-        assert {arch for (d, _), arch in CHOSEN.items() if d == dtype} == set(resources.ARCHS)
-
-
-@needs_nvcc
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "archs"),
-    COMPILED,
-    ids=lambda x: "-".join(x) if isinstance(x, tuple) else None,
-)
-def test_kernels_compile_and_use_no_more_than_the_table_says(dtype, head_dim, archs):
-    kind = f"<{resources.DTYPES.get(dtype.split()[-1])}, {head_dim}"
-    rows = {
-        kernel: [row.get(f"sm_{arch}") for arch in archs]
-        for kernel, row in TABLE["kernels"].items()
-        if kernel.startswith("sm90_") == dtype.startswith("sm90")
-        and (kind in kernel or not head_dim)
-    }
-    known = Known.of(f"compiles for {', '.join(archs)}", dtype, head_dim, TABLE["nvcc"], rows)
-    if known:
-        return
-    found = resources.compile_unit(NVCC, dtype, head_dim, archs)
-    bad = resources.differences(TABLE, found, archs)
-    if resources.nvcc_version(NVCC) != TABLE["nvcc"]:
-        # another compiler allocates otherwise: only the budget holds
-        bad = [
-            f"{kernel} {arch} spills {row['spill_bytes']} bytes"
-            for kernel, rows in found.items()
-            for arch, row in rows.items()
-            if row["spill_bytes"] > resources.spill_budget(kernel, arch)
-        ]
-    assert bad == []
-    known.passed()
-
-
 @needs_tools
 @pytest.mark.parametrize("family", machine_code.FAMILIES)
 @pytest.mark.parametrize("head_dim", machine_code.HEAD_DIMS)
-def test_hot_loops_have_no_more_instructions_than_the_table_says(family, head_dim):
+def test_hot_loops_have_no_more_instructions_than_the_table_says(kept_kernels, family, head_dim):
     """A change that puts instructions, spills or moves between register files into a hot loop."""
     table = json.loads(machine_code.TABLE.read_text())
-    if resources.nvcc_version(NVCC) != table["nvcc"]:
-        pytest.skip(f"the table is of nvcc {table['nvcc']}")
-    names = [f"{name} {head_dim}" for name, k in machine_code.KERNELS.items() if k.family == family]
-    expected = {name: table["kernels"].get(name) for name in names}
-    known = Known.of("hot loops", "bf16" if family == "sm80" else "sm90 bf16", head_dim, expected)
+    if resources.compiler() != table["nvrtc"]:
+        pytest.skip(f"the table is of NVRTC {table['nvrtc']}")
+    names = [name for name, k in machine_code.KERNELS.items() if k.family == family]
+    expected = {f"{name} {head_dim}": table["kernels"].get(f"{name} {head_dim}") for name in names}
+    known = known_code(f"hot loops of {family}", names, head_dim, expected)
     if known:
         return
-    rows = machine_code.measure(NVCC, (family,), (head_dim,))
-    assert len(rows) == sum(k.family == family for k in machine_code.KERNELS.values())
+    rows = machine_code.measure((family,), (head_dim,))
+    assert rows.keys() == expected.keys()
     assert machine_code.differences(table, rows) == []
     known.passed()
 
 
 def test_the_table_of_what_was_seen_names_no_test_that_is_gone():
     """A unit that is compiled no more, and still looks as if it was."""
-    units = {f"{dtype} {dim}" for dtype, dim in resources.UNITS}
+    units = set(map(str, resources.UNITS))
     assert not {name for name in seen.read(SEEN) if name.split(":")[0] not in units}
 
 
@@ -357,10 +360,9 @@ def test_hopper_loops_reach_their_goals():
 
 
 @needs_tools
-def test_sm80_exponentials_run_under_products():
+def test_sm80_exponentials_run_under_products(kept_kernels):
     """A branch, or an order of the source, that puts the softmax before all of P V."""
-    text = machine_code.disassemble(NVCC, "sm80", 128)
-    path, _ = machine_code.paths_of(text, "sm80")["sm80_forward"]
+    path, _ = machine_code.path_of("sm80_forward", 128)
     exponentials = [at for at, each in enumerate(path) if each.group == "exp2"]
     under = path[exponentials[0] : exponentials[-1]]
     assert sum(each.group == "product" for each in under) >= 48
@@ -405,7 +407,7 @@ def test_the_hot_path_leaves_the_slow_way_out():
     path, inner = machine_code.hot_path(code, machine_code.ARCHITECTURES["sm80"])
     assert [each.group for each in path] == ["product", "branch", "exp2", "branch"]
     assert inner == []
-    block = {"threads": 128, "shared_memory_bytes": 40 * 1024}
+    block = {"threads": 128, "shared_memory": 40 * 1024}
     row = machine_code.report(machine_code.KERNELS["sm80_forward"], path, 130, block)
     # 65536 // (136 * 128) = 3 CTAs of 4 warps; one product of 8 tensor cycles
     assert (row["ctas"], row["tensor_cycles"], row["slots_a_product"]) == (3, 8.0, 4.0)

@@ -43,6 +43,11 @@ class Binary(NamedTuple):
         return instructions(self.cubin)
 
     @property
+    def serialized(self) -> str:
+        """What ptxas says where it makes the products of wgmma wait for one another, else ""."""
+        return "; ".join(line.strip() for line in self.log.splitlines() if SERIALIZED.search(line))
+
+    @property
     def resources(self) -> Resources:
         """Read from the log."""
         found = RESOURCES.search(self.log)
@@ -59,6 +64,7 @@ class Resources(NamedTuple):
     spilled_bytes: int
 
 
+SERIALIZED = re.compile(r"\bC75\d\d\b")  # the numbers of these warnings
 RESOURCES = re.compile(
     r"(\d+) bytes spill stores, (\d+) bytes spill loads\s.*?Used (\d+) registers", re.S
 )

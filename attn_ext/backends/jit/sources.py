@@ -40,9 +40,8 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
         "convert_dq": "sm90/backward_fused.cuh",
     },
 }
-# Those whose last argument is a set of features (csrc/cuda/features.h).
-FEATURED = ("forward_features", "forward_general", "backward_dq", "backward_dkdv", "backward_bias",
-            "backward_features", "convert_dq_features")  # fmt: skip
+# A kernel whose last argument is a set of features (csrc/cuda/features.h), by its name.
+FEATURED = re.compile(r"int BITS>\s*ATTN_KERNEL.*\s*void (\w+)\(")
 EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 
@@ -119,10 +118,17 @@ def features(root: Path) -> dict[str, int]:
     return {name: 1 << int(bits[bit]) for bit, name in re.findall(r'\{(k\w+), "(\w+)"\}', text)}
 
 
+@functools.cache
+def featured(root: Path, space: str) -> frozenset[str]:
+    """The kernels of a namespace that are compiled for a set of features, as their headers say."""
+    texts = [(root / "cuda" / each).read_text(encoding="utf-8") for each in HEADERS[space].values()]
+    return frozenset(name for text in texts for name in FEATURED.findall(text))
+
+
 def flags_of(expression: str, root: Path) -> str:
     """The arguments of a kernel for people: "attn::ptx::bf16, 64, mask dropout"."""
     found, arguments = EXPRESSION.match(expression), expression.rstrip(">").split("<")[1]
-    if found is None or found[1] != "sm80" or found[2] not in FEATURED:
+    if found is None or found[2] not in featured(root, found[1]):
         return arguments
     rest, bits = arguments.rsplit(", ", 1)
     names = [name for name, bit in features(root).items() if int(bits) & bit]

@@ -1,6 +1,6 @@
 // All kernels of one (dtype, HEAD_DIM) pair, by the names that launches.h gives them: for compilers
-// that see kernels as functions, which are g++ for the emulator and nvcc for checks: without
-// features and for kAny.  The product compiles each kernel by its name, for the features of a call
+// that see kernels as functions, which is g++ for the emulator: without features and for kAny.  The
+// product compiles each kernel by its name, for the features of a call
 // (attn_ext/backends/jit).
 #pragma once
 #include "../launches.h"

@@ -424,7 +424,7 @@ def main() -> int:
     rows = measure()
     print(markdown(rows))
     if arguments.write:
-        table = {"nvrtc": load_resources().compiler(), "kernels": rows}
+        table = {"nvrtc": load_resources().compiler(), "kernels": dict(sorted(rows.items()))}
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
         return 0
     lines = differences(json.loads(TABLE.read_text()), rows)

@@ -24,7 +24,7 @@ def compilers(axes) -> None:
     """From the kernel's text to a GPU and to the emulated machine."""
     frame(axes, 200, 62, "One text, two machines")
     box(axes, 2, 22, 44, 18, "kernel text\nforward.cuh, ...", BLUE)
-    box(axes, 62, 40, 54, 18, "ptx.cuh for nvcc:\none instruction a function", GREEN)
+    box(axes, 62, 40, 54, 18, "ptx.cuh for NVRTC:\none instruction a function", GREEN)
     box(axes, 62, 4, 54, 18, "ptx_host.h for g++:\na call of the machine", ORANGE)
     box(axes, 134, 40, 62, 18, "GPU", GREEN)
     box(axes, 134, 4, 62, 18, "emulated machine: fibers,\nshared memory, race detector", ORANGE)

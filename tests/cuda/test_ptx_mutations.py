@@ -7,6 +7,7 @@ its twin, or the launch ends with an error.  Compiled at each commit is a sample
 can affect (tests/helpers/seen.py).
 """
 
+import runpy
 import shutil
 
 import numpy as np
@@ -95,6 +96,28 @@ def test_planted_fault_is_noticed(name, tmp_path):
     noticed = [mode for mode in patch.silent if found[mode] != "ok"]
     assert noticed == [], f"noticed by more modes than stated, {noticed}: {found}"
     seen.passed("compiled_ptx_faults", name, digest)
+
+
+PAGE = ROOT / "docs/design/emulation.md"
+
+
+def test_the_table_of_the_document():
+    """A fault that the document tells otherwise than it is held to here."""
+    rows = {
+        fault.what: patches.row(fault.what, fault) for fault in map(patches.read, FAULTS.values())
+    }
+    assert len(rows) == len(FAULTS) >= 15
+    assert patches.table(rows) in PAGE.read_text()
+
+
+def test_the_table_of_tritons_faults():
+    """The same of tests/triton/test_triton_ptx_mutations.py."""
+    pytest.importorskip("triton", minversion="3.9", reason="its launcher is Python from 3.9 on")
+    faults = runpy.run_path(str(ROOT / "tests/triton/test_triton_ptx_mutations.py"))["FAULTS"]
+    rows = {name: patches.row(f"{each.architecture} {each.kernel}: {name}", each)
+            for name, each in faults.items()}  # fmt: skip
+    assert len(rows) >= 8
+    assert patches.table(rows) in PAGE.read_text()
 
 
 def test_the_tables_name_no_fault_that_is_gone():

@@ -83,3 +83,14 @@ def apply(patch: Patch, root: Path) -> dict[str, str]:
             end = start + len(before)
         found[file] = result + text[end:]
     return found
+
+
+def row(what: str, fault) -> str:
+    """A line of Markdown: the fault, the modes that must notice it, those that must not; fault: a
+    Patch, or another that has both."""
+    return f"| {what} | {', '.join(fault.caught)} | {', '.join(fault.silent)} |"
+
+
+def table(rows: dict[str, str]) -> str:
+    """The lines of a table of faults, by their names."""
+    return "\n".join(rows[name] for name in sorted(rows))

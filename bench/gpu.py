@@ -1,9 +1,10 @@
-"""One command for a GPU at hand for a few minutes: build, test, sanitize, tune, measure.
+"""One command for a GPU at hand for a few minutes: test, sanitize, tune, measure.
 
     python bench/gpu.py --minutes 8 --out out/gpu
 
-Needs torch with CUDA, a C++ compiler, pybind11, ninja and pytest; no network, no installation: the
-extensions are built in place, CUDA kernels by NVRTC when they are used.  Steps have shares of the
+Needs torch with CUDA and pytest; no network, no nvcc and no build: NVRTC compiles CUDA kernels when
+they are used.  Only where the extensions of the tree are missing or older than their sources are
+they built in place first, which takes a C++ compiler, pybind11 and ninja.  Steps have shares of the
 time; each is a process of its own (a kernel that crashes ends its step only) and saves what it has:
 summary.json, summary.md, logs.txt, bench.json, bench.md, bars.png, roofline.png, tuned.json, all in
 one folder.
@@ -21,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +63,9 @@ class Device:
         return found
 
     def build(self, probe: dict) -> list[str]:
-        """The extensions in place; kernels are compiled when they are used"""
+        """The extensions in place, where they are not there yet"""
+        if built():
+            raise Skip("nothing to build: kernels are compiled when they are used")
         return [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
 
     def verify(self) -> list[str]:
@@ -172,6 +176,15 @@ class Fake(Device):
 
 class Skip(Exception):
     """Why a step does nothing here"""
+
+
+def built() -> bool:
+    """Whether the tree has its extensions, none older than a source of theirs"""
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cuh")]
+    newest = max(path.stat().st_mtime for path in sources)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    extensions = [ROOT / "attn_ext" / f"{name}{suffix}" for name in ("_C", "_cuda")]
+    return all(path.exists() and path.stat().st_mtime >= newest for path in extensions)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +144,26 @@ def row(want: Wanted, found: first_use.Result, keep: Path | None) -> dict:
     return told
 
 
+def with_bar(wants: Iterable[Wanted]) -> Iterator[Wanted]:
+    """The kernels one by one, with a progress bar where somebody looks."""
+    if not sys.stderr.isatty():
+        yield from wants
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    wants = list(wants)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(wants))
+        for want in wants:
+            told = sources.flags_of(want.kernel, sources.root()).replace("attn::ptx::", "")
+            name = want.kernel.split("<")[0].removeprefix("attn::cuda::")
+            progress.update(task, description=f"{name}<{told}> sm_{want.arch}")
+            yield want
+            progress.advance(task)
+
+
 def run(archs, preset, shapes, dtypes, features, backward, keep, as_json) -> int:
     """Compile, and print a line a kernel; 0 when all compiled"""
     for arch in archs:
@@ -164,16 +184,15 @@ def run(archs, preset, shapes, dtypes, features, backward, keep, as_json) -> int
         )
     except ValueError as error:
         raise BadArgument(f"--{error}") from None
-    for index, want in enumerate(wants, 1):
-        if sys.stderr.isatty():
-            print(f"\r{index}/{len(wants)} {want.kernel} sm_{want.arch}\033[K", end="",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        found = compiler.get(want.kernel, want.arch)
-        rows.append(row(want, found, keep))
-        if found.binary.serialized:  # its products wait for one another: right, and slow
-            print(f"{want.kernel} sm_{want.arch}: {found.binary.serialized}", file=sys.stderr)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
+    try:
+        for want in with_bar(wants):
+            found = compiler.get(want.kernel, want.arch)
+            rows.append(row(want, found, keep))
+            if found.binary.serialized:  # its products wait for one another: right, and slow
+                print(f"{want.kernel} sm_{want.arch}: {found.binary.serialized}", file=sys.stderr)
+    except CompileError as error:
+        print(error, file=sys.stderr)
+        return 1
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import stat
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,6 +236,38 @@ def test_the_command_compiles_keeps_and_clears(tmp_path, monkeypatch, capsys):
     assert Path(first["cubin"]).read_bytes()[:4] == b"\x7fELF"
     assert command.clear(True) == 0 and json.loads(capsys.readouterr().out) == {"cleared": 1}
     first_use.default.cache_clear()
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch, capsys):
+    """A traceback, or a success, where NVRTC's words and a request to report them belong; the same
+    of a warning of ptxas that products wait for one another."""
+    log = "1 bytes spill stores, 2 bytes spill loads\nUsed 3 registers\n(C7510) wgmma serialized"
+    binary = nvrtc.Binary("k", b"", bytes(64), log)
+    results = [first_use.Result(binary, 0.0, False), jit.CompileError("line 3: please report")]
+
+    def get(kernel, arch):
+        found = results.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    standin = types.SimpleNamespace(get=get, architectures=(80,))
+    monkeypatch.setattr(first_use, "default", lambda: standin)
+    asked = (["80"], None, ["1,2,64,32"], ["bf16"], [], True, None, False)
+    assert command.run(*asked) == 1
+    warned, failed = capsys.readouterr().err.splitlines()
+    assert "forward_plain<attn::ptx::bf16, 32> sm_80: (C7510) wgmma serialized" in warned
+    assert failed == "line 3: please report"
+
+
+def test_the_progress_bar(monkeypatch, capsys):
+    """A bar in a log of a container's build; none for who looks at a terminal."""
+    wants = list(command.wanted("1,2,64,32", "bf16", (), False, "80"))
+    assert list(command.with_bar(wants)) == wants and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(command.with_bar(wants)) == wants
+    assert "sm80::forward_plain<bf16, 32> sm_80" in capsys.readouterr().err
 
 
 def test_what_the_command_refuses():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,26 @@ def test_the_whole_path_on_a_fake_device(tmp_path):
         assert image.imread(tmp_path / name)[..., :3].std() > 0.02
     kept = sorted(p.name for p in tmp_path.iterdir())
     assert len(kept) <= 8 and not any(name.startswith(".") for name in kept)
+
+
+def test_nothing_is_built_where_the_extensions_are(tmp_path, monkeypatch):
+    """Minutes of a GPU for extensions that are there; or a measurement of old ones."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    source = tmp_path / "csrc" / "cuda" / "launch.cpp"
+    files = [tmp_path / "attn_ext" / f"{name}{gpu.sysconfig.get_config_var('EXT_SUFFIX')}"
+             for name in ("_C", "_cuda")]  # fmt: skip
+    for path in (source, *files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (100, 100))
+    assert gpu.built()
+    with pytest.raises(gpu.Skip, match="nothing to build"):
+        gpu.Device().build({})
+    os.utime(source, (101, 101))
+    assert not gpu.built() and "build_ext" in gpu.Device().build({})
+    os.utime(source, (100, 100))
+    files[1].unlink()
+    assert not gpu.built()
 
 
 @pytest.fixture

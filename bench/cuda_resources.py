@@ -1,7 +1,8 @@
 """Compiles every CUDA kernel without a GPU, by `attn-ext compile`, and tells what it takes.
 
     python bench/cuda_resources.py            compare with bench/results/cuda_resources.json
-    python bench/cuda_resources.py --write    compile and write that table
+    python bench/cuda_resources.py --write    compile and write that table, and the occupancy of
+                                              docs/design/cuda.md
     python bench/cuda_resources.py --occupancy    from the table: warps that a multiprocessor holds
 
 For each kernel and architecture: registers a thread, bytes spilled (stores + loads), instructions;
@@ -29,6 +30,7 @@ from attn_ext.cli import compile as command
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
+PAGE = ROOT / "docs" / "design" / "cuda.md"
 ARCHS = ("80", "90a", "120")
 DTYPES = ("bf16", "fp16", "fp32")
 
@@ -90,7 +92,16 @@ def compiler() -> str:
 # Bytes of spill stores and loads that kernels may have, by a pattern of the name and architecture:
 # where in these kernels they stand was not looked at but in those of test_nvcc.py, which
 # counts them in the hot loops.
-SPILLS: tuple[tuple[str, int], ...] = ()
+SPILLS: tuple[tuple[str, int], ...] = (
+    (r"sm80::backward_far_.*", 136),  # for rows that are rare
+    (r"sm80::(forward|backward)_features<.*", 352),
+    (r"sm80::convert_dq_features<.*", 8),
+    (r"sm80::forward_plain<(bf16|fp16), 96> sm_90a", 12),
+    (r"sm80::forward_plain<(bf16|fp16), 128> sm_80", 96),
+    (r"sm80::forward_plain<(bf16|fp16), 128> sm_90a", 376),
+    (r"sm80::backward_fused<(bf16|fp16), .* sm_90a", 200),
+    (r"sm80::backward_dkdv<(bf16|fp16), 128, .* sm_120", 120),
+)
 
 
 def spill_budget(kernel: str, arch: str) -> int:
@@ -216,6 +227,13 @@ def occupancy(table: dict) -> str:
     return "\n".join(lines)
 
 
+def with_occupancy(page: str, table: dict) -> str:
+    """The text of the document with the occupancy of this table."""
+    lines = occupancy(table)
+    begin = page.index(lines.split("\n")[0])
+    return page[:begin] + lines + page[page.index("\n\n", begin) :]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table")
@@ -230,6 +248,7 @@ def main() -> int:
     table = measure()
     if arguments.write:
         TABLE.write_text(written(table))
+        PAGE.write_text(with_occupancy(PAGE.read_text(), table))
         count = sum(map(len, table["kernels"].values()))
         print(f"wrote {TABLE.relative_to(ROOT)}: {len(table['kernels'])} kernels, {count} rows")
         return 0

@@ -126,6 +126,7 @@ CASES = {
     "float32": {"mask": "bhqk", "bias": "hqk", "dtype": torch.float32, "seqlen_q": 40},
     "deterministic": {"bias": "hqk", "dropout_p": 0.2, "deterministic": True},
     "decode of pages": {"cache_seqlens": [200], "seqlen_q": 2, "page_size": 16, "softcap": 3.0},
+    "on Hopper, causal": {"head_dim": 64, "causal": True, "hopper": True},
     "decode without features": {"cache_seqlens": [200], "seqlen_q": 2},
     "packed sequences": {"mask": "bk", "seqlens_q": [5, 71, 1], "seqlens_k": [7, 133, 0],
                          "dropout_p": 0.2, "stats": True},
@@ -141,13 +142,16 @@ def test_exactly_these_features_compute_what_they_should(name):
     """A feature that a kernel leaves out because its bit is another one's, or that is compiled in
     two ways of which one is wrong."""
     options = dict(SIZES, **{}) | CASES[name]
-    cast = options.pop("cast", None)
+    cast, hopper = options.pop("cast", None), options.pop("hopper", False)
     if "seqlens_q" in options:
         options = {k: v for k, v in options.items() if k not in ("batch", "seqlen_q", "seqlen_k")}
     call = random_call(3, **options)
     if cast is not None:
         call = call._replace(bias=call.bias.to(cast))
-    with driver(80) as fake:
-        check_call(call, Kernels(), grads=call.seqlens_k is None)
+    with driver(90 if hopper else 80) as fake:
+        kernels = Kernels()
+        kernels.sm90 = hopper
+        check_call(call, kernels, grads=call.seqlens_k is None)
+        assert any("::sm90::" in name for name, _ in fake.compiled) == hopper
         asked = features_in(fake)
         assert asked and "any" not in " ".join(asked)

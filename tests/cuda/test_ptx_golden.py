@@ -64,7 +64,8 @@ again:
   st.global.v4.u32 [%rd4], {%r1, %r2, %r3, %r4};
 """
 # The lane's number and the register's in each half: store tiles, read them as plain rows, and by
-# ldmatrix.  The row of lane l: address 16 l.
+# ldmatrix, all four and those that were stored.  The row of lane l: address 16 l, and nowhere where
+# the lane's address must not count.
 TILES = """
   shl.b32 %r1, %r0, 4;
   mov.u32 %r20, smem;
@@ -76,6 +77,14 @@ TILES = """
   st.global.v4.u32 [%rd4], {{%r6, %r7, %r8, %r9}};
   ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r6, %r7, %r8, %r9}}, [%r1];
   st.global.v4.u32 [%rd4+16], {{%r6, %r7, %r8, %r9}};
+  mov.u32 %r2, 0;
+  mov.u32 %r3, 0;
+  mov.u32 %r4, 0;
+  mov.u32 %r5, 0;
+  setp.ge.u32 %p1, %r0, {rows};
+  @%p1 add.u32 %r1, %r1, 1048576;
+  ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{registers}}}, [%r1];
+  st.global.v4.u32 [%rd4+32], {{%r2, %r3, %r4, %r5}};
 """
 BOX = """
   mov.b64 %rd6, box{span}_map;
@@ -138,7 +147,7 @@ READS = "".join(
 BODIES = {"ex2": EX2, "philox": PHILOX, "product": PRODUCT}
 BODIES |= {
     f"tiles{count}{'t' * trans}": TILES.format(
-        count=count, trans=".trans" * trans, registers=registers
+        count=count, trans=".trans" * trans, registers=registers, rows=8 * count
     )
     for count, registers in REGISTERS.items()
     for trans in (False, True)
@@ -212,6 +221,7 @@ def test_stmatrix_and_ldmatrix(count, trans):
     got = run(f"tiles{count}{'t' * trans}", words)
     np.testing.assert_array_equal(got[:, :4].copy().view(np.uint16), stored.reshape(32, 8))
     np.testing.assert_array_equal(got[:, 4 : 4 + count], words[:, :count])
+    np.testing.assert_array_equal(got[:, 8 : 8 + count], words[:, :count])
 
 
 @pytest.mark.parametrize("span", SPANS)

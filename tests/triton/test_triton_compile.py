@@ -21,6 +21,7 @@ import triton_offline as offline
 import triton_seen
 
 from attn_ext.triton_kernels import configs, tune
+from attn_ext.triton_kernels.kernels import primitives
 
 SCRIPT = offline.__file__
 
@@ -109,6 +110,17 @@ def test_there_is_a_table_for_each_architecture_and_the_oldest_triton():
 def test_the_table_is_that_of_these_kernels(name):
     """Kernels that were changed after the table was written: run `make triton-table`."""
     assert TABLES[name]["kernels"] == offline.digest()
+
+
+def test_rows_computed_again_are_an_extent_that_triton_takes():
+    """Keys and values of different widths: a share of their sum that is no power of two, with which
+    no backward kernel compiles.  The interpreter does not mind."""
+    widths, blocks = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256)
+    for block, width, width_v in itertools.product(blocks, widths, widths):
+        for most in (4096 // (width + width_v), 8192 // (width + width_v), 8192 // width):
+            rows = primitives.careful_rows_at_once(block, most)
+            assert rows.bit_count() == 1 and rows <= block, (block, width, width_v)
+            assert rows == block or rows == 8 or rows <= most < 2 * rows, (rows, most)
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -42,6 +42,7 @@ CALLS = {
     "sm_90, a shard: its diagonal, distances and counter": ("sm_90", FEATURES | PLACED),
     "sm_80": ("sm_80", CAUSAL),
     "sm_80, every feature": ("sm_80", FEATURES),
+    "sm_80, values wider than keys": ("sm_80", CAUSAL | {"head_dim_v": 72}),
     "sm_80, tf32": ("sm_80", CAUSAL | SINGLE),
     "sm_80, paged decode, split": ("sm_80", PAGED),
 }

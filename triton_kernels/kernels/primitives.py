@@ -101,8 +101,9 @@ def dot(a, b, acc):
 @triton.constexpr_function
 def careful_rows_at_once(block: int, most: int) -> int:
     """Rows of a tile that are computed again at a time: as many as leave the registers to the fast
-    loops, 8 at least."""
-    return min(block, max(8, most))
+    loops, 8 at least; a power of two, as all that is an extent for Triton, also where `most` is a
+    share of the sum of two widths."""
+    return min(block, max(8, 1 << most.bit_length() >> 1))
 
 
 @triton.jit

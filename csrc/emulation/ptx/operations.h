@@ -154,7 +154,12 @@ inline void copy_async(uint32_t to, uint64_t from, int bytes, uint32_t source_by
 // ---- matrices ---------------------------------------------------------------------------------
 template <bool TRANS, int TILES>
 inline void load_matrix(uint32_t (&r)[TILES], uint32_t address, PTX_AT) {
-  static_assert(TILES == 2 || TILES == 4);
+  static_assert(TILES == 1 || TILES == 2 || TILES == 4);
+  if constexpr (TILES == 1) {  // of two tiles at the same rows, whose addresses lanes 0 to 7 have
+    uint32_t same[2];
+    load_matrix<TRANS, 2>(same, ptx::shfl(address, ptx::lane_id() & 7, at), at);
+    r[0] = same[0];
+  }
   if constexpr (TILES == 4)
     TRANS ? ptx::ldmatrix_x4_trans(r, address, at) : ptx::ldmatrix_x4(r, address, at);
   if constexpr (TILES == 2)

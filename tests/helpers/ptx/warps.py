@@ -182,7 +182,9 @@ def load_matrix(em: Emitter, op: Opcode, args: list[str]) -> str:
         if not op.take(part):
             raise Unsupported("tiles other than m8n8 of b16")
     op.take("shared") or op.take("shared::cta")
-    tiles, trans = int(op.one_of("x2", "x4")[1:]), "true" if op.take("trans") else "false"
+    tiles, trans = int(op.one_of("x1", "x2", "x4")[1:]), "true" if op.take("trans") else "false"
+    if len(em.vector(args[0])) != tiles:
+        raise Unsupported(f"{tiles} tiles to {len(em.vector(args[0]))} registers")
     text = f"uint32_t tiles[{tiles}];"
     text += f"load_matrix<{trans}, {tiles}>(tiles, {em.address(args[1], 'u32')});"
     return text + "".join(

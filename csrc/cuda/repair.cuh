@@ -68,11 +68,24 @@ struct Repair {
   const Params& p;
   const Sequence& seq;
 
+  // The element at which a row begins.
+  ATTN_DEVICE int64_t query_at(const Strides& s, int h, int i) const {
+    return seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
+  }
+  ATTN_DEVICE int64_t key_at(const Strides& s, int h, int j) const {
+    return seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
+  }
   ATTN_DEVICE const T* query(const void* base, const Strides& s, int h, int i) const {
-    return static_cast<const T*>(base) + seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
+    return static_cast<const T*>(base) + query_at(s, h, i);
   }
   ATTN_DEVICE const T* key(const void* base, const Strides& s, int h, int j) const {
-    return static_cast<const T*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
+    return static_cast<const T*>(base) + key_at(s, h, j);
+  }
+  ATTN_DEVICE void store(const RowSum<HEAD_DIM>& sum, void* base, int64_t at, int64_t dim) const {
+    if (has<BITS>(p, kPart))
+      sum.store(static_cast<float*>(base) + at, int(dim));
+    else
+      sum.store(static_cast<T*>(base) + at, int(dim));
   }
   ATTN_DEVICE float logit(int h, int i, int j, float& derivative) const {
     const float product =
@@ -85,7 +98,7 @@ struct Repair {
   // What dropout makes of a weight of 1.
   ATTN_DEVICE float kept(int h, int i, int j) const {
     if (!has<BITS>(p, kDropout)) return 1.0f;
-    return Dropout::of(p, seq.b).keep(h, i, j) ? p.keep_scale : 0.0f;
+    return Dropout::of(p, seq).keep(h, i, j) ? p.keep_scale : 0.0f;
   }
   // P and dS of a pair; row: of query i.
   ATTN_DEVICE void gradient(int h, int i, int j, const RowGradient& row, float& P,
@@ -129,7 +142,7 @@ struct Repair {
     } else {
       O.scale(finish(h, i, top, sum, weighted));
     }
-    O.store(const_cast<T*>(query(p.ptr.o, p.p.o, h, i)), int(p.p.head_dim_v));
+    store(O, p.ptr.o, query_at(p.p.o, h, i), p.p.head_dim_v);
   }
 
   // LSE and statistics of query i; what O is to be multiplied by.
@@ -164,7 +177,7 @@ struct Repair {
       dQ.add(dS, key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
     }
     dQ.scale(p.scale);
-    dQ.store(const_cast<T*>(query(p.ptr.dq, p.p.dq, h, i)), int(p.p.head_dim));
+    store(dQ, p.ptr.dq, query_at(p.p.dq, h, i), p.p.head_dim);
   }
 
   // dK and dV of key j of a K/V head, each where it is asked for.
@@ -184,9 +197,8 @@ struct Repair {
     }
     dK.scale(p.scale);
     const int h = head_k * p.group;
-    if (for_k && p.ptr.dk) dK.store(const_cast<T*>(key(p.ptr.dk, p.p.dk, h, j)), int(p.p.head_dim));
-    if (for_v && p.ptr.dv)
-      dV.store(const_cast<T*>(key(p.ptr.dv, p.p.dv, h, j)), int(p.p.head_dim_v));
+    if (for_k && p.ptr.dk) store(dK, p.ptr.dk, key_at(p.p.dk, h, j), p.p.head_dim);
+    if (for_v && p.ptr.dv) store(dV, p.ptr.dv, key_at(p.p.dv, h, j), p.p.head_dim_v);
   }
 };
 

@@ -68,24 +68,28 @@ struct Repair {
   const Params& p;
   const Sequence& seq;
 
-  // The element at which a row begins.
-  ATTN_DEVICE int64_t query_at(const Strides& s, int h, int i) const {
-    return seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
+  template <class E = T>
+  ATTN_DEVICE const E* query(const void* base, const Strides& s, int h, int i) const {
+    return static_cast<const E*>(base) + seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
   }
-  ATTN_DEVICE int64_t key_at(const Strides& s, int h, int j) const {
-    return seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
+  template <class E = T>
+  ATTN_DEVICE const E* key(const void* base, const Strides& s, int h, int j) const {
+    return static_cast<const E*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
   }
-  ATTN_DEVICE const T* query(const void* base, const Strides& s, int h, int i) const {
-    return static_cast<const T*>(base) + query_at(s, h, i);
-  }
-  ATTN_DEVICE const T* key(const void* base, const Strides& s, int h, int j) const {
-    return static_cast<const T*>(base) + key_at(s, h, j);
-  }
-  ATTN_DEVICE void store(const RowSum<HEAD_DIM>& sum, void* base, int64_t at, int64_t dim) const {
+  // The row of O, dQ, dK or dV that belongs to a query or a key.
+  ATTN_DEVICE void store_query(const RowSum<HEAD_DIM>& sum, const void* base, const Strides& s,
+                               int h, int i, int dim) const {
     if (has<BITS>(p, kPart))
-      sum.store(static_cast<float*>(base) + at, int(dim));
+      sum.store(const_cast<float*>(query<float>(base, s, h, i)), dim);
     else
-      sum.store(static_cast<T*>(base) + at, int(dim));
+      sum.store(const_cast<T*>(query(base, s, h, i)), dim);
+  }
+  ATTN_DEVICE void store_key(const RowSum<HEAD_DIM>& sum, const void* base, const Strides& s, int h,
+                             int j, int dim) const {
+    if (has<BITS>(p, kPart))
+      sum.store(const_cast<float*>(key<float>(base, s, h, j)), dim);
+    else
+      sum.store(const_cast<T*>(key(base, s, h, j)), dim);
   }
   ATTN_DEVICE float logit(int h, int i, int j, float& derivative) const {
     const float product =
@@ -142,7 +146,7 @@ struct Repair {
     } else {
       O.scale(finish(h, i, top, sum, weighted));
     }
-    store(O, p.ptr.o, query_at(p.p.o, h, i), p.p.head_dim_v);
+    store_query(O, p.ptr.o, p.p.o, h, i, int(p.p.head_dim_v));
   }
 
   // LSE and statistics of query i; what O is to be multiplied by.
@@ -177,7 +181,7 @@ struct Repair {
       dQ.add(dS, key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
     }
     dQ.scale(p.scale);
-    store(dQ, p.ptr.dq, query_at(p.p.dq, h, i), p.p.head_dim);
+    store_query(dQ, p.ptr.dq, p.p.dq, h, i, int(p.p.head_dim));
   }
 
   // dK and dV of key j of a K/V head, each where it is asked for.
@@ -197,8 +201,8 @@ struct Repair {
     }
     dK.scale(p.scale);
     const int h = head_k * p.group;
-    if (for_k && p.ptr.dk) store(dK, p.ptr.dk, key_at(p.p.dk, h, j), p.p.head_dim);
-    if (for_v && p.ptr.dv) store(dV, p.ptr.dv, key_at(p.p.dv, h, j), p.p.head_dim_v);
+    if (for_k && p.ptr.dk) store_key(dK, p.ptr.dk, p.p.dk, h, j, int(p.p.head_dim));
+    if (for_v && p.ptr.dv) store_key(dV, p.ptr.dv, p.p.dv, h, j, int(p.p.head_dim_v));
   }
 };
 

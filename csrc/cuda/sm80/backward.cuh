@@ -257,15 +257,14 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
   for (int r = 0; r < 2; ++r) {
     const int j = row + 8 * r;
     if (j >= seq.seqlen_k) continue;
-    const auto at = [&](const Strides& s) {
-      return seq.b * s.b + head_k * s.h + (seq.k_start + j) * s.s;
-    };
+    const int64_t at_k = seq.b * p.p.dk.b + head_k * p.p.dk.h + (seq.k_start + j) * p.p.dk.s;
+    const int64_t at_v = seq.b * p.p.dv.b + head_k * p.p.dv.h + (seq.k_start + j) * p.p.dv.s;
     if constexpr (WIDE) {
-      store_result<T, BITS>(p, p.pass ? p.ptr.dk : p.ptr.dv, at(p.pass ? p.p.dk : p.p.dv), dV, r,
+      store_result<T, BITS>(p, p.pass ? p.ptr.dk : p.ptr.dv, p.pass ? at_k : at_v, dV, r,
                             p.pass ? p.scale : 1.0f, p.pass ? dim : dim_v);
     } else {
-      if (p.ptr.dv) store_result<T, BITS>(p, p.ptr.dv, at(p.p.dv), dV, r, 1.0f, dim_v);
-      if (p.ptr.dk) store_result<T, BITS>(p, p.ptr.dk, at(p.p.dk), dK, r, p.scale, dim);
+      if (p.ptr.dv) store_result<T, BITS>(p, p.ptr.dv, at_v, dV, r, 1.0f, dim_v);
+      if (p.ptr.dk) store_result<T, BITS>(p, p.ptr.dk, at_k, dK, r, p.scale, dim);
     }
   }
   if (bad)

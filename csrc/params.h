@@ -43,6 +43,8 @@ struct Problem {
   int64_t window_left = kUnbounded, window_right = kUnbounded;
   int32_t bottom_right = 1;
   bool deterministic = false;  // backward: the same bits from run to run
+  bool part = false;  // on CUDA: O, dQ, dK and dV in float32; in a backward LSE is that of whole
+                      // rows, dlse is their delta, and no LSE is far from 0
   int64_t num_splits = 0;  // decode: parts of the keys that are worked on at a time; 0: not said
 };
 
@@ -89,7 +91,7 @@ struct Pointers {
   void *max_logit = nullptr, *entropy = nullptr;
   const void *dout = nullptr, *dlse = nullptr;  // dlse: as LSE, null = zero
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dbias = nullptr, *dsink = nullptr;
-  const Frame* frame = nullptr;  // [B]; null: the call's sequences are whole.  Of csrc/cpu alone
+  const Frame* frame = nullptr;  // [B]; null: the call's sequences are whole
 };
 
 }  // namespace attn

@@ -12,6 +12,8 @@ from attn_ext.backends.jit import first_use
 from attn_ext.backends.jit.nvrtc import CompileError, find
 from attn_ext.core.problem import Problem
 
+FRAMES = native_gpu.FRAMES
+
 
 def image(kernel: str, capability: int) -> tuple[str, bytes]:
     """(symbol, machine code) of a kernel that is launched for the first time."""
@@ -98,3 +100,13 @@ def forward(call):
 def backward(call, dout, out, lse, dlse, needs):
     """The gradients; None where `needs` says so."""
     return kernels().backward(call, dout, out, lse, dlse, needs)
+
+
+def forward_partial(call):
+    """(O, sums) of these keys alone, in float32 (`attn_ext.ops.parts`).  The call has no sink."""
+    return kernels().forward_partial(call)
+
+
+def backward_partial(call, dout, delta, sums, needs):
+    """What these keys add to the gradients, in float32; delta and sums are those of whole rows."""
+    return kernels().backward_partial(call, dout, delta, sums, needs)

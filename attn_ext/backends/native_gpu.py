@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from attn_ext.backends import tuned
+from attn_ext.backends import sums, tuned
 from attn_ext.backends.native import canonical, fields, point
 from attn_ext.core.layout import NO_SCORES, empty_like_layout, memory_order, rows, strides
 from attn_ext.core.plans import Plans
@@ -20,6 +20,7 @@ from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs, lse_shape
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/params.h
+FRAMES = True
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30  # positions are int32 in the kernels
 
@@ -110,10 +111,12 @@ class Kernels:
                 tensors[name] = tensors[name].clamp(0, min(total, 2**31 - 1))
         return tensors
 
-    def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor):
+    def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, part=False):
         """The native call: sizes, strides, scalars and the addresses of the inputs."""
         counted = call.cu_seqlens_q is not None or call.block_table is not None
         native = self.module.Call(**fields(call, t, out, lse, DTYPES))
+        if part:
+            native.set_part()
         if counted:
             native.set_rows(t["q"].shape[0], t["k"].shape[0])
         point(native, o=out, lse=lse, **t)
@@ -149,10 +152,18 @@ class Kernels:
             results = self._plain_forward(call, key)
             if results is not None:
                 return results
+        return self._forward(call)
+
+    def forward_partial(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        """(O, sums) of these keys alone, in float32 (`attn_ext.ops.parts`).  The call has no
+        sink."""
+        return sums.forward(call, *self._forward(call._replace(need_stats=False), True)[:2])
+
+    def _forward(self, call: Call, part: bool = False):
         t = self._canonical(call)
         varlen = call.cu_seqlens_q is not None
         q = call.q
-        out = empty_like_layout(q, call.v.shape[-1])
+        out = empty_like_layout(q, call.v.shape[-1], torch.float32 if part else q.dtype)
         lse = torch.empty(lse_shape(call), dtype=torch.float32, device=q.device)
         stats = [torch.empty_like(lse), torch.empty_like(lse)] if call.need_stats else [None, None]
         if varlen:  # rows that belong to no sequence are empty rows
@@ -163,7 +174,7 @@ class Kernels:
         if lse.numel() == 0:
             return out, lse, *stats
         target = self._target(q.device)
-        native = self._native(call, t, out, lse)
+        native = self._native(call, t, out, lse, part)
         if call.need_stats:
             point(native, max_logit=stats[0], entropy=stats[1])
         floats = native.forward_workspace(target[2])
@@ -173,33 +184,53 @@ class Kernels:
             native.forward(address, *target)
         return out, lse, *stats
 
-    def launches(self, call: Call, backward: bool, device: tuple[int, bool, int]):
+    def launches(self, call: Call, backward: bool, device: tuple[int, bool, int], part=False):
         """(kernel, threads, bytes of shared memory) of each launch that a call would make on a
         device: its multiprocessors, whether Hopper's kernels serve, its shared memory a CTA."""
         q = call.q
         out = empty_like_layout(q, call.v.shape[-1])
         lse = torch.empty(lse_shape(call), dtype=torch.float32, device=q.device)
-        native = self._native(call, self._canonical(call), out, lse)
+        native = self._native(call, self._canonical(call), out, lse, part)
         if call.need_stats:
             point(native, max_logit=lse, entropy=lse)
         if backward:
             varlen, bias = call.cu_seqlens_q is not None, call.bias
             grads = [strides(x, varlen) for x in (out, q, call.k, call.v)]
             native.set_gradients(*grads, _gradient_strides(bias), call.deterministic)
-            point(native, dout=out, dq=q, dk=call.k, dv=call.v, dbias=bias, dsink=call.sink)
+            sink = None if part else call.sink
+            point(native, dout=out, dq=q, dk=call.k, dv=call.v, dbias=bias, dsink=sink)
         return native.launches(backward, *device)
 
     def backward(self, call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
         """The gradients; None where `needs` says so.  That of the bias has its own shape and
         dtype."""
+        grads = self._backward(call, dout, out, lse, dlse, needs)
+        dbias = None if grads.bias is None else grads.bias.to(call.bias.dtype)
+        return grads._replace(bias=dbias)
+
+    def backward_partial(self, call: Call, dout, delta, sums_of_rows, needs: Needs) -> Grads:
+        """What these keys add to the gradients of q, k, v and the bias, in float32; delta and the
+        sums are those of whole rows."""
+        needs = needs._replace(sink=False, w=False)  # no part has them
+        return sums.backward(
+            call, dout, delta, sums_of_rows, needs,
+            lambda lse: self._backward(call, dout, None, lse, delta, needs),
+        )  # fmt: skip
+
+    def _backward(self, call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
+        """The gradients, that of the bias in float32.  out: None for a part, whose dlse is the
+        delta of whole rows."""
+        part = out is None
         t = self._canonical(call)
         varlen = call.cu_seqlens_q is not None
-        dout, out = rows(dout.to(call.q.dtype)), rows(out)
+        dout = rows(dout.to(call.q.dtype))
+        out = dout if part else rows(out)  # of a part the kernels read none
         lse = lse.resolve_neg().contiguous()
         dlse = None if dlse is None else dlse.float().resolve_neg().contiguous()
         grads = []
         for x, need in zip((call.q, call.k, call.v), needs, strict=False):
-            g = empty_like_layout(x, x.shape[-1]) if need else None
+            dtype = torch.float32 if part else x.dtype
+            g = empty_like_layout(x, x.shape[-1], dtype) if need else None
             # Rows without a task: beyond the sequences of a varlen call, or with no queries or no
             # keys at all.
             if need and (varlen or call.max_seqlen_q == 0 or call.max_seqlen_k == 0):
@@ -210,7 +241,7 @@ class Kernels:
         dbias = torch.zeros(call.bias.shape, **f32) if needs.bias else None
         dsink = torch.zeros(call.sink.shape, **f32) if needs.sink else None
         if call.q.numel() and call.k.numel() and call.v.numel():
-            native = self._native(call, t, out, lse)
+            native = self._native(call, t, out, lse, part)
             none = (0, 0, 0)
             native.set_gradients(
                 strides(dout, varlen),
@@ -223,5 +254,4 @@ class Kernels:
             scratch = torch.empty(native.backward_workspace(target[3], target[0]), **f32)
             with self._on(call.q.device):
                 native.backward(scratch.data_ptr(), *target)
-        dbias = None if dbias is None else dbias.to(call.bias.dtype)
         return Grads(dq, dk, dv, dbias, dsink)

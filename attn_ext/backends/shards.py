@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from attn_ext.core import tiles
-from attn_ext.core.reference import sequence_scores
+from attn_ext.core.reference import cached_rows, sequence_scores
 from attn_ext.core.schema import Call, Frame, Grads, Needs, lse_shape, statistics_dtype
 
 
@@ -62,12 +62,12 @@ def _sequences(call: Call) -> Iterator[_Sequence]:
             lengths = at[0].stop - at[0].start, at[1].stop - at[1].start
             frame = Frame(b, 0, 0, 0, *lengths) if frames is None else frames[b]
             yield _one(call, _Sequence(call, b, frame, at))
-    elif frames is None and call.seqlens_k is None:
+    elif frames is None and call.seqlens_k is None and call.block_table is None:
         yield _Sequence(call, 0, None)
     else:
         used = [None] * call.q.shape[0] if call.seqlens_k is None else call.seqlens_k.tolist()
         for b, keys in enumerate(used):
-            keys = call.k.shape[2] if keys is None else keys
+            keys = call.max_seqlen_k if keys is None else keys
             frame = Frame(b, 0, 0, 0, call.q.shape[2], keys) if frames is None else frames[b]
             yield _one(call, _Sequence(call, b, frame, None, keys))
 
@@ -76,12 +76,16 @@ def _one(call: Call, part: _Sequence) -> _Sequence:
     """The sequence with its own tensors."""
     b = part.index
     slopes = call.alibi_slopes
-    q, k, v = part.of_rows(call.q), part.of_rows(call.k, 1), part.of_rows(call.v, 1)
+    q = part.of_rows(call.q)
+    if call.block_table is None:
+        k, v = (part.of_rows(x, 1) for x in (call.k, call.v))
+    else:
+        k, v = (cached_rows(call, x, b, part.used) for x in (call.k, call.v))
     part = part._replace(call=call._replace(q=q, k=k, v=v))
     one = part.call._replace(
         mask=part.of_scores(call.mask, call), bias=part.of_scores(call.bias, call),
         alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1],
-        cu_seqlens_q=None, cu_seqlens_k=None, seqlens_k=None, frame=None,
+        cu_seqlens_q=None, cu_seqlens_k=None, seqlens_k=None, block_table=None, frame=None,
     )  # fmt: skip
     return part._replace(call=one)
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from attn_ext.backends import native_gpu
 from attn_ext.backends.jit import cache, first_use, sources
 from attn_ext.backends.jit.nvrtc import CompileError
 from attn_ext.cli.errors import BadArgument
-from attn_ext.core.schema import Call
+from attn_ext.core.schema import Call, Frame
 from attn_ext.measure.cases import make
 from attn_ext.testing import random_call
 
@@ -29,6 +31,7 @@ FEATURES = {  # name -> what random_call() takes
     "deterministic": {"deterministic": True},
     "decode": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1},
     "paged": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1, "page_size": 16},
+    "frame": {}, "part": {},  # of context parallelism: whose positions count; results in float32
 }  # fmt: skip
 PRESETS = {  # (shape, features) of each kind of call that such a model makes
     "llama": (("1,32/8,128,128", ("causal",)), ("1,32/8,128,128", ("causal", "mask")),
@@ -59,10 +62,14 @@ def short_call(shape: str, dtype: str, features: tuple[str, ...]) -> Call:
     options = {"seqlen_q": min(case.seqlen_q, 128), "seqlen_k": min(case.seqlen_k, 128)}
     for name in features:
         options |= FEATURES[name]
-    return random_call(
+    call = random_call(
         batch=1, heads_q=case.heads_q, heads_k=case.heads_k, head_dim=case.head_dim,
         dtype=case.torch_dtype, **options,
     )  # fmt: skip
+    if "frame" not in features:
+        return call
+    frame = Frame(0, 0, 0, 0, options["seqlen_q"], options["seqlen_k"])
+    return call._replace(frame=torch.tensor([frame], dtype=torch.int32))
 
 
 def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):
@@ -75,7 +82,8 @@ def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch
     for sm90 in (False, True) if arch == "90a" else (False,):
         device = (MULTIPROCESSORS if decodes else 1, sm90, SHARED_KIB[arch] * 1024)
         for direction in (False, True)[: 1 + (backward and not decodes)]:
-            for kernel, threads, smem in kernels.launches(call, direction, device):
+            part = "part" in features
+            for kernel, threads, smem in kernels.launches(call, direction, device, part):
                 yield Wanted(kernel, arch, threads, smem)
 
 
@@ -99,7 +107,6 @@ def calls(preset, shapes, dtypes, features) -> list[tuple[str, str, tuple[str, .
 
 def here() -> list[str]:
     """The architecture of this machine's GPU."""
-    import torch
 
     if not torch.cuda.is_available():
         raise BadArgument("--arch must say what to compile for where there is no GPU")

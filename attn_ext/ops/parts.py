@@ -106,10 +106,10 @@ def backward_partial(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     module = server(call)
     if module is None:
         return shards.backward_partial(call, dout, delta, sums, needs)
-    if hasattr(module, "backward_partial"):
-        return module.backward_partial(call, dout, delta, sums, needs)
-    # Kernels that find delta themselves find rowsum(dO * 0) - dLSE, with dLSE = -delta.
     asked, rounded = execute.as_torch_asks(call), dout.to(call.q.dtype)
+    if hasattr(module, "backward_partial"):
+        return module.backward_partial(asked, dout, delta, sums, needs)
+    # Kernels that find delta themselves find rowsum(dO * 0) - dLSE, with dLSE = -delta.
     zero = torch.zeros_like(rounded)
     return sums_of.backward(
         call, rounded, delta, sums, needs,

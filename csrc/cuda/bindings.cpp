@@ -56,6 +56,9 @@ void bind(py::module_& m) {
       .def("set_rows", [](NativeCall& c, int64_t rows_q,
                           int64_t rows_k) { c.p.rows_q = rows_q, c.p.rows_k = rows_k; })
       .def(
+          "set_part", [](NativeCall& c) { c.p.part = true; },
+          "Results in float32; a backward is told the delta of whole rows as dlse")
+      .def(
           "forward_workspace",
           [](const NativeCall& c, int multiprocessors) {
             check(c.p, c.ptr);

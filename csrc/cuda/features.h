@@ -25,6 +25,8 @@ enum Feature : int {
   kScale = 1 << 10,  // a scale that is not above 0, so that no mask may come before it
   kPaged = 1 << 11,  // keys and values lie in pages
   kCast = 1 << 12,   // a bias in the other one of bfloat16 and float16
+  kFrame = 1 << 13,  // its sequences are parts of longer ones, whose positions count (Frame)
+  kPart = 1 << 14,   // O, dQ, dK and dV in float32, of inputs in 16 bits: to be added to others
   kAny = 1 << 20,
 };
 
@@ -40,7 +42,8 @@ constexpr FeatureName kFeatureNames[] = {
     {kSoftcap, "softcap"},    {kSink, "sink"},
     {kDropout, "dropout"},    {kStats, "stats"},
     {kScale, "scale"},        {kPaged, "paged"},
-    {kCast, "bias_cast"},     {kAny, "any"},
+    {kCast, "bias_cast"},     {kFrame, "frame"},
+    {kPart, "part"},          {kAny, "any"},
 };
 
 // Whether 4 keys from a multiple of 4 on can be read at once, `bytes` each.
@@ -67,6 +70,8 @@ inline int features_of(const Problem& p, const Pointers& ptr) {
   if (ptr.entropy) bits |= kStats;
   if (!(float(p.scale * 1.4426950408889634) > 0.0f)) bits |= kScale;
   if (ptr.block_table) bits |= kPaged;
+  if (ptr.frame) bits |= kFrame;
+  if (p.part && p.dtype != DType::kFloat32) bits |= kPart;
   return bits;
 }
 

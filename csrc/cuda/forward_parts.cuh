@@ -66,6 +66,16 @@ ATTN_DEVICE void store_row(Out* row, const float (&acc)[ACC][4], int r, float fa
   }
 }
 
+// A row of O, dQ, dK or dV at element `at` of a tensor of the call.
+template <class T, int BITS, int ACC>
+ATTN_DEVICE void store_result(const Params& p, void* base, int64_t at, const float (&acc)[ACC][4],
+                              int r, float factor, int dim) {
+  if (has<BITS>(p, kPart))
+    store_row(static_cast<float*>(base) + at, acc, r, factor, dim);
+  else
+    store_row(static_cast<T*>(base) + at, acc, r, factor, dim);
+}
+
 // O, LSE and statistics of a warp's 16 rows, or one share of them (SHARES: it may be one).
 template <class T, int BITS, bool SHARES, int ACC>
 ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardTask& task,
@@ -95,7 +105,7 @@ ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardT
       continue;
     }
     const int64_t at = seq.b * p.p.o.b + q.h * p.p.o.h + (seq.q_start + q.i) * p.p.o.s;
-    store_row(static_cast<T*>(p.ptr.o) + at, acc, r, factor, int(p.p.head_dim_v));
+    store_result<T, BITS>(p, p.ptr.o, at, acc, r, factor, int(p.p.head_dim_v));
     if (!writes) continue;
     const int64_t lse = seq.lse_offset(p, q.h, q.i);
     static_cast<float*>(p.ptr.lse)[lse] = result.lse;

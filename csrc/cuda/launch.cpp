@@ -128,7 +128,7 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
 // delta, as LSE, what is kept of far rows, and behind it, at a multiple of 128 bytes, the sums of
 // dQ of a backward in one kernel.
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
-  return row_floats(p, ptr) + far_floats(p, ptr);
+  return p.part ? 0 : row_floats(p, ptr) + far_floats(p, ptr);  // a part is given its delta
 }
 // Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
 int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -229,7 +229,9 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
     if constexpr (kIsHalf<T>)
       if (choice == Choice::SM80_FEATURES) return sm80::run_features<T, P::kHeadDim>(to, x);
     sm80::run_forward<T, P::kHeadDim>(to, x, choice == Choice::SM80_GENERAL);
-    if (x.splits > 1) run_rows(to, kernel_name<T>("sm80::combine"), x);
+    if (x.splits > 1)
+      run_rows(to, p.part ? kernel_name<float>("sm80::combine") : kernel_name<T>("sm80::combine"),
+               x);
   });
 }
 
@@ -252,6 +254,11 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
+    if (p.part) {  // with delta, and without far rows
+      x.delta = static_cast<float*>(const_cast<void*>(ptr.dlse));
+      return sm80::run_backward<T, P::kHeadDim>(
+          to, x, choose_backward(p, ptr, target) != Choice::SM80_PLAIN);
+    }
     run_rows(to, kernel_name<T>("sm80::backward_delta"), x);
     Params near = x;
     near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;

@@ -22,7 +22,7 @@ ATTN_DEVICE void store_query_gradient(const Params& p, const Sequence& seq, int 
     const int i = m0 + 16 * warp_id() + (lane_id() >> 2) + 8 * r;
     if (i >= seq.seqlen_q) continue;
     const int64_t at = seq.b * p.p.dq.b + head * p.p.dq.h + (seq.q_start + i) * p.p.dq.s;
-    store_row(static_cast<T*>(p.ptr.dq) + at, acc, r, p.scale, int(p.p.head_dim));
+    store_result<T, BITS>(p, p.ptr.dq, at, acc, r, p.scale, int(p.p.head_dim));
   }
   if (warp_finds_nan(acc))
     each_row(m0 + 16 * warp_id(), seq.seqlen_q,
@@ -43,7 +43,7 @@ template <class T, int HEAD_DIM, int BITS = 0, class Load>
 ATTN_DEVICE void convert_sums(const Params& p, const Load& load) {
   const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
   const int head = block_id().x / p.m_tiles % heads;
-  const Sequence seq = Sequence::of(p, block_id().x / p.m_tiles / heads);
+  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.m_tiles / heads);
   if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
   float acc[HEAD_DIM / 8][4];
   load(p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM), acc);

@@ -68,11 +68,28 @@ struct Repair {
   const Params& p;
   const Sequence& seq;
 
-  ATTN_DEVICE const T* query(const void* base, const Strides& s, int h, int i) const {
-    return static_cast<const T*>(base) + seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
+  template <class E = T>
+  ATTN_DEVICE const E* query(const void* base, const Strides& s, int h, int i) const {
+    return static_cast<const E*>(base) + seq.b * s.b + h * s.h + (seq.q_start + i) * s.s;
   }
-  ATTN_DEVICE const T* key(const void* base, const Strides& s, int h, int j) const {
-    return static_cast<const T*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
+  template <class E = T>
+  ATTN_DEVICE const E* key(const void* base, const Strides& s, int h, int j) const {
+    return static_cast<const E*>(base) + seq.b * s.b + h / p.group * s.h + (seq.k_start + j) * s.s;
+  }
+  // The row of O, dQ, dK or dV that belongs to a query or a key.
+  ATTN_DEVICE void store_query(const RowSum<HEAD_DIM>& sum, const void* base, const Strides& s,
+                               int h, int i, int dim) const {
+    if (has<BITS>(p, kPart))
+      sum.store(const_cast<float*>(query<float>(base, s, h, i)), dim);
+    else
+      sum.store(const_cast<T*>(query(base, s, h, i)), dim);
+  }
+  ATTN_DEVICE void store_key(const RowSum<HEAD_DIM>& sum, const void* base, const Strides& s, int h,
+                             int j, int dim) const {
+    if (has<BITS>(p, kPart))
+      sum.store(const_cast<float*>(key<float>(base, s, h, j)), dim);
+    else
+      sum.store(const_cast<T*>(key(base, s, h, j)), dim);
   }
   ATTN_DEVICE float logit(int h, int i, int j, float& derivative) const {
     const float product =
@@ -85,7 +102,7 @@ struct Repair {
   // What dropout makes of a weight of 1.
   ATTN_DEVICE float kept(int h, int i, int j) const {
     if (!has<BITS>(p, kDropout)) return 1.0f;
-    return Dropout::of(p, seq.b).keep(h, i, j) ? p.keep_scale : 0.0f;
+    return Dropout::of(p, seq).keep(h, i, j) ? p.keep_scale : 0.0f;
   }
   // P and dS of a pair; row: of query i.
   ATTN_DEVICE void gradient(int h, int i, int j, const RowGradient& row, float& P,
@@ -129,7 +146,7 @@ struct Repair {
     } else {
       O.scale(finish(h, i, top, sum, weighted));
     }
-    O.store(const_cast<T*>(query(p.ptr.o, p.p.o, h, i)), int(p.p.head_dim_v));
+    store_query(O, p.ptr.o, p.p.o, h, i, int(p.p.head_dim_v));
   }
 
   // LSE and statistics of query i; what O is to be multiplied by.
@@ -164,7 +181,7 @@ struct Repair {
       dQ.add(dS, key(p.ptr.k, p.p.k, h, j), int(p.p.head_dim));
     }
     dQ.scale(p.scale);
-    dQ.store(const_cast<T*>(query(p.ptr.dq, p.p.dq, h, i)), int(p.p.head_dim));
+    store_query(dQ, p.ptr.dq, p.p.dq, h, i, int(p.p.head_dim));
   }
 
   // dK and dV of key j of a K/V head, each where it is asked for.
@@ -184,9 +201,8 @@ struct Repair {
     }
     dK.scale(p.scale);
     const int h = head_k * p.group;
-    if (for_k && p.ptr.dk) dK.store(const_cast<T*>(key(p.ptr.dk, p.p.dk, h, j)), int(p.p.head_dim));
-    if (for_v && p.ptr.dv)
-      dV.store(const_cast<T*>(key(p.ptr.dv, p.p.dv, h, j)), int(p.p.head_dim_v));
+    if (for_k && p.ptr.dk) store_key(dK, p.ptr.dk, p.p.dk, h, j, int(p.p.head_dim));
+    if (for_v && p.ptr.dv) store_key(dV, p.ptr.dv, p.p.dv, h, j, int(p.p.head_dim_v));
   }
 };
 

@@ -30,17 +30,7 @@ struct NaturalWays : FloatWays {
   ATTN_DEVICE static float excluded() { return NAN; }  // which nothing equals
 };
 
-// Whether the call has a feature, in a kernel that is compiled for BITS.
-template <int BITS>
-ATTN_DEVICE bool has(const Params& p, int feature) {
-  return (((BITS & kAny) ? p.features : BITS) & feature) != 0;
-}
-// Whether it may have: known when the kernel is compiled.
-template <int BITS>
-ATTN_FORMULA constexpr bool may_have(int feature) {
-  return (BITS & (feature | kAny)) != 0;
-}
-// Its terms of logits beside the product.
+// The terms of logits beside the product that a kernel for BITS knows.
 template <int BITS>
 ATTN_DEVICE auto terms_of_logits(const Params& p) {
   if constexpr (BITS & kAny)
@@ -81,7 +71,7 @@ struct Score {
       return -kInf;
     return attn::logit<FloatWays>(
         terms_of_logits<BITS>(p), p.terms, q.head, product,
-        [&] { return float(q.i + seq.seqlen_k - seq.seqlen_q - j); },
+        [&] { return float(q.i + seq.past() - j); },
         [&] { return load_bias(p.p.bias_dtype, p.ptr.bias, q.bias_row + j * p.p.bias.k); },
         [&](float slope) { derivative = slope; });
   }

@@ -31,6 +31,17 @@ ATTN_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
 ATTN_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
 ATTN_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Whether the call has a feature, in a kernel that is compiled for BITS.
+template <int BITS>
+ATTN_DEVICE bool has(const Params& p, int feature) {
+  return (((BITS & kAny) ? p.features : BITS) & feature) != 0;
+}
+// Whether it may have: known when the kernel is compiled.
+template <int BITS>
+ATTN_FORMULA constexpr bool may_have(int feature) {
+  return (BITS & (feature | kAny)) != 0;
+}
+
 // Lengths and first rows of sequence b, for dense, varlen and decode.  Python does not read lengths
 // back from the device: one that breaks its promise is cut to 0 .. the longest that was told, so
 // that masks, caches and block tables are not read beyond their ends.
@@ -38,9 +49,11 @@ struct Sequence {
   int b, seqlen_q, seqlen_k;
   int64_t q_start, k_start;
   int diagonal;  // key i + diagonal is aligned with query i
+  Frame frame;   // where it stands in a longer sequence; a whole one in itself
 
+  template <int BITS = 0>
   ATTN_DEVICE static Sequence of(const Params& p, int b) {
-    Sequence s{b, int(p.p.seqlen_q), int(p.p.seqlen_k), 0, 0, 0};
+    Sequence s{b, int(p.p.seqlen_q), int(p.p.seqlen_k), 0, 0, 0, {b, 0, 0, 0, 0, 0}};
     if (p.ptr.cu_seqlens_q) {
       s.q_start = p.ptr.cu_seqlens_q[b];
       s.seqlen_q = cut(p.ptr.cu_seqlens_q[b + 1] - s.q_start, p.p.seqlen_q);
@@ -50,8 +63,14 @@ struct Sequence {
       s.seqlen_k = cut(p.ptr.cu_seqlens_k[b + 1] - s.k_start, p.p.seqlen_k);
     }
     if (p.ptr.seqlens_k) s.seqlen_k = cut(p.ptr.seqlens_k[b], p.p.seqlen_k);
-    s.diagonal = p.p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
+    s.frame.whole_q = s.seqlen_q, s.frame.whole_k = s.seqlen_k;
+    if (has<BITS>(p, kFrame)) s.frame = p.ptr.frame[b];
+    s.diagonal = p.p.bottom_right ? s.past() : s.frame.q_first - s.frame.k_first;
     return s;
+  }
+  // Query i is i + past() - j positions after key j.
+  ATTN_DEVICE int past() const {
+    return frame.whole_k - frame.whole_q + (frame.q_first - frame.k_first);
   }
   ATTN_DEVICE static int cut(int64_t length, int64_t longest) {
     ATTN_CHECK(length >= 0 && length <= longest, "a length is not from 0 to", length, longest);

@@ -6,24 +6,20 @@ in place of those of attn_ext._emulated.  A bug that was caught in these very so
 (tests/helpers/seen.py): only a sample of them is compiled.
 """
 
-import ctypes
-import shutil
 from pathlib import Path
 
-import patches
 import pytest
-from emulator_build import compiler
 from planted_cpu import Planted
 from repository import ROOT
 
-_emulated = pytest.importorskip(
+pytest.importorskip(
     "attn_ext._emulated", reason="built by the test install only: ATTN_EXT_EMULATED=1 pip install ."
 )
 
-from ptx import build  # noqa: E402
+import planted_cuda
 
-from attn_ext.backends import registry  # noqa: E402
-from attn_ext.testing import check_call, random_call  # noqa: E402
+from attn_ext.backends import registry
+from attn_ext.testing import check_call, random_call
 
 SOURCE = ROOT / "csrc/cuda/sm80/backward_preprocess.cuh"  # which includes the others
 KERNELS = (
@@ -64,42 +60,9 @@ def wrong() -> tuple[str, ...]:
 
 def wrong_with(folder: Path, patch=None) -> tuple[str, ...]:
     """`wrong` of the kernels with a bug."""
-    tree = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cpu", "tests"))
-    for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
-        (folder / file).write_text(text)
-    unit = folder / "unit.cpp"
-    unit.write_text(
-        '#include "cuda/sm80/backward_preprocess.cuh"\n'
-        + "".join(
-            f'extern "C" __attribute__((visibility("default"))) void planted_{name}(void* p) {{\n'
-            f"  attn::cuda::sm80::{name}<float>(*static_cast<attn::cuda::Params*>(p));\n}}\n"
-            for name in KERNELS
-        )
-    )
-    made = folder / "planted.so"
-    compiler(*build.FLAGS, f"-I{tree}", unit, _emulated.__file__, "-o", made)
-    loaded = ctypes.CDLL(str(made))
-    planted = {
-        f"attn::cuda::sm80::{name}<float>": ctypes.cast(
-            getattr(loaded, f"planted_{name}"), ctypes.c_void_p
-        ).value
-        for name in KERNELS
-    }
-    used = set()
-
-    def resolve(offset: int) -> int:
-        name = build.expression(build.symbols()[offset])
-        used.add(name)
-        return planted.get(name, 0)
-
-    _emulated.replace_kernels(resolve)
-    try:
-        found = wrong()
-    finally:
-        _emulated.replace_kernels(None)
-    assert set(planted) <= used
-    return found
+    kernels = [f"attn::cuda::sm80::{name}<float>" for name in KERNELS]
+    header = SOURCE.relative_to(ROOT / "csrc").as_posix()
+    return planted_cuda.wrong_with(folder, header, kernels, wrong, patch)
 
 
 PLANTED = Planted("cuda/far", SOURCE, __file__, wrong_with)

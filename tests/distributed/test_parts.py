@@ -5,7 +5,7 @@ import torch
 from closeness import BF16_WEIGHTS, SHARDS, relative
 from shard_calls import FEATURES, check_not_rounded, check_shards, merged, unframed
 
-from attn_ext.backends import cpu, reference, registry, triton
+from attn_ext.backends import cpu, cuda, reference, registry, triton
 from attn_ext.backends.sums import of_lse
 from attn_ext.core.schema import Call, Needs
 from attn_ext.distributed import local
@@ -77,8 +77,8 @@ def test_who_refuses_frames():
     call = random_call(seqlen_q=9, seqlen_k=12)._replace(frame=torch.zeros(2, 6, dtype=torch.int32))
     for function in (torch.ops.attn_ext.forward, lambda *x: parts.forward_partial(Call(*x))):
         with pytest.raises(NotImplementedError, match="frame"):
-            function(*call._replace(backend="cuda"))
-    assert parts.served_by(call) == "cpu" and cpu.FRAMES and triton.FRAMES
+            function(*call._replace(backend="torch"))
+    assert parts.served_by(call) == "cpu" and cpu.FRAMES and triton.FRAMES and cuda.FRAMES
     with pytest.raises(ValueError, match="frame must have shape"):
         parts.forward_partial(call._replace(frame=call.frame[:1]))
     with pytest.raises(ValueError, match="sink must be None"):

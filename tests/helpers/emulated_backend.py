@@ -11,6 +11,7 @@ import tiers
 
 from attn_ext.backends import native_gpu
 
+FRAMES = native_gpu.FRAMES
 # What the tests run in, of plain, random, poison, race and all (docs/design/emulation.md).  "all"
 # notices whatever another mode notices of the bugs of tests/mutants (a test holds it), so that the
 # others would repeat it; "plain", which is faster and depends on no seed, serves `make check`.
@@ -71,3 +72,13 @@ def forward(call):
 def backward(call, dout, out, lse, dlse, needs):
     _repair_only_for(call.q, call.k, call.v, dout)
     return _kernels().backward(call, dout, out, lse, dlse, needs)
+
+
+def forward_partial(call):
+    _repair_only_for(call.q, call.k, call.v)
+    return _kernels().forward_partial(call)
+
+
+def backward_partial(call, dout, delta, sums, needs):
+    _repair_only_for(call.q, call.k, call.v, dout)
+    return _kernels().backward_partial(call, dout, delta, sums, needs)

@@ -8,7 +8,7 @@ from attn_ext.backends.sums import of_lse
 from attn_ext.core.schema import Call, Frame
 from attn_ext.distributed import local
 from attn_ext.ops import parts
-from attn_ext.testing import needs_of, random_call
+from attn_ext.testing import needs_of, random_call, to_float64
 
 FEATURES = {
     "plain": {},
@@ -64,33 +64,37 @@ def merged(call: Call, shards) -> tuple:
 
 
 def check_shards(
-    backend: str, feature: str, whole: int, rows: slice, width: int, seen=3, heads=(4, 2)
-) -> None:
+    backend: str, feature: str, whole: int, rows: slice, width: int, seen=3, heads=(4, 2),
+    allowed: float = SHARDS[torch.float32], **options,
+) -> None:  # fmt: skip
     """Forward and backward of the queries `rows` of a call of `whole` positions, by shards of
     `width` keys (of single keys: the last 40, beside the rest at once), of which the gradients of
-    some `seen` are looked at.  heads: of q and of k, and as many batch elements as of k."""
+    some `seen` are looked at.  heads: of q and of k, and as many batch elements as of k; allowed:
+    the error of a result against float64, of its norm, twice that of sums over shards; options: of
+    random_call."""
     call = random_call(
         batch=heads[1],
         heads_q=heads[0],
         heads_k=heads[1],
         seqlen_q=whole,
         seqlen_k=whole,
-        **FEATURES[feature],
+        **{**FEATURES[feature], **options},
     )._replace(backend=backend)
     first = 0 if width != 1 else whole - 40
     cuts = [slice(0, first)] * bool(first)
     cuts += [slice(i, min(i + width, whole)) for i in range(first, whole, width)]
-    truth, truth_lse, *_ = reference.forward(call)
+    exact = to_float64(call)
+    truth, truth_lse, *_ = reference.forward(exact)
     shards = [shard_of(call, rows, keys) for keys in cuts]
     out, sums = merged(call, shards)
-    assert relative(out, truth[:, :, rows]) <= SHARDS[torch.float32]
-    assert relative(sums.sum(-1), truth_lse[:, :, rows]) <= SHARDS[torch.float32]
+    assert relative(out.double(), truth[:, :, rows]) <= allowed
+    assert relative(sums.sum(-1).double(), truth_lse[:, :, rows]) <= allowed
 
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(call.q.dtype)
     of_whole = torch.zeros_like(truth)
-    of_whole[:, :, rows] = dout
+    of_whole[:, :, rows] = dout.double()
     needs = needs_of(call)
-    want = reference.backward(call, of_whole, truth, truth_lse, None, needs)
+    want = reference.backward(exact, of_whole, truth, truth_lse, None, needs)
     delta, found = (dout * out).sum(-1), []
     for shard in shards:
         grads = parts.backward_partial(shard, dout, delta, sums, needs)
@@ -99,15 +103,15 @@ def check_shards(
     for at in range(0, len(cuts), max(len(cuts) // seen, 1)):
         for name in ("k", "v"):
             whole_grad, got = getattr(want, name), getattr(found[at], name)
-            off = (got - whole_grad[:, :, cuts[at]]).norm()
-            assert float(off) <= SHARDS[torch.float32] * float(whole_grad.norm())
+            off = (got.double() - whole_grad[:, :, cuts[at]]).norm()
+            assert float(off) <= allowed * float(whole_grad.norm())
     dq = sum(grads.q for grads in found)
-    assert relative(dq, want.q[:, :, rows]) <= 2 * SHARDS[torch.float32]
+    assert relative(dq.double(), want.q[:, :, rows]) <= 2 * allowed
     if needs.bias:
         columns = [grads.bias for grads in found]
         dbias = torch.cat(columns, -1) if call.bias.shape[3] > 1 else sum(columns)
         expected = want.bias if call.bias.shape[2] == 1 else want.bias[:, :, rows]
-        assert relative(dbias, expected) <= 2 * SHARDS[torch.float32]
+        assert relative(dbias.double(), expected) <= 2 * allowed
 
 
 def check_not_rounded(call: Call, allowed: float) -> None:

@@ -32,6 +32,8 @@ THOROUGH = {
     "cpu/test_second_kernels.py::test_every_combination_of_features": "256 calls",
     "cpu/test_threads_and_fork.py": "processes that could hang",
     "cuda/test_cuda_far_mutations.py": "a compilation each",
+    "cuda/test_cuda_frame_mutations.py": "a compilation each",
+    "cuda/test_frames.py::test_frames_of_whole_calls": "each feature at each place",
     "cuda/test_cuda_kernels.py::test_backward_in_one_kernel": "long sequences",
     "cuda/test_cuda_kernels.py::test_backward_in_two_kernels": "long sequences",
     "cuda/test_cuda_sm90.py::test_bad_keys_of_the_other_warpgroup": "the same",

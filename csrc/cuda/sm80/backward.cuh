@@ -52,10 +52,10 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   const uint32_t flags = V_smem + Tile::STAGES * N * BYTES;
 
   const ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
-  const Sequence seq = Sequence::of(p, task.b);
+  const Sequence seq = Sequence::of<BITS>(p, task.b);
   if (task.row0 >= seq.seqlen_q) return;
   const Score score(p, seq);
-  const Dropout dropout = Dropout::of(p, seq.b);
+  const Dropout dropout = Dropout::of(p, seq);
   const int row_end = min_int(task.row0 + Tile::BLOCK_M, seq.seqlen_q);
   int lo, hi;
   score.band.key_range(task.row0, row_end, seq.seqlen_k, lo, hi);
@@ -133,7 +133,7 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
     if (row + 8 * r >= seq.seqlen_q) continue;
     const int64_t at =
         seq.b * p.p.dq.b + task.head * p.p.dq.h + (seq.q_start + row + 8 * r) * p.p.dq.s;
-    store_row(static_cast<T*>(p.ptr.dq) + at, dQ, r, p.scale, dim);
+    store_result<T, BITS>(p, p.ptr.dq, at, dQ, r, p.scale, dim);
   }
   if (bad)
     each_row(task.row0 + 16 * warp_id(), seq.seqlen_q,
@@ -155,11 +155,11 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
 
   const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
   const int head_k = block_id().x / p.n_tiles % heads_k;
-  const Sequence seq = Sequence::of(p, block_id().x / p.n_tiles / heads_k);
+  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.n_tiles / heads_k);
   const int n0 = n_block * Tile::BLOCK_M, n1 = min_int(n0 + Tile::BLOCK_M, seq.seqlen_k);
   if (n0 >= seq.seqlen_k) return;
   const Score score(p, seq);
-  const Dropout dropout = Dropout::of(p, seq.b);
+  const Dropout dropout = Dropout::of(p, seq);
   int lo, hi;
   score.band.query_range(n0, n1, seq.seqlen_q, lo, hi);
   const int t0 = lo / N, per_head = hi > lo ? ceil_div(hi, N) - t0 : 0, last = per_head * p.group;
@@ -257,15 +257,14 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
   for (int r = 0; r < 2; ++r) {
     const int j = row + 8 * r;
     if (j >= seq.seqlen_k) continue;
-    auto* dk = static_cast<T*>(p.ptr.dk) + seq.b * p.p.dk.b + head_k * p.p.dk.h +
-               (seq.k_start + j) * p.p.dk.s;
-    auto* dv = static_cast<T*>(p.ptr.dv) + seq.b * p.p.dv.b + head_k * p.p.dv.h +
-               (seq.k_start + j) * p.p.dv.s;
+    const int64_t at_k = seq.b * p.p.dk.b + head_k * p.p.dk.h + (seq.k_start + j) * p.p.dk.s;
+    const int64_t at_v = seq.b * p.p.dv.b + head_k * p.p.dv.h + (seq.k_start + j) * p.p.dv.s;
     if constexpr (WIDE) {
-      store_row(p.pass ? dk : dv, dV, r, p.pass ? p.scale : 1.0f, p.pass ? dim : dim_v);
+      store_result<T, BITS>(p, p.pass ? p.ptr.dk : p.ptr.dv, p.pass ? at_k : at_v, dV, r,
+                            p.pass ? p.scale : 1.0f, p.pass ? dim : dim_v);
     } else {
-      if (p.ptr.dv) store_row(dv, dV, r, 1.0f, dim_v);
-      if (p.ptr.dk) store_row(dk, dK, r, p.scale, dim);
+      if (p.ptr.dv) store_result<T, BITS>(p, p.ptr.dv, at_v, dV, r, 1.0f, dim_v);
+      if (p.ptr.dk) store_result<T, BITS>(p, p.ptr.dk, at_k, dK, r, p.scale, dim);
     }
   }
   if (bad)

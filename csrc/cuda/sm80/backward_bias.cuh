@@ -85,9 +85,9 @@ void backward_bias(ATTN_GRID_CONSTANT const Params p) {
 
   float total[TILES][4] = {};
   for (int b = batches.first; b < batches.last; ++b) {
-    const Sequence seq = Sequence::of(p, b);
+    const Sequence seq = Sequence::of<BITS>(p, b);
     const Score score(p, seq);
-    const Dropout dropout = Dropout::of(p, b);
+    const Dropout dropout = Dropout::of(p, seq);
     for (int h = heads.first; h < heads.last; ++h) {
       const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, h, sizeof(T));
       const Rows dO = query_rows(p, seq, p.ptr.dout, p.p.dout, h, sizeof(T));

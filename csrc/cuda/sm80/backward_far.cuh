@@ -40,7 +40,7 @@ struct Far {
       : p(params),
         seq(s),
         score(params, s),
-        dropout(Dropout::of(params, s.b)),
+        dropout(Dropout::of(params, s)),
         rows(FarRows::of(params.p, params.ptr, params.delta)) {}
 
   ATTN_DEVICE const T* query(const void* base, const Strides& s, int h, int i) const {
@@ -199,7 +199,7 @@ void backward_far_queries(ATTN_GRID_CONSTANT const Params p) {
   const int64_t marks = marks_of_head(p.p), heads = p.p.heads_q;
   const int m0 = int(unit % marks) * kMarkRows, h = int(unit / marks % heads);
   if (unit >= p.p.batch * heads * marks) return;
-  const Sequence seq = Sequence::of(p, int(unit / marks / heads));
+  const Sequence seq = Sequence::of<kAny>(p, int(unit / marks / heads));
   const int i = m0 + lane_id();
   const auto* lse = static_cast<const float*>(p.ptr.lse);
   const uint32_t mark = ballot(i < seq.seqlen_q && is_far(lse[seq.lse_offset(p, h, i)]));
@@ -226,7 +226,7 @@ void backward_far_keys(ATTN_GRID_CONSTANT const Params p) {
   const int64_t unit = int64_t(block_id().x) * (kRowThreads / 32) + warp_id();
   const int n0 = int(unit % parts) * kFarKeys, head_k = int(unit / parts % heads);
   if (unit >= p.p.batch * heads * parts) return;
-  const Sequence seq = Sequence::of(p, int(unit / parts / heads));
+  const Sequence seq = Sequence::of<kAny>(p, int(unit / parts / heads));
   const FarRows rows = FarRows::of(p.p, p.ptr, p.delta);
   const int64_t marks = p.group * marks_of_head(p.p);  // of the head's group, in a row
   const int64_t first = (seq.b * heads + head_k) * marks;
@@ -269,7 +269,7 @@ void backward_far_bias(ATTN_GRID_CONSTANT const Params p) {
     bool found = false;
     ATTN_NO_UNROLL
     for (int b = batches.first; b < batches.last; ++b) {
-      const Sequence seq = Sequence::of(p, b);
+      const Sequence seq = Sequence::of<kAny>(p, b);
       const Far<T> far(p, seq);
       ATTN_NO_UNROLL
       for (int h = heads.first; h < heads.last; ++h) {

@@ -170,8 +170,8 @@ struct FusedBackward {
     } else {
       const float s = attn::logit<NaturalWays>(
           terms_of_logits<BITS>(p), p.natural, terms, product,
-          [&] { return float(i + seq.seqlen_k - seq.seqlen_q - j); },
-          [&] { return side.bias_of(e); }, [&](float d) { slope = d; });
+          [&] { return float(i + seq.past() - j); }, [&] { return side.bias_of(e); },
+          [&](float d) { slope = d; });
       weight = exp2_approx(fmaf(s, kLog2e, -lse));
     }
     return has<BITS>(p, kMask) && !side.keeps(e) ? 0.0f : weight;
@@ -182,7 +182,7 @@ struct FusedBackward {
   ATTN_DEVICE void weigh_features(float (&P)[SF][4][4], Slopes& slopes, const Sides& sides,
                                   int head, int m0, int stage) const {
     const auto terms = HeadTerms<float>::of(p.ptr, seq, head, 1.0f);
-    const Dropout dropout = Dropout::of(p, seq.b);
+    const Dropout dropout = Dropout::of(p, seq);
     const uint32_t least = dropout.least_word();
     float lse[SF][2];
     bool low = false;
@@ -341,8 +341,8 @@ struct FusedBackward {
   }
   ATTN_DEVICE void store_columns(void* base, const Strides& s, int j, const float (&acc)[KT][4],
                                  int r, float factor, int dim) const {
-    T* row = static_cast<T*>(base) + seq.b * s.b + head_k * s.h + (seq.k_start + j) * s.s;
-    store_row(row + key_column(), acc, r, factor, dim - key_column());
+    const int64_t row = seq.b * s.b + head_k * s.h + (seq.k_start + j) * s.s;
+    store_result<T, BITS>(p, base, row + key_column(), acc, r, factor, dim - key_column());
   }
 };
 
@@ -352,7 +352,7 @@ ATTN_DEVICE void run_fused_backward(const Params& p) {
   constexpr int M = Kernel::M;
   const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
   const int head_k = block_id().x / p.n_tiles % heads_k;
-  const Sequence seq = Sequence::of(p, block_id().x / p.n_tiles / heads_k);
+  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.n_tiles / heads_k);
   if (n_block * Kernel::N >= seq.seqlen_k) return;
   Kernel mine(p, seq, head_k, n_block * Kernel::N);
   const Band& band = mine.score.band;

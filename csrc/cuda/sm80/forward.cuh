@@ -53,11 +53,11 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
   const uint32_t flags = V_smem + Tile::STAGES * N * BYTES;
 
   ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
-  const Sequence seq = Sequence::of(p, task.b);
+  const Sequence seq = Sequence::of<BITS>(p, task.b);
   task.rows = p.pack * seq.seqlen_q;
   if (task.row0 >= task.rows) return;
   const Score score(p, seq);
-  const Dropout dropout = Dropout::of(p, seq.b);
+  const Dropout dropout = Dropout::of(p, seq);
   const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
   int lo, hi;
   task_keys(p, seq, score.band, task.row0, row_end, lo, hi);

@@ -47,7 +47,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   ATTN_DEVICE FeatureForward(const Params& params, const Score& score, const ForwardTask& t,
                              const Turns& order)
       : Base(params, score.seq, t, order),
-        dropout(Dropout::of(params, score.seq.b)),
+        dropout(Dropout::of(params, score.seq)),
         head(HeadTerms<float>::of(params.ptr, score.seq, t.head, 1.0f)) {
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
@@ -79,8 +79,8 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     else
       return attn::logit<NaturalWays>(
           terms_of_logits<BITS>(p), p.natural, head, product,
-          [&] { return float(q.i + seq.seqlen_k - seq.seqlen_q - j); },
-          [&] { return side.bias_of(e); }, [](float) {});
+          [&] { return float(q.i + seq.past() - j); }, [&] { return side.bias_of(e); },
+          [](float) {});
   }
   // S: products in, logits out; -inf where a pair does not count.
   ATTN_DEVICE void logits(Scores& S, const Sides& sides, int n0) const {
@@ -264,7 +264,7 @@ ATTN_KERNEL((FeatureTileOf<HEAD_DIM, BITS>::THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const Params p) {
   using Kernel = FeatureForward<T, HEAD_DIM, BITS>;
   ForwardTask task = ForwardTask::of(p, Kernel::M);
-  const Sequence seq = Sequence::of(p, task.b);
+  const Sequence seq = Sequence::of<BITS>(p, task.b);
   task.rows = seq.seqlen_q;
   if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
   const int row_end = min_int(task.row0 + Kernel::M, task.rows);

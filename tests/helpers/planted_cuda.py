@@ -1,0 +1,71 @@
+"""Emulated CUDA kernels with a bug: compiled from a copy of the sources, they run in place of those
+of attn_ext._emulated.
+"""
+
+import ctypes
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import patches
+from emulator_build import compiler
+from ptx import build
+from repository import ROOT
+
+from attn_ext import _emulated
+
+# attn_ext._emulated shows these by other names only.
+PRODUCTS = """namespace attn::ptx {
+template <>
+void mma_m16n8k16<bf16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        emulation::Where at) {
+  const uint32_t b[2] = {b0, b1};
+  compiled::mma_bf16(acc, a, b, at);
+}
+}  // namespace attn::ptx
+"""
+
+
+def library(folder: Path, header: str, kernels, patch=None) -> dict[str, int]:
+    """Where each kernel of a header of csrc is, by its name in C++."""
+    tree = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cpu", "tests"))
+    for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
+        (folder / file).write_text(text)
+    unit = folder / "unit.cpp"
+    unit.write_text(
+        f'#include "{header}"\n#include "{build.HEADER}"\n{PRODUCTS}'
+        + "".join(
+            f'extern "C" __attribute__((visibility("default"))) void planted_{at}(void* p) {{\n'
+            f"  {name}(*static_cast<attn::cuda::Params*>(p));\n}}\n"
+            for at, name in enumerate(kernels)
+        )
+    )
+    made = folder / "planted.so"
+    compiler(*build.FLAGS, f"-I{tree}", unit, _emulated.__file__, "-o", made)
+    loaded = ctypes.CDLL(str(made))
+    return {
+        name: ctypes.cast(getattr(loaded, f"planted_{at}"), ctypes.c_void_p).value
+        for at, name in enumerate(kernels)
+    }
+
+
+def wrong_with(
+    folder: Path, header: str, kernels, wrong: Callable[[], tuple], patch=None
+) -> tuple[str, ...]:
+    """What `wrong` says while the kernels with a bug, or without one, run."""
+    planted = library(folder, header, kernels, patch)
+    used = set()
+
+    def resolve(offset: int) -> int:
+        name = build.expression(build.symbols()[offset])
+        used.add(name)
+        return planted.get(name, 0)
+
+    _emulated.replace_kernels(resolve)
+    try:
+        found = wrong()
+    finally:
+        _emulated.replace_kernels(None)
+    assert set(planted) <= used
+    return found

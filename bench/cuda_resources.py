@@ -45,11 +45,13 @@ FEATURES = {"mask": ("kMask", "kMaskVectors"), "bias": ("kBias", "kBiasVectors")
             "dropout": ("kDropout",)}  # fmt: skip
 FEATURE_DIMS = (64, 128)
 FEATURED = ("forward_general", "forward_features", "backward_features", "convert_dq_features",
-            "backward_dq", "backward_dkdv", "backward_bias")  # fmt: skip
+            "backward_dq", "backward_dkdv", "backward_bias", "sm90_forward_features")  # fmt: skip
+# Those of which the features of FEATURES are looked at, by architecture.
+FEATURE_KERNELS = {"sm80": ("forward_features", "backward_features"), "sm90": ("forward_features",)}
 # ("launch", 0): kernels that serve all head dimensions; "sm90 ...": the Hopper kernels of a pair
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
 UNITS += [(f"sm90 {dtype}", dim) for dtype in ("bf16", "fp16") for dim in SM90_HEAD_DIMS]
-UNITS += [("features bf16", dim) for dim in FEATURE_DIMS]
+UNITS += [(f"{arch}features bf16", dim) for arch in ("", "sm90 ") for dim in FEATURE_DIMS]
 
 
 def find_nvcc() -> str | None:
@@ -134,11 +136,11 @@ def source_text(dtype: str, head_dim: int) -> str:
         lists = {f"each_other<{element}>" for element in DTYPES}
     # to take a kernel's address is to instantiate it
     calls = "".join(f"  {each}(take);\n" for each in sorted(lists))
-    if dtype.startswith("features"):
-        element = dtype.removeprefix("features ")
+    if element.startswith("features"):
+        element = element.removeprefix("features ")
         calls = "".join(
             f'  take("", {kernel}<{element}, {head_dim}, {" | ".join(bits)}>);\n'
-            for bits in FEATURES.values() for kernel in ("forward_features", "backward_features")
+            for bits in FEATURES.values() for kernel in FEATURE_KERNELS[arch]
         )  # fmt: skip
     return (
         f'#include "cuda/{arch}/kernels.cuh"\n'

@@ -63,13 +63,11 @@ def test_names_and_bits():
     """Two features of one bit; a bit without a name; a kernel that is told without its features."""
     text = (CSRC / "cuda/features.h").read_text()
     assert len(set(BITS.values())) == len(BITS) == len(re.findall(r"k\w+ = 1 << ", text))
-    for name in sources.FEATURED:
-        header = (CSRC / "cuda" / sources.HEADERS["sm80"][name]).read_text()
-        assert re.search(rf"int BITS>\s*ATTN_KERNEL.*\s*void {name}\(", header), name
-    known = {name for name, header in sources.HEADERS["sm80"].items()
-             if re.search(rf"int BITS>\s*ATTN_KERNEL.*\s*void {name}\(",
-                          (CSRC / "cuda" / header).read_text())}  # fmt: skip
-    assert known == set(sources.FEATURED)
+    for family, headers in sources.HEADERS.items():
+        known = {name for name, header in headers.items()
+                 if re.search(rf"int BITS>\s*ATTN_KERNEL.*\s*void {name}\(",
+                              (CSRC / "cuda" / header).read_text())}  # fmt: skip
+        assert known == set(sources.FEATURED[family])
 
 
 @pytest.mark.parametrize("name", SINGLE)

@@ -57,6 +57,16 @@ def test_table_holds_every_kernel_within_its_budget():
         }
     expected |= {f"backward_bias<{p}>" for p in halves + floats}
     expected |= {
+        f"sm90_forward_features<{d}, {n}, general>"
+        for d in ("bf16", "fp16")
+        for n in resources.SM90_HEAD_DIMS
+    }
+    expected |= {
+        f"sm90_forward_features<bf16, {n}, {word}>"
+        for n in resources.FEATURE_DIMS
+        for word in resources.FEATURES
+    }
+    expected |= {
         f"sm90_{k}<{d}, {n}>"
         for k in ("forward", *names)
         for d in ("bf16", "fp16")
@@ -145,6 +155,7 @@ CHOSEN = {
     ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
     ("float", 192): "120", ("float", 256): "80",
     ("features bf16", 64): "90a", ("features bf16", 128): "80",
+    ("sm90 features bf16", 64): "90a", ("sm90 features bf16", 128): "90a",
     **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
     **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
 }  # fmt: skip

@@ -33,6 +33,7 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
     },
     "sm90": {
         "forward": "sm90/forward.cuh",
+        "forward_features": "sm90/forward_features.cuh",
         "backward_dq": "sm90/backward_dq.cuh",
         "backward_dkdv": "sm90/backward_dkdv.cuh",
         "backward_fused": "sm90/backward_fused.cuh",
@@ -41,8 +42,11 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
     },
 }
 # Those whose last argument is a set of features (csrc/cuda/features.h).
-FEATURED = ("forward_features", "forward_general", "backward_dq", "backward_dkdv", "backward_bias",
-            "backward_features", "convert_dq_features")  # fmt: skip
+FEATURED = {
+    "sm80": ("forward_features", "forward_general", "backward_dq", "backward_dkdv",
+             "backward_bias", "backward_features", "convert_dq_features"),
+    "sm90": ("forward_features",),
+}  # fmt: skip
 EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 
@@ -122,7 +126,7 @@ def features(root: Path) -> dict[str, int]:
 def flags_of(expression: str, root: Path) -> str:
     """The arguments of a kernel for people: "attn::ptx::bf16, 64, mask dropout"."""
     found, arguments = EXPRESSION.match(expression), expression.rstrip(">").split("<")[1]
-    if found is None or found[1] != "sm80" or found[2] not in FEATURED:
+    if found is None or found[2] not in FEATURED[found[1]]:
         return arguments
     rest, bits = arguments.rsplit(", ", 1)
     names = [name for name, bit in features(root).items() if int(bits) & bit]

@@ -103,9 +103,9 @@ struct TakeTurns {
 };
 
 // A consumer warpgroup: its registers, and a tile of keys at a time.
-template <class T, int HEAD_DIM, class Tile_ = ForwardTile90<HEAD_DIM>>
+template <class T, int HEAD_DIM>
 struct Consumer {
-  using Tile = Tile_;
+  using Tile = ForwardTile90<HEAD_DIM>;
   static constexpr int N = Tile::BLOCK_N, TILES = N / 8, ACC = HEAD_DIM / 8;
   using Scores = float[TILES][4];
   using Weights = uint32_t[TILES / 2][4];  // P as A operands

@@ -18,17 +18,14 @@
 
 namespace attn::cuda::sm90 {
 
-template <int HEAD_DIM, int BITS>
-using FeatureTile = ForwardTile90<HEAD_DIM, feature_keys(HEAD_DIM, BITS)>;
-
 // Logits from here on are whole multiples of 64, and all but those that equal the largest have no
 // weight beside it.  Times log2(e) they would be rounded by more than a weight bears, or be -inf:
 // their rows keep natural units.
 constexpr float kFarLogit = 536870912.0f;  // 2^29
 
 template <class T, int HEAD_DIM, int BITS>
-struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
-  using Base = Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>>;
+struct FeatureConsumer : Consumer<T, HEAD_DIM> {
+  using Base = Consumer<T, HEAD_DIM>;
   using Base::N, Base::TILES, Base::ACC, Base::p, Base::K, Base::V, Base::O, Base::state;
   using typename Base::Scores;
   using typename Base::Tile;
@@ -36,8 +33,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
   static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
   static_assert(GROUPS <= 8);
   using Sides = Side<T, BITS>[GROUPS][2];
-  // One bit a pair of a tile: key e of group m of row r is bit 8 e + m of word r.
-  using PairBits = uint32_t[2];
+  using PairBits = uint32_t[2];  // one bit a pair of a tile, a word a row
 
   // Logits are products times p.scale_log2; else they are computed, in natural units.
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
@@ -78,7 +74,10 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
   ATTN_DEVICE static float at(const Scores& S, int m, int r, int e) {
     return S[m + e % 2 * GROUPS][2 * r + e / 2];
   }
-  ATTN_DEVICE static uint32_t bit(int m, int e) { return 1u << (8 * e + m); }
+  // The bit of key e of group m: as bytes of a mask add up to it, and in the order in which weights
+  // are computed.  Neighbouring bits become predicates many at a time.
+  ATTN_DEVICE static uint32_t mask_bit(int m, int e) { return 1u << (8 * e + m); }
+  ATTN_DEVICE static uint32_t dropout_bit(int m, int e) { return 1u << (4 * m + e); }
 
   ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
     ATTN_UNROLL
@@ -98,18 +97,19 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
   // Which pairs dropout keeps.
   ATTN_DEVICE void dropout_bits(PairBits& bits, int n0) const {
     const uint32_t least = dropout.least_word();
+    bits[0] = bits[1] = 0;
     ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      bits[r] = 0;
+    for (int m = 0; m < GROUPS; ++m) {
       ATTN_UNROLL
-      for (int m = 0; m < GROUPS; ++m) {
+      for (int r = 0; r < 2; ++r) {
         uint32_t words[4];
         dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
         ATTN_UNROLL
         for (int e = 0; e < 4; ++e)
-          if (words[e] >= least) bits[r] |= bit(m, e);
+          if (words[e] >= least) bits[r] |= dropout_bit(m, e);
       }
-      bits[r] = wgmma_held(bits[r]);
+      // No more than 4 blocks at a time: registers.
+      if (m % 2) bits[0] = wgmma_held(bits[0]), bits[1] = wgmma_held(bits[1]);
     }
   }
 
@@ -144,7 +144,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
     for (int r = 0; r < 2; ++r) ATTN_UNROLL
     for (int e = 0; e < 4; ++e) ATTN_UNROLL
     for (int m = 0; m < GROUPS; ++m)
-      if (!(bits[r] & bit(m, e))) at(S, m, r, e) = -kInf;
+      if (!(bits[r] & mask_bit(m, e))) at(S, m, r, e) = -kInf;
   }
   // The logits of a tile at an edge, where a pair must be within length and band.
   ATTN_DEVICE void edge_logits(Scores& S, int n0) const {
@@ -185,7 +185,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
       if (has<BITS>(p, kDropout)) {
         ATTN_UNROLL
         for (int e = 0; e < 4; ++e)
-          if (!(kept[r] & bit(m, e))) w[e] = 0.0f;
+          if (!(kept[r] & dropout_bit(m, e))) w[e] = 0.0f;
       }
       ATTN_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
@@ -226,8 +226,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
     bool moved = false;
     if (has<BITS>(p, kStats)) {
       ATTN_UNROLL
-      for (int r = 0; r < 2; ++r)
-        moved |= fmaf(largest(S, r), unit(r), -state.max[r]) > 0.0f;
+      for (int r = 0; r < 2; ++r) moved |= fmaf(largest(S, r), unit(r), -state.max[r]) > 0.0f;
       moved = ballot(moved) != 0;
     } else {
       exponentials(P, sum, weighted, S, kept);
@@ -349,8 +348,8 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM, FeatureTile<HEAD_DIM, BITS>> {
 
 template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE void consume_features(const Params& p, const QueryTask& task, const Turns& turns,
-                                  const QueryMemory<FeatureTile<HEAD_DIM, BITS>>& smem) {
-  constexpr int N = FeatureTile<HEAD_DIM, BITS>::BLOCK_N;
+                                  const QueryMemory<ForwardTile90<HEAD_DIM>>& smem) {
+  constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
@@ -385,7 +384,7 @@ ATTN_DEVICE void consume_features(const Params& p, const QueryTask& task, const 
 template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
-  using Tile = FeatureTile<HEAD_DIM, BITS>;
+  using Tile = ForwardTile90<HEAD_DIM>;
   const auto smem = QueryMemory<Tile>::of(smem_base());
   const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
   if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles

@@ -21,8 +21,9 @@ struct Coordinates {
       : q(int(seq.q_start)), k(int(seq.k_start)), b(p.ptr.cu_seqlens_q ? 0 : seq.b) {}
 };
 
-// All slabs of rows r0.. of one head, announced on `bar` by the caller.  FOURS: a box of the map has
-// every other row, and rows r0, r0 + 2, .. come before r0 + 1, r0 + 3, .. (forward_features.cuh).
+// All slabs of rows r0.. of one head, announced on `bar` by the caller.  FOURS: a box of the map
+// has every other row, and rows r0, r0 + 2, .. come before r0 + 1, r0 + 3, ..
+// (forward_features.cuh).
 template <int SLABS, int ROWS, bool FOURS = false>
 ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, int r0, int head,
                            int b) {

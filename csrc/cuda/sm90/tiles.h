@@ -12,21 +12,16 @@ constexpr int slabs_of(int head_dim) { return (head_dim + 63) / 64; }  // of 64 
 
 // 64 rows a consumer warpgroup.  BLOCK_N: what 227 KiB of shared memory and 240 registers a thread
 // hold; of O, S and P, HEAD_DIM = 192 has 96 + 48 + 24, 256 has 128 + 32 + 16.
-constexpr int forward_keys(int head_dim) { return head_dim <= 128 ? 128 : head_dim <= 192 ? 96 : 64; }
-template <int HEAD_DIM, int KEYS = forward_keys(HEAD_DIM)>
+template <int HEAD_DIM>
 struct ForwardTile90 {
-  static constexpr int BLOCK_M = 128, BLOCK_N = KEYS;
+  static constexpr int BLOCK_M = 128;
+  static constexpr int BLOCK_N = HEAD_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 96 : 64;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
   static constexpr int RESIDENT = 1;  // tiles of queries: Q
   static constexpr int SMEM = QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
 };
 
-// BLOCK_N of a forward with these features.
-constexpr int feature_keys(int head_dim, int bits) {
-  (void)bits;
-  return forward_keys(head_dim);
-}
 // Of a thread's groups of 4 keys, how many have their masks and biases asked for before S is there.
 constexpr int early_groups(int head_dim, int bits, int groups) {
   (void)head_dim, (void)bits;

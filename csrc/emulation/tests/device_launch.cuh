@@ -58,7 +58,8 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   cuuint64_t size[4], stride[3];
   cuuint32_t box[4], steps[4] = {1, cuuint32_t(t.row_step), 1, 1};
-  for (int i = 0; i < 4; ++i) size[i] = cuuint64_t(t.size[i]), box[i] = cuuint32_t(t.box[i]) * steps[i];
+  for (int i = 0; i < 4; ++i)
+    size[i] = cuuint64_t(t.size[i]), box[i] = cuuint32_t(t.box[i]) * steps[i];
   for (int i = 0; i < 3; ++i) stride[i] = cuuint64_t(t.stride[i]);
   alignas(128) CUtensorMap map;
   const CUresult error =

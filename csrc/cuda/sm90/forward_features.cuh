@@ -94,25 +94,6 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       bits[r] = wgmma_held(bits[r]);  // computed here, and not behind the wait that follows
     }
   }
-  // Which pairs dropout keeps.
-  ATTN_DEVICE void dropout_bits(PairBits& bits, int n0) const {
-    const uint32_t least = dropout.least_word();
-    bits[0] = bits[1] = 0;
-    ATTN_UNROLL
-    for (int m = 0; m < GROUPS; ++m) {
-      ATTN_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        uint32_t words[4];
-        dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
-        ATTN_UNROLL
-        for (int e = 0; e < 4; ++e)
-          if (words[e] >= least) bits[r] |= dropout_bit(m, e);
-      }
-      // No more than 4 blocks at a time: registers.
-      if (m % 2) bits[0] = wgmma_held(bits[0]), bits[1] = wgmma_held(bits[1]);
-    }
-  }
-
   // The logit of a product; distance: i + Sk - Sq - j.
   ATTN_DEVICE float logit(float product, float distance, const Side<T, BITS>& side, int e) const {
     if constexpr (PRODUCTS)
@@ -168,7 +149,8 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   // P = exp2(unit * S - base) as A operands, those of dropped pairs 0 (1 / (1 - p) comes with the
   // normalisation), and the sums of its rows.
   ATTN_DEVICE void exponentials(Weights& P, float (&sum)[2], float (&weighted)[2], const Scores& S,
-                                const PairBits& kept) const {
+                                int n0) const {
+    const uint32_t least = dropout.least_word();
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) sum[r] = weighted[r] = 0.0f;
     ATTN_UNROLL
@@ -183,9 +165,13 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       }
       sum[r] += (w[0] + w[1]) + (w[2] + w[3]);
       if (has<BITS>(p, kDropout)) {
+        // Not before: what is dropped would be kept in predicates, and these in registers.
+        const int j = int(wgmma_held(uint32_t(first_key(n0, m))));
+        uint32_t words[4];
+        dropout.words(query[r].h, query[r].i, j, words);
         ATTN_UNROLL
         for (int e = 0; e < 4; ++e)
-          if (!(kept[r] & dropout_bit(m, e))) w[e] = 0.0f;
+          if (words[e] < least) w[e] = 0.0f;
       }
       ATTN_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
@@ -221,7 +207,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   // P of a tile, and its sums added to the state's; true in the whole warp where a base has moved:
   // O is then to be rescaled.  As in LazySoftmax it moves where a sum says that it must; with
   // statistics wherever a logit is larger.
-  ATTN_DEVICE bool weights(Weights& P, const Scores& S, const PairBits& kept) {
+  ATTN_DEVICE bool weights(Weights& P, const Scores& S, int n0) {
     float sum[2], weighted[2];
     bool moved = false;
     if (has<BITS>(p, kStats)) {
@@ -229,14 +215,14 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       for (int r = 0; r < 2; ++r) moved |= fmaf(largest(S, r), unit(r), -state.max[r]) > 0.0f;
       moved = ballot(moved) != 0;
     } else {
-      exponentials(P, sum, weighted, S, kept);
+      exponentials(P, sum, weighted, S, n0);
       moved = ballot((sum[0] > LIMIT) | (sum[1] > LIMIT)) != 0;
     }
     if (moved) {
       ATTN_UNROLL
       for (int r = 0; r < 2; ++r) move(r, largest(S, r));
     }
-    if (moved || has<BITS>(p, kStats)) exponentials(P, sum, weighted, S, kept);
+    if (moved || has<BITS>(p, kStats)) exponentials(P, sum, weighted, S, n0);
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) state.sum[r] += sum[r], state.weighted[r] += weighted[r];
     return moved;
@@ -251,11 +237,9 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   ATTN_DEVICE void edge(int turn, int n0) {
     Scores S;
     Weights P;
-    PairBits kept = {};
-    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
     this->scores_alone(S, turn);
     edge_logits(S, n0);
-    if (weights(P, S, kept)) rescale();
+    if (weights(P, S, n0)) rescale();
     V.wait(turn);
     this->output_alone(P, turn);
     V.release(turn);
@@ -266,17 +250,16 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   template <class Issue, class Wait>
   ATTN_DEVICE bool tile(Scores& S, Weights& P, int n0, const Issue& issue, const Wait& wait) {
     Sides sides;
-    PairBits unmasked, kept = {};
+    PairBits unmasked;
     load_sides(sides, n0, 0, EARLY);
     issue();
     if (has<BITS>(p, kMask) && EARLY == GROUPS) mask_bits(unmasked, sides);
-    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
     wait();  // S is there
     load_sides(sides, n0, EARLY, GROUPS);
     if (has<BITS>(p, kMask) && EARLY < GROUPS) mask_bits(unmasked, sides);
     logits(S, sides, n0, 0, GROUPS);
     if (has<BITS>(p, kMask)) exclude(S, unmasked);
-    return weights(P, S, kept);
+    return weights(P, S, n0);
   }
   ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, int n0,
                            const TakeTurns& turns) {

@@ -18,11 +18,6 @@
 
 namespace attn::cuda::sm90 {
 
-// Logits from here on are whole multiples of 64, and all but those that equal the largest have no
-// weight beside it.  Times log2(e) they would be rounded by more than a weight bears, or be -inf:
-// their rows keep natural units.
-constexpr float kFarLogit = 536870912.0f;  // 2^29
-
 template <class T, int HEAD_DIM, int BITS>
 struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   using Base = Consumer<T, HEAD_DIM>;
@@ -77,7 +72,6 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   // The bit of key e of group m: as bytes of a mask add up to it, and in the order in which weights
   // are computed.  Neighbouring bits become predicates many at a time.
   ATTN_DEVICE static uint32_t mask_bit(int m, int e) { return 1u << (8 * e + m); }
-  ATTN_DEVICE static uint32_t dropout_bit(int m, int e) { return 1u << (4 * m + e); }
 
   ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
     ATTN_UNROLL
@@ -94,6 +88,22 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       bits[r] = wgmma_held(bits[r]);  // computed here, and not behind the wait that follows
     }
   }
+  // Which pairs dropout keeps: column c of fragment n is bit 2 n + c.
+  ATTN_DEVICE void dropout_bits(PairBits& bits, int n0) const {
+    const uint32_t least = dropout.least_word();
+    bits[0] = bits[1] = 0;
+    ATTN_UNROLL
+    for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t words[4];
+      dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (words[e] >= least) bits[r] |= 1u << (2 * (m + e % 2 * GROUPS) + e / 2);
+      bits[r] = wgmma_held(bits[r]);
+    }
+  }
+
   // The logit of a product; distance: i + Sk - Sq - j.
   ATTN_DEVICE float logit(float product, float distance, const Side<T, BITS>& side, int e) const {
     if constexpr (PRODUCTS)
@@ -146,11 +156,9 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     }
   }
 
-  // P = exp2(unit * S - base) as A operands, those of dropped pairs 0 (1 / (1 - p) comes with the
-  // normalisation), and the sums of its rows.
-  ATTN_DEVICE void exponentials(Weights& P, float (&sum)[2], float (&weighted)[2], const Scores& S,
-                                int n0) const {
-    const uint32_t least = dropout.least_word();
+  // P = exp2(unit * S - base) as A operands, and the sums of its rows.
+  ATTN_DEVICE void exponentials(Weights& P, float (&sum)[2], float (&weighted)[2],
+                                const Scores& S) const {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) sum[r] = weighted[r] = 0.0f;
     ATTN_UNROLL
@@ -164,20 +172,21 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
         if (has<BITS>(p, kStats)) weighted[r] += x == -kInf ? 0.0f : w[e] * x;
       }
       sum[r] += (w[0] + w[1]) + (w[2] + w[3]);
-      if (has<BITS>(p, kDropout)) {
-        // Not before: what is dropped would be kept in predicates, and these in registers.
-        const int j = int(wgmma_held(uint32_t(first_key(n0, m))));
-        uint32_t words[4];
-        dropout.words(query[r].h, query[r].i, j, words);
-        ATTN_UNROLL
-        for (int e = 0; e < 4; ++e)
-          if (words[e] < least) w[e] = 0.0f;
-      }
       ATTN_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
         const int n = m + odd * GROUPS;
         P[n / 2][n % 2 * 2 + r] = pack<T>(w[odd], w[2 + odd]);
       }
+    }
+  }
+  // P of dropped pairs becomes 0 (1 / (1 - p) comes with the normalisation).
+  ATTN_DEVICE static void drop(Weights& P, const PairBits& kept) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) {
+      uint32_t& pair = P[n / 2][n % 2 * 2 + r];
+      if (!(kept[r] & 1u << 2 * n)) pair &= 0xffff0000u;
+      if (!(kept[r] & 2u << 2 * n)) pair &= 0x0000ffffu;
     }
   }
   // The base of a row becomes the largest logit so far.
@@ -187,7 +196,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     if (!(fmaf(top, unit(r), -before) > 0.0f)) return;
     bool other_unit = false;
     if constexpr (FAR) {
-      const float now = fabsf(top) >= kFarLogit && top < -kLeast ? 1.0f : kLog2e;
+      const float now = is_far_logit(top) ? 1.0f : kLog2e;
       other_unit = now != row_unit[r];
       row_unit[r] = now;
     }
@@ -207,7 +216,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   // P of a tile, and its sums added to the state's; true in the whole warp where a base has moved:
   // O is then to be rescaled.  As in LazySoftmax it moves where a sum says that it must; with
   // statistics wherever a logit is larger.
-  ATTN_DEVICE bool weights(Weights& P, const Scores& S, int n0) {
+  ATTN_DEVICE bool weights(Weights& P, const Scores& S, const PairBits& kept) {
     float sum[2], weighted[2];
     bool moved = false;
     if (has<BITS>(p, kStats)) {
@@ -215,14 +224,15 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       for (int r = 0; r < 2; ++r) moved |= fmaf(largest(S, r), unit(r), -state.max[r]) > 0.0f;
       moved = ballot(moved) != 0;
     } else {
-      exponentials(P, sum, weighted, S, n0);
+      exponentials(P, sum, weighted, S);
       moved = ballot((sum[0] > LIMIT) | (sum[1] > LIMIT)) != 0;
     }
     if (moved) {
       ATTN_UNROLL
       for (int r = 0; r < 2; ++r) move(r, largest(S, r));
     }
-    if (moved || has<BITS>(p, kStats)) exponentials(P, sum, weighted, S, n0);
+    if (moved || has<BITS>(p, kStats)) exponentials(P, sum, weighted, S);
+    if (has<BITS>(p, kDropout)) drop(P, kept);
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) state.sum[r] += sum[r], state.weighted[r] += weighted[r];
     return moved;
@@ -237,9 +247,11 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   ATTN_DEVICE void edge(int turn, int n0) {
     Scores S;
     Weights P;
+    PairBits kept = {};
+    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
     this->scores_alone(S, turn);
     edge_logits(S, n0);
-    if (weights(P, S, n0)) rescale();
+    if (weights(P, S, kept)) rescale();
     V.wait(turn);
     this->output_alone(P, turn);
     V.release(turn);
@@ -250,16 +262,17 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   template <class Issue, class Wait>
   ATTN_DEVICE bool tile(Scores& S, Weights& P, int n0, const Issue& issue, const Wait& wait) {
     Sides sides;
-    PairBits unmasked;
+    PairBits unmasked, kept = {};
     load_sides(sides, n0, 0, EARLY);
     issue();
     if (has<BITS>(p, kMask) && EARLY == GROUPS) mask_bits(unmasked, sides);
+    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
     wait();  // S is there
     load_sides(sides, n0, EARLY, GROUPS);
     if (has<BITS>(p, kMask) && EARLY < GROUPS) mask_bits(unmasked, sides);
     logits(S, sides, n0, 0, GROUPS);
     if (has<BITS>(p, kMask)) exclude(S, unmasked);
-    return weights(P, S, n0);
+    return weights(P, S, kept);
   }
   ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, int n0,
                            const TakeTurns& turns) {
@@ -321,9 +334,9 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       if (quad_sum(state.sum[r]) == 0.0f)
         base = -kInf;
       else if (FAR && unit(r) == 1.0f)
-        base = base < kLeast ? kLeast * kLog2e : base * kLog2e;
+        base = far_base(base);
       else
-        huge |= fabsf(base) > kLargestFused && fabsf(base) < kInf;
+        huge |= rounds_away(base);
     }
     return repairs() && ballot(huge) != 0;
   }

@@ -24,8 +24,9 @@ struct ForwardTile90 {
 
 // Of a thread's groups of 4 keys, how many have their masks and biases asked for before S is there.
 constexpr int early_groups(int head_dim, int bits, int groups) {
-  (void)head_dim, (void)bits;
-  return groups;
+  if (bits & kAny) return groups / 2;
+  if (head_dim <= 96 || !(bits & kBias)) return groups;
+  return bits & (kBiasFloat | kMask) ? groups / 2 : groups * 3 / 4;
 }
 
 // dQ: 64 queries a consumer warpgroup, their rows of Q and dO resident.  Registers of dQ, S, dP and

@@ -80,7 +80,7 @@ def mix(seed):
     """Features, sizes and a dtype drawn at random."""
     draw = random.Random(seed)
     features = [
-        {"mask": draw.choice(("bhqk", "qk", "bk", "hq"))}, {"bias": draw.choice(("hqk", "bk", "q"))},
+        {"mask": draw.choice(("bhqk", "qk", "bk"))}, {"bias": draw.choice(("hqk", "bk", "q"))},
         {"alibi": draw.choice((True, "b"))}, {"softcap": 2.0}, {"sink": True}, {"dropout_p": 0.3},
         {"stats": True}, {"scale": draw.choice((-0.3, 0.5))},
     ]  # fmt: skip

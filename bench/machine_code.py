@@ -85,6 +85,10 @@ KERNELS = {
         for name in ("mask", "bias", "dropout")
     },
     "sm90_forward": Kernel("sm90", "forward", 256),
+    **{
+        f"sm90_forward_{name}": Kernel("sm90", "forward_features", 256, name)
+        for name in ("mask", "bias", "dropout")
+    },
     "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "deterministic"),
     "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "deterministic"),
     "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),

@@ -200,13 +200,14 @@ class Stream : public Executor {
     if (!driver_.api.encode_tensor)
       throw std::runtime_error("the driver has no cuTensorMapEncodeTiled: CUDA 12.0 is needed");
     uint64_t size[4], stride[3];
-    uint32_t box[4], ones[4] = {1, 1, 1, 1};
-    for (int i = 0; i < 4; ++i) size[i] = uint64_t(t.size[i]), box[i] = uint32_t(t.box[i]);
+    uint32_t box[4], steps[4] = {1, uint32_t(t.row_step), 1, 1};
+    for (int i = 0; i < 4; ++i)
+      size[i] = uint64_t(t.size[i]), box[i] = uint32_t(t.box[i]) * steps[i];
     for (int i = 0; i < 3; ++i) stride[i] = uint64_t(t.stride[i]);
     ptx::TensorMap map;
     check(driver_,
           driver_.api.encode_tensor(&map, t.is_bf16 ? TENSOR_BFLOAT16 : TENSOR_FLOAT16, 4,
-                                    const_cast<void*>(t.base), size, stride, box, ones, 0,
+                                    const_cast<void*>(t.base), size, stride, box, steps, 0,
                                     TENSOR_SWIZZLE_128B, TENSOR_PROMOTION_256B, 0),
           "cuTensorMapEncodeTiled");
     return map;

@@ -105,7 +105,7 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
 }
 
 // The kernels of a call.
-enum class Choice { SM90, SM80_PLAIN, SM80_FEATURES, SM80_GENERAL };
+enum class Choice { SM90, SM90_FEATURES, SM80_PLAIN, SM80_FEATURES, SM80_GENERAL };
 
 // Of a call that is not plain: pages and float32 have the kernels that know everything.
 Choice with_features(const Problem& p, const Pointers& ptr) {
@@ -116,8 +116,10 @@ Choice with_features(const Problem& p, const Pointers& ptr) {
 Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& cut,
                       const Target& target) {
   if (cut.pack > 1 || cut.splits > 1) return Choice::SM80_GENERAL;
-  if (features_of(p, ptr)) return with_features(p, ptr);
-  return target.sm90 && sm90::forward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
+  const bool features = features_of(p, ptr);
+  if (target.sm90 && sm90::forward_problem(p, ptr).empty())
+    return features ? Choice::SM90_FEATURES : Choice::SM90;
+  return features ? with_features(p, ptr) : Choice::SM80_PLAIN;
 }
 
 Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -146,6 +148,8 @@ const char* name(Choice choice) {
   switch (choice) {
     case Choice::SM90:
       return "sm90";
+    case Choice::SM90_FEATURES:
+      return "sm90 features";
     case Choice::SM80_PLAIN:
       return "sm80 plain";
     case Choice::SM80_FEATURES:
@@ -155,12 +159,9 @@ const char* name(Choice choice) {
   }
 }
 
-void run_sm90(Executor& to, const Params& x, bool backward) {
-  const auto run_pair = [&](auto pair) {
-    using P = decltype(pair);
-    using T = typename P::Element;
-    backward ? sm90::run_backward<T, P::kHeadDim>(to, x) : sm90::run_forward<T, P::kHeadDim>(to, x);
-  };
+// use(Pair<T, HEAD_DIM>()) for the pair of a Hopper kernel.
+template <class Use>
+void with_sm90_pair(const Params& x, const Use& run_pair) {
   const auto run = [&](auto element) {
     using T = decltype(element);
     switch (sm90::kernel_head_dim(x.p)) {
@@ -172,6 +173,20 @@ void run_sm90(Executor& to, const Params& x, bool backward) {
     }
   };
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
+}
+void run_sm90_forward(Executor& to, const Params& x) {
+  with_sm90_pair(x, [&](auto pair) {
+    using P = decltype(pair);
+    using T = typename P::Element;
+    x.features ? sm90::run_features<T, P::kHeadDim>(to, x)
+               : sm90::run_forward<T, P::kHeadDim>(to, x);
+  });
+}
+void run_sm90_backward(Executor& to, const Params& x) {
+  with_sm90_pair(x, [&](auto pair) {
+    using P = decltype(pair);
+    sm90::run_backward<typename P::Element, P::kHeadDim>(to, x);
+  });
 }
 
 // As many warps as there are units of work.
@@ -222,7 +237,7 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
     x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;
   }
   const Choice choice = choose_forward(p, ptr, cut, target);
-  if (choice == Choice::SM90) return run_sm90(to, x, false);
+  if (choice == Choice::SM90 || choice == Choice::SM90_FEATURES) return run_sm90_forward(to, x);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
@@ -264,7 +279,7 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;
     const Choice choice = choose_backward(p, ptr, target);
     if (choice == Choice::SM90)
-      run_sm90(to, near, true);
+      run_sm90_backward(to, near);
     else
       sm80::run_backward<T, P::kHeadDim>(to, near, choice != Choice::SM80_PLAIN);
     run_far_rows<T>(to, x);

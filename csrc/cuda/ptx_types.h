@@ -36,6 +36,7 @@ struct TensorSpec {
   int box[4];
   int element_bytes = 2;
   int swizzle = 128;  // bytes that are swizzled, and of a row; 0: rows of whole chunks as they are
+  int row_step = 1;   // the box[1] rows of a box are this far apart in the tensor
 };
 // "" or the rule of cuTensorMapEncodeTiled that the spec breaks.
 inline const char* tensor_problem(const TensorSpec& t) {
@@ -47,6 +48,8 @@ inline const char* tensor_problem(const TensorSpec& t) {
   for (const int64_t stride : t.stride)
     if (stride % 16 || stride <= 0 || stride >= int64_t(1) << 40)
       return "a stride is not a multiple of 16 bytes in 16 .. 2^40";
+  if (t.row_step < 1 || t.row_step > 8) return "the step between rows is not in 1 .. 8";
+  if (t.row_step * t.box[1] > 256) return "the rows of the box are more than 256 rows apart";
   const int row = t.box[0] * t.element_bytes;
   if (t.swizzle == 0) return row % 16 ? "rows of the box are not multiples of 16 bytes" : "";
   return row == t.swizzle ? "" : "rows of the box are not as long as the swizzled bytes";

@@ -23,6 +23,18 @@ struct RowState {
 };
 
 constexpr float kLargestFused = 16777216.0f;  // half a unit in its last place is 1
+// Whether a base of exponentials, in units of log2(e), is rounded by so much that it counts.
+ATTN_DEVICE bool rounds_away(float base) {
+  return fabsf(base) > kLargestFused && fabsf(base) < kInf;
+}
+
+// A row whose largest logit is a bias of 2^29 or more, of either sign, keeps natural units: times
+// log2(e) such a base would be rounded by more than P can hold, or be the -inf that excludes.
+// Without that it is exact, and since logits of this size are 64 or more apart, all that differ
+// from the largest have no weight beside it, be it a power of e or of 2.
+ATTN_DEVICE bool is_far_logit(float top) { return fabsf(top) >= 536870912.0f && top < -kLeast; }
+// The base of such a row in units of log2(e), as finish_row takes it.
+ATTN_DEVICE float far_base(float top) { return fmaxf(top, kLeast) * kLog2e; }
 
 // True in the whole warp when a row's logits are so large that the rounding of the maximum, which
 // the multiply-adds of online_softmax do not share, counts in an exponent (repair.cuh).
@@ -31,8 +43,7 @@ ATTN_DEVICE bool warp_finds_huge(const RowState& state, float scale) {
   bool huge = false;
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const float top = fabsf(state.max[r] * scale);
-    huge |= top > kLargestFused && top < kInf;
+    huge |= rounds_away(state.max[r] * scale);
   }
   return ballot(huge) != 0;
 }

@@ -142,8 +142,8 @@ void Machine::tma_land(size_t index) {
   for (int c = 0; c < t.box[3]; ++c)
     for (int b = 0; b < t.box[2]; ++b)
       for (int a = 0; a < t.box[1]; ++a, ++row) {
-        const int64_t at[3] = {int64_t(load.corner[1]) + a, int64_t(load.corner[2]) + b,
-                               int64_t(load.corner[3]) + c};
+        const int64_t at[3] = {int64_t(load.corner[1]) + a * t.row_step,
+                               int64_t(load.corner[2]) + b, int64_t(load.corner[3]) + c};
         bool inside = true;
         const auto* from = static_cast<const uint8_t*>(t.base);
         for (int i = 0; i < 3; ++i) {

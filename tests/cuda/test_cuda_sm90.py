@@ -209,9 +209,8 @@ def test_sums_of_dq_are_for_calls_that_may_have_them(hopper):
         assert more == (4 * 128 * head_dim if expected else 0)
 
 
-OTHERS = {
-    "head_dim 32": {"head_dim": 32},
-    "rows that are no multiple of 16 bytes": {"head_dim": 65},
+# Those of which only the forward is served.
+FEATURES = {
     "mask": {"mask": "qk"},
     "bias": {"bias": "k"},
     "softcap": {"softcap": 3.0},
@@ -220,6 +219,13 @@ OTHERS = {
     "dropout": {"dropout_p": 0.2},
     "statistics": {"stats": True},
     "negative scale": {"scale": -0.2},
+}  # fmt: skip
+OTHERS = {
+    **FEATURES,
+    "head_dim 32": {"head_dim": 32},
+    "head_dim 32 with a mask": {"head_dim": 32, "mask": "qk"},
+    "rows that are no multiple of 16 bytes": {"head_dim": 65},
+    "rows of odd length with dropout": {"head_dim": 65, "dropout_p": 0.2},
     "no keys": {"seqlen_k": 0},
     "float32": {"dtype": torch.float32},
     "heads of a group packed": {"seqlen_q": 2},
@@ -230,7 +236,7 @@ OTHERS = {
 def test_other_calls_go_to_the_sm80_kernels(hopper, name):
     """A feature that the Hopper kernel would ignore."""
     call = hopper.call(**{"seqlen_q": 70, "seqlen_k": 90, "head_dim": 64, **OTHERS[name]})
-    assert hopper.kernel(call).startswith("sm80")
+    assert hopper.kernel(call).startswith("sm90 features" if name in FEATURES else "sm80")
     if name not in ("statistics", "heads of a group packed"):  # backward knows neither
         assert hopper.backward_kernel(call).startswith("sm80")
     check_call(call, hopper.module, grads=False)

@@ -126,11 +126,29 @@ CASES = {
     "float32": {"mask": "bhqk", "bias": "hqk", "dtype": torch.float32, "seqlen_q": 40},
     "deterministic": {"bias": "hqk", "dropout_p": 0.2, "deterministic": True},
     "decode of pages": {"cache_seqlens": [200], "seqlen_q": 2, "page_size": 16, "softcap": 3.0},
-    "on Hopper, causal": {"head_dim": 64, "causal": True, "hopper": True},
     "decode without features": {"cache_seqlens": [200], "seqlen_q": 2},
     "packed sequences": {"mask": "bk", "seqlens_q": [5, 71, 1], "seqlens_k": [7, 133, 0],
                          "dropout_p": 0.2, "stats": True},
     **{f"mix {seed}": mix(seed) for seed in range(6)},
+}  # fmt: skip
+# On the kernels for Hopper: whole tiles and an edge.
+WHOLE = {"seqlen_q": 130, "seqlen_k": 300, "head_dim": 64}
+CASES |= {
+    "hopper: causal": {"head_dim": 64, "causal": True},
+    "hopper: mask": WHOLE | {"mask": "bhqk"},
+    "hopper: mask of odd rows, head_dim 128": WHOLE | {"mask": "qk", "seqlen_k": 299,
+                                                       "head_dim": 128},
+    "hopper: bias": WHOLE | {"bias": "hqk"},
+    "hopper: bias in float32, head_dim 128": WHOLE | {"bias": "hqk", "cast": torch.float32,
+                                                      "head_dim": 128},
+    "hopper: dropout": WHOLE | {"dropout_p": 0.3, "dtype": torch.float16},
+    "hopper: stats, causal": WHOLE | {"stats": True, "causal": True},
+    "hopper: everything, head_dim 128": WHOLE | EVERY | {"head_dim": 128},
+    "hopper: head_dim 192": WHOLE | {"mask": "qk", "bias": "qk", "dropout_p": 0.2,
+                                     "head_dim": 192},
+    "hopper: packed sequences": {"mask": "bk", "seqlens_q": [5, 71, 1], "seqlens_k": [7, 133, 0],
+                                 "dropout_p": 0.2, "alibi": "b", "head_dim": 64},
+    **{f"hopper: mix {seed}": mix(seed) | {"head_dim": 64} for seed in range(10, 14)},
 }  # fmt: skip
 # at each commit two of them; `make test-ptx` takes all
 CHOSEN = CASES if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(CASES, 2)
@@ -142,16 +160,17 @@ def test_exactly_these_features_compute_what_they_should(name):
     """A feature that a kernel leaves out because its bit is another one's, or that is compiled in
     two ways of which one is wrong."""
     options = dict(SIZES, **{}) | CASES[name]
-    cast, hopper = options.pop("cast", None), options.pop("hopper", False)
+    cast = options.pop("cast", None)
     if "seqlens_q" in options:
         options = {k: v for k, v in options.items() if k not in ("batch", "seqlen_q", "seqlen_k")}
     call = random_call(3, **options)
     if cast is not None:
         call = call._replace(bias=call.bias.to(cast))
+    hopper = name.startswith("hopper")
     with driver(90 if hopper else 80) as fake:
         kernels = Kernels()
         kernels.sm90 = hopper
         check_call(call, kernels, grads=call.seqlens_k is None)
-        assert any("::sm90::" in name for name, _ in fake.compiled) == hopper
+        assert any("::sm90::forward" in kernel for kernel, _ in fake.compiled) == hopper
         asked = features_in(fake)
         assert asked and "any" not in " ".join(asked)

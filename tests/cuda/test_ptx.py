@@ -100,7 +100,11 @@ CALLS = {  # what each would catch, beside the instructions of its kernels
     "paged decode, split": {"seqlen_q": 1, "cache_seqlens": [300, 41], "seqlen_k": 320,
                             "page_size": 16, "heads_q": 4, "heads_k": 2},
 }  # fmt: skip
-HOPPER = {"plain, ragged and causal": CALLS["plain, ragged and causal"]}
+HOPPER = {
+    "plain, ragged and causal": CALLS["plain, ragged and causal"],
+    "features of whole tiles": {"seqlen_q": 70, "seqlen_k": 300, "mask": "qk", "bias": "hqk",
+                                "softcap": 5.0, "alibi": True, "sink": True, "dropout_p": 0.2},
+}  # fmt: skip
 NAMES = [*CALLS, *(f"hopper: {name}" for name in HOPPER)]
 DUE = {name for name in NAMES if seen.turn(name, 16)}  # half a minute each
 
@@ -126,7 +130,7 @@ def test_kernels(name, monkeypatch):
     backend, kernels = registry.get("emulated"), registry.get("emulated")._kernels()
     monkeypatch.setattr(kernels, "sm90", name.startswith("hopper"))
     monkeypatch.setattr(kernels, "_devices", {})
-    options = CALLS[name.removeprefix("hopper: ")]
+    options = (CALLS | HOPPER)[name.removeprefix("hopper: ")]
     call = random_call(1, head_dim=64, dtype=torch.bfloat16, **options)
     replacement = build.Replacement()
     for mode in MODES:

@@ -12,11 +12,6 @@
 
 namespace attn::cuda::sm80 {
 
-// A row whose largest logit is below kLeast has only biases of finfo.min's size, of which times
-// log2(e) nothing is left but -inf.  With this unit in place of log2(e) its exponentials are 1 for
-// the largest logit and 0 for all that differ from it, as they are.
-constexpr float kFarUnit = 8.0779357e-28f;  // 2^-90
-
 template <int HEAD_DIM, int BITS>
 using FeatureTileOf = FeatureForwardTile<HEAD_DIM, may_have<BITS>(kMask) && may_have<BITS>(kBias)>;
 
@@ -37,7 +32,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // rest after: all of them would take 48 registers.
   static constexpr int EARLY = TILES / 4;
   static constexpr float GROWTH = 8.0f;  // as in WholeSoftmax
-  static constexpr float LOWEST = PRODUCTS || !FAR ? -3.4e38f : kFinfoMin * kFarUnit;
+  static constexpr float LOWEST = FAR ? kFinfoMin : -3.4e38f;
 
   Dropout dropout;
   HeadTerms<float> head;
@@ -53,8 +48,8 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       query[f][r] = score.query(t.head, min_int(this->row(f) + 8 * r, t.rows - 1));
-      state[f].max[r] = LOWEST;  // the base of the exponentials, in units of log2(e)
-      if (FAR) row_unit[f][r] = kFarUnit;
+      state[f].max[r] = LOWEST;  // the base of the exponentials, in the row's unit
+      if (FAR) row_unit[f][r] = 1.0f;
     }
   }
   // What a logit is multiplied by before the base is taken from it.
@@ -154,7 +149,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     if (!(fmaf(top, unit(f, r), -before) > 0.0f)) return;
     bool other_unit = false;
     if constexpr (FAR) {
-      const float now = top < kLeast ? kFarUnit : kLog2e;
+      const float now = is_far_logit(top) ? 1.0f : kLog2e;
       other_unit = now != row_unit[f][r];
       row_unit[f][r] = now;
     }
@@ -188,15 +183,20 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     }
   }
   // From bases to what store_rows() takes: -inf where no key counts, and finfo.min as it is there.
-  ATTN_DEVICE void finish() {
+  // True where the rounding of a base counts (warp_finds_huge).
+  ATTN_DEVICE bool finish() {
+    bool huge = false;
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (quad_sum(state[f].sum[r]) == 0.0f)
         state[f].max[r] = -kInf;
-      else if (FAR && unit(f, r) == kFarUnit)
-        state[f].max[r] = kLeast * kLog2e;
+      else if (FAR && unit(f, r) == 1.0f)
+        state[f].max[r] = far_base(state[f].max[r]);
+      else
+        huge |= rounds_away(state[f].max[r]);
     }
+    return repairs() && ballot(huge) != 0;
   }
 
   ATTN_DEVICE void edge(const Band& band, int turn) {
@@ -244,8 +244,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   }
 
   ATTN_DEVICE void store() {
-    bool bad = false;
-    finish();
+    bool bad = finish();
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
       bad |= warp_finds_nan(O[f]);

@@ -214,14 +214,22 @@ struct Consumer {
       pack_weights<T>(even, S);
     }
     LazySoftmax lazy(state, p.scale_log2);
+    rest(even, odd, turn, end, turns, [&](Weights& before, Weights& now, int at) {
+      overlap(before, now, at, end, turns, lazy);
+    });
+  }
+  // Those behind the first, whose P is `even`: overlap(P of the turn before, P of this turn, turn).
+  template <class Overlap>
+  ATTN_DEVICE void rest(Weights& even, Weights& odd, int turn, int end, const TakeTurns& turns,
+                        const Overlap& overlap) {
     if (turn + 1 < end) K.wait(turn + 1);
     turns.begin();
     ATTN_NO_UNROLL
     while (true) {
       if (++turn == end) return last(even, turn - 1, turns);
-      overlap(even, odd, turn, end, turns, lazy);
+      overlap(even, odd, turn);
       if (++turn == end) return last(odd, turn - 1, turns);
-      overlap(odd, even, turn, end, turns, lazy);
+      overlap(odd, even, turn);
     }
   }
 };
@@ -263,8 +271,8 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
              [&](int i) { Repair<T, HEAD_DIM>{p, task.seq}.output(task.head, i); });
 }
 
-// The producer's thread: Q, then K and V of all turns.
-template <class Tile>
+// The producer's thread: Q, then K and V of all turns.  FOURS: of load_rows().
+template <class Tile, bool FOURS = false>
 ATTN_DEVICE void produce(const ForwardParams& x, const QueryTask& task, const Turns& turns,
                          const QueryMemory<Tile>& smem) {
   constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
@@ -273,7 +281,7 @@ ATTN_DEVICE void produce(const ForwardParams& x, const QueryTask& task, const Tu
   load_rows<S, M>(smem.Q, x.Q, smem.queries_full, at.q + task.row0, task.head, at.b);
   const int head_k = task.head / x.p.group;
   const auto load = [&](const Ring<STAGES>& ring, const TensorMap& map, int turn) {
-    ring.template load<S, N>(turn, map, at.k + turns.tile(turn) * N, head_k, at.b);
+    ring.template load<S, N, FOURS>(turn, map, at.k + turns.tile(turn) * N, head_k, at.b);
   };
   load(smem.K, x.K, 0);
   ATTN_NO_UNROLL

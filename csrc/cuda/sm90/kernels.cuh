@@ -3,13 +3,15 @@
 #include "../launches.h"
 #include "backward_dq.cuh"
 #include "backward_fused.cuh"
-#include "forward.cuh"
+#include "forward_features.cuh"
 
 namespace attn::cuda::sm90 {
 
 template <class T, int HEAD_DIM, class Use>
 void each_forward(const Use& use) {
   use(kernel_name<T>("sm90::forward", HEAD_DIM), forward<T, HEAD_DIM>);
+  use(kernel_name<T>("sm90::forward_features", HEAD_DIM, int(kAny)),
+      forward_features<T, HEAD_DIM, kAny>);
 }
 
 template <class T, int HEAD_DIM, class Use>

@@ -35,6 +35,11 @@ inline TensorSpec tensor_spec(const Problem& p, const Pointers& ptr, const void*
   }
   return t;
 }
+// The same tile by boxes of every other row (forward_features.cuh).
+inline TensorSpec in_fours(TensorSpec t) {
+  t.box[1] /= 2, t.row_step = 2;
+  return t;
+}
 inline int64_t query_rows(const Problem& p, const Pointers& ptr) {
   return ptr.cu_seqlens_q ? p.rows_q : p.seqlen_q;
 }
@@ -54,11 +59,12 @@ inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr, ptr.dout, p.dout, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
 }
 
-// "" when the kernels serve a plain call (features.h: no feature), else what they lack.
+// "" when the kernels serve a call, else what they lack.
 inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
   if (!ptr.cu_seqlens_q != !ptr.cu_seqlens_k) return "one of cu_seqlens_q and cu_seqlens_k";
   if (!kernel_head_dim(p)) return "head_dim";
+  if (ptr.block_table) return "pages";
   for (const TensorSpec& t : {query_spec(p, ptr, 1), key_spec(p, ptr, 1), value_spec(p, ptr, 1)})
     if (const char* why = tensor_problem(t); *why) return why;
   return "";

@@ -19,6 +19,21 @@ void run_forward(Executor& to, const Params& params) {
          THREADS, Tile::SMEM, x);
 }
 
+// A forward that knows p.features.
+template <class T, int HEAD_DIM>
+void run_features(Executor& to, const Params& params) {
+  const Problem& p = params.p;
+  using Tile = ForwardTile90<HEAD_DIM>;
+  ForwardParams x{};
+  x.p = params;
+  x.p.m_tiles = int((p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  x.Q = to.tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));
+  x.K = to.tensor_map(in_fours(key_spec(p, params.ptr, Tile::BLOCK_N)));
+  x.V = to.tensor_map(in_fours(value_spec(p, params.ptr, Tile::BLOCK_N)));
+  launch(to, kernel_name<T>("sm90::forward_features", HEAD_DIM, params.features),
+         grid_of(p.batch * p.heads_q * x.p.m_tiles), THREADS, Tile::SMEM, x);
+}
+
 // dQ, dK, dV, each where its pointer is not null; p.delta is filled, p.dq_sums where query_sums().
 template <class T, int HEAD_DIM>
 void run_backward(Executor& to, const Params& params) {

@@ -21,13 +21,18 @@ struct Coordinates {
       : q(int(seq.q_start)), k(int(seq.k_start)), b(p.ptr.cu_seqlens_q ? 0 : seq.b) {}
 };
 
-// All slabs of rows r0.. of one head, announced on `bar` by the caller.
-template <int SLABS, int ROWS>
+// All slabs of rows r0.. of one head, announced on `bar` by the caller.  FOURS: a box of the map
+// has every other row, and rows r0, r0 + 2, .. come before r0 + 1, r0 + 3, ..
+// (forward_features.cuh).
+template <int SLABS, int ROWS, bool FOURS = false>
 ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, int r0, int head,
                            int b) {
+  constexpr int BOXES = FOURS ? 2 : 1;
   ATTN_UNROLL
-  for (int slab = 0; slab < SLABS; ++slab)
-    tma_load_4d(tile + uint32_t(slab * ROWS * 128), map, bar, 64 * slab, r0, head, b);
+  for (int slab = 0; slab < SLABS; ++slab) ATTN_UNROLL
+  for (int box = 0; box < BOXES; ++box)
+    tma_load_4d(tile + uint32_t((slab * BOXES + box) * (ROWS / BOXES) * 128), map, bar, 64 * slab,
+                r0 + box, head, b);
 }
 
 // A ring of STAGES buffers: full and empty mbarriers, 8 bytes each.
@@ -46,11 +51,11 @@ struct Ring {
     }
   }
   // Producer: all slabs of rows r0.. of one head into buffer i.
-  template <int SLABS, int ROWS>
+  template <int SLABS, int ROWS, bool FOURS = false>
   ATTN_DEVICE void load(int i, const TensorMap& map, int r0, int head, int b) const {
     wait_empty(i);
     mbarrier_arrive_expect_tx(full_bar(i), int(bytes));
-    load_rows<SLABS, ROWS>(tile(i), map, full_bar(i), r0, head, b);
+    load_rows<SLABS, ROWS, FOURS>(tile(i), map, full_bar(i), r0, head, b);
   }
   // Producers, before they write buffer i.
   ATTN_DEVICE void wait_empty(int i) const {

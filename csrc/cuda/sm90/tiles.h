@@ -22,6 +22,13 @@ struct ForwardTile90 {
   static constexpr int SMEM = QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
 };
 
+// Of a thread's groups of 4 keys, how many have their masks and biases asked for before S is there.
+constexpr int early_groups(int head_dim, int bits, int groups) {
+  if (bits & kAny) return groups / 2;
+  if (head_dim <= 96 || !(bits & kBias)) return groups;
+  return bits & (kBiasFloat | kMask) ? groups / 2 : groups * 3 / 4;
+}
+
 // dQ: 64 queries a consumer warpgroup, their rows of Q and dO resident.  Registers of dQ, S, dP and
 // packed dS: 32 + 64 + 64 + 32 (64), 64 + 32 + 32 + 16 (128), 96 + 32 + 32 + 16 (192), 128 + 16 +
 // 16 + 8 (256: 128 KiB of Q and dO leave room for 32 keys twice).

@@ -57,13 +57,14 @@ inline TensorMap make_tensor_map(const TensorSpec& t) {
   }();
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
   cuuint64_t size[4], stride[3];
-  cuuint32_t box[4], ones[4] = {1, 1, 1, 1};
-  for (int i = 0; i < 4; ++i) size[i] = cuuint64_t(t.size[i]), box[i] = cuuint32_t(t.box[i]);
+  cuuint32_t box[4], steps[4] = {1, cuuint32_t(t.row_step), 1, 1};
+  for (int i = 0; i < 4; ++i)
+    size[i] = cuuint64_t(t.size[i]), box[i] = cuuint32_t(t.box[i]) * steps[i];
   for (int i = 0; i < 3; ++i) stride[i] = cuuint64_t(t.stride[i]);
   alignas(128) CUtensorMap map;
   const CUresult error =
       encode(&map, t.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             4, const_cast<void*>(t.base), size, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             4, const_cast<void*>(t.base), size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS)

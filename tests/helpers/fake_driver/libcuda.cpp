@@ -244,10 +244,12 @@ FAKE cuTensorMapEncodeTiled(attn::ptx::TensorMap* map, int type, uint32_t rank, 
     return INVALID_VALUE;
   attn::ptx::TensorSpec spec = {base, type == TENSOR_BFLOAT16, {}, {}, {}};
   for (int i = 0; i < 4; ++i) {
-    if (!size[i] || size[i] > uint64_t(1) << 32 || !box[i] || box[i] > 256 || steps[i] != 1)
+    if (!size[i] || size[i] > uint64_t(1) << 32 || !box[i] || box[i] > 256 || !steps[i] ||
+        steps[i] > 8 || (steps[i] != 1 && i != 1))
       return INVALID_VALUE;
-    spec.size[i] = int64_t(size[i]), spec.box[i] = int(box[i]);
+    spec.size[i] = int64_t(size[i]), spec.box[i] = int((box[i] + steps[i] - 1) / steps[i]);
   }
+  spec.row_step = int(steps[1]);
   for (int i = 0; i < 3; ++i) {
     if (stride[i] % 16 || stride[i] >= uint64_t(1) << 40) return INVALID_VALUE;
     spec.stride[i] = int64_t(stride[i]);

@@ -58,8 +58,8 @@ def tensor_map(base, swizzle, size, kind, box, shape, strides, padding) -> bytes
     arguments are those of Triton's fill_tma_descriptor_tiled, the outermost dimension first."""
     assert len(shape) == 4 and padding == 0, (shape, padding)
     steps = [step * size for step in strides[-2::-1]]
-    spec = struct.pack("<Q?7x4q3q4iii", base, False, *shape[::-1], *steps, *box[::-1], size,
-                       SWIZZLED[swizzle])  # fmt: skip
+    spec = struct.pack("<Q?7x4q3q4iiii", base, False, *shape[::-1], *steps, *box[::-1], size,
+                       SWIZZLED[swizzle], 1)  # fmt: skip
     return spec.ljust(128, b"\0")
 
 

@@ -1,0 +1,395 @@
+// The forward of forward.cuh for calls with mask, bias, ALiBi, soft cap, sink, dropout or
+// statistics, compiled for exactly the features of a call (features.h).
+//
+// The same roles, rings and order of products.  Keys lie in shared memory in another order: of a
+// tile of N, the even ones and then the odd ones, which the copy engine does by boxes of every
+// other row.  The columns 2 t, 2 t + 1 of fragments m and m + N / 16, which a thread owns, are then
+// keys 16 m + 4 t .. + 3: one load of a mask or of a bias, one block of Philox.  Products know
+// nothing of it: a sum over keys does not mind their order.
+//
+// What is added to a tile that every row sees: mask and bias are asked for before the products are
+// issued; which pairs are masked and which are dropped is known, in two words a row, before S is
+// waited for; behind it come the logits and a selection a pair.  No tile is looked at for NaN: what
+// a NaN behind an excluded pair leaves is computed once more (repair.cuh).
+#pragma once
+#include "../dropout.cuh"
+#include "../side.cuh"
+#include "forward.cuh"
+
+namespace attn::cuda::sm90 {
+
+template <class T, int HEAD_DIM, int BITS>
+struct FeatureConsumer : Consumer<T, HEAD_DIM> {
+  using Base = Consumer<T, HEAD_DIM>;
+  using Base::N, Base::TILES, Base::ACC, Base::p, Base::K, Base::V, Base::O, Base::state;
+  using typename Base::Scores;
+  using typename Base::Tile;
+  using typename Base::Weights;
+  static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
+  static_assert(GROUPS <= 8);
+  using Sides = Side<T, BITS>[GROUPS][2];
+  using PairBits = uint32_t[2];  // one bit a pair of a tile, a word a row
+
+  // Logits are products times p.scale_log2; else they are computed, in natural units.
+  static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
+  static constexpr bool FAR = may_have<BITS>(kBias);  // a row may keep natural units
+  static constexpr float LIMIT = LazySoftmax::LIMIT, LOWEST = FAR ? kFinfoMin : LazySoftmax::LOWEST;
+  static constexpr int EARLY = early_groups(HEAD_DIM, BITS, GROUPS);
+
+  const Score& score;
+  const Dropout dropout;
+  const HeadTerms<float> head;
+  Query query[2];
+  float row_unit[FAR ? 2 : 1];
+  float alpha[2];  // what was added up by the base before is to be multiplied by
+
+  ATTN_DEVICE FeatureConsumer(const Params& params, const Score& of, int h, int row, int rows,
+                              const QueryMemory<Tile>& smem, uint32_t q)
+      : Base(params, smem.K, smem.V, q),
+        score(of),
+        dropout(Dropout::of(params, of.seq.b)),
+        head(HeadTerms<float>::of(params.ptr, of.seq, h, 1.0f)) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      query[r] = score.query(h, min_int(row + 8 * r, rows - 1));
+      state.max[r] = LOWEST;  // the base of the exponentials, in the row's unit
+      if (FAR) row_unit[r] = 1.0f;
+    }
+  }
+  // What a logit is multiplied by before the base is taken from it.
+  ATTN_DEVICE float unit(int r) const {
+    if constexpr (FAR) return row_unit[r];
+    return PRODUCTS ? p.scale_log2 : kLog2e;
+  }
+  ATTN_DEVICE static int first_key(int n0, int m) { return n0 + 16 * m + 4 * (lane_id() & 3); }
+  // Key e of group m of row r.
+  ATTN_DEVICE static float& at(Scores& S, int m, int r, int e) {
+    return S[m + e % 2 * GROUPS][2 * r + e / 2];
+  }
+  ATTN_DEVICE static float at(const Scores& S, int m, int r, int e) {
+    return S[m + e % 2 * GROUPS][2 * r + e / 2];
+  }
+  // The bit of key e of group m: as bytes of a mask add up to it, and in the order in which weights
+  // are computed.  Neighbouring bits become predicates many at a time.
+  ATTN_DEVICE static uint32_t mask_bit(int m, int e) { return 1u << (8 * e + m); }
+
+  ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
+    ATTN_UNROLL
+    for (int m = first; m < last; ++m) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) sides[m][r].load(p, query[r], first_key(n0, m));
+  }
+  // Which pairs the mask keeps.  Its bytes are 0 or 1.
+  ATTN_DEVICE void mask_bits(PairBits& bits, const Sides& sides) const {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      bits[r] = 0;
+      ATTN_UNROLL
+      for (int m = GROUPS - 1; m >= 0; --m) bits[r] = 2 * bits[r] + sides[m][r].mask;
+      bits[r] = wgmma_held(bits[r]);  // computed here, and not behind the wait that follows
+    }
+  }
+  // Which pairs dropout keeps: column c of fragment n is bit 2 n + c.
+  ATTN_DEVICE void dropout_bits(PairBits& bits, int n0) const {
+    const uint32_t least = dropout.least_word();
+    bits[0] = bits[1] = 0;
+    ATTN_UNROLL
+    for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t words[4];
+      dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (words[e] >= least) bits[r] |= 1u << (2 * (m + e % 2 * GROUPS) + e / 2);
+      bits[r] = wgmma_held(bits[r]);
+    }
+  }
+
+  // The logit of a product; distance: i + Sk - Sq - j.
+  ATTN_DEVICE float logit(float product, float distance, const Side<T, BITS>& side, int e) const {
+    if constexpr (PRODUCTS)
+      return product;
+    else
+      return attn::logit<NaturalWays>(
+          terms_of_logits<BITS>(p), p.natural, head, product, [&] { return distance; },
+          [&] { return side.bias_of(e); }, [](float) {});
+  }
+  ATTN_DEVICE float distance_of(int r, int n0) const {
+    return float(query[r].i + score.seq.seqlen_k - score.seq.seqlen_q - first_key(n0, 0));
+  }
+  // S: products in, logits out; of groups first .. last - 1.
+  ATTN_DEVICE void logits(Scores& S, const Sides& sides, int n0, int first, int last) const {
+    if (PRODUCTS) return;
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float distance = distance_of(r, n0);
+      ATTN_UNROLL
+      for (int m = first; m < last; ++m) ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float& s = at(S, m, r, e);
+        s = logit(s, distance - float(16 * m + e), sides[m][r], e);
+      }
+    }
+  }
+  ATTN_DEVICE static void exclude(Scores& S, const PairBits& bits) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) ATTN_UNROLL
+    for (int e = 0; e < 4; ++e) ATTN_UNROLL
+    for (int m = 0; m < GROUPS; ++m)
+      if (!(bits[r] & mask_bit(m, e))) at(S, m, r, e) = -kInf;
+  }
+  // The logits of a tile at an edge, where a pair must be within length and band.
+  ATTN_DEVICE void edge_logits(Scores& S, int n0) const {
+    ATTN_UNROLL
+    for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float distance = distance_of(r, n0);
+      Side<T, BITS> side;
+      side.load_some(p, query[r], first_key(n0, m), score.seq.seqlen_k);
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int j = first_key(n0, m) + e;
+        float& s = at(S, m, r, e);
+        s = logit(s, distance - float(16 * m + e), side, e);
+        const bool keeps = !has<BITS>(p, kMask) || side.keeps(e);
+        if (!(keeps && j < score.seq.seqlen_k && score.band.keep(query[r].i, j))) s = -kInf;
+      }
+    }
+  }
+
+  // P = exp2(unit * S - base) as A operands, and the sums of its rows.
+  ATTN_DEVICE void exponentials(Weights& P, float (&sum)[2], float (&weighted)[2],
+                                const Scores& S) const {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) sum[r] = weighted[r] = 0.0f;
+    ATTN_UNROLL
+    for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float w[4];
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const float x = fmaf(at(S, m, r, e), unit(r), -state.max[r]);
+        w[e] = exp2_approx(x);
+        if (has<BITS>(p, kStats)) weighted[r] += x == -kInf ? 0.0f : w[e] * x;
+      }
+      sum[r] += (w[0] + w[1]) + (w[2] + w[3]);
+      ATTN_UNROLL
+      for (int odd = 0; odd < 2; ++odd) {
+        const int n = m + odd * GROUPS;
+        P[n / 2][n % 2 * 2 + r] = pack<T>(w[odd], w[2 + odd]);
+      }
+    }
+  }
+  // P of dropped pairs becomes 0 (1 / (1 - p) comes with the normalisation).
+  ATTN_DEVICE static void drop(Weights& P, const PairBits& kept) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) {
+      uint32_t& pair = P[n / 2][n % 2 * 2 + r];
+      if (!(kept[r] & 1u << 2 * n)) pair &= 0xffff0000u;
+      if (!(kept[r] & 2u << 2 * n)) pair &= 0x0000ffffu;
+    }
+  }
+  // The base of a row becomes the largest logit so far.
+  ATTN_DEVICE void move(int r, float top) {
+    const float before = state.max[r];
+    alpha[r] = 1.0f;
+    if (!(fmaf(top, unit(r), -before) > 0.0f)) return;
+    bool other_unit = false;
+    if constexpr (FAR) {
+      const float now = is_far_logit(top) ? 1.0f : kLog2e;
+      other_unit = now != row_unit[r];
+      row_unit[r] = now;
+    }
+    state.max[r] = top * unit(r);
+    const float shift = other_unit ? -kInf : before - state.max[r];
+    alpha[r] = exp2_approx(shift);
+    if (has<BITS>(p, kStats))
+      state.weighted[r] = alpha[r] * (state.weighted[r] + fmaxf(shift, -kFar) * state.sum[r]);
+    state.sum[r] *= alpha[r];
+  }
+  ATTN_DEVICE float largest(const Scores& S, int r) const {
+    float top = S[0][2 * r];
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) top = fmaxf(top, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+    return quad_max(top);
+  }
+  // P of a tile, and its sums added to the state's; true in the whole warp where a base has moved:
+  // O is then to be rescaled.  As in LazySoftmax it moves where a sum says that it must; with
+  // statistics wherever a logit is larger.
+  ATTN_DEVICE bool weights(Weights& P, const Scores& S, const PairBits& kept) {
+    float sum[2], weighted[2];
+    bool moved = false;
+    if (has<BITS>(p, kStats)) {
+      ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) moved |= fmaf(largest(S, r), unit(r), -state.max[r]) > 0.0f;
+      moved = ballot(moved) != 0;
+    } else {
+      exponentials(P, sum, weighted, S);
+      moved = ballot((sum[0] > LIMIT) | (sum[1] > LIMIT)) != 0;
+    }
+    if (moved) {
+      ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) move(r, largest(S, r));
+    }
+    if (moved || has<BITS>(p, kStats)) exponentials(P, sum, weighted, S);
+    if (has<BITS>(p, kDropout)) drop(P, kept);
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) state.sum[r] += sum[r], state.weighted[r] += weighted[r];
+    return moved;
+  }
+  ATTN_DEVICE void rescale() {
+    ATTN_UNROLL
+    for (int n = 0; n < ACC; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c) O[n][c] *= alpha[c >> 1];
+  }
+
+  // A tile at an edge, by itself.
+  ATTN_DEVICE void edge(int turn, int n0) {
+    Scores S;
+    Weights P;
+    PairBits kept = {};
+    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
+    this->scores_alone(S, turn);
+    edge_logits(S, n0);
+    if (weights(P, S, kept)) rescale();
+    V.wait(turn);
+    this->output_alone(P, turn);
+    V.release(turn);
+  }
+
+  // What the pairs of a tile have beside their products, on its way and as bits, around what
+  // issues the products and behind what waits for S.
+  template <class Issue, class Wait>
+  ATTN_DEVICE bool tile(Scores& S, Weights& P, int n0, const Issue& issue, const Wait& wait) {
+    Sides sides;
+    PairBits unmasked, kept = {};
+    load_sides(sides, n0, 0, EARLY);
+    issue();
+    if (has<BITS>(p, kMask) && EARLY == GROUPS) mask_bits(unmasked, sides);
+    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
+    wait();  // S is there
+    load_sides(sides, n0, EARLY, GROUPS);
+    if (has<BITS>(p, kMask) && EARLY < GROUPS) mask_bits(unmasked, sides);
+    logits(S, sides, n0, 0, GROUPS);
+    if (has<BITS>(p, kMask)) exclude(S, unmasked);
+    return weights(P, S, kept);
+  }
+  ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, int n0,
+                           const TakeTurns& turns) {
+    Scores S;
+    const bool moved = tile(
+        S, now, n0,
+        [&] {
+          V.wait(turn - 1);
+          turns.wait();
+          wgmma_hold(before);
+          this->scores(S, turn);
+          issue_sum<T>(O, before, wgmma_word(V.tile(turn - 1)));
+          turns.pass();
+        },
+        [&] {
+          wgmma_wait<1>();
+          wgmma_hold(S);
+          K.release(turn);
+        });
+    wgmma_hold(now);
+    // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
+    if (turn + 1 < end) K.wait(turn + 1);
+    wgmma_wait<0>();  // O is there
+    wgmma_hold(O);
+    wgmma_hold(before);  // the tensor cores have read it only now
+    V.release(turn - 1);
+    if (moved) rescale();
+  }
+  // Tiles that every row sees, the first from key n0 on (Consumer::whole).
+  ATTN_DEVICE void whole(int turn, int end, int n0, const TakeTurns& turns) {
+    if (turn >= end) return;
+    Weights even, odd;
+    {
+      Scores S;
+      const auto issue = [&] {
+        K.wait(turn);
+        this->scores(S, turn);
+      };
+      const auto wait = [&] {
+        wgmma_wait<0>();
+        wgmma_hold(S);
+        K.release(turn);
+      };
+      if (tile(S, even, n0, issue, wait)) rescale();
+    }
+    const int first = turn;
+    this->rest(even, odd, turn, end, turns, [&](Weights& before, Weights& now, int at) {
+      overlap(before, now, at, end, n0 + (at - first) * N, turns);
+    });
+  }
+
+  // From bases to what store_rows() takes, logits in units of log2(e): -inf where no key counts,
+  // and finfo.min as it is there.  True where the rounding of a base counts (warp_finds_huge).
+  ATTN_DEVICE bool finish() {
+    bool huge = false;
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float& base = state.max[r];
+      if (quad_sum(state.sum[r]) == 0.0f)
+        base = -kInf;
+      else if (FAR && unit(r) == 1.0f)
+        base = far_base(base);
+      else
+        huge |= rounds_away(base);
+    }
+    return repairs() && ballot(huge) != 0;
+  }
+};
+
+template <class T, int HEAD_DIM, int BITS>
+ATTN_DEVICE void consume_features(const Params& p, const QueryTask& task, const Turns& turns,
+                                  const QueryMemory<ForwardTile90<HEAD_DIM>>& smem) {
+  constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
+  const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
+  const int group_end = min_int(group_row + 64, task.rows);
+  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const Score score(p, task.seq);
+  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
+  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
+
+  FeatureConsumer<T, HEAD_DIM, BITS> mine(p, score, task.head, row, task.rows, smem,
+                                          smem.Q + group * 64 * 128);
+  if (turns.count()) mbarrier_wait(smem.queries_full, 0);
+  int turn = 0;
+  ATTN_NO_UNROLL
+  for (; turn < (lo < hi ? turns.edges() : turns.count()); ++turn) {
+    const int n0 = turns.tile(turn) * N;
+    if (n0 < hi && n0 + N > lo) {
+      mine.edge(turn, n0);
+    } else {  // nothing for this warpgroup
+      smem.K.skip(turn);
+      smem.V.skip(turn);
+    }
+  }
+  const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
+  mine.whole(turn, turns.count(), turns.tile(turn) * N, {group, both});
+  bool bad = warp_finds_nan(mine.O);
+  bad |= mine.finish();
+  store_rows<T, BITS, false>(p, task.seq, task, mine.O, mine.state, mine.query, row, 1.0f);
+  if (bad)
+    each_row(group_row + 16 * (warp_id() % 4), task.rows,
+             [&](int i) { Repair<T, HEAD_DIM, BITS>{p, task.seq}.output(task.head, i); });
+}
+
+template <class T, int HEAD_DIM, int BITS>
+ATTN_KERNEL((THREADS), 1)
+void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
+  using Tile = ForwardTile90<HEAD_DIM>;
+  const auto smem = QueryMemory<Tile>::of(smem_base());
+  const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
+  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
+  const Turns turns =
+      Turns::of(Band::of(x.p, task.seq), task.row0, task.end, task.seq.seqlen_k, Tile::BLOCK_N);
+  const auto load = [&] {
+    if (warp_id() == 0 && elect_one() && turns.count()) produce<Tile, true>(x, task, turns, smem);
+  };
+  run_roles(smem, load, [&] { consume_features<T, HEAD_DIM, BITS>(x.p, task, turns, smem); });
+}
+
+}  // namespace attn::cuda::sm90

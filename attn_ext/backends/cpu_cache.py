@@ -50,22 +50,25 @@ class DecodePlan:
         return out, lse
 
 
-def decode_plan(call: Call, k_new, v_new) -> DecodePlan | None:
-    """The plan of a call that has run; None where no kernel takes its tensors as they are."""
+def decode_plan(call: Call, tensors) -> DecodePlan | None:
+    """The plan of a call that has run with `tensors`, those of `DecodePlan.forward`; None where a
+    kernel was given a copy of one, in another layout or dtype, which the next call lacks."""
     if not READS_TENSORS or call.need_stats or call.q.numel() == 0 or call.k.numel() == 0:
         return None
-    fields = Call._fields[:TENSORS]
-    others = [n for n in fields if n not in GIVEN and getattr(call, n) is not None]
-    lasts = (call.q, call.k, call.v, k_new, v_new, call.alibi_slopes, call.sink, call.block_table)
-    if others or not all(x is None or x.stride(-1) == 1 for x in lasts):
+    *given, k_new, v_new = tensors
+    if any(n not in GIVEN and getattr(call, n) is not None for n in Call._fields[:TENSORS]):
         return None
-    if call.alibi_slopes is not None and call.alibi_slopes.dtype != torch.float32:
+    if any(x is not None and x.stride(-1) != 1 for x in (k_new, v_new)):
         return None
     if k_new is not None and (0 in call.k.stride() or 0 in call.v.stride()):
         return None  # rows that share memory
-    t = cpu.canonical_inputs(call)
-    same = all(t[name] is None or t[name].dtype == getattr(call, name).dtype for name in GIVEN)
-    return DecodePlan(call) if same else None
+    taken = cpu.canonical_inputs(call)
+    for name, x in zip(GIVEN, given, strict=True):
+        # lengths are read wherever they lie
+        copied = x is not None and x.data_ptr() != taken[name].data_ptr()
+        if copied and name != "seqlens_k":
+            return None
+    return DecodePlan(call)
 
 
 def write(pages, new, copies, pieces) -> bool:

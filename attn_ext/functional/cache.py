@@ -75,10 +75,11 @@ class KVCache:
         sizes["page_size"] = max_length if page_size is None else page_size
         for name, value in sizes.items():
             sizes[name] = validate.integer(name, value, 1)
-        if dtype not in (*validate.FLOATING, torch.int8):
+        if not isinstance(dtype, torch.dtype) or dtype not in (*validate.FLOATING, torch.int8):
             raise TypeError(
                 f"dtype must be float16, bfloat16, float32, float64 or int8, got {dtype!r}"
             )
+        device = tree.device(device)
         if window is not None:
             window = validate.integer("window", window)
             if page_size is None:
@@ -249,6 +250,7 @@ class KVCache:
             found = self._attend_again(q, return_lse)
             if found is not None:
                 return found
+        validate.boolean("return_lse", return_lse)
         call, options = self._call(q, rows, options)
         if self.k_factors is not None:
             return self._attend_int8(*call, tree_mask, return_lse, options)
@@ -300,7 +302,6 @@ class KVCache:
 
     def _attend_int8(self, q, k, v, held, table, tree_mask, return_lse, options):
         quantised.refuse_recorded("attend")
-        validate.boolean("return_lse", return_lse)
         quantised.check_dtype("q", q)
         call, factors = (q.float(), k, v, held), self._factors()
         if tree_mask is not None:
@@ -360,7 +361,7 @@ class KVCache:
         """
         rows = list(range(self.batch)) if rows is None else self._checked_rows("rows", rows)
         last = validate.integer("last", last)
-        kept = [tree.integers("kept", numbers) for numbers in kept]
+        kept = tree.lists("kept", kept)
         if len(kept) != len(rows):
             raise ValueError(f"kept must have {len(rows)} entries, got {len(kept)}")
         for b, numbers in zip(rows, kept, strict=True):

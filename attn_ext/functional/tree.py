@@ -52,6 +52,22 @@ def integers(name: str, values) -> list[int]:
     return [validate.integer(name, value) for value in values]
 
 
+def lists(name: str, values) -> list[list[int]]:
+    """`integers` of each entry of a sequence or a tensor [n, m]."""
+    if not hasattr(values, "__iter__") or (isinstance(values, torch.Tensor) and not values.dim()):
+        raise TypeError(f"{name} must be a sequence of sequences of ints, got {values!r}")
+    return [integers(name, numbers) for numbers in values]
+
+
+def device(value) -> torch.device:
+    """`value` as a device of torch."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device must be one of torch's, got {value!r}: {error}") from None
+
+
 def queries(q, pages, batch: int) -> None:
     """Check queries [B, Hq, Sq, D] of a cache whose pages are [pages, Hk, page_size, D]."""
     _, heads, _, head_dim = pages.shape

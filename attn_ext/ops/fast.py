@@ -143,13 +143,8 @@ def _wants_grad(tensors) -> bool:
 def remember_decode(key: tuple, call: Call, tensors) -> None:
     """Keep the plan of a decode call that went the whole way with `tensors`, those of
     `decode_attempt`."""
-    *_, slopes, sink, _, _, k_new, v_new = tensors
-    converted = any(
-        x is not None and x.dtype != y.dtype
-        for x, y in ((slopes, call.alibi_slopes), (sink, call.sink))
-    )
-    if converted or _by_identity(key) or not execute.serves_on_cpu(call):
+    if _by_identity(key) or not execute.serves_on_cpu(call):
         return
-    plan = cpu_cache.decode_plan(execute.prepared(call), k_new, v_new)
+    plan = cpu_cache.decode_plan(execute.prepared(call), tensors)
     if plan is not None:
         _decodes.keep(key, plan)

@@ -235,6 +235,16 @@ REFUSED = {
     "last must be at most the 5 positions that sequence 0 holds, got 6":
         lambda c: c.keep(6, [[0], [0]]),
     "kept must hold numbers between 0 and 1, got .2.": lambda c: c.keep(2, [[0], [2]]),
+    "kept must be a sequence of sequences of ints, got 0": lambda c: c.keep(2, 0),
+    "kept must be a sequence of ints, got int": lambda c: c.keep(2, [0, 1]),
+    "return_lse must be a bool": lambda c: c.attend(
+        new, tree_mask=torch.ones(3, 3).bool(), return_lse=torch.ones(2)),
+    "dtype must be float16, bfloat16, float32, float64 or int8, got .'float32'":
+        lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, dtype=["float32"]),
+    "device must be one of torch's, got 'graphics'":
+        lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, device="graphics"),
+    "device must be one of torch's, got 1.5":
+        lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, device=1.5),
     "causal must not be given with tree_mask": lambda c: c.attend(
         new, tree_mask=torch.ones(3, 3).bool(), causal=False),
     "tree_mask must be broadcastable to .2, 2, 3, 3., got shape .5, 5.": lambda c: c.attend(

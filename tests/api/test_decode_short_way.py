@@ -81,6 +81,38 @@ def test_each_argument_is_in_the_key(name):
             assert_same(x, y)
 
 
+def apart(x):
+    """The same values, each with a gap behind it."""
+    return torch.stack([x, torch.full_like(x, 2)], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["q", "k_cache", "v_cache", "cache_seqlens", "k_new", "v_new", "block_table", "mask", "bias",
+     "alibi_slopes", "sink"],
+)  # fmt: skip
+@pytest.mark.parametrize("appending", [False, True])
+def test_what_the_whole_way_copies(name, appending):
+    """A plan made of a copy, which is contiguous, and run on what is not: it read other numbers."""
+    given = arguments()
+    if name not in given:
+        given[name] = OTHERS[name](given).float()
+    if name == "mask":
+        given[name] = given[name] > 0
+    if not appending:
+        given = {n: x for n, x in given.items() if n == name or not n.endswith("new")}
+        if name.endswith("new"):
+            return
+    results = []
+    for change in (torch.clone, apart, apart, apart):
+        called = {n: x.clone() for n, x in given.items()}
+        called[name] = change(called[name])
+        results.append((attn_ext.attention_decode(**called), called["k_cache"], called["v_cache"]))
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert_same(x, y)
+
+
 def test_it_refuses_what_the_whole_way_refuses():
     """Lengths, pages and gradients, which no look tells: read past the end, or silently lost."""
     given = arguments()

@@ -133,7 +133,11 @@ class DecodeRows {
     }
     const float alpha = *max == base ? 1.f : std::exp(*max - base);
     *sum *= alpha;
+#if ATTN_VEC_BYTES == 64
+    *sum += sum_of_lanes(total);
+#else
     for (int lane = 0; lane < L; ++lane) *sum += total[lane];
+#endif
     *max = now;
     return alpha;
   }

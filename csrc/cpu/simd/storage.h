@@ -85,10 +85,16 @@ ATTN_INLINE void sum_round(Vec<float> (&x)[kLanes<float>]) {
   if constexpr (N > 1) sum_round<N / 2>(x);
 }
 
+#if ATTN_VEC_BYTES == 64
+// Halves onto halves: four steps instead of fifteen that wait for each other.
+ATTN_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps((__m512)x); }
+ATTN_INLINE float sum_of_lanes(Vec<float> x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
 ATTN_INLINE float largest(Vec<float> x) {
   float top = x[0];
   for (int lane = 1; lane < kLanes<float>; ++lane) top = std::max(top, x[lane]);
   return top;
 }
+#endif
 
 }  // namespace attn::cpu::ATTN_ISA

@@ -158,14 +158,9 @@ class Decode : DecodeRows {
     for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
       for (int64_t h = 0; h < together; ++h) {
         keys.paged = prefetched && ptr.block_table && h + 1 == together;
-        keys.ahead = ahead(p.k, h);
+        keys.ahead = (h + 1 < together ? p.k.h : kDecodeEach * p.k.s - h * p.k.h) * kKeptBytes;
         add_chunk(seq, first + h, chunk, careful, Q + h * size, S, state + h * head_state(), &keys);
       }
-  }
-
-  // Bytes to the row that is wanted after a chunk: of the next head, or of the next chunk.
-  int64_t ahead(const Strides& s, int64_t h) const {
-    return (h + 1 < together ? s.h : kDecodeEach * s.s - h * s.h) * kKeptBytes;
   }
 
   // A chunk of the keys of one head.
@@ -186,6 +181,7 @@ class Decode : DecodeRows {
     const Keys* keys;
     int64_t n, rows;  // keys, 0: none; rows of Q
     int64_t values = 0, next = 0, credit = 0;
+    bool packed = false;  // whether V of the chunk was copied by pack_values
     // So many pairs of a row of Q and a key were multiplied.
     ATTN_INLINE void multiplied_keys(const Decode& d, int64_t pairs) {
       if (values < n)
@@ -211,18 +207,15 @@ class Decode : DecodeRows {
   void add_keys(const Sequence& seq, int64_t hk, int64_t r, int64_t end, bool careful,
                 const Keys& keys, const float* Q, float* S, float* state) const {
     float* values = S + kMost * kDecodeKeys;
-    const bool held = kMost == kHeld && !careful && end - r >= kHeld;
     Soon soon{&keys, prefetched ? keys.n : 0, end - r};
     auto take = [&](auto count) {
       rows_of<count.value>(seq, hk, r, keys, Q, S, state, values, soon);
       r += count.value;
     };
-    for (bool packed = false; held && end - r >= kHeld; packed = true) {
-      if (!packed) pack_values(keys, values);
-      take(std::integral_constant<int, kMost>{});
-    }
     while (r < end) {
-      if (end - r >= 4 && !careful)
+      if (end - r >= kMost && !careful)
+        take(std::integral_constant<int, kMost>{});
+      else if (end - r >= 4 && !careful)
         take(std::integral_constant<int, 4>{});
       else if (end - r >= 2 && !careful)
         take(std::integral_constant<int, 2>{});
@@ -309,7 +302,7 @@ class Decode : DecodeRows {
   // R rows from row r.
   template <int R>
   void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q,
-               float* S, float* state, const float* values, Soon& soon) const {
+               float* S, float* state, float* values, Soon& soon) const {
     const int64_t n = keys.n, dv = p.head_dim_v;
     const char* const* V = keys.V;
     float* O = state + r * dv;
@@ -331,7 +324,7 @@ class Decode : DecodeRows {
       V = not_zero;
     }
     if constexpr (kFactors) multiply_each<R, true>(keys.v_factor, n, S);
-    if constexpr (R == kHeld) return hold_values(values, n, S, O, soon);
+    if constexpr (R == kHeld) return hold_values(keys, values, S, O, soon);
     int64_t j = 0;
     for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
       soon.multiplied_values(*this, R * kDecodeStreams);
@@ -340,8 +333,7 @@ class Decode : DecodeRows {
     for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
   }
 
-  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.  first: of the chunk, so that V is
-  // prefetched.
+  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
   template <int R>
   void products(const float* Q, const Keys& keys, float* S, Soon& soon) const {
     // A key of each stream abreast, where 16 sums and what they are made of fit the registers.
@@ -459,12 +451,14 @@ class Decode : DecodeRows {
 
   // O[i] += sum_k P[i][k] V[k] of kHeld rows and all n keys of a chunk, two vectors of each row of
   // O at a time.
-  void hold_values(const float* values, int64_t n, float* S, float* O, Soon& soon) const {
+  void hold_values(const Keys& keys, float* values, float* S, float* O, Soon& soon) const {
+    if (!soon.packed) pack_values(keys, values);
+    soon.packed = true;
     const int64_t dv = p.head_dim_v, share = std::max<int64_t>(1, 4 * kHeld * L / dv);
 #ifdef ATTN_BF16_DOT
     for (int i = 0; kPairs && i < kHeld; ++i) pair_weights(S + i * kDecodeKeys);
 #endif
-    for (int64_t c = 0; c < dv; c += 2 * L) hold_block(values + c, n, S, O + c, share, soon);
+    for (int64_t c = 0; c < dv; c += 2 * L) hold_block(values + c, keys.n, S, O + c, share, soon);
   }
 
   ATTN_NOINLINE void hold_block(const float* V, int64_t n, const float* S, float* O, int64_t share,
@@ -526,19 +520,21 @@ class Decode : DecodeRows {
   // out[c] = (one[c], two[c]), the even numbers of each 2 L before the odd ones.
   static ATTN_INLINE void pair_rows_of(const char* one, const char* two, int64_t n, float* out) {
     for (int64_t c = 0; c < n; c += 2 * L) {
-      const __m512i a = _mm512_loadu_si512(one + c * 2), b = _mm512_loadu_si512(two + c * 2);
-      _mm512_storeu_si512(out + c,
-                          _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-      _mm512_storeu_si512(out + c + L,
-                          _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+      Vec<uint32_t> a, b;
+      std::memcpy(&a, one + c * 2, sizeof(a));
+      std::memcpy(&b, two + c * 2, sizeof(b));
+      store(out + c, (Vec<float>)((a & 0xffffu) | b << 16));
+      store(out + c + L, (Vec<float>)(a >> 16 | (b & 0xffff0000u)));
     }
   }
 
   // The weights of a row of S as bfloat16, pairs of neighbouring keys from S on.
   static ATTN_INLINE void pair_weights(float* S) {
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < kDecodeKeys; j += 2 * L)
-      _mm512_storeu_si512(S + j / 2, two_rows(load(S + j), load(S + j + L)));
+    for (int64_t j = 0; j < kDecodeKeys; j += 2 * L) {
+      auto* out = reinterpret_cast<uint16_t*>(S) + j;
+      store_two_rows(out, out + L, two_rows(load(S + j), load(S + j + L)));
+    }
   }
 #endif
 

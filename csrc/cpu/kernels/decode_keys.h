@@ -132,12 +132,7 @@ class DecodeRows {
       for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
     }
     const float alpha = *max == base ? 1.f : std::exp(*max - base);
-    *sum *= alpha;
-#if ATTN_VEC_BYTES == 64
-    *sum += sum_of_lanes(total);
-#else
-    for (int lane = 0; lane < L; ++lane) *sum += total[lane];
-#endif
+    *sum = add_lanes(*sum * alpha, total);
     *max = now;
     return alpha;
   }

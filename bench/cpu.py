@@ -3,6 +3,7 @@
     python bench/cpu.py                               every row, about 15 minutes on 2 cores
     python bench/cpu.py --quick                       one shape, fp32 and bf16, forward
     python bench/cpu.py --rows "forward bf16 1,8,4096,64;decode" --peers torch --budget 1
+    python bench/cpu.py --rows decode --peers ggml --threads 1    one thread, beside ggml's one
     python bench/cpu.py --resume --seconds 100        the rows that the file lacks, in parts
 
 Writes bench/results/cpu.json, cpu.md and cpu.png (cpu-part.* where rows or peers are restricted,
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--causal", action="store_true", help="of --shape")
     add("--quick", action="store_true", help="1,8,1024,64 forward only, short")
     add("--peers", help="comma-separated; default: all that are installed, but flex")
+    add("--threads", type=int, help="default: torch's number")
     add("--budget", type=float, default=4.0, help="seconds of timing a row (default 4)")
     add("--turns", type=int, default=11, help="at most so many turns a peer")
     add("--json", type=Path, help="result file; .md and .png are written beside it")
@@ -110,6 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=float, default=float("inf"), help="begin no case after so long")
     add("--list", action="store_true", help="print the rows and stop")
     options = parser.parse_args(argv)
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
     if options.quick and not options.rows:
         options.rows, options.budget = "forward 1,8,1024,64", min(1.0, options.budget)
     cases = [c for group in all_cases().values() for c in group]
@@ -126,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(case.name for case in cases))
         return 0
     console = Console(width=200, soft_wrap=True)
-    part = bool(options.rows or options.shape or options.peers)
+    part = bool(options.rows or options.shape or options.peers or options.threads)
     json_path = options.json or RESULTS / ("cpu-part.json" if part else "cpu.json")
     json_path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

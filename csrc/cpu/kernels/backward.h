@@ -486,13 +486,10 @@ class Backward {
                                 int64_t pad, T* rows, T scale) const {
     if (!base) return;
     const DType type = o.written(p);
-    for (int64_t j = 0; j < k.nk; ++j) {
-      T* row = rows + j * pad;
-      for (int64_t d = 0; d < pad; d += L) store(row + d, load(row + d) * scale);
-      restore_row<T>(
-          type, row, dim,
-          static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * int64_t(dtype_size(type)));
-    }
+    const int64_t size = int64_t(dtype_size(type));
+    restore_rows<T>(type, rows, pad, scale, k.nk, dim, [&](int64_t j) {
+      return static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * size;
+    });
   }
 };
 

@@ -31,11 +31,14 @@ class Decode : DecodeRows {
   static constexpr bool kPairs = false;
 #endif
   static constexpr int64_t kQueryBytes = kPairs ? 2 : 4;  // of a number of Q
+  // Rows of Q that are worked on together.  Where there are registers enough, eight of them keep
+  // parts of O there while a chunk of V goes by.
+  static constexpr int kHeld = 8, kMost = L == 16 ? kHeld : 4;
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
       : DecodeRows(problem, pointers), kept(kept), threads(threads) {
-    prefetched = p.k.s != p.head_dim || (L == 16 && rows > 1);
+    prefetched = p.k.s != p.head_dim || (L == 16 && (rows > 1 || kKeptBytes == 2));
     together = p.k.s == p.heads_k * p.k.h && p.v.s == p.heads_k * p.v.h ? p.heads_k : 1;
     const int64_t tasks = p.batch * p.heads_k / together, chunks = (p.seqlen_k + 511) / 512;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
@@ -80,16 +83,17 @@ class Decode : DecodeRows {
   const Kept& kept;
   int threads;
   // Whether rows are prefetched by instructions: where they do not lie one after the other, since
-  // nothing else fetches them ahead, and where several rows of Q share them: a processor with
-  // AVX-512 then reads 1.4 to 1.8 times as fast (EPYC, Zen 5), one row of Q gains nothing.
+  // nothing else fetches them ahead, where several rows of Q share them, and where they are of two
+  // bytes a number: a processor with AVX-512 then reads 1.1 to 1.8 times as fast (EPYC, Zen 5); one
+  // row of Q and rows of float gain nothing.
   bool prefetched;
 
   // Whether the queries are so few that panels would mostly hold padding.
   static bool few(const Problem& p, const Pointers& ptr) {
 #ifdef ATTN_BF16_DOT
-    constexpr int64_t kMost = TYPE == DType::kBFloat16 ? kDecodePairQueries : kDecodeQueries;
+    constexpr int64_t kQueries = TYPE == DType::kBFloat16 ? kDecodePairQueries : kDecodeQueries;
 #else
-    constexpr int64_t kMost = kDecodeQueries;
+    constexpr int64_t kQueries = kDecodeQueries;
 #endif
     const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
     const bool together = !ptr.bias || p.bias.q == 0;
@@ -102,7 +106,7 @@ class Decode : DecodeRows {
     if (!kFactors && rows > (cached ? kMostRows.cached : kMostRows.more) &&
         heads_share_panels(p, ptr))
       return false;
-    return p.seqlen_q > 0 && p.seqlen_q <= (together ? kMost : kDecodeSingleQueries) &&
+    return p.seqlen_q > 0 && p.seqlen_q <= (together ? kQueries : kDecodeSingleQueries) &&
            rows <= kDecodeRows;
   }
 
@@ -113,7 +117,9 @@ class Decode : DecodeRows {
   }
 
   // Numbers that `attend` and `finish` take.
-  int64_t work() const { return together * rows * p.head_dim + 4 * kDecodeKeys + p.head_dim_v; }
+  int64_t work() const {
+    return together * rows * p.head_dim + (kMost + p.head_dim_v) * kDecodeKeys + p.head_dim_v;
+  }
   // Q [rows][D] in load_storage's order; pairs as they are.
   void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
     for (int64_t r = 0; r < rows; ++r) {
@@ -144,7 +150,7 @@ class Decode : DecodeRows {
       begin(state + h * head_state());
       load_queries(seq, first + h, Q + h * size);
     }
-    float* S = scratch.take<float>(4 * kDecodeKeys);
+    float* S = scratch.take<float>((kMost + p.head_dim_v) * kDecodeKeys);
     float* zeros = scratch.take<float>(p.head_dim_v);
     std::fill(zeros, zeros + p.head_dim_v, 0.f);
     Keys keys;
@@ -170,16 +176,51 @@ class Decode : DecodeRows {
     }
   }
 
+  // Rows that are prefetched a few at a time, V of a chunk while its K is worked on and K of the
+  // next one while V is: all at once they would fill the queue of misses.
+  struct Soon {
+    const Keys* keys;
+    int64_t n, rows;  // keys, 0: none; rows of Q
+    int64_t values = 0, next = 0, credit = 0;
+    bool packed = false;  // whether V of the chunk was copied by pack_values
+    // So many pairs of a row of Q and a key were multiplied.
+    ATTN_INLINE void multiplied_keys(const Decode& d, int64_t pairs) {
+      if (values < n)
+        for (credit += pairs; credit >= rows && values < n; credit -= rows)
+          prefetch(keys->V[values++], d.p.head_dim_v);
+    }
+    ATTN_INLINE void multiplied_values(const Decode& d, int64_t pairs) {
+      if (next < n)
+        for (credit += pairs; credit >= rows && next < n; credit -= rows, ++next)
+          prefetch(keys->paged ? keys->after[next] : keys->K[next] + keys->ahead, d.p.head_dim);
+    }
+
+   private:
+    // Rows of two bytes a number go to the first cache and not the second one, which is 1.1 times
+    // as fast (EPYC, Zen 5); longer ones would not find room there.
+    static ATTN_INLINE void prefetch(const char* row, int64_t n) {
+      prefetch_rows<kKeptBytes == 2 ? 0 : 2>(row, 1, 0, n * kKeptBytes);
+    }
+  };
+
   // Rows [r, end), which see the same keys.
   void add_keys(const Sequence& seq, int64_t hk, int64_t r, int64_t end, bool careful,
                 const Keys& keys, const float* Q, float* S, float* state) const {
+    float* values = S + kMost * kDecodeKeys;
+    Soon soon{&keys, prefetched ? keys.n : 0, end - r};
+    auto take = [&](auto count) {
+      rows_of<count.value>(seq, hk, r, keys, Q, S, state, values, soon);
+      r += count.value;
+    };
     while (r < end) {
-      if (end - r >= 4 && !careful)
-        rows_of<4>(seq, hk, r, keys, Q, S, state), r += 4;
+      if (end - r >= kMost && !careful)
+        take(std::integral_constant<int, kMost>{});
+      else if (end - r >= 4 && !careful)
+        take(std::integral_constant<int, 4>{});
       else if (end - r >= 2 && !careful)
-        rows_of<2>(seq, hk, r, keys, Q, S, state), r += 2;
+        take(std::integral_constant<int, 2>{});
       else
-        rows_of<1>(seq, hk, r, keys, Q, S, state), r += 1;
+        take(std::integral_constant<int, 1>{});
     }
   }
 
@@ -260,12 +301,16 @@ class Decode : DecodeRows {
 
   // R rows from row r.
   template <int R>
-  void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys, const float* Q,
-               float* S, float* state) const {
+  ATTN_NOINLINE void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys,
+                             const float* Q, float* S, float* state, float* values,
+                             Soon& soon) const {
     const int64_t n = keys.n, dv = p.head_dim_v;
     const char* const* V = keys.V;
     float* O = state + r * dv;
-    products<R>(Q + r * p.head_dim * kQueryBytes / 4, keys, S, prefetched && r == 0);
+    constexpr int AT_ONCE = std::min(R, 4);  // sums of more rows do not fit the registers
+    for (int i = 0; i < R; i += AT_ONCE)
+      products<AT_ONCE>(Q + (r + i) * p.head_dim * kQueryBytes / 4, keys, S + i * kDecodeKeys,
+                        soon);
     if constexpr (kFactors) multiply_each<R, false>(keys.k_factor, n, S);
     for (int i = 0; i < R; ++i) {
       const float alpha =
@@ -280,36 +325,59 @@ class Decode : DecodeRows {
       V = not_zero;
     }
     if constexpr (kFactors) multiply_each<R, true>(keys.v_factor, n, S);
-    const bool last = prefetched && r + R == rows;
+    if constexpr (R == kHeld) return hold_values(keys, values, S, O, soon);
     int64_t j = 0;
     for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
-      for (int64_t k = j; last && k < j + kDecodeStreams; ++k)
-        prefetch_rows(keys.paged ? keys.after[k] : keys.K[k] + keys.ahead, 1, 0,
-                      p.head_dim * kKeptBytes);
+      soon.multiplied_values(*this, R * kDecodeStreams);
       add_values<R, kDecodeStreams>(V + j, S + j, O);
     }
     for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
   }
 
-  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.  first: of the chunk, so that V is
-  // prefetched.
+  // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
   template <int R>
-  void products(const float* Q, const Keys& keys, float* S, bool first) const {
+  void products(const float* Q, const Keys& keys, float* S, Soon& soon) const {
     // A key of each stream abreast, where 16 sums and what they are made of fit the registers.
     constexpr int KEYS = L / R, ABREAST = R == 1 || L == 16 ? kDecodeStreams : 2;
     static_assert(KEYS % std::min(KEYS, ABREAST) == 0);
     const int64_t n = keys.n;
-    for (int64_t j = 0; j < n; j += KEYS) {
-      Vec<float> acc[L];
-      const char* key[KEYS];
-      for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(j + k, n - 1)];
-      for (int64_t k = j; first && k < std::min(j + KEYS, n); ++k)
-        prefetch_rows(keys.V[k], 1, 0, p.head_dim_v * kKeptBytes);
+    for (int64_t j = 0; j < n; j += L) {
+      Vec<float> sums[R];  // of KEYS keys each: lane i KEYS + k is row i and key k
+      for (int part = 0; part < R && j + part * KEYS < n; ++part) {
+        const int64_t at = j + part * KEYS;
+        Vec<float> acc[L];
+        const char* key[KEYS];
+        for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(at + k, n - 1)];
+        soon.multiplied_keys(*this, L);
 #pragma GCC unroll 16
-      for (int k = 0; k < KEYS; k += ABREAST) dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
-      sum_round<L / 2>(acc);
-      for (int i = 0; i < R; ++i)
-        for (int k = 0; k < KEYS; ++k) S[i * kDecodeKeys + j + k] = acc[0][i * KEYS + k];
+        for (int k = 0; k < KEYS; k += ABREAST)
+          dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
+        sum_round<L / 2>(acc);
+        sums[part] = acc[0];
+      }
+      exchange<R, 1>(sums);
+      for (int i = 0; i < R; ++i) store(S + i * kDecodeKeys + j, sums[i]);
+    }
+  }
+
+  // R vectors of R parts each, part k of vector i and part i of vector k change places.
+  template <int R, int I>
+  static ATTN_INLINE void exchange(Vec<float> (&x)[R]) {
+    if constexpr (I < R) {
+      constexpr int S = I * (L / R);
+      Mask<float> lower, upper;
+      for (int e = 0; e < L; ++e) {
+        lower[e] = e & S ? L + e - S : e;
+        upper[e] = e & S ? L + e : e + S;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        if (i & I) continue;
+        const Vec<float> a = x[i], b = x[i + I];
+        x[i] = __builtin_shuffle(a, b, lower);
+        x[i + I] = __builtin_shuffle(a, b, upper);
+      }
+      exchange<R, 2 * I>(x);
     }
   }
 
@@ -381,6 +449,95 @@ class Decode : DecodeRows {
       }
     }
   }
+
+  // O[i] += sum_k P[i][k] V[k] of kHeld rows and all n keys of a chunk, two vectors of each row of
+  // O at a time.
+  void hold_values(const Keys& keys, float* values, float* S, float* O, Soon& soon) const {
+    if (!soon.packed) pack_values(keys, values);
+    soon.packed = true;
+    const int64_t dv = p.head_dim_v, share = std::max<int64_t>(1, 4 * kHeld * L / dv);
+#ifdef ATTN_BF16_DOT
+    for (int i = 0; kPairs && i < kHeld; ++i) pair_weights(S + i * kDecodeKeys);
+#endif
+    for (int64_t c = 0; c < dv; c += 2 * L) hold_block(values + c, keys.n, S, O + c, share, soon);
+  }
+
+  ATTN_NOINLINE void hold_block(const float* V, int64_t n, const float* S, float* O, int64_t share,
+                                Soon& soon) const {
+    constexpr int PER = kPairs ? 2 : 1;  // keys of a row of V
+    const int64_t dv = p.head_dim_v;
+    Vec<float> acc[kHeld][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeld; ++i) acc[i][0] = load(O + i * dv), acc[i][1] = load(O + i * dv + L);
+    for (int64_t j = 0; j < n; j += 2) {
+      soon.multiplied_values(*this, share);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; k += PER, V += dv) add_value(V, S + (j + k) / PER, acc);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeld; ++i) store(O + i * dv, acc[i][0]), store(O + i * dv + L, acc[i][1]);
+  }
+
+  static ATTN_INLINE void add_value(const float* V, const float* P, Vec<float> (&acc)[kHeld][2]) {
+    const Vec<float> x[2] = {load(V), load(V + L)};
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeld; ++i) {
+      const Vec<float> w = set1(P[i * kDecodeKeys]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+#ifdef ATTN_BF16_DOT
+        if constexpr (kPairs) {
+          acc[i][v] = Bf16Pairs::fma(acc[i][v], (Vec<uint32_t>)w, (Vec<uint32_t>)x[v]);
+          continue;
+        }
+#endif
+        acc[i][v] += w * x[v];
+      }
+    }
+  }
+
+  // V of a chunk as numbers, or pairs of rows as pairs of bfloat16, in load_storage's order: it is
+  // read row after row, and not two vectors of each.  An odd last row has one beside it whose P is
+  // 0.
+  void pack_values(const Keys& keys, float* out) const {
+    const int64_t dv = p.head_dim_v, n = keys.n;
+    if constexpr (kPairs) {
+#ifdef ATTN_BF16_DOT
+      for (int64_t j = 0; j < n; j += 2, out += dv)
+        pair_rows_of(keys.V[j], keys.V[std::min(j + 1, n - 1)], dv, out);
+#endif
+    } else {
+      for (int64_t j = 0; j < n; ++j, out += dv)
+        for (int64_t c = 0; c < dv; c += 2 * L) {
+          Vec<float> x[2];
+          load_storage<KEPT>(keys.V[j] + c * kKeptBytes, &x[0], &x[1]);
+          store(out + c, x[0]), store(out + c + L, x[1]);
+        }
+      if (n % 2) std::fill(out, out + dv, 0.f);
+    }
+  }
+
+#ifdef ATTN_BF16_DOT
+  // out[c] = (one[c], two[c]), the even numbers of each 2 L before the odd ones.
+  static ATTN_INLINE void pair_rows_of(const char* one, const char* two, int64_t n, float* out) {
+    for (int64_t c = 0; c < n; c += 2 * L) {
+      Vec<uint32_t> a, b;
+      std::memcpy(&a, one + c * 2, sizeof(a));
+      std::memcpy(&b, two + c * 2, sizeof(b));
+      store(out + c, (Vec<float>)((a & 0xffffu) | b << 16));
+      store(out + c + L, (Vec<float>)(a >> 16 | (b & 0xffff0000u)));
+    }
+  }
+
+  // The weights of a row of S as bfloat16, pairs of neighbouring keys from S on.
+  static ATTN_INLINE void pair_weights(float* S) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kDecodeKeys; j += 2 * L) {
+      auto* out = reinterpret_cast<uint16_t*>(S) + j;
+      store_two_rows(out, out + L, two_rows(load(S + j), load(S + j + L)));
+    }
+  }
+#endif
 
   ATTN_NOINLINE void finish(int64_t unit, float* state, Scratch& scratch) const {
     const Sequence seq(p, ptr, unit * together / p.heads_k);

@@ -132,8 +132,7 @@ class DecodeRows {
       for (int k = 0; k < N; ++k) store(S + j + k * L, e[k]), total += e[k];
     }
     const float alpha = *max == base ? 1.f : std::exp(*max - base);
-    *sum *= alpha;
-    for (int lane = 0; lane < L; ++lane) *sum += total[lane];
+    *sum = add_lanes(*sum * alpha, total);
     *max = now;
     return alpha;
   }

@@ -113,6 +113,10 @@ class Forward {
   ATTN_NOINLINE Row row(int64_t h, int64_t r) const {
     return folded ? Row{h + r / p.seqlen_q, r % p.seqlen_q} : Row{h, r};
   }
+  int64_t lse_of_row(const Sequence& seq, int64_t h, int64_t r) const {
+    const Row one = row(h, r);
+    return seq.lse_offset(one.h, one.i);
+  }
   // Row r of Q or O, of which a number has `size` bytes.
   template <class Base>
   auto at(const Sequence& seq, Base* base, const Strides& s, int64_t size, int64_t h,
@@ -429,13 +433,13 @@ class Forward {
     const DType type = o.written(p);
     const int64_t size = int64_t(dtype_size(type));
     char* to[L];
-    for (int64_t i = 0; i < n; ++i) to[i] = at(seq, ptr.o, p.o, size, h, m0 + i);
+    for (int64_t i = 0; i < (folded ? n : 1); ++i) to[i] = at(seq, ptr.o, p.o, size, h, m0 + i);
     store_transposed<T>(type, state.O + lane, inverse, n, p.head_dim_v, rows, to[0], p.o.s * size,
                         folded ? to : nullptr);
     if (o.sigmoid) return;
+    const int64_t first = seq.lse_offset(h, m0);
     for (int64_t i = 0; i < n; ++i) {
-      const Row r = row(h, m0 + i);
-      const int64_t at = seq.lse_offset(r.h, r.i);
+      const int64_t at = folded ? lse_of_row(seq, h, m0 + i) : first + i;
       if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse[i];
       if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = max_logit[i];
       if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = lse[i] == ninf ? T(0) : entropy[i];

@@ -4,10 +4,13 @@
 
 namespace attn::cpu::ATTN_ISA {
 
-inline void prefetch_rows(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
+// Always inline: g++ takes a function that only prefetches for one without effect, and drops calls.
+// LOCALITY: of __builtin_prefetch; 0: for one use.
+template <int LOCALITY = 2>
+ATTN_INLINE void prefetch_rows(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
   const char* row = static_cast<const char*>(base);
   for (int64_t i = 0; i < n; ++i, row += row_step)
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, LOCALITY);
 }
 
 // Memory that is touched soon, brought towards the second-level cache a few lines at a time between

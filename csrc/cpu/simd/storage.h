@@ -85,10 +85,33 @@ ATTN_INLINE void sum_round(Vec<float> (&x)[kLanes<float>]) {
   if constexpr (N > 1) sum_round<N / 2>(x);
 }
 
+// One half of the lanes onto the other, S apart, and so on: four steps of a wide vector, where lane
+// after lane is fifteen that wait for each other.
+template <int S, class F>
+ATTN_INLINE float fold_lanes(Vec<float> x, const F& f) {
+  if constexpr (S == 0) {
+    return x[0];
+  } else {
+    Mask<float> other;
+    for (int e = 0; e < kLanes<float>; ++e) other[e] = e ^ S;
+    return fold_lanes<S / 2>(f(x, __builtin_shuffle(x, other)), f);
+  }
+}
+
 ATTN_INLINE float largest(Vec<float> x) {
+  if constexpr (kLanes<float> == 16)
+    return fold_lanes<8>(x, [](Vec<float> a, Vec<float> b) { return vmax(a, b); });
   float top = x[0];
   for (int lane = 1; lane < kLanes<float>; ++lane) top = std::max(top, x[lane]);
   return top;
+}
+
+// start + the sum of the lanes.
+ATTN_INLINE float add_lanes(float start, Vec<float> x) {
+  if constexpr (kLanes<float> == 16)
+    return start + fold_lanes<8>(x, [](Vec<float> a, Vec<float> b) { return a + b; });
+  for (int lane = 0; lane < kLanes<float>; ++lane) start += x[lane];
+  return start;
 }
 
 }  // namespace attn::cpu::ATTN_ISA

@@ -73,6 +73,28 @@ ATTN_NOINLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
   store_row<T>(type, src, n, dst);
 }
 
+// n rows of storage, factor * those of `rows`, which are `pad` numbers apart, `dim` numbers of
+// each; row i goes to at(i).  `rows` is scratch.
+template <class T, class At>
+ATTN_INLINE void restore_rows(DType type, T* rows, int64_t pad, T factor, int64_t n, int64_t dim,
+                              const At& at) {
+  constexpr int L = kLanes<T>;
+#ifdef ATTN_BF16_DOT
+  // A call for each row of a few vectors would take as long as the row.
+  if (type == DType::kBFloat16 && dim == pad) {
+    for (int64_t i = 0; i < n; ++i, rows += pad) {
+      auto* out = reinterpret_cast<uint16_t*>(at(i));
+      for (int64_t d = 0; d < dim; d += L) store_bf16(out + d, load(rows + d) * factor);
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i, rows += pad) {
+    for (int64_t d = 0; d < pad; d += L) store(rows + d, load(rows + d) * factor);
+    restore_row<T>(type, rows, dim, at(i));
+  }
+}
+
 // Rows of storage from their transposition: out row i = factor[i] * in[.][i] for i < n <= kLanes,
 // `dim` numbers each; `in` is [dim][kPanel], `rows` scratch of kLanes x (dim padded to vectors).
 // at: where the rows are if they are not row_bytes apart.
@@ -83,6 +105,9 @@ ATTN_NOINLINE void store_transposed(DType type, const T* in, Vec<T> factor, int6
   constexpr int L = kLanes<T>;
   const int64_t padded = (dim + L - 1) / L * L;
   const bool direct = !at && dtype_size(type) == sizeof(T) && n == L && dim == padded;
+#ifdef ATTN_BF16_DOT
+  const bool narrow = !at && type == DType::kBFloat16 && dim == padded;
+#endif
   for (int64_t d = 0; d < dim; d += L) {
     Vec<T> block[L];
     if (d + L <= dim) {
@@ -93,11 +118,22 @@ ATTN_NOINLINE void store_transposed(DType type, const T* in, Vec<T> factor, int6
         block[i] = d + i < dim ? load(in + (d + i) * kPanel) * factor : Vec<T>{};
     }
     transpose_round<T, 1>(block);
+#ifdef ATTN_BF16_DOT
+    if (narrow) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        if (i < n) store_bf16(reinterpret_cast<uint16_t*>(out + i * row_bytes) + d, block[i]);
+      continue;
+    }
+#endif
     T* to = direct ? reinterpret_cast<T*>(out) + d : rows + d;
     const int64_t stride = direct ? row_bytes / int64_t(sizeof(T)) : padded;
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) store(to + i * stride, block[i]);
   }
+#ifdef ATTN_BF16_DOT
+  if (narrow) return;
+#endif
   if (!direct)
     for (int64_t i = 0; i < n; ++i)
       restore_row<T>(type, rows + i * padded, dim, at ? at[i] : out + i * row_bytes);

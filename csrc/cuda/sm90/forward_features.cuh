@@ -47,7 +47,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
                               const QueryMemory<Tile>& smem, uint32_t q)
       : Base(params, smem.K, smem.V, q),
         score(of),
-        dropout(Dropout::of(params, of.seq.b)),
+        dropout(Dropout::of(params, of.seq)),
         head(HeadTerms<float>::of(params.ptr, of.seq, h, 1.0f)) {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -114,7 +114,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
           [&] { return side.bias_of(e); }, [](float) {});
   }
   ATTN_DEVICE float distance_of(int r, int n0) const {
-    return float(query[r].i + score.seq.seqlen_k - score.seq.seqlen_q - first_key(n0, 0));
+    return float(query[r].i + score.seq.past() - first_key(n0, 0));
   }
   // S: products in, logits out; of groups first .. last - 1.
   ATTN_DEVICE void logits(Scores& S, const Sides& sides, int n0, int first, int last) const {
@@ -382,7 +382,7 @@ ATTN_KERNEL((THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
   using Tile = ForwardTile90<HEAD_DIM>;
   const auto smem = QueryMemory<Tile>::of(smem_base());
-  const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
+  const QueryTask task = QueryTask::of<BITS>(x.p, Tile::BLOCK_M);
   if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
   const Turns turns =
       Turns::of(Band::of(x.p, task.seq), task.row0, task.end, task.seq.seqlen_k, Tile::BLOCK_N);

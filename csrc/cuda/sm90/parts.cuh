@@ -97,9 +97,10 @@ struct QueryTask : ForwardTask {
   Sequence seq;
   int end;
 
+  template <int BITS = 0>
   ATTN_DEVICE static QueryTask of(const Params& p, int block_m) {
     QueryTask t{ForwardTask::of(p, block_m), {}, 0};
-    t.seq = Sequence::of(p, t.b);
+    t.seq = Sequence::of<BITS>(p, t.b);
     t.rows = t.seq.seqlen_q;
     t.end = min_int(t.row0 + block_m, t.rows);
     return t;

@@ -41,14 +41,15 @@ CALLS = {
     "causal": ("plain", {"softcap": 2.0, "causal": True}),
     "far": ("plain", {"bias": "hqk"}),
     "grows": ("plain", {"mask": "qk"}),
-    "poison": ("poison", {"mask": "qk", "dropout_p": 0.3}),
-    "race": ("race", {"mask": "qk", "dropout_p": 0.3}),
+    # rings go round
+    "poison": ("poison", {"mask": "qk", "dropout_p": 0.3, "seqlen_q": 70, "seqlen_k": 800}),
+    "race": ("race", {"mask": "qk", "dropout_p": 0.3, "seqlen_q": 70, "seqlen_k": 800}),
 }
 
 
 def made(name, options):
     """The call of a name."""
-    call = random_call(3, **SIZES, **options)
+    call = random_call(3, **SIZES | options)
     # a row all of whose keys are far, one whose first are, one whose last are, one whose first are
     # just not
     if name == "far":

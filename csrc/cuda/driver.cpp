@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -204,12 +205,17 @@ class Stream : public Executor {
     for (int i = 0; i < 4; ++i)
       size[i] = uint64_t(t.size[i]), box[i] = uint32_t(t.box[i]) * steps[i];
     for (int i = 0; i < 3; ++i) stride[i] = uint64_t(t.stride[i]);
-    ptx::TensorMap map;
+    // Not into what is returned: g++ may put that where the caller's frame is aligned to 16 bytes
+    // only.
+    alignas(ptx::TensorMap) unsigned char encoded[sizeof(ptx::TensorMap)];
     check(driver_,
-          driver_.api.encode_tensor(&map, t.is_bf16 ? TENSOR_BFLOAT16 : TENSOR_FLOAT16, 4,
+          driver_.api.encode_tensor(reinterpret_cast<ptx::TensorMap*>(encoded),
+                                    t.is_bf16 ? TENSOR_BFLOAT16 : TENSOR_FLOAT16, 4,
                                     const_cast<void*>(t.base), size, stride, box, steps, 0,
                                     TENSOR_SWIZZLE_128B, TENSOR_PROMOTION_256B, 0),
           "cuTensorMapEncodeTiled");
+    ptx::TensorMap map;
+    std::memcpy(&map, encoded, sizeof(map));
     return map;
   }
 

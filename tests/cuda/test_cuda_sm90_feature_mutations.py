@@ -41,18 +41,22 @@ CALLS = {
     "causal": ("plain", {"softcap": 2.0, "causal": True}),
     "far": ("plain", {"bias": "hqk"}),
     "grows": ("plain", {"mask": "qk"}),
-    "poison": ("poison", {"mask": "qk", "dropout_p": 0.3}),
-    "race": ("race", {"mask": "qk", "dropout_p": 0.3}),
+    # rings go round
+    "poison": ("poison", {"mask": "qk", "dropout_p": 0.3, "seqlen_q": 70, "seqlen_k": 800}),
+    "race": ("race", {"mask": "qk", "dropout_p": 0.3, "seqlen_q": 70, "seqlen_k": 800}),
 }
 
 
 def made(name, options):
     """The call of a name."""
-    call = random_call(3, **SIZES, **options)
-    if name == "far":  # a row all of whose keys are far, one whose first are, one whose last are
+    call = random_call(3, **SIZES | options)
+    # a row all of whose keys are far, one whose first are, one whose last are, one whose first are
+    # just not
+    if name == "far":
         call.bias[:, :, 2] = torch.finfo(torch.bfloat16).min
         call.bias[:, :, 3, :200] = -1e9
         call.bias[:, :, 4, 200:] = -1e9
+        call.bias[:, :, 5, :200], call.bias[:, :, 5, 200:] = 5.3e8, 5.5e8
     if name == "grows":  # logits of which each tile has larger ones
         call.k.mul_(torch.arange(400).div(128, rounding_mode="floor").mul(3)[:, None] + 1)
     return call

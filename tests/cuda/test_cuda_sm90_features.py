@@ -45,6 +45,8 @@ CASES = {
     "packed, causal, starts in no group of four": {
         "seqlens_q": [129, 65], "seqlens_k": [131, 267], "causal": True, "bias": "h",
         "dropout_p": 0.2},
+    "rings go round": {"mask": "qk", "dropout_p": 0.2, "seqlen_q": 70, "seqlen_k": 900,
+                       "heads_q": 1},
     "rows without a key": {"seqlen_q": 300, "seqlen_k": 140, "causal": True, "sink": True,
                            "bias": "hq"},
     "head_dim 96": {"head_dim": 96, "mask": "bhqk", "bias": "hqk", "seqlen_q": 70},

@@ -55,6 +55,7 @@ struct WgmmaCall {
   int tiles;
   bool accumulate, trans_b, is_bf16;
   bool is_tf32 = false;                          // m64nNk8, both operands K-major
+  bool trans_a = false;                          // A in shared memory is MN-major
   int chunk() const { return is_tf32 ? 4 : 8; }  // elements in 16 bytes
 };
 

@@ -77,8 +77,13 @@ void each_chunk_of_b(const WgmmaCall& call, const Use& use) {
 template <class Use>
 void each_chunk_of_a(const WgmmaCall& call, int warp, const Use& use) {
   const OperandLayout layout(call.a_smem);
-  for (int m = 0; m < 16; ++m)
-    for (int k = 0; k < 2; ++k) use(layout.k_major(16 * (warp % 4) + m, k), m, call.chunk() * k);
+  if (call.trans_a) {
+    for (int k = 0; k < 16; ++k)
+      for (int m = 0; m < 2; ++m) use(layout.mn_major(k, 2 * (warp % 4) + m), 8 * m, k);
+  } else {
+    for (int m = 0; m < 16; ++m)
+      for (int k = 0; k < 2; ++k) use(layout.k_major(16 * (warp % 4) + m, k), m, call.chunk() * k);
+  }
 }
 
 }  // namespace
@@ -172,7 +177,7 @@ void Machine::finish_wgmma(WarpgroupWarp& warp, WgmmaOp& op) {
     }
   } else {
     each_chunk_of_a(call, first_lane / 32, [&](uint32_t address, int m, int k) {
-      decode(operand(address, op.where), call, &A[m][k], 1);
+      decode(operand(address, op.where), call, &A[m][k], call.trans_a ? 16 : 1);
     });
   }
   each_chunk_of_b(call, [&](uint32_t address, int k, int n) {

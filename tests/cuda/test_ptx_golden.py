@@ -129,7 +129,7 @@ PRODUCT = (
   ld.global.u64 %rd6, [%rd1+8176];
   ld.global.u64 %rd7, [%rd1+8184];
   wgmma.fence.sync.aligned;
-  wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {{{SUMS}}}, %rd6, %rd7, %p1, 1, 1, 0, 1;
+  wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {{{SUMS}}}, %rd6, %rd7, %p1, 1, 1, ORDER, 1;
   wgmma.commit_group.sync.aligned;
   wgmma.wait_group.sync.aligned 0;
   mul.wide.u32 %rd5, %r0, 192;
@@ -144,7 +144,8 @@ READS = "".join(
     f"  st.global.v4.u32 [%rd4+{at}], {{%r5, %r6, %r7, %r8}};\n"
     for at in range(0, 64, 16)
 )
-BODIES = {"ex2": EX2, "philox": PHILOX, "product": PRODUCT}
+BODIES = {"ex2": EX2, "philox": PHILOX, "product": PRODUCT.replace("ORDER", "0"),
+          "product_mn": PRODUCT.replace("ORDER", "1")}  # fmt: skip
 BODIES |= {
     f"tiles{count}{'t' * trans}": TILES.format(
         count=count, trans=".trans" * trans, registers=registers, rows=8 * count
@@ -243,11 +244,13 @@ def test_swizzles_of_boxes(span):
     np.testing.assert_array_equal(got[(x ^ ((x >> 3) & mask)) // 2], tensor)
 
 
-def test_product_over_one_and_a_half_atoms():
+@pytest.mark.parametrize("order_of_a", ["K-major", "MN-major"])
+def test_product_over_one_and_a_half_atoms(order_of_a):
     """wgmma of 96 columns of B, row after row (MN-major), in 128-byte swizzle: the atoms of 64
     columns that CuTe's canonical layout has, Swizzle<3, 4, 3> o ((8, 8, m), (8, k)) :
-    ((1, 8, LBO), (64, SBO)), the second of them half used; A K-major in 32-byte swizzle.  NaN where
-    no operand lies.  The sums lie as in the manual's figure of the fragment."""
+    ((1, 8, LBO), (64, SBO)), the second of them half used; A K-major in 32-byte swizzle, or
+    MN-major in an atom of 128 bytes.  NaN where no operand lies.  The sums lie as in the manual's
+    figure of the fragment."""
     lbo, sbo, at_a = 2048, 1024, 4096  # bytes
     rng = np.random.default_rng(9)
     A, B = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((64, 16), (16, 96)))
@@ -256,17 +259,24 @@ def test_product_over_one_and_a_half_atoms():
     x = 2 * (n % 64) + n // 64 * lbo + k % 8 * 128 + k // 8 * sbo
     image[(x ^ ((x >> 3) & 0x70)) // 2] = B.view(np.uint32) >> 16
     m, k = np.ogrid[:64, :16]
-    x = at_a + m // 8 * 256 + m % 8 * 32 + 2 * k
-    image[(x ^ ((x >> 3) & 0x10)) // 2] = A.view(np.uint32) >> 16
+    if order_of_a == "K-major":
+        x = at_a + m // 8 * 256 + m % 8 * 32 + 2 * k
+        x ^= (x >> 3) & 0x10
+    else:
+        x = at_a + 2 * m + k % 8 * 128 + k // 8 * sbo
+        x ^= (x >> 3) & 0x70
+    image[x // 2] = A.view(np.uint32) >> 16
     words = image.view(np.uint32)
     smem = 0x400  # where the emulator's shared memory begins
 
     def descriptor(start, leading, stride, swizzle):
         return (smem + start) >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | swizzle << 62
 
-    words[-4:] = np.array([descriptor(at_a, 16, 256, 3), descriptor(0, lbo, sbo, 1)],
-                          np.uint64).view(np.uint32)  # fmt: skip
-    got = run("product", words.reshape(128, 16), sums=48).view(np.float32)
+    a = descriptor(at_a, 16, 256, 3) if order_of_a == "K-major" else descriptor(at_a, lbo, sbo, 1)
+    words[-4:] = np.array([a, descriptor(0, lbo, sbo, 1)], np.uint64).view(np.uint32)
+    got = run(
+        "product_mn" if order_of_a == "MN-major" else "product", words.reshape(128, 16), sums=48
+    ).view(np.float32)
     thread, i = np.ogrid[:128, :48]
     row = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
     np.testing.assert_array_equal(got, 1 + (A @ B)[row, i // 4 * 8 + thread % 4 * 2 + i % 2])

@@ -35,6 +35,7 @@ CALLS = {
     "sm_90, rows of 64 bytes, swizzled as such": ("sm_90", CAUSAL | HALF | {"head_dim": 32}),
     "sm_90, two boxes a row": ("sm_90", CAUSAL | {"head_dim": 128}),
     "sm_90, tf32": ("sm_90", CAUSAL | SINGLE),
+    "sm_90, one column: queries MN-major": ("sm_90", CAUSAL | {"head_dim": 1}),
     "sm_90, every feature: bytes shared by warps": ("sm_90", FEATURES),
     "sm_90, varlen": ("sm_90", VARLEN),
     "sm_90, paged decode, split": ("sm_90", PAGED),

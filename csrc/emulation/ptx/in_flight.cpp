@@ -47,7 +47,7 @@ uint32_t landed(uint32_t v) {
 }
 
 void product(uint32_t* d, int count, const uint32_t* a, uint64_t a_smem, uint64_t b,
-             bool accumulate, bool trans_b, bool is_bf16, bool is_tf32, Where at) {
+             bool accumulate, bool trans_a, bool trans_b, bool is_bf16, bool is_tf32, Where at) {
   const int warp = machine.thread() / 32, lane = machine.thread() % 32;
   const bool goes_on = accumulate && is_tag(d[0]);
   const uint32_t number = goes_on ? slot_of(d[0]) : next_slot();
@@ -62,8 +62,9 @@ void product(uint32_t* d, int count, const uint32_t* a, uint64_t a_smem, uint64_
   }
   if (!accumulate) std::fill_n(slot.sums[lane], count, 0.0f);
   slot.where = at;
-  machine.wgmma({slot.sums[lane], a, a_smem, b, count / 4, accumulate, trans_b, is_bf16, is_tf32},
-                at);
+  machine.wgmma(
+      {slot.sums[lane], a, a_smem, b, count / 4, accumulate, trans_b, is_bf16, is_tf32, trans_a},
+      at);
   for (int i = 0; i < count; ++i)
     d[i] = tagged() ? tag_of(number, uint32_t(i)) : as<uint32_t>(slot.sums[lane][i]);
 }

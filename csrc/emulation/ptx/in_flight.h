@@ -38,7 +38,7 @@ uint32_t landed(uint32_t v);
 
 // d (+)= A B; a: 4 registers, or null and the descriptor.
 void product(uint32_t* d, int count, const uint32_t* a, uint64_t a_smem, uint64_t b,
-             bool accumulate, bool trans_b, bool is_bf16, bool is_tf32, PTX_AT);
+             bool accumulate, bool trans_a, bool trans_b, bool is_bf16, bool is_tf32, PTX_AT);
 
 }  // namespace attn::compiled
 ATTN_EXPORTED_END

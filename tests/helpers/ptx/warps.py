@@ -262,8 +262,11 @@ def _product(em: Emitter, op: Opcode, args: list[str]) -> str:
     transposed = args[6:]
     if len(registers) != count or signs != ["1", "1"]:
         raise Unsupported("accumulators by another number, or a negated operand")
-    if not from_registers and deep and transposed.pop(0) != "0":
-        raise Unsupported("an operand A that is not K-major")
+    # of 16 bits each operand in shared memory may be K-major or, "1", MN-major
+    orders = [] if not deep else ["b"] if from_registers else ["a", "b"]
+    if len(transposed) != len(orders) or not set(transposed) <= {"0", "1"}:
+        raise Unsupported("unknown orders of the operands")
+    major = dict(zip(orders, transposed, strict=True))
     em.raw = em.effect.flies = True
     sums = ", ".join(em.read(each, "b32") for each in registers)
     em.raw = False
@@ -274,7 +277,8 @@ def _product(em: Emitter, op: Opcode, args: list[str]) -> str:
         a = "a"
     else:
         a_smem = em.read(args[1], "u64")
-    flags = [em.read(scale, "pred"), "true" if transposed == ["1"] else "false",
+    flags = [em.read(scale, "pred"),
+             *("true" if major.get(each) == "1" else "false" for each in "ab"),
              *("true" if kind in types else "false" for kind in ("bf16", "tf32"))]  # fmt: skip
     text += f"product(d, {count}, {a}, {a_smem}, {em.read(args[2], 'u64')}, {', '.join(flags)});"
     return text + "".join(em.write(each, "b32", f"d[{i}]") for i, each in enumerate(registers))

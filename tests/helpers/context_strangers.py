@@ -2,6 +2,7 @@
 are right though unusual, and calls that are wrong, of all ranks or of the last one alone.
 """
 
+import os
 import time
 
 import torch
@@ -20,6 +21,7 @@ from attn_ext.distributed import (
     mean_loss,
 )
 from attn_ext.distributed.names import Names
+from attn_ext.integrations.deepspeed import LocalAttention
 
 SEQLEN, HEADS, WIDTH = 37, 12, 16
 
@@ -173,3 +175,34 @@ def unheard(rank, world) -> tuple:
     except ContextParallelError as error:
         return time.monotonic() - begun, error.peer, error.hop
     return 0.0, None, "no error"
+
+
+def slot_of_deepspeed(rank, world) -> float:
+    """The largest error of O and the gradients of DeepSpeed's own Ulysses with our local attention,
+    sequence or batch first, with fewer heads of K and V."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    import deepspeed
+    from deepspeed.sequence.layer import DistributedAttention
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for minutes
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    errors = []
+    for heads_k, at in ((8, 0), (4, 0), (2, 1)):
+        torch.manual_seed(3)
+        q, k, v, dout = (
+            torch.randn(2, 12, heads, 16).transpose(0, 1 - at) for heads in (8, heads_k, heads_k, 8)
+        )
+        options = {"causal": True, "window": (7, None)}
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        order = (0, 2, 1, 3) if at else (1, 2, 0, 3)
+        out = attn_ext.attention(*(x.permute(order) for x in whole), **options)
+        want = out.permute((0, 2, 1, 3) if at else (2, 0, 1, 3))
+        want.backward(dout)
+        own = [x.chunk(world, at)[rank].contiguous().requires_grad_() for x in (q, k, v)]
+        local = LocalAttention(at, **options)
+        attend = DistributedAttention(local, dist.group.WORLD, gather_idx=at)
+        got = attend(*own, 1 - at)
+        got.backward(dout.chunk(world, at)[rank])
+        pairs = [(got, want), *((a.grad, b.grad) for a, b in zip(own, whole, strict=True))]
+        errors += [relative(a, b.chunk(world, at)[rank]) for a, b in pairs]
+    return max(errors)

@@ -1,8 +1,9 @@
-"""What the adapters of torchtitan and DeepSpeed take and refuse, without these packages; how they
-compute on several ranks is held by context_attention's own tests.
+"""What the adapters of torchtitan and DeepSpeed take and refuse; but for DeepSpeed's own Ulysses,
+without these packages.  How they compute on several ranks is held by context_attention's own tests.
 """
 
 import ast
+import importlib.util
 import inspect
 import re
 
@@ -36,6 +37,19 @@ def test_the_slot_of_ulysses(sequence_dim):
     for name in ("sink", "alibi_slopes"):
         with pytest.raises(ValueError, match=f"{name} must not be given to LocalAttention"):
             LocalAttention(**{name: torch.zeros(4)})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed: pip install --no-deps deepspeed hjson py-cpuinfo msgpack "
+    "einops",
+)
+def test_deepspeeds_own_ulysses():
+    """A slot that DeepSpeed calls in another way than we take it, on two processes."""
+    import ranks
+
+    found = ranks.run_alone("context_strangers", "slot_of_deepspeed", 2, 60, 300, lost=0)
+    assert len(found) == 2 and max(found.values()) <= SHARDS[torch.float32]
 
 
 def test_torchtitan_refuses_masks():

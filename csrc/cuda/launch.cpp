@@ -121,8 +121,10 @@ Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& c
 }
 
 Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& target) {
-  if (features_of(p, ptr)) return with_features(p, ptr);
-  return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
+  if (target.sm90 && sm90::backward_problem(p, ptr).empty() &&
+      sm90::backward_knows_features(p, ptr))
+    return Choice::SM90;
+  return features_of(p, ptr) ? with_features(p, ptr) : Choice::SM80_PLAIN;
 }
 
 // delta, as LSE, what is kept of far rows, and behind it, at a multiple of 128 bytes, the sums of
@@ -163,7 +165,7 @@ void run_sm90(Executor& to, const Params& x, bool backward) {
   };
   const auto run = [&](auto element) {
     using T = decltype(element);
-    switch (sm90::kernel_head_dim(x.p)) {
+    switch (backward ? sm90::backward_head_dim(x.p, x.ptr) : sm90::kernel_head_dim(x.p)) {
 #define ATTN_CASE(dim) \
   case dim:            \
     return run_pair(Pair<T, dim>());
@@ -256,10 +258,12 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     Params near = x;
     near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;
     const Choice choice = choose_backward(p, ptr, target);
-    if (choice == Choice::SM90)
+    if (choice == Choice::SM90) {
+      if (ptr.dbias) sm80::run_bias_gradient<T, P::kHeadDim>(to, near);
       run_sm90(to, near, true);
-    else
+    } else {
       sm80::run_backward<T, P::kHeadDim>(to, near, choice != Choice::SM80_PLAIN);
+    }
     run_far_rows<T>(to, x);
     if (ptr.dsink)
       launch(to, kernel_name<T>("sm80::backward_sink"), grid_of(p.heads_q), kRowThreads,

@@ -42,6 +42,8 @@ struct QueryGradientTile {
 template <int HEAD_DIM_>
 struct KeyGradientTile {
   static constexpr int HEAD_DIM = HEAD_DIM_;
+  static constexpr int PRODUCER_REGISTERS = sm90::PRODUCER_REGISTERS;
+  static constexpr int CONSUMER_REGISTERS = sm90::CONSUMER_REGISTERS;
   static constexpr bool SPLIT = HEAD_DIM > 128;
   static constexpr int BLOCK_M = 64, BLOCK_N = SPLIT ? 64 : 128;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
@@ -69,6 +71,40 @@ struct FusedTile : KeyGradientTile<HEAD_DIM> {
   static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 16;  // dS of two turns
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
+
+// The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of queries,
+// lie in a ring of one or two stages in what is left of 227 KiB.  WIDE: a bias as float32, for which
+// 96 columns leave no room.  Warps that bring these need more registers than those that only load.
+constexpr int SHARED_MEMORY = 227 * 1024, SIDE_WARPS = 3;
+template <int HEAD_DIM, int BITS_>
+struct FeatureTile : FusedTile<HEAD_DIM> {
+  using Base = FusedTile<HEAD_DIM>;
+  static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+  static constexpr int BITS = BITS_, M = Base::BLOCK_M, N = Base::BLOCK_N;
+  static constexpr bool may_have(int feature) { return (BITS & (feature | kAny)) != 0; }
+  static constexpr bool WIDE = HEAD_DIM != 96 && may_have(kBiasFloat | kCast);
+  static constexpr int FLAG_ROW = 2 * M + 8;  // 8 more: rows meet other banks
+  static constexpr int FLAG_BYTES = FLAG_ROW * (N / 16);
+  static constexpr int BIAS_BYTES = may_have(kBias) ? (WIDE ? 4 : 2) * M * N : 0;
+  static constexpr int MASK_BYTES = may_have(kMask) && !BIAS_BYTES ? FLAG_BYTES : 0;
+  static constexpr int SIDE_BYTES = BIAS_BYTES + MASK_BYTES + (may_have(kDropout) ? FLAG_BYTES : 0);
+  // Of every set of features, so that the host need not know.
+  static constexpr int LEFT = SHARED_MEMORY - Base::SMEM, MOST = 2 * (4 * M * N + FLAG_BYTES + 16);
+  static constexpr int SIDES = LEFT < MOST ? LEFT : MOST;
+  static constexpr int SIDE_STAGES = 2 * (SIDE_BYTES + 16) <= SIDES ? 2 : 1;
+  static_assert(SIDE_STAGES * (SIDE_BYTES + 16) <= SIDES);
+  static constexpr int EXTRA_BYTES = Base::EXTRA_BYTES + SIDES / 16 * 16;
+  static constexpr int SMEM = Base::smem(EXTRA_BYTES);
+};
+// The kernel's HEAD_DIM where the head's is padded to `head_dim`.
+constexpr int feature_head_dim(int head_dim, int features) {
+  return head_dim == 96 && (features & (kBiasFloat | kCast)) ? 128 : head_dim;
+}
+// Of a call's features those that a backward kernel is compiled for: a sink is in LSE, and weights
+// are selected behind the scale, whatever that is.
+constexpr int backward_features_of(int features) {
+  return features & ~(kSink | kStats | kScale);
+}
 
 struct ForwardParams {
   Params p;

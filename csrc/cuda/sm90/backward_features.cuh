@@ -41,25 +41,45 @@ struct SideTile {
     const uint32_t high = (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u;
     return ((high >> 7) * 0x10204080u) >> 28;
   }
-  ATTN_DEVICE static void store_flags(uint32_t flags, int row, uint32_t four) {
+  // Those of queries `row` and row + 1 are a word of 16 keys.
+  ATTN_DEVICE static void store_flags(uint32_t flags, int row, const uint32_t (&four)[2]) {
     const int lane = lane_id();
-    uint32_t word = four << (4 * (lane & 3));
+    uint32_t word = (four[0] | four[1] << 16) << (4 * (lane & 3));
     word |= shfl_xor(word, 1);
     word |= shfl_xor(word, 2);
-    if ((lane & 3) == 0) sts_16(flags + (lane >> 2) * FLAG_ROW + row_place(row) / 2, uint16_t(word));
+    if ((lane & 3) == 0) sts_32(flags + (lane >> 2) * FLAG_ROW + row_place(row) / 2, word);
+  }
+  ATTN_DEVICE uint32_t packed_place(int row) const {
+    const int lane = lane_id();
+    return at + uint32_t(row * BIAS_ROW + ((lane >> 1 ^ (row & 7)) << 4) + (lane & 1) * 8);
+  }
+  ATTN_DEVICE uint32_t wide_place(int row) const {
+    const int lane = lane_id();
+    return at + uint32_t(row * WIDE_ROW + ((lane >> 1 ^ (row >> 1 & 3)) << 5) + (lane & 1) * 16);
   }
   ATTN_DEVICE void store_bias(const Params& p, int row, const Side<T, BITS>& side) const {
-    const int lane = lane_id();
     float bias[4];
     ATTN_UNROLL
     for (int e = 0; e < 4; ++e)
       bias[e] = has<BITS>(p, kMask) && !side.keeps(e) ? -kInf : side.bias_of(e);
-    if (packed(p)) {
-      sts_64(at + row * BIAS_ROW + ((lane >> 1 ^ (row & 7)) << 4) + (lane & 1) * 8,
-             {pack<T>(bias[0], bias[1]), pack<T>(bias[2], bias[3])});
-    } else {
-      sts_128(at + row * WIDE_ROW + ((lane >> 1 ^ (row >> 1 & 3)) << 5) + (lane & 1) * 16,
+    if (packed(p))
+      sts_64(packed_place(row), {pack<T>(bias[0], bias[1]), pack<T>(bias[2], bias[3])});
+    else
+      sts_128(wide_place(row),
               {as_uint(bias[0]), as_uint(bias[1]), as_uint(bias[2]), as_uint(bias[3])});
+  }
+  // Whether 4 keys of a bias are copied as they are, without a register.
+  ATTN_DEVICE static bool copies(const Params& p) {
+    return has<BITS>(p, kBias) && has<BITS>(p, kBiasVectors) && !has<BITS>(p, kMask) &&
+           !has<BITS>(p, kCast);
+  }
+  ATTN_DEVICE void copy_bias(const Params& p, int row, int64_t element) const {
+    if (packed(p)) {
+      const T* from = static_cast<const T*>(p.ptr.bias) + element;
+      cp_async_4(packed_place(row), from);
+      cp_async_4(packed_place(row) + 4, from + 2);
+    } else {
+      cp_async_16(wide_place(row), static_cast<const float*>(p.ptr.bias) + element);
     }
   }
 
@@ -118,13 +138,12 @@ struct FeatureMemory : KeyMemory<Tile> {
   }
 };
 
-// A warp of those that bring the sides: every third query of each tile.  It has 24 registers at 128
-// columns: rows are reached by additions, and those behind the last are the last once more.
+// A warp of those that bring the sides: every third pair of queries of each tile.  It has 24
+// registers at 128 columns; rows behind the last are the last once more.
 template <class T, class Tile>
 struct SideProducer {
   static constexpr int BITS = Tile::BITS, M = Tile::BLOCK_M;
   static constexpr bool LOADS = may_have<BITS>(kMask) || may_have<BITS>(kBias);
-  static constexpr int BATCH = !LOADS ? 1 : Tile::WIDE ? 2 : 4;  // rows on their way at a time
 
   const Params& p;
   const KeyTask& task;
@@ -143,35 +162,59 @@ struct SideProducer {
     WHOLE ? side.load(p, query, first_key())
           : side.load_some(p, query, first_key(), task.seq.seqlen_k);
   }
-  ATTN_DEVICE void store(const SideTile<T, Tile>& tile, const Side<T, BITS>& side, int head, int m0,
-                         int row) const {
-    if (has<BITS>(p, kBias)) tile.store_bias(p, row, side);
-    if (tile.flags_mask(p)) tile.store_flags(tile.mask_flags(), row, tile.four_flags(side.mask));
-    if (has<BITS>(p, kDropout)) {
-      uint32_t words[4], four = 0;
-      dropout.words(head, m0 + row, first_key(), words);
-      const uint32_t least = dropout.least_word();
-      ATTN_UNROLL
-      for (int e = 0; e < 4; ++e) four |= uint32_t(words[e] >= least) << e;
-      tile.store_flags(tile.dropout_flags(), row, four);
+  ATTN_DEVICE uint32_t kept_four(int head, int i) const {
+    uint32_t words[4], four = 0;
+    dropout.words(head, i, first_key(), words);
+    const uint32_t least = dropout.least_word();
+    ATTN_UNROLL
+    for (int e = 0; e < 4; ++e) four |= uint32_t(words[e] >= least) << e;
+    return four;
+  }
+  // Queries `row` and row + 1.
+  ATTN_DEVICE void store(const SideTile<T, Tile>& tile, const Side<T, BITS> (&sides)[2], int head,
+                         int m0, int row, bool copied) const {
+    if (has<BITS>(p, kBias) && !copied) {
+      tile.store_bias(p, row, sides[0]);
+      tile.store_bias(p, row + 1, sides[1]);
     }
+    if (tile.flags_mask(p))
+      tile.store_flags(tile.mask_flags(), row,
+                       {tile.four_flags(sides[0].mask), tile.four_flags(sides[1].mask)});
+    if (has<BITS>(p, kDropout))
+      tile.store_flags(tile.dropout_flags(), row,
+                       {kept_four(head, m0 + row), kept_four(head, m0 + row + 1)});
   }
   template <bool WHOLE>
   ATTN_DEVICE void fill(const SideTile<T, Tile>& tile, int head, int m0) const {
+    // on their way at a time
+    constexpr int PAIRS = !WHOLE || !LOADS || Tile::WIDE ? 1 : may_have<BITS>(kBias) ? 2 : 4;
     const int last = min_int(M, task.seq.seqlen_q - m0) - 1;
     const Query of = Score(p, task.seq).query(head, m0);
-    ATTN_NO_UNROLL
-    for (int first = warp_id() - 1; first < M; first += SIDE_WARPS * BATCH) {
-      Side<T, BITS> sides[BATCH];
-      if constexpr (LOADS) {
-        ATTN_UNROLL
-        for (int b = 0; b < BATCH; ++b)
-          load<WHOLE>(sides[b], of, min_int(first + SIDE_WARPS * b, last));
-      }
-      ATTN_UNROLL
-      for (int b = 0; b < BATCH; ++b)
-        if (first + SIDE_WARPS * b < M) store(tile, sides[b], head, m0, first + SIDE_WARPS * b);
+    const bool copies = WHOLE && tile.copies(p);
+    if (copies) {
+      ATTN_NO_UNROLL
+      for (int row = warp_id() - 1; row < M; row += SIDE_WARPS)
+        tile.copy_bias(p, row, of.bias_row + min_int(row, last) * p.p.bias.q + first_key());
+      cp_async_commit();
     }
+    if (!copies || has<BITS>(p, kDropout)) {
+      ATTN_NO_UNROLL
+      for (int first = 2 * (warp_id() - 1); first < M; first += 2 * SIDE_WARPS * PAIRS) {
+        Side<T, BITS> sides[PAIRS][2];
+        if (LOADS && !copies) {
+          ATTN_UNROLL
+          for (int b = 0; b < 2 * PAIRS; ++b)
+            load<WHOLE>(sides[b / 2][b % 2], of,
+                        min_int(first + 2 * SIDE_WARPS * (b / 2) + b % 2, last));
+        }
+        ATTN_UNROLL
+        for (int b = 0; b < PAIRS; ++b) {
+          const int row = first + 2 * SIDE_WARPS * b;
+          if (row < M) store(tile, sides[b], head, m0, row, copies);
+        }
+      }
+    }
+    if (copies) cp_async_wait<0>();
   }
   ATTN_DEVICE void produce(const FeatureMemory<Tile>& smem, int turn, int head, int m0) const {
     smem.sides.wait_empty(turn);

@@ -4,10 +4,9 @@
 // A fragment of S^T has keys as rows, and mask and bias lie as [query][key].  Three warps of the
 // producer's warpgroup bring them to shared memory, a tile of queries ahead of the consumers, into
 // a ring of their own:
-//   bias    [BLOCK_M][BLOCK_N], 16 bits as given (ldmatrix turns it over) or float32; -inf where
-//           there is a mask that excludes the pair
-//   flags   a bit a pair, [16 keys][BLOCK_M] of 16 bits each: what a mask without a bias keeps, and
-//           what dropout keeps
+//   bias    [BLOCK_M][BLOCK_N], 16 bits as given (ldmatrix turns it over) or float32
+//   flags   a bit a pair, [16 keys][BLOCK_M] of 16 bits each: what a mask keeps, and what dropout
+//           keeps
 // so that a consumer's loop has a load for each 16 queries, and a test and a select for each pair.
 // The sign of P says whether dropout took the pair.
 #pragma once
@@ -20,66 +19,52 @@ namespace attn::cuda::sm90 {
 template <class T, class Tile>
 struct SideTile {
   static constexpr int M = Tile::BLOCK_M, N = Tile::BLOCK_N, BITS = Tile::BITS;
-  static constexpr int FLAG_ROW = Tile::FLAG_ROW;  // bytes of the flags of 16 keys
+  static constexpr int FLAG_ROW = Tile::FLAG_ROW;           // bytes of the flags of 16 keys
   static constexpr int BIAS_ROW = 2 * N, WIDE_ROW = 4 * N;  // bytes of a query's biases
   uint32_t at;
 
-  // Whether the bias lies as 16 bits.
-  ATTN_DEVICE static bool packed(const Params& p) {
-    return !Tile::WIDE || ((BITS & kAny) && !(p.features & (kBiasFloat | kCast)));
+  // Whether the bias lies as float32.
+  ATTN_DEVICE static bool wide(const Params& p) { return has<BITS>(p, kBiasFloat); }
+  ATTN_DEVICE uint32_t mask_flags(const Params& p) const {
+    return at + (has<BITS>(p, kBias) ? M * (wide(p) ? WIDE_ROW : BIAS_ROW) : 0);
   }
-  // With a bias the mask is in it; in a kernel for any feature both have the same place.
-  ATTN_DEVICE static bool flags_mask(const Params& p) {
-    return has<BITS>(p, kMask) && !has<BITS>(p, kBias);
+  ATTN_DEVICE uint32_t dropout_flags(const Params& p) const {
+    return mask_flags(p) + (has<BITS>(p, kMask) ? Tile::FLAG_BYTES : 0);
   }
-  ATTN_DEVICE uint32_t mask_flags() const { return at; }
-  ATTN_DEVICE uint32_t dropout_flags() const { return at + Tile::BIAS_BYTES + Tile::MASK_BYTES; }
 
-  // ---- producers: query `row` of the tile, keys 4 * lane .. + 3
+  // ---- producers: keys 4 * lane .. + 3
   // A bit for each byte that is not 0.
   ATTN_DEVICE static uint32_t four_flags(uint32_t bytes) {
     const uint32_t high = (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u;
     return ((high >> 7) * 0x10204080u) >> 28;
   }
   // Those of queries `row` and row + 1 are a word of 16 keys.
-  ATTN_DEVICE static void store_flags(uint32_t flags, int row, const uint32_t (&four)[2]) {
+  ATTN_DEVICE static void store_flags(uint32_t flags, int row, uint32_t first, uint32_t second) {
     const int lane = lane_id();
-    uint32_t word = (four[0] | four[1] << 16) << (4 * (lane & 3));
+    uint32_t word = (first | second << 16) << (4 * (lane & 3));
     word |= shfl_xor(word, 1);
     word |= shfl_xor(word, 2);
     if ((lane & 3) == 0) sts_32(flags + (lane >> 2) * FLAG_ROW + row_place(row) / 2, word);
   }
-  ATTN_DEVICE uint32_t packed_place(int row) const {
+  // Biases of a query from `element` on; count: of keys that are there.
+  ATTN_DEVICE void copy_bias(const Params& p, int row, int64_t element, int count) const {
     const int lane = lane_id();
-    return at + uint32_t(row * BIAS_ROW + ((lane >> 1 ^ (row & 7)) << 4) + (lane & 1) * 8);
-  }
-  ATTN_DEVICE uint32_t wide_place(int row) const {
-    const int lane = lane_id();
-    return at + uint32_t(row * WIDE_ROW + ((lane >> 1 ^ (row >> 1 & 3)) << 5) + (lane & 1) * 16);
-  }
-  ATTN_DEVICE void store_bias(const Params& p, int row, const Side<T, BITS>& side) const {
-    float bias[4];
-    ATTN_UNROLL
-    for (int e = 0; e < 4; ++e)
-      bias[e] = has<BITS>(p, kMask) && !side.keeps(e) ? -kInf : side.bias_of(e);
-    if (packed(p))
-      sts_64(packed_place(row), {pack<T>(bias[0], bias[1]), pack<T>(bias[2], bias[3])});
-    else
-      sts_128(wide_place(row),
-              {as_uint(bias[0]), as_uint(bias[1]), as_uint(bias[2]), as_uint(bias[3])});
-  }
-  // Whether 4 keys of a bias are copied as they are, without a register.
-  ATTN_DEVICE static bool copies(const Params& p) {
-    return has<BITS>(p, kBias) && has<BITS>(p, kBiasVectors) && !has<BITS>(p, kMask) &&
-           !has<BITS>(p, kCast);
-  }
-  ATTN_DEVICE void copy_bias(const Params& p, int row, int64_t element) const {
-    if (packed(p)) {
-      const T* from = static_cast<const T*>(p.ptr.bias) + element;
-      cp_async_4(packed_place(row), from);
-      cp_async_4(packed_place(row) + 4, from + 2);
+    if (wide(p)) {
+      const float* from = static_cast<const float*>(p.ptr.bias) + element;
+      const uint32_t to = at + uint32_t(row * WIDE_ROW + ((lane >> 1 ^ (row >> 1 & 3)) << 5) +
+                                        (lane & 1) * 16);
+      if (count == 4) return cp_async_16(to, from);
+      ATTN_UNROLL
+      for (int e = 0; e < 3; ++e)
+        if (e < count) sts_f32(to + 4 * e, from[e]);
     } else {
-      cp_async_16(wide_place(row), static_cast<const float*>(p.ptr.bias) + element);
+      const T* from = static_cast<const T*>(p.ptr.bias) + element;
+      const uint32_t to =
+          at + uint32_t(row * BIAS_ROW + ((lane >> 1 ^ (row & 7)) << 4) + (lane & 1) * 8);
+      if (count == 4) return cp_async_4(to, from), cp_async_4(to + 4, from + 2);
+      ATTN_UNROLL
+      for (int e = 0; e < 3; ++e)
+        if (e < count) sts_16(to + 2 * e, from[e].bits);
     }
   }
 
@@ -98,7 +83,7 @@ struct SideTile {
   }
   ATTN_DEVICE void load_bias(const Params& p, float (&bias)[2][4], int keys, int pair) const {
     const int lane = lane_id(), t = lane & 3;
-    if (packed(p)) {
+    if (!wide(p)) {
       uint32_t words[4];
       const int chunk = 2 * keys + (lane >> 3 & 1);
       ldmatrix_x4_trans(words, at + (8 * (lane >> 4) + (lane & 7)) * BIAS_ROW +
@@ -138,91 +123,83 @@ struct FeatureMemory : KeyMemory<Tile> {
   }
 };
 
-// A warp of those that bring the sides: every third pair of queries of each tile.  It has 24
-// registers at 128 columns; rows behind the last are the last once more.
+// A warp of those that bring the sides of every third query, or pair of queries, of each tile.  It
+// has 24 registers at 128 columns.  Rows behind the last query are the last once more; keys behind
+// the last are whatever lies there: their weights are 0.
 template <class T, class Tile>
 struct SideProducer {
   static constexpr int BITS = Tile::BITS, M = Tile::BLOCK_M;
-  static constexpr bool LOADS = may_have<BITS>(kMask) || may_have<BITS>(kBias);
+  static constexpr int PAIRS = 4;  // of a mask, on their way at a time
 
   const Params& p;
   const KeyTask& task;
-  const Dropout dropout;
-
-  ATTN_DEVICE SideProducer(const Params& params, const KeyTask& t)
-      : p(params), task(t), dropout(Dropout::of(p, t.seq.b)) {}
 
   ATTN_DEVICE int first_key() const { return task.n0 + 4 * lane_id(); }
-  // `of`: the first query of the tile.
-  template <bool WHOLE>
-  ATTN_DEVICE void load(Side<T, BITS>& side, const Query& of, int row) const {
-    Query query = of;
-    query.mask_row += row * p.p.mask.q;
-    query.bias_row += row * p.p.bias.q;
-    WHOLE ? side.load(p, query, first_key())
-          : side.load_some(p, query, first_key(), task.seq.seqlen_k);
+  // Of the 4 keys those that are there.
+  ATTN_DEVICE int count() const { return max_int(0, min_int(4, task.seq.seqlen_k - first_key())); }
+
+  ATTN_DEVICE void copy_bias(const SideTile<T, Tile>& tile, int head, int m0, int last) const {
+    const ScoreStrides& s = p.p.bias;
+    const int64_t first = task.seq.b * s.b + head * s.h + m0 * s.q + first_key();
+    ATTN_NO_UNROLL
+    for (int row = warp_id() - 1; row < M; row += SIDE_WARPS)
+      tile.copy_bias(p, row, first + min_int(row, last) * s.q, count());
+    cp_async_commit();
   }
-  ATTN_DEVICE uint32_t kept_four(int head, int i) const {
-    uint32_t words[4], four = 0;
-    dropout.words(head, i, first_key(), words);
-    const uint32_t least = dropout.least_word();
-    ATTN_UNROLL
-    for (int e = 0; e < 4; ++e) four |= uint32_t(words[e] >= least) << e;
-    return four;
-  }
-  // Queries `row` and row + 1.
-  ATTN_DEVICE void store(const SideTile<T, Tile>& tile, const Side<T, BITS> (&sides)[2], int head,
-                         int m0, int row, bool copied) const {
-    if (has<BITS>(p, kBias) && !copied) {
-      tile.store_bias(p, row, sides[0]);
-      tile.store_bias(p, row + 1, sides[1]);
-    }
-    if (tile.flags_mask(p))
-      tile.store_flags(tile.mask_flags(), row,
-                       {tile.four_flags(sides[0].mask), tile.four_flags(sides[1].mask)});
-    if (has<BITS>(p, kDropout))
-      tile.store_flags(tile.dropout_flags(), row,
-                       {kept_four(head, m0 + row), kept_four(head, m0 + row + 1)});
-  }
-  template <bool WHOLE>
-  ATTN_DEVICE void fill(const SideTile<T, Tile>& tile, int head, int m0) const {
-    // on their way at a time
-    constexpr int PAIRS = !WHOLE || !LOADS || Tile::WIDE ? 1 : may_have<BITS>(kBias) ? 2 : 4;
-    const int last = min_int(M, task.seq.seqlen_q - m0) - 1;
-    const Query of = Score(p, task.seq).query(head, m0);
-    const bool copies = WHOLE && tile.copies(p);
-    if (copies) {
-      ATTN_NO_UNROLL
-      for (int row = warp_id() - 1; row < M; row += SIDE_WARPS)
-        tile.copy_bias(p, row, of.bias_row + min_int(row, last) * p.p.bias.q + first_key());
-      cp_async_commit();
-    }
-    if (!copies || has<BITS>(p, kDropout)) {
-      ATTN_NO_UNROLL
-      for (int first = 2 * (warp_id() - 1); first < M; first += 2 * SIDE_WARPS * PAIRS) {
-        Side<T, BITS> sides[PAIRS][2];
-        if (LOADS && !copies) {
-          ATTN_UNROLL
-          for (int b = 0; b < 2 * PAIRS; ++b)
-            load<WHOLE>(sides[b / 2][b % 2], of,
-                        min_int(first + 2 * SIDE_WARPS * (b / 2) + b % 2, last));
-        }
-        ATTN_UNROLL
-        for (int b = 0; b < PAIRS; ++b) {
-          const int row = first + 2 * SIDE_WARPS * b;
-          if (row < M) store(tile, sides[b], head, m0, row, copies);
-        }
+  ATTN_DEVICE void load_mask(const SideTile<T, Tile>& tile, int head, int m0, int last) const {
+    const ScoreStrides& s = p.p.mask;
+    const uint8_t* first = static_cast<const uint8_t*>(p.ptr.mask) +
+                           (task.seq.b * s.b + head * s.h + m0 * s.q + first_key());
+    const int n = count();
+    ATTN_NO_UNROLL
+    for (int pair = 2 * (warp_id() - 1); pair < M; pair += 2 * SIDE_WARPS * PAIRS) {
+      uint32_t bytes[PAIRS][2];
+      ATTN_UNROLL
+      for (int b = 0; b < 2 * PAIRS; ++b) {
+        const int row = pair + 2 * SIDE_WARPS * (b / 2) + b % 2;
+        const uint8_t* from = first + min_int(row, last) * s.q;
+        bytes[b / 2][b % 2] = n == 4 ? *reinterpret_cast<const uint32_t*>(from) : some(from, n);
+      }
+      ATTN_UNROLL
+      for (int b = 0; b < PAIRS; ++b) {
+        const int row = pair + 2 * SIDE_WARPS * b;
+        if (row < M)
+          tile.store_flags(tile.mask_flags(p), row, tile.four_flags(bytes[b][0]),
+                           tile.four_flags(bytes[b][1]));
       }
     }
-    if (copies) cp_async_wait<0>();
+  }
+  ATTN_DEVICE static uint32_t some(const uint8_t* from, int n) {
+    uint32_t bytes = 0;
+    ATTN_UNROLL
+    for (int e = 0; e < 3; ++e)
+      if (e < n) bytes |= uint32_t(from[e]) << (8 * e);
+    return bytes;
+  }
+  ATTN_DEVICE void draw(const SideTile<T, Tile>& tile, int head, int m0) const {
+    const Dropout dropout = Dropout::of(p, task.seq.b);
+    ATTN_NO_UNROLL
+    for (int row = 2 * (warp_id() - 1); row < M; row += 2 * SIDE_WARPS) {
+      uint32_t four[2] = {0, 0};
+      ATTN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        uint32_t words[4];
+        dropout.words(head, m0 + row + r, first_key(), words);
+        ATTN_UNROLL
+        for (int e = 0; e < 4; ++e)
+          four[r] |= uint32_t(words[e] >= dropout.least_word()) << e;
+      }
+      tile.store_flags(tile.dropout_flags(p), row, four[0], four[1]);
+    }
   }
   ATTN_DEVICE void produce(const FeatureMemory<Tile>& smem, int turn, int head, int m0) const {
     smem.sides.wait_empty(turn);
     const SideTile<T, Tile> tile{smem.sides.tile(turn)};
-    if (!LOADS || task.n0 + Tile::BLOCK_N <= task.seq.seqlen_k)
-      fill<true>(tile, head, m0);
-    else
-      fill<false>(tile, head, m0);
+    const int last = min_int(M, task.seq.seqlen_q - m0) - 1;
+    if (has<BITS>(p, kBias)) copy_bias(tile, head, m0, last);
+    if (has<BITS>(p, kMask)) load_mask(tile, head, m0, last);
+    if (has<BITS>(p, kDropout)) draw(tile, head, m0);
+    if (has<BITS>(p, kBias)) cp_async_wait<0>();
     sync_warp();  // every lane has stored
     if (lane_id() == 0) mbarrier_arrive(smem.sides.full_bar(turn));
   }
@@ -272,8 +249,8 @@ struct FeatureGradients : KeyGradients<T, Tile> {
       const RowValues row = RowValues::of(smem.lse(turn), pair);
       typename SideTile<T, Tile>::Flags kept{}, dropped{};
       float bias[2][4];
-      if (tile.flags_mask(p)) kept = tile.load_flags(tile.mask_flags(), keys(), pair);
-      if (has<BITS>(p, kDropout)) dropped = tile.load_flags(tile.dropout_flags(), keys(), pair);
+      if (has<BITS>(p, kMask)) kept = tile.load_flags(tile.mask_flags(p), keys(), pair);
+      if (has<BITS>(p, kDropout)) dropped = tile.load_flags(tile.dropout_flags(p), keys(), pair);
       if (has<BITS>(p, kBias)) tile.load_bias(p, bias, keys(), pair);
       ATTN_UNROLL
       for (int n = 0; n < 2; ++n) {
@@ -283,7 +260,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
           float &x = S[2 * pair + n][c], slope = 1.0f;
           const float away = distance + float(16 * pair + 8 * n + (c & 1) - 8 * (c >> 1));
           x = weight(x, terms, away, bias[n][c], row.tile[n][c & 1], slope);
-          if (tile.flags_mask(p) && !kept.keeps(n, c)) x = 0.0f;
+          if (has<BITS>(p, kMask) && !kept.keeps(n, c)) x = 0.0f;
           if (has<BITS>(p, kDropout) && !dropped.keeps(n, c)) x = -x;
           V[c] = DROPS ? fmaxf(x, 0.0f) : x;
           if (CAPPED) x *= slope;
@@ -314,7 +291,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
 
   // As in KeyGradients.
   ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
-    float S[TILES][4], V[TILES][4];
+    float S[TILES][4], V[TILES][4];  // V is S but for dropout and soft cap
     const uint32_t queries = smem.queries(turn);
     this->scores(S, turn, queries);
     wgmma_wait<0>();
@@ -363,7 +340,7 @@ void backward_features(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = FeatureTile<HEAD_DIM, BITS>;
   const auto produce = [&](const KeyTask& task, const FeatureMemory<Tile>& smem) {
     if (warp_id() == 0) return;
-    const SideProducer<T, Tile> side(x.p, task);
+    const SideProducer<T, Tile> side{x.p, task};
     each_query_tile<Tile::BLOCK_M>(x.p, task, [&](int turn, int h, int m0) {
       const int head = task.head_k * x.p.group + h;
       if (warp_id() == 1) produce_row_values(x.p, task, smem, turn, head, m0);

@@ -47,7 +47,7 @@ void run_backward(Executor& to, const Params& params) {
              bits ? kernel_name<T>("sm90::backward_features", HEAD_DIM, bits)
                   : kernel_name<T>("sm90::backward_fused", HEAD_DIM),
              grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
-             bits ? FeatureTile<HEAD_DIM, kAny>::SMEM : Tile::SMEM, x);
+             bits ? SideRoom<HEAD_DIM>::SMEM : Tile::SMEM, x);
       return launch(to,
                     bits ? kernel_name<T>("sm90::convert_dq_features", HEAD_DIM, bits)
                          : kernel_name<T>("sm90::convert_dq", HEAD_DIM),

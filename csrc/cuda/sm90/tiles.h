@@ -73,32 +73,41 @@ struct FusedTile : KeyGradientTile<HEAD_DIM> {
 };
 
 // The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of queries,
-// lie in a ring of one or two stages in what is left of 227 KiB.  WIDE: a bias as float32, for which
-// 96 columns leave no room.  Warps that bring these need more registers than those that only load.
+// lie in a ring of one or two stages in what is left of 227 KiB.
 constexpr int SHARED_MEMORY = 227 * 1024, SIDE_WARPS = 3;
-template <int HEAD_DIM, int BITS_>
-struct FeatureTile : FusedTile<HEAD_DIM> {
+template <int HEAD_DIM>
+struct SideRoom : FusedTile<HEAD_DIM> {
   using Base = FusedTile<HEAD_DIM>;
-  static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-  static constexpr int BITS = BITS_, M = Base::BLOCK_M, N = Base::BLOCK_N;
-  static constexpr bool may_have(int feature) { return (BITS & (feature | kAny)) != 0; }
-  static constexpr bool WIDE = HEAD_DIM != 96 && may_have(kBiasFloat | kCast);
+  static constexpr int M = Base::BLOCK_M, N = Base::BLOCK_N;
   static constexpr int FLAG_ROW = 2 * M + 8;  // 8 more: rows meet other banks
   static constexpr int FLAG_BYTES = FLAG_ROW * (N / 16);
-  static constexpr int BIAS_BYTES = may_have(kBias) ? (WIDE ? 4 : 2) * M * N : 0;
-  static constexpr int MASK_BYTES = may_have(kMask) && !BIAS_BYTES ? FLAG_BYTES : 0;
-  static constexpr int SIDE_BYTES = BIAS_BYTES + MASK_BYTES + (may_have(kDropout) ? FLAG_BYTES : 0);
-  // Of every set of features, so that the host need not know.
-  static constexpr int LEFT = SHARED_MEMORY - Base::SMEM, MOST = 2 * (4 * M * N + FLAG_BYTES + 16);
-  static constexpr int SIDES = LEFT < MOST ? LEFT : MOST;
-  static constexpr int SIDE_STAGES = 2 * (SIDE_BYTES + 16) <= SIDES ? 2 : 1;
-  static_assert(SIDE_STAGES * (SIDE_BYTES + 16) <= SIDES);
-  static constexpr int EXTRA_BYTES = Base::EXTRA_BYTES + SIDES / 16 * 16;
+  static constexpr int LEFT = SHARED_MEMORY - Base::SMEM;
+  static constexpr int MOST = 2 * (4 * M * N + 2 * FLAG_BYTES + 16);
+  static constexpr int SIDES = (LEFT < MOST ? LEFT : MOST) / 16 * 16;
+  static constexpr int EXTRA_BYTES = Base::EXTRA_BYTES + SIDES;
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
+
+  // Of one stage.  A kernel for any feature has one stage, as large as there is room.
+  static constexpr int side_bytes(int bits) {
+    return bits & kAny ? SIDES - 16
+                       : (bits & kBias ? (bits & kBiasFloat ? 4 : 2) * M * N : 0) +
+                             (bits & kMask ? FLAG_BYTES : 0) + (bits & kDropout ? FLAG_BYTES : 0);
+  }
+  static constexpr bool fits(int bits) { return side_bytes(bits) + 16 <= SIDES; }
 };
-// The kernel's HEAD_DIM where the head's is padded to `head_dim`.
+template <int HEAD_DIM, int BITS_>
+struct FeatureTile : SideRoom<HEAD_DIM> {
+  using Room = SideRoom<HEAD_DIM>;
+  static constexpr int BITS = BITS_, SIDE_BYTES = Room::side_bytes(BITS);
+  static constexpr int SIDE_STAGES = 2 * (SIDE_BYTES + 16) <= Room::SIDES ? 2 : 1;
+  static_assert(Room::fits(BITS));
+};
+// The kernel's HEAD_DIM where the head's is padded to `head_dim`, 0: none knows these features.  A
+// bias in float32 finds no room at 96 columns, and at 128 none beside both mask and dropout.
 constexpr int feature_head_dim(int head_dim, int features) {
-  return head_dim == 96 && (features & (kBiasFloat | kCast)) ? 128 : head_dim;
+  if (head_dim <= 64 || (head_dim <= 96 && SideRoom<96>::fits(features))) return head_dim;
+  if (head_dim <= 128 && SideRoom<128>::fits(features)) return 128;
+  return features ? 0 : head_dim;
 }
 // Of a call's features those that a backward kernel is compiled for: a sink is in LSE, and weights
 // are selected behind the scale, whatever that is.

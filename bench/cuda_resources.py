@@ -45,11 +45,12 @@ FEATURES = {"mask": ("kMask", "kMaskVectors"), "bias": ("kBias", "kBiasVectors")
             "dropout": ("kDropout",)}  # fmt: skip
 FEATURE_DIMS = (64, 128)
 FEATURED = ("forward_general", "forward_features", "backward_features", "convert_dq_features",
-            "backward_dq", "backward_dkdv", "backward_bias")  # fmt: skip
+            "backward_dq", "backward_dkdv", "backward_bias", "sm90_backward_features",
+            "sm90_convert_dq_features")  # fmt: skip
 # ("launch", 0): kernels that serve all head dimensions; "sm90 ...": the Hopper kernels of a pair
 UNITS = [("launch", 0)] + [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS]
 UNITS += [(f"sm90 {dtype}", dim) for dtype in ("bf16", "fp16") for dim in SM90_HEAD_DIMS]
-UNITS += [("features bf16", dim) for dim in FEATURE_DIMS]
+UNITS += [(f"{arch}features bf16", dim) for arch in ("", "sm90 ") for dim in FEATURE_DIMS]
 
 
 def find_nvcc() -> str | None:
@@ -128,17 +129,17 @@ def feature_words() -> dict[int, str]:
 def source_text(dtype: str, head_dim: int) -> str:
     """The translation unit of one pair."""
     arch = "sm90" if dtype.startswith("sm90") else "sm80"
-    element = dtype.removeprefix("sm90 ")
+    element = dtype.split()[-1]
     lists = {f"each_{way}<{element}, {head_dim}>" for way in ("forward", "backward")}
     if dtype == "launch":
         lists = {f"each_other<{element}>" for element in DTYPES}
     # to take a kernel's address is to instantiate it
     calls = "".join(f"  {each}(take);\n" for each in sorted(lists))
-    if dtype.startswith("features"):
-        element = dtype.removeprefix("features ")
+    if "features" in dtype:
+        kernels = ("forward_features", "backward_features")[arch == "sm90" :]
         calls = "".join(
             f'  take("", {kernel}<{element}, {head_dim}, {" | ".join(bits)}>);\n'
-            for bits in FEATURES.values() for kernel in ("forward_features", "backward_features")
+            for bits in FEATURES.values() for kernel in kernels
         )  # fmt: skip
     return (
         f'#include "cuda/{arch}/kernels.cuh"\n'
@@ -294,6 +295,7 @@ void print_sm90() {
     row("backward_dq", sm90::QueryGradientTile<D>::SMEM);
     row("backward_dkdv", sm90::KeyGradientTile<D>::SMEM);
     if constexpr (D <= 128) row("backward_fused", sm90::FusedTile<D>::SMEM);
+    if constexpr (D <= 128) row("backward_features", sm90::SideRoom<D>::SMEM);
   }
 }
 int main() {

@@ -88,6 +88,12 @@ KERNELS = {
     "sm90_backward_dq": Kernel("sm90", "backward_dq", "sm90_backward_dq", 256),
     "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", "sm90_backward_dkdv", 256),
     "sm90_backward_fused": Kernel("sm90", "backward_fused", "sm90_backward_fused", 256),
+    **{
+        f"sm90_backward_{name}": Kernel(
+            "sm90", "backward_features", "sm90_backward_features", 256, features=name
+        )
+        for name in ("mask", "bias", "dropout")
+    },
 }
 
 # The first pattern that an opcode begins with names its group.
@@ -310,7 +316,8 @@ def load_resources():
 def disassemble(nvcc: str, family: str, head_dim: int) -> str:
     """nvdisasm's text of the bf16 kernels of one family and head_dim."""
     resources, text = load_resources(), ""
-    for unit in ("sm90 bf16",) if family == "sm90" else ("bf16", "features bf16"):
+    sm90 = ("sm90 bf16", "sm90 features bf16")
+    for unit in sm90 if family == "sm90" else ("bf16", "features bf16"):
         with tempfile.TemporaryDirectory() as folder:
             cubin = resources.cubin(nvcc, unit, head_dim, ARCHITECTURES[family].name, Path(folder))
             command = [resources.find_cuda_tool("nvdisasm"), str(cubin)]

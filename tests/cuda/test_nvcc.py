@@ -145,6 +145,7 @@ CHOSEN = {
     ("float", 32): "120", ("float", 64): "90a", ("float", 96): "80", ("float", 128): "90a",
     ("float", 192): "120", ("float", 256): "80",
     ("features bf16", 64): "90a", ("features bf16", 128): "80",
+    ("sm90 features bf16", 64): "90a", ("sm90 features bf16", 128): "90a",
     **{("sm90 bf16", dim): "90a" for dim in resources.SM90_HEAD_DIMS},
     **{("sm90 fp16", dim): "90a" for dim in (64, 128)},
 }  # fmt: skip

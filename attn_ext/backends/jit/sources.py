@@ -45,6 +45,7 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
 # Those whose last argument is a set of features (csrc/cuda/features.h).
 FEATURED = ("forward_features", "forward_general", "backward_dq", "backward_dkdv", "backward_bias",
             "backward_features", "convert_dq_features")  # fmt: skip
+FEATURED_SM90 = ("backward_features", "convert_dq_features")
 EXPRESSION = re.compile(r"attn::cuda::(sm80|sm90)::(\w+)<")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 
@@ -124,7 +125,8 @@ def features(root: Path) -> dict[str, int]:
 def flags_of(expression: str, root: Path) -> str:
     """The arguments of a kernel for people: "attn::ptx::bf16, 64, mask dropout"."""
     found, arguments = EXPRESSION.match(expression), expression.rstrip(">").split("<")[1]
-    if found is None or found[1] != "sm80" or found[2] not in FEATURED:
+    featured = {"sm80": FEATURED, "sm90": FEATURED_SM90}
+    if found is None or found[2] not in featured[found[1]]:
         return arguments
     rest, bits = arguments.rsplit(", ", 1)
     names = [name for name, bit in features(root).items() if int(bits) & bit]

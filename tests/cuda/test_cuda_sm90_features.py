@@ -17,12 +17,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # What each would catch; cast: the dtype of the bias.
 CASES = {
     "mask": {"mask": "bhqk"},
-    "mask of all heads, keys that end within 4": {"mask": "k", "seqlen_k": 201},
+    "mask in longer rows, keys that end within 4": {"mask": "qk", "seqlen_k": 201, "padded": True},
     "bias": {"bias": "hqk"},
     "bias in fp16": {"bias": "bhqk", "dtype": FP16, "head_dim": 128},
     "bias in float32": {"bias": "hqk", "cast": FP32, "head_dim": 128},
     "bias in float32 at 96: the kernel of 128": {"bias": "hqk", "cast": FP32, "head_dim": 96},
-    "bias of all queries, keys that end within 4": {"bias": "k", "seqlen_k": 130},
+    "bias in longer rows, keys that end within 4": {"bias": "hqk", "seqlen_k": 131, "padded": True},
+    "bias in float32 in longer rows": {"bias": "hqk", "seqlen_k": 130, "padded": True,
+                                       "cast": FP32},
+    "mask and bias of all queries": {"mask": "k", "bias": "k"},
     "ALiBi": {"alibi": "b", "batch": 2},
     "softcap": {"softcap": 2.0},
     "dropout": {"dropout_p": 0.3},
@@ -48,11 +51,23 @@ CASES = {
 SIZES = {"heads_q": 2, "heads_k": 1, "seqlen_q": 130, "seqlen_k": 200, "head_dim": 64}
 
 
+def in_longer_rows(x):
+    """The same numbers in rows of a multiple of 8 elements, what is behind them NaN or True."""
+    width = (x.shape[-1] + 7) // 8 * 8
+    rows = x.new_full((*x.shape[:-1], width), True if x.dtype == torch.bool else torch.nan)
+    rows[..., : x.shape[-1]] = x
+    return rows[..., : x.shape[-1]]
+
+
 def make(hopper, seed=1, **options):
     """A call, its bias cast where `cast` says so."""
-    cast = options.pop("cast", None)
+    cast, padded = options.pop("cast", None), options.pop("padded", False)
     call = hopper.call(seed, **(SIZES | options))
-    return call if cast is None else call._replace(bias=call.bias.to(cast))
+    call = call if cast is None else call._replace(bias=call.bias.to(cast))
+    for name in ("mask", "bias"):
+        if padded and getattr(call, name) is not None:
+            call = call._replace(**{name: in_longer_rows(getattr(call, name))})
+    return call
 
 
 def check(hopper, call):

@@ -86,7 +86,7 @@ ON_PTX := $(addprefix tests/api/test_, api.py backends_hypothesis.py)
 test-ptx: $(VENV)/emulated.done
 	ATTN_EXT_SEEN=nothing ATTN_EXT_PTX_ALL=1 $(PYTEST) $(addprefix tests/cuda/test_, jit.py ptx.py ptx_mutations.py)
 	ATTN_EXT_EMULATED_RUNS=ptx $(PYTEST) -k emulated $(ON_PTX) \
-	  $(addprefix tests/cuda/test_cuda_, kernels.py sm90.py sm90_varlen.py sm90_features.py)
+	  $(addprefix tests/cuda/test_cuda_, kernels.py sm90.py sm90_varlen.py sm90_features.py sm90_backward_features.py)
 	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_TEST_AUTO=emulated $(PYTEST) $(ON_EMULATOR) -k "not memory"
 	ATTN_EXT_SEEN=nothing $(PYTEST) $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
 	ATTN_EXT_EMULATED_RUNS=triton-ptx $(PYTEST) -k triton $(ON_PTX) \
@@ -219,7 +219,7 @@ test-avx512:
 test-gpu: $(VENV)/installed.done
 	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_limits.py \
-	  tests/cuda/test_cuda_sm90.py tests/cuda/test_cuda_sm90_varlen.py tests/cuda/test_cuda_sm90_features.py -k "not emulated"
+	  $(wildcard tests/cuda/test_cuda_sm90*.py) -k "not emulated"
 	$(PY) -m pytest -q tests/api/test_api.py tests/torch/test_torch_integration.py \
 	  tests/api/test_backends_hypothesis.py -k cuda
 	$(PY) -m pytest -q tests/cuda/test_golden_bits.py tests/cuda/test_emulator_sm90.py

@@ -92,6 +92,10 @@ KERNELS = {
     "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "deterministic"),
     "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "deterministic"),
     "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),
+    **{
+        f"sm90_backward_{name}": Kernel("sm90", "backward_features", 256, name)
+        for name in ("mask", "bias", "dropout")
+    },
 }
 
 # The first pattern that an opcode begins with names its group.

@@ -123,8 +123,10 @@ Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& c
 }
 
 Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& target) {
-  if (features_of(p, ptr)) return with_features(p, ptr);
-  return target.sm90 && sm90::backward_problem(p, ptr).empty() ? Choice::SM90 : Choice::SM80_PLAIN;
+  if (target.sm90 && sm90::backward_problem(p, ptr).empty() &&
+      sm90::backward_knows_features(p, ptr))
+    return Choice::SM90;
+  return features_of(p, ptr) ? with_features(p, ptr) : Choice::SM80_PLAIN;
 }
 
 // delta, as LSE, what is kept of far rows, and behind it, at a multiple of 128 bytes, the sums of
@@ -159,12 +161,12 @@ const char* name(Choice choice) {
   }
 }
 
-// use(Pair<T, HEAD_DIM>()) for the pair of a Hopper kernel.
+// use(Pair<T, HEAD_DIM>()) for a Hopper kernel of this HEAD_DIM.
 template <class Use>
-void with_sm90_pair(const Params& x, const Use& run_pair) {
+void with_sm90_pair(const Params& x, int head_dim, const Use& run_pair) {
   const auto run = [&](auto element) {
     using T = decltype(element);
-    switch (sm90::kernel_head_dim(x.p)) {
+    switch (head_dim) {
 #define ATTN_CASE(dim) \
   case dim:            \
     return run_pair(Pair<T, dim>());
@@ -175,7 +177,7 @@ void with_sm90_pair(const Params& x, const Use& run_pair) {
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
 }
 void run_sm90_forward(Executor& to, const Params& x) {
-  with_sm90_pair(x, [&](auto pair) {
+  with_sm90_pair(x, sm90::kernel_head_dim(x.p), [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
     x.features ? sm90::run_features<T, P::kHeadDim>(to, x)
@@ -183,7 +185,7 @@ void run_sm90_forward(Executor& to, const Params& x) {
   });
 }
 void run_sm90_backward(Executor& to, const Params& x) {
-  with_sm90_pair(x, [&](auto pair) {
+  with_sm90_pair(x, sm90::backward_head_dim(x.p, x.ptr), [&](auto pair) {
     using P = decltype(pair);
     sm90::run_backward<typename P::Element, P::kHeadDim>(to, x);
   });
@@ -278,10 +280,12 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     Params near = x;
     near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;
     const Choice choice = choose_backward(p, ptr, target);
-    if (choice == Choice::SM90)
+    if (choice == Choice::SM90) {
+      if (ptr.dbias) sm80::run_bias_gradient<T, P::kHeadDim>(to, near);
       run_sm90_backward(to, near);
-    else
+    } else {
       sm80::run_backward<T, P::kHeadDim>(to, near, choice != Choice::SM80_PLAIN);
+    }
     run_far_rows<T>(to, x);
     if (ptr.dsink)
       launch(to, kernel_name<T>("sm80::backward_sink"), grid_of(p.heads_q), kRowThreads,

@@ -58,8 +58,8 @@ class Hopper:
         native = self.kernels._native(call, self.kernels._canonical(call), out, lse)
         dout = out if dout is None else dout
         strides = strides_of(dout, call.cu_seqlens_q is not None)
-        native.set_gradients(strides, *[(0, 0, 0)] * 3, (0, 0, 0, 0), False)
-        point(native, dout=dout)
+        native.set_gradients(strides, *[(0, 0, 0)] * 3, (0, 0, 0, 0), call.deterministic)
+        point(native, dout=dout, dq=out, dk=call.k, dv=call.v)
         return native.backward_kernel(1, True)
 
     def check(self, call, grads=False):

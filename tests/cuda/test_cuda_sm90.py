@@ -237,7 +237,9 @@ def test_other_calls_go_to_the_sm80_kernels(hopper, name):
     """A feature that the Hopper kernel would ignore."""
     call = hopper.call(**{"seqlen_q": 70, "seqlen_k": 90, "head_dim": 64, **OTHERS[name]})
     assert hopper.kernel(call).startswith("sm90 features" if name in FEATURES else "sm80")
-    if name not in ("statistics", "heads of a group packed"):  # backward knows neither
+    if name in ("bias", "softcap", "sink", "ALiBi", "dropout", "negative scale"):
+        assert hopper.backward_kernel(call) == "sm90"  # test_cuda_sm90_backward_features.py
+    elif name not in ("statistics", "heads of a group packed"):  # backward knows neither
         assert hopper.backward_kernel(call).startswith("sm80")
     check_call(call, hopper.module, grads=False)
 

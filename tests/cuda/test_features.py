@@ -174,3 +174,34 @@ def test_exactly_these_features_compute_what_they_should(name):
         assert any("::sm90::forward" in kernel for kernel, _ in fake.compiled) == hopper
         asked = features_in(fake)
         assert asked and "any" not in " ".join(asked)
+
+
+HOPPER = {
+    "mask": {"mask": "bhqk"},
+    "bias": {"bias": "hqk", "head_dim": 128},
+    "bias in float32": {"bias": "hqk", "cast": torch.float32},
+    "dropout": {"dropout_p": 0.3, "seqlen_k": 131},
+    "alibi, softcap": {"alibi": "b", "softcap": 2.0},
+    "mask, bias, dropout": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2, "head_dim": 128},
+    "all but a bias": {"mask": "k", "alibi": "b", "softcap": 3.0, "dropout_p": 0.2, "sink": True,
+                       "causal": True, "dtype": torch.float16},
+}  # fmt: skip
+HOPPER_CHOSEN = HOPPER if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(HOPPER, 1)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", sorted(HOPPER_CHOSEN))
+def test_the_backward_of_hopper_computes_what_it_should(name):
+    """The same of sm90/backward_features.cuh: a stage too small for its bits, a bias read as other
+    words than those that were copied."""
+    options = dict(SIZES, head_dim=64) | HOPPER[name]
+    cast = options.pop("cast", None)
+    call = random_call(3, **options)
+    if cast is not None:
+        call = call._replace(bias=call.bias.to(cast))
+    with driver(90) as fake:
+        kernels = Kernels()
+        kernels.sm90 = True
+        check_call(call, kernels, grads=True)
+        (asked,) = [n for n, _ in fake.compiled if "::sm90::backward_features" in n]
+        assert "any" not in sources.flags_of(asked, CSRC)

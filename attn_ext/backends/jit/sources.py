@@ -36,8 +36,10 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
         "backward_dq": "sm90/backward_dq.cuh",
         "backward_dkdv": "sm90/backward_dkdv.cuh",
         "backward_fused": "sm90/backward_fused.cuh",
+        "backward_features": "sm90/backward_features.cuh",
         "clear_dq": "sm90/backward_fused.cuh",
         "convert_dq": "sm90/backward_fused.cuh",
+        "convert_dq_features": "sm90/backward_features.cuh",
     },
 }
 # A kernel whose last argument is a set of features (csrc/cuda/features.h), by its name.

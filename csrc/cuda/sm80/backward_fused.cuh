@@ -176,8 +176,8 @@ struct FusedBackward {
     }
     return has<BITS>(p, kMask) && !side.keeps(e) ? 0.0f : weight;
   }
-  // P: products in, weights out, below 0 where dropout takes them.  slopes: of the soft cap.  A row
-  // whose LSE is that of biases of finfo.min's size goes pair by pair, as do tiles at an edge.
+  // P: products in, weights out, below 0 where dropout takes them.  slopes: of the soft cap.  Tiles
+  // at an edge go pair by pair.
   template <bool EDGE>
   ATTN_DEVICE void weigh_features(float (&P)[SF][4][4], Slopes& slopes, const Sides& sides,
                                   int head, int m0, int stage) const {
@@ -185,13 +185,11 @@ struct FusedBackward {
     const Dropout dropout = Dropout::of(p, seq);
     const uint32_t least = dropout.least_word();
     float lse[SF][2];
-    bool low = false;
     ATTN_UNROLL
     for (int f = 0; f < SF; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float value = lds_f32(rows_smem() + 4 * uint32_t(2 * M * stage + score_row(f, r)));
-      low |= value < kLeast && value != -kInf;
-      lse[f][r] = RowGradient::of<may_have<BITS>(kBias)>(value, 0.0f).lse;
+      lse[f][r] = RowGradient::of(value, 0.0f).lse;
     }
     const auto each_four = [&](const auto& use) {
       ATTN_UNROLL
@@ -199,7 +197,7 @@ struct FusedBackward {
       for (int r = 0; r < 2; ++r) ATTN_UNROLL
       for (int m = 0; m < 2; ++m) use(f, r, m);
     };
-    if (EDGE || (may_have<BITS>(kBias) && ballot(low))) {
+    if constexpr (EDGE) {
       each_four([&](int f, int r, int m) {
         const Query q = score.query(head, m0 + score_row(f, r));
         ATTN_UNROLL

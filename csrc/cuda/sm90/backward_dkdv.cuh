@@ -131,6 +131,9 @@ struct KeyGradients {
   int key, group;
   uint32_t keys;  // wgmma_word of its 64 rows of K
   float dK[ACC][4] = {}, dV[ACC][4] = {};
+  static constexpr int BITS = 0;
+
+  ATTN_DEVICE void begin(int) const {}  // a tile of this head; plain calls need not know
 
   // S^T = K Q^T and dP^T = V dO^T   [64, BLOCK_M].  Issued.  queries: smem.queries(turn).
   ATTN_DEVICE void scores(float (&S)[TILES][4], int turn, uint32_t queries) {
@@ -301,11 +304,11 @@ ATTN_DEVICE void store_keys(const Params& p, const KeyTask& task, void* out, con
 }
 
 // Keys first.. of a warp once more.
-template <class T, int HEAD_DIM>
+template <class T, int HEAD_DIM, int BITS = 0>
 ATTN_DEVICE void repair_keys(const Params& p, const KeyTask& task, int first, bool for_k,
                              bool for_v) {
   each_row(first, task.seq.seqlen_k, [&](int j) {
-    Repair<T, HEAD_DIM>{p, task.seq}.key_gradients(task.head_k, j, for_k, for_v);
+    Repair<T, HEAD_DIM, BITS>{p, task.seq}.key_gradients(task.head_k, j, for_k, for_v);
   });
 }
 
@@ -378,41 +381,53 @@ ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
   });
 }
 
-// The producer's second warp: LSE and delta of all tiles of queries.
+// The producer's second warp: LSE and delta of a tile of queries.
 template <class Tile>
-ATTN_DEVICE void produce_rows(const Params& p, const KeyTask& task, const KeyMemory<Tile>& smem) {
-  constexpr int M = Tile::BLOCK_M;
-  each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
-    smem.Q.wait_empty(turn);
-    ATTN_NO_UNROLL
-    for (int r = lane_id(); r < M; r += 32) {
-      const RowGradient row = RowGradient::of(p, task.seq, task.head_k * p.group + h, m0 + r);
-      sts_f32(smem.lse(turn) + row_place(r), row.lse);
-      sts_f32(smem.delta(turn) + row_place(r), row.delta);
-    }
-    sync_warp();  // every lane has stored
-    if (lane_id() == 0) mbarrier_arrive(smem.Q.full_bar(turn));
-  });
+ATTN_DEVICE void produce_row_values(const Params& p, const KeyTask& task,
+                                    const KeyMemory<Tile>& smem, int turn, int head, int m0) {
+  smem.Q.wait_empty(turn);
+  ATTN_NO_UNROLL
+  for (int r = lane_id(); r < Tile::BLOCK_M; r += 32) {
+    const RowGradient row = RowGradient::of(p, task.seq, head, m0 + r);
+    sts_f32(smem.lse(turn) + row_place(r), row.lse);
+    sts_f32(smem.delta(turn) + row_place(r), row.delta);
+  }
+  sync_warp();  // every lane has stored
+  if (lane_id() == 0) mbarrier_arrive(smem.Q.full_bar(turn));
 }
 
-// A kernel with a task of keys; consume(task, smem): what its consumers do.
-template <class Tile, class Consume>
-ATTN_DEVICE void run_key_task(const BackwardParams& x, const Consume& consume) {
-  const auto smem = KeyMemory<Tile>::of(smem_base());
+// A kernel with a task of keys; produce(task, smem): what the producer's warps do beside the
+// copies, consume(task, smem): what its consumers do.
+template <class Tile, class Memory, class Produce, class Consume>
+ATTN_DEVICE void run_key_task(const BackwardParams& x, const Produce& produce,
+                              const Consume& consume) {
+  const auto smem = Memory::of(smem_base());
   const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
   if (task.n0 >= task.seq.seqlen_k) return;  // a shorter sequence has fewer tiles
-  const auto produce = [&] {
-    if (warp_id() == 0 && elect_one() && task.tiles) produce_queries(x, task, smem);
-    if (warp_id() == 1) produce_rows(x.p, task, smem);
+  const auto load = [&] {
+    if (warp_id() == 0 && elect_one() && task.tiles) produce_queries<Tile>(x, task, smem);
+    produce(task, smem);
   };
-  run_roles(smem, produce, [&] { consume(task, smem); });
+  run_roles<Tile::PRODUCER_REGISTERS, Tile::CONSUMER_REGISTERS>(smem, load,
+                                                                [&] { consume(task, smem); });
+}
+// Of a plain call.
+template <class Tile, class Consume>
+ATTN_DEVICE void run_plain_key_task(const BackwardParams& x, const Consume& consume) {
+  const auto produce = [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
+    if (warp_id() == 1)
+      each_query_tile<Tile::BLOCK_M>(x.p, task, [&](int turn, int h, int m0) {
+        produce_row_values(x.p, task, smem, turn, task.head_k * x.p.group + h, m0);
+      });
+  };
+  run_key_task<Tile, KeyMemory<Tile>>(x, produce, consume);
 }
 
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(THREADS, 1)
 void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = KeyGradientTile<HEAD_DIM>;
-  run_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
+  run_plain_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
     consume_queries<T>(x.p, task, smem);
   });
 }

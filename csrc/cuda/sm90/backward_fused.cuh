@@ -13,9 +13,9 @@
 
 namespace attn::cuda::sm90 {
 
-template <class T, class Tile>
-struct FusedGradients : KeyGradients<T, Tile> {
-  using Base = KeyGradients<T, Tile>;
+// KeyGradients or what has features: P and dS of a tile, dV and dK.
+template <class T, class Tile, class Base = KeyGradients<T, Tile>>
+struct FusedGradients : Base {
   static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = Base::ACC;
   static constexpr int SUM_TILES = Tile::SUM_TILES, SLAB = Tile::BLOCK_N * 128;
   static constexpr int BOTH = 3;  // the named barrier of both consumers
@@ -162,13 +162,14 @@ struct FusedGradients : KeyGradients<T, Tile> {
   }
 };
 
-template <class T, class Tile>
+template <class T, class Tile, class Base = KeyGradients<T, Tile>>
 ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemory<Tile>& smem) {
-  constexpr int M = Tile::BLOCK_M;
+  constexpr int M = Tile::BLOCK_M, BITS = Base::BITS;
   const int group = warp_id() / 4 - 1, first_key = task.n0 + 64 * group;
   const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, task.seq);
-  FusedGradients<T, Tile> mine{{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)}};
+  FusedGradients<T, Tile, Base> mine{
+      {score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)}};
   mine.columns = wgmma_word(smem.K + mine.column_slab() * mine.SLAB);
   WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
   if (task.tiles) {
@@ -179,20 +180,23 @@ ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemo
   }
   each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * p.group + h;
+    mine.begin(head);
     whole.has(m0) ? mine.whole(turn, head, m0) : mine.edge(turn, head, m0);
   });
   if (mine.issues()) bulk_wait_read<0>();  // shared memory must last until it is read
   const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);
   store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
-  store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
-  if (bad) repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), true, true);
+  const float factor = has<BITS>(p, kDropout) ? p.keep_scale : 1.0f;
+  store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, factor, p.p.head_dim_v);
+  if (bad)
+    repair_keys<T, Tile::HEAD_DIM, BITS>(p, task, first_key + 16 * (warp_id() % 4), true, true);
 }
 
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(THREADS, 1)
 void backward_fused(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = FusedTile<HEAD_DIM>;
-  run_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
+  run_plain_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
     consume_all<T>(x.p, task, smem);
   });
 }
@@ -205,10 +209,9 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
 }
 
 // dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
-template <class T, int HEAD_DIM>
-ATTN_KERNEL(128)
-void convert_dq(ATTN_GRID_CONSTANT const Params p) {
-  convert_sums<T, HEAD_DIM>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
+template <class T, int HEAD_DIM, int BITS>
+ATTN_DEVICE void convert_fused_sums(const Params& p) {
+  convert_sums<T, HEAD_DIM, BITS>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
     sums += 4 * thread_id();
     ATTN_UNROLL
     for (int n = 0; n < HEAD_DIM / 8; ++n) {
@@ -217,6 +220,11 @@ void convert_dq(ATTN_GRID_CONSTANT const Params p) {
       acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
     }
   });
+}
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(128)
+void convert_dq(ATTN_GRID_CONSTANT const Params p) {
+  convert_fused_sums<T, HEAD_DIM, 0>(p);
 }
 
 }  // namespace attn::cuda::sm90

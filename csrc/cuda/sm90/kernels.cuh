@@ -2,7 +2,7 @@
 #pragma once
 #include "../launches.h"
 #include "backward_dq.cuh"
-#include "backward_fused.cuh"
+#include "backward_features.cuh"
 #include "forward_features.cuh"
 
 namespace attn::cuda::sm90 {
@@ -22,6 +22,10 @@ void each_backward(const Use& use) {
     use(kernel_name<T>("sm90::clear_dq", HEAD_DIM), clear_dq<T, HEAD_DIM>);
     use(kernel_name<T>("sm90::convert_dq", HEAD_DIM), convert_dq<T, HEAD_DIM>);
     use(kernel_name<T>("sm90::backward_fused", HEAD_DIM), backward_fused<T, HEAD_DIM>);
+    use(kernel_name<T>("sm90::backward_features", HEAD_DIM, kAny),
+        backward_features<T, HEAD_DIM, kAny>);
+    use(kernel_name<T>("sm90::convert_dq_features", HEAD_DIM, kAny),
+        convert_dq_features<T, HEAD_DIM, kAny>);
   }
 }
 

@@ -75,11 +75,27 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
-// Floats of the sums that backward_fused adds dQ up in; 0: dQ has a kernel of its own.
+// What the backward kernels are compiled for of a call's features.
+inline int backward_features(const Problem& p, const Pointers& ptr) {
+  return backward_features_of(features_of(p, ptr));
+}
+// HEAD_DIM of the backward kernels, and floats of the sums that they add dQ up in; 0: dQ has a
+// kernel of its own.
+inline int backward_head_dim(const Problem& p, const Pointers& ptr) {
+  return feature_head_dim(kernel_head_dim(p), backward_features(p, ptr));
+}
 inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
-  const int head_dim = kernel_head_dim(p);
+  const int head_dim = backward_head_dim(p, ptr);
   if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
   return p.heads_q * sum_tiles(p, ptr) * 64 * head_dim;
+}
+// Whether they serve what a call has beside Q, K and V (features.h): of masks and biases those
+// whose rows come 4 keys at a time; no frames and no parts.
+inline bool backward_knows_features(const Problem& p, const Pointers& ptr) {
+  const int bits = backward_features(p, ptr);
+  const bool fours = (!(bits & kMask) || bits & kMaskVectors) &&
+                     (!(bits & kBias) || (bits & kBiasVectors && !(bits & kCast)));
+  return !bits || (fours && !(bits & (kPaged | kFrame | kPart)) && query_sums(p, ptr));
 }
 
 }  // namespace attn::cuda::sm90

@@ -53,13 +53,20 @@ void run_backward(Executor& to, const Params& params) {
   if constexpr (HEAD_DIM <= 128) {
     if (params.dq_sums) {
       using Tile = FusedTile<HEAD_DIM>;
+      const int bits = backward_features_of(params.features);
       const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
       const Grid tiles = grid_of(p.batch * p.heads_q * x.p.m_tiles);
       launch(to, kernel_name<T>("sm90::clear_dq", HEAD_DIM), grid_of(p.heads_q * sum_tiles(p, ptr)),
              128, 0, x.p);
-      launch(to, kernel_name<T>("sm90::backward_fused", HEAD_DIM),
-             grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS, Tile::SMEM, x);
-      return launch(to, kernel_name<T>("sm90::convert_dq", HEAD_DIM), tiles, 128, 0, x.p);
+      launch(to,
+             bits ? kernel_name<T>("sm90::backward_features", HEAD_DIM, bits)
+                  : kernel_name<T>("sm90::backward_fused", HEAD_DIM),
+             grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
+             bits ? SideRoom<HEAD_DIM>::SMEM : Tile::SMEM, x);
+      return launch(to,
+                    bits ? kernel_name<T>("sm90::convert_dq_features", HEAD_DIM, bits)
+                         : kernel_name<T>("sm90::convert_dq", HEAD_DIM),
+                    tiles, 128, 0, x.p);
     }
   }
   if (ptr.dq) {

@@ -75,7 +75,8 @@ struct Ring {
 };
 
 // The mbarriers, by one thread, and then the roles: one warpgroup produces, the others consume.
-template <class Memory, class Produce, class Consume>
+template <int PRODUCER = PRODUCER_REGISTERS, int CONSUMER = CONSUMER_REGISTERS, class Memory,
+          class Produce, class Consume>
 ATTN_DEVICE void run_roles(const Memory& smem, const Produce& produce, const Consume& consume) {
   if (thread_id() == 0) {
     smem.init();
@@ -84,10 +85,10 @@ ATTN_DEVICE void run_roles(const Memory& smem, const Produce& produce, const Con
   sync_threads();  // the mbarriers are there
 
   if (warp_id() < 4) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    setmaxnreg_dec<PRODUCER>();
     produce();
   } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
+    setmaxnreg_inc<CONSUMER>();
     consume();
   }
 }

@@ -49,6 +49,8 @@ struct QueryGradientTile {
 template <int HEAD_DIM_>
 struct KeyGradientTile {
   static constexpr int HEAD_DIM = HEAD_DIM_;
+  static constexpr int PRODUCER_REGISTERS = sm90::PRODUCER_REGISTERS;
+  static constexpr int CONSUMER_REGISTERS = sm90::CONSUMER_REGISTERS;
   static constexpr bool SPLIT = HEAD_DIM > 128;
   static constexpr int BLOCK_M = 64, BLOCK_N = SPLIT ? 64 : 128;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
@@ -76,6 +78,49 @@ struct FusedTile : KeyGradientTile<HEAD_DIM> {
   static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 16;  // dS of two turns
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
+
+// The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of queries,
+// lie in a ring of one or two stages in what is left of 227 KiB.
+constexpr int SHARED_MEMORY = 227 * 1024, SIDE_WARPS = 3;
+template <int HEAD_DIM>
+struct SideRoom : FusedTile<HEAD_DIM> {
+  using Base = FusedTile<HEAD_DIM>;
+  static constexpr int M = Base::BLOCK_M, N = Base::BLOCK_N;
+  static constexpr int FLAG_ROW = 2 * M + 8;  // 8 more: rows meet other banks
+  static constexpr int FLAG_BYTES = FLAG_ROW * (N / 16);
+  static constexpr int LEFT = SHARED_MEMORY - Base::SMEM;
+  static constexpr int MOST = 2 * (4 * M * N + 2 * FLAG_BYTES + 16);
+  static constexpr int SIDES = (LEFT < MOST ? LEFT : MOST) / 16 * 16;
+  static constexpr int EXTRA_BYTES = Base::EXTRA_BYTES + SIDES;
+  static constexpr int SMEM = Base::smem(EXTRA_BYTES);
+
+  // Of one stage.  A kernel for any feature has one stage, as large as there is room.
+  static constexpr int side_bytes(int bits) {
+    return bits & kAny ? SIDES - 16
+                       : (bits & kBias ? (bits & kBiasFloat ? 4 : 2) * M * N : 0) +
+                             (bits & kMask ? FLAG_BYTES : 0) + (bits & kDropout ? FLAG_BYTES : 0);
+  }
+  static constexpr bool fits(int bits) { return side_bytes(bits) + 16 <= SIDES; }
+};
+template <int HEAD_DIM, int BITS_>
+struct FeatureTile : SideRoom<HEAD_DIM> {
+  using Room = SideRoom<HEAD_DIM>;
+  static constexpr int BITS = BITS_, SIDE_BYTES = Room::side_bytes(BITS);
+  static constexpr int SIDE_STAGES = 2 * (SIDE_BYTES + 16) <= Room::SIDES ? 2 : 1;
+  static_assert(Room::fits(BITS));
+};
+// The kernel's HEAD_DIM where the head's is padded to `head_dim`, 0: none knows these features.  A
+// bias in float32 finds no room at 96 columns, and at 128 none beside both mask and dropout.
+constexpr int feature_head_dim(int head_dim, int features) {
+  if (head_dim <= 64 || (head_dim <= 96 && SideRoom<96>::fits(features))) return head_dim;
+  if (head_dim <= 128 && SideRoom<128>::fits(features)) return 128;
+  return features ? 0 : head_dim;
+}
+// Of a call's features those that a backward kernel is compiled for: a sink is in LSE, and weights
+// are selected behind the scale, whatever that is.
+constexpr int backward_features_of(int features) {
+  return features & ~(kSink | kStats | kScale);
+}
 
 struct ForwardParams {
   Params p;

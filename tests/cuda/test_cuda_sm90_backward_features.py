@@ -1,0 +1,170 @@
+"""Features in the Hopper backward of one kernel (csrc/cuda/sm90/backward_features.cuh): mask, bias,
+ALiBi, soft cap, dropout, sink and scale, on the emulated device in each of its modes and on a
+Hopper GPU where there is one.  The forward of these calls runs the kernels of sm80.
+"""
+
+import random
+
+import pytest
+import torch
+from closeness import BFLOAT16_LAYERS, assert_close
+
+from attn_ext.core.schema import Needs
+from attn_ext.testing import check_call
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# What each would catch; cast: the dtype of the bias.
+CASES = {
+    "mask": {"mask": "bhqk"},
+    "mask in longer rows, keys that end within 4": {"mask": "qk", "seqlen_k": 201, "padded": True},
+    "bias": {"bias": "hqk"},
+    "bias in fp16": {"bias": "bhqk", "dtype": FP16, "head_dim": 128},
+    "bias in float32": {"bias": "hqk", "cast": FP32, "head_dim": 128},
+    "bias in float32 at 96: the kernel of 128": {"bias": "hqk", "cast": FP32, "head_dim": 96},
+    "bias in longer rows, keys that end within 4": {"bias": "hqk", "seqlen_k": 131, "padded": True},
+    "bias in float32 in longer rows": {"bias": "hqk", "seqlen_k": 130, "padded": True,
+                                       "cast": FP32},
+    "mask and bias of all queries": {"mask": "k", "bias": "k"},
+    "ALiBi": {"alibi": "b", "batch": 2},
+    "softcap": {"softcap": 2.0},
+    "dropout": {"dropout_p": 0.3},
+    "everything dropped": {"dropout_p": 1.0},
+    "sink": {"sink": True},
+    "negative scale": {"scale": -0.3},
+    "mask and bias": {"mask": "bhqk", "bias": "hqk", "head_dim": 128},
+    "mask, bias and dropout in two stages": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2},
+    "mask, bias and dropout in one stage": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2,
+                                            "head_dim": 128},
+    "all in float32 at 64": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2, "cast": FP32},
+    "dropout and soft cap: the slope of what is dropped": {"dropout_p": 0.3, "softcap": 1.5,
+                                                           "causal": True},
+    "causal, first rows empty": {"mask": "bhqk", "dropout_p": 0.2, "causal": True,
+                                 "seqlen_q": 200, "seqlen_k": 140},
+    "window": {"bias": "hqk", "window": (40, 10), "seqlen_q": 200},
+    "GQA 4:1, rings go round": {"mask": "bhqk", "heads_q": 4, "seqlen_q": 200, "dropout_p": 0.1},
+    "D of no kernel, Dv wider": {"bias": "hqk", "head_dim": 40, "head_dim_v": 72},
+    "one query": {"mask": "bhqk", "bias": "hqk", "seqlen_q": 1, "heads_q": 1, "dropout_p": 0.2},
+    "everything": {"mask": "bhqk", "bias": "hqk", "alibi": "b", "softcap": 2.0, "dropout_p": 0.2,
+                   "sink": True, "causal": True},
+}  # fmt: skip
+SIZES = {"heads_q": 2, "heads_k": 1, "seqlen_q": 130, "seqlen_k": 200, "head_dim": 64}
+
+
+def in_longer_rows(x):
+    """The same numbers in rows of a multiple of 8 elements, what is behind them NaN or True."""
+    width = (x.shape[-1] + 7) // 8 * 8
+    rows = x.new_full((*x.shape[:-1], width), True if x.dtype == torch.bool else torch.nan)
+    rows[..., : x.shape[-1]] = x
+    return rows[..., : x.shape[-1]]
+
+
+def make(hopper, seed=1, **options):
+    """A call, its bias cast where `cast` says so."""
+    cast, padded = options.pop("cast", None), options.pop("padded", False)
+    call = hopper.call(seed, **(SIZES | options))
+    call = call if cast is None else call._replace(bias=call.bias.to(cast))
+    for name in ("mask", "bias"):
+        if padded and getattr(call, name) is not None:
+            call = call._replace(**{name: in_longer_rows(getattr(call, name))})
+    return call
+
+
+def check(hopper, call):
+    assert hopper.backward_kernel(call) == "sm90"
+    check_call(call, hopper.module, grads=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features(hopper, name):
+    """A bit, a bias or a draw at another pair; a stage that is read too early or freed too late."""
+    check(hopper, make(hopper, **CASES[name]))
+
+
+def mix(seed):
+    """Features and sizes drawn at random."""
+    draw = random.Random(seed)
+    options = {"head_dim": draw.choice((40, 48, 64, 80, 96, 104, 128)),
+               "dtype": draw.choice((BF16, FP16)), "seqlen_q": draw.choice((64, 65, 130, 190)),
+               "seqlen_k": draw.choice((64, 128, 132, 260)),
+               "heads_q": draw.choice((1, 2, 3))}  # fmt: skip
+    features = {"mask": {"mask": draw.choice(("bhqk", "qk", "k"))}, "cap": {"softcap": 3.0},
+                "bias": {"bias": draw.choice(("hqk", "bhqk", "k"))}, "alibi": {"alibi": "b"},
+                "drop": {"dropout_p": 0.25}, "sink": {"sink": True}, "scale": {"scale": 0.4},
+                "causal": {"causal": True}, "window": {"window": (50, 20)}}  # fmt: skip
+    for name in draw.sample(sorted(features), draw.randint(2, 5)):
+        options |= features[name]
+    if "bias" in options and draw.random() < 0.3:
+        options["cast"] = FP32
+    return options
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_mixes(hopper, seed):
+    """Two features of which one is right alone."""
+    call = make(hopper, seed, **mix(seed))
+    check_call(call, hopper.module, grads=True)
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": 0.2, "causal": True}, {"alibi": "b"}], ids=str)
+def test_packed_sequences(hopper, options):
+    """Rows, keys or draws of another sequence; a far end that is that of the longest."""
+    call = hopper.call(heads_q=2, heads_k=1, head_dim=64, seqlens_q=[5, 131, 0, 70],
+                       seqlens_k=[7, 133, 3, 260], **options)  # fmt: skip
+    check(hopper, call)
+
+
+def gradients(hopper, call):
+    out, lse = hopper.module.forward(call)[:2]
+    return hopper.module.backward(call, out, out, lse, None, Needs(True, True, True))[:3]
+
+
+def test_dropout_is_that_of_the_other_kernels(hopper):
+    """Draws that depend on the kernel: its forward is that of sm80."""
+    call = make(hopper, dropout_p=0.4, seqlen_q=70)
+    found = gradients(hopper, call)
+    hopper.kernels.sm90 = False
+    for got, want in zip(found, gradients(hopper, call), strict=True):
+        assert_close(got, want, BFLOAT16_LAYERS)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bad_values_behind_a_mask(hopper, head_dim):
+    """0 * NaN of a pair that a mask excludes, in whole tiles; a visible NaN that is lost."""
+    call = make(hopper, mask="bhqk", head_dim=head_dim, seqlen_q=128, seqlen_k=256)
+    call.mask[..., 7] = False
+    call.k[:, :, 7] = torch.nan
+    call.v[:, :, 7] = torch.inf
+    check(hopper, call)
+    call = make(hopper, bias="hqk", head_dim=head_dim, seqlen_q=128, seqlen_k=256)
+    call.bias[..., 7] = -torch.inf
+    call.v[:, :, 7] = torch.nan
+    check(hopper, call)
+
+
+def test_additive_masks_of_finfo_min(hopper):
+    """Rows whose every bias is finfo.min, of the kernels for far rows; rows where some are."""
+    for dtype in (BF16, FP32):
+        call = make(hopper, bias="hqk", cast=dtype)
+        call.bias[..., 5, :] = torch.finfo(dtype).min
+        call.bias[..., 60:, :90] = torch.finfo(dtype).min
+        check(hopper, call)
+
+
+OTHERS = {
+    "rows of a mask that are not aligned": {"mask": "qk", "seqlen_k": 199},
+    "a mask without keys": {"mask": "bhq"},
+    "rows of a bias that are not aligned": {"bias": "hqk", "seqlen_k": 199},
+    "a bias in the other 16 bits": {"bias": "hqk", "cast": FP16},
+    "no room": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2, "cast": FP32, "head_dim": 128},
+    "deterministic": {"dropout_p": 0.2, "deterministic": True},
+    "head_dim 192": {"dropout_p": 0.2, "head_dim": 192},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_calls_go_to_the_sm80_kernels(hopper, name):
+    """Rows read 4 at a time that do not come so; a bias that finds no room."""
+    call = make(hopper, **OTHERS[name])
+    assert hopper.backward_kernel(call).startswith("sm80")
+    check_call(call, hopper.module, grads=True)

@@ -74,7 +74,8 @@ class Device:
 
     def tests(self) -> list[str]:
         """The GPU tests of every backend"""
-        names = ("cuda/test_cuda_sm90", "cuda/test_cuda_sm90_varlen", "cuda/test_cuda_sm90_features",
+        names = ("cuda/test_cuda_sm90", "cuda/test_cuda_sm90_varlen",
+                 "cuda/test_cuda_sm90_features",
                  "cuda/test_cuda_sm90_backward_features", "cuda/test_cuda_kernels",
                  "triton/test_triton_backend", "api/test_api", "api/test_backends_hypothesis",
                  "cpu/test_kernels", "api/test_nonfinite")  # fmt: skip

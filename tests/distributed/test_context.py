@@ -32,6 +32,7 @@ EXACT = [
     (2, "ring", "zigzag", (4097,), ("window",)),
 ]
 DROPOUT = [(2, "zigzag", "ring"), (3, "striped", "ring"), (2, "contiguous", "ulysses")]
+NCCL = [(3, "zigzag", (67,)), (4, "contiguous", (3,))]  # also a rank that sends nothing
 BUGS = ("shortcut", "guard", "seed", "early", "wait")
 WRONG = {
     "length": "S_local must be",
@@ -44,6 +45,7 @@ CASES = (
     [("agrees", p, tuple(rest)) for p, *rest in EXACT]
     + [("agrees", 3, ("ring", "zigzag", (67,), SOME, "float64"))]
     + [("dropout_bits", p, tuple(rest)) for p, *rest in DROPOUT]
+    + [("as_on_nccl", p, tuple(rest)) for p, *rest in NCCL]
     + [("bf16", p, ()) for p in (2, 4)]
     + [("repeated", 2, (m,)) for m in ("ring", "ulysses")]
     + [(name, 3, ()) for name in ("invisible_nan", "unsharded", "loss", "decode", "wrong_mesh")]
@@ -63,6 +65,14 @@ def test_shards_agree_with_one_process(found, case):
     """out, lse and each gradient, with every feature."""
     parts, *rest = case
     assert max(of(found, "agrees", parts, tuple(rest))) <= SHARDS[torch.float32]
+
+
+@pytest.mark.parametrize("case", NCCL, ids=lambda c: f"{c[0]} {c[1]}")
+def test_hops_of_nccl(found, case):
+    """A hop of point-to-point operations, as on NCCL, that sends to or takes from another rank, or
+    waits for a buffer that is empty."""
+    parts, *rest = case
+    assert max(of(found, "as_on_nccl", parts, tuple(rest))) <= SHARDS[torch.float32]
 
 
 def test_eight_ranks():

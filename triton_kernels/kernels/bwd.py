@@ -12,7 +12,12 @@ dK and dV: a program = BLOCK_N keys of a K/V head, all heads of its group; dQ: B
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.dropout import (
+    dropout_state,
+    keep,
+    keep_each,
+    keep_ordered,
+)
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
@@ -24,6 +29,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     diagonal,
     dot,
     head_rows,
+    key_order,
     key_range,
     load_each,
     load_rows,
@@ -333,11 +339,12 @@ def query_gradient_tiles(
 ):  # fmt: skip
     """dq + dS K over key tiles first..end - 1, less `skip` from `skip_from` on; dbias if any."""
     k, k_s, v, v_s = kv
+    order = key_order(BLOCK_N, FLAGS)
     DBIAS: tl.constexpr = (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)
     ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
     if ADVANCE:
-        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS)
-        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS)
+        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS, order)
+        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS, order)
     for step in tl.range(first, end - skip):
         n_block = step
         if EDGE:
@@ -346,7 +353,7 @@ def query_gradient_tiles(
         # S = Q @ K^T, dP = dO @ V^T   [BLOCK_M, BLOCK_N]
         zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if STREAM & FLAGS:
-            k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N)
+            k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N, order)
             qk = streamed_dot(q, k_rows, zero, D, BLOCK_D)
         else:
             if ADVANCE:
@@ -354,22 +361,26 @@ def query_gradient_tiles(
                 k_at += tile_step(k_s, BLOCK_N, FLAGS)
                 v_at += tile_step(v_s, BLOCK_N, FLAGS)
             else:
-                k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-                v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+                k_tile = load_tile(
+                    k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS, order
+                )
+                v_tile = load_tile(
+                    v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS, order
+                )
             qk = dot(q, tl.trans(k_tile), zero)
-        c = tl.arange(0, BLOCK_N)[None, :]
+        c = order[None, :]
         s, cap = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS,
         )  # fmt: skip
         p = probabilities(s, row_lse[:, None], DBIAS, FLAGS)
         if STREAM & FLAGS:
-            v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N)
+            v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N, order)
             dp = streamed_dot(do, v_rows, zero, DV, BLOCK_DV)
         else:
             dp = dot(do, tl.trans(v_tile), zero)
         if DROPOUT & FLAGS:
-            kept = keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            kept = keep_ordered(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             dp = tl.where(kept, dp * rng[3], 0.0)
         ds, raw = score_gradient(p, dp, row_delta[:, None], cap, DBIAS, FLAGS)
         if DBIAS:

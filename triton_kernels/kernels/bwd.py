@@ -14,9 +14,10 @@ import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import (
     dropout_state,
-    keep,
+    dropped,
     keep_each,
     keep_ordered,
+    keep_own,
 )
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
@@ -36,6 +37,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     load_tile,
     load_whole,
     nan_count,
+    own_key_order,
     program,
     query_range,
     row_pointers,
@@ -156,9 +158,8 @@ def key_gradient_tiles(
             dp = dot(v, tl.trans(do_tile), zero)
         used = p
         if DROPOUT & FLAGS:
-            kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
-            kept = tl.trans(kept.to(tl.int8)) != 0  # AMD has no transpose of single bits
-            used = tl.where(kept, p, 0.0)
+            kept = keep_own(i[None, :], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            used = dropped(p, kept, rng)
             dp = tl.where(kept, dp * rng[3], 0.0)
         if STREAM & FLAGS:
             tl.debug_barrier()  # no hazard: keeps this read from moving up, into more registers
@@ -254,14 +255,16 @@ def key_gradients(
 @triton.jit
 def store_key_gradients(
     dk, dv, ends, j_first, seqlen_k, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr, order=None,
 ):  # fmt: skip
-    """Write dK and dV of keys j_first, ... with the factors that the loops leave out."""
+    """Write dK and dV of keys j_first, ..., or in that order, with the factors that the loops leave
+    out."""
     dk_rows, dk_s, dv_rows, dv_s, softmax_scale, inverse_keep = ends
     if DROPOUT & FLAGS:
         dv = dv * inverse_keep
-    store_tile(dv_rows, dv_s, j_first, seqlen_k, dv, DV, BLOCK_N, BLOCK_DV, FLAGS)
-    store_tile(dk_rows, dk_s, j_first, seqlen_k, dk * softmax_scale, D, BLOCK_N, BLOCK_D, FLAGS)
+    dk = dk * softmax_scale
+    store_tile(dv_rows, dv_s, j_first, seqlen_k, dv, DV, BLOCK_N, BLOCK_DV, FLAGS, order)
+    store_tile(dk_rows, dk_s, j_first, seqlen_k, dk, D, BLOCK_N, BLOCK_D, FLAGS, order)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -289,13 +292,16 @@ def dkdv_kernel(
     strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h)
     k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
     v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
+    order = own_key_order(BLOCK_N, FLAGS)
     if STREAM & FLAGS:
-        k_tile = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
-        v_tile = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
+        k_tile = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N, order)
+        v_tile = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N, order)
     else:
-        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-        v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
-    c = tl.arange(0, BLOCK_N)[:, None]
+        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS, order)
+        v_tile = load_tile(
+            v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS, order
+        )
+    c = order[:, None]
     dk_tile, dv_tile = key_gradients(
         k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k, group,
         terms, rng, scale, left, right,
@@ -326,8 +332,9 @@ def dkdv_kernel(
             )
     else:
         store_key_gradients(
-            dk_tile, dv_tile, ends, j_first, length_k, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS
-        )
+            dk_tile, dv_tile, ends, j_first, length_k, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+            order,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     INTERPRETED,
     in_frame,
     key_order,
+    own_key_order,
 )
 
 
@@ -104,6 +105,25 @@ def keep_ordered(i, j_first, b, h, terms, rng, BLOCK_N: tl.constexpr, FLAGS: tl.
     else:
         words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     words = tl.reshape(words, [i.shape[0], BLOCK_N])
+    return words > threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def keep_own(i, j_first, b, h, terms, rng, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """`keep` transposed, [BLOCK_N, BLOCK_M], of keys in `own_key_order`, with i [1, BLOCK_M].  A
+    thread holds two keys of an evaluation: with another order some threads would have four, but
+    which, depends on the number of warps."""
+    key0, key1, threshold, _ = rng
+    if (FRAME & FLAGS) or not (INTERPRETED or is_cuda()):
+        c = own_key_order(BLOCK_N, FLAGS)[:, None]
+        return keep_each(i, j_first + c, b, h, terms, rng, FLAGS)
+    j2 = tl.arange(0, BLOCK_N // 2)[:, None]
+    c0, c1, c2, c3 = philox_words(i, (j_first >> 2) + (j2 >> 1), b, h, key0, key1)
+    first = (j2 & 1) == 0
+    # [BLOCK_N / 16, 8 g, BLOCK_M, 2] to the order of rows
+    words = tl.join(tl.where(first, c0, c2), tl.where(first, c1, c3))
+    words = tl.reshape(words, [BLOCK_N // 16, 8, i.shape[1], 2])
+    words = tl.reshape(tl.permute(words, [0, 3, 1, 2]), [BLOCK_N, i.shape[1]])
     return words > threshold.to(tl.uint32, bitcast=True)
 
 

@@ -155,6 +155,18 @@ def key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """Which key of a tile each row of S^T is, where the keys are those of the program.
+
+    With DROPOUT on NVIDIA GPUs, of 16 rows a thread holds g and g + 8: keys 2 g and 2 g + 1, which
+    share a Philox evaluation."""
+    n = tl.arange(0, BLOCK_N)
+    if (DROPOUT & FLAGS) and (INTERPRETED or is_cuda()):
+        n = (n & ~15) | ((n & 7) << 1) | ((n & 8) >> 3)
+    return n
+
+
+@triton.jit
 def tile_offsets(
     stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr, order=None
 ):
@@ -218,9 +230,9 @@ def load_keys(
     BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Keys (or values) j_first, ... as [BLOCK_N, BLOCK_DIM], in `key_order`: rows of base
-    [seqlen_k, DIM], or with PAGED of the pages, `page_stride` apart, that
-    pages = (table row, page size, number of pages) names.  Page numbers are clamped: a wrong one cannot make the kernel leave the cache.  The page
-    size is a constant, and a tile that it divides lies in one page."""
+    [seqlen_k, DIM], or with PAGED of the pages, `page_stride` apart, that pages = (table row, page
+    size, number of pages) names.  Page numbers are clamped: a wrong one cannot make the kernel
+    leave the cache.  The page size is a constant, and a tile that it divides lies in one page."""
     order = key_order(BLOCK_N, FLAGS)
     if PAGED & FLAGS:
         table, PAGE_SIZE, page_count = pages
@@ -311,11 +323,12 @@ def load_described(descriptor, b, h, row, ROWS: tl.constexpr, BLOCK_DIM: tl.cons
 @triton.jit
 def store_tile(
     base, stride, row, rows, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr, order=None,
 ):  # fmt: skip
-    """Write `tile` to rows row, row + 1, ... of base [rows, DIM], rounded to its dtype."""
-    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
-    inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
+    """Write `tile` to rows row, row + 1, ... of base [rows, DIM], or in that order, rounded to its
+    dtype."""
+    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS, order)
+    inside = (row + (tl.arange(0, BLOCK_ROWS) if order is None else order) < rows)[:, None]
     inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
     pointers = base + row.to(tl.int64) * stride + offsets
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)

@@ -21,11 +21,15 @@ from attn_ext.triton_kernels.kernels.dropout import (
 )
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
+    ALIBI,
+    BIAS,
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
     GROUPED,
+    MASK,
     STREAM,
+    alibi_slope,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -120,6 +124,9 @@ def key_gradient_tiles(
     if ADVANCE:
         q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
         do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
+    slope = 0.0
+    if ALIBI & FLAGS:
+        slope = alibi_slope(b, h, terms, scale, FLAGS)
     for step in tl.range(first, end - skip):
         m_block = step
         if EDGE:
@@ -141,7 +148,7 @@ def key_gradient_tiles(
         r = tl.arange(0, BLOCK_M)[None, :]
         s, cap = tile_logits(
             kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS,
+            EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
         row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
         p = probabilities(s, row_lse[None, :], False, FLAGS)
@@ -223,6 +230,9 @@ def key_gradients(
     first, full_first, full_end, end = query_range(
         j_first, j_last, seqlen_q, off, left, right, BLOCK_M, FLAGS
     )
+    if (MASK & FLAGS) or (BIAS & FLAGS):
+        # Tiles with keys past the last one count as cut, so that whole ones load vectors
+        full_end = tl.where(j_first + BLOCK_N > seqlen_k, full_first, full_end)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     members = group if (GROUPED & FLAGS) else 1
@@ -352,6 +362,9 @@ def query_gradient_tiles(
     if ADVANCE:
         k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS, order)
         v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS, order)
+    slope = 0.0
+    if ALIBI & FLAGS:
+        slope = alibi_slope(b, h, terms, scale, FLAGS)
     for step in tl.range(first, end - skip):
         n_block = step
         if EDGE:
@@ -378,7 +391,7 @@ def query_gradient_tiles(
         c = order[None, :]
         s, cap = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS,
+            EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
         p = probabilities(s, row_lse[:, None], DBIAS, FLAGS)
         if STREAM & FLAGS:

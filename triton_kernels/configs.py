@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 from importlib import metadata
@@ -188,26 +189,33 @@ _RICH = {
 RICH_FEATURES = ("mask", "bias", "alibi", "softcap", "dropout")
 
 # Rich calls with one feature, 16-bit elements: feature -> tile.  Others are as with several.  The
-# tiles of plain calls, of which those that test_triton_compile.py names spill a little: an option
-# costs a plain loop less than half as many rows a warp do.
+# tiles of plain calls, of which those that test_triton_compile.py names spill in their loop: that
+# and the option together cost less than half as many rows a warp do.
+_FOUR = ("alibi", "softcap", "mask", "bias")
 _ONE = {
     "sm_80": {
-        ("fwd", 64): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 64, 4, 2)),
-        ("fwd", 128): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 32, 4, 2))
-        | {"dropout": Tile(64, 64, 4, 2)},
+        ("fwd", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 4, 2)),
+        ("fwd", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
+        ("dkdv", 64): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 4, 2)),
+        ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2)),
+        ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
+        ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
     },
     "sm_90": {
-        ("fwd", 64): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 64, 8, 2)),
-        ("fwd", 128): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 64, 8, 2)),
+        ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
+        ("fwd", 128): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
+        ("dkdv", 64): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
+        ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
+        ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 128, 8, 2)),
+        ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 8, 2)),
     },
 }
 
-# The same by tensor descriptors
+# The same by tensor descriptors; with dropout the order of keys is not that of a descriptor
 _ONE_DESCRIBED = {
     "sm_90": {
-        ("fwd", 64): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 128, 8, 2, 1)),
-        ("fwd", 128): dict.fromkeys(("alibi", "softcap", "mask", "bias"), Tile(128, 128, 8, 2, 1))
-        | {"dropout": Tile(128, 64, 8, 2, 1)},
+        ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 128, 8, 2, 1)),
+        ("fwd", 128): dict.fromkeys(_FOUR, Tile(128, 128, 8, 2, 1)),
     },
 }
 
@@ -259,6 +267,11 @@ SPECIALIZED = {
         ("fwd", 128): Tile(64, 128, 4, 2, 2),
     },
 }
+
+# (architecture, direction, width) of plain 16-bit rows that `bench/triton_code.py --search` ranked
+RANKED = frozenset(
+    itertools.product(("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq"), (64, 128))
+)
 
 
 def key(direction: str, width: int, element_size: int, rich: str = "") -> str:

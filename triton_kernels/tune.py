@@ -21,9 +21,26 @@ from attn_ext.triton_kernels import configs
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def neighbours(tile: configs.Tile) -> list[configs.Tile]:
+    """The tiles one step away: a side halved or doubled, the other warps, a stage more or less,
+    loads by pointers."""
+    steps = [
+        {"block_m": tile.block_m // 2}, {"block_m": tile.block_m * 2},
+        {"block_n": tile.block_n // 2}, {"block_n": tile.block_n * 2},
+        {"warps": 12 - tile.warps}, {"stages": tile.stages - 1}, {"stages": tile.stages + 1},
+        {"loads": 0},
+    ]  # fmt: skip
+    found = [tile._replace(**step) for step in steps]
+    return [x for x in found if x != tile and min(x.block_m, x.block_n) >= 16 and x.stages]
+
+
 def candidates(direction: str, width: int, architecture: str, size: int) -> list[configs.Tile]:
-    """The tiles worth measuring for a direction, a width of the head and bytes of an element."""
+    """The tiles worth measuring for a direction, a width of the head and bytes of an element.
+    Where the table's tile is the best of a search by machine code, those near it."""
     specialized = configs.SPECIALIZED.get(architecture, {}).get((direction, width))
+    if (architecture, direction, width) in configs.RANKED and size == 2:
+        found = neighbours(configs.shipped(architecture, direction, width, size))
+        return [specialized, *found] if specialized else found
     if direction == "decode":
         space = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3))
     elif direction == "dbias":
@@ -31,8 +48,7 @@ def candidates(direction: str, width: int, architecture: str, size: int) -> list
     else:
         space = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
     most = 64 * 1024 // max(width, 64) * 16  # elements of S: above, nothing fits the registers
-    found = [configs.Tile(*row) for row in space if row[0] * row[1] <= most]
-    return [specialized, *found] if specialized and size == 2 else found
+    return [configs.Tile(*row) for row in space if row[0] * row[1] <= most]
 
 
 def measure(function: Callable[[], object], repeats: int) -> float:

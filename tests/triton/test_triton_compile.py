@@ -190,6 +190,21 @@ def test_tune_measures_specialized_warps():
         assert tile not in tune.candidates("dq", width, "sm_90", 2)
 
 
+def test_tune_measures_few_tiles_near_the_best_of_the_search():
+    """A search on the user's GPU that starts afresh; a candidate that no kernel can take."""
+    for architecture, direction, width in configs.RANKED:
+        best = configs.shipped(architecture, direction, width, 2)
+        found = tune.candidates(direction, width, architecture, 2)
+        assert 4 <= len(found) <= 9
+        assert best not in found, "it is measured first anyway"
+        for tile in found:
+            assert configs._is_tile(list(tile))
+            changed = sum(a != b for a, b in zip(tile, best, strict=True))
+            assert changed == 1 or tile.loads == 2
+    assert len(tune.candidates("fwd", 64, "gfx942", 2)) > 20, "of these nothing was ranked"
+    assert tune.candidates("fwd", 64, "sm_90", 4) != tune.candidates("fwd", 64, "sm_90", 2)
+
+
 def test_tuned_tiles_are_stored_and_win(tmp_path, monkeypatch):
     """A measurement that is lost, or holds for another device or version; a damaged file."""
     monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))

@@ -12,24 +12,36 @@ dK and dV: a program = BLOCK_N keys of a K/V head, all heads of its group; dQ: B
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.dropout import (
+    dropout_state,
+    dropped,
+    keep_each,
+    keep_ordered,
+    keep_own,
+)
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
+    ALIBI,
+    BIAS,
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
     GROUPED,
+    MASK,
     STREAM,
+    alibi_slope,
     careful_rows_at_once,
     diagonal,
     dot,
     head_rows,
+    key_order,
     key_range,
     load_each,
     load_rows,
     load_tile,
     load_whole,
     nan_count,
+    own_key_order,
     program,
     query_range,
     row_pointers,
@@ -112,6 +124,9 @@ def key_gradient_tiles(
     if ADVANCE:
         q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
         do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
+    slope = 0.0
+    if ALIBI & FLAGS:
+        slope = alibi_slope(b, h, terms, scale, FLAGS)
     for step in tl.range(first, end - skip):
         m_block = step
         if EDGE:
@@ -133,7 +148,7 @@ def key_gradient_tiles(
         r = tl.arange(0, BLOCK_M)[None, :]
         s, cap = tile_logits(
             kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS,
+            EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
         row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
         p = probabilities(s, row_lse[None, :], False, FLAGS)
@@ -150,9 +165,8 @@ def key_gradient_tiles(
             dp = dot(v, tl.trans(do_tile), zero)
         used = p
         if DROPOUT & FLAGS:
-            kept = keep(i[:, None], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
-            kept = tl.trans(kept.to(tl.int8)) != 0  # AMD has no transpose of single bits
-            used = tl.where(kept, p, 0.0)
+            kept = keep_own(i[None, :], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            used = dropped(p, kept, rng)
             dp = tl.where(kept, dp * rng[3], 0.0)
         if STREAM & FLAGS:
             tl.debug_barrier()  # no hazard: keeps this read from moving up, into more registers
@@ -216,6 +230,9 @@ def key_gradients(
     first, full_first, full_end, end = query_range(
         j_first, j_last, seqlen_q, off, left, right, BLOCK_M, FLAGS
     )
+    if (MASK & FLAGS) or (BIAS & FLAGS):
+        # Tiles with keys past the last one count as cut, so that whole ones load vectors
+        full_end = tl.where(j_first + BLOCK_N > seqlen_k, full_first, full_end)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     members = group if (GROUPED & FLAGS) else 1
@@ -248,14 +265,16 @@ def key_gradients(
 @triton.jit
 def store_key_gradients(
     dk, dv, ends, j_first, seqlen_k, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr, order=None,
 ):  # fmt: skip
-    """Write dK and dV of keys j_first, ... with the factors that the loops leave out."""
+    """Write dK and dV of keys j_first, ..., or in that order, with the factors that the loops leave
+    out."""
     dk_rows, dk_s, dv_rows, dv_s, softmax_scale, inverse_keep = ends
     if DROPOUT & FLAGS:
         dv = dv * inverse_keep
-    store_tile(dv_rows, dv_s, j_first, seqlen_k, dv, DV, BLOCK_N, BLOCK_DV, FLAGS)
-    store_tile(dk_rows, dk_s, j_first, seqlen_k, dk * softmax_scale, D, BLOCK_N, BLOCK_D, FLAGS)
+    dk = dk * softmax_scale
+    store_tile(dv_rows, dv_s, j_first, seqlen_k, dv, DV, BLOCK_N, BLOCK_DV, FLAGS, order)
+    store_tile(dk_rows, dk_s, j_first, seqlen_k, dk, D, BLOCK_N, BLOCK_D, FLAGS, order)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -283,13 +302,16 @@ def dkdv_kernel(
     strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h)
     k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
     v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
+    order = own_key_order(BLOCK_N, FLAGS)
     if STREAM & FLAGS:
-        k_tile = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N)
-        v_tile = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N)
+        k_tile = row_pointers(k_rows, k_s, j_first, length_k, BLOCK_N, order)
+        v_tile = row_pointers(v_rows, v_s, j_first, length_k, BLOCK_N, order)
     else:
-        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-        v_tile = load_tile(v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
-    c = tl.arange(0, BLOCK_N)[:, None]
+        k_tile = load_tile(k_rows, k_s, j_first, length_k, D, BLOCK_N, BLOCK_D, True, FLAGS, order)
+        v_tile = load_tile(
+            v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS, order
+        )
+    c = order[:, None]
     dk_tile, dv_tile = key_gradients(
         k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k, group,
         terms, rng, scale, left, right,
@@ -320,8 +342,9 @@ def dkdv_kernel(
             )
     else:
         store_key_gradients(
-            dk_tile, dv_tile, ends, j_first, length_k, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS
-        )
+            dk_tile, dv_tile, ends, j_first, length_k, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+            order,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -333,11 +356,15 @@ def query_gradient_tiles(
 ):  # fmt: skip
     """dq + dS K over key tiles first..end - 1, less `skip` from `skip_from` on; dbias if any."""
     k, k_s, v, v_s = kv
+    order = key_order(BLOCK_N, FLAGS)
     DBIAS: tl.constexpr = (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)
     ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
     if ADVANCE:
-        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS)
-        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS)
+        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS, order)
+        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS, order)
+    slope = 0.0
+    if ALIBI & FLAGS:
+        slope = alibi_slope(b, h, terms, scale, FLAGS)
     for step in tl.range(first, end - skip):
         n_block = step
         if EDGE:
@@ -346,7 +373,7 @@ def query_gradient_tiles(
         # S = Q @ K^T, dP = dO @ V^T   [BLOCK_M, BLOCK_N]
         zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if STREAM & FLAGS:
-            k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N)
+            k_rows = row_pointers(k, k_s, j_first, seqlen_k, BLOCK_N, order)
             qk = streamed_dot(q, k_rows, zero, D, BLOCK_D)
         else:
             if ADVANCE:
@@ -354,22 +381,26 @@ def query_gradient_tiles(
                 k_at += tile_step(k_s, BLOCK_N, FLAGS)
                 v_at += tile_step(v_s, BLOCK_N, FLAGS)
             else:
-                k_tile = load_tile(k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS)
-                v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
+                k_tile = load_tile(
+                    k, k_s, j_first, seqlen_k, D, BLOCK_N, BLOCK_D, True, FLAGS, order
+                )
+                v_tile = load_tile(
+                    v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS, order
+                )
             qk = dot(q, tl.trans(k_tile), zero)
-        c = tl.arange(0, BLOCK_N)[None, :]
+        c = order[None, :]
         s, cap = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS,
+            EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
         p = probabilities(s, row_lse[:, None], DBIAS, FLAGS)
         if STREAM & FLAGS:
-            v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N)
+            v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N, order)
             dp = streamed_dot(do, v_rows, zero, DV, BLOCK_DV)
         else:
             dp = dot(do, tl.trans(v_tile), zero)
         if DROPOUT & FLAGS:
-            kept = keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            kept = keep_ordered(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             dp = tl.where(kept, dp * rng[3], 0.0)
         ds, raw = score_gradient(p, dp, row_delta[:, None], cap, DBIAS, FLAGS)
         if DBIAS:

@@ -2,8 +2,16 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
-from attn_ext.triton_kernels.kernels.primitives import DROPOUT, FRAME, in_frame
+from attn_ext.triton_kernels.kernels.primitives import (
+    DROPOUT,
+    FRAME,
+    INTERPRETED,
+    in_frame,
+    key_order,
+    own_key_order,
+)
 
 
 @triton.jit
@@ -30,14 +38,20 @@ def dropout_state(rng_state, threshold, inverse_keep, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def product_words(x, FACTOR: tl.constexpr):
+    """(high, low) word of the 64 bits of x * FACTOR: one instruction."""
+    product = x.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
 def philox_words(i, j4, b, h, key0, key1):
     """The four uint32 words of Philox4x32-7 at (j4, i, h, b): of keys 4 j4 .. 4 j4 + 3."""
-    zero = (i * 0 + j4 * 0).to(tl.uint32)
-    c0, c1 = zero + j4.to(tl.uint32), zero + i.to(tl.uint32)
-    c2, c3 = zero + h.to(tl.uint32), zero + b.to(tl.uint32)
+    # Not broadcast: what depends on a row, or a column, alone is computed once for it
+    c0, c1, c2, c3 = j4.to(tl.uint32), i.to(tl.uint32), h.to(tl.uint32), b.to(tl.uint32)
     for _ in tl.static_range(7):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        high0, low0 = product_words(c0, 0xD2511F53)
+        high1, low1 = product_words(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0 += 0x9E3779B9
         key1 += 0xBB67AE85
@@ -68,7 +82,53 @@ def keep_each(i, j, b, h, terms, rng, FLAGS: tl.constexpr):
     if FRAME & FLAGS:
         i, j = i + in_frame(terms, b, 2), j + in_frame(terms, b, 3)
         b, h = in_frame(terms, b, 0), h + in_frame(terms, b, 1)
-    c0, c1, c2, c3 = philox_words(i, j // 4, b, h, key0, key1)
+    c0, c1, c2, c3 = philox_words(i, j >> 2, b, h, key0, key1)
     low = tl.where(j % 2 == 0, c0, c1)
     high = tl.where(j % 2 == 0, c2, c3)
     return tl.where(j % 4 < 2, low, high) > threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def keep_ordered(i, j_first, b, h, terms, rng, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """`keep` of keys in `key_order`, with i [BLOCK_M, 1]: a thread evaluates what it uses."""
+    key0, key1, threshold, _ = rng
+    if FRAME & FLAGS:
+        c = key_order(BLOCK_N, FLAGS)[None, :]
+        return keep_each(i, j_first + c, b, h, terms, rng, FLAGS)
+    j4 = (j_first >> 2) + tl.arange(0, BLOCK_N // 4)[None, :]
+    c0, c1, c2, c3 = philox_words(i, j4, b, h, key0, key1)
+    if INTERPRETED or is_cuda():
+        # [BLOCK_M, BLOCK_N / 16, 4 q, 2 of an eight, 2 eights] to the order of columns
+        words = tl.join(tl.join(c0, c1), tl.join(c2, c3))
+        words = tl.reshape(words, [i.shape[0], BLOCK_N // 16, 4, 2, 2])
+        words = tl.permute(words, [0, 1, 4, 2, 3])
+    else:
+        words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    words = tl.reshape(words, [i.shape[0], BLOCK_N])
+    return words > threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def keep_own(i, j_first, b, h, terms, rng, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """`keep` transposed, [BLOCK_N, BLOCK_M], of keys in `own_key_order`, with i [1, BLOCK_M].  A
+    thread holds two keys of an evaluation: with another order some threads would have four, but
+    which, depends on the number of warps."""
+    key0, key1, threshold, _ = rng
+    if (FRAME & FLAGS) or not (INTERPRETED or is_cuda()):
+        c = own_key_order(BLOCK_N, FLAGS)[:, None]
+        return keep_each(i, j_first + c, b, h, terms, rng, FLAGS)
+    j2 = tl.arange(0, BLOCK_N // 2)[:, None]
+    c0, c1, c2, c3 = philox_words(i, (j_first >> 2) + (j2 >> 1), b, h, key0, key1)
+    first = (j2 & 1) == 0
+    # [BLOCK_N / 16, 8 g, BLOCK_M, 2] to the order of rows
+    words = tl.join(tl.where(first, c0, c2), tl.where(first, c1, c3))
+    words = tl.reshape(words, [BLOCK_N // 16, 8, i.shape[1], 2])
+    words = tl.reshape(tl.permute(words, [0, 3, 1, 2]), [BLOCK_N, i.shape[1]])
+    return words > threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def dropped(p, kept, rng):
+    """p, and 0 where it is dropped.  A 0 that the compiler knows would be selected after the
+    rounding to 16 bits, half a register at a time, in two instructions more."""
+    return tl.where(kept, p, rng[3] * 0.0)

@@ -10,7 +10,13 @@ where logits are huge (`softmax.far_count`).
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep, keep_each
+from attn_ext.triton_kernels.kernels.dropout import (
+    dropout_state,
+    dropped,
+    keep,
+    keep_each,
+    keep_ordered,
+)
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
@@ -24,6 +30,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     careful_rows_at_once,
     diagonal,
     dot,
+    key_order,
     key_pointers,
     key_range,
     load_described,
@@ -68,11 +75,12 @@ def forward_tiles(
     or with STREAM the pointers to its rows."""
     acc, row_max, row_sum, e, bad = state
     k, k_s, k_p, v, v_s, v_p, pages, described = kv
+    order = key_order(BLOCK_N, 0 if LOADS else FLAGS)  # a descriptor has the keys' own
     # Whole tiles at plain addresses: pointers that move, and no other arithmetic
     ADVANCE: tl.constexpr = not (EDGE or LOADS or (STREAM & FLAGS) or (PAGED & FLAGS))
     if ADVANCE:
-        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS)
-        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS)
+        k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS, order)
+        v_at = tile_pointers(v, v_s, first * BLOCK_N, BLOCK_N, BLOCK_DV, FLAGS, order)
     factor, _shift = unit(terms, scale, FLAGS)
     slope = 0.0
     if ALIBI & FLAGS:
@@ -99,7 +107,7 @@ def forward_tiles(
                     k, k_s, j_first, seqlen_k, pages, k_p, D, BLOCK_N, BLOCK_D, EDGE, FLAGS
                 )
             qk = dot(q, tl.trans(k_tile), zero)
-        c = tl.arange(0, BLOCK_N)[None, :]
+        c = order[None, :]
         s, _ = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS, not EDGE, slope,
@@ -108,7 +116,11 @@ def forward_tiles(
             s, factor, row_max, row_sum, e, bad, FLAGS
         )
         if DROPOUT & FLAGS:
-            p = tl.where(keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS), p, 0.0)
+            if LOADS:
+                kept = keep(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            else:
+                kept = keep_ordered(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
+            p = dropped(p, kept, rng)
         # O = alpha * O + P @ V   [BLOCK_M, BLOCK_DV]
         if STREAM & FLAGS:
             values = key_pointers(v, v_s, j_first, seqlen_k, pages, v_p, BLOCK_N, EDGE, FLAGS)

@@ -143,9 +143,37 @@ def unknown_zero(count):
 
 
 @triton.jit
-def tile_offsets(stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr):
-    """[BLOCK_ROWS, BLOCK_DIM] element offsets within a tile of rows `stride` apart."""
-    rows = tl.arange(0, BLOCK_ROWS)[:, None]
+def key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """Which key of a tile each column of S is: the order of keys is free in a sum.
+
+    With DROPOUT the keys that share a Philox evaluation, four in a row, are those of one thread: on
+    NVIDIA GPUs, of 16 columns it holds 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, which are keys 4 q to
+    4 q + 3; on AMD four in a row."""
+    n = tl.arange(0, BLOCK_N)
+    if (DROPOUT & FLAGS) and (INTERPRETED or is_cuda()):
+        n = (n & ~15) | ((n & 6) << 1) | ((n & 8) >> 2) | (n & 1)
+    return n
+
+
+@triton.jit
+def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
+    """Which key of a tile each row of S^T is, where the keys are those of the program.
+
+    With DROPOUT on NVIDIA GPUs, of 16 rows a thread holds g and g + 8: keys 2 g and 2 g + 1, which
+    share a Philox evaluation."""
+    n = tl.arange(0, BLOCK_N)
+    if (DROPOUT & FLAGS) and (INTERPRETED or is_cuda()):
+        n = (n & ~15) | ((n & 7) << 1) | ((n & 8) >> 3)
+    return n
+
+
+@triton.jit
+def tile_offsets(
+    stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr, order=None
+):
+    """[BLOCK_ROWS, BLOCK_DIM] element offsets within a tile of rows `stride` apart; order: of the
+    rows, [BLOCK_ROWS]."""
+    rows = (tl.arange(0, BLOCK_ROWS) if order is None else order)[:, None]
     if WIDE & FLAGS:
         rows = rows.to(tl.int64)
     return rows * stride + tl.arange(0, BLOCK_DIM)[None, :]
@@ -153,10 +181,12 @@ def tile_offsets(stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAG
 
 @triton.jit
 def tile_pointers(
-    base, stride, row, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr
-):
-    """Pointers to rows row, row + 1, ... of base, [BLOCK_ROWS, BLOCK_DIM]."""
-    return base + row.to(tl.int64) * stride + tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
+    base, stride, row, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr,
+    order=None,
+):  # fmt: skip
+    """Pointers to rows row, row + 1, ... of base, [BLOCK_ROWS, BLOCK_DIM], or in that order."""
+    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS, order)
+    return base + row.to(tl.int64) * stride + offsets
 
 
 @triton.jit
@@ -180,15 +210,15 @@ def load_whole(pointers, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 @triton.jit
 def load_tile(
     base, stride, row, rows, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    EDGE: tl.constexpr, FLAGS: tl.constexpr,
+    EDGE: tl.constexpr, FLAGS: tl.constexpr, order=None,
 ):  # fmt: skip
     """Rows row, row + 1, ... of base [rows, DIM] as [BLOCK_ROWS, BLOCK_DIM], 0 outside.
 
-    EDGE: the tile may reach past the last row."""
-    pointers = tile_pointers(base, stride, row, BLOCK_ROWS, BLOCK_DIM, FLAGS)
+    EDGE: the tile may reach past the last row; order: of the rows, if another."""
+    pointers = tile_pointers(base, stride, row, BLOCK_ROWS, BLOCK_DIM, FLAGS, order)
     if not EDGE:
         return load_whole(pointers, DIM, BLOCK_DIM)
-    inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
+    inside = (row + (tl.arange(0, BLOCK_ROWS) if order is None else order) < rows)[:, None]
     if DIM != BLOCK_DIM:
         inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
     tile = tl.load(pointers, mask=inside, other=0.0)
@@ -200,10 +230,11 @@ def load_keys(
     base, stride, j_first, seqlen_k, pages, page_stride, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Keys (or values) j_first, ... as [BLOCK_N, BLOCK_DIM]: rows of base [seqlen_k, DIM], or with
-    PAGED of the pages, `page_stride` apart, that pages = (table row, page size, number of pages)
-    names.  Page numbers are clamped: a wrong one cannot make the kernel leave the cache.  The page
-    size is a constant, and a tile that it divides lies in one page."""
+    """Keys (or values) j_first, ... as [BLOCK_N, BLOCK_DIM], in `key_order`: rows of base
+    [seqlen_k, DIM], or with PAGED of the pages, `page_stride` apart, that pages = (table row, page
+    size, number of pages) names.  Page numbers are clamped: a wrong one cannot make the kernel
+    leave the cache.  The page size is a constant, and a tile that it divides lies in one page."""
+    order = key_order(BLOCK_N, FLAGS)
     if PAGED & FLAGS:
         table, PAGE_SIZE, page_count = pages
         if PAGE_SIZE % BLOCK_N == 0:
@@ -211,8 +242,9 @@ def load_keys(
             page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
             start = base + page * page_stride + (j_first % PAGE_SIZE).to(tl.int64) * stride
             found = load_tile(
-                start, stride, j_first * 0, seqlen_k - j_first, DIM, BLOCK_N, BLOCK_DIM, EDGE, FLAGS
-            )
+                start, stride, j_first * 0, seqlen_k - j_first, DIM, BLOCK_N, BLOCK_DIM, EDGE,
+                FLAGS, order,
+            )  # fmt: skip
         else:  # one `return`: several keep Triton from seeing the loads of a loop
             keys, inside = key_pointers(
                 base, stride, j_first, seqlen_k, pages, page_stride, BLOCK_N, EDGE, FLAGS
@@ -222,7 +254,7 @@ def load_keys(
             found = tl.load(keys[:, None] + d, mask=inside, other=0.0)
             found = found.to(tl.float32) if INTERPRETED else found
         return found
-    return load_tile(base, stride, j_first, seqlen_k, DIM, BLOCK_N, BLOCK_DIM, EDGE, FLAGS)
+    return load_tile(base, stride, j_first, seqlen_k, DIM, BLOCK_N, BLOCK_DIM, EDGE, FLAGS, order)
 
 
 @triton.jit
@@ -232,9 +264,9 @@ def head_rows(base, b, h, first, b_s, h_s, s):
 
 
 @triton.jit
-def row_pointers(base, stride, row, rows, BLOCK_ROWS: tl.constexpr):
-    """(pointers to rows row, row + 1, ... [BLOCK_ROWS], whether they exist)"""
-    r = row + tl.arange(0, BLOCK_ROWS)
+def row_pointers(base, stride, row, rows, BLOCK_ROWS: tl.constexpr, order=None):
+    """(pointers to rows row, row + 1, ... [BLOCK_ROWS], or in that order, whether they exist)"""
+    r = row + (tl.arange(0, BLOCK_ROWS) if order is None else order)
     return base + r.to(tl.int64) * stride, r < rows
 
 
@@ -246,14 +278,14 @@ def key_pointers(
     """`row_pointers` of the keys that `load_keys` loads."""
     if PAGED & FLAGS:
         table, PAGE_SIZE, page_count = pages
-        j = j_first + tl.arange(0, BLOCK_N)
+        j = j_first + key_order(BLOCK_N, FLAGS)
         if EDGE:
             page = tl.load(table + j // PAGE_SIZE, mask=j < seqlen_k, other=0)
         else:
             page = tl.load(table + j // PAGE_SIZE)
         page = tl.minimum(tl.maximum(page, 0), page_count - 1).to(tl.int64)
         return base + page * page_stride + (j % PAGE_SIZE).to(tl.int64) * stride, j < seqlen_k
-    return row_pointers(base, stride, j_first, seqlen_k, BLOCK_N)
+    return row_pointers(base, stride, j_first, seqlen_k, BLOCK_N, key_order(BLOCK_N, FLAGS))
 
 
 @triton.jit
@@ -292,11 +324,12 @@ def load_described(descriptor, b, h, row, ROWS: tl.constexpr, BLOCK_DIM: tl.cons
 @triton.jit
 def store_tile(
     base, stride, row, rows, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr, order=None,
 ):  # fmt: skip
-    """Write `tile` to rows row, row + 1, ... of base [rows, DIM], rounded to its dtype."""
-    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS)
-    inside = (row + tl.arange(0, BLOCK_ROWS) < rows)[:, None]
+    """Write `tile` to rows row, row + 1, ... of base [rows, DIM], or in that order, rounded to its
+    dtype."""
+    offsets = tile_offsets(stride, BLOCK_ROWS, BLOCK_DIM, FLAGS, order)
+    inside = (row + (tl.arange(0, BLOCK_ROWS) if order is None else order) < rows)[:, None]
     inside = inside & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
     pointers = base + row.to(tl.int64) * stride + offsets
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)

@@ -3,7 +3,8 @@
 attn_ext._C         csrc/cpu
 attn_ext._cuda      the launches of csrc/cuda by NVIDIA's driver, if there is one; its kernels are
                     compiled at first use (attn_ext/backends/jit)
-attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1
+attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1,
+                    which needs pybind11, too
 
 Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0).
 """
@@ -25,7 +26,7 @@ FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi 
 # The kernels say themselves what is inlined and unrolled, so that -O3 only makes copies: these
 # flags of it matter; the kernels' loops are the same instructions, built in half of the time.
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
-BINDING_FLAGS = "-O1"  # all other C++: pybind11's templates; the calls are as fast as at -O3
+BINDING_FLAGS = "-O1"  # all other C++: calls are as fast as at -O3
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
@@ -102,12 +103,14 @@ def instantiations(folder: Path) -> list[str]:
 
 def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> str:
     """The text of build.ninja for one shared library made of the sources."""
-    import pybind11
-
     cxx = compiler()
     extra = os.environ.get("ATTN_EXT_CXXFLAGS", "")
     emulated = name == "attn_ext._emulated"
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [ROOT / "csrc", sysconfig.get_path("include")]
+    if emulated:
+        import pybind11
+
+        includes.append(pybind11.get_include())
     includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
     flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes}"
     # Python's own symbols come from the process that loads the module: macOS wants to be told

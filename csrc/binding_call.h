@@ -147,7 +147,8 @@ PyMethodDef gradients_method() {
 template <class Call>
 PyMethodDef addresses_method() {
   return python::method<&set_call_addresses<Call>>(
-      "set_addresses", "self, addresses", "Addresses by the names of params.h; absent ones are null");
+      "set_addresses", "self, addresses",
+      "Addresses by the names of params.h; absent ones are null");
 }
 
 template <class Call>

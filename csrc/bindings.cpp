@@ -180,8 +180,15 @@ void fill(PyObject* module) {
     throw attn::python::Raised();
 }
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "attn_ext._C", "The CPU kernels of attn_ext", -1,
-                          nullptr, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "attn_ext._C",
+                          "The CPU kernels of attn_ext",
+                          -1,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 

@@ -357,7 +357,7 @@ PyMethodDef entry(Result (*)(Args...), const char* name, const char* names, cons
   using Entry = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
   const Entry call = [](PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* kw) {
     return invoke<f>(f, METHOD ? self : nullptr, args, count, kw,
-                            std::index_sequence_for<Args...>());
+                     std::index_sequence_for<Args...>());
   };
   parameters_of<f>().read(names);
   if (parameters_of<f>().names.size() != sizeof...(Args))

@@ -129,8 +129,9 @@ PyMethodDef methods[] = {
     {}};
 
 PyMethodDef device_functions[] = {
-    function<&device_problem>("device_problem", "device",
-                              "'' when kernels run on the device, else the reason; makes no context"),
+    function<&device_problem>(
+        "device_problem", "device",
+        "'' when kernels run on the device, else the reason; makes no context"),
     function<&multiprocessors>("multiprocessors", "device"),
     function<&sm90_problem>("sm90_problem", "device",
                             "'' when the device is a Hopper GPU, else the reason"),
@@ -177,8 +178,15 @@ void fill(PyObject* module) {
   python::add_functions(module, driver_functions);
 }
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "attn_ext._cuda", "The CUDA kernels of attn_ext",
-                          -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "attn_ext._cuda",
+                          "The CUDA kernels of attn_ext",
+                          -1,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 #endif

@@ -1,10 +1,10 @@
-"""Planted bugs in what the C++ kernels of second derivatives do with rows whose LSE is far from 0, in
-the folder tests/mutants/cpu/far_second: each must make the results wrong of the calls that its first
-line names.
+"""Planted bugs in what the C++ kernels of second derivatives do with rows whose LSE is far from 0,
+in the folder tests/mutants/cpu/far_second: each must make the results wrong of the calls that its
+first line names.
 
-The kernels are compiled alone, on the plainest vectors, and run in place of those of attn_ext._C.  A
-bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of them is
-compiled.
+The kernels are compiled alone, on the plainest vectors, and run in place of those of attn_ext._C.
+A bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of them
+is compiled.
 """
 
 import functools
@@ -17,24 +17,27 @@ from second_checks import by_passes, check_dtype
 
 from attn_ext import _C
 from attn_ext.backends import cpu_second
+from attn_ext.testing import random_call
 
 SOURCE = ROOT / "csrc/tests/second_passes.cpp"
 by_kernels = functools.partial(by_passes, module=cpu_second)
 
 
 def calls() -> dict:
-    """Rows of a far bias, all keys in one block and in several, and beside a far sink; far logits
-    of products."""
+    """Rows of a far bias, all keys in one block and in several, and beside a far sink; logits of
+    1e10, of products alone."""
     sizes = {"seqlen_q": 20, "seqlen_k": 34}
     found = {
         "short": far_call(-1e9, **sizes),
         "long": far_call(-1e9, **{**sizes, "seqlen_k": 300}),
         "sink": far_call(-1e9, sink=True, **sizes),
         "long_sink": far_call(-1e9, sink=True, **{**sizes, "seqlen_k": 300}),
-        "products": far_call(0.0, head_dim=32, **sizes),
+        "products": random_call(7, batch=1, head_dim=32, **sizes),
+        "long_products": random_call(7, batch=1, head_dim=32, seqlen_q=20, seqlen_k=300),
     }
     found["sink"].sink[:] = found["long_sink"].sink[:] = -1e9
-    found["products"].q.mul_(1e5), found["products"].k.mul_(1e5)
+    for name in ("products", "long_products"):
+        found[name].q.mul_(1e5), found[name].k.mul_(1e5)
     return found
 
 

@@ -26,7 +26,6 @@ from attn_ext.backends import blocked, cpu_second
 from attn_ext.core.schema import Needs, Rows, Tangents
 from attn_ext.ops import execute
 from attn_ext.testing import (
-    assert_close_to_reference,
     needs_of,
     poisoned_memory,
     random_call,

@@ -3,8 +3,7 @@
 attn_ext._C         csrc/cpu
 attn_ext._cuda      the launches of csrc/cuda by NVIDIA's driver, if there is one; its kernels are
                     compiled at first use (attn_ext/backends/jit)
-attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1,
-                    which needs pybind11, too
+attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1
 
 Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0).
 """
@@ -29,7 +28,7 @@ FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi 
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
 # The kernels for x86-64 without AVX2, in 0.7 of the time: those of float32 take 5 % longer.
 OLD_X86_FLAGS = "-O1 -ftree-vectorize -fvect-cost-model=dynamic"
-BINDING_FLAGS = "-O1"  # all other C++: calls are as fast as at -O3
+BINDING_FLAGS = "-O1"  # all other C++: pybind11's templates; the calls are as fast as at -O3
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
@@ -106,14 +105,12 @@ def instantiations(folder: Path) -> list[str]:
 
 def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> str:
     """The text of build.ninja for one shared library made of the sources."""
+    import pybind11
+
     cxx = compiler()
     extra = os.environ.get("ATTN_EXT_CXXFLAGS", "")
     emulated = name == "attn_ext._emulated"
-    includes = [ROOT / "csrc", sysconfig.get_path("include")]
-    if emulated:
-        import pybind11
-
-        includes.append(pybind11.get_include())
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
     flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes}"
     # Python's own symbols come from the process that loads the module: macOS wants to be told

@@ -1,14 +1,17 @@
 // The Python class of a call, the same for every device: its numbers, strides and addresses by
 // name.
 #pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <iterator>
 
 #include "binding_parts.h"
-#include "python.h"
 
 namespace attn {
 
+namespace py = pybind11;
 using Triple = std::array<int64_t, 3>;
 using Quad = std::array<int64_t, 4>;
 
@@ -16,16 +19,16 @@ inline Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
 inline ScoreStrides score_strides(const Quad& t) { return {t[0], t[1], t[2], t[3]}; }
 
 // The numbers of a call by their names, all of those in kScalars and no other.
-inline void set_scalars(Problem& p, const python::Dict& numbers) {
+inline void set_scalars(Problem& p, const py::dict& numbers) {
   if (numbers.size() != std::size(kScalars))
     throw std::invalid_argument("scalars must be the " + std::to_string(std::size(kScalars)) +
                                 " of params.h, got " + std::to_string(numbers.size()));
   for (const Scalar& scalar : kScalars) {
-    PyObject* value = numbers.at(scalar.name);
+    const py::object value = numbers[scalar.name];
     if (scalar.real)
-      p.*scalar.real = python::real(value);
+      p.*scalar.real = py::cast<double>(value);
     else
-      p.*scalar.whole = python::whole(value);
+      p.*scalar.whole = py::cast<int64_t>(value);
   }
 }
 
@@ -35,7 +38,7 @@ inline Problem make_problem(int dtype, int bias_dtype, const std::array<int64_t,
                             const Triple& q, const Triple& k, const Triple& v, const Triple& o,
                             const Quad& mask, const Quad& bias, const std::array<int64_t, 2>& lse,
                             const std::array<int64_t, 2>& pages, int bottom_right,
-                            const python::Dict& scalars) {
+                            const py::dict& scalars) {
   Problem p;
   p.dtype = DType(dtype), p.bias_dtype = DType(bias_dtype);
   p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
@@ -107,57 +110,38 @@ inline void set_address(Pointers& x, const std::string& name, uintptr_t address)
   throw std::invalid_argument("no pointer is called " + name);
 }
 
-// Addresses by the names of params.h.
-inline void set_addresses(Pointers& x, const python::Dict& addresses) {
-  addresses.each([&](PyObject* name, PyObject* address) {
-    set_address(x, python::text(name), python::address(address));
-  });
-}
-
 // The Python class "Call" of a module: how the fields of a `Call`, a NativeCall or more, are told.
 template <class Call>
-void make(Call& c, int dtype, int bias_dtype, const std::array<int64_t, 7>& sizes, const Triple& q,
-          const Triple& k, const Triple& v, const Triple& o, const Quad& mask, const Quad& bias,
-          const std::array<int64_t, 2>& lse, const std::array<int64_t, 2>& pages, int bottom_right,
-          const python::Dict& scalars, int64_t alibi_stride_b) {
-  c.p = make_problem(dtype, bias_dtype, sizes, q, k, v, o, mask, bias, lse, pages, bottom_right,
-                     scalars);
-  c.ptr.alibi_stride_b = alibi_stride_b;
-}
-
-template <class Call>
-void set_gradients(Call& c, const Triple& dout, const Triple& dq, const Triple& dk,
-                   const Triple& dv, const Quad& dbias, bool deterministic) {
-  set_gradient_strides(c.p, dout, dq, dk, dv, dbias);
-  c.p.deterministic = deterministic;
-}
-
-template <class Call>
-void set_call_addresses(Call& c, const python::Dict& addresses) {
-  set_addresses(c.ptr, addresses);
-}
-
-template <class Call>
-PyMethodDef gradients_method() {
-  return python::method<&set_gradients<Call>>("set_gradients",
-                                              "self, dout, dq, dk, dv, dbias, deterministic",
-                                              "Strides of dO and of the gradients");
-}
-
-template <class Call>
-PyMethodDef addresses_method() {
-  return python::method<&set_call_addresses<Call>>(
-      "set_addresses", "self, addresses",
-      "Addresses by the names of params.h; absent ones are null");
-}
-
-template <class Call>
-void add_call(PyObject* module, PyMethodDef* methods) {
-  python::add_class<Call, &make<Call>>(
-      module, "Call",
-      "self, dtype, bias_dtype, sizes, q, k, v, o, mask, bias, lse, pages, bottom_right, scalars, "
-      "alibi_stride_b",
-      methods);
+py::class_<Call> define_call(py::module_& m) {
+  return py::class_<Call>(m, "Call", py::module_local())
+      .def(py::init([](int dtype, int bias_dtype, const std::array<int64_t, 7>& sizes,
+                       const Triple& q, const Triple& k, const Triple& v, const Triple& o,
+                       const Quad& mask, const Quad& bias, const std::array<int64_t, 2>& lse,
+                       const std::array<int64_t, 2>& pages, int bottom_right,
+                       const py::dict& scalars, int64_t alibi_stride_b) {
+             Call c;
+             c.p = make_problem(dtype, bias_dtype, sizes, q, k, v, o, mask, bias, lse, pages,
+                                bottom_right, scalars);
+             c.ptr.alibi_stride_b = alibi_stride_b;
+             return c;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"), py::arg("q"),
+           py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
+           py::arg("lse"), py::arg("pages"), py::arg("bottom_right"), py::arg("scalars"),
+           py::arg("alibi_stride_b"))
+      .def("set_gradients",
+           [](Call& c, const Triple& dout, const Triple& dq, const Triple& dk, const Triple& dv,
+              const Quad& dbias, bool deterministic) {
+             set_gradient_strides(c.p, dout, dq, dk, dv, dbias);
+             c.p.deterministic = deterministic;
+           })
+      .def(
+          "set_addresses",
+          [](Call& c, const py::dict& addresses) {
+            for (const auto& [name, address] : addresses)
+              set_address(c.ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
+          },
+          "Addresses by the names of params.h; absent ones are null");
 }
 
 }  // namespace attn

@@ -1,25 +1,25 @@
 // attn_ext._C: integers and flat structs in, nothing else.  The Python side has validated what the
 // pointers mean (attn_ext/backends/cpu.py); here only what a wrong struct could break is checked.
 // The GIL is released in every kernel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "binding_call.h"
-#include "cpu/isa/amx.h"
-#include "cpu/isa/dispatch.h"
-#include "cpu/isa/features.h"
-#include "cpu/measure/ceilings.h"
-#include "cpu/parallel.h"
-#include "cpu/tiles.h"
 #include "dense_calls.h"
+#include "cpu/isa/amx.h"
+#include "cpu/measure/ceilings.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/isa/features.h"
+#include "cpu/tiles.h"
 
+namespace py = pybind11;
 using attn::Pointers;
-using attn::python::Dict;
-using attn::python::function;
-using attn::python::method;
-using attn::python::WithoutGil;
 
 namespace {
 
@@ -37,29 +37,6 @@ void check(const attn::Problem& p, const Pointers& ptr, int threads) {
   attn::check_at_least("num_threads", threads, 1);
 }
 
-void set_options(Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w,
-                 uintptr_t dw, bool partial, uintptr_t delta, uintptr_t base, uintptr_t rest) {
-  c.options.sigmoid = sigmoid, c.options.length_bias = !sigmoid_bias;
-  c.options.sigmoid_bias = sigmoid_bias.value_or(0);
-  c.options.w = at<void>(w), c.options.dw = at<void>(dw);
-  c.options.partial = partial, c.options.delta = at<void>(delta);
-  c.options.base = at<void>(base), c.options.rest = at<void>(rest);
-}
-
-void set_isa(Call& c, const std::string& name) { c.options.isa = attn::cpu::isa_index(name); }
-
-void forward(const Call& c, int threads) {
-  check(c.p, c.ptr, threads);
-  const WithoutGil release;
-  attn::cpu::forward(c.p, c.ptr, c.options, threads);
-}
-
-void backward(const Call& c, int threads) {
-  check(c.p, c.ptr, threads);
-  const WithoutGil release;
-  attn::cpu::backward(c.p, c.ptr, c.options, threads);
-}
-
 void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>& sizes,
              uintptr_t out, uintptr_t entropy, uintptr_t keys) {
   attn::cpu::Map map;
@@ -69,12 +46,13 @@ void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>&
   map.n = sizes[0], map.rows = sizes[1], map.cols = sizes[2];
   map.out = at<void>(out), map.entropy = at<void>(entropy), map.keys = at<int64_t>(keys);
   check(c.p, c.ptr, threads);
-  const WithoutGil release;
+  py::gil_scoped_release release;
   attn::cpu::inspect(c.p, c.ptr, c.options, map, threads);
 }
 
-Pointers with(Pointers ptr, const Dict& addresses) {
-  attn::set_addresses(ptr, addresses);
+Pointers with(Pointers ptr, const py::dict& addresses) {
+  for (const auto& [name, address] : addresses)
+    attn::set_address(ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
   return ptr;
 }
 
@@ -83,8 +61,8 @@ Pointers with(Pointers ptr, const Dict& addresses) {
 using TangentKernel = bool (*)(const attn::Problem&, const Pointers&, const attn::cpu::Options&,
                                const attn::Problem&, const Pointers&, int);
 template <TangentKernel kernel>
-bool run_on_tangents(const Call& c, const Call& tangents, int threads, const Dict& addresses,
-                     const Dict& tangent_addresses) {
+bool run_on_tangents(const Call& c, const Call& tangents, int threads, const py::dict& addresses,
+                     const py::dict& tangent_addresses) {
   const attn::Problem p = c.p;
   const attn::cpu::Options options = c.options;
   attn::Problem tp = tangents.p;
@@ -96,100 +74,91 @@ bool run_on_tangents(const Call& c, const Call& tangents, int threads, const Dic
   tp.dropout_p = 0;  // the mask comes by the call
   tptr.cu_seqlens_q = ptr.cu_seqlens_q, tptr.cu_seqlens_k = ptr.cu_seqlens_k;
   tptr.frame = ptr.frame;
-  const WithoutGil release;
+  py::gil_scoped_release release;
   return kernel(p, ptr, options, tp, tptr, threads);
 }
 
 // Calls that have side inputs, or are made once.
-PyMethodDef methods[] = {
-    attn::gradients_method<Call>(),
-    attn::addresses_method<Call>(),
-    method<&set_options>("set_options",
-                         "self, sigmoid, sigmoid_bias, w, dw, partial, delta, base, rest",
-                         "Other weights than softmax, other scores than dot products"),
-    method<&set_isa>("set_isa", "self, name",
-                     "Whose kernels serve the call where no ISA is forced; '' = the best one's"),
-    method<&forward>("forward", "self, threads", "O, LSE (and row statistics)"),
-    method<&backward>("backward", "self, threads", "The gradients whose addresses are set"),
-    method<&run_on_tangents<&attn::cpu::tangent>>(
-        "tangent", "self, tangents, threads, addresses, tangent_addresses",
-        "The tangents of O and LSE; False where nothing was done"),
-    method<&run_on_tangents<&attn::cpu::backward_tangent>>(
-        "backward_tangent", "self, tangents, threads, addresses, tangent_addresses",
-        "The gradients whose addresses are set, and their tangents; False where none counts"),
-    method<&inspect>(
-        "inspect", "self, threads, what, sizes, out, entropy, keys",
-        "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call"),
-    {}};
-
-double ceilings(const std::string& name, const std::optional<std::string>& isa,
-                std::optional<int> threads, std::optional<double> seconds) {
-  const WithoutGil release;
-  return attn::cpu::ceiling(name, isa.value_or(""), threads.value_or(1), seconds.value_or(0.05));
+void define_whole(py::class_<Call>& call) {
+  call.def(
+          "set_options",
+          [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw,
+             bool partial, uintptr_t delta, uintptr_t base, uintptr_t rest) {
+            c.options.sigmoid = sigmoid, c.options.length_bias = !sigmoid_bias;
+            c.options.sigmoid_bias = sigmoid_bias.value_or(0);
+            c.options.w = at<void>(w), c.options.dw = at<void>(dw);
+            c.options.partial = partial, c.options.delta = at<void>(delta);
+            c.options.base = at<void>(base), c.options.rest = at<void>(rest);
+          },
+          py::kw_only(), py::arg("sigmoid"), py::arg("sigmoid_bias"), py::arg("w"), py::arg("dw"),
+          py::arg("partial"), py::arg("delta"), py::arg("base"), py::arg("rest"),
+          "Other weights than softmax, other scores than dot products")
+      .def(
+          "set_isa",
+          [](Call& c, const std::string& name) { c.options.isa = attn::cpu::isa_index(name); },
+          "Whose kernels serve the call where no ISA is forced; '' = the best one's")
+      .def(
+          "forward",
+          [](const Call& c, int threads) {
+            check(c.p, c.ptr, threads);
+            py::gil_scoped_release release;
+            attn::cpu::forward(c.p, c.ptr, c.options, threads);
+          },
+          "O, LSE (and row statistics)")
+      .def(
+          "backward",
+          [](const Call& c, int threads) {
+            check(c.p, c.ptr, threads);
+            py::gil_scoped_release release;
+            attn::cpu::backward(c.p, c.ptr, c.options, threads);
+          },
+          "The gradients whose addresses are set")
+      .def("tangent", &run_on_tangents<&attn::cpu::tangent>,
+           "The tangents of O and LSE; False where nothing was done")
+      .def("backward_tangent", &run_on_tangents<&attn::cpu::backward_tangent>,
+           "The gradients whose addresses are set, and their tangents; False where none counts")
+      .def("inspect", &inspect,
+           "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
 }
-
-void plant(std::optional<uintptr_t> tangent, std::optional<uintptr_t> backward_tangent,
-           std::optional<uintptr_t> inspect, std::optional<uintptr_t> backward) {
-  attn::cpu::plant(tangent.value_or(0), backward_tangent.value_or(0), inspect.value_or(0),
-                   backward.value_or(0));
-}
-
-PyMethodDef functions[] = {
-    function<&ceilings>(
-        "ceilings", "name, isa, threads, seconds",
-        "What this machine reaches: fma, bf16 (GFLOP/s), exp (10^9/s) or read (GB/s)"),
-    function<&attn::cpu::use_openmp>(
-        "use_openmp", "address",
-        "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads"),
-    function<&attn::cpu::supported_isas>("supported_isas"),
-    function<&attn::cpu::isa>("isa"),
-    function<&attn::cpu::isa_forced>("isa_forced"),
-    function<&attn::cpu::set_isa>("set_isa", "name",
-                                  "For tests: force an ISA of supported_isas(), '' = best"),
-    function<&attn::cpu::isa_table>(
-        "isa_table", "",
-        "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled"),
-    function<&plant>(
-        "plant", "tangent, backward_tangent, inspect, backward",
-        "For tests: the kernels of derivatives, and of attn_ext.inspect, at these addresses run; "
-        "0: our own"),
-    function<&attn::cpu::cpu_has>(
-        "cpu_has", "features",
-        "For tests: whether this machine has the CPU features, named as in isa_table()"),
-    function<&attn::cpu::amx::emulate>(
-        "emulate_amx", "on",
-        "For tests: take AMX for supported, since an emulator of its instructions is installed"),
-    {}};
 
 attn::Held held_by(PyObject* x) {
-  if (PyObject_TypeCheck(x, attn::python::type_of<Call>)) {
-    const Call& call = attn::python::Convert<Call>::from(x);
-    return {&call.p, &call.options};
+  if (py::isinstance<Call>(x)) {
+    const auto* call = py::handle(x).cast<const Call*>();
+    return {&call->p, &call->options};
   }
   PyErr_SetString(PyExc_TypeError, "call must be a Call");
   return {};
 }
 
-void fill(PyObject* module) {
-  attn::add_call<Call>(module, methods);
-  attn::python::add_functions(module, functions);
-  // keys up to which O' and L' are not read
-  const attn::python::Owned most = attn::python::made(attn::python::to(attn::cpu::kSecondWhole));
-  if (PyObject_SetAttrString(module, "SECOND_WHOLE", most.get()) < 0 ||
-      !attn::add_dense_calls(module, held_by) || !attn::add_cache_calls(module, held_by))
-    throw attn::python::Raised();
-}
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                          "attn_ext._C",
-                          "The CPU kernels of attn_ext",
-                          -1,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr};
-
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return attn::python::make_module(definition, fill); }
+PYBIND11_MODULE(_C, m) {
+  py::class_<Call> call = attn::define_call<Call>(m);
+  define_whole(call);
+
+  m.def("ceilings", &attn::cpu::ceiling, py::arg("name"), py::arg("isa") = "",
+        py::arg("threads") = 1, py::arg("seconds") = 0.05, py::call_guard<py::gil_scoped_release>(),
+        "What this machine reaches: fma, bf16 (GFLOP/s), exp (10^9/s) or read (GB/s)");
+
+  m.attr("SECOND_WHOLE") = attn::cpu::kSecondWhole;  // keys up to which O' and L' are not read
+
+  m.def("use_openmp", &attn::cpu::use_openmp,
+        "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");
+  m.def("supported_isas", &attn::cpu::supported_isas);
+  m.def("isa", &attn::cpu::isa);
+  m.def("isa_forced", &attn::cpu::isa_forced);
+  m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
+  m.def("isa_table", &attn::cpu::isa_table,
+        "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
+  m.def("plant", &attn::cpu::plant, py::arg("tangent") = 0, py::arg("backward_tangent") = 0,
+        py::arg("inspect") = 0, py::arg("backward") = 0,
+        "For tests: the kernels of derivatives, and of attn_ext.inspect, at these addresses run; "
+        "0: our own");
+  m.def("cpu_has", &attn::cpu::cpu_has,
+        "For tests: whether this machine has the CPU features, named as in isa_table()");
+  m.def("emulate_amx", &attn::cpu::amx::emulate,
+        "For tests: take AMX for supported, since an emulator of its instructions is installed");
+
+  if (!attn::add_dense_calls(m.ptr(), held_by) || !attn::add_cache_calls(m.ptr(), held_by))
+    throw py::error_already_set();
+}

@@ -1,6 +1,6 @@
 // Reads torch's tensors through DLPack's exchange table (torch 2.10 and newer), a C interface that
 // is the same in every version of torch, and by CPython's own calling convention: together a
-// quarter of what attributes asked from Python and conversions of each number cost.
+// quarter of what attributes asked from Python and pybind11's conversions of each number cost.
 // Where torch has no such table, `looks` is not used and addresses come from Tensor.data_ptr().
 #include "dense_calls.h"
 

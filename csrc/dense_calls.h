@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "cpu/kernels/options.h"
-#include "gil.h"
 #include "params.h"
 
 namespace attn {
@@ -38,12 +37,15 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-using python::WithoutGil;
-
 // A tensor through the table that use_exchange was given; false with Python's error set.
 bool view(PyObject* x, DLTensor& seen);
 
 inline void* address_of(const DLTensor& x) { return static_cast<char*>(x.data) + x.byte_offset; }
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
 
 using Kernel = void (*)(const Problem&, const Pointers&, const cpu::Options&, int);
 

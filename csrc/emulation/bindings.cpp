@@ -8,7 +8,6 @@
 #include <unordered_map>
 
 #include "../cuda/ptx.cuh"
-#include "../python.h"
 #include "tests/example.cuh"
 #include "tests/faults.cuh"
 #include "tests/hopper.cuh"
@@ -18,7 +17,7 @@ namespace py = pybind11;
 
 namespace attn::cuda {
 // Registers the launch entry points of csrc/cuda; defined there, compiled with -DATTN_EMULATED.
-__attribute__((weak)) void bind(PyObject* module);
+__attribute__((weak)) void bind(py::module_& module);
 }  // namespace attn::cuda
 
 namespace {
@@ -212,12 +211,5 @@ PYBIND11_MODULE(_emulated, m) {
         "the kernels themselves");
   m.def("launch_compiled", launch_compiled, py::arg("body"), py::arg("grid"), py::arg("threads"),
         py::arg("smem_bytes"), py::arg("parameters"));
-  if (attn::cuda::bind) {
-    try {
-      attn::cuda::bind(m.ptr());
-    } catch (const attn::python::Raised& error) {
-      error.restore();
-      throw py::error_already_set();
-    }
-  }
+  if (attn::cuda::bind) attn::cuda::bind(m);
 }

@@ -17,7 +17,7 @@ def tours() -> dict[str, list]:
 
 def defines(text: str, name: str) -> bool:
     """Whether the text defines the name: a function or class of Python, a function of C++ or CUDA,
-    or a function that C++ gives to Python."""
+    or a function that pybind11 gives to Python."""
     python = rf"^ *(?:def|class) {name}\b"
     native = rf"^(?! *return\b)[ \w:<>*&,]*\w[ *&]+{name}\("
     return bool(re.search(rf'{python}|{native}|"{name}"', text, re.MULTILINE))

@@ -3,7 +3,7 @@ backward_tangent.h): dense and varlen calls of softmax attention that the cpu ba
 float32, bfloat16 and float16.
 
 Both functions give None where the kernels leave a call to `attn_ext.backends.blocked`: where an
-input holds NaN or inf, or LSE is so large that its rounding shows.
+input holds NaN or inf.
 """
 
 from __future__ import annotations

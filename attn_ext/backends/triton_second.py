@@ -3,9 +3,9 @@ backward_tangent.py): dense and varlen calls of softmax attention on the devices
 backend, whether that or the cuda backend serves the call itself.
 
 Both functions give None where the kernels leave a call to `attn_ext.backends.blocked`: where an
-input holds NaN or inf, or LSE is so large that its rounding shows.  They look at the inputs for it,
-and wait for the answer; while a CUDA graph is captured, which allows no waiting, the inputs are
-taken for finite.
+input holds NaN or inf, or a row's LSE is so far from 0 that float32 has lost the sum in it, as
+beside a bias of -1e9 over the whole row.  They look at the inputs for it, and wait for the answer;
+while a CUDA graph is captured, which allows no waiting, the inputs are taken for finite and near.
 """
 
 from __future__ import annotations
@@ -48,20 +48,18 @@ def _is_empty(call: Call) -> bool:
     return 0 in (call.q.numel(), call.k.numel(), call.v.numel())
 
 
-def _served(call: Call, near: torch.Tensor | None, *others) -> bool:
-    """Whether the kernels may have the call: no input holds NaN or an infinity, and no |LSE| in
-    `near` is far from 0."""
+def _served(call: Call, lse: torch.Tensor, *others) -> bool:
+    """Whether the kernels may have the call: no input holds NaN or an infinity, and no LSE is far
+    from 0."""
     if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
-    found = tiles.finite(call, *others)
-    if near is not None:
-        found = found & ~((near.abs() > FAR_LSE) & (near != -torch.inf)).any()
-    return bool(found)
+    far = (lse.abs() > FAR_LSE) & (lse != -torch.inf)
+    return bool(tiles.finite(call, *others) & ~far.any())
 
 
 def tangent(call: Call, tangents: Tangents, given: Rows) -> tuple | None:
     """(O', L'), of the O and LSE in `given`."""
-    if _is_empty(call) or not _served(call, None, *tangents):
+    if _is_empty(call) or not _served(call, given.lse, *tangents):
         return None
     from attn_ext.triton_kernels.launch import second
 

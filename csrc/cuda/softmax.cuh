@@ -89,8 +89,16 @@ struct RowResult {
   float log_sum;  // LSE - max_logit, which LSE beside 1e9 has lost
 };
 
-// Base-2 logits in base e.
-ATTN_DEVICE float natural(float s) { return s < kLeast2 && s != -kInf ? kFinfoMin : s * kLn2; }
+// Base-2 logits in base e; what kLeast and -kLeast have left is the least and largest float again.
+ATTN_DEVICE float natural(float s) {
+  return fabsf(s) > -kLeast2 && fabsf(s) < kInf ? (s < 0.0f ? kFinfoMin : -kFinfoMin) : s * kLn2;
+}
+
+// A sink in base 2, held between kLeast and -kLeast as a bias is held above kLeast.
+ATTN_DEVICE float sink_logit(float sink) {
+  const float held = fminf(fmaxf(sink, kLeast), -kLeast);
+  return (fabsf(sink) < kInf ? held : sink) * kLog2e;
+}
 
 // sink: pointer to the head's logit, or null.  All lanes of the warp together.
 ATTN_DEVICE RowResult finish_row(const RowState& state, int r, float scale, const float* sink,
@@ -102,7 +110,7 @@ ATTN_DEVICE RowResult finish_row(const RowState& state, int r, float scale, cons
   if (state.max[r] == -kInf) return {0.0f, -kInf, -kInf, 0.0f, -kInf};
   float total = sum, factor = 1.0f, shift = top;
   if (sink) {  // joins the normaliser only
-    const float s = *sink * kLog2e;
+    const float s = sink_logit(*sink);
     if (s > top) shift = s, factor = exp2_approx(top - s);
     total = sum * factor + exp2_approx(s - shift);
   }

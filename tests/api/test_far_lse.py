@@ -7,6 +7,7 @@ logits; before, P was larger by the number of keys, or infinite.
 
 import pytest
 import torch
+from far_calls import SINKS, check_sink
 
 from attn_ext.testing import check_call, random_call
 
@@ -41,6 +42,12 @@ def test_a_far_sink(seqlen, sink):
     call.sink[:] = sink
     call.bias[:, :, 2:5] = sink
     check_call(call, "cpu")
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_a_sink_at_an_end_of_float32(sink, backend):
+    """A sink that times log2(e) is infinite: no share beside a bias as low, NaN of inf - inf."""
+    check_sink(sink, backend)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32])  # a scale of 1/4, and one that rounds

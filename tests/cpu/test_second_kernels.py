@@ -9,8 +9,16 @@ import pytest
 import tiers
 import torch
 from closeness import assert_same
+from far_calls import SMALLEST, far_call
 from second_calls import EVERY, MORE, SAMPLE, combination
-from second_checks import by_double_backward, by_passes, by_reference, check_dtype, seeds_of
+from second_checks import (
+    by_double_backward,
+    by_forward_mode,
+    by_passes,
+    by_reference,
+    check_dtype,
+    seeds_of,
+)
 
 import attn_ext
 from attn_ext import _C
@@ -18,7 +26,6 @@ from attn_ext.backends import blocked, cpu_second
 from attn_ext.core.schema import Needs, Rows, Tangents
 from attn_ext.ops import execute
 from attn_ext.testing import (
-    assert_close_to_reference,
     needs_of,
     poisoned_memory,
     random_call,
@@ -188,24 +195,41 @@ def test_what_is_not_finite_is_left_to_others(name):
     assert all(x is None for x in passes_of(call, cpu_second))
 
 
-def test_a_far_lse_is_left_to_others():
-    """Weights of which LSE has lost the number: all logits the smallest number, as additive masks
-    have them, in rows of several blocks."""
-    smallest = torch.finfo(torch.float32).min
-    call = random_call(3, bias="q", **LONG)
-    call.bias[:, :, 4] = smallest
-    tangent, backward = passes_of(call, cpu_second)
-    assert tangent is not None and backward is None
-    seeds, twice = seeds_of(call), ("second q", "second k", "second v", "tangent lse")
-    truths, naives = by_reference(to_float64(call), seeds.double()), by_reference(call, seeds)
-    got = by_double_backward(call, seeds)
-    for name in twice:
-        assert_close_to_reference(
-            got[name], truths[name].detach(), naives[name].detach(), "out", name, torch.float32
-        )
-    short = random_call(3, bias="q")
-    short.bias[:, :, 4] = smallest
-    check(short)
+# Rows of a bias far from 0, in one block of keys and in several.
+FAR = {
+    "one block": {"seqlen_q": 30},
+    "several": {"seqlen_q": 34, "seqlen_k": 300},
+    "two panels, grouped heads": {"seqlen_q": 70, "seqlen_k": 300, "heads_q": 2, "causal": True},
+    "packed": {"seqlens_q": [34, 0, 9], "seqlens_k": [300, 3, 9], "batch": 3},
+    "window and sink": {"seqlen_q": 300, "window": (150, 20), "sink": True},
+    "dropout": {"seqlen_q": 20, "seqlen_k": 300, "dropout_p": 0.3},
+    "softcap and mask": {"seqlen_q": 20, "seqlen_k": 300, "softcap": 2.0, "mask": "bk"},
+}
+
+
+@pytest.mark.parametrize("value", [SMALLEST, -1e9, 1e9])
+@pytest.mark.parametrize("shape", FAR)
+def test_rows_of_a_far_bias(shape, value):
+    """exp(S - LSE) without the sum: second derivatives 300 times too large, or squared."""
+    call = far_call(value, **{"heads_k": 1, **FAR[shape]})
+    check_dtype(call, [by_kernels, by_double_backward, by_forward_mode])
+
+
+@pytest.mark.parametrize("sink", [1e4, -1e9, SMALLEST])
+@pytest.mark.parametrize("seqlen", [34, 300])
+def test_a_far_sink(sink, seqlen, isa):
+    """The second gradient of a sink by exp(sink - LSE): 34 times too large in rows of 34 keys."""
+    call = far_call(sink, seqlen_q=34, seqlen_k=seqlen, sink=True)
+    call.sink[:] = sink
+    check_dtype(call, [by_kernels, by_double_backward, by_forward_mode])
+
+
+@pytest.mark.parametrize("seqlen", [34, 300])
+def test_logits_of_ten_billion(seqlen, isa):
+    """NaN of exp(S - LSE) where LSE has fewer digits than a fused scale * S."""
+    call = far_call(0.0, seqlen_q=20, seqlen_k=seqlen, head_dim=32)
+    call.q.mul_(1e5), call.k.mul_(1e5)
+    check_dtype(call, [by_kernels, by_double_backward, by_forward_mode])
 
 
 def test_tangents_with_a_large_common_part_in_long_rows():

@@ -23,6 +23,7 @@ SHAPES = {
 }
 BIASES = ["bhqk", "qk", "bk", "hq", "h"]
 VALUES = [(SMALLEST, torch.float32), (-1e9, torch.bfloat16), (-1e4, torch.float16)]
+SINKS = [SMALLEST, -torch.inf, -SMALLEST]
 each_value = pytest.mark.parametrize(("value", "dtype"), VALUES)
 
 
@@ -40,6 +41,18 @@ def check_far_sink(sink: float, backend: str) -> None:
     call.sink[:] = sink
     call.bias[:, :, 2:5] = sink
     check_call(call, backend)
+
+
+def check_sink(sink: float, backend: str) -> None:
+    """A sink at an end of float32, beside ordinary rows and, if it is low, rows as low as it; of
+    queries that one kernel serves, and of few that another does."""
+    for sizes in ({"seqlen_q": 34, "seqlen_k": 40}, {"seqlen_q": 1, "seqlen_k": 200}):
+        call = random_call(7, bias="qk", batch=1, head_dim=32, sink=True, **sizes)
+        call.sink[0] = sink
+        check_call(call, backend)
+        if sink < 0:
+            call.bias[:, :, :3] = SMALLEST
+            check_call(call, backend)
 
 
 def check_excluded(bias: float, value: float, backend: str) -> None:

@@ -25,7 +25,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_STORE,
     DROPOUT,
     GROUPED,
-    LOG2E,
     SINK,
     STREAM,
     diagonal,
@@ -42,6 +41,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import add_dbias, is_far, score_gradient
+from attn_ext.triton_kernels.kernels.softmax import sink_logit
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def far_queries_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = total - float("inf")
     if SINK & FLAGS:
-        top = total + tl.load(sink + h).to(tl.float32) * LOG2E
+        top = total + sink_logit(sink, h)
         total += 1.0
     top, total = row_sums(
         top, total, q_rows, k_rows, i_first, first, end, b, h, length_q, length_k, off, terms,

@@ -105,9 +105,18 @@ def far_count(row_max, FLAGS: tl.constexpr):
 
 @triton.jit
 def natural(s):
-    """Base-2 logits in base e; what a bias of LEAST has left is finfo.min again."""
-    lowest = (s < LEAST2) & (s != float("-inf"))
-    return tl.where(lowest, FINFO_MIN, s * LN2)
+    """Base-2 logits in base e; what LEAST and -LEAST have left is the least and largest float
+    again."""
+    beyond = (tl.abs(s) > -LEAST2) & (tl.abs(s) < float("inf"))
+    return tl.where(beyond, tl.where(s < 0, FINFO_MIN, -FINFO_MIN), s * LN2)
+
+
+@triton.jit
+def sink_logit(sink, h):
+    """The sink of head h in base 2, held between LEAST and -LEAST as a bias is held above LEAST."""
+    value = tl.load(sink + h).to(tl.float32)
+    held = tl.minimum(tl.maximum(value, LEAST), -LEAST)
+    return tl.where(tl.abs(value) < float("inf"), held, value) * LOG2E
 
 
 @triton.jit
@@ -120,7 +129,7 @@ def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
     largest = tl.where(bad > 0, float("nan"), natural(row_max))
     m_all, l_all, shrink = row_max, row_sum, tl.full(row_max.shape, 1.0, tl.float32)
     if SINK & FLAGS:
-        extra = tl.load(sink + h).to(tl.float32) * LOG2E
+        extra = sink_logit(sink, h)
         m_all = tl.maximum(row_max, extra)
         shrink = tl.exp2(row_max - tl.where(empty, 0.0, m_all))
         l_all = row_sum * shrink + tl.exp2(extra - m_all)

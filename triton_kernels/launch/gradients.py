@@ -26,7 +26,9 @@ def sink_gradient(sink, varlen: bool, lse, delta, base, inverse) -> torch.Tensor
     shape = [-1 if d == head else 1 for d in range(lse.dim())]
     sink = sink.detach().float().view(shape)
     share = torch.exp(sink - lse)
-    far = torch.exp2(sink * primitives.LOG2E.value - base) * inverse
+    least = primitives.LEAST.value
+    held = torch.where(sink.isinf(), sink, sink.clamp(least, -least))
+    far = torch.exp2(held * primitives.LOG2E.value - base) * inverse
     share = torch.where(base < math.inf, far, share)
     # rows without keys, and rows of a varlen buffer without a sequence, have no share
     terms = torch.where(lse == -math.inf, 0.0, share * delta)

@@ -9,6 +9,7 @@
 // of all rows, they are not needed, and written where they are asked for: O' = (P M c) V + (P M) V'
 // is two products more here, and a pass of five alone (tangent.h).
 #pragma once
+#include "cpu/kernels/far_rows.h"
 #include "cpu/kernels/gradient_tangent.h"
 #include "cpu/kernels/key_gradient.h"
 #include "cpu/kernels/query_gradient.h"
@@ -30,6 +31,7 @@ class BackwardTangent {
         tp(dual.tp),
         tptr(dual.tptr),
         threads(threads),
+        far(p, ptr, options),
         dQ(p, ptr, T(p.scale)),
         tdQ(tp, tptr, T(p.scale)) {
     group = p.heads_q / p.heads_k;
@@ -41,18 +43,13 @@ class BackwardTangent {
     d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
   }
 
-  // False, and no result written that counts, where some input is not finite, or LSE is so large
-  // that its rounding shows.
+  // False, and nothing done, where some input is not finite.
   bool run() {
     if (!inputs_finite(x, threads)) return false;
     const int64_t panels = p.batch * p.heads_q * m_tiles;
     for (auto* rows : {&delta, &tdelta, &tlse}) rows->assign(panels * kPanel, T(0));
-    dQ.begin(panels, n_tiles > 1), tdQ.begin(panels, n_tiles > 1);
-    std::atomic<bool> near{true};
-    parallel_for(panels, n_tiles > 1 ? threads : 1, [&](int64_t panel) {
-      if (!prepare(panel)) near = false;
-    });
-    if (!near) return false;
+    dQ.begin(panels, n_tiles > 1), tdQ.begin(panels, n_tiles > 1), far.begin(panels);
+    parallel_for(panels, n_tiles > 1 ? threads : 1, [&](int64_t panel) { prepare(panel); });
     // Where the bias is broadcast, the tasks that add to the same elements become one, in fixed
     // order.
     const bool biased = ptr.dbias || tptr.dbias;
@@ -91,6 +88,8 @@ class BackwardTangent {
   int threads;
   int64_t group, m_tiles, n_tiles, block_n, d_pad, dv_pad;
   std::vector<T> delta, tdelta, tlse;  // D, D', L' [B, Hq, m_tiles, kPanel]
+  const Options options{};             // softmax of dot products
+  FarRows<Op> far;
   QueryGradient<T> dQ, tdQ;
 
   // What a block adds to its rows of a gradient: [BLOCK_N][dim in whole vectors].
@@ -128,22 +127,23 @@ class BackwardTangent {
   }
 
   // L', D = G.O - lam, D' = G'.O + G.O' - lam' and the panel's first ticket.  Panels without keys
-  // end here; those of one block need nothing.  False where LSE is far from 0.
-  bool prepare(int64_t panel) {
+  // end here; those of one block need nothing.
+  void prepare(int64_t panel) {
     const int64_t h = panel / m_tiles % p.heads_q, m0 = panel % m_tiles * kPanel;
     const Sequence seq(p, ptr, panel / m_tiles / p.heads_q);
     const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
     int64_t t0, t1;
-    if (nq <= 0) return true;
+    if (nq <= 0) return;
     key_tiles(seq, m0, nq, &t0, &t1);
     if (t0 >= t1) {
       dQ.write_zeros(seq, h, m0, nq), tdQ.write_zeros(seq, h, m0, nq);
       write_empty_rows(seq, h, m0, nq);
     }
-    if (t1 - t0 <= 1) return true;
+    if (t1 - t0 <= 1) return;
     dQ.first_block(panel, t0), tdQ.first_block(panel, t0);
     const int64_t at = seq.lse_offset(h, m0);
-    const T* lse = static_cast<const T*>(ptr.lse) + at;
+    const Rows all{h, m0, nq, panel, t0, t1};
+    if (far.any(seq, all)) far.find(seq, all);
     auto of = [&](const void* rows, int64_t i) {
       return rows ? static_cast<const T*>(rows)[at + i] : T(0);
     };
@@ -155,16 +155,13 @@ class BackwardTangent {
       return product_of_rows<T>(p.dtype, row_of(a, seq, sa, h, m0 + i),
                                 row_of(b, seq, sb, h, m0 + i), p.head_dim_v, both);
     };
-    bool near = true;
     for (int64_t i = 0; i < nq; ++i) {
       const int64_t row = panel * kPanel + i;
-      near &= std::abs(lse[i]) <= T(kFarLse) || !(std::abs(lse[i]) < T(1e300));
       tlse[row] = of(tptr.lse, i);
       delta[row] = dot(ptr.dout, p.dout, ptr.o, p.o, i) - of(ptr.dlse, i);
       tdelta[row] = dot(tptr.dout, tp.dout, ptr.o, p.o, i) +
                     dot(ptr.dout, p.dout, tptr.o, tp.o, i) - of(tptr.dlse, i);
     }
-    return near;
   }
 
   int64_t scratch_bytes() const {
@@ -278,17 +275,28 @@ class BackwardTangent {
   // The tiles as operands of the products that follow; dBias on the way.
   void gradient(Block& k, const Rows& r, const Panel<T>& panel, const Panel<T>& moved,
                 const Tile& tile) {
-    const auto factors = k.logits(panel, moved, tile);
+    auto factors = k.logits(panel, moved, tile);
+    const bool whole_far = r.whole() && far.any(k.seq, r), part_far = !r.whole() && far.has(r);
+    if (whole_far) {
+      far.find_here(panel, r, tile, factors.logit, k.S, k.lse);
+      factors.logit = T(1);
+    } else if (part_far) {
+      far.copy(r, k.lse, k.inverse);
+      k.ready_rows(panel, tile, factors);
+    }
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     auto rows = [&](const void* base) {
       return base ? static_cast<const T*>(base) + k.seq.lse_offset(r.h, r.m0) : nullptr;
     };
     const typename Block::RowInputs in{kept, rows(ptr.dlse), rows(tptr.dlse), Sink<T>(x, r.h)};
     Block::each_vector(panel, tile, [&](int64_t v, int64_t lo, int64_t hi) {
-      if (!r.whole()) return k.template gradients<false>(v, lo, hi, factors, kept);
-      k.exact_rows(v, lo, hi, r.nq, factors, in);
-      k.template gradients<true>(v, lo, hi, factors, kept);
+      if (r.whole()) k.exact_rows(v, lo, hi, r.nq, factors, in);
+      if (r.whole() || part_far)
+        k.template gradients<true>(v, lo, hi, factors, kept);
+      else
+        k.template gradients<false>(v, lo, hi, factors, kept);
     });
+    if (whole_far) far.keep_inverse(r, k.inverse);
     if (ptr.dbias) k.add_bias_gradient(panel, tile, k.n0);
     if (tptr.dbias) {
       GradientTile<Op> of_tangent;
@@ -379,8 +387,9 @@ class BackwardTangent {
       for (int64_t i = 0; i < seq.seqlen_q; ++i) {
         const double lse = static_cast<const T*>(ptr.lse)[seq.lse_offset(h, i)];
         if (lse == -std::numeric_limits<double>::infinity()) continue;
-        const int64_t row = ((b * p.heads_q + h) * m_tiles + i / kPanel) * kPanel + i % kPanel;
-        const double P = std::exp(double(sink.value) - lse), D = delta[row];
+        const int64_t unit = (b * p.heads_q + h) * m_tiles + i / kPanel, lane = i % kPanel;
+        const int64_t row = unit * kPanel + lane;
+        const double P = far.sink_weight(unit, lane, sink.value, lse), D = delta[row];
         first -= P * D;
         second -= P * ((double(sink.tangent) - tlse[row]) * D + tdelta[row]);
       }

@@ -1,6 +1,6 @@
 // Rows whose LSE is far from 0, as beside a bias of -1e9 or of the smallest float over a whole row:
-// LSE = max + ln(sum) rounds the sum away there, and exp(S - LSE) is a multiple of P.  backward.h
-// takes P = exp(S - base) * inverse for their panels, with numbers of the row's own:
+// LSE = max + ln(sum) rounds the sum away there, and exp(S - LSE) is a multiple of P.  The kernels of
+// gradients and of second derivatives take P = exp(S - base) * inverse for their panels, with numbers of the row's own:
 //   base = max_j S,  inverse = 1 / sum_j exp(S - base), the sink among them.
 // Their scores are computed once more for it where they lie in several blocks of keys.
 #pragma once
@@ -75,6 +75,12 @@ class FarRows {
     std::copy_n(inverse, kPanel, known[r.unit].get() + kPanel);
   }
 
+  // exp(sink - LSE) of a row, lane `lane` of a panel.
+  double sink_weight(int64_t unit, int64_t lane, double sink, double lse) const {
+    const T* own = known[unit].get();
+    return own ? std::exp(sink - own[lane]) * own[kPanel + lane] : std::exp(sink - lse);
+  }
+
   // dsink[h] = -sum over rows of exp(sink - LSE) * delta [B, Hq, m_tiles, kPanel], rows in order
   void add_sink(int64_t h, const std::vector<T>& delta) const {
     const double sink = static_cast<const T*>(ptr.sink)[h];
@@ -86,10 +92,7 @@ class FarRows {
         const double lse = static_cast<const T*>(ptr.lse)[seq.lse_offset(h, i)];
         const int64_t unit = (b * p.heads_q + h) * m_tiles + i / kPanel, lane = i % kPanel;
         if (lse == -std::numeric_limits<double>::infinity()) continue;
-        const T* own = known[unit].get();
-        const double weight =
-            own ? std::exp(sink - own[lane]) * own[kPanel + lane] : std::exp(sink - lse);
-        sum -= weight * double(delta[unit * kPanel + lane]);
+        sum -= sink_weight(unit, lane, sink, lse) * double(delta[unit * kPanel + lane]);
       }
     }
     static_cast<T*>(ptr.dsink)[h] = T(sum);

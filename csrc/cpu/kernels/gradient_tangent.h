@@ -57,6 +57,17 @@ struct GradientTangent : TangentTile<T> {
     store(delta + v, D), store(tdelta + v, tD);
   }
 
+  // What exact_rows leaves, of rows that have keys in other blocks, too: with `inverse` and a base
+  // in place of LSE at hand, and L' in `tlse`.
+  ATTN_NOINLINE void ready_rows(const Panel<T>& panel, const Tile& tile, Factors factors) {
+    GradientTile<Plain<T>>::weigh(panel, tile, factors.logit);
+    Base::each_vector(panel, tile, [&](int64_t v, int64_t lo, int64_t hi) {
+      for (int64_t at = lo * kPanel + v; at < hi * kPanel; at += kPanel)
+        store(tS + at, load(tS + at) * factors.tangent);
+    });
+    std::copy_n(tlse, kPanel, rest);
+  }
+
   // S: logits in (READY: what exact_rows left), P M out; tS: t' in, P M c out; dP in, dT out; tdP
   // in, dT' out.
   template <bool READY>

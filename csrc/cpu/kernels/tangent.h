@@ -2,9 +2,11 @@
 //   L' = sum P t' + P_sink sink',   O' = sum P M ((t' - L') V + V')
 // with t' as tangent_tile.h says and M dropout's factor.  One task = a panel of queries of one
 // head. O and LSE are given: LSE is the base of the exponentials, whose sum is taken again, so that
-// its rounding does not show.  t' is taken relative to its mean over the first keys that a row
-// sees: a part that the tangents of all keys have in common costs no digits.
+// its rounding does not show; far from 0 their base is the largest logit (far_rows.h).  t' is taken
+// relative to its mean over the first keys that a row sees: a part that the tangents of all keys
+// have in common costs no digits.
 #pragma once
+#include "cpu/kernels/far_rows.h"
 #include "cpu/kernels/tangent_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -17,7 +19,8 @@ class Tangent {
   static constexpr int L = kLanes<T>;
 
  public:
-  Tangent(const Dual& dual, int threads) : x(dual), p(dual.p), ptr(dual.ptr), threads(threads) {
+  Tangent(const Dual& dual, int threads)
+      : x(dual), p(dual.p), ptr(dual.ptr), threads(threads), far(p, ptr, options) {
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
     products = x.tptr.q || x.tptr.k;
     moving = products || x.tptr.bias || x.tptr.sink;
@@ -27,6 +30,7 @@ class Tangent {
   bool run() {
     if (!inputs_finite(x, threads)) return false;
     const int64_t tasks = p.batch * p.heads_q * m_tiles;
+    far.begin(tasks);
     // Causal panels see more keys the later they are: the last ones first.
     parallel_for(tasks, threads, [&](int64_t task) { panel(tasks - 1 - task); });
     return true;
@@ -38,6 +42,8 @@ class Tangent {
   const Pointers& ptr;
   int threads;
   int64_t m_tiles;
+  const Options options{};  // softmax of dot products
+  FarRows<Op> far;
   bool products, moving;  // some t' may be other than bias'; than 0
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -57,7 +63,8 @@ class Tangent {
     T *sum{}, *moved{}, *mean{};  // [kPanel] sum P, sum P (t' - mean)
     T* block{};                   // kLanes rows
     PanelScratch<T> side{};
-    bool begun = false;  // W holds something
+    bool begun = false;   // W holds something
+    bool is_far = false;  // some rows' base is other than LSE
   };
 
   int64_t scratch_bytes() const {
@@ -67,7 +74,7 @@ class Tangent {
                                  MaskBits<T>::size(kForwardKeys));
   }
 
-  void panel(int64_t task) const {
+  void panel(int64_t task) {
     const int64_t b = task / m_tiles / p.heads_q, h = task / m_tiles % p.heads_q;
     const Sequence seq(p, ptr, b), tseq(x.tp, x.tptr, b);
     Work w(seq, tseq, Sink<T>(x, h), h);
@@ -76,6 +83,13 @@ class Tangent {
     if (w.nq <= 0) return;
     Scratch scratch(scratch_bytes());
     begin(w, scratch);
+    const Rows rows{h, w.m0, w.nq, task, 0, 0};
+    w.is_far = far.any(seq, rows);
+    if (w.is_far) {
+      T inverse[kPanel];
+      far.find(seq, rows);
+      far.copy(rows, w.lse, inverse);
+    }
     int64_t lo, hi;
     seq.key_range(w.m0, w.m0 + w.nq, &lo, &hi);
     for (int64_t n0 = lo / kForwardKeys * kForwardKeys; n0 < hi; n0 += kForwardKeys)
@@ -128,7 +142,14 @@ class Tangent {
       multiply_tile(segments, keys(w, x.tptr.k, x.tp.k, n0, nk, p.head_dim, w.K), w.Qt, p.head_dim,
                     w.tS, x.tptr.q != nullptr);
     if (!products) clear_tile(segments, w.tS);
-    const auto factors = w.logits(panel, moved, tile);
+    auto factors = w.logits(panel, moved, tile);
+    if (w.is_far) {  // scale * S - base in one operation has digits that the base has not
+      const T scale = factors.logit;
+      factors.logit = T(1);
+      TangentTile<T>::each_vector(panel, tile, [&](int64_t v, int64_t lo, int64_t hi) {
+        scale_scores(w.S + v, lo, hi, scale);
+      });
+    }
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     TangentTile<T>::each_vector(panel, tile, [&](int64_t v, int64_t lo, int64_t hi) {
       weigh(w, v, lo, hi, factors);

@@ -128,7 +128,7 @@ struct Far {
       const float usable = top == -kInf ? 0.0f : top;  // -inf - -inf would be NaN
       sum = sum * exp2_approx(before - usable) + exp2_approx(s - usable);
     }
-    const float sink = p.ptr.sink ? static_cast<const float*>(p.ptr.sink)[h] * kLog2e : -kInf;
+    const float sink = p.ptr.sink ? sink_logit(static_cast<const float*>(p.ptr.sink)[h]) : -kInf;
     base = fmaxf(warp_max(top), sink);
     sum = warp_sum(top == -kInf ? 0.0f : sum * exp2_approx(top - base));
     inverse = 1.0f / (p.ptr.sink ? sum + exp2_approx(sink - base) : sum);

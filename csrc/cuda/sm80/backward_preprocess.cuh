@@ -43,7 +43,7 @@ ATTN_KERNEL(kRowThreads) void backward_sink(ATTN_GRID_CONSTANT const Params p) {
       const int64_t at = seq.lse_offset(p, h, i);
       const float lse = static_cast<const float*>(p.ptr.lse)[at];
       if (lse == -kInf) continue;
-      const float weight = is_far(lse) ? exp2f(sink * kLog2e - far.base[at]) * far.inverse[at]
+      const float weight = is_far(lse) ? exp2f(sink_logit(sink) - far.base[at]) * far.inverse[at]
                                        : exp2f((sink - lse) * kLog2e);
       sum -= double(weight) * p.delta[at];
     }

@@ -9,10 +9,12 @@ import torch
 from far_calls import (
     BIASES,
     SHAPES,
+    SINKS,
     SMALLEST,
     bound_in,
     check_excluded,
     check_far_sink,
+    check_sink,
     each_value,
     far_call,
 )
@@ -40,6 +42,12 @@ def test_dbias_of_far_rows(bias, deterministic):
 def test_a_far_sink(sink):
     """The sink's gradient by exp(sink - LSE), and rows whose base is the sink, not a key."""
     check_far_sink(sink, "triton")
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_a_sink_at_an_end_of_float32(sink):
+    """A sink that times log2(e) is infinite: no share beside a bias as low, NaN of inf - inf."""
+    check_sink(sink, "triton")
 
 
 @pytest.mark.parametrize("head_dim", [16, 32])  # a scale of 1/4, and one that rounds

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from closeness import FLOAT32, assert_close, assert_same
+from far_calls import SMALLEST, far_call
 from second_calls import FEATURES, SAMPLE, combination
 from second_checks import (
     by_double_backward,
@@ -144,12 +145,23 @@ def test_what_the_kernels_leave_to_others(monkeypatch):
     seeds = seeds_of(call)
     rows = Rows(*[seeds.dout, None] * 4)._replace(lse=seeds.dlse + 1e4)
     assert triton_second.backward_tangent(call, Tangents(), rows, Needs(), Needs()) is None
+    assert triton_second.tangent(call, Tangents(), rows) is None
     monkeypatch.setattr(launch, "tangent", lambda *a: 1 / 0)
     hidden = random_call(3, mask="k", head_dim=5, **SMALL)
     hidden.mask[..., 2], hidden.mask[..., 0] = False, True
     hidden.k[:, :, 2] = torch.nan
     found = by_forward_mode(on_triton(hidden), seeds_of(hidden))
     assert all(x.isfinite().all() for x in found.values())
+
+
+def test_rows_far_from_zero():
+    """NaN in tangents of logits of 1e10, of which LSE has fewer digits; a far sink."""
+    products = random_call(7, head_dim=32, seqlen_q=20, seqlen_k=34, **SMALL)
+    products.q.mul_(1e5), products.k.mul_(1e5)
+    beside_sink = far_call(SMALLEST, seqlen_q=34, sink=True)
+    beside_sink.sink[:] = SMALLEST
+    for call in (products, beside_sink):
+        check_dtype(on_triton(call), [by_double_backward, by_forward_mode])
 
 
 def test_who_serves():

@@ -347,13 +347,23 @@ ATTN_NOINLINE bool all_finite(const char* data, int64_t row_bytes, int64_t n, in
     }
     return bad == 0 && all_equal<Item>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), Vec<Item>{});
   } else {
-    uint32_t bad = 0;  // an exponent of ones
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t d = 0; d < count; ++d) {
-        const uint32_t x = item_at<uint32_t>(data + j * row_bytes + d * 4);
-        bad |= uint32_t((x & 0x7f80u) == 0x7f80u) | uint32_t((x & 0x7f800000u) == 0x7f800000u);
+    // An exponent of ones, and no other, carries into the sign.
+    constexpr int L = kLanes<float>;
+    const auto carried = [](auto x) { return (x & 0x7f807f80u) + 0x00800080u; };
+    uint32_t bad = 0;
+    Vec<uint32_t> lanes{};
+    for (int64_t j = 0; j < n; ++j) {
+      const char* row = data + j * row_bytes;
+      int64_t d = 0;
+      for (; d + L <= count; d += L) {
+        Vec<uint32_t> x;
+        std::memcpy(&x, row + d * 4, sizeof(x));
+        lanes |= carried(x);
       }
-    return !bad;
+      for (; d < count; ++d) bad |= carried(item_at<uint32_t>(row + d * 4));
+    }
+    for (int lane = 0; lane < L; ++lane) bad |= lanes[lane];
+    return !(bad & 0x80008000u);
   }
 }
 

@@ -7,7 +7,13 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 import attn_ext
 
@@ -17,12 +23,18 @@ def attend(q, k, v, bias, sink):
     return out, lse
 
 
+def summed(x):
+    """x with the parts of a sum added up: torch 2.6 squares each part of a gradient that is one."""
+    partial = isinstance(x, DTensor) and any(p.is_partial() for p in x.placements)
+    return x.redistribute(placements=[Replicate()]) if partial else x
+
+
 def penalty(inputs):
     """The gradients of a function of the gradients, and how the latter are placed."""
     out, lse = attend(*inputs)
     loss = out.square().sum() + lse.sum()
     first = torch.autograd.grad(loss, inputs, create_graph=True)
-    return first, torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    return first, torch.autograd.grad(sum(summed(g).square().sum() for g in first), inputs)
 
 
 def check_second(parts, whole) -> None:

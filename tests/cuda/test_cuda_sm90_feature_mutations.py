@@ -56,7 +56,7 @@ def made(name, options):
         call.bias[:, :, 2] = torch.finfo(torch.bfloat16).min
         call.bias[:, :, 3, :200] = -1e9
         call.bias[:, :, 4, 200:] = -1e9
-        call.bias[:, :, 5, :200], call.bias[:, :, 5, 200:] = 5.3e8, 5.5e8
+        call.bias[:, :, 5, :200], call.bias[:, :, 5, 200:] = 5.5e8, 5.3e8
     if name == "grows":  # logits of which each tile has larger ones
         call.k.mul_(torch.arange(400).div(128, rounding_mode="floor").mul(3)[:, None] + 1)
     return call

@@ -5,8 +5,8 @@ call get from its keys, where these are some of all the keys that the queries se
     backward   P = exp(t - LSE)   dT = P (M dP - delta)   dQ = scale dZ K   dK = scale dZ^T Q ...
 
 with LSE = base + rest, two numbers (`attn_ext.ops.parts`), and delta = rowsum(dO * O) - dLSE of
-whole rows in the backward.  It serves what no kernel does: calls with frames on a GPU without
-Triton, and far rows there (sums.py).  All results are in the statistics' dtype.
+whole rows in the backward.  It serves what no kernel does: frames on a GPU without kernels, and
+far rows on GPUs (sums.py).  All results are in the statistics' dtype.
 """
 
 from __future__ import annotations

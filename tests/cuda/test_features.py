@@ -12,6 +12,7 @@ import re
 import pytest
 import seen
 import torch
+from closeness import BF16_WEIGHTS, relative
 from repository import ROOT
 
 pytest.importorskip(
@@ -21,10 +22,10 @@ pytest.importorskip(
 from fake_driver import Kernels, driver
 
 from attn_ext import _emulated
-from attn_ext.backends import jit
+from attn_ext.backends import jit, shards
 from attn_ext.backends.jit import sources
 from attn_ext.cli import compile as command
-from attn_ext.testing import check_call, random_call
+from attn_ext.testing import check_call, needs_of, random_call
 
 CSRC = ROOT / "csrc"
 BITS = sources.features(CSRC)
@@ -115,6 +116,7 @@ def mix(seed):
     return options
 
 
+FRAME = {"frame": (3, 1, 40, 21, 190, 230), "window": (60, 9), "alibi": True, "dropout_p": 0.3}
 CASES = {
     **{name: options for name, (options, _) in SINGLE.items()},
     "bias in float32": {"bias": "hqk", "cast": torch.float32},
@@ -129,6 +131,7 @@ CASES = {
     "decode without features": {"cache_seqlens": [200], "seqlen_q": 2},
     "packed sequences": {"mask": "bk", "seqlens_q": [5, 71, 1], "seqlens_k": [7, 133, 0],
                          "dropout_p": 0.2, "stats": True},
+    "frame": FRAME,
     **{f"mix {seed}": mix(seed) for seed in range(6)},
 }  # fmt: skip
 # On the kernels for Hopper: whole tiles and an edge.
@@ -148,6 +151,7 @@ CASES |= {
                                      "head_dim": 192},
     "hopper: packed sequences": {"mask": "bk", "seqlens_q": [5, 71, 1], "seqlens_k": [7, 133, 0],
                                  "dropout_p": 0.2, "alibi": "b", "head_dim": 64},
+    "hopper: frame": FRAME | {"head_dim": 64},
     **{f"hopper: mix {seed}": mix(seed) | {"head_dim": 64} for seed in range(10, 14)},
 }  # fmt: skip
 # at each commit two of them; `make test-ptx` takes all
@@ -160,12 +164,14 @@ def test_exactly_these_features_compute_what_they_should(name):
     """A feature that a kernel leaves out because its bit is another one's, or that is compiled in
     two ways of which one is wrong."""
     options = dict(SIZES, **{}) | CASES[name]
-    cast = options.pop("cast", None)
+    cast, frame = options.pop("cast", None), options.pop("frame", None)
     if "seqlens_q" in options:
         options = {k: v for k, v in options.items() if k not in ("batch", "seqlen_q", "seqlen_k")}
     call = random_call(3, **options)
     if cast is not None:
         call = call._replace(bias=call.bias.to(cast))
+    if frame is not None:
+        call = call._replace(frame=torch.tensor([frame], dtype=torch.int32))
     hopper = name.startswith("hopper")
     with driver(90 if hopper else 80) as fake:
         kernels = Kernels()
@@ -205,3 +211,31 @@ def test_the_backward_of_hopper_computes_what_it_should(name):
         check_call(call, kernels, grads=True)
         (asked,) = [n for n, _ in fake.compiled if "::sm90::backward_features" in n]
         assert "any" not in sources.flags_of(asked, CSRC)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("capability", "head_dim"), [(80, 32), (90, 64)])
+def test_parts_as_they_are_compiled(capability, head_dim):
+    """O or a gradient that the kernels of a part store in 16 bits, which the emulator's, compiled
+    for any feature, do not show; a frame that counts for those alone."""
+    call = random_call(3, **{**SIZES, "seqlen_q": 70, "seqlen_k": 90, "head_dim": head_dim},
+                       window=(60, 9))  # fmt: skip
+    frame = torch.tensor([[3, 1, 40, 21, 190, 230]], dtype=torch.int32)
+    call = call._replace(frame=frame)
+    shape = call.q.shape[:3]
+    dout, delta = torch.randn(*shape, call.v.shape[-1]).bfloat16(), torch.randn(shape)
+    with driver(capability) as fake:
+        kernels = Kernels()
+        kernels.sm90 = capability == 90
+        kernels._devices[0] = (1, kernels.sm90)  # one multiprocessor: the keys are not shared out
+        out, sums = kernels.forward_partial(call)
+        grads = kernels.backward_partial(call, dout, delta, sums, needs_of(call))
+        assert (
+            set(features_in(fake)) == set(features_in(fake, "backward_features")) == {"frame part"}
+        )
+    wide = call._replace(**{name: getattr(call, name).float() for name in ("q", "k", "v")})
+    want, want_sums = shards.forward_partial(wide)
+    exact = shards.backward_partial(wide, dout.float(), delta, want_sums, needs_of(call))
+    for got, x in zip((out, *grads[:3]), (want, *exact[:3]), strict=True):
+        assert got.dtype == torch.float32 and relative(got, x) <= BF16_WEIGHTS
+        assert not torch.equal(got, got.bfloat16().float())

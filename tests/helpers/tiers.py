@@ -33,6 +33,7 @@ THOROUGH = {
     "cpu/test_threads_and_fork.py": "processes that could hang",
     "cuda/test_cuda_far_mutations.py": "a compilation each",
     "cuda/test_cuda_frame_mutations.py": "a compilation each",
+    "cuda/test_features.py::test_parts_as_they_are_compiled": "compiles kernels",
     "cuda/test_frames.py::test_frames_of_whole_calls": "each feature at each place",
     "cuda/test_cuda_kernels.py::test_backward_in_one_kernel": "long sequences",
     "cuda/test_cuda_kernels.py::test_backward_in_two_kernels": "long sequences",

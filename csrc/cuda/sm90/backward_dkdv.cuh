@@ -396,8 +396,8 @@ ATTN_DEVICE void produce_row_values(const Params& p, const KeyTask& task,
   if (lane_id() == 0) mbarrier_arrive(smem.Q.full_bar(turn));
 }
 
-// A kernel with a task of keys; produce(task, smem): what the producer's warps do beside the copies,
-// consume(task, smem): what its consumers do.
+// A kernel with a task of keys; produce(task, smem): what the producer's warps do beside the
+// copies, consume(task, smem): what its consumers do.
 template <class Tile, class Memory, class Produce, class Consume>
 ATTN_DEVICE void run_key_task(const BackwardParams& x, const Produce& produce,
                               const Consume& consume) {

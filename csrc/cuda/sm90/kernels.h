@@ -83,8 +83,8 @@ inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
   if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
   return p.heads_q * sum_tiles(p, ptr) * 64 * head_dim;
 }
-// Whether they serve what a call has beside Q, K and V (features.h): of masks and biases those whose
-// rows come 4 keys at a time.
+// Whether they serve what a call has beside Q, K and V (features.h): of masks and biases those
+// whose rows come 4 keys at a time.
 inline bool backward_knows_features(const Problem& p, const Pointers& ptr) {
   const int bits = backward_features(p, ptr);
   const bool fours = (!(bits & kMask) || bits & kMaskVectors) &&

@@ -55,16 +55,14 @@ struct SideTile {
           at + uint32_t(row * WIDE_ROW + ((lane >> 1 ^ (row >> 1 & 3)) << 5) + (lane & 1) * 16);
       if (count == 4) return cp_async_16(to, from);
       ATTN_UNROLL
-      for (int e = 0; e < 3; ++e)
-        if (e < count) sts_f32(to + 4 * e, from[e]);
+      for (int e = 0; e < 4; ++e) sts_f32(to + 4 * e, e < count ? from[e] : 0.0f);
     } else {
       const T* from = static_cast<const T*>(p.ptr.bias) + element;
       const uint32_t to =
           at + uint32_t(row * BIAS_ROW + ((lane >> 1 ^ (row & 7)) << 4) + (lane & 1) * 8);
       if (count == 4) return cp_async_4(to, from), cp_async_4(to + 4, from + 2);
       ATTN_UNROLL
-      for (int e = 0; e < 3; ++e)
-        if (e < count) sts_16(to + 2 * e, from[e].bits);
+      for (int e = 0; e < 4; ++e) sts_16(to + 2 * e, e < count ? from[e].bits : uint16_t(0));
     }
   }
 
@@ -124,8 +122,8 @@ struct FeatureMemory : KeyMemory<Tile> {
 };
 
 // A warp of those that bring the sides of every third query, or pair of queries, of each tile.  It
-// has 24 registers at 128 columns.  Rows behind the last query are the last once more; keys behind
-// the last are whatever lies there: their weights are 0.
+// has 24 registers at 128 columns.  Rows behind the last query are the last once more, keys behind
+// the last 0: their weights are 0.
 template <class T, class Tile>
 struct SideProducer {
   static constexpr int BITS = Tile::BITS, M = Tile::BLOCK_M;

@@ -79,8 +79,8 @@ struct FusedTile : KeyGradientTile<HEAD_DIM> {
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
 
-// The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of queries,
-// lie in a ring of one or two stages in what is left of 227 KiB.
+// The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of
+// queries, lie in a ring of one or two stages in what is left of 227 KiB.
 constexpr int SHARED_MEMORY = 227 * 1024, SIDE_WARPS = 3;
 template <int HEAD_DIM>
 struct SideRoom : FusedTile<HEAD_DIM> {
@@ -118,9 +118,7 @@ constexpr int feature_head_dim(int head_dim, int features) {
 }
 // Of a call's features those that a backward kernel is compiled for: a sink is in LSE, and weights
 // are selected behind the scale, whatever that is.
-constexpr int backward_features_of(int features) {
-  return features & ~(kSink | kStats | kScale);
-}
+constexpr int backward_features_of(int features) { return features & ~(kSink | kStats | kScale); }
 
 struct ForwardParams {
   Params p;

@@ -71,7 +71,7 @@ def run(wanted: list[Case], peer_names, budget: float, out: Path | None, as_json
     device = wanted[0].device
     if device == "cpu" and registry.get("cpu").available():
         raise BadArgument("no backend of attn_ext works here; see attn-ext doctor")
-    console = Console(highlight=False, stderr=as_json)
+    console = Console(highlight=False, markup=False, stderr=as_json)
     begun = time.perf_counter()
     report = Report("attn-ext bench", machine(device))
     if out:
@@ -107,7 +107,7 @@ def run(wanted: list[Case], peer_names, budget: float, out: Path | None, as_json
             last = row.case
             style = "bold" if row.peer == "attn_ext" else "red" if row.state == "wrong" else None
             table.add_row(*values, style=style)
-        wide = Console(highlight=False, width=max(console.width, 150))
+        wide = Console(highlight=False, markup=False, width=max(console.width, 150))
         wide.print(table)
         if report.ceilings:
             console.print(f"ceilings: {ceilings_line(report.ceilings)}")
@@ -132,4 +132,4 @@ def _figures(report: Report, out: Path, console) -> None:
         plots.roofline(report, out / "roofline.png")
         console.print(f"wrote {out}/bars.png, roofline.png", soft_wrap=True)
     except ImportError as error:
-        console.print(f"no figures: {error}", markup=False)
+        console.print(f"no figures: {error}")

@@ -186,7 +186,7 @@ def run(as_json: bool) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     c = found["cpu"]
     console.print(f"[bold]attn_ext {found['attn_ext']}[/], Python {found['python']}, "
                   f"{found['platform']}")  # fmt: skip

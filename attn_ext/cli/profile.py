@@ -77,7 +77,7 @@ def _print(result, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(report.headline(result), style="bold", soft_wrap=True)
     if result.groups:
         table = Table()
@@ -86,7 +86,7 @@ def _print(result, out: Path) -> None:
             table.add_column(name, justify="left" if text else "right")
         for group in result.groups:
             table.add_row(*report.cells(group))
-        Console(highlight=False, width=max(console.width, 150)).print(table)
+        Console(highlight=False, markup=False, width=max(console.width, 150)).print(table)
     for line in report.arithmetic(result):
         console.print(line, soft_wrap=True)
     console.print(f"wrote {out}/trace.json, profile.json, profile.html", soft_wrap=True)

@@ -33,7 +33,7 @@ def run(minutes, device, anew, head_dims, dtype, out, as_json) -> int:
         raise BadArgument(f"nothing to measure: {registry.get('cpu').available()}")
     from rich.console import Console
 
-    console = Console(highlight=False, stderr=as_json)
+    console = Console(highlight=False, markup=False, stderr=as_json)
     end = time.monotonic() + 60 * minutes
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
         tune_tiles(time.monotonic() + 30 * minutes, head_dims, dtype, console.print)
@@ -113,4 +113,4 @@ def _print(console, table: tuned.Table, left_out: list[dict]) -> None:
         key = (one["engine"], one["reason"])
         reasons[key] = reasons.get(key, 0) + 1
     for (name, why), count in reasons.items():
-        console.print(f"left out {name}: {why} ({count})", style="dim", markup=False)
+        console.print(f"left out {name}: {why} ({count})", style="dim")

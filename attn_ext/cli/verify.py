@@ -36,7 +36,7 @@ def run(backend, also, full, only, device, strict, report, as_json) -> int:
         raise BadArgument("no backend of attn_ext works here; see attn-ext doctor")
     from rich.console import Console
 
-    console = Console(highlight=False, stderr=as_json)
+    console = Console(highlight=False, markup=False, stderr=as_json)
     for line in absent:
         console.print(f"left out: {line}", style="dim")
     begun = time.perf_counter()
@@ -175,20 +175,18 @@ def _print(console, outcomes: list[Outcome], seconds: float) -> None:
             style="red" if row["fail"] else None,
         )  # fmt: skip
         last = row["subject"]
-    wide = type(console)(highlight=False, width=max(console.width, 140))
+    wide = type(console)(highlight=False, markup=False, width=max(console.width, 140))
     wide.print(table)
     for o in outcomes:
         if o.state == "fail":
             style = "bold red" if o.ours else "yellow"
-            console.print(f"FAIL {o.subject}: {o.name}: {o.reason}", style=style, markup=False,
-                          soft_wrap=True)  # fmt: skip
+            console.print(f"FAIL {o.subject}: {o.name}: {o.reason}", style=style, soft_wrap=True)
     reasons: dict[tuple[str, str], int] = {}
     for o in outcomes:
         if o.state == "n/a":
             reasons[o.subject, o.reason] = reasons.get((o.subject, o.reason), 0) + 1
     for (subject, reason), count in reasons.items():
-        console.print(f"n/a {subject}: {reason} ({count})", style="dim", markup=False,
-                      soft_wrap=True)  # fmt: skip
+        console.print(f"n/a {subject}: {reason} ({count})", style="dim", soft_wrap=True)
     passed = sum(o.state == "pass" and o.ours for o in outcomes)
     failed = sum(o.state == "fail" and o.ours for o in outcomes)
     line = f"attn_ext: {passed} passed, {failed} failed"

@@ -72,8 +72,8 @@ class LazyMask(torch.Tensor):
             mask = args[0]
             return LazyMask(mask.shape, mask.device, mask.structure, mask.dense)
 
-        def real(x):
-            return x.dense() if isinstance(x, LazyMask) else x
+        def real(x):  # contiguous, as it says of itself: torch makes a view of a reshape by that
+            return x.dense().contiguous() if isinstance(x, LazyMask) else x
 
         return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
 

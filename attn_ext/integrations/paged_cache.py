@@ -33,8 +33,9 @@ class CachedRows(torch.Tensor):
         self.cache, self.is_value, self.length = cache, is_value, length
 
     def dense(self) -> torch.Tensor:
-        """A copy that has memory."""
-        return self.cache.gathered()[self.is_value][:, :, : self.length]
+        """A copy that has memory, contiguous as this tensor says of itself: torch makes a view of
+        a reshape by that."""
+        return self.cache.gathered()[self.is_value][:, :, : self.length].contiguous()
 
     def __repr__(self, *, tensor_contents=None):
         return f"CachedRows(shape={tuple(self.shape)})"

@@ -286,6 +286,8 @@ def test_a_lazy_mask_is_a_tensor_to_everybody_else():
     assert torch.equal(mask.expand(2, 4, 6, 6), true.expand(2, 4, 6, 6))
     assert torch.equal(mask.to(torch.float32), true.float()) and bool(mask.any())
     assert isinstance(mask.detach(), LazyMask) and "LazyMask" in repr(mask)
+    spread = LazyMask((2, 1, 6, 6), mask.device, mask.structure, lambda: true[:1].expand_as(true))
+    assert torch.equal(spread.reshape(-1), true[:1].expand_as(true).reshape(-1))
 
 
 def test_bad_arguments():

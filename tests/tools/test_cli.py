@@ -108,6 +108,15 @@ def test_verify_passes_and_reports(capsys, tmp_path):
     assert str(path.name) in err
 
 
+def test_square_brackets_are_text(capsys, tmp_path):
+    """Names and remedies such as `pip install 'attn_ext[peers]'` whose end the console takes for
+    colours and leaves out."""
+    path = tmp_path / "r[cpu].html"
+    code, out, _ = run(capsys, "verify", "--quick", "--only", "S = 16", "--backend", "cpu",
+                       "--report", path)  # fmt: skip
+    assert code == 0 and "r[cpu].html" in out
+
+
 def test_verify_names_the_case_that_a_wrong_backend_fails(capsys, planted, tmp_path):
     """An off-by-one mask that conformance does not see."""
     path = tmp_path / "r.html"

@@ -33,6 +33,7 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
     },
     "sm90": {
         "forward": "sm90/forward.cuh",
+        "forward_features": "sm90/forward_features.cuh",
         "backward_dq": "sm90/backward_dq.cuh",
         "backward_dkdv": "sm90/backward_dkdv.cuh",
         "backward_fused": "sm90/backward_fused.cuh",

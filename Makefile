@@ -64,9 +64,8 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # What takes minutes to compile is compiled where its sources are not those of tests/seen, and else in
 # turn (tests/helpers/seen.py).  seen writes what is new there (`ATTN_EXT_SEEN=write make test` does so,
 # too); test-anew compiles all of it, on every architecture, whatever was seen.
-COMPILED := $(addprefix tests/cuda/test_, cuda_far_mutations.py emulator.py emulator_mutations.py \
-  nvcc.py ptx.py ptx_mutations.py) $(addprefix tests/cpu/test_, cpu_sources.py far_row_mutations.py \
-  few_queries_mutations.py inspect_kernel_mutations.py second_kernel_mutations.py) \
+COMPILED := $(wildcard tests/*/test_*_mutations.py) \
+  $(addprefix tests/cuda/test_, emulator.py machine_code.py ptx.py) tests/cpu/test_cpu_sources.py \
   tests/triton/test_triton_compile.py \
   tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py \
   $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)

@@ -90,7 +90,7 @@ def compiler() -> str:
 
 
 # Bytes of spill stores and loads that kernels may have, by a pattern of the name and architecture:
-# where in these kernels they stand was not looked at but in those of test_nvcc.py, which
+# where in these kernels they stand was not looked at but in those of test_machine_code.py, which
 # counts them in the hot loops.
 SPILLS: tuple[tuple[str, int], ...] = (
     (r"sm80::backward_far_.*", 136),  # for rows that are rare

@@ -1,6 +1,6 @@
 """attn_ext.backends.jit: kernels by NVRTC, and the files that keep them.
 
-What kernels take is the matter of test_nvcc.py, what they compute of test_ptx.py.
+What kernels take is the matter of test_machine_code.py, what they compute of test_ptx.py.
 """
 
 import errno

@@ -55,10 +55,10 @@ THOROUGH = {
     "cuda/test_emulator_sm90.py::test_program_agrees_with_the_module": "compiles the emulator",
     "cuda/test_emulator_sm90.py::test_program_compiles_with_nvcc": "nvcc",
     "cuda/test_golden_bits.py": "compiles the emulator",
-    "cuda/test_nvcc.py::test_hopper_kernels_compute_while_the_tensor_cores_do": "NVRTC",
-    "cuda/test_nvcc.py::test_hopper_kernels_use_hoppers_instructions": "NVRTC",
-    "cuda/test_nvcc.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "NVRTC",
-    "cuda/test_nvcc.py::test_kernels_take_no_more_than_the_table_says": "NVRTC",
+    "cuda/test_machine_code.py::test_hopper_kernels_compute_while_the_tensor_cores_do": "NVRTC",
+    "cuda/test_machine_code.py::test_hopper_kernels_use_hoppers_instructions": "NVRTC",
+    "cuda/test_machine_code.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "NVRTC",
+    "cuda/test_machine_code.py::test_kernels_take_no_more_than_the_table_says": "NVRTC",
     "cuda/test_ptx.py::test_kernels": "compiles kernels",
     "cuda/test_ptx.py::test_races_in_compiled_code_name_lines_of_ptx": "compiles kernels",
     "cuda/test_ptx.py::test_several_makers_of_one_library": "compiles",
@@ -131,7 +131,7 @@ THOROUGH = {
 # Begun before all others, since some of each takes ten seconds and more
 FIRST = (
     "tests/tools/test_gpu_bench.py", "tests/tools/test_family_examples.py",
-    "tests/tools/test_examples.py", "tests/triton/test_triton_", "tests/cuda/test_nvcc.py",
+    "tests/tools/test_examples.py", "tests/triton/test_triton_", "tests/cuda/test_machine_code.py",
     "tests/torch/test_compile.py", "tests/torch/test_allocations.py", "tests/torch/test_dtensor.py",
     "tests/api/test_backends_hypothesis.py",
 )  # fmt: skip

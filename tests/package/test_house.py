@@ -20,9 +20,11 @@ def test_what_make_check_leaves_out_exists(place):
 def test_the_table_is_read_by_room_file_and_test():
     """A whole room left out by the name of one test, or nothing at all."""
     assert tiers.reason("tests/triton/interpreter/test_decode.py::test_x[a/b::c]")
-    assert tiers.reason("tests/cuda/test_nvcc.py::test_hopper_kernels_use_hoppers_instructions[a]")
+    assert tiers.reason(
+        "tests/cuda/test_machine_code.py::test_hopper_kernels_use_hoppers_instructions[a]"
+    )
     assert tiers.reason("torch/test_dtensor.py") and not tiers.reason("torch/test_fast.py")
-    assert not tiers.reason("tests/cuda/test_nvcc.py") and not tiers.reason("tests/cuda")
+    assert not tiers.reason("tests/cuda/test_machine_code.py") and not tiers.reason("tests/cuda")
 
 
 def own_tolerances(text: str) -> list[str]:

@@ -150,7 +150,7 @@ CHOSEN = {
     unit: resources.ARCHS[(index + index // len(resources.HEAD_DIMS)) % 3]
     for index, unit in enumerate(resources.UNITS)
 }
-SEEN = "nvcc"
+SEEN = "machine_code"
 DUE = seen.sample(map(str, CHOSEN), 1)  # a unit at each commit
 ALL = os.environ.get("ATTN_EXT_NVRTC_ALL") == "1"  # every row of the table
 

@@ -61,7 +61,7 @@ def _serving_backend(call: Call) -> ModuleType:
     return _serving.keep(key, backend_of(call)) if module is None else module
 
 
-def _in_their_dtypes(function, call: Call, *others):
+def in_their_dtypes(function, call: Call, *others):
     """function(call, ...), whose operations autocast leaves in the dtypes that they have."""
     device = call.q.device.type
     if not torch.is_autocast_enabled(device):
@@ -76,7 +76,7 @@ def forward(call: Call) -> tuple:
     if call.cu_seqlens_q is not None or call.seqlens_k is not None:
         validate.values(call)
     module = _serving_backend(call)
-    return _in_their_dtypes(module.forward, call)
+    return in_their_dtypes(module.forward, call)
 
 
 def plan_of(call: Call):
@@ -109,7 +109,7 @@ def backward(dout, dlse, out, lse, call: Call, needs) -> Grads:
     call, needs = prepared(call), Needs(*needs)
     module = _serving_backend(call)
     call = as_torch_asks(call)
-    grads = _in_their_dtypes(module.backward, call, dout, out, lse, dlse, needs)
+    grads = in_their_dtypes(module.backward, call, dout, out, lse, dlse, needs)
     return Grads(*[g if need else None for g, need in zip(grads, needs, strict=True)])
 
 
@@ -171,4 +171,4 @@ def _alone(function, call: Call, *others):
     if call.cu_seqlens_q is not None:
         validate.values(call)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-        return _in_their_dtypes(function, call, *others)
+        return in_their_dtypes(function, call, *others)

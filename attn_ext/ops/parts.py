@@ -84,7 +84,10 @@ def _checked(call: Call) -> Call:
 
 def forward_partial(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(O, sums) of these keys alone, in the statistics' dtype."""
-    call = _checked(call)
+    return execute.in_their_dtypes(_forward, _checked(call))
+
+
+def _forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     module = server(call)
     if module is None:
         return shards.forward_partial(call)
@@ -103,6 +106,10 @@ def backward_partial(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     ):
         if tuple(value.shape) != want:
             raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+    return execute.in_their_dtypes(_backward, call, dout, delta, sums, needs)
+
+
+def _backward(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     module = server(call)
     if module is None:
         return shards.backward_partial(call, dout, delta, sums, needs)

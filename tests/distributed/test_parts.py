@@ -46,6 +46,23 @@ def test_parts_are_not_rounded(isa):
     check_not_rounded(call, BF16_WEIGHTS if pairs else SHARDS[torch.float32])
 
 
+@pytest.mark.parametrize("backend", SERVERS)
+def test_autocast_leaves_parts_alone(backend):
+    """Products of torch operations that autocast rounds to bfloat16."""
+    call = random_call(seqlen_q=20, seqlen_k=30, bias=True)._replace(backend=backend)
+
+    def both(dout, delta):
+        out, sums = torch.ops.attn_ext.forward_partial(*call)
+        needs = list(needs_of(call))
+        return out, sums, *torch.ops.attn_ext.backward_partial(dout, delta, sums, *call, needs)
+
+    rows = torch.randn(call.q.shape), torch.randn(call.q.shape[:3])
+    want = both(*rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = both(*rows)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_rows_without_keys_merge():
     """-inf - -inf in a merge: NaN."""
     out, sums = torch.zeros(1, 1, 3, 2), of_lse(torch.full((1, 1, 3), -torch.inf))

@@ -2,7 +2,7 @@
 
     python bench/gpu.py --minutes 8 --out out/gpu
 
-Needs torch with CUDA, a C++ compiler, pybind11, ninja and pytest; no network, no installation: the
+Needs torch with CUDA, a C++ compiler, ninja and pytest; no network, no installation: the
 extensions are built in place, CUDA kernels by NVRTC when they are used.  Steps have shares of the
 time; each is a process of its own (a kernel that crashes ends its step only) and saves what it has:
 summary.json, summary.md, logs.txt, bench.json, bench.md, bars.png, roofline.png, tuned.json, all in

@@ -57,7 +57,7 @@ THOROUGH = {
     "cuda/test_golden_bits.py": "compiles the emulator",
     "cuda/test_machine_code.py::test_hopper_kernels_compute_while_the_tensor_cores_do": "NVRTC",
     "cuda/test_machine_code.py::test_hopper_kernels_use_hoppers_instructions": "NVRTC",
-    "cuda/test_machine_code.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "NVRTC",
+    "cuda/test_machine_code.py::test_hot_loops_have_no_more_instructions_than_the_table_says": "NVRTC",  # noqa: E501
     "cuda/test_machine_code.py::test_kernels_take_no_more_than_the_table_says": "NVRTC",
     "cuda/test_ptx.py::test_kernels": "compiles kernels",
     "cuda/test_ptx.py::test_races_in_compiled_code_name_lines_of_ptx": "compiles kernels",

@@ -1,6 +1,7 @@
 // Rows whose LSE is far from 0, as beside a bias of -1e9 or of the smallest float over a whole row:
-// LSE = max + ln(sum) rounds the sum away there, and exp(S - LSE) is a multiple of P.  The kernels of
-// gradients and of second derivatives take P = exp(S - base) * inverse for their panels, with numbers of the row's own:
+// LSE = max + ln(sum) rounds the sum away there, and exp(S - LSE) is a multiple of P.  The kernels
+// of gradients and of second derivatives take P = exp(S - base) * inverse for their panels, with
+// numbers of the row's own:
 //   base = max_j S,  inverse = 1 / sum_j exp(S - base), the sink among them.
 // Their scores are computed once more for it where they lie in several blocks of keys.
 #pragma once

@@ -9,7 +9,6 @@ Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0).
 """
 
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -26,8 +25,6 @@ FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi 
 # The kernels say themselves what is inlined and unrolled, so that -O3 only makes copies: these
 # flags of it matter; the kernels' loops are the same instructions, built in half of the time.
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
-# The kernels for x86-64 without AVX2, in 0.7 of the time: those of float32 take 5 % longer.
-OLD_X86_FLAGS = "-O1 -ftree-vectorize -fvect-cost-model=dynamic"
 BINDING_FLAGS = "-O1"  # all other C++: pybind11's templates; the calls are as fast as at -O3
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
@@ -131,7 +128,7 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
         lines.append(f"build {output}: cxx {ROOT / source}")
         if not emulated:
             kernels = Path(source).parts[:2] == ("csrc", "cpu")
-            lines.append(f"  opt = {kernel_flags(Path(source).stem) if kernels else BINDING_FLAGS}")
+            lines.append(f"  opt = {kernel_flags() if kernels else BINDING_FLAGS}")
     lines.append(f"build {target}: link {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 
@@ -141,10 +138,8 @@ def compiler() -> str:
     return os.environ.get("CXX", "").strip() or "c++"
 
 
-def kernel_flags(stem: str) -> str:
-    """Those of a file of csrc/cpu; clang, which lacks some of g++'s, inlines and unrolls at -O3."""
-    if stem == "baseline" and platform.machine() in ("x86_64", "AMD64"):
-        return OLD_X86_FLAGS
+def kernel_flags() -> str:
+    """KERNEL_FLAGS for g++; clang, which has no such flags, inlines and unrolls at -O3."""
     version = subprocess.run(
         [*shlex.split(compiler()), "--version"], capture_output=True, text=True
     )

@@ -2,8 +2,7 @@
 
 Compile time goes with it: the C++ took 192 CPU seconds (g++ 12, AMD EPYC, Zen 3) when attn_ext._C
 had 3.5 MB, and 92 with 2.1 MB.  It grew unseen, by one inlined helper and one template flag after
-the other; so a figure in the tree must grow first, in a change that says what it pays for.  With
-these figures `pip install .` as a whole takes 48 CPU seconds (g++ 12, AMD EPYC, Zen 5).
+the other; so a figure in the tree must grow first, in a change that says what it pays for.
 
     python tests/package/test_build_size.py --write      renews tests/package/build_size.json
 """

@@ -26,8 +26,10 @@ void mma_m16n8k16<bf16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, ui
 """
 
 
-def library(folder: Path, header: str, kernels, patch=None) -> dict[str, int]:
-    """Where each kernel of a header of csrc is, by its name in C++."""
+def library(
+    folder: Path, header: str, kernels, patch=None, params: str = "Params"
+) -> dict[str, int]:
+    """Where each kernel of a header of csrc is, by its name in C++; params: what they take."""
     tree = folder / "csrc"
     shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cpu", "tests"))
     for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
@@ -37,7 +39,7 @@ def library(folder: Path, header: str, kernels, patch=None) -> dict[str, int]:
         f'#include "{header}"\n#include "{build.HEADER}"\n{PRODUCTS}'
         + "".join(
             f'extern "C" __attribute__((visibility("default"))) void planted_{at}(void* p) {{\n'
-            f"  {name}(*static_cast<attn::cuda::Params*>(p));\n}}\n"
+            f"  {name}(*static_cast<attn::cuda::{params}*>(p));\n}}\n"
             for at, name in enumerate(kernels)
         )
     )
@@ -51,10 +53,10 @@ def library(folder: Path, header: str, kernels, patch=None) -> dict[str, int]:
 
 
 def wrong_with(
-    folder: Path, header: str, kernels, wrong: Callable[[], tuple], patch=None
+    folder: Path, header: str, kernels, wrong: Callable[[], tuple], patch=None, params="Params"
 ) -> tuple[str, ...]:
     """What `wrong` says while the kernels with a bug, or without one, run."""
-    planted = library(folder, header, kernels, patch)
+    planted = library(folder, header, kernels, patch, params)
     used = set()
 
     def resolve(offset: int) -> int:

@@ -8,8 +8,11 @@ import random
 
 import pytest
 import torch
+from closeness import BF16_WEIGHTS
 from far_calls import SMALLEST
+from shard_calls import check_not_rounded
 
+from attn_ext.core.schema import Frame
 from attn_ext.testing import check_call
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -175,3 +178,33 @@ def test_masks_and_biases_that_lie_badly(hopper):
         check_call(call._replace(mask=mask, bias=bias), hopper.module, grads=False)
     turned = call._replace(bias=call.bias.transpose(2, 3).contiguous().transpose(2, 3))
     check_call(turned, hopper.module, grads=False)
+
+
+@pytest.mark.parametrize(
+    ("frames", "options"),
+    [
+        ([Frame(3, 1, 11, 6, 40, 60)], {"window": (25, 30), "alibi": True}),
+        ([Frame(3, 1, 11, 7, 40, 60)], {"dropout_p": 0.4}),
+        ([Frame(4, 2, 5, 1, 50, 60), Frame(0, 2, 0, 0, 1, 9), Frame(1, 2, 30, 3, 70, 70)],
+         {"seqlens_q": [70, 0, 18], "seqlens_k": [140, 3, 33], "causal": True, "alibi": "b",
+          "dropout_p": 0.3}),
+    ],
+    ids=("window and ALiBi", "dropout, keys in no group of four", "packed"),
+)  # fmt: skip
+def test_frames(hopper, frames, options):
+    """A shard whose rows, keys and draws are counted from its own beginning."""
+    sizes = SIZES | options
+    if "seqlens_q" in options:
+        sizes = {key: value for key, value in sizes.items() if key not in ("seqlen_q", "seqlen_k")}
+    call = hopper.call(3, **sizes)
+    frame = torch.tensor(frames, dtype=torch.int32, device=call.q.device)
+    call = call._replace(frame=frame)
+    assert hopper.kernel(call) == "sm90 features"
+    check_call(call, hopper.module, grads=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": "bhqk"}], ids=str)
+def test_parts(hopper, options):
+    """A part whose O is stored in 16 bits."""
+    call = hopper.call(3, **SIZES | options)._replace(backend=hopper.name)
+    check_not_rounded(call, BF16_WEIGHTS)

@@ -69,7 +69,7 @@ def short_call(shape: str, dtype: str, features: tuple[str, ...]) -> Call:
     if "frame" not in features:
         return call
     frame = Frame(0, 0, 0, 0, options["seqlen_q"], options["seqlen_k"])
-    return call._replace(frame=torch.tensor([frame], dtype=torch.int32))
+    return call._replace(frame=torch.tensor([frame], dtype=torch.int32, device=call.q.device))
 
 
 def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):

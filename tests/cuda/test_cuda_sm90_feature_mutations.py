@@ -45,7 +45,7 @@ BACKWARD = {
     "bias": ("plain", {"bias": "hqk"}),
     "alibi": ("plain", {"alibi": True}),
     "dropout": ("plain", {"dropout_p": 0.3}),
-    "mask and dropout": ("plain", {"mask": "bhqk", "dropout_p": 0.3}),
+    "together": ("plain", {"mask": "bhqk", "dropout_p": 0.3}),
     "softcap": ("plain", {"softcap": 1.0, "scale": 1.0}),
     "ends": ("all", {"bias": "hqk", "seqlen_q": 70, "seqlen_k": 132}),
     "race": ("race", {"mask": "qk", "bias": "hqk", "dropout_p": 0.3, "seqlen_k": 132}),

@@ -321,6 +321,27 @@ ATTN_INLINE typename Op::Acc number_at(const Operand& a, int64_t j, int64_t d) {
     return bf16_to_float(uint16_t(item >> (j & 1) * 16));
 }
 
+// False when some of n rows of `count` pairs of bfloat16 is inf or NaN: an exponent of ones, and no
+// other, carries into the sign.
+inline bool all_pairs_finite(const char* data, int64_t row_bytes, int64_t n, int64_t count) {
+  constexpr int L = kLanes<float>;
+  const auto carried = [](auto x) { return (x & 0x7f807f80u) + 0x00800080u; };
+  uint32_t bad = 0;
+  Vec<uint32_t> lanes{};
+  for (int64_t j = 0; j < n; ++j) {
+    const char* row = data + j * row_bytes;
+    int64_t d = 0;
+    for (; d + L <= count; d += L) {
+      Vec<uint32_t> x;
+      std::memcpy(&x, row + d * 4, sizeof(x));
+      lanes |= carried(x);
+    }
+    for (; d < count; ++d) bad |= carried(item_at<uint32_t>(row + d * 4));
+  }
+  for (int lane = 0; lane < L; ++lane) bad |= lanes[lane];
+  return !(bad & 0x80008000u);
+}
+
 // False when some number of n rows of items is inf or NaN.
 template <class Op>
 ATTN_NOINLINE bool all_finite(const char* data, int64_t row_bytes, int64_t n, int64_t count) {
@@ -347,23 +368,7 @@ ATTN_NOINLINE bool all_finite(const char* data, int64_t row_bytes, int64_t n, in
     }
     return bad == 0 && all_equal<Item>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), Vec<Item>{});
   } else {
-    // An exponent of ones, and no other, carries into the sign.
-    constexpr int L = kLanes<float>;
-    const auto carried = [](auto x) { return (x & 0x7f807f80u) + 0x00800080u; };
-    uint32_t bad = 0;
-    Vec<uint32_t> lanes{};
-    for (int64_t j = 0; j < n; ++j) {
-      const char* row = data + j * row_bytes;
-      int64_t d = 0;
-      for (; d + L <= count; d += L) {
-        Vec<uint32_t> x;
-        std::memcpy(&x, row + d * 4, sizeof(x));
-        lanes |= carried(x);
-      }
-      for (; d < count; ++d) bad |= carried(item_at<uint32_t>(row + d * 4));
-    }
-    for (int lane = 0; lane < L; ++lane) bad |= lanes[lane];
-    return !(bad & 0x80008000u);
+    return all_pairs_finite(data, row_bytes, n, count);
   }
 }
 

@@ -42,6 +42,18 @@ EX2 = """
   ex2.approx.f32 %f3, %f1;
   st.global.f32 [%rd4+4], %f3;
 """
+# 64 bits, a place and a length; two bit fields of each width
+BFE = """
+  ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
+  mov.b64 %rd6, {%r1, %r2};
+  bfe.u32 %r5, %r1, %r3, %r4;
+  bfe.s32 %r6, %r1, %r3, %r4;
+  st.global.v2.u32 [%rd4], {%r5, %r6};
+  bfe.u64 %rd7, %rd6, %r3, %r4;
+  st.global.u64 [%rd4+8], %rd7;
+  bfe.s64 %rd7, %rd6, %r3, %r4;
+  st.global.u64 [%rd4+16], %rd7;
+"""
 PHILOX = """
   ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
   ld.global.v2.u32 {%r5, %r6}, [%rd3+16];
@@ -144,7 +156,7 @@ READS = "".join(
     f"  st.global.v4.u32 [%rd4+{at}], {{%r5, %r6, %r7, %r8}};\n"
     for at in range(0, 64, 16)
 )
-BODIES = {"ex2": EX2, "philox": PHILOX, "product": PRODUCT.replace("ORDER", "0"),
+BODIES = {"ex2": EX2, "bfe": BFE, "philox": PHILOX, "product": PRODUCT.replace("ORDER", "0"),
           "product_mn": PRODUCT.replace("ORDER", "1")}  # fmt: skip
 BODIES |= {
     f"tiles{count}{'t' * trans}": TILES.format(
@@ -195,6 +207,30 @@ KNOWN = {
     " ".join(["ffffffff"] * 6): "408f276d 41c83b0e a20bc7c6 6d5451fd",
     PI: "d16cfe09 94fdcceb 5001e420 24126ea1",
 }
+
+
+def field(word: int, place: int, length: int, width: int, signed: bool) -> int:
+    """The manual's text of bfe, as a loop over bits."""
+    highest = min(place + length - 1, width - 1)
+    sign = word >> highest & 1 if signed and length else 0
+    bits = (word >> place + i & 1 if i < length and place + i < width else sign
+            for i in range(width))  # fmt: skip
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
+def test_bit_fields():
+    """bfe of 32 and 64 bits, also at and beyond the highest bit."""
+    fields = [(2, 30), (0, 0), (0, 64), (31, 1), (31, 5), (33, 8), (60, 9), (63, 1), (7, 200)]
+    words = [0xFEDC_BA98_7654_3210, 0x8000_0000_8000_0001, (1 << 64) - 1]
+    cases = [(word, *each) for word in words for each in fields]
+    rows = [(word & 0xFFFF_FFFF, word >> 32, place, length) for word, place, length in cases]
+    got = run("bfe", placed(rows))
+    for row, (word, place, length) in zip(got.tolist(), cases, strict=False):
+        expected = [field(word & 0xFFFF_FFFF, place, length, 32, signed) for signed in (0, 1)]
+        for signed in (0, 1):
+            both = field(word, place, length, 64, signed)
+            expected += [both & 0xFFFF_FFFF, both >> 32]
+        assert row[:6] == expected, (hex(word), place, length)
 
 
 def test_philox():

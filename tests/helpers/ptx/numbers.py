@@ -196,7 +196,17 @@ def funnel_shift(em: Emitter, op: Opcode, args: list[str]) -> str:
     return em.write(args[0], "u32", text)
 
 
-@handles("bfi", "bfe", "prmt", "popc", "clz", "brev")
+@handles("bfe")
+def extract(em: Emitter, op: Opcode, args: list[str]) -> str:
+    kind = op.kind()
+    if bits_of(kind) not in (32, 64):
+        raise Unsupported(f"bfe of {kind}")
+    place, length = (em.read(each, "u32") for each in args[2:])
+    taken = f"extract_bits<{CXX[kind]}>({em.read(args[1], kind)}, {place}, {length})"
+    return em.write(args[0], kind, taken)
+
+
+@handles("bfi", "prmt", "popc", "clz", "brev")
 def bits(em: Emitter, op: Opcode, args: list[str]) -> str:
     kind = op.kind()
     words = [em.read(each, "u32") for each in args[1:]]
@@ -208,9 +218,6 @@ def bits(em: Emitter, op: Opcode, args: list[str]) -> str:
         "popc": f"uint32_t(__builtin_popcount({words[0]}))",
         "clz": f"({words[0]} ? uint32_t(__builtin_clz({words[0]})) : 32u)",
     }.get(op.base)
-    if op.base == "bfe":
-        signed = f"extract_bits<{CXX[kind]}>({em.read(args[1], kind)}, {words[1]}, {words[2]})"
-        return em.write(args[0], kind, signed)
     if text is None:
         raise Unsupported(f"{op.base} of {kind}")
     return em.write(args[0], "u32", text)

@@ -10,7 +10,6 @@ import planted_cpu
 import pytest
 from repository import ROOT
 
-from attn_ext import _C
 from attn_ext.testing import check_call, random_call
 
 SOURCE = ROOT / "csrc/tests/backward_pass.cpp"
@@ -38,17 +37,8 @@ def wrong() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def wrong_with(folder, patch=None) -> tuple[str, ...]:
-    """`wrong` of the kernel with a bug."""
-    try:
-        (address,) = planted_cpu.addresses(folder, SOURCE, ["planted_backward"], patch)
-        _C.plant(backward=address)
-        return wrong()
-    finally:
-        _C.plant()
-
-
-PLANTED = planted_cpu.Planted("cpu/far", SOURCE, __file__, wrong_with)
+KERNELS = planted_cpu.wrong_with(SOURCE, wrong, backward="planted_backward")
+PLANTED = planted_cpu.Planted("cpu/far", SOURCE, __file__, KERNELS)
 
 
 def test_every_patch_applies():

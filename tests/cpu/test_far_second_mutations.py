@@ -15,7 +15,6 @@ from far_calls import far_call
 from repository import ROOT
 from second_checks import by_passes, check_dtype
 
-from attn_ext import _C
 from attn_ext.backends import cpu_second
 from attn_ext.testing import random_call
 
@@ -52,17 +51,10 @@ def wrong() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def wrong_with(folder, patch=None) -> tuple[str, ...]:
-    """`wrong` of the kernels with a bug."""
-    names = ("planted_tangent", "planted_backward_tangent")
-    try:
-        _C.plant(*planted_cpu.addresses(folder, SOURCE, names, patch))
-        return wrong()
-    finally:
-        _C.plant()
-
-
-PLANTED = planted_cpu.Planted("cpu/far_second", SOURCE, __file__, wrong_with)
+KERNELS = planted_cpu.wrong_with(
+    SOURCE, wrong, tangent="planted_tangent", backward_tangent="planted_backward_tangent"
+)
+PLANTED = planted_cpu.Planted("cpu/far_second", SOURCE, __file__, KERNELS)
 
 
 def test_every_patch_applies():

@@ -12,7 +12,6 @@ import torch
 from inspect_checks import check_mean, matrix
 from repository import ROOT
 
-from attn_ext import _C
 from attn_ext.inspect import kernels, logits
 from attn_ext.testing import random_call
 
@@ -47,17 +46,8 @@ def wrong() -> tuple[str, ...]:
 IS_NAN = torch.tensor([False, True, False])
 
 
-def wrong_with(folder, patch=None) -> tuple[str, ...]:
-    """`wrong` of the kernels with a bug."""
-    try:
-        (address,) = planted_cpu.addresses(folder, SOURCE, ["planted_inspect"], patch)
-        _C.plant(inspect=address)
-        return wrong()
-    finally:
-        _C.plant()
-
-
-PLANTED = planted_cpu.Planted("cpu/inspect", SOURCE, __file__, wrong_with)
+KERNELS = planted_cpu.wrong_with(SOURCE, wrong, inspect="planted_inspect")
+PLANTED = planted_cpu.Planted("cpu/inspect", SOURCE, __file__, KERNELS)
 
 
 def test_every_patch_applies():

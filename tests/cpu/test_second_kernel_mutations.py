@@ -15,7 +15,6 @@ from repository import ROOT
 from second_calls import FEATURES, combination
 from second_checks import by_passes, by_reference, seeds_of
 
-from attn_ext import _C
 from attn_ext.backends import cpu_second
 from attn_ext.core.schema import Rows, Tangents
 from attn_ext.ops import execute
@@ -58,17 +57,10 @@ def wrong() -> tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
-def wrong_with(folder, patch=None) -> tuple[str, ...]:
-    """`wrong` of the kernels with a bug."""
-    names = ("planted_tangent", "planted_backward_tangent")
-    try:
-        _C.plant(*planted_cpu.addresses(folder, SOURCE, names, patch))
-        return wrong()
-    finally:
-        _C.plant()
-
-
-PLANTED = planted_cpu.Planted("cpu/second", SOURCE, __file__, wrong_with)
+KERNELS = planted_cpu.wrong_with(
+    SOURCE, wrong, tangent="planted_tangent", backward_tangent="planted_backward_tangent"
+)
+PLANTED = planted_cpu.Planted("cpu/second", SOURCE, __file__, KERNELS)
 
 
 def test_every_patch_applies():

@@ -11,6 +11,8 @@ import seen
 from emulator_build import compiler, compiler_version
 from repository import ROOT
 
+from attn_ext import _C
+
 FLAGS = ["-O0", "-std=c++17", "-w", "-Wno-psabi", "-pthread"]
 
 
@@ -36,6 +38,21 @@ def addresses(folder: Path, source: Path, names, patch=None) -> list[int]:
     library = compiled(folder, source, "-fPIC", "-shared", patch=patch)
     loaded = ctypes.CDLL(str(library))
     return [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+
+
+def wrong_with(source: Path, wrong, **functions: str):
+    """The last argument of `Planted`: what `wrong()` says while kernels of attn_ext._C are those of
+    a source of csrc.  functions: what they are called there, by the names of `_C.plant`."""
+
+    def planted(folder: Path, patch=None) -> tuple[str, ...]:
+        found = addresses(folder, source, functions.values(), patch)
+        try:
+            _C.plant(**dict(zip(functions, found, strict=True)))
+            return wrong()
+        finally:
+            _C.plant()
+
+    return planted
 
 
 def digest(source: Path, test: str, patch=None) -> str:

@@ -1,5 +1,5 @@
-"""NVIDIA's driver without a GPU: attn_ext._C.cuda on libcuda.cpp of this folder, which runs compiled
-PTX on the emulated machine.  Tensors are those of the CPU.
+"""NVIDIA's driver without a GPU: attn_ext._C.cuda on libcuda.cpp of this folder, which runs
+compiled PTX on the emulated machine.  Tensors are those of the CPU.
 """
 
 from __future__ import annotations

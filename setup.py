@@ -1,8 +1,7 @@
 """Builds the extensions of attn_ext with ninja: sources in parallel, only what changed.  No torch.
 
-attn_ext._C         csrc/cpu
-attn_ext._cuda      the launches of csrc/cuda by NVIDIA's driver, if there is one; its kernels are
-                    compiled at first use (attn_ext/backends/jit)
+attn_ext._C         csrc/cpu, and the launches of csrc/cuda by NVIDIA's driver, if there is one: its
+                    kernels are compiled at first use (attn_ext/backends/jit)
 attn_ext._emulated  csrc/cuda as C++ on csrc/emulation, for tests only: ATTN_EXT_EMULATED=1
 
 Environment: CXX (default c++), ATTN_EXT_CXXFLAGS (appended: sanitizers, -O0).
@@ -21,11 +20,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi -ffp-contract=fast"
+FLAGS = "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wno-psabi -ffp-contract=fast"
+WARNINGS = "-Wall -Wextra"  # for who develops; those that look at the flow of values take time
 # The kernels say themselves what is inlined and unrolled, so that -O3 only makes copies: these
 # flags of it matter; the kernels' loops are the same instructions, built in half of the time.
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
 BINDING_FLAGS = "-O1"  # all other C++: pybind11's templates; the calls are as fast as at -O3
+# g++ alone: it looks for unused memory only once a file takes 512 MiB.  The same code, sooner.
+MEMORY_FLAGS = "--param ggc-min-expand=200 --param ggc-min-heapsize=524288"
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
 EMULATED_FLAGS = (
     "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -Wno-psabi "
@@ -48,13 +50,13 @@ def relative(files) -> list[str]:
 
 def sources() -> list[str]:
     """The C++ files of attn_ext._C, relative to the root."""
-    return relative(
-        [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
-    )
+    csrc = ROOT / "csrc"
+    own = relative([*sorted(csrc.glob("*.cpp")), *sorted((csrc / "cpu").rglob("*.cpp"))])
+    return own + cuda_sources()
 
 
 def cuda_sources() -> list[str]:
-    """The C++ files of attn_ext._cuda."""
+    """The C++ files that launch the kernels of csrc/cuda."""
     return relative(sorted((ROOT / "csrc" / "cuda").glob("*.cpp")))
 
 
@@ -109,7 +111,9 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
     emulated = name == "attn_ext._emulated"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     includes = " ".join(f"-I{shlex.quote(str(i))}" for i in includes)
-    flags = f"{EMULATED_FLAGS if emulated else FLAGS} {includes}"
+    clang = is_clang()
+    common = FLAGS + (f" {WARNINGS}" if developed() else "") + ("" if clang else f" {MEMORY_FLAGS}")
+    flags = f"{EMULATED_FLAGS if emulated else common} {includes}"
     # Python's own symbols come from the process that loads the module: macOS wants to be told
     linked = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     libraries = "" if sys.platform == "darwin" else "-ldl"  # dlopen, in older C libraries
@@ -128,7 +132,8 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
         lines.append(f"build {output}: cxx {ROOT / source}")
         if not emulated:
             kernels = Path(source).parts[:2] == ("csrc", "cpu")
-            lines.append(f"  opt = {kernel_flags() if kernels else BINDING_FLAGS}")
+            optimized = "-O3" if clang else KERNEL_FLAGS  # clang inlines and unrolls at -O3 only
+            lines.append(f"  opt = {optimized if kernels else BINDING_FLAGS}")
     lines.append(f"build {target}: link {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 
@@ -138,12 +143,17 @@ def compiler() -> str:
     return os.environ.get("CXX", "").strip() or "c++"
 
 
-def kernel_flags() -> str:
-    """KERNEL_FLAGS for g++; clang, which has no such flags, inlines and unrolls at -O3."""
+def is_clang() -> bool:
+    """Whether the compiler is clang, which has no KERNEL_FLAGS and no MEMORY_FLAGS."""
     version = subprocess.run(
         [*shlex.split(compiler()), "--version"], capture_output=True, text=True
     )
-    return "-O3" if "clang" in version.stdout else KERNEL_FLAGS
+    return "clang" in version.stdout
+
+
+def developed() -> bool:
+    """Whether this is the build of a developer, with the emulator for tests."""
+    return os.environ.get("ATTN_EXT_EMULATED", "0") not in ("", "0")
 
 
 def check_tools() -> None:
@@ -178,11 +188,8 @@ class NinjaBuild(build_ext):
         subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects)])
 
 
-extensions = [
-    Extension("attn_ext._C", sources()),
-    Extension("attn_ext._cuda", cuda_sources()),
-]
-if os.environ.get("ATTN_EXT_EMULATED", "0") not in ("", "0"):
+extensions = [Extension("attn_ext._C", sources())]
+if developed():
     extensions.append(Extension("attn_ext._emulated", emulated_sources()))
 setup(
     ext_modules=extensions,

@@ -185,8 +185,8 @@ def built() -> bool:
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cuh")]
     newest = max(path.stat().st_mtime for path in sources)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    extensions = [ROOT / "attn_ext" / f"{name}{suffix}" for name in ("_C", "_cuda")]
-    return all(path.exists() and path.stat().st_mtime >= newest for path in extensions)
+    extension = ROOT / "attn_ext" / f"_C{suffix}"
+    return extension.exists() and extension.stat().st_mtime >= newest
 
 
 @dataclass

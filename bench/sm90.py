@@ -57,7 +57,7 @@ def kernels_of(fake: bool) -> dict[str, Kernels]:
         missing = registry.get("cuda").available()
         if missing:
             raise RuntimeError(missing)
-        from attn_ext import _cuda as module
+        from attn_ext._C import cuda as module
 
         if why := module.sm90_problem(torch.cuda.current_device()):
             raise RuntimeError(why)

@@ -1,6 +1,7 @@
-// attn_ext._C: integers and flat structs in, nothing else.  The Python side has validated what the
-// pointers mean (attn_ext/backends/cpu.py); here only what a wrong struct could break is checked.
-// The GIL is released in every kernel.
+// attn_ext._C, the CPU's kernels, and attn_ext._C.cuda, the launches of the GPU's: integers and
+// flat structs in, nothing else.  The Python side has validated what the pointers mean
+// (attn_ext/backends/cpu.py); here only what a wrong struct could break is checked.  The GIL is
+// released in every kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,6 +18,7 @@
 #include "cpu/parallel.h"
 #include "cpu/isa/features.h"
 #include "cpu/tiles.h"
+#include "cuda/bindings.h"
 
 namespace py = pybind11;
 using attn::Pointers;
@@ -161,4 +163,7 @@ PYBIND11_MODULE(_C, m) {
 
   if (!attn::add_dense_calls(m.ptr(), held_by) || !attn::add_cache_calls(m.ptr(), held_by))
     throw py::error_already_set();
+
+  py::module_ cuda = m.def_submodule("cuda", "csrc/cuda's kernels on NVIDIA's driver, if any");
+  attn::cuda::bind_driver(cuda);
 }

@@ -1,5 +1,5 @@
 """The CUDA backend: csrc/cuda's kernels on NVIDIA GPUs from sm_80 on, compiled by NVRTC when they
-are used for the first time (backends/jit) and launched by NVIDIA's driver (attn_ext._cuda)."""
+are used for the first time (backends/jit) and launched by NVIDIA's driver (attn_ext._C.cuda)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image(kernel: str, capability: int) -> tuple[str, bytes]:
 
 
 try:
-    from attn_ext import _cuda
+    from attn_ext._C import cuda as _cuda
 except ImportError as error:  # not built, or built for another Python
     _cuda, _import_error = None, error
 else:
@@ -75,7 +75,7 @@ class Hopper:
 def available() -> str:
     """ "" when a CUDA device of this machine can run the kernels, else reason and remedy."""
     if _cuda is None:
-        return f"attn_ext._cuda does not load here ({_import_error}): reinstall attn_ext"
+        return f"attn_ext._C does not load here ({_import_error}): reinstall attn_ext"
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else "; this torch was built without CUDA"
         return f"torch sees no CUDA device{built}"

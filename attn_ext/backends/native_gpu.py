@@ -1,7 +1,7 @@
 """From a `Call` to the CUDA kernels' flat structs, and back: all of the cuda backend but the choice
 of device.
 
-`Kernels(module)` works over any module with the interface of csrc/cuda/bindings.cpp: attn_ext._cuda
+`Kernels(module)` works over any module with the interface of csrc/cuda/bindings.h: attn_ext._C.cuda
 on a GPU, attn_ext._emulated (tests only) with the same kernels on CPU tensors.
 """
 

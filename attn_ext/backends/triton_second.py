@@ -4,11 +4,14 @@ backend, whether that or the cuda backend serves the call itself.
 
 Both functions give None where the kernels leave a call to `attn_ext.backends.blocked`: where an
 input holds NaN or inf, or a row's LSE is so far from 0 that float32 has lost the sum in it, as
-beside a bias of -1e9 over the whole row.  They look at the inputs for it, and wait for the answer;
-while a CUDA graph is captured, which allows no waiting, the inputs are taken for finite and near.
+beside a bias of -1e9 over the whole row.  They look at the inputs for it, and wait for the answer.
+While a CUDA graph is captured, which allows no waiting, the kernels serve every call, and the graph
+looks at its inputs at each replay: where they may not have them, all results are NaN.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
@@ -48,22 +51,37 @@ def _is_empty(call: Call) -> bool:
     return 0 in (call.q.numel(), call.k.numel(), call.v.numel())
 
 
-def _served(call: Call, lse: torch.Tensor, *others) -> bool:
-    """Whether the kernels may have the call: no input holds NaN or an infinity, and no LSE is far
-    from 0."""
-    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True
+def _capturing(call: Call) -> bool:
+    return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _near(call: Call, lse: torch.Tensor, *others) -> torch.Tensor:
+    """Whether the kernels may have the call, as a tensor: no input holds NaN or an infinity, and no
+    LSE is far from 0."""
     far = (lse.abs() > FAR_LSE) & (lse != -torch.inf)
-    return bool(tiles.finite(call, *others) & ~far.any())
+    return tiles.finite(call, *others) & ~far.any()
+
+
+def _nan_unless(near: torch.Tensor, results: Iterable[torch.Tensor | None]) -> None:
+    """Results become NaN where the kernels may not have the call."""
+    for x in results:
+        if x is not None:
+            x.masked_fill_(~near, torch.nan)
 
 
 def tangent(call: Call, tangents: Tangents, given: Rows) -> tuple | None:
     """(O', L'), of the O and LSE in `given`."""
-    if _is_empty(call) or not _served(call, given.lse, *tangents):
+    if _is_empty(call):
+        return None
+    near, capturing = _near(call, given.lse, *tangents), _capturing(call)
+    if not capturing and not near:
         return None
     from attn_ext.triton_kernels.launch import second
 
-    return second.tangent(call, tangents, given)
+    found = second.tangent(call, tangents, given)
+    if capturing:
+        _nan_unless(near, found)
+    return found
 
 
 def backward_tangent(
@@ -72,8 +90,15 @@ def backward_tangent(
     """The tangents of the gradients that `needs` asks for, and the gradients that `primal` asks
     for."""
     rows = given.dout, given.dlse, given.tdout, given.tdlse
-    if _is_empty(call) or not _served(call, given.lse, *tangents, *rows):
+    if _is_empty(call):
+        return None
+    near, capturing = _near(call, given.lse, *tangents, *rows), _capturing(call)
+    if not capturing and not near:
         return None
     from attn_ext.triton_kernels.launch import second
 
-    return second.backward_tangent(call, tangents, given, needs, primal)
+    found = second.backward_tangent(call, tangents, given, needs, primal)
+    if capturing:
+        for grads in found:
+            _nan_unless(near, grads)
+    return found

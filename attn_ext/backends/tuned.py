@@ -31,7 +31,6 @@ from attn_ext.core.problem import Problem
 from attn_ext.core.version import __version__
 
 FORMAT = 1
-MODULES = {"cpu": ("_C",), "cuda": ("_cuda",)}  # compiled kernels
 # Families that no hardware had run when they were written: each serves once it is in `verified`.
 HOPPER = "cuda:sm90"
 SECOND = "triton:second"  # Triton's second derivatives
@@ -105,8 +104,8 @@ def versions(device: str) -> dict[str, str]:
 @functools.cache
 def kernels(device: str) -> str:
     """A digest of the kernels for a device, as they are installed."""
-    files = [importlib.util.find_spec(f"attn_ext.{name}") for name in MODULES[device]]
-    files = [Path(found.origin) for found in files if found is not None and found.origin]
+    built = importlib.util.find_spec("attn_ext._C")
+    files = [] if built is None else [Path(built.origin)]
     if device == "cuda":
         files += sorted((sources.root() / "cuda").rglob("*.cuh"))
         files += sorted(Path(importlib.util.find_spec(TRITON).origin).parent.rglob("*.py"))

@@ -74,7 +74,7 @@ def short_call(shape: str, dtype: str, features: tuple[str, ...]) -> Call:
 
 def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):
     """The kernels that one kind of call launches."""
-    from attn_ext import _cuda
+    from attn_ext._C import cuda as _cuda
 
     call = short_call(shape, dtype, tuple(features))
     decodes = call.seqlens_k is not None

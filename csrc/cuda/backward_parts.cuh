@@ -8,10 +8,10 @@ namespace attn::cuda {
 struct RowGradient {
   float lse, delta;
 
-  // BIAS: the call may have one, which may be as low as kLeast (Score::logit).
+  // BIAS: the call may have one, whose size hold() bounds (Score::logit).
   template <bool BIAS = false>
   ATTN_DEVICE static RowGradient of(float lse, float delta) {
-    if (BIAS && lse < kLeast && lse != -kInf) lse = kLeast;
+    if (BIAS) lse = hold(lse);
     return {lse == -kInf ? kInf : lse * kLog2e, delta};  // -inf: an empty row
   }
   template <bool BIAS = false>

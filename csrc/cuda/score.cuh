@@ -19,7 +19,7 @@ struct FloatWays {
   ATTN_DEVICE static float over_cap(float x, const Terms<float>& terms) {
     return x * terms.inverse_cap;
   }
-  ATTN_DEVICE static float in_units(float bias) { return (bias < kLeast ? kLeast : bias) * kLog2e; }
+  ATTN_DEVICE static float in_units(float bias) { return hold(bias) * kLog2e; }
   ATTN_DEVICE static float excluded() { return -kInf; }
 };
 

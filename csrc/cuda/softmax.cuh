@@ -32,9 +32,9 @@ ATTN_DEVICE bool rounds_away(float base) {
 // log2(e) such a base would be rounded by more than P can hold, or be the -inf that excludes.
 // Without that it is exact, and since logits of this size are 64 or more apart, all that differ
 // from the largest have no weight beside it, be it a power of e or of 2.
-ATTN_DEVICE bool is_far_logit(float top) { return fabsf(top) >= 536870912.0f && top < -kLeast; }
+ATTN_DEVICE bool is_far_logit(float top) { return fabsf(top) >= 536870912.0f && top < kInf; }
 // The base of such a row in units of log2(e), as finish_row takes it.
-ATTN_DEVICE float far_base(float top) { return fmaxf(top, kLeast) * kLog2e; }
+ATTN_DEVICE float far_base(float top) { return hold(top) * kLog2e; }
 
 // True in the whole warp when a row's logits are so large that the rounding of the maximum, which
 // the multiply-adds of online_softmax do not share, counts in an exponent (repair.cuh).
@@ -94,11 +94,8 @@ ATTN_DEVICE float natural(float s) {
   return fabsf(s) > -kLeast2 && fabsf(s) < kInf ? (s < 0.0f ? kFinfoMin : -kFinfoMin) : s * kLn2;
 }
 
-// A sink in base 2, held between kLeast and -kLeast as a bias is held above kLeast.
-ATTN_DEVICE float sink_logit(float sink) {
-  const float held = fminf(fmaxf(sink, kLeast), -kLeast);
-  return (fabsf(sink) < kInf ? held : sink) * kLog2e;
-}
+// A sink in base 2.
+ATTN_DEVICE float sink_logit(float sink) { return hold(sink) * kLog2e; }
 
 // sink: pointer to the head's logit, or null.  All lanes of the warp together.
 ATTN_DEVICE RowResult finish_row(const RowState& state, int r, float scale, const float* sink,

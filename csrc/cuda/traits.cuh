@@ -20,12 +20,16 @@ namespace attn::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
-// A bias below kLeast counts as kLeast: times log2(e), finfo.min, of which additive masks are made,
-// would be the -inf that excludes.  Base-2 logits below kLeast2 come of that alone, and are
-// finfo.min again in base e.
+// A bias below kLeast counts as kLeast, and a finite one above -kLeast as -kLeast: times log2(e),
+// finfo.min, of which additive masks are made, would be the -inf that excludes, and finfo.max the
+// +inf of which only NaN comes.  Base-2 logits beyond kLeast2 come of that alone, and are finfo.min
+// or finfo.max again in base e.
 constexpr float kLeast = -2.3e38f, kLeast2 = -3.3e38f, kFinfoMin = -3.4028234663852886e38f;
 // 2^-kFar is 0; a larger distance might overflow where it is multiplied by such a 0.
 constexpr float kFar = 200.0f;
+
+// x between kLeast and -kLeast; infinities and NaN stay.
+ATTN_DEVICE float hold(float x) { return fabsf(x) < kInf ? fminf(fmaxf(x, kLeast), -kLeast) : x; }
 
 ATTN_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
 ATTN_DEVICE int max_int(int a, int b) { return a > b ? a : b; }

@@ -7,6 +7,7 @@
 
 #include <unordered_map>
 
+#include "../cuda/bindings.h"
 #include "../cuda/ptx.cuh"
 #include "tests/example.cuh"
 #include "tests/faults.cuh"
@@ -14,11 +15,6 @@
 #include "tests/wrappers.cuh"
 
 namespace py = pybind11;
-
-namespace attn::cuda {
-// Registers the launch entry points of csrc/cuda; defined there, compiled with -DATTN_EMULATED.
-__attribute__((weak)) void bind(py::module_& module);
-}  // namespace attn::cuda
 
 namespace {
 
@@ -211,5 +207,5 @@ PYBIND11_MODULE(_emulated, m) {
         "the kernels themselves");
   m.def("launch_compiled", launch_compiled, py::arg("body"), py::arg("grid"), py::arg("threads"),
         py::arg("smem_bytes"), py::arg("parameters"));
-  if (attn::cuda::bind) attn::cuda::bind(m);
+  attn::cuda::bind(m);
 }

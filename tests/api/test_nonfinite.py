@@ -103,16 +103,36 @@ def smallest_keys(call):
     call.bias[..., : call.k.shape[2] - 20] = torch.finfo(call.bias.dtype).min
 
 
+def largest_row(call):
+    """finfo.max over a whole row, as keys that must be seen."""
+    call.bias[:, :, 2] = torch.finfo(call.bias.dtype).max
+
+
+def largest_keys(call):
+    """finfo.max at some keys of a tile in the midst, and of the last one."""
+    call.bias[..., 70:73] = torch.finfo(call.bias.dtype).max
+    call.bias[..., -1] = torch.finfo(call.bias.dtype).max
+
+
+def both_ends(call):
+    """finfo.max beside finfo.min and an excluding -inf, whose distances overflow."""
+    call.bias[..., ::2] = torch.finfo(call.bias.dtype).min
+    call.bias[..., 1::4] = torch.finfo(call.bias.dtype).max
+    call.bias[..., 3::4] = -INF
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"sink": True}, {"num_splits": 3, "cache_seqlens": [250, 180]}], ids=str
 )
 @pytest.mark.parametrize(
-    "spoil", [smallest_row, billion_row, smallest_keys], ids=lambda f: f.__name__
+    "spoil",
+    [smallest_row, billion_row, smallest_keys, largest_row, largest_keys, both_ends],
+    ids=lambda f: f.__name__,
 )
-def test_rows_of_huge_negative_logits(kernels, spoil, options, dtype):
+def test_rows_of_huge_biases(kernels, spoil, options, dtype):
     """An excluding -inf in other units (O = 0), a P whose LSE has lost ln(number of keys) (O = the
-    sum of V, entropy 0), 0 * inf in the sum of the entropy."""
+    sum of V, entropy 0), 0 * inf in the sum of the entropy, inf - inf."""
     call = random_call(7, dtype=dtype, bias="qk", seqlen_q=5, seqlen_k=250, stats=True, **options)
     spoil(call)
     check_call(call, kernels, grads=False)

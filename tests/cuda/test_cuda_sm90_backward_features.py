@@ -142,12 +142,15 @@ def test_bad_values_behind_a_mask(hopper, head_dim):
     check(hopper, call)
 
 
-def test_additive_masks_of_finfo_min(hopper):
-    """Rows whose every bias is finfo.min, of the kernels for far rows; rows where some are."""
+def test_additive_masks_of_finfo(hopper):
+    """Rows whose every bias is finfo.min or finfo.max, of the kernels for far rows; rows where some
+    are."""
     for dtype in (BF16, FP32):
         call = make(hopper, bias="hqk", cast=dtype)
         call.bias[..., 5, :] = torch.finfo(dtype).min
         call.bias[..., 60:, :90] = torch.finfo(dtype).min
+        check(hopper, call)
+        call.bias[..., 9, :] = call.bias[..., 12, 3] = torch.finfo(dtype).max
         check(hopper, call)
 
 

@@ -114,7 +114,11 @@ def test_mixes(hopper, seed):
 
 @pytest.mark.parametrize(
     ("value", "dtype"),
-    [*((x, d) for x in (SMALLEST, -1e9, -1e4) for d in (BF16, FP16)), (1e9, BF16)],
+    [
+        *((x, d) for x in (SMALLEST, -1e9, -1e4) for d in (BF16, FP16)),
+        (1e9, BF16),
+        (-SMALLEST, BF16),
+    ],
 )
 def test_rows_of_a_far_bias(hopper, value, dtype):
     """A base that is rounded by more than P can hold, the -inf that finfo.min is times log2(e), a

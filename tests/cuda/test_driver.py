@@ -17,7 +17,8 @@ pytest.importorskip(
 
 from fake_driver import Kernels, driver
 
-from attn_ext import _cuda, _emulated
+from attn_ext import _emulated
+from attn_ext._C import cuda as _cuda
 from attn_ext.backends import jit
 from attn_ext.backends.jit import first_use
 from attn_ext.testing import check_call, needs_of, random_call

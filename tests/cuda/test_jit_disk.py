@@ -209,7 +209,7 @@ def use_backend(folder: Path, barrier, results):
     """A call on the driver without a GPU, whose kernels come from a cache that others use, too."""
     from fake_driver import Kernels, driver, elf_of
 
-    from attn_ext import _cuda
+    from attn_ext._C import cuda as _cuda
     from attn_ext.testing import random_call
 
     compiled = []

@@ -16,7 +16,7 @@ pytest.importorskip(
 from fake_driver import driver
 
 import attn_ext
-from attn_ext import _cuda
+from attn_ext._C import cuda as _cuda
 from attn_ext.backends import cuda
 from attn_ext.backends.jit import first_use
 from attn_ext.cli import doctor

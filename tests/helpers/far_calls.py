@@ -22,7 +22,12 @@ SHAPES = {
     "other head widths": {"seqlen_q": 20, "head_dim": 24, "head_dim_v": 40},
 }
 BIASES = ["bhqk", "qk", "bk", "hq", "h"]
-VALUES = [(SMALLEST, torch.float32), (-1e9, torch.bfloat16), (-1e4, torch.float16)]
+VALUES = [
+    (SMALLEST, torch.float32),
+    (-SMALLEST, torch.float32),
+    (-1e9, torch.bfloat16),
+    (-1e4, torch.float16),
+]
 SINKS = [SMALLEST, -torch.inf, -SMALLEST]
 each_value = pytest.mark.parametrize(("value", "dtype"), VALUES)
 

@@ -83,9 +83,7 @@ def main(wheel: Path) -> None:
             archive.extractall(folder)
             check_contents(archive.namelist())
         extensions = sorted(Path(folder).glob("attn_ext/_*.so"))
-        for module in ("_C", "_cuda"):
-            found = any(e.name.startswith(f"{module}.") for e in extensions)
-            assert found, f"the wheel has no attn_ext.{module}"
+        assert any(e.name.startswith("_C.") for e in extensions), "the wheel has no attn_ext._C"
         for extension in extensions:
             check_extension(extension)
             print(extension.name, "needs", *sorted(needed_libraries(extension)))

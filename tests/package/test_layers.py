@@ -36,7 +36,7 @@ FILES = {
 }
 
 
-COMPILED = {"attn_ext._C", "attn_ext._cuda", "attn_ext._emulated"}
+COMPILED = {"attn_ext._C", "attn_ext._emulated"}
 
 
 def imports(name: str) -> set[str]:

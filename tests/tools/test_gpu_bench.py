@@ -44,9 +44,8 @@ def test_nothing_is_built_where_the_extensions_are(tmp_path, monkeypatch):
     """Minutes of a GPU for extensions that are there; or a measurement of old ones."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     source = tmp_path / "csrc" / "cuda" / "launch.cpp"
-    files = [tmp_path / "attn_ext" / f"{name}{gpu.sysconfig.get_config_var('EXT_SUFFIX')}"
-             for name in ("_C", "_cuda")]  # fmt: skip
-    for path in (source, *files):
+    extension = tmp_path / "attn_ext" / f"_C{gpu.sysconfig.get_config_var('EXT_SUFFIX')}"
+    for path in (source, extension):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (100, 100))
@@ -56,7 +55,7 @@ def test_nothing_is_built_where_the_extensions_are(tmp_path, monkeypatch):
     os.utime(source, (101, 101))
     assert not gpu.built() and "build_ext" in gpu.Device().build({})
     os.utime(source, (100, 100))
-    files[1].unlink()
+    extension.unlink()
     assert not gpu.built()
 
 

@@ -19,8 +19,9 @@ from attn_ext.triton_kernels.kernels.functions import INTERPRETED, tanh, tanh_pa
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# A bias below LEAST counts as LEAST: times log2(e), finfo.min, of which additive masks are made,
-# would be the -inf that excludes.  Base-2 logits below LEAST2 come of that alone.
+# A bias below LEAST counts as LEAST, and a finite one above -LEAST as -LEAST (`hold`): times
+# log2(e), finfo.min, of which additive masks are made, would be the -inf that excludes, and
+# finfo.max the inf of which only NaN comes.  Base-2 logits beyond LEAST2 come of that alone.
 LEAST = tl.constexpr(-2.3e38)
 LEAST2 = tl.constexpr(-3.3e38)
 FINFO_MIN = tl.constexpr(-3.4028234663852886e38)
@@ -81,6 +82,12 @@ class Terms(NamedTuple):
     cap_out: float  # softcap in base 2
     shift: float  # of sigmoid weights, in base 2
     frame: object  # int32 [B, 6], as attn_ext.core.schema.Frame
+
+
+@triton.jit
+def hold(x):
+    """x between LEAST and -LEAST; infinities and NaN stay."""
+    return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, LEAST), -LEAST), x)
 
 
 @triton.jit
@@ -505,7 +512,7 @@ def tile_logits(
         if NATURAL & FLAGS:  # -inf + NaN is found by `nan_count`
             s += added
         else:
-            s += tl.maximum(added, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
+            s += hold(added) * LOG2E
     if ALIBI & FLAGS:
         if slope is None:
             slope = alibi_slope(b, h, terms, scale, FLAGS)

@@ -8,10 +8,10 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ONE_QUERY,
     DBIAS_STORE,
     FAR_LSE,
-    LEAST,
     LOG2E,
     SIGMOID,
     SOFTCAP,
+    hold,
 )
 from attn_ext.triton_kernels.kernels.softmax import sigmoid
 
@@ -20,8 +20,7 @@ from attn_ext.triton_kernels.kernels.softmax import sigmoid
 def base2_lse(lse, row, inside):
     """LSE in base 2: 0 for empty rows, so that no -inf - -inf arises; inf outside, where P = 0."""
     value = tl.load(lse + row, mask=inside, other=float("inf"))
-    base2 = tl.maximum(value, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
-    return tl.where(value == float("-inf"), 0.0, base2)
+    return tl.where(value == float("-inf"), 0.0, hold(value) * LOG2E)
 
 
 @triton.jit

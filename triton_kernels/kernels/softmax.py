@@ -7,7 +7,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     FAR,
     FINFO_MIN,
-    LEAST,
     LEAST2,
     LN2,
     LOG2E,
@@ -17,6 +16,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     SOFTCAP,
     STATS,
     UNSCALED,
+    hold,
 )
 
 LARGEST_UNSCALED = tl.constexpr(16777216.0)  # of which half a unit in the last place is 1/2
@@ -43,8 +43,7 @@ def unit(terms, scale, FLAGS: tl.constexpr):
 def base2_max(row_max, shift, FLAGS: tl.constexpr):
     """The rows' maxima of `online_softmax` in base 2, shift included."""
     if NATURAL & FLAGS:
-        base2 = tl.maximum(row_max, LEAST) * LOG2E
-        return tl.where(row_max == float("-inf"), row_max, base2)
+        return hold(row_max) * LOG2E
     return row_max + shift if (SOFTCAP & FLAGS) and (UNSCALED & FLAGS) else row_max
 
 
@@ -113,10 +112,8 @@ def natural(s):
 
 @triton.jit
 def sink_logit(sink, h):
-    """The sink of head h in base 2, held between LEAST and -LEAST as a bias is held above LEAST."""
-    value = tl.load(sink + h).to(tl.float32)
-    held = tl.minimum(tl.maximum(value, LEAST), -LEAST)
-    return tl.where(tl.abs(value) < float("inf"), held, value) * LOG2E
+    """The sink of head h in base 2."""
+    return hold(tl.load(sink + h).to(tl.float32)) * LOG2E
 
 
 @triton.jit

@@ -89,7 +89,8 @@ def top_k(call: Call, n: int, lse: torch.Tensor) -> tuple:
                 plan.flags,
             )  # fmt: skip
     there, s2, keys = _unpacked(found, n)
-    row_lse = lse.detach().float().clamp_min(attention.LEAST).unsqueeze(-1)  # -inf: no key is there
+    # -inf: no key is there
+    row_lse = lse.detach().float().clamp(attention.LEAST, -attention.LEAST).unsqueeze(-1)
     weights = torch.exp2(s2 - row_lse * attention.LOG2E)
     return torch.where(there, weights, 0.0), keys
 

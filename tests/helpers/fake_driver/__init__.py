@@ -1,5 +1,5 @@
-"""NVIDIA's driver without a GPU: attn_ext._cuda on libcuda.cpp of this folder, which runs compiled
-PTX on the emulated machine.  Tensors are those of the CPU.
+"""NVIDIA's driver without a GPU: attn_ext._C.cuda on libcuda.cpp of this folder, which runs
+compiled PTX on the emulated machine.  Tensors are those of the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import emulator_build
 import seen
 from ptx import build
 
-from attn_ext import _cuda, _emulated
+from attn_ext import _emulated
+from attn_ext._C import cuda as _cuda
 from attn_ext.backends import cuda, native_gpu
 from attn_ext.backends.jit import first_use
 from attn_ext.backends.jit.nvrtc import Binary

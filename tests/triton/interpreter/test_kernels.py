@@ -190,21 +190,26 @@ def test_infinities_in_visible_rows(where, softcap):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("where", ["smallest row", "-1e9", "smallest keys", "NaN"])
+@pytest.mark.parametrize(
+    "where", ["smallest row", "-1e9", "smallest keys", "NaN", "largest row", "largest keys", "inf"]
+)
 @pytest.mark.parametrize(
     "options", [{}, {"sink": True}, {"cache_seqlens": [70, 33], "num_splits": 3}], ids=str
 )
-def test_rows_of_huge_negative_logits(where, options, dtype):
+def test_rows_of_huge_biases(where, options, dtype):
     """An excluding -inf in other units, an LSE that has lost ln(number of keys), 0 * inf in the sum
-    of the entropy, a NaN taken for a small number."""
+    of the entropy, a NaN or inf taken for a number, inf - inf in a row with finfo.max."""
     call = random_call(7, dtype=dtype, bias="qk", seqlen_q=5, seqlen_k=70, stats=True, **options)
-    smallest = torch.finfo(dtype).min
+    numbers = torch.finfo(dtype)
+    rows = {"smallest row": numbers.min, "-1e9": -1e9, "largest row": numbers.max}
     if where == "smallest keys":
-        call.bias[..., :40] = smallest
-    elif where == "NaN":
-        call.bias[:, :, 2, 3] = torch.nan
+        call.bias[..., :40] = numbers.min
+    elif where == "largest keys":
+        call.bias[..., 38:41] = numbers.max
+    elif where in rows:
+        call.bias[:, :, 2] = rows[where]
     else:
-        call.bias[:, :, 2] = smallest if where == "smallest row" else -1e9
+        call.bias[:, :, 2, 3] = float(where)
     check_call(call, "triton", grads=False)
 
 

@@ -154,6 +154,31 @@ def test_what_the_kernels_leave_to_others(monkeypatch):
     assert all(x.isfinite().all() for x in found.values())
 
 
+def test_a_captured_graph_does_not_wait(monkeypatch):
+    """Silently wrong numbers where a replayed CUDA graph meets inputs that the kernels leave to
+    others; a read of a device's answer, which ends the capture."""
+    monkeypatch.setattr(triton_second, "_capturing", lambda call: True)
+    monkeypatch.setattr(launch, "tangent", lambda *a: (torch.ones(2), torch.ones(3)))
+    grads = [(torch.ones(2), None), (torch.ones(3),)]
+    monkeypatch.setattr(launch, "backward_tangent", lambda *a: grads)
+    call = random_call(3, bias="k", head_dim=5)
+    seeds = seeds_of(call)
+    near = Rows(*[seeds.dout, None] * 4)._replace(lse=seeds.dlse)
+    far, spoilt = near._replace(lse=seeds.dlse + 1e4), call._replace(v=call.v / 0)
+
+    def results(call, rows):
+        with monkeypatch.context() as waiting:
+            waiting.setattr(torch.Tensor, "__bool__", lambda x: 1 / 0)
+            found = triton_second.tangent(call, Tangents(), rows)
+            moved = triton_second.backward_tangent(call, Tangents(), rows, Needs(), Needs())
+        return [x for group in (found, *moved) for x in group if x is not None]
+
+    assert [x.tolist() for x in results(call, near)] == [[1] * 2, [1] * 3] * 2
+    for one, rows in ((call, far), (spoilt, near)):
+        assert all(x.isnan().all() for x in results(one, rows))
+        grads = [(torch.ones(2), None), (torch.ones(3),)]
+
+
 def test_rows_far_from_zero():
     """NaN in tangents of logits of 1e10, of which LSE has fewer digits; a far sink."""
     products = random_call(7, head_dim=32, seqlen_q=20, seqlen_k=34, **SMALL)

@@ -1,6 +1,10 @@
-// What attn_ext._cuda and attn_ext._emulated have in common: integers and flat structs in, nothing
-// else.  The Python side has validated what the pointers mean (attn_ext/backends/native_gpu.py).
-// The GIL is released in every call.
+// The functions of attn_ext._C.cuda, which attn_ext._emulated has, too: integers and flat structs
+// in, nothing else.  The Python side has validated what the pointers mean
+// (attn_ext/backends/native_gpu.py).  The GIL is released in every call.
+//
+// A header, since pybind11's own take longer to compile than all of this: the file of each module
+// includes it.
+#pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,12 +17,11 @@
 namespace py = pybind11;
 
 namespace attn::cuda {
-namespace {
 
 // For questions about a call: no device is asked.
-Target target(int multiprocessors, bool sm90) { return {0, 0, multiprocessors, sm90, 0}; }
+inline Target target(int multiprocessors, bool sm90) { return {0, 0, multiprocessors, sm90, 0}; }
 
-void run_forward(const NativeCall& c, uintptr_t workspace, const Target& target) {
+inline void run_forward(const NativeCall& c, uintptr_t workspace, const Target& target) {
   on_device(target, [&](Executor& to) {
     forward(c.p, c.ptr, reinterpret_cast<float*>(workspace), target, to);
   });
@@ -37,8 +40,8 @@ class List : public Executor {
   ptx::TensorMap tensor_map(const ptx::TensorSpec&) override { return {}; }
 };
 
-py::list launches(const NativeCall& c, bool is_backward, int multiprocessors, bool sm90,
-                  int shared_memory) {
+inline py::list launches(const NativeCall& c, bool is_backward, int multiprocessors, bool sm90,
+                         int shared_memory) {
   check(c.p, c.ptr);
   const Target target = {0, 0, multiprocessors, sm90, shared_memory};
   List list;
@@ -49,9 +52,7 @@ py::list launches(const NativeCall& c, bool is_backward, int multiprocessors, bo
   return found;
 }
 
-}  // namespace
-
-void bind(py::module_& m) {
+inline void bind(py::module_& m) {
   define_call<NativeCall>(m)
       .def("set_rows", [](NativeCall& c, int64_t rows_q,
                           int64_t rows_k) { c.p.rows_q = rows_q, c.p.rows_k = rows_k; })
@@ -135,7 +136,7 @@ void bind(py::module_& m) {
 }
 
 #ifndef ATTN_EMULATED
-void set_compile(const py::object& compile) {
+inline void set_compile(const py::object& compile) {
   // kept for good: the call may come from a thread that outlives the interpreter's last statement
   auto* held = new py::object(compile);
   driver::set_compile([held](const std::string& kernel, int capability) {
@@ -145,13 +146,9 @@ void set_compile(const py::object& compile) {
     return driver::Image{symbol, std::string(cubin)};
   });
 }
-#endif
 
-}  // namespace attn::cuda
-
-#ifndef ATTN_EMULATED
-PYBIND11_MODULE(_cuda, m) {
-  using namespace attn::cuda;
+// bind, and what only real devices need.
+inline void bind_driver(py::module_& m) {
   bind(m);
   m.def("set_compile", &set_compile, py::arg("compile"),
         "compile(kernel as C++ names it, 10 * major + minor) -> (symbol, machine code)");
@@ -162,3 +159,5 @@ PYBIND11_MODULE(_cuda, m) {
         "For tests: this library is the driver from now on");
 }
 #endif
+
+}  // namespace attn::cuda

@@ -112,13 +112,14 @@ class Softmax {
     Vec<T> now = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
     now = vmax(now == ninf ? now : now * scale, before);
     const Vec<T> sum_before = load(state.sum + lane);
-    if (lazy) {  // the largest weight so far may be far above 1
+    const bool first = all_equal<T>(before, set1(ninf));  // nothing to rescale: sum and O are 0
+    if (lazy && !first) {  // the largest weight so far may be far above 1
       const Vec<T> level = before + vlog(vmax(sum_before, set1(T(1))));
       now = vmax(level, now);
     }
     store(state.max + lane, now);
     const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
-    const Vec<T> alpha = vexp(before - base);
+    const Vec<T> alpha = first ? Vec<T>{} : vexp(before - base);
     scale = settled(S, lo, hi, scale, base);
     if (ptr.entropy)
       weigh(S, lo, hi, scale, before, base, alpha, sum_before, state.weighted + lane);
@@ -128,8 +129,7 @@ class Softmax {
     else
       sum = exponentials<false>(S, lo, hi, scale, base, kept);
     store(state.sum + lane, sum_before * alpha + sum);
-    // Before the first visible key O is 0: nothing to rescale.
-    if (!all_equal<T>(alpha, set1(T(1))) && !all_equal<T>(before, set1(ninf)))
+    if (!first && !all_equal<T>(alpha, set1(T(1))))
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
         T* at = state.O + d * kPanel + lane;
         store(at, load(at) * alpha);

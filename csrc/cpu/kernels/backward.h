@@ -14,6 +14,7 @@
 #include "cpu/kernels/query_gradient.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/tile/row_product.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -396,6 +397,7 @@ class Backward {
 
   // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
   void add_dq(Block& k, const Pair& x) {
+    if (x.r.whole() && RowProduct<Op>::serves(p.head_dim)) return write_dq(k, x);
     const Turn turn = turn_of(k, x);
     bool begins = turn.first && x.segments.at[0].covers(x.panel.columns);
     if (!begins) turn.clear_first();
@@ -406,6 +408,20 @@ class Backward {
                      k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, x.dQ + s.begin,
                      !begins, &k.soon);
       begins = false;
+    }
+  }
+
+  // dQ = dS K   [nq, d], of rows whose keys are all in this block
+  void write_dq(Block& k, const Pair& x) const {
+    if constexpr (Op::kStep == 1) {
+      const DType type = o.written(p);
+      const int64_t size = int64_t(dtype_size(type));
+      T scale[kPanel];
+      std::fill(scale, scale + kPanel, T(p.scale));
+      RowProduct<Op>(k.K_by_key, p.head_dim, type)
+          .write(x.panel, x.tile, k.dS_by_key, scale,
+                 static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, x.r.h, x.r.m0) * size,
+                 p.dq.s * size, k.soon);
     }
   }
 

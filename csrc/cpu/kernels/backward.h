@@ -397,7 +397,13 @@ class Backward {
 
   // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
   void add_dq(Block& k, const Pair& x) {
-    if (x.r.whole() && RowProduct<Op>::serves(p.head_dim)) return write_dq(k, x);
+    if (x.r.whole() && RowProduct<Op>::serves(p.head_dim)) {  // dQ = dS K   [nq, d]
+      T scale[kPanel];
+      std::fill(scale, scale + kPanel, T(p.scale));
+      const RowProduct<Op> product(k.K_by_key, p.head_dim, o.written(p));
+      product.write(x.panel, x.tile, k.dS_by_key, scale, ptr.dq, p.dq, k.soon);
+      return;
+    }
     const Turn turn = turn_of(k, x);
     bool begins = turn.first && x.segments.at[0].covers(x.panel.columns);
     if (!begins) turn.clear_first();
@@ -408,20 +414,6 @@ class Backward {
                      k.K_by_key.depth_step, k.dS_by_key + first * kPanel + s.begin, x.dQ + s.begin,
                      !begins, &k.soon);
       begins = false;
-    }
-  }
-
-  // dQ = dS K   [nq, d], of rows whose keys are all in this block
-  void write_dq(Block& k, const Pair& x) const {
-    if constexpr (Op::kStep == 1) {
-      const DType type = o.written(p);
-      const int64_t size = int64_t(dtype_size(type));
-      T scale[kPanel];
-      std::fill(scale, scale + kPanel, T(p.scale));
-      RowProduct<Op>(k.K_by_key, p.head_dim, type)
-          .write(x.panel, x.tile, k.dS_by_key, scale,
-                 static_cast<char*>(ptr.dq) + k.seq.q_offset(p.dq, x.r.h, x.r.m0) * size,
-                 p.dq.s * size, k.soon);
     }
   }
 

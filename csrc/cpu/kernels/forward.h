@@ -70,7 +70,7 @@ class Forward {
       T* first = partial.data() + index * splits * state;
       for (int64_t i = 1; i < splits; ++i)
         for (int64_t panel = 0; panel < panels; ++panel)
-          merge(at_panel(first, panel), at_panel(first + i * state, panel));
+          merge(at_panel(first, panel), at_panel(first + i * state, panel), p.head_dim_v);
       Scratch scratch(scratch_bytes());
       finish(unit_at(index), {}, first, scratch);
     });
@@ -303,20 +303,15 @@ class Forward {
 
   // O = P V / sums   [nq, dv], and what else is known of such rows
   void write_rows(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile) const {
-    if constexpr (Op::kStep == 1) {
-      const DType type = o.written(p);
-      const int64_t size = int64_t(dtype_size(type)), m0 = panel.m0;
-      const SoftmaxState<T> state = at_panel(w.state, index);
-      T factor[kPanel];
-      for (int64_t q = 0; q < panel.nq; q += L)
-        store(factor + q, finish_sums(w.unit.seq, panel.h, m0 + q,
-                                      std::min<int64_t>(L, panel.nq - q), state, q));
-      auto* out = static_cast<char*>(ptr.o) + w.unit.seq.q_offset(p.o, panel.h, m0) * size;
-      w.outcome.finite &= RowProduct<Op>(w.V, p.head_dim_v, type)
-                              .write(panel, tile, reinterpret_cast<const Item*>(w.S), factor, out,
-                                     p.o.s * size, w.soon);
-      w.begun[index] = w.outcome.written[index] = true;
-    }
+    const SoftmaxState<T> state = at_panel(w.state, index);
+    T factor[kPanel];
+    for (int64_t q = 0; q < panel.nq; q += L)
+      store(factor + q, finish_sums(w.unit.seq, panel.h, panel.m0 + q,
+                                    std::min<int64_t>(L, panel.nq - q), state, q));
+    const RowProduct<Op> product(w.V, p.head_dim_v, o.written(p));
+    const auto* P = reinterpret_cast<const Item*>(w.S);
+    w.outcome.finite &= product.write(panel, tile, P, factor, ptr.o, p.o, w.soon);
+    w.begun[index] = w.outcome.written[index] = true;
   }
 
   // K and V of the tile as operands, and what comes after them on its way.
@@ -410,26 +405,6 @@ class Forward {
         if (w == T(0)) continue;
         for (int64_t d = 0; d < p.head_dim_v; ++d) O[d * kPanel + q] += w * number_at<Op>(V, j, d);
       }
-  }
-
-  void merge(SoftmaxState<T> a, const SoftmaxState<T>& b) const {
-    const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t q = 0; q < kPanel; q += L) {
-      const Vec<T> max_a = load(a.max + q), max_b = load(b.max + q), top = vmax(max_a, max_b);
-      const Vec<T> base = top == ninf ? Vec<T>{} : top;
-      const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : vmax(max_a - base, set1(T(-kFar)));
-      const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : vmax(max_b - base, set1(T(-kFar)));
-      const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
-      const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
-      store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
-                                wb * (load(b.weighted + q) + shift_b * sum_b));
-      store(a.sum + q, wa * sum_a + wb * sum_b);
-      store(a.max + q, top);
-      for (int64_t d = 0; d < p.head_dim_v; ++d) {
-        T* at = a.O + d * kPanel + q;
-        store(at, wa * load(at) + wb * load(b.O + d * kPanel + q));
-      }
-    }
   }
 
   // Writes what no tile has written: O, LSE and the statistics.

@@ -25,10 +25,12 @@ class RowProduct {
         dim(dim),
         type(type) {}
 
-  // Rows of a panel to `out` and on, `row_bytes` apart: A's columns of `tile`, whose numbers are 0
+  // The panel's rows of `base`, which lie as `s` says: A's columns of `tile`, whose numbers are 0
   // where a row does not see a key of its grain.  False where a sum is inf or NaN.
-  bool write(const Panel<T>& panel, const Tile& tile, const Item* A, const T* factor, char* out,
-             int64_t row_bytes, Prefetch& soon) const {
+  bool write(const Panel<T>& panel, const Tile& tile, const Item* A, const T* factor, void* base,
+             const Strides& s, Prefetch& soon) const {
+    const int64_t size = int64_t(dtype_size(type)), row_bytes = s.s * size;
+    char* out = static_cast<char*>(base) + panel.seq.q_offset(s, panel.h, panel.m0) * size;
     Vec<T> bad{};
     for (int64_t g = 0; g < panel.grains; ++g) {
       const int64_t end = std::min((g + 1) * kGrain, panel.nq);

@@ -25,14 +25,15 @@ struct Case {
   const char* name;
   int64_t queries, keys;
   int64_t left, right;  // of the band, or -1
-  bool mask, poison;    // poison: the last row of V is NaN
+  bool mask, poison;    // poison: a row of V is NaN, the third last
+  bool rising = false;  // logits of the second tile are far above those of the first
 };
 
 constexpr Case kCases[] = {
     {"full", 21, 37, -1, -1, false, false},      {"causal", 70, 70, -1, 0, false, false},
     {"window", 50, 61, 5, 3, false, false},      {"mask", 33, 40, -1, -1, true, false},
     {"two_tiles", 9, 250, -1, -1, false, false}, {"some_whole", 230, 230, -1, 0, false, false},
-    {"poison", 37, 37, -1, 0, false, true},
+    {"poison", 37, 37, -1, 0, false, true},      {"rising", 40, 220, -1, -1, false, false, true},
 };
 
 double number(int64_t i) { return std::sin(double(i * 37 % 1009) + 0.3 * double(i % 7)) * 1.5; }
@@ -52,7 +53,9 @@ struct Call {
     o.assign(q.size(), NAN), dq.assign(q.size(), NAN), lse.assign(kHeads * c.queries, NAN);
     dk.assign(k.size(), NAN), dv.assign(k.size(), NAN);
     for (int64_t h = 0; c.poison && h < kHeads; ++h)
-      for (int64_t d = 0; d < kDim; ++d) v[((h + 1) * c.keys - 1) * kDim + d] = NAN;
+      for (int64_t d = 0; d < kDim; ++d) v[((h + 1) * c.keys - 3) * kDim + d] = NAN;
+    for (int64_t i = 0; c.rising && i < int64_t(k.size()); ++i)
+      if (i / kDim % c.keys >= cpu::kForwardKeys) k[i] *= 5;
     p.batch = 1, p.heads_q = p.heads_k = kHeads, p.head_dim = p.head_dim_v = kDim;
     p.seqlen_q = c.queries, p.seqlen_k = c.keys, p.scale = 0.5;
     p.q = p.o = p.dout = p.dq = Strides{kHeads * c.queries * kDim, c.queries * kDim, kDim};

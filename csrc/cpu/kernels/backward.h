@@ -14,6 +14,7 @@
 #include "cpu/kernels/query_gradient.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/tile/row_product.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -396,6 +397,13 @@ class Backward {
 
   // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
   void add_dq(Block& k, const Pair& x) {
+    if (x.r.whole() && RowProduct<Op>::serves(p.head_dim)) {  // dQ = dS K   [nq, d]
+      T scale[kPanel];
+      std::fill(scale, scale + kPanel, T(p.scale));
+      const RowProduct<Op> product(k.K_by_key, p.head_dim, o.written(p));
+      product.write(x.panel, x.tile, k.dS_by_key, scale, ptr.dq, p.dq, k.soon);
+      return;
+    }
     const Turn turn = turn_of(k, x);
     bool begins = turn.first && x.segments.at[0].covers(x.panel.columns);
     if (!begins) turn.clear_first();

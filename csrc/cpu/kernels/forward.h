@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/gemm.h"
+#include "cpu/tile/row_product.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -57,21 +58,21 @@ class Forward {
       const Unit unit = unit_at(index);
       const size_t mark = scratch.used();
       const int64_t soon = next == index ? -1 : next;
-      attend(unit, split, soon, false, s, scratch);
-      if (!finite(unit, s)) {
+      Outcome outcome = attend(unit, split, soon, false, s, scratch);
+      if (!outcome.finite) {
         scratch.rewind(mark);
-        attend(unit, split, soon, true, s, scratch);
+        outcome = attend(unit, split, soon, true, s, scratch);
       }
-      if (splits == 1) finish(unit, s, scratch);
+      if (splits == 1) finish(unit, outcome, s, scratch);
     });
     if (splits == 1) return;
     parallel_for(units, threads, [&](int64_t index) {
       T* first = partial.data() + index * splits * state;
       for (int64_t i = 1; i < splits; ++i)
         for (int64_t panel = 0; panel < panels; ++panel)
-          merge(at_panel(first, panel), at_panel(first + i * state, panel));
+          merge(at_panel(first, panel), at_panel(first + i * state, panel), p.head_dim_v);
       Scratch scratch(scratch_bytes());
-      finish(unit_at(index), first, scratch);
+      finish(unit_at(index), {}, first, scratch);
     });
   }
 
@@ -164,11 +165,18 @@ class Forward {
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
 
+  // What a unit's share of the keys has become.
+  struct Outcome {
+    bool finite = true;          // not where O or a sum of its rows is inf or NaN
+    bool written[kPanels] = {};  // O of the panel, with all that finish() writes
+  };
+
   // What V holds where P = 0, as at excluded pairs and logits of -inf, must not reach O.  That is
   // looked into only when O is not finite (0 * inf and 0 * NaN are NaN).
-  bool finite(const Unit& unit, T* state) const {
+  bool finite(const Unit& unit, const Outcome& outcome, T* state) const {
     for (int64_t i = 0; i < unit.panels(); ++i)
-      if (!all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, i).O),
+      if (!outcome.written[i] &&
+          !all_finite<Plain<T>>(reinterpret_cast<const char*>(at_panel(state, i).O),
                                 kPanel * int64_t(sizeof(T)), p.head_dim_v, part(unit, i).nq))
         return false;
     return true;
@@ -208,10 +216,11 @@ class Forward {
     const PanelScratch<T> side;  // of masks and dropout
     Item* const V_scratch;       // [kForwardKeys][Dv], where V is copied
     bool begun[kPanels]{};       // O of the panel holds something
-    bool exact[kPanels]{};       // the panel's logits rise: see Softmax
-    bool loaded = false;         // some tile of keys was
-    Operand V{};                 // of this tile; packed, as K, for the first panel that needs it
-    int finite = -1;             // no inf or NaN in V; -1: not asked yet
+    Outcome outcome;
+    bool exact[kPanels]{};  // the panel's logits rise: see Softmax
+    bool loaded = false;    // some tile of keys was
+    Operand V{};            // of this tile; packed, as K, for the first panel that needs it
+    int finite = -1;        // no inf or NaN in V; -1: not asked yet
     Prefetch soon;
   };
 
@@ -238,8 +247,8 @@ class Forward {
   }
 
   // The state of a unit after its share of the keys.  next: a unit to prefetch, or -1.
-  void attend(const Unit& unit, int64_t split, int64_t next, bool careful, T* state,
-              Scratch& scratch) const {
+  Outcome attend(const Unit& unit, int64_t split, int64_t next, bool careful, T* state,
+                 Scratch& scratch) const {
     for (int64_t panel = 0; panel < panels; ++panel) at_panel(state, panel).begin();
     const Range tiles = key_tiles(unit, split);
     Work w(unit, o, careful, state, panels, unit.nq < kPanel && tiles.end - tiles.first == 1,
@@ -255,6 +264,8 @@ class Forward {
       add_tile(w, t * kForwardKeys, tiles.last_key, t + 1 == tiles.end, next);
     for (int64_t panel = 0; panel < panels; ++panel)
       if (!w.begun[panel]) at_panel(state, panel).clear_output();
+    w.outcome.finite = careful || (w.outcome.finite && finite(unit, w.outcome, state));
+    return w.outcome;
   }
 
   // Lanes of a panel that products are made of: additive scores are rounded as whole grains are.
@@ -273,8 +284,34 @@ class Forward {
       if (!w.V.data) load_keys(w, tile, last, next);
       const Segments segments = panel.segments(tile, lanes(panel));
       weigh(w, i, panel, tile, segments);
-      add_values(w, i, panel, tile, segments);
+      if (whole(w, i, panel, tile))
+        write_rows(w, i, panel, tile);
+      else
+        add_values(w, i, panel, tile, segments);
     }
+  }
+
+  // Whether the panel's rows see no other tile, and O need not be kept.
+  bool whole(const Work& w, int64_t index, const Panel<T>& panel, const Tile& tile) const {
+    if (splits > 1 || folded || w.careful || w.begun[index] ||
+        !RowProduct<Op>::serves(p.head_dim_v))
+      return false;
+    int64_t lo, hi;
+    w.unit.seq.key_range(panel.m0, panel.m0 + panel.nq, &lo, &hi);
+    return lo >= tile.n0 && hi <= tile.n0 + tile.nk;
+  }
+
+  // O = P V / sums   [nq, dv], and what else is known of such rows
+  void write_rows(Work& w, int64_t index, const Panel<T>& panel, const Tile& tile) const {
+    const SoftmaxState<T> state = at_panel(w.state, index);
+    T factor[kPanel];
+    for (int64_t q = 0; q < panel.nq; q += L)
+      store(factor + q, finish_sums(w.unit.seq, panel.h, panel.m0 + q,
+                                    std::min<int64_t>(L, panel.nq - q), state, q));
+    const RowProduct<Op> product(w.V, p.head_dim_v, o.written(p));
+    const auto* P = reinterpret_cast<const Item*>(w.S);
+    w.outcome.finite &= product.write(panel, tile, P, factor, ptr.o, p.o, w.soon);
+    w.begun[index] = w.outcome.written[index] = true;
   }
 
   // K and V of the tile as operands, and what comes after them on its way.
@@ -370,32 +407,12 @@ class Forward {
       }
   }
 
-  void merge(SoftmaxState<T> a, const SoftmaxState<T>& b) const {
-    const T ninf = -std::numeric_limits<T>::infinity();
-    for (int64_t q = 0; q < kPanel; q += L) {
-      const Vec<T> max_a = load(a.max + q), max_b = load(b.max + q), top = vmax(max_a, max_b);
-      const Vec<T> base = top == ninf ? Vec<T>{} : top;
-      const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : vmax(max_a - base, set1(T(-kFar)));
-      const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : vmax(max_b - base, set1(T(-kFar)));
-      const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
-      const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
-      store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
-                                wb * (load(b.weighted + q) + shift_b * sum_b));
-      store(a.sum + q, wa * sum_a + wb * sum_b);
-      store(a.max + q, top);
-      for (int64_t d = 0; d < p.head_dim_v; ++d) {
-        T* at = a.O + d * kPanel + q;
-        store(at, wa * load(at) + wb * load(b.O + d * kPanel + q));
-      }
-    }
-  }
-
-  // Normalises, adds the sink's share, writes O, LSE and the statistics.
-  void finish(const Unit& unit, T* state, Scratch& scratch) const {
+  // Writes what no tile has written: O, LSE and the statistics.
+  void finish(const Unit& unit, const Outcome& outcome, T* state, Scratch& scratch) const {
     T* rows = scratch.take<T>(L * round_up(p.head_dim_v));
     for (int64_t i = 0; i < unit.panels(); ++i) {
       const auto [h, m0, nq] = part(unit, i);
-      for (int64_t q = 0; q < nq; q += L)
+      for (int64_t q = 0; !outcome.written[i] && q < nq; q += L)
         finish_rows(unit.seq, h, m0 + q, std::min<int64_t>(L, nq - q), at_panel(state, i), q, rows);
     }
   }
@@ -409,6 +426,18 @@ class Forward {
 
   void finish_rows(const Sequence& seq, int64_t h, int64_t m0, int64_t n,
                    const SoftmaxState<T>& state, int64_t lane, T* rows) const {
+    const DType type = o.written(p);
+    const int64_t size = int64_t(dtype_size(type));
+    char* to[L];
+    for (int64_t i = 0; i < (folded ? n : 1); ++i) to[i] = at(seq, ptr.o, p.o, size, h, m0 + i);
+    store_transposed<T>(type, state.O + lane, finish_sums(seq, h, m0, n, state, lane), n,
+                        p.head_dim_v, rows, to[0], p.o.s * size, folded ? to : nullptr);
+  }
+
+  // Adds the sink's share, writes LSE and the statistics of rows m0 ... m0 + n - 1; what their O is
+  // multiplied with.
+  Vec<T> finish_sums(const Sequence& seq, int64_t h, int64_t m0, int64_t n,
+                     const SoftmaxState<T>& state, int64_t lane) const {
     const T ninf = -std::numeric_limits<T>::infinity();
     const Vec<T> sum = load(state.sum + lane), top = load(state.max + lane);
     const Vec<T> base = top == ninf ? Vec<T>{} : top;
@@ -422,28 +451,28 @@ class Forward {
     const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
     const Vec<T> safe = empty ? set1(T(1)) : total;
     const Vec<T> inverse = o.sigmoid ? set1(T(1)) : empty ? Vec<T>{} : scale / safe;
-    T lse[L], max_logit[L], entropy[L];
-    if (o.partial)  // log(1) = 0 where a row is empty
-      store(lse, nan ? sum : vlog(safe));
-    else
-      store(lse, empty ? set1(ninf) : nan ? sum : shift + vlog(safe));
-    store(max_logit, nan ? sum : top == ninf ? top : base);
-    const Vec<T> apart = -vmax(base - shift, set1(T(-kFar)));
-    store(entropy, ((apart + vlog(safe)) * sum - load(state.weighted + lane)) * inverse);
-    const DType type = o.written(p);
-    const int64_t size = int64_t(dtype_size(type));
-    char* to[L];
-    for (int64_t i = 0; i < (folded ? n : 1); ++i) to[i] = at(seq, ptr.o, p.o, size, h, m0 + i);
-    store_transposed<T>(type, state.O + lane, inverse, n, p.head_dim_v, rows, to[0], p.o.s * size,
-                        folded ? to : nullptr);
-    if (o.sigmoid) return;
-    const int64_t first = seq.lse_offset(h, m0);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = folded ? lse_of_row(seq, h, m0 + i) : first + i;
-      if (ptr.lse) static_cast<T*>(ptr.lse)[at] = lse[i];
-      if (ptr.max_logit) static_cast<T*>(ptr.max_logit)[at] = max_logit[i];
-      if (ptr.entropy) static_cast<T*>(ptr.entropy)[at] = lse[i] == ninf ? T(0) : entropy[i];
-    }
+    if (o.sigmoid || !(ptr.lse || ptr.max_logit || ptr.entropy)) return inverse;
+    const Vec<T> log = vlog(safe), apart = -vmax(base - shift, set1(T(-kFar)));
+    // of a part: log(1) = 0 where a row is empty
+    // of a part of the keys: log(1) = 0 where a row is empty
+    const Vec<T> lse = nan ? sum : o.partial ? log : empty ? set1(ninf) : shift + log;
+    const Vec<T> entropy = ((apart + log) * sum - load(state.weighted + lane)) * inverse;
+    write_known(ptr.lse, lse, seq, h, m0, n);
+    write_known(ptr.max_logit, nan ? sum : top, seq, h, m0, n);
+    write_known(ptr.entropy, empty ? Vec<T>{} : entropy, seq, h, m0, n);
+    return inverse;
+  }
+
+  // One number a row, of n rows.
+  void write_known(void* to, Vec<T> x, const Sequence& seq, int64_t h, int64_t m0,
+                   int64_t n) const {
+    if (!to) return;
+    T* out = static_cast<T*>(to);
+    if (n == L && !folded) return store(out + seq.lse_offset(h, m0), x);
+    T numbers[L];
+    store(numbers, x);
+    for (int64_t i = 0; i < n; ++i)
+      out[folded ? lse_of_row(seq, h, m0 + i) : seq.lse_offset(h, m0 + i)] = numbers[i];
   }
 };
 

@@ -35,6 +35,29 @@ struct SoftmaxState {
 template <class T>
 constexpr T kCoarse = sizeof(T) == 4 ? T(4194304) : T(2251799813685248);
 
+// a: of the keys of a and of b.
+template <class T>
+ATTN_NOINLINE void merge(SoftmaxState<T> a, const SoftmaxState<T>& b, int64_t dv) {
+  constexpr int L = kLanes<T>;
+  const T ninf = -std::numeric_limits<T>::infinity();
+  for (int64_t q = 0; q < kPanel; q += L) {
+    const Vec<T> max_a = load(a.max + q), max_b = load(b.max + q), top = vmax(max_a, max_b);
+    const Vec<T> base = top == ninf ? Vec<T>{} : top;
+    const Vec<T> shift_a = max_a == ninf ? Vec<T>{} : vmax(max_a - base, set1(T(-kFar)));
+    const Vec<T> shift_b = max_b == ninf ? Vec<T>{} : vmax(max_b - base, set1(T(-kFar)));
+    const Vec<T> wa = vexp(shift_a), wb = vexp(shift_b);
+    const Vec<T> sum_a = load(a.sum + q), sum_b = load(b.sum + q);
+    store(a.weighted + q, wa * (load(a.weighted + q) + shift_a * sum_a) +
+                              wb * (load(b.weighted + q) + shift_b * sum_b));
+    store(a.sum + q, wa * sum_a + wb * sum_b);
+    store(a.max + q, top);
+    for (int64_t d = 0; d < dv; ++d) {
+      T* at = a.O + d * kPanel + q;
+      store(at, wa * load(at) + wb * load(b.O + d * kPanel + q));
+    }
+  }
+}
+
 template <class Op>
 class Softmax {
   using T = typename Op::Acc;
@@ -112,13 +135,14 @@ class Softmax {
     Vec<T> now = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
     now = vmax(now == ninf ? now : now * scale, before);
     const Vec<T> sum_before = load(state.sum + lane);
-    if (lazy) {  // the largest weight so far may be far above 1
+    const bool first = all_equal<T>(before, set1(ninf));  // nothing to rescale: sum and O are 0
+    if (lazy && !first) {  // the largest weight so far may be far above 1
       const Vec<T> level = before + vlog(vmax(sum_before, set1(T(1))));
       now = vmax(level, now);
     }
     store(state.max + lane, now);
     const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
-    const Vec<T> alpha = vexp(before - base);
+    const Vec<T> alpha = first ? Vec<T>{} : vexp(before - base);
     scale = settled(S, lo, hi, scale, base);
     if (ptr.entropy)
       weigh(S, lo, hi, scale, before, base, alpha, sum_before, state.weighted + lane);
@@ -128,8 +152,7 @@ class Softmax {
     else
       sum = exponentials<false>(S, lo, hi, scale, base, kept);
     store(state.sum + lane, sum_before * alpha + sum);
-    // Before the first visible key O is 0: nothing to rescale.
-    if (!all_equal<T>(alpha, set1(T(1))) && !all_equal<T>(before, set1(ninf)))
+    if (!first && !all_equal<T>(alpha, set1(T(1))))
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
         T* at = state.O + d * kPanel + lane;
         store(at, load(at) * alpha);

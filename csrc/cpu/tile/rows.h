@@ -151,12 +151,21 @@ ATTN_INLINE void item_row(DType type, const void* src, int64_t dim, typename Op:
 }
 
 // out[d] = (even[d], odd[d]): two rows of bfloat16 as pairs.  No odd row: pairs with 0.
-ATTN_NOINLINE void interleave_rows(const uint16_t* even, const uint16_t* odd, int64_t dim,
-                                   uint32_t* out) {
-  if (odd)
-    for (int64_t d = 0; d < dim; ++d) out[d] = even[d] | uint32_t(odd[d]) << 16;
-  else
-    for (int64_t d = 0; d < dim; ++d) out[d] = even[d];
+ATTN_INLINE void interleave_rows(const uint16_t* even, const uint16_t* odd, int64_t dim,
+                                 uint32_t* out) {
+  int64_t d = 0;
+#ifdef ATTN_BF16_DOT
+  for (; d + 32 <= dim; d += 32) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i a = _mm512_loadu_si512(even + d);
+    const __m512i b = odd ? _mm512_loadu_si512(odd + d) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
+  }
+#endif
+  for (; d < dim; ++d) out[d] = even[d] | uint32_t(odd ? odd[d] : 0) << 16;
 }
 
 template <class Op>

@@ -279,25 +279,31 @@ class Panel {
   void apply_band(const Tile& t, T* S) const {
     if (!t.banded) return;
     for (int64_t g = 0; g < grains; ++g)
-      seen_by_grain(t, g).rest({t.lo[g], t.hi[g]}, [&](int64_t lo, int64_t hi) {
-        for (int64_t j = lo; j < hi; ++j) band_row(t.n0 + j, g, S + j * kPanel);
-      });
+      seen_by_grain(t, g).rest({t.lo[g], t.hi[g]},
+                               [&](int64_t lo, int64_t hi) { band_rows(t.n0, lo, hi, g, S); });
   }
 
-  void band_row(int64_t key, int64_t g, T* row) const {
-    const T ninf = -std::numeric_limits<T>::infinity();
-    // the lane on the diagonal, or the query
-    const int64_t aligned = key - seq.diagonal() - (cycle ? 0 : m0);
-    auto clamp = [](int64_t x) { return std::clamp<int64_t>(x, -1, kPanel); };
+  // What stays beyond all lanes, however many keys of a tile it moves by.
+  static constexpr int64_t kFarLane = 4096;
+  static_assert(kFarLane > std::max(kForwardKeys, kBackwardKeys[0]) + kPanel);
+
+  // Keys [lo, hi) of a grain.
+  ATTN_NOINLINE void band_rows(int64_t n0, int64_t lo, int64_t hi, int64_t g, T* S) const {
+    const Vec<T> ninf = set1(-std::numeric_limits<T>::infinity());
+    // The lane (or the query) on the diagonal of key lo; each key's is one further.
+    const int64_t aligned = n0 + lo - seq.diagonal() - (cycle ? 0 : m0);
+    auto clamp = [](int64_t x) { return T(std::clamp<int64_t>(x, -kFarLane, kFarLane)); };
     const bool left = seq.p->window_left != kUnbounded, right = seq.p->window_right != kUnbounded;
-    const T first = right ? T(clamp(aligned - seq.p->window_right)) : T(-1);
-    const T last = left ? T(clamp(aligned + seq.p->window_left)) : T(kPanel);
+    const T begin = right ? clamp(aligned - seq.p->window_right) : T(-kFarLane);
+    const T end = left ? clamp(aligned + seq.p->window_left) : T(kFarLane);
     for (int64_t q = g * kGrain; q < (g + 1) * kGrain; q += kLanes<T>) {
       const Vec<T> lane = queries(q);
-      Vec<T> s = load(row + q);
-      s = lane < first ? set1(ninf) : s;
-      s = lane > last ? set1(ninf) : s;
-      store(row + q, s);
+      Vec<T> first = set1(begin), last = set1(end);
+      for (int64_t j = lo; j < hi; ++j, first += T(1), last += T(1)) {
+        T* at = S + j * kPanel + q;
+        const Vec<T> s = lane < first ? ninf : load(at);
+        store(at, lane > last ? ninf : s);
+      }
     }
   }
 

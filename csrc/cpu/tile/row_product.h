@@ -1,0 +1,120 @@
+// Rows of storage as they leave a product:  X[q] = factor[q] * sum_k A(q, k) B[k],  where A is what
+// a tile of weights holds, [items of keys][kPanel], and the numbers of a row lie in lanes.  Beside
+// gemm.h's O^T and dQ^T it needs neither sums in memory nor a transposition, and each block of rows
+// ends at its own last key; but it must see all keys of its rows at once.
+#pragma once
+#include "cpu/tile/rows.h"
+#include "cpu/tile/score.h"
+
+namespace attn::cpu::ATTN_ISA {
+
+template <class Op>
+class RowProduct {
+  using T = typename Op::Acc;
+  using Item = typename Op::Item;
+  static constexpr int L = kLanes<T>, kWide = ATTN_NV * L;  // numbers of a row that a block has
+
+ public:
+  // Whole blocks only: narrower ones would be too few sums to hide their latency.
+  static bool serves(int64_t dim) { return Op::kStep == 1 && dim % kWide == 0; }
+
+  // B: rows of `dim` numbers, as rows_by_key gives them.
+  RowProduct(const Operand& b, int64_t dim, DType type)
+      : B(reinterpret_cast<const Item*>(b.data)),
+        ldb(b.depth_step / int64_t(sizeof(Item))),
+        dim(dim),
+        type(type) {}
+
+  // The panel's rows of `base`, which lie as `s` says: A's columns of `tile`, whose numbers are 0
+  // where a row does not see a key of its grain.  False where a sum is inf or NaN.
+  bool write(const Panel<T>& panel, const Tile& tile, const Item* A, const T* factor, void* base,
+             const Strides& s, Prefetch& soon) const {
+    const int64_t size = int64_t(dtype_size(type)), row_bytes = s.s * size;
+    char* out = static_cast<char*>(base) + panel.seq.q_offset(s, panel.h, panel.m0) * size;
+    Vec<T> bad{};
+    for (int64_t g = 0; g < panel.grains; ++g) {
+      const int64_t end = std::min((g + 1) * kGrain, panel.nq);
+      for (int64_t q = g * kGrain; q < end;) {
+        const int64_t most = end - q > 4 ? ATTN_MR : 4, n = std::min(most, end - q);
+        const Keys seen = keys(panel, tile, g, q, n);
+        const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
+        const Rows rows{A + first * kPanel + q, B + first * ldb, depth, factor + q,
+                        out + q * row_bytes,    row_bytes,       n};
+        soon.some();
+        bad += most == 4 ? block<4>(rows) : block<ATTN_MR>(rows);
+        q += n;
+      }
+    }
+    return all_equal<T>(bad, Vec<T>{});
+  }
+
+ private:
+  const Item* B;
+  int64_t ldb, dim;
+  DType type;
+
+  struct Rows {
+    const Item *A, *B;
+    int64_t depth;
+    const T* factor;
+    char* out;
+    int64_t row_bytes, n;
+  };
+
+  // The tile's keys that some of n rows from q see, from an item's first on.
+  static Keys keys(const Panel<T>& panel, const Tile& tile, int64_t g, int64_t q, int64_t n) {
+    Keys all{tile.lo[g], tile.hi[g]};
+    if (!tile.banded || all.lo >= all.hi) return {all.lo, std::max(all.lo, all.hi)};
+    int64_t lo, hi;
+    panel.seq.key_range(panel.m0 + q, panel.m0 + q + n, &lo, &hi);
+    all.lo = std::clamp(lo - tile.n0, all.lo, all.hi);
+    return {all.lo, std::clamp(hi - tile.n0, all.lo, all.hi)};
+  }
+
+  // 0 where all sums of rows r < n are finite, else NaN in some lane.
+  template <int ROWS>
+  __attribute__((noinline)) Vec<T> block(const Rows& r) const {
+    Vec<T> bad[ATTN_NV] = {};
+    for (int64_t c = 0; c < dim; c += kWide) {
+      Vec<T> acc[ROWS][ATTN_NV];
+      multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), sizeof(Item),
+                   kPanel * int64_t(sizeof(Item)), r.B + c, ldb, acc);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        if (i >= r.n) break;
+#pragma GCC unroll 8
+        for (int v = 0; v < ATTN_NV; ++v) {
+          bad[v] += acc[i][v] * T(0);
+          acc[i][v] *= r.factor[i];
+        }
+        put(r.out + i * r.row_bytes, c, acc[i]);
+      }
+    }
+    Vec<T> any = bad[0];
+    for (int v = 1; v < ATTN_NV; ++v) any += bad[v];
+    return any;
+  }
+
+  // Numbers [c, c + kWide) of a row of storage.
+  ATTN_INLINE void put(char* row, int64_t c, const Vec<T> (&x)[ATTN_NV]) const {
+#ifdef ATTN_BF16_DOT
+    if (type == DType::kBFloat16) {
+#pragma GCC unroll 8
+      for (int v = 0; v < ATTN_NV; ++v)
+        store_bf16(reinterpret_cast<uint16_t*>(row) + c + v * L, x[v]);
+      return;
+    }
+#endif
+    if (dtype_size(type) == sizeof(T)) {
+#pragma GCC unroll 8
+      for (int v = 0; v < ATTN_NV; ++v) store(reinterpret_cast<T*>(row) + c + v * L, x[v]);
+      return;
+    }
+    T numbers[kWide];
+#pragma GCC unroll 8
+    for (int v = 0; v < ATTN_NV; ++v) store(numbers + v * L, x[v]);
+    restore_row<T>(type, numbers, kWide, row + c * int64_t(dtype_size(type)));
+  }
+};
+
+}  // namespace attn::cpu::ATTN_ISA

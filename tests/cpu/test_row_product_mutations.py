@@ -1,0 +1,37 @@
+"""Planted bugs in rows whose keys lie in one tile, tests/mutants/cpu/rows: in the products that
+give O and dQ by rows, in the choice of such rows, in the edge of a band, and in the bases of a
+first tile.  Each must make the cases of csrc/tests/row_products.cpp wrong that its first line
+names.
+
+A bug that was caught in these very sources is known (tests/helpers/seen.py): only a sample of them
+is compiled.
+"""
+
+import subprocess
+
+import planted_cpu
+import pytest
+from repository import ROOT
+
+SOURCE = ROOT / "csrc/tests/row_products.cpp"
+
+
+def wrong_with(folder, patch=None) -> tuple[str, ...]:
+    """The cases that are wrong, of the kernels with a bug."""
+    program = planted_cpu.compiled(folder, SOURCE, patch=patch)
+    done = subprocess.run([program], capture_output=True, text=True, check=True, timeout=60)
+    return tuple(sorted(done.stdout.split()))
+
+
+PLANTED = planted_cpu.Planted("cpu/rows", SOURCE, __file__, wrong_with)
+
+
+def test_every_patch_applies():
+    """A kernel that changed where a bug is planted; a table with a bug that is gone."""
+    PLANTED.check_patches(9)
+
+
+@pytest.mark.parametrize("name", PLANTED.names)
+def test_planted_bug_is_caught(name, tmp_path):
+    """Cases that a lost key or a doubled row passes, or which are wrong without a bug."""
+    PLANTED.check(name, tmp_path)

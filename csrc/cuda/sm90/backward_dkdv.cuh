@@ -16,9 +16,10 @@ struct KeyTask {
   int head_k, n0, first, tiles;  // tiles: of one head, from tile `first` on
   Sequence seq;
 
-  ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n) {
-    const int x = block_id().x / p.n_tiles, heads_k = int(p.p.heads_k);
-    KeyTask t{x % heads_k, block_id().x % p.n_tiles * block_n, 0, 0, Sequence::of(p, x / heads_k)};
+  // number: of the CTA.
+  ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n, int number) {
+    const int x = number / p.n_tiles, heads_k = int(p.p.heads_k);
+    KeyTask t{x % heads_k, number % p.n_tiles * block_n, 0, 0, Sequence::of(p, x / heads_k)};
     const Sequence& seq = t.seq;
     int lo, hi;
     Band::of(p, seq).query_range(t.n0, min_int(t.n0 + block_n, seq.seqlen_k), seq.seqlen_q, lo, hi);
@@ -312,14 +313,18 @@ ATTN_DEVICE void repair_keys(const Params& p, const KeyTask& task, int first, bo
   });
 }
 
-// add(turn, first query) for each tile of queries of each head of the group.
-template <int BLOCK_M, class Add>
+// add(turn, head of the group, first query) for each tile of queries, with kOrdered from the last
+// to the first.
+template <class Tile, class Add>
 ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add& add) {
   int turn = 0;
   ATTN_NO_UNROLL
   for (int h = 0; h < p.group; ++h) {
     ATTN_NO_UNROLL
-    for (int t = 0; t < task.tiles; ++t, ++turn) add(turn, h, (task.first + t) * BLOCK_M);
+    for (int t = 0; t < task.tiles; ++t, ++turn) {
+      const int at = has<Tile::BITS>(p, kOrdered) ? task.tiles - 1 - t : t;
+      add(turn, h, (task.first + at) * Tile::BLOCK_M);
+    }
   }
 }
 
@@ -335,7 +340,7 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
   if constexpr (Tile::SPLIT) {
     SplitGradient<T, Tile> mine{score, smem, key, p.group * task.tiles};
     const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
-    each_query_tile<M>(p, task, [&](int turn, int, int m0) {
+    each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
       const bool edge = !whole.has(m0);
       group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
     });
@@ -352,7 +357,7 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
     if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
     KeyGradients<T, Tile> mine{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)};
     const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
-    each_query_tile<M>(p, task, [&](int turn, int, int m0) {
+    each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
       if (m0 < hi && m0 + M > lo)
         mine.add(turn, m0, !whole.has(m0));
       else
@@ -374,7 +379,7 @@ ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
   const Coordinates at(x.p, task.seq);
   load_rows<S, N>(smem.K, x.K, smem.keys_full, at.k + task.n0, task.head_k, at.b);
   load_rows<S, N>(smem.V, x.V, smem.keys_full, at.k + task.n0, task.head_k, at.b);
-  each_query_tile<M>(x.p, task, [&](int turn, int h, int m0) {
+  each_query_tile<Tile>(x.p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * x.p.group + h;
     smem.Q.template load<S, M>(turn, x.Q, at.q + m0, head, at.b);
     smem.dO.template load<S, M>(turn, x.dO, at.q + m0, head, at.b);
@@ -397,12 +402,12 @@ ATTN_DEVICE void produce_row_values(const Params& p, const KeyTask& task,
 }
 
 // A kernel with a task of keys; produce(task, smem): what the producer's warps do beside the
-// copies, consume(task, smem): what its consumers do.
+// copies, consume(task, smem): what its consumers do.  number: of the CTA.
 template <class Tile, class Memory, class Produce, class Consume>
 ATTN_DEVICE void run_key_task(const BackwardParams& x, const Produce& produce,
-                              const Consume& consume) {
+                              const Consume& consume, int number) {
   const auto smem = Memory::of(smem_base());
-  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
+  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N, number);
   if (task.n0 >= task.seq.seqlen_k) return;  // a shorter sequence has fewer tiles
   const auto load = [&] {
     if (warp_id() == 0 && elect_one() && task.tiles) produce_queries<Tile>(x, task, smem);
@@ -416,11 +421,11 @@ template <class Tile, class Consume>
 ATTN_DEVICE void run_plain_key_task(const BackwardParams& x, const Consume& consume) {
   const auto produce = [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
     if (warp_id() == 1)
-      each_query_tile<Tile::BLOCK_M>(x.p, task, [&](int turn, int h, int m0) {
+      each_query_tile<Tile>(x.p, task, [&](int turn, int h, int m0) {
         produce_row_values(x.p, task, smem, turn, task.head_k * x.p.group + h, m0);
       });
   };
-  run_key_task<Tile, KeyMemory<Tile>>(x, produce, consume);
+  run_key_task<Tile, KeyMemory<Tile>>(x, produce, consume, block_id().x);
 }
 
 template <class T, int HEAD_DIM>

@@ -1,17 +1,42 @@
 // dQ, dK and dV in one kernel on Hopper: backward_dkdv.cuh, and dQ of each tile of queries, added
-// up in global memory.  Five products of tiles where two kernels need seven; the order of the
-// additions to dQ, and with it the last bits, is not said (deterministic: backward_dq.cuh).
+// up in global memory.  Five products of tiles where two kernels need seven.  The order of the
+// additions to dQ, and with it the last bits, is not said but with kOrdered, of deterministic
+// calls.
 //
 // dS goes from registers to shared memory as [query][key], by stmatrix, a slab of 64 keys a
 // warpgroup.  When both are there, dQ = dS K, both operands from shared memory, and the fragments
 // of dQ go to a staging buffer that the copy engine adds to the sums:
 //   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][128 threads][4], float, fragments as they are
 // (varlen: [Hq, tiles of all sequences]).  convert_dq makes dQ of them.
+//
+// With kOrdered there are two words behind the sums for each tile, and one more (SumOrder).  A tile
+// gets its sums by ascending blocks of keys: a CTA adds where the word says that the block before
+// has added, and says so itself once its own addition is there.  CTAs take their blocks from a
+// counter, the last word, so that what a CTA waits for has begun before it, whatever the order of
+// CTAs. Queries come from the last tile to the first: under a causal band a CTA then meets no tile
+// that a longer one has not long left, and where all begin with one tile each is a turn behind the
+// last.
 #pragma once
 #include "../query_sums.cuh"
 #include "backward_dkdv.cuh"
 
 namespace attn::cuda::sm90 {
+
+// The words behind the sums: of a tile of queries, for each warpgroup that adds to it (0 alone
+// where they take turns), 1 + the block of keys that was added last; then the next block to begin.
+struct SumOrder {
+  int* words;
+  int64_t tiles;
+
+  ATTN_DEVICE static SumOrder of(const Params& p, int head_dim) {
+    const int64_t of_head =
+        p.ptr.cu_seqlens_q ? p.p.rows_q / 64 + p.p.batch : p.p.batch * p.m_tiles;
+    const int64_t tiles = p.p.heads_q * of_head;
+    return {reinterpret_cast<int*>(p.dq_sums + tiles * (64 * head_dim)), tiles};
+  }
+  ATTN_DEVICE int* word(int64_t tile, int group) const { return words + 2 * tile + group; }
+  ATTN_DEVICE int* next() const { return words + 2 * tiles; }
+};
 
 // KeyGradients or what has features: P and dS of a tile, dV and dK.
 template <class T, class Tile, class Base = KeyGradients<T, Tile>>
@@ -19,6 +44,7 @@ struct FusedGradients : Base {
   static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = Base::ACC;
   static constexpr int SUM_TILES = Tile::SUM_TILES, SLAB = Tile::BLOCK_N * 128;
   static constexpr int BOTH = 3;  // the named barrier of both consumers
+  static constexpr int BITS = Tile::BITS;
   using Base::dK, Base::dV, Base::group, Base::key, Base::score, Base::smem;
   uint32_t columns = 0;  // wgmma_word of the slab of K that gives its columns of dQ
 
@@ -29,9 +55,9 @@ struct FusedGradients : Base {
     return smem.extra + 4 * Tile::SCORE_BYTES + uint32_t(group) * Tile::SUM_BYTES;
   }
   // A word that says whether K of this CTA holds NaN or infinities; no register is left for it.
-  ATTN_DEVICE uint32_t bad_keys() const {
-    return smem.extra + 4 * Tile::SCORE_BYTES + 2 * Tile::SUM_BYTES + 4 * uint32_t(group);
-  }
+  ATTN_DEVICE uint32_t bad_keys() const { return smem.extra + Tile::WORDS + 4 * uint32_t(group); }
+  // kOrdered: 1 + the word of the tile that this warpgroup has added to and not released, or 0.
+  ATTN_DEVICE uint32_t unreleased() const { return bad_keys() + 8; }
   ATTN_DEVICE void look_at_keys() const {
     const bool bad = warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(smem.K, group);
     if (issues()) sts_32(bad_keys(), bad);
@@ -55,8 +81,30 @@ struct FusedGradients : Base {
   }
   // dS of both warpgroups is there, and the staging buffer may be written again.
   ATTN_DEVICE void meet() const {
-    if (issues()) bulk_wait_read<0>();
+    if (issues()) finish_addition();
     named_barrier_sync<BOTH>(256);
+  }
+
+  // ---- by the thread that issues
+  ATTN_DEVICE int block() const { return key / Tile::BLOCK_N; }
+  // The staging buffer has been read; with kOrdered it is added, and the next block may add.
+  ATTN_DEVICE void finish_addition() const {
+    const Params& p = score.p;
+    if (!has<BITS>(p, kOrdered)) return bulk_wait_read<0>();
+    const uint32_t word = lds_32(unreleased());
+    if (word == 0) return;
+    bulk_wait<0>();
+    store_release(SumOrder::of(p, Tile::HEAD_DIM).words + (word - 1), block() + 1);
+    sts_32(unreleased(), 0);
+  }
+  // Until the block of keys before, if it sees queries of this tile, has added.
+  ATTN_DEVICE void wait_for_turn(const int* word, int m0) const {
+    const int n0 = block() * Tile::BLOCK_N;
+    int lo, hi;
+    score.band.query_range(n0 - Tile::BLOCK_N, n0, score.seq.seqlen_q, lo, hi);
+    if (n0 == 0 || hi <= lo || m0 >= hi || m0 + M <= lo) return;
+    for (int asked = 0; load_acquire(word) != block(); ++asked)
+      ATTN_CHECK(asked < ATTN_CUDA_DEBUG, "a block of keys never adds to dQ", n0, m0);
   }
 
   // dQ = dS K   [64, 8 * SUM_TILES], K [BLOCK_N, ..] read across.  Issued.
@@ -104,6 +152,13 @@ struct FusedGradients : Base {
     if (!issues()) return;
     const Params& p = score.p;
     const int64_t tile = sum_tile(p, score.seq, head) + m0 / M;
+    if (has<BITS>(p, kOrdered)) {
+      const SumOrder order = SumOrder::of(p, Tile::HEAD_DIM);
+      int* const word = order.word(tile, Tile::BY_COLUMNS ? group : 0);
+      wait_for_turn(word, m0);
+      fence_proxy_async_global();  // the copy engine adds behind what the wait has seen
+      sts_32(unreleased(), uint32_t(word - order.words) + 1);
+    }
     bulk_add(p.dq_sums + tile * (M * Tile::HEAD_DIM) + column_slab() * (Tile::SUM_BYTES / 4),
              staging(), Tile::SUM_BYTES);
     bulk_commit();
@@ -171,6 +226,7 @@ ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemo
   FusedGradients<T, Tile, Base> mine{
       {score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)}};
   mine.columns = wgmma_word(smem.K + mine.column_slab() * mine.SLAB);
+  if (has<BITS>(p, kOrdered) && mine.issues()) sts_32(mine.unreleased(), 0);
   WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
   if (task.tiles) {
     mbarrier_wait(smem.keys_full, 0);
@@ -178,12 +234,12 @@ ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemo
     // dQ is of the keys of both: what the other warpgroup excludes must not reach it either.
     if (lds_32(mine.bad_keys())) whole = WholeTiles::of(score, task.n0, task.n0 + Tile::BLOCK_N, M);
   }
-  each_query_tile<M>(p, task, [&](int turn, int h, int m0) {
+  each_query_tile<Tile>(p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * p.group + h;
     mine.begin(head);
     whole.has(m0) ? mine.whole(turn, head, m0) : mine.edge(turn, head, m0);
   });
-  if (mine.issues()) bulk_wait_read<0>();  // shared memory must last until it is read
+  if (mine.issues()) mine.finish_addition();  // shared memory must last until it is read
   const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);
   store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
   const float factor = has<BITS>(p, kDropout) ? p.keep_scale : 1.0f;
@@ -201,11 +257,15 @@ void backward_fused(ATTN_GRID_CONSTANT const BackwardParams x) {
   });
 }
 
-// sums = 0, one CTA a tile of 64 queries.
+// sums = 0, and the words of their order, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)
 void clear_dq(ATTN_GRID_CONSTANT const Params p) {
   clear_sums<HEAD_DIM>(p);
+  if (!p.p.deterministic || thread_id() > 2) return;
+  const SumOrder order = SumOrder::of(p, HEAD_DIM);
+  if (thread_id() < 2) *order.word(block_id().x, thread_id()) = 0;
+  if (thread_id() == 2 && block_id().x == 0) *order.next() = 0;
 }
 
 // dQ = scale * sums, one CTA a tile of 64 queries of a sequence.

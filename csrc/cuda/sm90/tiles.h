@@ -51,6 +51,7 @@ struct KeyGradientTile {
   static constexpr int HEAD_DIM = HEAD_DIM_;
   static constexpr int PRODUCER_REGISTERS = sm90::PRODUCER_REGISTERS;
   static constexpr int CONSUMER_REGISTERS = sm90::CONSUMER_REGISTERS;
+  static constexpr int BITS = 0;  // features
   static constexpr bool SPLIT = HEAD_DIM > 128;
   static constexpr int BLOCK_M = 64, BLOCK_N = SPLIT ? 64 : 128;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
@@ -72,10 +73,11 @@ struct FusedTile : KeyGradientTile<HEAD_DIM> {
   using Base = KeyGradientTile<HEAD_DIM>;
   static_assert(!Base::SPLIT);
   static constexpr bool BY_COLUMNS = HEAD_DIM == 128;
-  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;           // 8 columns each
-  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;                   // dS, a slab
-  static constexpr int SUM_BYTES = 32 * SUM_TILES * Base::BLOCK_M;          // dQ, a warpgroup
-  static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 16;  // dS of two turns
+  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;   // 8 columns each
+  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;           // dS, a slab
+  static constexpr int SUM_BYTES = 32 * SUM_TILES * Base::BLOCK_M;  // dQ, a warpgroup
+  static constexpr int WORDS = 4 * SCORE_BYTES + 2 * SUM_BYTES;     // behind dS of two turns
+  static constexpr int EXTRA_BYTES = WORDS + 16;
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
 

@@ -125,7 +125,10 @@ ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], u
 template <class T, class Tile>
 struct KeyGradients {
   static constexpr int HEAD_DIM = Tile::HEAD_DIM;
-  static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = HEAD_DIM / 8;
+  // A tile is taken 64 queries at a time, HALF bytes of Q and of dO.
+  static constexpr int M = Tile::BLOCK_M, TILES = 8, ACC = HEAD_DIM / 8;
+  static constexpr int HALVES = M / 64, HALF = Tile::QUERY_BYTES / HALVES;
+  static_assert(HALVES == 1 || Tile::SLABS == 1);
 
   const Score& score;
   const KeyMemory<Tile>& smem;
@@ -136,7 +139,11 @@ struct KeyGradients {
 
   ATTN_DEVICE void begin(int) const {}  // a tile of this head; plain calls need not know
 
-  // S^T = K Q^T and dP^T = V dO^T   [64, BLOCK_M].  Issued.  queries: smem.queries(turn).
+  // smem.queries(turn) of a half.
+  ATTN_DEVICE uint32_t queries_of(uint32_t queries, int half) const {
+    return queries + uint32_t(half * (HALF >> 4));
+  }
+  // S^T = K Q^T and dP^T = V dO^T   [64, 64].  Issued.
   ATTN_DEVICE void scores(float (&S)[TILES][4], int turn, uint32_t queries) {
     smem.Q.wait(turn);
     wgmma_fence();
@@ -151,21 +158,21 @@ struct KeyGradients {
   }
 
   // dS^T of a tile with pairs that do not count, and dV: one product after the other, which needs
-  // fewer registers.
-  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
+  // fewer registers.  m0: the first query of this half.
+  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0, int half = 0) {
     float S[TILES][4];
-    const uint32_t queries = smem.queries(turn);
+    const uint32_t queries = queries_of(smem.queries(turn), half);
     scores(S, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(S);
-    key_weights(S, score, smem.lse(turn), key, m0, true);
+    key_weights(S, score, smem.lse(turn) + uint32_t(half * 256), key, m0, true);
     smem.dO.wait(turn);
-    add_product<T, Tile::QUERY_BYTES>(dV, S, smem.dO.tile(turn), true, group);
+    add_product<T, HALF>(dV, S, smem.dO.tile(turn) + uint32_t(half * HALF), true, group);
     value_products(dP, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(dP);
-    smem.dO.release(turn);
-    key_gradients<true>(dP, S, smem.delta(turn));
+    if (half == HALVES - 1) smem.dO.release(turn);
+    key_gradients<true>(dP, S, smem.delta(turn) + uint32_t(half * 256));
   }
   ATTN_DEVICE void edge(int turn, int m0) {
     float dS[TILES][4];
@@ -177,13 +184,13 @@ struct KeyGradients {
   // P^T and dS^T, packed, of a tile whose every pair counts: P is computed while dP is, dS while dV
   // is.  dV is under way, P in use.
   ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
-                                int m0, uint32_t queries) {
+                                int m0, uint32_t queries, int half = 0) {
     float S[TILES][4], dP[TILES][4];
     scores(S, turn, queries);
     value_products(dP, turn, queries);
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
-    key_weights(S, score, smem.lse(turn), key, m0, false);
+    key_weights(S, score, smem.lse(turn) + uint32_t(half * 256), key, m0, false);
     pack_weights<T>(P, S);
     wgmma_hold(dV);
     wgmma_hold(P);
@@ -191,7 +198,7 @@ struct KeyGradients {
     issue_sum<T>(dV, P, wgmma_held(queries), smem.OUTPUT);
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
-    key_gradients<false>(dP, S, smem.delta(turn));
+    key_gradients<false>(dP, S, smem.delta(turn) + uint32_t(half * 256));
     pack_weights<T>(dS, dP);
   }
   // dK += dS^T Q.  Issued.

@@ -287,7 +287,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
   }
 
   // As in KeyGradients.
-  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
+  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0, int) {
     float S[TILES][4], V[TILES][4];  // V is S but for dropout and soft cap
     const uint32_t queries = smem.queries(turn);
     this->scores(S, turn, queries);
@@ -310,7 +310,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
     differentiate<true>(dP, S, smem.delta(turn));
   }
   ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
-                                int m0, uint32_t queries) {
+                                int m0, uint32_t queries, int) {
     float S[TILES][4], dP[TILES][4];
     this->scores(S, turn, queries);
     this->value_products(dP, turn, queries);

@@ -41,7 +41,7 @@ struct SumOrder {
 // KeyGradients or what has features: P and dS of a tile, dV and dK.
 template <class T, class Tile, class Base = KeyGradients<T, Tile>>
 struct FusedGradients : Base {
-  static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = Base::ACC;
+  static constexpr int M = Tile::BLOCK_M, TILES = Base::TILES, ACC = Base::ACC;
   static constexpr int SUM_TILES = Tile::SUM_TILES, SLAB = Tile::BLOCK_N * 128;
   static constexpr int BOTH = 3;  // the named barrier of both consumers
   static constexpr int BITS = Tile::BITS;
@@ -65,14 +65,17 @@ struct FusedGradients : Base {
   }
   // The columns of dQ that this warpgroup computes: K from this slab on, and whether in this turn.
   ATTN_DEVICE int column_slab() const { return Tile::BY_COLUMNS ? group : 0; }
-  ATTN_DEVICE bool computes(int turn) const { return Tile::BY_COLUMNS || turn % 2 == group; }
+  static constexpr bool ALWAYS = Tile::BY_COLUMNS || Tile::BY_ROWS;
+  ATTN_DEVICE bool computes(int turn) const { return ALWAYS || turn % 2 == group; }
+  // The first of the 64 queries of a tile whose dQ this warpgroup computes.
+  ATTN_DEVICE int first_query() const { return Tile::BY_ROWS ? 64 * group : 0; }
   ATTN_DEVICE bool issues() const { return thread_id() % 128 == 0; }
 
   // dS of this warpgroup's keys as [query][key]: a fragment of dS^T is four tiles of 8 x 8, which
-  // stmatrix turns over.
-  ATTN_DEVICE void store_scores(const uint32_t (&dS)[TILES / 2][4], int turn) const {
+  // stmatrix turns over.  first: query of the tile.
+  ATTN_DEVICE void store_scores(const uint32_t (&dS)[TILES / 2][4], int turn, int first) const {
     const int lane = lane_id(), chunk = 2 * (warp_id() % 4) + (lane >> 3 & 1);
-    const int row = (lane >> 4) * 8 + (lane & 7);
+    const int row = first + (lane >> 4) * 8 + (lane & 7);
     const uint32_t at = scores_at(turn) + uint32_t(group) * Tile::SCORE_BYTES +
                         uint32_t(row * 128 + ((chunk ^ (lane & 7)) << 4));
     ATTN_UNROLL
@@ -109,7 +112,7 @@ struct FusedGradients : Base {
 
   // dQ = dS K   [64, 8 * SUM_TILES], K [BLOCK_N, ..] read across.  Issued.
   ATTN_DEVICE void issue_queries(float (&dQ)[SUM_TILES][4], int turn) const {
-    const uint64_t dS = wgmma_operand(wgmma_word(scores_at(turn)), 0);
+    const uint64_t dS = wgmma_operand(wgmma_word(scores_at(turn) + first_query() * 128), 0);
     const uint64_t K = wgmma_operand(wgmma_held(columns), 0, SLAB);
     ATTN_UNROLL
     for (int step = 0; step < Tile::BLOCK_N / 16; ++step)
@@ -119,7 +122,7 @@ struct FusedGradients : Base {
   }
   // The same key by key, only where dS != 0.  Slow.
   ATTN_DEVICE void visible_queries(float (&dQ)[SUM_TILES][4], int turn) const {
-    const int lane = lane_id(), row = 16 * (warp_id() % 4) + (lane >> 2);
+    const int lane = lane_id(), row = first_query() + 16 * (warp_id() % 4) + (lane >> 2);
     ATTN_UNROLL
     for (int n = 0; n < SUM_TILES; ++n) dQ[n][0] = dQ[n][1] = dQ[n][2] = dQ[n][3] = 0.0f;
     ATTN_NO_UNROLL
@@ -142,6 +145,8 @@ struct FusedGradients : Base {
   }
   // dQ to the staging buffer, and from there to the sums of this tile.
   ATTN_DEVICE void add_queries(const float (&dQ)[SUM_TILES][4], int head, int m0) const {
+    m0 += first_query();
+    if (Tile::BY_ROWS && m0 >= score.seq.seqlen_q) return;  // there are no sums
     const uint32_t at = staging() + uint32_t(thread_id() % 128) * 16;
     ATTN_UNROLL
     for (int n = 0; n < SUM_TILES; ++n)
@@ -151,7 +156,7 @@ struct FusedGradients : Base {
     group == 0 ? named_barrier_sync<1>(128) : named_barrier_sync<2>(128);  // all of dQ is there
     if (!issues()) return;
     const Params& p = score.p;
-    const int64_t tile = sum_tile(p, score.seq, head) + m0 / M;
+    const int64_t tile = sum_tile(p, score.seq, head) + m0 / 64;
     if (has<BITS>(p, kOrdered)) {
       const SumOrder order = SumOrder::of(p, Tile::HEAD_DIM);
       int* const word = order.word(tile, Tile::BY_COLUMNS ? group : 0);
@@ -159,18 +164,23 @@ struct FusedGradients : Base {
       fence_proxy_async_global();  // the copy engine adds behind what the wait has seen
       sts_32(unreleased(), uint32_t(word - order.words) + 1);
     }
-    bulk_add(p.dq_sums + tile * (M * Tile::HEAD_DIM) + column_slab() * (Tile::SUM_BYTES / 4),
+    bulk_add(p.dq_sums + tile * (64 * Tile::HEAD_DIM) + column_slab() * (Tile::SUM_BYTES / 4),
              staging(), Tile::SUM_BYTES);
     bulk_commit();
   }
 
   ATTN_DEVICE void edge(int turn, int head, int m0) {
-    float dP[TILES][4], dQ[SUM_TILES][4];
-    uint32_t dS[TILES / 2][4];
-    this->edge_scores(dP, turn, m0);
-    pack_weights<T>(dS, dP);
-    store_scores(dS, turn);
-    add_product<T, Tile::QUERY_BYTES>(dK, dP, smem.Q.tile(turn), true, group);
+    float dQ[SUM_TILES][4];
+    ATTN_NO_UNROLL
+    for (int half = 0; half < Base::HALVES; ++half) {
+      float dP[TILES][4];
+      uint32_t dS[TILES / 2][4];
+      this->edge_scores(dP, turn, m0 + 64 * half, half);
+      pack_weights<T>(dS, dP);
+      store_scores(dS, turn, 64 * half);
+      const uint32_t Q = smem.Q.tile(turn) + uint32_t(half * Base::HALF);
+      add_product<T, Base::HALF>(dK, dP, Q, true, group);
+    }
     smem.Q.release(turn);
     meet();
     if (!computes(turn)) return;
@@ -187,13 +197,17 @@ struct FusedGradients : Base {
 
   ATTN_DEVICE void whole(int turn, int head, int m0) {
     float dQ[SUM_TILES][4];
-    uint32_t P[TILES / 2][4], dS[TILES / 2][4];
-    const uint32_t queries = smem.queries(turn);
-    this->whole_scores(P, dS, turn, m0, queries);
-    store_scores(dS, turn);
-    this->key_sums(dS, queries);
+    uint32_t P[Base::HALVES][TILES / 2][4], dS[Base::HALVES][TILES / 2][4];
+    const uint32_t tile = smem.queries(turn);
+    ATTN_UNROLL
+    for (int half = 0; half < Base::HALVES; ++half) {
+      const uint32_t queries = this->queries_of(tile, half);
+      this->whole_scores(P[half], dS[half], turn, m0 + 64 * half, queries, half);
+      store_scores(dS[half], turn, 64 * half);
+      this->key_sums(dS[half], queries);
+    }
     meet();
-    if constexpr (Tile::BY_COLUMNS) {
+    if constexpr (ALWAYS) {
       wgmma_fence();
       issue_queries(dQ, turn);
       wgmma_wait<1>();  // dV and dK are there
@@ -202,12 +216,15 @@ struct FusedGradients : Base {
     }
     wgmma_hold(dV);
     wgmma_hold(dK);
-    wgmma_hold(P);  // the tensor cores have read them only now
-    wgmma_hold(dS);
+    ATTN_UNROLL
+    for (int half = 0; half < Base::HALVES; ++half) {
+      wgmma_hold(P[half]);  // the tensor cores have read them only now
+      wgmma_hold(dS[half]);
+    }
     smem.Q.release(turn);
     smem.dO.release(turn);
     if (!computes(turn)) return;
-    if constexpr (!Tile::BY_COLUMNS) {
+    if constexpr (!ALWAYS) {
       wgmma_fence();
       issue_queries(dQ, turn);
     }
@@ -251,7 +268,7 @@ ATTN_DEVICE void consume_all(const Params& p, const KeyTask& task, const KeyMemo
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(THREADS, 1)
 void backward_fused(ATTN_GRID_CONSTANT const BackwardParams x) {
-  using Tile = FusedTile<HEAD_DIM>;
+  using Tile = PlainFusedTile<HEAD_DIM>;
   run_plain_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
     consume_all<T>(x.p, task, smem);
   });

@@ -52,10 +52,11 @@ void run_backward(Executor& to, const Params& params) {
   };
   if constexpr (HEAD_DIM <= 128) {
     if (params.dq_sums) {
-      using Tile = FusedTile<HEAD_DIM>;
+      using Tile = PlainFusedTile<HEAD_DIM>;
       const int bits = backward_features(p, ptr), others = bits & ~kOrdered;
-      BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
+      BackwardParams x = maps(bits ? 64 : Tile::BLOCK_M, Tile::BLOCK_N);
       x.p.features |= bits;
+      x.p.m_tiles = int((p.seqlen_q + 63) / 64);  // of the sums
       const Grid tiles = grid_of(p.batch * p.heads_q * x.p.m_tiles);
       launch(to, kernel_name<T>("sm90::clear_dq", HEAD_DIM), grid_of(p.heads_q * sum_tiles(p, ptr)),
              128, 0, x.p);

@@ -186,7 +186,7 @@ class Kernels:
 
     def launches(
         self, call: Call, backward: bool, device: tuple[int, bool, int], part=False,
-        needs=Needs(True, True, True),
+        needs=(True, True, True),
     ):  # fmt: skip
         """(kernel, threads, bytes of shared memory) of each launch that a call would make on a
         device: its multiprocessors, whether Hopper's kernels serve, its shared memory a CTA.

@@ -42,7 +42,7 @@ KERNELS = {  # 1048576: kAny, which asks for features at run time
 
 
 def ones_of_before(*size, empty=torch.empty, **options):
-    """torch.empty, its floats the bits of 1: what words hold where a call before used the memory."""
+    """torch.empty, its floats the bits of 1: words that a call before has left."""
     found = empty(*size, **options)
     if found.dtype == torch.float32:
         found.view(torch.int32).fill_(1)

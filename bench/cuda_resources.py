@@ -56,7 +56,8 @@ class Unit(NamedTuple):
     def kinds(self) -> tuple[str, ...]:
         """Each a feature of calls by the command's name: all, one by one, where FEATURED says so;
         else those that decide which kernels serve a plain call."""
-        return tuple(command.FEATURES) if self in FEATURED else ("none", "deterministic", "decode")
+        plain = ("none", "deterministic", "decode", "frozen_keys", "frozen_queries")
+        return tuple(command.FEATURES) if self in FEATURED else plain
 
     @property
     def shape(self) -> str:

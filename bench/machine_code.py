@@ -89,9 +89,10 @@ KERNELS = {
         f"sm90_forward_{name}": Kernel("sm90", "forward_features", 256, name)
         for name in ("mask", "bias", "dropout")
     },
-    "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "deterministic"),
-    "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "deterministic"),
+    "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "frozen_keys"),
+    "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "frozen_queries"),
     "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),
+    "sm90_backward_ordered": Kernel("sm90", "backward_features", 256, "deterministic"),
     **{
         f"sm90_backward_{name}": Kernel("sm90", "backward_features", 256, name)
         for name in ("mask", "bias", "dropout")

@@ -184,9 +184,13 @@ class Kernels:
             native.forward(address, *target)
         return out, lse, *stats
 
-    def launches(self, call: Call, backward: bool, device: tuple[int, bool, int], part=False):
+    def launches(
+        self, call: Call, backward: bool, device: tuple[int, bool, int], part=False,
+        needs=(True, True, True),
+    ):  # fmt: skip
         """(kernel, threads, bytes of shared memory) of each launch that a call would make on a
-        device: its multiprocessors, whether Hopper's kernels serve, its shared memory a CTA."""
+        device: its multiprocessors, whether Hopper's kernels serve, its shared memory a CTA.
+        needs: of q, k and v."""
         q = call.q
         out = empty_like_layout(q, call.v.shape[-1])
         lse = torch.empty(lse_shape(call), dtype=torch.float32, device=q.device)
@@ -198,7 +202,11 @@ class Kernels:
             grads = [strides(x, varlen) for x in (out, q, call.k, call.v)]
             native.set_gradients(*grads, _gradient_strides(bias), call.deterministic)
             sink = None if part else call.sink
-            point(native, dout=out, dq=q, dk=call.k, dv=call.v, dbias=bias, dsink=sink)
+            wanted = (
+                x if need else None for x, need in zip((q, call.k, call.v), needs, strict=False)
+            )
+            dq, dk, dv = wanted
+            point(native, dout=out, dq=dq, dk=dk, dv=dv, dbias=bias, dsink=sink)
         return native.launches(backward, *device)
 
     def backward(self, call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:

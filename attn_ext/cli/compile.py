@@ -17,7 +17,7 @@ from attn_ext.backends import native_gpu
 from attn_ext.backends.jit import cache, first_use, sources
 from attn_ext.backends.jit.nvrtc import CompileError
 from attn_ext.cli.errors import BadArgument
-from attn_ext.core.schema import Call, Frame
+from attn_ext.core.schema import Call, Frame, Needs
 from attn_ext.measure.cases import make
 from attn_ext.testing import random_call
 
@@ -32,6 +32,7 @@ FEATURES = {  # name -> what random_call() takes
     "decode": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1},
     "paged": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1, "page_size": 16},
     "frame": {}, "part": {},  # of context parallelism: whose positions count; results in float32
+    "frozen_keys": {}, "frozen_queries": {},  # whose gradients are not wanted; of keys and values
 }  # fmt: skip
 PRESETS = {  # (shape, features) of each kind of call that such a model makes
     "llama": (("1,32/8,128,128", ("causal",)), ("1,32/8,128,128", ("causal", "mask")),
@@ -82,8 +83,9 @@ def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch
     for sm90 in (False, True) if arch == "90a" else (False,):
         device = (MULTIPROCESSORS if decodes else 1, sm90, SHARED_KIB[arch] * 1024)
         for direction in (False, True)[: 1 + (backward and not decodes)]:
-            part = "part" in features
-            for kernel, threads, smem in kernels.launches(call, direction, device, part):
+            part, keys = "part" in features, "frozen_keys" not in features
+            needs = Needs("frozen_queries" not in features, keys, keys)
+            for kernel, threads, smem in kernels.launches(call, direction, device, part, needs):
                 yield Wanted(kernel, arch, threads, smem)
 
 

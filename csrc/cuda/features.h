@@ -27,6 +27,8 @@ enum Feature : int {
   kCast = 1 << 12,   // a bias in the other one of bfloat16 and float16
   kFrame = 1 << 13,  // its sequences are parts of longer ones, whose positions count (Frame)
   kPart = 1 << 14,   // O, dQ, dK and dV in float32, of inputs in 16 bits: to be added to others
+  // Of a backward in one kernel on Hopper: dQ is added up in one order (sm90/backward_fused.cuh).
+  kOrdered = 1 << 15,
   kAny = 1 << 20,
 };
 
@@ -36,14 +38,23 @@ struct FeatureName {
   const char* name;
 };
 constexpr FeatureName kFeatureNames[] = {
-    {kMask, "mask"},          {kMaskVectors, "mask_vectors"},
-    {kBias, "bias"},          {kBiasVectors, "bias_vectors"},
-    {kBiasFloat, "bias_f32"}, {kAlibi, "alibi"},
-    {kSoftcap, "softcap"},    {kSink, "sink"},
-    {kDropout, "dropout"},    {kStats, "stats"},
-    {kScale, "scale"},        {kPaged, "paged"},
-    {kCast, "bias_cast"},     {kFrame, "frame"},
-    {kPart, "part"},          {kAny, "any"},
+    {kMask, "mask"},
+    {kMaskVectors, "mask_vectors"},
+    {kBias, "bias"},
+    {kBiasVectors, "bias_vectors"},
+    {kBiasFloat, "bias_f32"},
+    {kAlibi, "alibi"},
+    {kSoftcap, "softcap"},
+    {kSink, "sink"},
+    {kDropout, "dropout"},
+    {kStats, "stats"},
+    {kScale, "scale"},
+    {kPaged, "paged"},
+    {kCast, "bias_cast"},
+    {kFrame, "frame"},
+    {kPart, "part"},
+    {kOrdered, "ordered"},
+    {kAny, "any"},
 };
 
 // Whether 4 keys from a multiple of 4 on can be read at once, `bytes` each.

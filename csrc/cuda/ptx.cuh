@@ -21,6 +21,7 @@
 //   numbers       pack<T>(lo, hi) unpack_lo/hi<T>(word) from_float<T> to_float to_tf32
 //                 exp2_approx log2_approx rcp_approx tanh_accurate
 //   global        ldg_64/128 stg_64/128 atomic_add_global(float*|int*, v) thread_fence()
+//                 load_acquire(int*) store_release(int*, v): words by which blocks wait for blocks
 //
 // All 32 lanes of a warp must reach a *_sync instruction (shuffles, ballot, sync_warp, ldmatrix,
 // mma) together.  Fragment layouts: docs/design/cuda.md.
@@ -307,6 +308,15 @@ ATTN_DEVICE void atomic_add_global(float* p, float v) { atomicAdd(p, v); }
 // The value before: a ticket.  thread_fence() goes before taking it and after.
 ATTN_DEVICE int atomic_add_global(int* p, int v) { return atomicAdd(p, v); }
 ATTN_DEVICE void thread_fence() { __threadfence(); }
+// What a thread did before it stored is seen by who loads that value, and does something then.
+ATTN_DEVICE int load_acquire(const int* p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+ATTN_DEVICE void store_release(int* p, int v) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 
 #ifdef ATTN_CUDA_DEBUG
 ATTN_DEVICE void stop(const char* what, long long a, long long b) {

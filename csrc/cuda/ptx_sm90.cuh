@@ -7,13 +7,15 @@
 //   copy engine   tma_load_4d(smem, map, bar, c0, c1, c2, c3): a box to shared memory, its rows of
 //                 128 bytes swizzled; the bytes are counted on bar.  tma_prefetch(map)
 //                 bulk_add(gmem, smem, bytes): floats of shared memory are added to global ones;
-//                 bulk_commit() bulk_wait_read<N>(): until this thread's groups but N are read
+//                 bulk_commit() bulk_wait_read<N>(): until this thread's groups but N are read,
+//                 bulk_wait<N>(): until they are added, which this thread then sees
 //   matrices      wgmma_ss<T, TRANS_B>(acc, a, b, accumulate), wgmma_rs(acc, a_regs, b, ...)
 //                 acc[TILES][4]: 64 x 8 * TILES of a warpgroup, warp w rows 16 w .. 16 w + 15, each
 //                 lane as in mma (mma.cuh).  a, b: wgmma_descriptor(...) or registers as mma's A
 //                 wgmma_fence() wgmma_commit() wgmma_wait<N>() wgmma_hold(acc) wgmma_held(word)
 //                 stmatrix_x4_trans(addr, r): the reverse of ldmatrix_x4_trans
-//   the rest      fence_proxy_async() setmaxnreg_inc/dec<N>() elect_one()
+//   the rest      fence_proxy_async() of shared memory, fence_proxy_async_global()
+//   setmaxnreg_inc/dec<N>() elect_one()
 //                 named_barrier_or<ID>(threads, flag)
 //
 // bar and smem are shared addresses, an mbarrier 8 bytes at a multiple of 8.
@@ -111,6 +113,13 @@ ATTN_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: 
 template <int N>
 ATTN_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+template <int N>
+ATTN_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+ATTN_DEVICE void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 ATTN_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

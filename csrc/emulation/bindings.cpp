@@ -179,6 +179,10 @@ PYBIND11_MODULE(_emulated, m) {
       "set_repairs", [](bool wanted) { machine.mode.repairs = wanted; },
       "Whether kernels compute results that hold a NaN once more; until the next set_mode");
   m.def(
+      "set_ordered", [](bool wanted) { machine.mode.ordered = wanted; },
+      "Whether blocks that add to one place must do so in an order that release and acquire make; "
+      "until the next set_mode");
+  m.def(
       "set_rules",
       [](bool init_fences, int shadow_unit) {
         if (shadow_unit != 1 && shadow_unit != 2 && shadow_unit != 4)

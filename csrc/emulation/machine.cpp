@@ -136,8 +136,6 @@ void Machine::launch(Grid g, int t, int bytes, void (*body)(void*), void* argume
   warp_count_ = t / 32;
   ++launches;
   rng_ = mode.seed * 0xD1342543DE82EF95ull + 1;
-  stacks_.reserve(t);
-  if (int(fibers_.size()) < t) fibers_.resize(t);
   const int64_t blocks = int64_t(g.x) * g.y * g.z;
   std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
@@ -145,19 +143,47 @@ void Machine::launch(Grid g, int t, int bytes, void (*body)(void*), void* argume
     for (int64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
   }
   error_ = nullptr;
+  stores_ = 0;
+  added_.clear(), released_.clear(), parked_.clear();
+  const size_t most = mode.random ? 2 + random() % (MOST_RESIDENT - 1) : 1;
+  stacks_.reserve(t * int(most));
   {
     const FaultGuard guard(on_fault);
-    for (const int64_t i : order) {
-      run_block({int(i % g.x), int(i / g.x % g.y), int(i / g.x / g.y)});
-      if (error_) break;
+    int64_t next = 0;
+    while (!error_ && (next < blocks || !parked_.empty())) {
+      std::vector<size_t> able;  // of those that are parked
+      for (size_t i = 0; i < parked_.size(); ++i)
+        if (parked_[i]->seen_ != stores_) able.push_back(i);
+      const bool begins = next < blocks && parked_.size() < most;
+      const size_t choices = able.size() + size_t(begins);
+      if (!choices) {
+        error_ = std::make_exception_ptr(Error(waiting_blocks()));
+        break;
+      }
+      const size_t choice = mode.random ? size_t(random() % choices) : 0;
+      if (choice < able.size()) {
+        std::swap(static_cast<BlockState&>(*this), *parked_[able[choice]]);
+        parked_.erase(parked_.begin() + int64_t(able[choice]));
+      } else {
+        const int64_t i = order[size_t(next++)];
+        uint32_t taken = 0;
+        for (const auto& other : parked_) taken |= 1u << other->slot_;
+        begin_block({int(i % g.x), int(i / g.x % g.y), int(i / g.x / g.y)}, __builtin_ctz(~taken));
+      }
+      go_on();
+      if (parking_ == Parking::NO) continue;
+      seen_ = std::exchange(parking_, Parking::NO) == Parking::WILLING ? NEVER : stores_;
+      parked_.push_back(std::make_unique<BlockState>());
+      std::swap(static_cast<BlockState&>(*this), *parked_.back());
     }
   }
-  access_log_.clear();
+  access_log_.clear(), parked_.clear();
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-void Machine::run_block(Grid id) {
-  block = id;
+void Machine::begin_block(Grid id, int slot) {
+  block = id, slot_ = slot;
+  if (int(fibers_.size()) < threads) fibers_.resize(size_t(threads));
   smem_.assign(size_t(smem_bytes) + 16, mode.poison ? 0xff : 0);
   if (mode.race) shadow_.reset(smem_bytes, warp_count_, mode.shadow_unit);
   for (Barrier& b : barriers_) b = Barrier{};
@@ -173,23 +199,29 @@ void Machine::run_block(Grid id) {
     warp.priority = random();
   }
   for (int t = 0; t < threads; ++t) {
-    stacks_.prepare(fibers_[t].context, t, fiber_entry);
-    fibers_[t].copies.clear();
-    fibers_[t].additions.clear();
-    fibers_[t].last = Where{};
-    fibers_[t].mbarrier = -1;
+    fibers_[t] = Thread{};
+    stacks_.prepare(fibers_[t].context, slot * threads + t, fiber_entry);
   }
   alive_ = threads;
   current_ = mode.random ? pick_warp() * 32 : 0;
+  resume(current_);
+}
+
+void Machine::go_on() {
   // The handler of a fault jumps back here, off the fiber's stack.
   if (sigsetjmp(fault_jump_, 1) == 0) {
-    resume(current_);
     switch_context(main_, fibers_[current_].context);
   } else {
     error_ = std::make_exception_ptr(Error(fault_text_));
   }
+  if (parking_ == Parking::NO) end_block();
+}
+
+void Machine::end_block() {
   if (!error_) {
     try {
+      for (int t = 0; t < threads; ++t)
+        for (BulkAdd& op : fibers_[t].landing) land_bulk_add(op);
       check_end_of_block();
     } catch (...) {
       error_ = std::current_exception();
@@ -229,7 +261,7 @@ void Machine::fiber_body() {
   } catch (...) {
     error_ = std::current_exception();
   }
-  const int next = error_ || alive_ == 0 ? -1 : pick();
+  const int next = error_ || alive_ == 0 ? -1 : next_thread();
   if (next < 0) {
     if (!error_ && alive_ > 0) error_ = std::make_exception_ptr(Error(deadlock_report()));
     switch_context(fibers_[current_].context, main_);
@@ -280,7 +312,7 @@ int Machine::pick() {
   int w = current_ / 32;
   if (mode.random && !loads_.empty() && (random() & 3) == 0) tma_land_some();
   if (!warps_[w].ready) w = pick_warp();
-  while (w < 0 && tma_land_some()) w = pick_warp();
+  while (w < 0 && (tma_land_some() || wake())) w = pick_warp();
   if (w < 0) return -1;
   const uint32_t ready = warps_[w].ready;
   if (!mode.random) return w * 32 + __builtin_ctz(ready);
@@ -290,11 +322,30 @@ int Machine::pick() {
 }
 
 void Machine::sleep() {
-  const int self = current_, next = pick();
+  const int self = current_, next = next_thread();
   if (next < 0) throw Error(deadlock_report());
   resume(next);
   // A load that landed meanwhile may be what this thread waited for.
   if (next != self) switch_context(fibers_[self].context, fibers_[next].context);
+}
+
+int Machine::next_thread() {
+  int next = pick();
+  while (next < 0 && std::any_of(
+                         fibers_.begin(), fibers_.begin() + threads,
+                         [](const Thread& thread) { return thread.asleep; })) {
+    park(false);
+    next = pick();
+  }
+  return next;
+}
+
+void Machine::park(bool willing) {
+  parking_ = willing ? Parking::WILLING : Parking::WAITS;
+  switch_context(fibers_[current_].context, main_);
+}
+void Machine::maybe_park() {
+  if (mode.random && (random() & 1)) park(true);
 }
 
 // In random mode another warp may go first after a collective.
@@ -398,6 +449,19 @@ void Machine::release(int id) {
   const bool result = b.flag;
   b = Barrier{};
   b.result = result;
+}
+
+std::string Machine::waiting_blocks() const {
+  std::string text = "deadlock: blocks wait for what none of those that have begun will store";
+  for (const auto& other : parked_)
+    for (int t = 0; t < threads; ++t) {
+      const Thread& thread = other->fibers_[t];
+      if (thread.asleep)
+        text += "\n  thread " + std::to_string(t) + " of block " + triple(other->block) +
+                " waits at " + thread.last.text() + ", where it finds " +
+                std::to_string(thread.found);
+    }
+  return text;
 }
 
 std::string Machine::deadlock_report() const {

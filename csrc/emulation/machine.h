@@ -1,6 +1,11 @@
 // One emulated CUDA device: runs the blocks of a launch one after the other, the threads of a block
 // as fibers of one OS thread.
 //
+// A block may wait for what another stores (load_acquire).  It can rely on blocks only that have
+// begun before it: where none of these can run, the launch ends with an Error.  In random mode two
+// to four blocks are under way at a time and change places where they add to global memory, store
+// and load so; elsewhere one is.
+//
 // A warp collective (mma, ldmatrix, shuffle, barrier) is a rendezvous: each lane leaves a pointer
 // to its arguments, the last lane to arrive computes for all 32 and goes on, the others become
 // ready. Kind and source line must agree over the lanes; else, and when nothing can run any more,
@@ -34,7 +39,7 @@
 ATTN_EXPORTED_BEGIN
 namespace attn::emulation {
 
-constexpr int MAX_THREADS = 32 * MAX_WARPS, BARRIERS = 16;
+constexpr int MAX_THREADS = 32 * MAX_WARPS, BARRIERS = 16, MOST_RESIDENT = 4;
 constexpr uint32_t SMEM_BASE = 0x400, FULL_WARP = 0xffffffffu;
 
 struct Error : std::runtime_error {
@@ -43,6 +48,8 @@ struct Error : std::runtime_error {
 
 struct Mode {
   bool random = false, poison = false, race = false, banks = false;
+  // Whether blocks that add to one place must do so in an order that release and acquire make.
+  bool ordered = false;
   bool repairs = true;  // false: what a missing wait made NaN stays so (../cuda/repair.cuh)
   // Whether loads need a fence after the mbarrier's initialisation, not only a barrier: our own
   // rule, as CUTLASS has it.  Triton leaves the fence out (docs/design/emulation.md).
@@ -90,8 +97,17 @@ struct Thread {
   Context context;
   AsyncQueue<Copy> copies;
   AsyncQueue<BulkAdd> additions;
-  Where last;         // the last wrapper that this thread called
-  int mbarrier = -1;  // the one that it waits at
+  std::vector<BulkAdd> landing;  // additions that have been read and not waited for
+  Where last;                    // the last wrapper that this thread called
+  int mbarrier = -1;             // the one that it waits at
+  // The place that it loads again and again, what it finds there, how often it has, and whether it
+  // sleeps until that changes.
+  const int* watched = nullptr;
+  int found = 0, asked = 0;
+  bool asleep = false;
+  // Additions issued, those that are complete, and what is known of those of other threads.
+  uint32_t issued = 0, complete = 0;
+  std::map<uint64_t, uint32_t> known = {};
 };
 
 struct Warp {
@@ -117,10 +133,35 @@ struct BankCount {
 
 using ptx::Grid;
 
-class Machine {
+// Accesses of lds and sts from one line: the i-th access of each lane forms request i.
+struct SiteLog {
+  int bytes = 0;
+  std::array<std::vector<uint32_t>, 32> lanes;
+};
+
+// All that one block has.
+struct BlockState {
+  Grid block;
+  int slot_ = 0, current_ = 0, alive_ = 0;
+  uint64_t seen_ = 0;  // stores of all blocks when it parked; NEVER: it may go on at any time
+  std::vector<Thread> fibers_;
+  std::array<Warp, MAX_WARPS> warps_;
+  std::array<Barrier, BARRIERS> barriers_;
+  std::vector<Mbarrier> mbarriers_;
+  std::vector<TmaLoad> loads_;
+  std::array<WarpgroupWarp, MAX_WARPS> wgmma_;
+  std::array<std::vector<WgmmaSignature>, MAX_WARPS / 4> wgmma_log_;  // what a warpgroup issued
+  std::vector<uint8_t> smem_;
+  Shadow shadow_;
+  std::map<std::pair<int, uint64_t>, SiteLog> access_log_;  // by (warp, line)
+  static constexpr uint64_t NEVER = ~uint64_t(0);
+};
+
+class Machine : BlockState {
  public:
+  using BlockState::block;
   Mode mode;
-  Grid grid, block;
+  Grid grid;
   int threads = 0, smem_bytes = 0;
   int64_t launches = 0, wgmmas = 0;     // wgmmas: of warps
   std::map<uint64_t, BankCount> banks;  // by Where::packed()
@@ -147,6 +188,12 @@ class Machine {
   void copy_commit(Where where);
   void copy_wait(int keep, Where where);
 
+  // Words of global memory by which blocks wait for each other.
+  int load_acquire(const int* p, Where where);
+  void store_release(int* p, int value, Where where);
+  // Which of the blocks that are under way this is, below MOST_RESIDENT.
+  int slot() const { return slot_; }
+
   // ---- sm_90 (machine_sm90.cpp)
   void mbarrier_init(uint32_t address, int count, Where where);
   void mbarrier_arrive(uint32_t address, int expect_bytes, Where where);
@@ -160,6 +207,7 @@ class Machine {
   void bulk_add(float* gmem, uint32_t address, int bytes, Where where);
   void bulk_commit(Where where);
   void bulk_wait_read(int keep, Where where);
+  void bulk_wait(int keep, Where where);
   bool barrier_or(int id, int threads, bool flag, Where where);
   void set_registers(int registers, Where where);
   void wgmma(const WgmmaCall& call, Where where);
@@ -174,7 +222,14 @@ class Machine {
 
  private:
   void check_launch(Grid grid, int threads, int smem_bytes) const;
-  void run_block(Grid id);
+  void begin_block(Grid id, int slot);
+  void go_on();  // the current block, until it ends or parks
+  void end_block();
+  void park(bool willing);  // back to launch(); other blocks run until this one goes on
+  void maybe_park();
+  bool wake();        // threads that sleep until a word changes, where it has
+  int next_thread();  // pick(), and others' turn where nobody can run
+  std::string waiting_blocks() const;
   void fiber_body();
   static void fiber_entry();
   void on_exit();
@@ -200,7 +255,9 @@ class Machine {
   void tma_land(size_t index);  // one of the loads that are under way
   bool tma_land_some();         // false: there is none
   uint32_t box_address(const TmaLoad& load, int row, int chunk) const;
-  void finish_bulk_add(BulkAdd& op);
+  uint64_t thread_name() const;  // in the grid
+  void read_bulk_add(BulkAdd& op);
+  void land_bulk_add(BulkAdd& op);
   void check_end_of_block();
   void check_mbarriers(uint32_t address, int bytes, Where where) const;
   int clocks() const { return warp_count_ + int(mbarriers_.size()); }
@@ -210,29 +267,25 @@ class Machine {
 
   std::mutex mutex_;
   StackPool stacks_;
-  std::vector<Thread> fibers_;
-  std::array<Warp, MAX_WARPS> warps_;
-  std::array<Barrier, BARRIERS> barriers_;
-  std::vector<Mbarrier> mbarriers_;
-  std::vector<TmaLoad> loads_;
-  std::array<WarpgroupWarp, MAX_WARPS> wgmma_;
-  std::array<std::vector<WgmmaSignature>, MAX_WARPS / 4> wgmma_log_;  // what a warpgroup issued
-  std::vector<uint8_t> smem_;
-  Shadow shadow_;
   Context main_;
-  int current_ = 0, warp_count_ = 0, alive_ = 0;
+  int warp_count_ = 0;
+  uint64_t stores_ = 0;  // by store_release, in this launch
+  // Of each place that blocks add to, the last addition: by which thread, the how manieth of its.
+  struct Added {
+    uint64_t thread;
+    uint32_t number;
+    Where where;
+  };
+  std::map<const float*, Added> added_;
+  std::map<const int*, std::map<uint64_t, uint32_t>> released_;  // what is known with each word
+  std::vector<std::unique_ptr<BlockState>> parked_;
+  enum class Parking { NO, WAITS, WILLING } parking_ = Parking::NO;
   uint64_t rng_ = 0;
   void (*body_)(void*) = nullptr;
   void* argument_ = nullptr;
   std::exception_ptr error_;
   sigjmp_buf fault_jump_;
   std::string fault_text_;
-  // Accesses of lds and sts by (warp, line): the i-th access of each lane forms request i.
-  struct SiteLog {
-    int bytes = 0;
-    std::array<std::vector<uint32_t>, 32> lanes;
-  };
-  std::map<std::pair<int, uint64_t>, SiteLog> access_log_;
 };
 
 extern Machine machine;

@@ -194,19 +194,44 @@ void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
     race(shadow_.unfenced(who, clock, offset, bytes));
     shadow_.hold(who.warp, offset, bytes, std::numeric_limits<uint32_t>::max());
   }
-  BulkAdd op = {gmem, address, bytes, false, where};
-  if (!mode.poison && !(mode.random && (random() & 1))) finish_bulk_add(op);
-  fibers_[current_].additions.issue(op);
+  Thread& self = fibers_[current_];
+  const uint64_t name = thread_name();
+  ++self.issued;
+  if (mode.ordered) {
+    const auto [last, first] = added_.try_emplace(gmem, Added{name, self.issued, where});
+    if (!first && last->second.thread != name &&
+        self.known[last->second.thread] < last->second.number)
+      fail(where, "adds to global memory that thread " +
+                      std::to_string(last->second.thread % MAX_THREADS) + " of block " +
+                      std::to_string(last->second.thread / MAX_THREADS) + " adds to at " +
+                      last->second.where.text() +
+                      ", and nothing orders the two: no bulk_wait, store_release and load_acquire");
+    last->second = {name, self.issued, where};
+  }
+  BulkAdd op = {gmem, address, bytes, where};
+  const auto now = [&] { return !mode.poison && !(mode.random && (random() & 1)); };
+  if (now()) read_bulk_add(op);
+  if (op.read && now()) land_bulk_add(op);
+  self.additions.issue(op);
+  maybe_park();
 }
 
-void Machine::finish_bulk_add(BulkAdd& op) {
-  if (op.done) return;
-  op.done = true;
-  for (int i = 0; i < op.bytes / 4; ++i) {
-    float value;
-    std::memcpy(&value, smem_.data() + (op.address - SMEM_BASE) + 4 * i, 4);
-    op.gmem[i] += value;
-  }
+uint64_t Machine::thread_name() const {
+  const int64_t number = block.x + int64_t(grid.x) * (block.y + int64_t(grid.y) * block.z);
+  return uint64_t(number) * MAX_THREADS + uint64_t(current_);
+}
+
+void Machine::read_bulk_add(BulkAdd& op) {
+  if (op.read) return;
+  op.read = true;
+  op.values.resize(size_t(op.bytes / 4));
+  std::memcpy(op.values.data(), smem_.data() + (op.address - SMEM_BASE), size_t(op.bytes));
+}
+void Machine::land_bulk_add(BulkAdd& op) {
+  read_bulk_add(op);
+  if (op.added) return;
+  op.added = true;
+  for (size_t i = 0; i < op.values.size(); ++i) op.gmem[i] += op.values[i];
 }
 
 void Machine::bulk_commit(Where where) {
@@ -218,9 +243,61 @@ void Machine::bulk_wait_read(int keep, Where where) {
   fibers_[current_].last = where;
   const int w = current_ / 32;
   fibers_[current_].additions.wait(size_t(keep), [&](BulkAdd& op) {
-    finish_bulk_add(op);
+    read_bulk_add(op);
+    if (!op.added) fibers_[current_].landing.push_back(op);
     if (mode.race) shadow_.hold(w, op.address - SMEM_BASE, op.bytes, warps_[w].clock.at[w]);
   });
+}
+
+void Machine::bulk_wait(int keep, Where where) {
+  if (keep)
+    fail(where, "bulk_wait: all groups are known together only, got " + std::to_string(keep));
+  bulk_wait_read(0, where);
+  Thread& self = fibers_[current_];
+  for (BulkAdd& op : self.landing) land_bulk_add(op);
+  self.landing.clear();
+  if (self.additions.pending().empty()) self.complete = self.issued;
+}
+
+// ---- words between blocks ---------------------------------------------------------------------
+int Machine::load_acquire(const int* p, Where where) {
+  fibers_[current_].last = where;
+  maybe_park();
+  Thread& self = fibers_[current_];
+  const bool same = self.watched == p && self.found == *p;
+  self.watched = p, self.found = *p, self.asked = same ? self.asked + 1 : 1;
+  if (self.asked > 2) {  // it waits for another value
+    self.asleep = true;
+    sleep();
+    self.found = *p, self.asked = 1;
+  }
+  if (const auto found = released_.find(p); mode.ordered && found != released_.end())
+    for (const auto& [thread, number] : found->second)
+      self.known[thread] = std::max(self.known[thread], number);
+  return *p;
+}
+
+bool Machine::wake() {
+  bool any = false;
+  for (int t = 0; t < threads; ++t) {
+    Thread& thread = fibers_[t];
+    if (!thread.asleep || *thread.watched == thread.found) continue;
+    thread.asleep = false, any = true;
+    warps_[t / 32].ready |= 1u << (t % 32);
+  }
+  return any;
+}
+
+void Machine::store_release(int* p, int value, Where where) {
+  Thread& self = fibers_[current_];
+  self.last = where;
+  *p = value;
+  ++stores_;
+  if (mode.ordered) {
+    released_[p] = self.known;
+    released_[p][thread_name()] = self.complete;
+  }
+  maybe_park();
 }
 
 // ---- the rest ---------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ inline int atomic_add_global(int* p, int v) {
   return before;
 }
 inline void thread_fence() {}
+inline int load_acquire(const int* p, ATTN_AT) { return machine.load_acquire(p, at); }
+inline void store_release(int* p, int value, ATTN_AT) { machine.store_release(p, value, at); }
 
 // ---- launch -----------------------------------------------------------------------------------
 template <class Params>

@@ -33,6 +33,11 @@ template <int N>
 void bulk_wait_read(ATTN_AT) {
   machine.bulk_wait_read(N, at);
 }
+template <int N>
+void bulk_wait(ATTN_AT) {
+  machine.bulk_wait(N, at);
+}
+inline void fence_proxy_async_global() {}
 inline void fence_proxy_async(ATTN_AT) { machine.fence_proxy_async(at); }
 
 // Registers are counted against what the launch gave each thread.

@@ -37,14 +37,16 @@ struct TmaLoad {
   int row_bytes() const { return tensor.box[0] * tensor.element_bytes; }
 };
 
-// Floats of shared memory on their way to be added to global memory; read at once, at random, or
-// (poison) only at the wait.
+// Floats of shared memory on their way to be added to global memory.  Read at once, at random, or
+// (poison) only when a wait asks for it; added then, at random, or (poison) only at a wait for all
+// of it, or when the block ends.
 struct BulkAdd {
   float* gmem;
   uint32_t address;
   int bytes;
-  bool done;
   Where where;
+  bool read = false, added = false;
+  std::vector<float> values = {};  // read and not added
 };
 
 // One lane's call.

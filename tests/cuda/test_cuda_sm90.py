@@ -94,7 +94,7 @@ def test_strided_inputs(hopper):
     ],
 )
 def test_deterministic_gradients(hopper, name):
-    """dQ of its own kernel, which other calls up to head_dim 128 do not run."""
+    """dQ in one order; test_cuda_sm90_ordered.py holds its bits."""
     hopper.check(hopper.call(deterministic=True, **CASES[name]), grads=True)
 
 

@@ -160,7 +160,6 @@ OTHERS = {
     "rows of a bias that are not aligned": {"bias": "hqk", "seqlen_k": 199},
     "a bias in the other 16 bits": {"bias": "hqk", "cast": FP16},
     "no room": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2, "cast": FP32, "head_dim": 128},
-    "deterministic": {"dropout_p": 0.2, "deterministic": True},
     "head_dim 192": {"dropout_p": 0.2, "head_dim": 192},
 }
 

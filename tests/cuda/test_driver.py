@@ -21,6 +21,7 @@ from attn_ext import _emulated
 from attn_ext._C import cuda as _cuda
 from attn_ext.backends import jit
 from attn_ext.backends.jit import first_use
+from attn_ext.core.schema import Needs
 from attn_ext.testing import check_call, needs_of, random_call
 
 HEADER = Path("/usr/local/cuda/include/cuda.h")
@@ -129,10 +130,10 @@ def test_first_use_beside_a_capture():
         assert fake.lib.fake_capture_mode() == 0  # as it was
 
 
-def gradients(kernels, call):
+def gradients(kernels, call, needs=None):
     """Forward and backward, whose results mean nothing."""
     out, lse, *_ = kernels.forward(call)
-    return kernels.backward(call, torch.ones_like(out), out, lse, None, needs_of(call))
+    return kernels.backward(call, torch.ones_like(out), out, lse, None, needs or needs_of(call))
 
 
 def test_hopper_launches():
@@ -142,14 +143,16 @@ def test_hopper_launches():
     with driver(90, runs=False) as fake:
         kernels = Kernels()
         kernels.sm90 = True
-        for deterministic, names, maps, attributes in (
-            (False, "forward clear_dq backward_fused convert_dq", 3 + 4, 2),
-            (True, "backward_dq backward_dkdv", 3 + 4 + 4, 2),
+        for deterministic, needs, names, maps, attributes in (
+            (False, None, "forward clear_dq backward_fused convert_dq", 3 + 4, 2),
+            (True, None, "backward_features", 3 + 4, 1),
+            (True, Needs(True, False, False), "backward_dq", 3 + 4, 1),
+            (False, Needs(False, True, True), "backward_dkdv", 3 + 4, 1),
         ):
             seen = [fake.calls(name) for name in ("cuTensorMapEncodeTiled", "cuFuncSetAttribute")]
             begin = len(fake.compiled)
             for _ in range(2):
-                gradients(kernels, call._replace(deterministic=deterministic))
+                gradients(kernels, call._replace(deterministic=deterministic), needs)
             found = [re.search(r"sm90::(\w+)", name) for name, _ in fake.compiled[begin:]]
             assert [each[1] for each in found if each] == names.split()
             assert fake.calls("cuTensorMapEncodeTiled") - seen[0] == 2 * maps

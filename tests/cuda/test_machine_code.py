@@ -347,7 +347,8 @@ def test_hopper_loops_reach_their_goals():
         "sm90_forward 128": (2.7, 4, 2),
         "sm90_forward 64": (5.0, 4, 2),
         "sm90_backward_fused 128": (2.8, 4, 1),
-        "sm90_backward_fused 64": (4.2, 4, 1),
+        "sm90_backward_fused 64": (4.1, 5, 1),  # an iteration is 128 queries
+        "sm90_backward_ordered 128": (2.8, 4, 1),
     }
     table = json.loads(machine_code.TABLE.read_text())["kernels"]
     for name, (slots, moves, tiles) in goals.items():

@@ -104,6 +104,7 @@ HOPPER = {
     "plain, ragged and causal": CALLS["plain, ragged and causal"],
     "features of whole tiles": {"seqlen_q": 70, "seqlen_k": 300, "mask": "qk", "bias": "hqk",
                                 "softcap": 5.0, "alibi": True, "sink": True, "dropout_p": 0.2},
+    "blocks of keys in order": {"seqlen_q": 70, "seqlen_k": 300, "deterministic": True},
 }  # fmt: skip
 NAMES = [*CALLS, *(f"hopper: {name}" for name in HOPPER)]
 DUE = {name for name in NAMES if seen.turn(name, 16)}  # half a minute each

@@ -27,19 +27,21 @@ void mma_m16n8k16<bf16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, ui
 
 
 def library(
-    folder: Path, header: str, kernels, patch=None, params: str = "Params"
+    folder: Path, header: str, kernels, patch=None, params: str | dict[str, str] = "Params"
 ) -> dict[str, int]:
-    """Where each kernel of a header of csrc is, by its name in C++; params: what they take."""
+    """Where each kernel of a header of csrc is, by its name in C++; params: what they take, all the
+    same or each by its name."""
     tree = folder / "csrc"
     shutil.copytree(ROOT / "csrc", tree, ignore=shutil.ignore_patterns("cpu", "tests"))
     for file, text in (patches.apply(patch, ROOT) if patch else {}).items():
         (folder / file).write_text(text)
+    takes = dict.fromkeys(kernels, params) if isinstance(params, str) else params
     unit = folder / "unit.cpp"
     unit.write_text(
         f'#include "{header}"\n#include "{build.HEADER}"\n{PRODUCTS}'
         + "".join(
             f'extern "C" __attribute__((visibility("default"))) void planted_{at}(void* p) {{\n'
-            f"  {name}(*static_cast<attn::cuda::{params}*>(p));\n}}\n"
+            f"  {name}(*static_cast<attn::cuda::{takes[name]}*>(p));\n}}\n"
             for at, name in enumerate(kernels)
         )
     )

@@ -16,9 +16,10 @@ struct KeyTask {
   int head_k, n0, first, tiles;  // tiles: of one head, from tile `first` on
   Sequence seq;
 
-  ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n) {
-    const int x = block_id().x / p.n_tiles, heads_k = int(p.p.heads_k);
-    KeyTask t{x % heads_k, block_id().x % p.n_tiles * block_n, 0, 0, Sequence::of(p, x / heads_k)};
+  // number: of the CTA.
+  ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n, int number) {
+    const int x = number / p.n_tiles, heads_k = int(p.p.heads_k);
+    KeyTask t{x % heads_k, number % p.n_tiles * block_n, 0, 0, Sequence::of(p, x / heads_k)};
     const Sequence& seq = t.seq;
     int lo, hi;
     Band::of(p, seq).query_range(t.n0, min_int(t.n0 + block_n, seq.seqlen_k), seq.seqlen_q, lo, hi);
@@ -124,7 +125,10 @@ ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], u
 template <class T, class Tile>
 struct KeyGradients {
   static constexpr int HEAD_DIM = Tile::HEAD_DIM;
-  static constexpr int M = Tile::BLOCK_M, TILES = M / 8, ACC = HEAD_DIM / 8;
+  // A tile is taken 64 queries at a time, HALF bytes of Q and of dO.
+  static constexpr int M = Tile::BLOCK_M, TILES = 8, ACC = HEAD_DIM / 8;
+  static constexpr int HALVES = M / 64, HALF = Tile::QUERY_BYTES / HALVES;
+  static_assert(HALVES == 1 || Tile::SLABS == 1);
 
   const Score& score;
   const KeyMemory<Tile>& smem;
@@ -135,7 +139,11 @@ struct KeyGradients {
 
   ATTN_DEVICE void begin(int) const {}  // a tile of this head; plain calls need not know
 
-  // S^T = K Q^T and dP^T = V dO^T   [64, BLOCK_M].  Issued.  queries: smem.queries(turn).
+  // smem.queries(turn) of a half.
+  ATTN_DEVICE uint32_t queries_of(uint32_t queries, int half) const {
+    return queries + uint32_t(half * (HALF >> 4));
+  }
+  // S^T = K Q^T and dP^T = V dO^T   [64, 64].  Issued.
   ATTN_DEVICE void scores(float (&S)[TILES][4], int turn, uint32_t queries) {
     smem.Q.wait(turn);
     wgmma_fence();
@@ -150,21 +158,21 @@ struct KeyGradients {
   }
 
   // dS^T of a tile with pairs that do not count, and dV: one product after the other, which needs
-  // fewer registers.
-  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
+  // fewer registers.  m0: the first query of this half.
+  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0, int half = 0) {
     float S[TILES][4];
-    const uint32_t queries = smem.queries(turn);
+    const uint32_t queries = queries_of(smem.queries(turn), half);
     scores(S, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(S);
-    key_weights(S, score, smem.lse(turn), key, m0, true);
+    key_weights(S, score, smem.lse(turn) + uint32_t(half * 256), key, m0, true);
     smem.dO.wait(turn);
-    add_product<T, Tile::QUERY_BYTES>(dV, S, smem.dO.tile(turn), true, group);
+    add_product<T, HALF>(dV, S, smem.dO.tile(turn) + uint32_t(half * HALF), true, group);
     value_products(dP, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(dP);
-    smem.dO.release(turn);
-    key_gradients<true>(dP, S, smem.delta(turn));
+    if (half == HALVES - 1) smem.dO.release(turn);
+    key_gradients<true>(dP, S, smem.delta(turn) + uint32_t(half * 256));
   }
   ATTN_DEVICE void edge(int turn, int m0) {
     float dS[TILES][4];
@@ -176,13 +184,13 @@ struct KeyGradients {
   // P^T and dS^T, packed, of a tile whose every pair counts: P is computed while dP is, dS while dV
   // is.  dV is under way, P in use.
   ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
-                                int m0, uint32_t queries) {
+                                int m0, uint32_t queries, int half = 0) {
     float S[TILES][4], dP[TILES][4];
     scores(S, turn, queries);
     value_products(dP, turn, queries);
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
-    key_weights(S, score, smem.lse(turn), key, m0, false);
+    key_weights(S, score, smem.lse(turn) + uint32_t(half * 256), key, m0, false);
     pack_weights<T>(P, S);
     wgmma_hold(dV);
     wgmma_hold(P);
@@ -190,7 +198,7 @@ struct KeyGradients {
     issue_sum<T>(dV, P, wgmma_held(queries), smem.OUTPUT);
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
-    key_gradients<false>(dP, S, smem.delta(turn));
+    key_gradients<false>(dP, S, smem.delta(turn) + uint32_t(half * 256));
     pack_weights<T>(dS, dP);
   }
   // dK += dS^T Q.  Issued.
@@ -312,14 +320,18 @@ ATTN_DEVICE void repair_keys(const Params& p, const KeyTask& task, int first, bo
   });
 }
 
-// add(turn, first query) for each tile of queries of each head of the group.
-template <int BLOCK_M, class Add>
+// add(turn, head of the group, first query) for each tile of queries, with kOrdered from the last
+// to the first.
+template <class Tile, class Add>
 ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add& add) {
   int turn = 0;
   ATTN_NO_UNROLL
   for (int h = 0; h < p.group; ++h) {
     ATTN_NO_UNROLL
-    for (int t = 0; t < task.tiles; ++t, ++turn) add(turn, h, (task.first + t) * BLOCK_M);
+    for (int t = 0; t < task.tiles; ++t, ++turn) {
+      const int at = has<Tile::BITS>(p, kOrdered) ? task.tiles - 1 - t : t;
+      add(turn, h, (task.first + at) * Tile::BLOCK_M);
+    }
   }
 }
 
@@ -335,7 +347,7 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
   if constexpr (Tile::SPLIT) {
     SplitGradient<T, Tile> mine{score, smem, key, p.group * task.tiles};
     const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
-    each_query_tile<M>(p, task, [&](int turn, int, int m0) {
+    each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
       const bool edge = !whole.has(m0);
       group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
     });
@@ -352,7 +364,7 @@ ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
     if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
     KeyGradients<T, Tile> mine{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)};
     const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
-    each_query_tile<M>(p, task, [&](int turn, int, int m0) {
+    each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
       if (m0 < hi && m0 + M > lo)
         mine.add(turn, m0, !whole.has(m0));
       else
@@ -374,7 +386,7 @@ ATTN_DEVICE void produce_queries(const BackwardParams& x, const KeyTask& task,
   const Coordinates at(x.p, task.seq);
   load_rows<S, N>(smem.K, x.K, smem.keys_full, at.k + task.n0, task.head_k, at.b);
   load_rows<S, N>(smem.V, x.V, smem.keys_full, at.k + task.n0, task.head_k, at.b);
-  each_query_tile<M>(x.p, task, [&](int turn, int h, int m0) {
+  each_query_tile<Tile>(x.p, task, [&](int turn, int h, int m0) {
     const int head = task.head_k * x.p.group + h;
     smem.Q.template load<S, M>(turn, x.Q, at.q + m0, head, at.b);
     smem.dO.template load<S, M>(turn, x.dO, at.q + m0, head, at.b);
@@ -397,12 +409,12 @@ ATTN_DEVICE void produce_row_values(const Params& p, const KeyTask& task,
 }
 
 // A kernel with a task of keys; produce(task, smem): what the producer's warps do beside the
-// copies, consume(task, smem): what its consumers do.
+// copies, consume(task, smem): what its consumers do.  number: of the CTA.
 template <class Tile, class Memory, class Produce, class Consume>
 ATTN_DEVICE void run_key_task(const BackwardParams& x, const Produce& produce,
-                              const Consume& consume) {
+                              const Consume& consume, int number) {
   const auto smem = Memory::of(smem_base());
-  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N);
+  const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N, number);
   if (task.n0 >= task.seq.seqlen_k) return;  // a shorter sequence has fewer tiles
   const auto load = [&] {
     if (warp_id() == 0 && elect_one() && task.tiles) produce_queries<Tile>(x, task, smem);
@@ -416,11 +428,11 @@ template <class Tile, class Consume>
 ATTN_DEVICE void run_plain_key_task(const BackwardParams& x, const Consume& consume) {
   const auto produce = [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
     if (warp_id() == 1)
-      each_query_tile<Tile::BLOCK_M>(x.p, task, [&](int turn, int h, int m0) {
+      each_query_tile<Tile>(x.p, task, [&](int turn, int h, int m0) {
         produce_row_values(x.p, task, smem, turn, task.head_k * x.p.group + h, m0);
       });
   };
-  run_key_task<Tile, KeyMemory<Tile>>(x, produce, consume);
+  run_key_task<Tile, KeyMemory<Tile>>(x, produce, consume, block_id().x);
 }
 
 template <class T, int HEAD_DIM>

@@ -287,7 +287,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
   }
 
   // As in KeyGradients.
-  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0) {
+  ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0, int) {
     float S[TILES][4], V[TILES][4];  // V is S but for dropout and soft cap
     const uint32_t queries = smem.queries(turn);
     this->scores(S, turn, queries);
@@ -310,7 +310,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
     differentiate<true>(dP, S, smem.delta(turn));
   }
   ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
-                                int m0, uint32_t queries) {
+                                int m0, uint32_t queries, int) {
     float S[TILES][4], dP[TILES][4];
     this->scores(S, turn, queries);
     this->value_products(dP, turn, queries);
@@ -331,6 +331,17 @@ struct FeatureGradients : KeyGradients<T, Tile> {
   }
 };
 
+// The number of this CTA: with kOrdered that in which CTAs ask, so that those before it have begun.
+template <class Tile>
+ATTN_DEVICE int number_of_block(const Params& p) {
+  if (!has<Tile::BITS>(p, kOrdered)) return block_id().x;
+  const uint32_t word = FeatureMemory<Tile>::of(smem_base()).extra + Tile::WORDS;
+  if (thread_id() == 0)
+    sts_32(word, uint32_t(atomic_add_global(SumOrder::of(p, Tile::HEAD_DIM).next(), 1)));
+  sync_threads();  // it is there; overwritten behind the next one
+  return int(lds_32(word));
+}
+
 template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL(THREADS, 1)
 void backward_features(ATTN_GRID_CONSTANT const BackwardParams x) {
@@ -338,16 +349,18 @@ void backward_features(ATTN_GRID_CONSTANT const BackwardParams x) {
   const auto produce = [&](const KeyTask& task, const FeatureMemory<Tile>& smem) {
     if (warp_id() == 0) return;
     const SideProducer<T, Tile> side{x.p, task};
-    each_query_tile<Tile::BLOCK_M>(x.p, task, [&](int turn, int h, int m0) {
+    each_query_tile<Tile>(x.p, task, [&](int turn, int h, int m0) {
       const int head = task.head_k * x.p.group + h;
       if (warp_id() == 1) produce_row_values(x.p, task, smem, turn, head, m0);
       if constexpr (FeatureGradients<T, Tile>::SIDES) side.produce(smem, turn, head, m0);
     });
   };
   run_key_task<Tile, FeatureMemory<Tile>>(
-      x, produce, [&](const KeyTask& task, const FeatureMemory<Tile>& smem) {
+      x, produce,
+      [&](const KeyTask& task, const FeatureMemory<Tile>& smem) {
         consume_all<T, Tile, FeatureGradients<T, Tile>>(x.p, task, smem);
-      });
+      },
+      number_of_block<Tile>(x.p));
 }
 
 // dQ = scale * sums, one CTA a tile of 64 queries of a sequence.

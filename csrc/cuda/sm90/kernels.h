@@ -75,24 +75,35 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
-// What the backward kernels are compiled for of a call's features.
-inline int backward_features(const Problem& p, const Pointers& ptr) {
+// What a call has that the backward kernels must know, and their HEAD_DIM.
+inline int backward_call(const Problem& p, const Pointers& ptr) {
   return backward_features_of(features_of(p, ptr));
 }
-// HEAD_DIM of the backward kernels, and floats of the sums that they add dQ up in; 0: dQ has a
-// kernel of its own.
 inline int backward_head_dim(const Problem& p, const Pointers& ptr) {
-  return feature_head_dim(kernel_head_dim(p), backward_features(p, ptr));
+  return feature_head_dim(kernel_head_dim(p), backward_call(p, ptr));
 }
-inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
+// Whether one kernel computes all gradients.  Those of a plain call that wants dQ, or dK and dV,
+// alone have kernels of their own; of one with features what is not wanted is not stored.
+inline bool in_one_kernel(const Problem& p, const Pointers& ptr) {
   const int head_dim = backward_head_dim(p, ptr);
-  if (p.deterministic || head_dim > 128 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
-  return p.heads_q * sum_tiles(p, ptr) * 64 * head_dim;
+  const bool keys = ptr.dk || ptr.dv;
+  return head_dim && head_dim <= 128 && (backward_call(p, ptr) ? ptr.dq || keys : ptr.dq && keys);
+}
+// What that kernel is compiled for.
+inline int backward_features(const Problem& p, const Pointers& ptr) {
+  return backward_call(p, ptr) | (p.deterministic && in_one_kernel(p, ptr) ? kOrdered : 0);
+}
+// Floats of the sums that it adds dQ up in, and of the words of their order (SumOrder); 0: it does
+// not run.
+inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
+  if (!in_one_kernel(p, ptr)) return 0;
+  const int64_t tiles = p.heads_q * sum_tiles(p, ptr);
+  return tiles * 64 * backward_head_dim(p, ptr) + (p.deterministic ? 2 * tiles + 1 : 0);
 }
 // Whether they serve what a call has beside Q, K and V (features.h): of masks and biases those
 // whose rows come 4 keys at a time; no frames and no parts.
 inline bool backward_knows_features(const Problem& p, const Pointers& ptr) {
-  const int bits = backward_features(p, ptr);
+  const int bits = backward_call(p, ptr);
   const bool fours = (!(bits & kMask) || bits & kMaskVectors) &&
                      (!(bits & kBias) || (bits & kBiasVectors && !(bits & kCast)));
   return !bits || (fours && !(bits & (kPaged | kFrame | kPart)) && query_sums(p, ptr));

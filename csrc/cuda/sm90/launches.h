@@ -52,9 +52,11 @@ void run_backward(Executor& to, const Params& params) {
   };
   if constexpr (HEAD_DIM <= 128) {
     if (params.dq_sums) {
-      using Tile = FusedTile<HEAD_DIM>;
-      const int bits = backward_features_of(params.features);
-      const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
+      using Tile = PlainFusedTile<HEAD_DIM>;
+      const int bits = backward_features(p, ptr), others = bits & ~kOrdered;
+      BackwardParams x = maps(bits ? 64 : Tile::BLOCK_M, Tile::BLOCK_N);
+      x.p.features |= bits;
+      x.p.m_tiles = int((p.seqlen_q + 63) / 64);  // of the sums
       const Grid tiles = grid_of(p.batch * p.heads_q * x.p.m_tiles);
       launch(to, kernel_name<T>("sm90::clear_dq", HEAD_DIM), grid_of(p.heads_q * sum_tiles(p, ptr)),
              128, 0, x.p);
@@ -63,9 +65,10 @@ void run_backward(Executor& to, const Params& params) {
                   : kernel_name<T>("sm90::backward_fused", HEAD_DIM),
              grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
              bits ? SideRoom<HEAD_DIM>::SMEM : Tile::SMEM, x);
+      if (!ptr.dq) return;
       return launch(to,
-                    bits ? kernel_name<T>("sm90::convert_dq_features", HEAD_DIM, bits)
-                         : kernel_name<T>("sm90::convert_dq", HEAD_DIM),
+                    others ? kernel_name<T>("sm90::convert_dq_features", HEAD_DIM, others)
+                           : kernel_name<T>("sm90::convert_dq", HEAD_DIM),
                     tiles, 128, 0, x.p);
     }
   }

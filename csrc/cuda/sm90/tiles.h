@@ -46,13 +46,14 @@ struct QueryGradientTile {
 // warpgroup has 64 keys and both accumulators: 64 + 64 registers, S and dP 32 + 32, P and dS packed
 // 16 + 16.  Wider (SPLIT), both have the same 64 keys, one dV and the other dK, 128 registers, and
 // P goes from one to the other through shared memory.
-template <int HEAD_DIM_>
+template <int HEAD_DIM_, int BLOCK_M_ = 64>
 struct KeyGradientTile {
   static constexpr int HEAD_DIM = HEAD_DIM_;
   static constexpr int PRODUCER_REGISTERS = sm90::PRODUCER_REGISTERS;
   static constexpr int CONSUMER_REGISTERS = sm90::CONSUMER_REGISTERS;
+  static constexpr int BITS = 0;  // features
   static constexpr bool SPLIT = HEAD_DIM > 128;
-  static constexpr int BLOCK_M = 64, BLOCK_N = SPLIT ? 64 : 128;
+  static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = SPLIT ? 64 : 128;
   static constexpr int SLABS = slabs_of(HEAD_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
   static constexpr int ROW_BYTES = 8 * BLOCK_M;                          // LSE and delta
@@ -67,17 +68,24 @@ struct KeyGradientTile {
 // The same, and dQ: dS of a tile [64, BLOCK_N] goes through shared memory, a slab a warpgroup, and
 // dQ is added up in global memory.  Of dQ [64, HEAD_DIM] a warpgroup has one slab of columns, 32
 // registers (BY_COLUMNS), or, where there is no slab for each, all columns of every other tile.
-template <int HEAD_DIM>
-struct FusedTile : KeyGradientTile<HEAD_DIM> {
-  using Base = KeyGradientTile<HEAD_DIM>;
+//
+// Of 128 queries each warpgroup has 64 (BY_ROWS).
+template <int HEAD_DIM, int BLOCK_M = 64>
+struct FusedTile : KeyGradientTile<HEAD_DIM, BLOCK_M> {
+  using Base = KeyGradientTile<HEAD_DIM, BLOCK_M>;
   static_assert(!Base::SPLIT);
-  static constexpr bool BY_COLUMNS = HEAD_DIM == 128;
-  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;           // 8 columns each
-  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;                   // dS, a slab
-  static constexpr int SUM_BYTES = 32 * SUM_TILES * Base::BLOCK_M;          // dQ, a warpgroup
-  static constexpr int EXTRA_BYTES = 4 * SCORE_BYTES + 2 * SUM_BYTES + 16;  // dS of two turns
+  static constexpr bool BY_COLUMNS = HEAD_DIM == 128, BY_ROWS = BLOCK_M == 128;
+  static constexpr int SUM_TILES = BY_COLUMNS ? 8 : HEAD_DIM / 8;  // 8 columns each
+  static constexpr int SCORE_BYTES = 128 * Base::BLOCK_M;          // dS, a slab
+  static constexpr int SUM_BYTES = 2048 * SUM_TILES;               // dQ of 64 queries, a warpgroup
+  static constexpr int WORDS = 4 * SCORE_BYTES + 2 * SUM_BYTES;    // behind dS of two turns
+  static constexpr int EXTRA_BYTES = WORDS + 16;
   static constexpr int SMEM = Base::smem(EXTRA_BYTES);
 };
+
+// Of plain calls.  Registers of 128 queries at 64 columns: dK and dV 64, S and dP 128, P packed 32.
+template <int HEAD_DIM>
+using PlainFusedTile = FusedTile<HEAD_DIM, HEAD_DIM == 64 ? 128 : 64>;
 
 // The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of
 // queries, lie in a ring of one or two stages in what is left of 227 KiB.

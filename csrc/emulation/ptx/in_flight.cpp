@@ -15,7 +15,7 @@ struct Issued {
   int64_t launch = -1;
   uint32_t count = 0;
 };
-Issued issued[MAX_THREADS];
+Issued issued[emulation::MOST_RESIDENT][MAX_THREADS];
 
 // Whether registers hold tags: elsewhere a product is done when it is issued.
 bool tagged() { return machine.mode.random || machine.mode.poison; }
@@ -23,12 +23,12 @@ bool tagged() { return machine.mode.random || machine.mode.poison; }
 }  // namespace
 
 Slot& slot_at(int warp, uint32_t slot) {
-  if (slots.empty()) slots.resize(size_t(MAX_WARPS) * SLOTS);
-  return slots[size_t(warp) * SLOTS + slot % SLOTS];
+  if (slots.empty()) slots.resize(size_t(emulation::MOST_RESIDENT) * MAX_WARPS * SLOTS);
+  return slots[size_t(machine.slot() * MAX_WARPS + warp) * SLOTS + slot % SLOTS];
 }
 
 uint32_t next_slot() {
-  Issued& mine = issued[machine.thread()];
+  Issued& mine = issued[machine.slot()][machine.thread()];
   if (mine.launch != machine.launches) mine = {machine.launches, 0};
   return mine.count++ % SLOTS;
 }

@@ -7,6 +7,7 @@ import re
 from ptx.emit import CXX, Emitter, Opcode, handles
 from ptx.parse import Unsupported, bits_of
 
+HERE = "{__builtin_FILE(), __builtin_LINE()}"
 SPACES = ("param", "global", "shared", "shared::cta", "local", "const")
 # What says where data are kept, how long, and in which order others see them: blocks run one after
 # the other here, and one thread at a time.
@@ -103,7 +104,11 @@ def _argument(em: Emitter, address: str) -> str:
 @handles("ld")
 def load(em: Emitter, op: Opcode, args: list[str]) -> str:
     op.take("L2::cache_hint")
+    acquires = "acquire" in op.parts
     kind, space, count = op.kind(), _space(em, op), _count(op)
+    if acquires and space == "global" and count == 1 and bits_of(kind) == 32:
+        word = f"reinterpret_cast<const int*>({em.address(args[1], 'u64')})"
+        return em.write(args[0], "s32", f"machine.load_acquire({word}, {HERE})")
     if space == "shared":
         value = f"load_shared<{CXX[kind]}, {count}>({em.address(args[1], 'u32')})"
     elif space == "param" and (argument := _argument(em, args[1])):
@@ -121,7 +126,11 @@ def load(em: Emitter, op: Opcode, args: list[str]) -> str:
 @handles("st")
 def store(em: Emitter, op: Opcode, args: list[str]) -> str:
     op.take("L2::cache_hint")
+    releases = "release" in op.parts
     kind, space, count = op.kind(), _space(em, op), _count(op)
+    if releases and space == "global" and count == 1 and bits_of(kind) == 32:
+        word = f"reinterpret_cast<int*>({em.address(args[0], 'u64')})"
+        return f"machine.store_release({word}, int({em.read(args[1], kind)}), {HERE});"
     values = ", ".join(em.read(each, kind) for each in em.vector(args[1]))
     value = f"Vector<{CXX[kind]}, {count}>{{{{{values}}}}}"
     if space == "shared":
@@ -184,8 +193,9 @@ def reduce_memory(em: Emitter, op: Opcode, args: list[str]) -> str:
 def fence(em: Emitter, op: Opcode, args: list[str]) -> str:
     if op.take("proxy"):
         op.take("async")
-        if not op.one_of("shared::cta", "async"):
-            op.one_of("global")
+        if op.take("global"):  # what is in global memory is in order here
+            return ";"
+        op.one_of("shared::cta", "async")
         return "machine.fence_proxy_async({__builtin_FILE(), __builtin_LINE()});"
     if op.take("mbarrier_init"):
         op.take("release"), op.take("cluster")

@@ -115,8 +115,8 @@ def _bulk(em: Emitter, op: Opcode, args: list[str]) -> str:
     if op.take("commit_group"):
         return f"machine.bulk_commit({HERE});"
     if op.take("wait_group"):
-        op.take("read")
-        return f"machine.bulk_wait_read({int(args[0], 0)}, {HERE});"
+        wait = "bulk_wait_read" if op.take("read") else "bulk_wait"
+        return f"machine.{wait}({int(args[0], 0)}, {HERE});"
     if not op.take("tensor") or not op.take("4d"):
         raise Unsupported("a bulk copy other than of a tensor with 4 dimensions")
     if not (op.take("shared::cluster") or op.take("shared::cta")):

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.backends.nvidia
+from ptx import sums
 from triton.backends.compiler import GPUTarget
 
 from attn_ext.testing import needs_of, random_call
@@ -218,6 +219,7 @@ def resources(compiled) -> list:
         spilled *= 4
     else:
         text = compiled.asm["ptx"]
+        assert not (apart := sums.fused_over_lanes(text)), (compiled.name, apart)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()

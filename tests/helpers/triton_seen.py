@@ -33,7 +33,8 @@ DUE = seen.sample(NAMES, 1)
 
 def digest(test_file: str, *facts) -> str:
     """Of all that decides what Triton makes of the kernels; facts: what it is held against."""
-    tools = [ROOT / "tests/helpers/triton_offline.py", ROOT / "bench/machine_code.py"]
+    helpers = ROOT / "tests/helpers"
+    tools = [helpers / "triton_offline.py", helpers / "ptx/sums.py", ROOT / "bench/machine_code.py"]
     files = [*ROOT.glob("triton_kernels/**/*.py"), *tools]
     return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)
 

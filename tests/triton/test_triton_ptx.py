@@ -15,7 +15,7 @@ emulated = pytest.importorskip(
 pytest.importorskip("triton", minversion="3.9", reason="its launcher is Python from 3.9 on")
 
 import triton_seen  # noqa: E402  after the modules that they need are known to be there
-from ptx import triton_driver  # noqa: E402
+from ptx import sums, triton_driver  # noqa: E402
 
 from attn_ext.testing import check_call, random_call  # noqa: E402
 
@@ -29,6 +29,8 @@ VARLEN = {"seqlens_q": [30, 0, 75], "seqlens_k": [30, 40, 75], "causal": True}
 FIXED = {"seqlen_q": 70, "seqlen_k": 130, "bias": "hqk", "deterministic": True}
 PLACED = {"frame": [3, 1, 91, 62, 300, 280]}  # a shard's; no first key is a multiple of 4
 HALF, SINGLE = {"dtype": torch.float16}, {"dtype": torch.float32}
+# a sum over 24 columns, one a lane
+ONE_A_LANE = {"seqlens_q": [1], "seqlens_k": [1], "head_dim": 1, "head_dim_v": 24} | SINGLE
 # what each would catch beside the instructions of its kernels
 CALLS = {
     "sm_90, TMA and wgmma": ("sm_90", CAUSAL),
@@ -40,6 +42,7 @@ CALLS = {
     "sm_90, varlen": ("sm_90", VARLEN),
     "sm_90, paged decode, split": ("sm_90", PAGED),
     "sm_90, deterministic dbias": ("sm_90", FIXED),
+    "sm_90, sums that all lanes of a row store": ("sm_90", ONE_A_LANE),
     "sm_90, a shard: its diagonal, distances and counter": ("sm_90", FEATURES | PLACED),
     "sm_80": ("sm_80", CAUSAL),
     "sm_80, every feature": ("sm_80", FEATURES),
@@ -76,6 +79,25 @@ def test_kernels(name):
         check_call(call, triton_driver.backend(driver), grads="cache_seqlens" not in options)
     assert len(driver.launched) >= 2 * len(MODES)
     seen.passed("triton_ptx", name, digest)
+
+
+def test_sums_that_lanes_round_apart_are_seen():
+    """FMA of a lane's product and the addition of another lane's, of one number and of two in a
+    register; none where the product is rounded first, or what is shuffled is a sum already."""
+    apart = """
+        mul.f32 %r3, %r1, %r2;  shfl.sync.bfly.b32 %r4, %r3, 16, 31, -1;
+        fma.rn.f32 %r5, %r1, %r2, %r4;"""
+    alike = """
+        fma.rn.f32 %r3, %r1, %r2, 0f00000000;  shfl.sync.bfly.b32 %r4, %r3, 16, 31, -1;
+        add.f32 %r5, %r3, %r4;  shfl.sync.bfly.b32 %r6, %r5, 8, 31, -1;
+        fma.rn.f32 %r7, %r1, %r2, %r6;"""
+    of_two = """
+        mul.rn.f32x2 %rd3, %rd1, %rd2;  mov.b64 {%r3, %r4}, %rd3;
+        shfl.sync.bfly.b32 %r5, %r3, 1, 31, -1;  shfl.sync.bfly.b32 %r6, %r4, 1, 31, -1;
+        mov.b64 %rd4, {%r5, %r6};  fma.rn.f32x2 %rd5, %rd1, %rd2, %rd4;"""
+    assert sums.fused_over_lanes(apart) == ["fma.rn.f32 %r5, %r1, %r2, %r4;"]
+    assert sums.fused_over_lanes(alike) == []
+    assert sums.fused_over_lanes(of_two) == ["fma.rn.f32x2 %rd5, %rd1, %rd2, %rd4;"]
 
 
 def test_parameters():

@@ -34,6 +34,7 @@ class Fault(NamedTuple):
     which: int = 0
     caught: tuple[str, ...] = ("plain", "race", "all")
     silent: tuple[str, ...] = ()
+    call: dict | None = None  # other options of the call
 
 
 TMA = r"(cp\.async\.bulk\.tensor[^\[]*)\[%r\d+\]"
@@ -68,6 +69,16 @@ FAULTS = {
     "a sum over another lane": Fault("sm_80", "forward", r"(shfl[^;]*), 2, 31, -1;",
                                      r"\1, 1, 31, -1;"),
 }  # fmt: skip
+# a sum over 24 columns, one a lane: every lane of a row stores it to the same place
+ONE_A_LANE = {"seqlens_q": [1], "seqlens_k": [1], "head_dim": 1, "head_dim_v": 24,
+              "dtype": torch.float32}  # fmt: skip
+FAULTS["a product fused with what a shuffle brings"] = Fault(
+    "sm_90", "delta",
+    r"(fma\.rn\.f32\s+(%r\d+), (%r\d+), (%r\d+), 0f00000000;[\s\S]*?"
+    r"shfl\.sync\.bfly\.b32\s+(%r\d+), \2, [\s\S]*?)add\.f32\s+(%r\d+), \2, \5;",
+    r"\1fma.rn.f32 \6, \3, \4, \5;", caught=ORDER, silent=("plain", "random", "poison"),
+    call=ONE_A_LANE,
+)  # fmt: skip
 DUE = seen.sample(FAULTS, 2)
 
 
@@ -113,8 +124,9 @@ def test_planted_fault_is_noticed(name):
     if seen.known("triton_ptx_faults", name, digest, DUE):
         return
     driver = triton_driver.Driver(fault.architecture, planted(fault))
-    call = random_call(1, seqlen_q=70, seqlen_k=201, causal=True, head_dim=64, batch=1,
-                       dtype=torch.bfloat16)  # fmt: skip
+    options = {"seqlen_q": 70, "seqlen_k": 201, "causal": True, "head_dim": 64, "batch": 1,
+               "dtype": torch.bfloat16}  # fmt: skip
+    call = random_call(1, **(fault.call or options))
     grads = fault.kernel != "forward"
     modes = (*fault.caught, *fault.silent)
     found = {mode: notice(mode, driver, call, grads) for mode in modes}

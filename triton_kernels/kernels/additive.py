@@ -32,6 +32,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     query_range,
     sequences,
     store_tile,
+    sum_of_products,
 )
 from attn_ext.triton_kernels.kernels.scores import (
     add_dbias,
@@ -277,9 +278,9 @@ def additive_dq_kernel(
         for d in range(0, D):
             r = half_complement(column(q, q_rows, d, q_in), column(k, k_rows, d, k_in))
             r = tl.where(ds != 0, r, 0.0)  # r may be NaN where dS is 0
-            total = tl.sum(ds * r * (1.0 - r), 1) * (4.0 * tl.load(w + h * D + d))
+            total = sum_of_products(ds * r, 1.0 - r) * (4.0 * tl.load(w + h * D + d))
             dq_tile += tl.where(columns[None, :] == d, total[:, None], 0.0)
-            dw_row += tl.where(columns == d, tl.sum(tl.sum(ds * (1.0 - 2.0 * r), 1), 0), 0.0)
+            dw_row += tl.where(columns == d, tl.sum(sum_of_products(ds, 1.0 - 2.0 * r), 0), 0.0)
     dq_rows = dq + b * dq_b + h * dq_h + q_first * dq_s
     store_tile(dq_rows, dq_s, i_first, length_q, dq_tile, D, BLOCK_M, BLOCK_D, FLAGS)
     place = ((b * heads_q + h) * blocks + block) * D

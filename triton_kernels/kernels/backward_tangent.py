@@ -32,6 +32,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     sequence,
     sequences,
     store_tile,
+    sum_of_products,
     tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import add_dbias, base2_lse, probabilities
@@ -75,11 +76,11 @@ def delta_tangent_kernel(
     to = load_tile(
         rows_of(tout, b, h, q_first), tout.s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS
     ).to(tl.float32)
-    value, moved = tl.sum(g * o, 1), tl.sum(g * to, 1)
+    value, moved = sum_of_products(g, o), sum_of_products(g, to)
     if MOVED_DOUT & MOVES:
         tg_rows = rows_of(tdout, b, h, q_first)
         tg = load_tile(tg_rows, tdout.s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-        moved += tl.sum(tg.to(tl.float32) * o, 1)
+        moved += sum_of_products(tg, o)
     if DLSE:
         value -= tl.load(dlse + row, mask=there, other=0.0)
     if TDLSE:

@@ -49,6 +49,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     sequences,
     store_tile,
     streamed_dot,
+    sum_of_products,
     tile_logits,
     tile_pointers,
     tile_step,
@@ -91,7 +92,7 @@ def delta_kernel(
         do_rows = dout + b * do_b + h * do_h + q_first * do_s
         o = load_tile(o_rows, o_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
         do = load_tile(do_rows, do_s, i_first, length_q, DV, BLOCK_M, BLOCK_DV, True, FLAGS)
-        value = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        value = sum_of_products(o, do)
         if DLSE:
             value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
     tl.store(delta + row, value, mask=i < length_q)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.primitives import INTERPRETED, dot
+from attn_ext.triton_kernels.kernels.primitives import INTERPRETED, dot, sum_of_products
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def dot_present(a, b, acc, SIGNED: tl.constexpr):
 @triton.jit
 def product_each(a, b):
     """Products of the rows of a and b [BLOCK, D], as [BLOCK, 1]."""
-    return tl.sum(a.to(tl.float32) * b, 1)[:, None]
+    return sum_of_products(a, b)[:, None]
 
 
 @triton.jit

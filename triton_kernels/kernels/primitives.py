@@ -105,6 +105,17 @@ def dot(a, b, acc):
     return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
 
+@triton.jit
+def sum_of_products(a, b):
+    """sum_d a_id b_id, [BLOCK] of [BLOCK, D], in float32, alike in all threads that hold the sum.
+
+    The FMA with 0 rounds every product before it is added.  Else the compiler makes one FMA of a
+    product and the addition of what a shuffle brings: of x y + x' y' one thread rounds x' y' first
+    and the other x y.  They then hold different sums of one row, and where both store theirs to one
+    place of shared memory, PTX leaves open which stays: results may change from run to run."""
+    return tl.sum(tl.fma(a.to(tl.float32), b.to(tl.float32), 0.0), 1)
+
+
 @triton.constexpr_function
 def careful_rows_at_once(block: int, most: int) -> int:
     """Rows of a tile that are computed again at a time: as many as leave the registers to the fast

@@ -33,6 +33,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     score_tile,
     sequences,
     store_tile,
+    sum_of_products,
     tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import base2_lse, probabilities
@@ -204,11 +205,11 @@ def tangent_tiles(
                 FLAGS, MOVES,
             )  # fmt: skip
             t = tl.where(p != 0, t, 0.0)  # an excluded K may be far away
-            here = tl.sum(p * t, 1) + of_sink * moved_sink
+            here = sum_of_products(p, t) + of_sink * moved_sink
             begins = (total == 0) & (found != 0)
             mean = tl.where(begins, here / tl.where(begins, found + of_sink, 1.0), mean)
             t = tl.where(p != 0, t - mean[:, None], 0.0)
-            rest += tl.sum(p * t, 1)
+            rest += sum_of_products(p, t)
             # W += (P M (t' - mean)) @ V   [BLOCK_M, BLOCK_DV]
             v_tile = load_tile(v, v_s, j_first, seqlen_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
             w = weighted_sum(kept * t, v_tile, w)

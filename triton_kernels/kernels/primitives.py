@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from attn_ext.triton_kernels.kernels.functions import INTERPRETED, tanh, tanh_part
+from attn_ext.triton_kernels.kernels.functions import (
+    INTERPRETED,
+    tanh,
+    tanh_approx,
+    tanh_part,
+    widened,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -59,6 +65,8 @@ QUICK_TANH = tl.constexpr(1 << 28)  # softcap: digits of small logits count less
 BACKWARD = tl.constexpr(1 << 29)  # ALiBi: no query sees a key behind its own position
 MASK_ONE_QUERY = tl.constexpr(1 << 30)  # the mask is the same for all queries
 BIAS_ONE_QUERY = tl.constexpr(1 << 31)
+MASK_PAIRS = tl.constexpr(1 << 32)  # of the mask two keys at a time are an aligned word
+APPROX_TANH = tl.constexpr(1 << 33)  # softcap: tanh to 2^-11, as the factors of a bfloat16 product
 
 
 class Terms(NamedTuple):
@@ -442,7 +450,8 @@ def score_tile(
 ):  # fmt: skip
     """Elements (i_first + r, j_first + c) of a mask or bias of head h, 0 outside; with ONE_QUERY of
     its only query, shaped as c.  WHOLE_KEYS: all these keys exist; a check of each would keep loads
-    from being vectors.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes too
+    from being vectors.  A query past the last one then gets the row of that, whose results are not
+    stored: no comparison.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes too
     many registers."""
     if WIDE & FLAGS:
         r, c = r.to(tl.int64), c.to(tl.int64)
@@ -452,10 +461,57 @@ def score_tile(
         places = tile + c * k_s
         found = tl.load(places) if WHOLE_KEYS else tl.load(places, mask=keys, other=0)
     else:
-        places = tile + i_first.to(tl.int64) * q_s + (r * q_s + c * k_s)
-        queries = i_first + r < seqlen_q
-        found = tl.load(places, mask=queries if WHOLE_KEYS else queries & keys, other=0)
+        places = tile + i_first.to(tl.int64) * q_s
+        if WHOLE_KEYS:
+            row = tl.minimum(r, seqlen_q - 1 - i_first)
+            found = tl.load(places + (row * q_s + c * k_s))
+        else:
+            queries = i_first + r < seqlen_q
+            found = tl.load(places + (r * q_s + c * k_s), mask=queries & keys, other=0)
     return found
+
+
+@triton.jit
+def mask_pairs(terms, b, h, i_first, r, j_first, seqlen_q, PAIRS: tl.constexpr, FLAGS: tl.constexpr):
+    """Words of two keys of the mask, [BLOCK_M, PAIRS], of keys that all exist."""
+    tile = terms.mask + b.to(tl.int64) * terms.mask_b + h * terms.mask_h + j_first
+    tile = (tile + i_first.to(tl.int64) * terms.mask_q).to(tl.pointer_type(tl.uint16), bitcast=True)
+    row = tl.minimum(r, seqlen_q - 1 - i_first)  # as in `score_tile`
+    if WIDE & FLAGS:
+        row = row.to(tl.int64)
+    return tl.load(tile + (row * (terms.mask_q // 2) + tl.arange(0, PAIRS)[None, :]))
+
+
+@triton.jit
+def visible_keys(
+    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the mask: not 0 where a query sees a key."""
+    if (MASK_PAIRS & FLAGS) and WHOLE_KEYS and c.shape[1] > 1:
+        words = mask_pairs(terms, b, h, i_first, r, j_first, seqlen_q, c.shape[1] // 2, FLAGS)
+        words = words.to(tl.uint32)
+        found = tl.reshape(tl.join(words & 255, words >> 8), [r.shape[0], c.shape[1]])
+    else:
+        found = score_tile(
+            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
+            j_first, c, seqlen_q, seqlen_k, MASK_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def bias_tile(
+    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the bias in float32, or of its only query's row."""
+    return widened(
+        score_tile(
+            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
+            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -482,7 +538,10 @@ def tile_logits(
     unit = LN2 if NATURAL & FLAGS else 1.0
     cap = qk
     if SOFTCAP & FLAGS:
-        if QUICK_TANH & FLAGS:
+        if APPROX_TANH & FLAGS:
+            cap = tanh_approx(qk * terms.cap_in)
+            part = cap
+        elif QUICK_TANH & FLAGS:
             part = tanh_part(qk, terms.cap_in)
             cap = 2.0 * part - 1.0
         else:
@@ -498,10 +557,9 @@ def tile_logits(
     elif SIGMOID & FLAGS:
         s += terms.shift
     if BIAS & FLAGS:
-        added = score_tile(
-            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-        ).to(tl.float32)  # fmt: skip
+        added = bias_tile(
+            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
+        )
         if NATURAL & FLAGS:  # -inf + NaN is found by `nan_count`
             s += added
         else:
@@ -515,10 +573,9 @@ def tile_logits(
         distance = row - c.to(tl.float32)
         s -= slope * (distance if BACKWARD & FLAGS else tl.abs(distance))
     if MASK & FLAGS:
-        visible = score_tile(
-            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
-            j_first, c, seqlen_q, seqlen_k, MASK_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-        )  # fmt: skip
+        visible = visible_keys(
+            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
+        )
         s = tl.where(visible != 0, s, float("-inf"))
     if (BIAS & FLAGS) and not (NATURAL & FLAGS):
         # a bias of -inf excludes even where q . k is NaN

@@ -145,9 +145,17 @@ def ours(name: str, head_dim: int, case: str, tile=None):
     return found[name]
 
 
-def measure(architecture: str, only: Sequence[str] = ()) -> dict:
+def kinds_of(name: str) -> tuple[str, ...]:
+    """The rows of a pass: ours by case, plain Triton by its best tile and by that of our full calls."""
+    cases = (*CASES, *(OPTIONS if name == "forward" else ()))
+    return (*(f"ours {case}" for case in cases), "plain", "plain, our tile")
+
+
+def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = ()) -> dict:
     """{"sm_90 forward 128": {"ours full": row, "ours causal": row, "plain": row}, ...}; `only`:
-    the names wanted, and of these nothing of plain Triton."""
+    the names wanted; `kinds`: of `kinds_of`, those wanted."""
+    from attn_ext.triton_kernels import configs
+
     prepare(architecture)
     plain = load("bench/plain_triton.py")
     rows = {}
@@ -155,26 +163,34 @@ def measure(architecture: str, only: Sequence[str] = ()) -> dict:
         each, label = {}, f"{architecture} {name} {head_dim}"
         if only and label not in only:
             continue
-        for case in (*CASES, *(OPTIONS if name == "forward" else ())):
-            compiled, tile = ours(name, head_dim, case)
-            each[f"ours {case}"] = row(compiled, architecture, tile)
-        if not only:
-            tile = PLAIN_TILES[architecture, name, head_dim]
-            compiled = plain.compiled(name, architecture, head_dim, tile)
-            each["plain"] = row(compiled, architecture, tile)
+        for kind in kinds_of(name):
+            if kinds and kind not in kinds:
+                continue
+            if kind.startswith("ours"):
+                compiled, tile = ours(name, head_dim, kind.removeprefix("ours "))
+            else:
+                tile = PLAIN_TILES[architecture, name, head_dim]
+                if kind != "plain":  # which loads by pointers
+                    tile = configs.shipped(architecture, PASSES[name], head_dim, 2)[:4]
+                compiled = plain.compiled(name, architecture, head_dim, tile)
+            each[kind] = row(compiled, architecture, tile)
         rows[label] = each
     return rows
 
 
-def measure_all(only: Sequence[str] = ()) -> dict:
-    """`measure` of each architecture, in processes of their own: Triton remembers its target."""
+def measure_all(
+    only: Sequence[str] = (), kinds: Sequence[str] = (), folder: Path | None = None
+) -> dict:
+    """`measure` of each architecture, in processes of their own: Triton remembers its target.
+    folder: of another Triton than the installed one."""
+    environment = os.environ | ({"PYTHONPATH": str(folder)} if folder else {})
     rows = {}
     for architecture in TABLED:
         wanted = [name for name in only if name.startswith(architecture)]
         if only and not wanted:
             continue
-        command = [sys.executable, __file__, architecture, "--rows", *wanted]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, __file__, architecture, "--rows", *wanted, "--kinds", *kinds]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{architecture}: {done.stderr[-3000:]}")
         rows |= json.loads(done.stdout)
@@ -296,6 +312,7 @@ def main() -> None:
     parser.add_argument("--search", nargs=2, metavar=("PASS", "HEAD_DIM"))
     parser.add_argument("--tile", nargs=3, metavar=("PASS", "HEAD_DIM", "TILE"))
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
+    parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
     parser.add_argument("--case", choices=[*CASES, *OPTIONS], default="full")
     parser.add_argument("--only", default="", help='tiles that begin like this: "64,*,8"')
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")
@@ -322,7 +339,7 @@ def main() -> None:
         for each in hot_loop(compiled, args.architecture)[0] if args.dump else ():
             print(f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}")
     else:
-        print(json.dumps(measure(args.architecture, args.rows)))
+        print(json.dumps(measure(args.architecture, args.rows, args.kinds)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Elementary functions of float32 numbers: reciprocal and tanh; and a cast to float32."""
+"""Elementary functions of float32 numbers: reciprocal and tanh; casts and bytes."""
 
 import triton
 import triton.language as tl
@@ -59,3 +59,23 @@ def widened(x):
         "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
         is_pure=True, pack=2,
     )  # fmt: skip
+
+
+@triton.jit
+def two_bytes(words):
+    """(low, high) byte of words of 16 bits, each not 0 where that is not: one instruction together
+    with the comparison, where the compiler would first take each byte out."""
+    if INTERPRETED or not is_cuda():
+        return words & 0xFF, words & 0xFF00
+    return tl.inline_asm_elementwise(
+        "and.b32 $0, $2, 0xff; and.b32 $1, $2, 0xff00;", "=r,=r,r", [words],
+        dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def settled(x):
+    """x, whose product is complete here: a use of it without an instruction."""
+    if INTERPRETED or not is_cuda():
+        return x
+    return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -20,6 +20,7 @@ from attn_ext.triton_kernels.kernels.functions import (
     tanh,
     tanh_approx,
     tanh_part,
+    two_bytes,
     widened,
 )
 
@@ -437,9 +438,10 @@ def logits(
 ):  # fmt: skip
     """`tile_logits` of any positions i and j, its offsets in 64 bits."""
     zero = b * 0
+    EACH: tl.constexpr = ~MASK_PAIRS & (WIDE | FLAGS)  # keys need not be neighbours
     return tile_logits(
         qk, zero, i, zero, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS,
-        WIDE | FLAGS,
+        EACH,
     )  # fmt: skip
 
 
@@ -472,14 +474,23 @@ def score_tile(
 
 
 @triton.jit
-def mask_pairs(terms, b, h, i_first, r, j_first, seqlen_q, PAIRS: tl.constexpr, FLAGS: tl.constexpr):
-    """Words of two keys of the mask, [BLOCK_M, PAIRS], of keys that all exist."""
+def mask_pairs(
+    terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, PAIRS: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Words of two keys of the mask, [BLOCK_M, PAIRS]; rows past the last one as in `score_tile`."""
     tile = terms.mask + b.to(tl.int64) * terms.mask_b + h * terms.mask_h + j_first
     tile = (tile + i_first.to(tl.int64) * terms.mask_q).to(tl.pointer_type(tl.uint16), bitcast=True)
-    row = tl.minimum(r, seqlen_q - 1 - i_first)  # as in `score_tile`
+    row = tl.minimum(r, seqlen_q - 1 - i_first)
     if WIDE & FLAGS:
         row = row.to(tl.int64)
-    return tl.load(tile + (row * (terms.mask_q // 2) + tl.arange(0, PAIRS)[None, :]))
+    pair = tl.arange(0, PAIRS)[None, :]
+    places = tile + (row * (terms.mask_q // 2) + pair)
+    if WHOLE_KEYS:
+        words = tl.load(places)
+    else:
+        words = tl.load(places, mask=j_first + 2 * pair < seqlen_k, other=0)
+    return words
 
 
 @triton.jit
@@ -488,10 +499,12 @@ def visible_keys(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the mask: not 0 where a query sees a key."""
-    if (MASK_PAIRS & FLAGS) and WHOLE_KEYS and c.shape[1] > 1:
-        words = mask_pairs(terms, b, h, i_first, r, j_first, seqlen_q, c.shape[1] // 2, FLAGS)
-        words = words.to(tl.uint32)
-        found = tl.reshape(tl.join(words & 255, words >> 8), [r.shape[0], c.shape[1]])
+    if (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
+        words = mask_pairs(
+            terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
+        )
+        low, high = two_bytes(words.to(tl.uint32))
+        found = tl.reshape(tl.join(low, high), [r.shape[0], c.shape[1]])
     else:
         found = score_tile(
             terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
@@ -508,8 +521,22 @@ def bias_tile(
     """A tile of the bias in float32, or of its only query's row."""
     return widened(
         score_tile(
-            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+            terms.bias,
+            terms.bias_b,
+            terms.bias_h,
+            terms.bias_q,
+            terms.bias_k,
+            b,
+            h,
+            i_first,
+            r,
+            j_first,
+            c,
+            seqlen_q,
+            seqlen_k,
+            BIAS_ONE_QUERY & FLAGS,
+            WHOLE_KEYS,
+            FLAGS,
         )  # fmt: skip
     )
 

@@ -41,7 +41,9 @@ def unit(terms, scale, FLAGS: tl.constexpr):
     scale.  NATURAL: in base e.  Else base-2 logits themselves."""
     if (UNSCALED & FLAGS) and (SOFTCAP & FLAGS):
         # of tanh itself, or of `tanh_part`
-        return (terms.cap_out, 0.0) if APPROX_TANH & FLAGS else (2.0 * terms.cap_out, -terms.cap_out)
+        return (
+            (terms.cap_out, 0.0) if APPROX_TANH & FLAGS else (2.0 * terms.cap_out, -terms.cap_out)
+        )
     if UNSCALED & FLAGS:
         return scale, 0.0
     return (LOG2E, 0.0) if NATURAL & FLAGS else (1.0, 0.0)

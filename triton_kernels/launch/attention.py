@@ -161,7 +161,8 @@ class Plan:
         if mask is None or self.dropout or self._has_one_query(mask):
             return False
         *rest, along = score_strides(mask, self.sizes)
-        return along == 1 and not (mask.data_ptr() | functools.reduce(int.__or__, rest)) & 1
+        odd = functools.reduce(int.__or__, (mask.data_ptr(), self.seqlen_k, *rest)) & 1
+        return along == 1 and not odd
 
     def forward_flags(self) -> int:
         """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED

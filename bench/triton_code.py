@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "triton_code.json"
+OLDEST_TABLE = ROOT / "bench" / "results" / "triton_code-3.6.json"  # full and causal calls
+OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 ARCHITECTURES = {  # -> what machine_code.py knows of it
     "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_120": "sm120",
 }  # fmt: skip
@@ -146,7 +148,7 @@ def ours(name: str, head_dim: int, case: str, tile=None):
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
-    """The rows of a pass: ours by case, plain Triton by its best tile and by that of our full calls."""
+    """The rows of a pass: ours by case, plain Triton's by its best tile and by our full calls'."""
     cases = (*CASES, *(OPTIONS if name == "forward" else ()))
     return (*(f"ours {case}" for case in cases), "plain", "plain, our tile")
 
@@ -271,38 +273,100 @@ def differences(table: dict, rows: dict, slack: float = 0.05) -> list[str]:
     return lines
 
 
-def markdown(rows: dict) -> str:
-    """The table that docs/design/triton.md shows."""
-    names = ("hot loop", "whose", "tile", "registers", "shared memory", "slots a product",
-             "ldmatrix a product", "spills", "bound", "share")  # fmt: skip
+# What the loop of a whole tile is held to: share of the peak at widths 64 and 128, of full calls
+GOALS = {
+    ("sm_80", "forward"): (0.58, 0.60), ("sm_80", "dkdv"): (0.57, 0.57),
+    ("sm_80", "dq"): (0.55, 0.55),
+    ("sm_90", "forward"): (0.50, 0.64), ("sm_90", "dkdv"): (0.58, 0.66),
+    ("sm_90", "dq"): (0.55, 0.55),
+}  # fmt: skip
+# and instructions a product over those of plain Triton, by option
+MOST_OVER_PLAIN = {
+    "full": 1.05, "causal": 1.05, "varlen": 1.3, "softcap": 1.3, "alibi": 1.3, "key mask": 1.5,
+    "mask": 1.5, "bias": 1.5, "dropout": 1.8,
+}  # fmt: skip
+
+
+def goals(label: str, kind: str, each: dict) -> list[tuple[str, float, float, bool]]:
+    """(what, value, goal, whether it is met) of one of our rows."""
+    architecture, name, head_dim = label.split()
+    found, case = each[kind], kind.removeprefix("ours ")
+    plain = each["plain, our tile" if case in CASES else "plain"]
+    over = round(found["slots_a_product"] / plain["slots_a_product"], 2)
+    most = MOST_OVER_PLAIN[case]
+    lines = [("slots over plain", over, most, over <= most)]
+    if case in CASES:
+        least = GOALS[architecture, name][HEAD_DIMS.index(int(head_dim))]
+        share = round(found["share_2_norm"], 2)
+        lines.append(("share", share, least, share >= least))
+    return lines
+
+
+def cells_of(found: dict) -> str:
+    """Tile, instructions and ldmatrix a product, spills, bound and share of one row."""
+    counts = found["counts"]
+    m, n, warps, stages, *loads = found["tile"]
+    products = found["tensor_cycles"] / 8
+    # two waits for each warpgroup's product at most, unless ptxas serialises them
+    waits = counts.get("warpgroup", 0) > counts["product"]
+    wgmma = "wgmma" if counts.get("warpgroup") else "mma"
+    return (
+        f"{m}x{n}, {warps}, {stages}{', TMA' if any(loads) else ''} | {wgmma}"
+        f"{', each waited for' if waits else ''} | {found['slots_a_product']:.2f} | "
+        f"{counts.get('ldmatrix', 0) / products:.2f} | {counts.get('spill', 0)} | "
+        f"{found['bound']} {found['share']:.2f} | {found['share_2_norm']:.2f}"
+    )
+
+
+def markdown(tables: dict[str, dict]) -> str:
+    """{version of Triton: rows} as the table that docs/design/triton.md shows."""
+    names = ("hot loop", "whose", "Triton", "tile", "products", "slots", "ldmatrix", "spills",
+             "bound, its share", "share", "goals")  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for name, each in rows.items():
-        for kind, found in each.items():
-            counts = found["counts"]
-            m, n, warps, stages, *loads = found["tile"]
-            tile = f"{m}x{n}, {warps} warps, {stages} stages" + (", TMA" if any(loads) else "")
-            ldmatrix = round(counts.get("ldmatrix", 0) / found["tensor_cycles"] * 8, 2)
-            cells = [
-                name, kind, tile, found["registers"], found["shared_memory"],
-                found["slots_a_product"], ldmatrix, counts.get("spill", 0), found["bound"],
-                found["share_2_norm"],
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    first = next(iter(tables.values()))
+    for label, kinds in first.items():
+        for kind, (version, rows) in itertools.product(kinds, tables.items()):
+            each = rows.get(label, {})
+            if kind not in each or (kind == "plain, our tile" and _same_tile(each)):
+                continue
+            found = ""
+            if kind.startswith("ours"):
+                found = "; ".join(
+                    f"{'met' if met else 'missed'}: {what} {value:.2f}, wanted {goal:.2f}"
+                    for what, value, goal, met in goals(label, kind, each)
+                )
+            lines.append(f"| {label} | {kind} | {version} | {cells_of(each[kind])} | {found} |")
     return "\n".join(lines)
 
 
+def _same_tile(each: dict) -> bool:
+    return each["plain"]["tile"] == each["plain, our tile"]["tile"]
+
+
+def tables() -> dict[str, dict]:
+    """{version of Triton: rows} as committed, the newest first."""
+    found = [json.loads(path.read_text()) for path in (TABLE, OLDEST_TABLE)]
+    return {each["triton"]: each["rows"] for each in found}
+
+
 def report(write: bool) -> int:
-    """What `machine_code.py --triton` does."""
+    """What `machine_code.py --triton` does: of the installed Triton, and of 3.6 if build/ has it."""
     import triton
 
-    rows = measure_all()
-    print(markdown(rows))
-    if write:
-        content = {"triton": triton.__version__, "rows": rows}
-        TABLE.write_text(json.dumps(content, indent=1) + "\n")
-        return 0
-    lines = differences(json.loads(TABLE.read_text()), rows)
-    print("\n".join(lines) or "as in the table")
+    content = {TABLE: {"triton": triton.__version__, "rows": measure_all()}}
+    if OLDEST.exists():
+        kinds = [*(f"ours {case}" for case in CASES), "plain", "plain, our tile"]
+        rows = measure_all(kinds=kinds, folder=OLDEST)
+        content[OLDEST_TABLE] = {"triton": "3.6.0", "rows": rows}
+    print(markdown({each["triton"]: each["rows"] for each in content.values()}))
+    lines = []
+    for path, each in content.items():
+        if write:
+            path.write_text(json.dumps(each, indent=1) + "\n")
+        else:
+            lines += differences(json.loads(path.read_text()), each["rows"])
+    if not write:
+        print("\n".join(lines) or "as in the table")
     return bool(lines)
 
 

@@ -62,14 +62,14 @@ def widened(x):
 
 
 @triton.jit
-def two_bytes(words):
-    """(low, high) byte of words of 16 bits, each not 0 where that is not: one instruction together
-    with the comparison, where the compiler would first take each byte out."""
+def where_seen(seen, s):
+    """s, and -inf where the word `seen` is 0, in two instructions together with taking a byte out of
+    a word; the compiler would first move the byte."""
     if INTERPRETED or not is_cuda():
-        return words & 0xFF, words & 0xFF00
+        return tl.where(seen != 0, s, float("-inf"))
     return tl.inline_asm_elementwise(
-        "and.b32 $0, $2, 0xff; and.b32 $1, $2, 0xff00;", "=r,=r,r", [words],
-        dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r",
+        [s, seen], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
 

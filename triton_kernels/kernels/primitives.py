@@ -20,7 +20,7 @@ from attn_ext.triton_kernels.kernels.functions import (
     tanh,
     tanh_approx,
     tanh_part,
-    two_bytes,
+    where_seen,
     widened,
 )
 
@@ -478,14 +478,15 @@ def mask_pairs(
     terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, PAIRS: tl.constexpr,
     WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Words of two keys of the mask, [BLOCK_M, PAIRS]; rows past the last one as in `score_tile`."""
+    """Words of two keys of the mask, [BLOCK_M, PAIRS], or with MASK_ONE_QUERY [1, PAIRS]; rows past
+    the last one as in `score_tile`."""
     tile = terms.mask + b.to(tl.int64) * terms.mask_b + h * terms.mask_h + j_first
     tile = (tile + i_first.to(tl.int64) * terms.mask_q).to(tl.pointer_type(tl.uint16), bitcast=True)
     row = tl.minimum(r, seqlen_q - 1 - i_first)
     if WIDE & FLAGS:
         row = row.to(tl.int64)
     pair = tl.arange(0, PAIRS)[None, :]
-    places = tile + (row * (terms.mask_q // 2) + pair)
+    places = tile + (pair if MASK_ONE_QUERY & FLAGS else row * (terms.mask_q // 2) + pair)
     if WHOLE_KEYS:
         words = tl.load(places)
     else:
@@ -503,8 +504,12 @@ def visible_keys(
         words = mask_pairs(
             terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
         )
-        low, high = two_bytes(words.to(tl.uint32))
-        found = tl.reshape(tl.join(low, high), [r.shape[0], c.shape[1]])
+        # Not tl.join, nor bytes: Triton would then hold the factors of P V on sm_80 in an order that
+        # takes a shuffle for each pair of P
+        PAIRS: tl.constexpr = c.shape[1] // 2
+        found = tl.broadcast_to(words.to(tl.uint32)[:, :, None], [words.shape[0], PAIRS, 2])
+        found = tl.reshape(found, [words.shape[0], c.shape[1]])
+        found = found & (0xFF << ((tl.arange(0, c.shape[1]) & 1) * 8))[None, :].to(tl.uint32)
     else:
         found = score_tile(
             terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
@@ -603,7 +608,7 @@ def tile_logits(
         visible = visible_keys(
             terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
         )
-        s = tl.where(visible != 0, s, float("-inf"))
+        s = where_seen(visible.to(tl.uint32), s)
     if (BIAS & FLAGS) and not (NATURAL & FLAGS):
         # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)

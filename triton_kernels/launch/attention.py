@@ -158,7 +158,7 @@ class Plan:
     def _mask_has_pairs(self) -> bool:
         """Whether words of two keys of the mask are aligned; with dropout keys have another order."""
         mask = self.mask
-        if mask is None or self.dropout or self._has_one_query(mask):
+        if mask is None or self.dropout:
             return False
         *rest, along = score_strides(mask, self.sizes)
         odd = functools.reduce(int.__or__, (mask.data_ptr(), self.seqlen_k, *rest)) & 1

@@ -85,11 +85,12 @@ def test_planted_bug_in_the_softmax_is_caught(name, monkeypatch, tmp_path):
 MASKED = {"batch": 1, "heads_q": 2, "seqlen_q": 34, "head_dim": 16, "mask": "bqk"}
 
 
+@pytest.mark.parametrize("mask", ["bqk", "bk"])
 @pytest.mark.parametrize("seqlen_k", [66, 67])  # with 67 no words; both have a cut tile
-def test_words_of_a_mask(seqlen_k):
+def test_words_of_a_mask(seqlen_k, mask):
     """The bytes of a word in the other order; a word that reaches past the last key; rows past the
     last query that read outside of the mask."""
-    call = random_call(3, seqlen_k=seqlen_k, **MASKED)
+    call = random_call(3, seqlen_k=seqlen_k, **MASKED | {"mask": mask})
     words = bool(attention.Plan(call).flags & primitives.MASK_PAIRS.value)
     assert words == (seqlen_k == 66)
     check_call(call, "triton")
@@ -106,12 +107,11 @@ def test_a_mask_without_words():
         check_call(cut, "triton", grads=False)
 
 
-def test_planted_bug_in_the_words_is_caught(monkeypatch):
-    """A test above that no wrong byte fails."""
-
-    def exchanged(words):
-        return words & 0xFF00, words & 0xFF
-
-    monkeypatch.setattr(primitives, "two_bytes", exchanged)
+@pytest.mark.parametrize("mask", ["bqk", "bk"])
+def test_planted_bug_in_the_words_is_caught(mask, monkeypatch, tmp_path):
+    """A test above that no wrong byte fails: each key takes the byte of its neighbour."""
+    bug = ("(tl.arange(0, c.shape[1]) & 1) * 8", "(1 - (tl.arange(0, c.shape[1]) & 1)) * 8")
+    module = planted_triton.planted("primitives", *bug, tmp_path)
+    monkeypatch.setattr(primitives, "visible_keys", module.visible_keys)
     with pytest.raises(AssertionError):
-        check_call(random_call(3, seqlen_k=66, **MASKED), "triton", grads=False)
+        check_call(random_call(3, seqlen_k=66, **MASKED | {"mask": mask}), "triton", grads=False)

@@ -52,7 +52,6 @@ def test_the_tables_hold_every_row():
 
 # (loop, row, Triton) -> goals that it misses; docs/design/triton.md says what stands in the way
 MISSED = {
-    ("sm_80 forward 64", "ours mask", "3.9.0"): ("slots over plain",),
     ("sm_80 forward 64", "ours dropout", "3.9.0"): ("slots over plain",),
     ("sm_80 dkdv 64", "ours full", "3.9.0"): ("slots over plain",),
     ("sm_80 dkdv 64", "ours causal", "3.9.0"): ("slots over plain",),

@@ -63,8 +63,8 @@ def widened(x):
 
 @triton.jit
 def where_seen(seen, s):
-    """s, and -inf where the word `seen` is 0, in two instructions together with taking a byte out of
-    a word; the compiler would first move the byte."""
+    """s, and -inf where the word `seen` is 0, in two instructions with taking a byte out of
+    it; the compiler would first move the byte."""
     if INTERPRETED or not is_cuda():
         return tl.where(seen != 0, s, float("-inf"))
     return tl.inline_asm_elementwise(

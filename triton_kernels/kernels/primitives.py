@@ -453,8 +453,8 @@ def score_tile(
     """Elements (i_first + r, j_first + c) of a mask or bias of head h, 0 outside; with ONE_QUERY of
     its only query, shaped as c.  WHOLE_KEYS: all these keys exist; a check of each would keep loads
     from being vectors.  A query past the last one then gets the row of that, whose results are not
-    stored: no comparison.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes too
-    many registers."""
+    stored: no comparison.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes
+    too many registers."""
     if WIDE & FLAGS:
         r, c = r.to(tl.int64), c.to(tl.int64)
     tile = base + b.to(tl.int64) * b_s + h * h_s + j_first.to(tl.int64) * k_s
@@ -504,8 +504,8 @@ def visible_keys(
         words = mask_pairs(
             terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
         )
-        # Not tl.join, nor bytes: Triton would then hold the factors of P V on sm_80 in an order that
-        # takes a shuffle for each pair of P
+        # Not tl.join, nor bytes: Triton would then hold the factors of P V on sm_80 in an order
+        # that takes a shuffle for each pair of P
         PAIRS: tl.constexpr = c.shape[1] // 2
         found = tl.broadcast_to(words.to(tl.uint32)[:, :, None], [words.shape[0], PAIRS, 2])
         found = tl.reshape(found, [words.shape[0], c.shape[1]])
@@ -524,26 +524,11 @@ def bias_tile(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias in float32, or of its only query's row."""
-    return widened(
-        score_tile(
-            terms.bias,
-            terms.bias_b,
-            terms.bias_h,
-            terms.bias_q,
-            terms.bias_k,
-            b,
-            h,
-            i_first,
-            r,
-            j_first,
-            c,
-            seqlen_q,
-            seqlen_k,
-            BIAS_ONE_QUERY & FLAGS,
-            WHOLE_KEYS,
-            FLAGS,
-        )  # fmt: skip
-    )
+    tile = score_tile(
+        terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
+        j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+    )  # fmt: skip
+    return widened(tile)
 
 
 @triton.jit

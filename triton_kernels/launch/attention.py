@@ -156,7 +156,7 @@ class Plan:
         return x is not None and score_strides(x, self.sizes)[2] == 0
 
     def _mask_has_pairs(self) -> bool:
-        """Whether words of two keys of the mask are aligned; with dropout keys have another order."""
+        """Whether words of two keys of the mask are aligned; dropout orders keys otherwise."""
         mask = self.mask
         if mask is None or self.dropout:
             return False

@@ -350,7 +350,7 @@ def tables() -> dict[str, dict]:
 
 
 def report(write: bool) -> int:
-    """What `machine_code.py --triton` does, of the installed Triton and, if build/ has it, of 3.6."""
+    """What `machine_code.py --triton` does, of the installed Triton and, if it is there, of 3.6."""
     import triton
 
     content = {TABLE: {"triton": triton.__version__, "rows": measure_all()}}

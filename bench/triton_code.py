@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "triton_code.json"
+OLDEST_TABLE = ROOT / "bench" / "results" / "triton_code-3.6.json"  # full and causal calls
+OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 ARCHITECTURES = {  # -> what machine_code.py knows of it
     "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_120": "sm120",
 }  # fmt: skip
@@ -145,9 +147,17 @@ def ours(name: str, head_dim: int, case: str, tile=None):
     return found[name]
 
 
-def measure(architecture: str, only: Sequence[str] = ()) -> dict:
+def kinds_of(name: str) -> tuple[str, ...]:
+    """The rows of a pass: ours by case, plain Triton's by its best tile and by our full calls'."""
+    cases = (*CASES, *(OPTIONS if name == "forward" else ()))
+    return (*(f"ours {case}" for case in cases), "plain", "plain, our tile")
+
+
+def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = ()) -> dict:
     """{"sm_90 forward 128": {"ours full": row, "ours causal": row, "plain": row}, ...}; `only`:
-    the names wanted, and of these nothing of plain Triton."""
+    the names wanted; `kinds`: of `kinds_of`, those wanted."""
+    from attn_ext.triton_kernels import configs
+
     prepare(architecture)
     plain = load("bench/plain_triton.py")
     rows = {}
@@ -155,26 +165,34 @@ def measure(architecture: str, only: Sequence[str] = ()) -> dict:
         each, label = {}, f"{architecture} {name} {head_dim}"
         if only and label not in only:
             continue
-        for case in (*CASES, *(OPTIONS if name == "forward" else ())):
-            compiled, tile = ours(name, head_dim, case)
-            each[f"ours {case}"] = row(compiled, architecture, tile)
-        if not only:
-            tile = PLAIN_TILES[architecture, name, head_dim]
-            compiled = plain.compiled(name, architecture, head_dim, tile)
-            each["plain"] = row(compiled, architecture, tile)
+        for kind in kinds_of(name):
+            if kinds and kind not in kinds:
+                continue
+            if kind.startswith("ours"):
+                compiled, tile = ours(name, head_dim, kind.removeprefix("ours "))
+            else:
+                tile = PLAIN_TILES[architecture, name, head_dim]
+                if kind != "plain":  # which loads by pointers
+                    tile = configs.shipped(architecture, PASSES[name], head_dim, 2)[:4]
+                compiled = plain.compiled(name, architecture, head_dim, tile)
+            each[kind] = row(compiled, architecture, tile)
         rows[label] = each
     return rows
 
 
-def measure_all(only: Sequence[str] = ()) -> dict:
-    """`measure` of each architecture, in processes of their own: Triton remembers its target."""
+def measure_all(
+    only: Sequence[str] = (), kinds: Sequence[str] = (), folder: Path | None = None
+) -> dict:
+    """`measure` of each architecture, in processes of their own: Triton remembers its target.
+    folder: of another Triton than the installed one."""
+    environment = os.environ | ({"PYTHONPATH": str(folder)} if folder else {})
     rows = {}
     for architecture in TABLED:
         wanted = [name for name in only if name.startswith(architecture)]
         if only and not wanted:
             continue
-        command = [sys.executable, __file__, architecture, "--rows", *wanted]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, __file__, architecture, "--rows", *wanted, "--kinds", *kinds]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{architecture}: {done.stderr[-3000:]}")
         rows |= json.loads(done.stdout)
@@ -255,38 +273,100 @@ def differences(table: dict, rows: dict, slack: float = 0.05) -> list[str]:
     return lines
 
 
-def markdown(rows: dict) -> str:
-    """The table that docs/design/triton.md shows."""
-    names = ("hot loop", "whose", "tile", "registers", "shared memory", "slots a product",
-             "ldmatrix a product", "spills", "bound", "share")  # fmt: skip
+# What the loop of a whole tile is held to: share of the peak at widths 64 and 128, of full calls
+GOALS = {
+    ("sm_80", "forward"): (0.58, 0.60), ("sm_80", "dkdv"): (0.57, 0.57),
+    ("sm_80", "dq"): (0.55, 0.55),
+    ("sm_90", "forward"): (0.50, 0.64), ("sm_90", "dkdv"): (0.58, 0.66),
+    ("sm_90", "dq"): (0.55, 0.55),
+}  # fmt: skip
+# and instructions a product over those of plain Triton, by option
+MOST_OVER_PLAIN = {
+    "full": 1.05, "causal": 1.05, "varlen": 1.3, "softcap": 1.3, "alibi": 1.3, "key mask": 1.5,
+    "mask": 1.5, "bias": 1.5, "dropout": 1.8,
+}  # fmt: skip
+
+
+def goals(label: str, kind: str, each: dict) -> list[tuple[str, float, float, bool]]:
+    """(what, value, goal, whether it is met) of one of our rows."""
+    architecture, name, head_dim = label.split()
+    found, case = each[kind], kind.removeprefix("ours ")
+    plain = each["plain, our tile" if case in CASES else "plain"]
+    over = round(found["slots_a_product"] / plain["slots_a_product"], 2)
+    most = MOST_OVER_PLAIN[case]
+    lines = [("slots over plain", over, most, over <= most)]
+    if case in CASES:
+        least = GOALS[architecture, name][HEAD_DIMS.index(int(head_dim))]
+        share = round(found["share_2_norm"], 2)
+        lines.append(("share", share, least, share >= least))
+    return lines
+
+
+def cells_of(found: dict) -> str:
+    """Tile, instructions and ldmatrix a product, spills, bound and share of one row."""
+    counts = found["counts"]
+    m, n, warps, stages, *loads = found["tile"]
+    products = found["tensor_cycles"] / 8
+    # two waits for each warpgroup's product at most, unless ptxas serialises them
+    waits = counts.get("warpgroup", 0) > counts["product"]
+    wgmma = "wgmma" if counts.get("warpgroup") else "mma"
+    return (
+        f"{m}x{n}, {warps}, {stages}{', TMA' if any(loads) else ''} | {wgmma}"
+        f"{', each waited for' if waits else ''} | {found['slots_a_product']:.2f} | "
+        f"{counts.get('ldmatrix', 0) / products:.2f} | {counts.get('spill', 0)} | "
+        f"{found['bound']} {found['share']:.2f} | {found['share_2_norm']:.2f}"
+    )
+
+
+def markdown(tables: dict[str, dict]) -> str:
+    """{version of Triton: rows} as the table that docs/design/triton.md shows."""
+    names = ("hot loop", "whose", "Triton", "tile", "products", "slots", "ldmatrix", "spills",
+             "bound, its share", "share", "goals")  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for name, each in rows.items():
-        for kind, found in each.items():
-            counts = found["counts"]
-            m, n, warps, stages, *loads = found["tile"]
-            tile = f"{m}x{n}, {warps} warps, {stages} stages" + (", TMA" if any(loads) else "")
-            ldmatrix = round(counts.get("ldmatrix", 0) / found["tensor_cycles"] * 8, 2)
-            cells = [
-                name, kind, tile, found["registers"], found["shared_memory"],
-                found["slots_a_product"], ldmatrix, counts.get("spill", 0), found["bound"],
-                found["share_2_norm"],
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    first = next(iter(tables.values()))
+    for label, kinds in first.items():
+        for kind, (version, rows) in itertools.product(kinds, tables.items()):
+            each = rows.get(label, {})
+            if kind not in each or (kind == "plain, our tile" and _same_tile(each)):
+                continue
+            found = ""
+            if kind.startswith("ours"):
+                found = "; ".join(
+                    f"{'met' if met else 'missed'}: {what} {value:.2f}, wanted {goal:.2f}"
+                    for what, value, goal, met in goals(label, kind, each)
+                )
+            lines.append(f"| {label} | {kind} | {version} | {cells_of(each[kind])} | {found} |")
     return "\n".join(lines)
 
 
+def _same_tile(each: dict) -> bool:
+    return each["plain"]["tile"] == each["plain, our tile"]["tile"]
+
+
+def tables() -> dict[str, dict]:
+    """{version of Triton: rows} as committed, the newest first."""
+    found = [json.loads(path.read_text()) for path in (TABLE, OLDEST_TABLE)]
+    return {each["triton"]: each["rows"] for each in found}
+
+
 def report(write: bool) -> int:
-    """What `machine_code.py --triton` does."""
+    """What `machine_code.py --triton` does, of the installed Triton and, if it is there, of 3.6."""
     import triton
 
-    rows = measure_all()
-    print(markdown(rows))
-    if write:
-        content = {"triton": triton.__version__, "rows": rows}
-        TABLE.write_text(json.dumps(content, indent=1) + "\n")
-        return 0
-    lines = differences(json.loads(TABLE.read_text()), rows)
-    print("\n".join(lines) or "as in the table")
+    content = {TABLE: {"triton": triton.__version__, "rows": measure_all()}}
+    if OLDEST.exists():
+        kinds = [*(f"ours {case}" for case in CASES), "plain", "plain, our tile"]
+        rows = measure_all(kinds=kinds, folder=OLDEST)
+        content[OLDEST_TABLE] = {"triton": "3.6.0", "rows": rows}
+    print(markdown({each["triton"]: each["rows"] for each in content.values()}))
+    lines = []
+    for path, each in content.items():
+        if write:
+            path.write_text(json.dumps(each, indent=1) + "\n")
+        else:
+            lines += differences(json.loads(path.read_text()), each["rows"])
+    if not write:
+        print("\n".join(lines) or "as in the table")
     return bool(lines)
 
 
@@ -296,6 +376,7 @@ def main() -> None:
     parser.add_argument("--search", nargs=2, metavar=("PASS", "HEAD_DIM"))
     parser.add_argument("--tile", nargs=3, metavar=("PASS", "HEAD_DIM", "TILE"))
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
+    parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
     parser.add_argument("--case", choices=[*CASES, *OPTIONS], default="full")
     parser.add_argument("--only", default="", help='tiles that begin like this: "64,*,8"')
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")
@@ -322,7 +403,7 @@ def main() -> None:
         for each in hot_loop(compiled, args.architecture)[0] if args.dump else ():
             print(f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}")
     else:
-        print(json.dumps(measure(args.architecture, args.rows)))
+        print(json.dumps(measure(args.architecture, args.rows, args.kinds)))
 
 
 if __name__ == "__main__":

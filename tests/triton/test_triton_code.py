@@ -34,43 +34,92 @@ def test_loops_have_no_more_instructions_than_the_table_says(tmp_path, monkeypat
             assert found["tile"] == TABLE["rows"][name][kind]["tile"], (name, kind)
 
 
-def test_the_table_holds_every_row():
-    """A pass, a width or an architecture that nobody looks at."""
+def test_the_tables_hold_every_row():
+    """A pass, a width, an architecture or a version of Triton that nobody looks at."""
     names = {
         f"{architecture} {name} {head_dim}"
         for architecture in triton_code.TABLED
         for name in triton_code.PASSES
         for head_dim in triton_code.HEAD_DIMS
     }
-    assert TABLE["rows"].keys() == names
-    for label, each in TABLE["rows"].items():
-        options = triton_code.OPTIONS if " forward " in label else ()
-        assert each.keys() == {f"ours {case}" for case in (*triton_code.CASES, *options)} | {
-            "plain"
-        }
+    newest, oldest = triton_code.tables().values()
+    assert newest.keys() == oldest.keys() == names
+    always = {"ours full", "ours causal", "plain", "plain, our tile"}
+    for label in names:
+        assert newest[label].keys() == set(triton_code.kinds_of(label.split()[1]))
+        assert oldest[label].keys() == always
 
 
-# Option of the forward -> at most so many times the plain kernel's instructions a product, at width
-# 64 and 128 of sm_80, then of sm_90; docs/design/triton.md says what is left
-MOST = {
-    "varlen": ((1.05, 1.05), (1.05, 1.05)), "alibi": ((1.3, 1.3), (1.35, 1.3)),
-    "softcap": ((1.45, 1.3), (1.6, 1.45)), "key mask": ((1.5, 1.5), (1.5, 1.5)),
-    "mask": ((2.0, 1.6), (1.75, 1.55)), "bias": ((1.6, 1.5), (1.7, 1.5)),
-    "dropout": ((1.9, 1.55), (2.25, 2.05)),
+# (loop, row, Triton) -> goals that it misses; docs/design/triton.md says what stands in the way
+MISSED = {
+    ("sm_80 forward 64", "ours dropout", "3.9.0"): ("slots over plain",),
+    ("sm_80 dkdv 64", "ours full", "3.9.0"): ("slots over plain",),
+    ("sm_80 dkdv 64", "ours causal", "3.9.0"): ("slots over plain",),
+    ("sm_80 dq 64", "ours causal", "3.9.0"): ("slots over plain",),
+    ("sm_80 dq 128", "ours full", "3.9.0"): ("slots over plain",),
+    ("sm_80 dq 128", "ours causal", "3.9.0"): ("slots over plain",),
+    ("sm_90 forward 64", "ours softcap", "3.9.0"): ("slots over plain",),
+    ("sm_90 forward 64", "ours alibi", "3.9.0"): ("slots over plain",),
+    ("sm_90 forward 64", "ours dropout", "3.9.0"): ("slots over plain",),
+    ("sm_90 forward 128", "ours dropout", "3.9.0"): ("slots over plain",),
+    ("sm_90 dkdv 64", "ours full", "3.9.0"): ("share",),
+    ("sm_90 dkdv 64", "ours causal", "3.9.0"): ("share",),
+    ("sm_90 dkdv 128", "ours full", "3.9.0"): ("share",),
+    ("sm_90 dkdv 128", "ours causal", "3.9.0"): ("share",),
+    ("sm_80 dkdv 128", "ours full", "3.6.0"): ("share",),
+    ("sm_80 dkdv 128", "ours causal", "3.6.0"): ("share",),
+    ("sm_80 dq 128", "ours full", "3.6.0"): ("slots over plain",),
+    ("sm_80 dq 128", "ours causal", "3.6.0"): ("slots over plain",),
+    ("sm_90 dkdv 64", "ours full", "3.6.0"): ("share",),
+    ("sm_90 dkdv 64", "ours causal", "3.6.0"): ("share",),
+    ("sm_90 dkdv 128", "ours full", "3.6.0"): ("share",),
+    ("sm_90 dkdv 128", "ours causal", "3.6.0"): ("share",),
+    ("sm_90 dq 128", "ours full", "3.6.0"): ("slots over plain",),
+    ("sm_90 dq 128", "ours causal", "3.6.0"): ("slots over plain",),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", triton_code.OPTIONS)
-def test_an_option_costs_no_more_than_this(option):
-    """A row that is written anew with a slower loop."""
-    for architecture, limits in zip(triton_code.TABLED, MOST[option], strict=True):
-        for head_dim, most in zip(triton_code.HEAD_DIMS, limits, strict=True):
-            each = TABLE["rows"][f"{architecture} forward {head_dim}"]
-            plain = each["plain"]["slots_a_product"]
-            assert each[f"ours {option}"]["slots_a_product"] <= most * plain, (
-                architecture,
-                head_dim,
-            )
+def test_which_goals_are_missed():
+    """A row that is written anew with a slower loop; a goal that is met, but still excused."""
+    missed = {}
+    for version, rows in triton_code.tables().items():
+        for label, each in rows.items():
+            for kind in filter(lambda x: x.startswith("ours"), each):
+                found = triton_code.goals(label, kind, each)
+                if not all(met for *_, met in found):
+                    names = tuple(what for what, _, _, met in found if not met)
+                    missed[label, kind, version] = names
+    assert missed == MISSED
+
+
+def test_a_missed_goal_is_seen():
+    """Goals that any row meets."""
+    rows = triton_code.tables()[TABLE["triton"]]
+    each = dict(rows["sm_90 forward 128"])
+    slow = each["ours full"] | {"slots_a_product": 9.0, "share_2_norm": 0.3}
+    found = triton_code.goals("sm_90 forward 128", "ours full", each | {"ours full": slow})
+    assert [(what, met) for what, _, _, met in found] == [
+        ("slots over plain", False), ("share", False),
+    ]  # fmt: skip
+
+
+def test_no_loop_of_ours_waits_for_each_wgmma():
+    """What ptxas does to a kernel whose accumulators it cannot place: no count of instructions
+    shows it.  Plain Triton's best tile of the forward at 64 is such a kernel."""
+    waiting = {
+        (label, kind)
+        for rows in triton_code.tables().values()
+        for label, each in rows.items()
+        for kind, row in each.items()
+        if "each waited for" in triton_code.cells_of(row)
+    }
+    assert waiting == {("sm_90 forward 64", "plain")}
+
+
+def test_the_document_shows_the_tables():
+    """A table that was written anew without the page that reasons with it."""
+    page = (triton_code.ROOT / "docs" / "design" / "triton.md").read_text()
+    assert triton_code.markdown(triton_code.tables()) in page
 
 
 def test_a_longer_loop_is_a_difference():

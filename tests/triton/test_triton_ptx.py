@@ -27,6 +27,8 @@ PAGED = {"seqlen_q": 1, "cache_seqlens": [300, 41], "seqlen_k": 320, "page_size"
          "heads_q": 4, "heads_k": 2}  # fmt: skip
 VARLEN = {"seqlens_q": [30, 0, 75], "seqlens_k": [30, 40, 75], "causal": True}
 FIXED = {"seqlen_q": 70, "seqlen_k": 130, "bias": "hqk", "deterministic": True}
+# tanh to 2^-11; two keys of the mask are a word
+WORDS = {"seqlen_q": 70, "seqlen_k": 130, "mask": "bqk", "softcap": 5.0, "dtype": torch.bfloat16}
 PLACED = {"frame": [3, 1, 91, 62, 300, 280]}  # a shard's; no first key is a multiple of 4
 HALF, SINGLE = {"dtype": torch.float16}, {"dtype": torch.float32}
 # a sum over 24 columns, one a lane
@@ -39,6 +41,7 @@ CALLS = {
     "sm_90, tf32": ("sm_90", CAUSAL | SINGLE),
     "sm_90, one column: queries MN-major": ("sm_90", CAUSAL | {"head_dim": 1}),
     "sm_90, every feature: bytes shared by warps": ("sm_90", FEATURES),
+    "sm_90, softcap of bfloat16, words of a mask": ("sm_90", WORDS),
     "sm_90, varlen": ("sm_90", VARLEN),
     "sm_90, paged decode, split": ("sm_90", PAGED),
     "sm_90, deterministic dbias": ("sm_90", FIXED),

@@ -1,4 +1,4 @@
-"""Elementary functions of float32 numbers: reciprocal and tanh."""
+"""Elementary functions of float32 numbers: reciprocal and tanh; casts and bytes."""
 
 import triton
 import triton.language as tl
@@ -37,3 +37,45 @@ def tanh_part(x, factor):
     """1 / (1 + exp(-2 factor x)), of which tanh(factor x) is twice it less 1; to 2^-23 of 1, so
     near 0 it has fewer digits than `tanh`, which takes twenty instructions; this takes four."""
     return reciprocal(tl.exp2(x * (factor * -EXP_2X)) + 1.0)
+
+
+@triton.jit
+def tanh_approx(x):
+    """tanh to 2^-11 of it, in one instruction on NVIDIA GPUs."""
+    if INTERPRETED or not is_cuda():
+        return tanh(x)
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def widened(x):
+    """A tile in float32.  Of bfloat16 each half of a register in one instruction; Triton's own cast
+    takes two for the upper one."""
+    if INTERPRETED or not is_cuda() or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
+        is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def where_seen(seen, s):
+    """s, and -inf where the word `seen` is 0, in two instructions with taking a byte out of
+    it; the compiler would first move the byte."""
+    if INTERPRETED or not is_cuda():
+        return tl.where(seen != 0, s, float("-inf"))
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r",
+        [s, seen], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def settled(x):
+    """x, whose product is complete here: a use of it without an instruction."""
+    if INTERPRETED or not is_cuda():
+        return x
+    return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)

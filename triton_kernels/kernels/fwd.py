@@ -17,10 +17,13 @@ from attn_ext.triton_kernels.kernels.dropout import (
     keep_each,
     keep_ordered,
 )
+from attn_ext.triton_kernels.kernels.functions import settled
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
     DROPOUT,
+    MASK,
+    MASK_ONE_QUERY,
     NATURAL,
     PAGED,
     STATS,
@@ -135,6 +138,10 @@ def forward_tiles(
                 v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
             )
         acc = dot(p, v_tile, acc * alpha[:, None])
+        if (MASK & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
+            # else ptxas waits for each wgmma of the kernel, since it cannot let this product run
+            # into the next step
+            acc = settled(acc)
     return acc, row_max, row_sum, e, bad
 
 

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from attn_ext.triton_kernels.kernels.functions import INTERPRETED, tanh, tanh_part
+from attn_ext.triton_kernels.kernels.functions import (
+    INTERPRETED,
+    tanh,
+    tanh_approx,
+    tanh_part,
+    where_seen,
+    widened,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,6 +67,8 @@ QUICK_TANH = tl.constexpr(1 << 28)  # softcap: digits of small logits count less
 BACKWARD = tl.constexpr(1 << 29)  # ALiBi: no query sees a key behind its own position
 MASK_ONE_QUERY = tl.constexpr(1 << 30)  # the mask is the same for all queries
 BIAS_ONE_QUERY = tl.constexpr(1 << 31)
+MASK_PAIRS = tl.constexpr(1 << 32)  # of the mask two keys at a time are an aligned word
+APPROX_TANH = tl.constexpr(1 << 33)  # softcap: tanh to 2^-11, as the factors of a bfloat16 product
 
 
 class Terms(NamedTuple):
@@ -447,9 +456,10 @@ def logits(
 ):  # fmt: skip
     """`tile_logits` of any positions i and j, its offsets in 64 bits."""
     zero = b * 0
+    EACH: tl.constexpr = ~MASK_PAIRS & (WIDE | FLAGS)  # keys need not be neighbours
     return tile_logits(
         qk, zero, i, zero, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS,
-        WIDE | FLAGS,
+        EACH,
     )  # fmt: skip
 
 
@@ -460,8 +470,9 @@ def score_tile(
 ):  # fmt: skip
     """Elements (i_first + r, j_first + c) of a mask or bias of head h, 0 outside; with ONE_QUERY of
     its only query, shaped as c.  WHOLE_KEYS: all these keys exist; a check of each would keep loads
-    from being vectors.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes too
-    many registers."""
+    from being vectors.  A query past the last one then gets the row of that, whose results are not
+    stored: no comparison.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes
+    too many registers."""
     if WIDE & FLAGS:
         r, c = r.to(tl.int64), c.to(tl.int64)
     tile = base + b.to(tl.int64) * b_s + h * h_s + j_first.to(tl.int64) * k_s
@@ -470,10 +481,72 @@ def score_tile(
         places = tile + c * k_s
         found = tl.load(places) if WHOLE_KEYS else tl.load(places, mask=keys, other=0)
     else:
-        places = tile + i_first.to(tl.int64) * q_s + (r * q_s + c * k_s)
-        queries = i_first + r < seqlen_q
-        found = tl.load(places, mask=queries if WHOLE_KEYS else queries & keys, other=0)
+        places = tile + i_first.to(tl.int64) * q_s
+        if WHOLE_KEYS:
+            row = tl.minimum(r, seqlen_q - 1 - i_first)
+            found = tl.load(places + (row * q_s + c * k_s))
+        else:
+            queries = i_first + r < seqlen_q
+            found = tl.load(places + (r * q_s + c * k_s), mask=queries & keys, other=0)
     return found
+
+
+@triton.jit
+def mask_pairs(
+    terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, PAIRS: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Words of two keys of the mask, [BLOCK_M, PAIRS], or with MASK_ONE_QUERY [1, PAIRS]; rows past
+    the last one as in `score_tile`."""
+    tile = terms.mask + b.to(tl.int64) * terms.mask_b + h * terms.mask_h + j_first
+    tile = (tile + i_first.to(tl.int64) * terms.mask_q).to(tl.pointer_type(tl.uint16), bitcast=True)
+    row = tl.minimum(r, seqlen_q - 1 - i_first)
+    if WIDE & FLAGS:
+        row = row.to(tl.int64)
+    pair = tl.arange(0, PAIRS)[None, :]
+    places = tile + (pair if MASK_ONE_QUERY & FLAGS else row * (terms.mask_q // 2) + pair)
+    if WHOLE_KEYS:
+        words = tl.load(places)
+    else:
+        words = tl.load(places, mask=j_first + 2 * pair < seqlen_k, other=0)
+    return words
+
+
+@triton.jit
+def visible_keys(
+    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the mask: not 0 where a query sees a key."""
+    if (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
+        words = mask_pairs(
+            terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
+        )
+        # Not tl.join, nor bytes: Triton would then hold the factors of P V on sm_80 in an order
+        # that takes a shuffle for each pair of P
+        PAIRS: tl.constexpr = c.shape[1] // 2
+        found = tl.broadcast_to(words.to(tl.uint32)[:, :, None], [words.shape[0], PAIRS, 2])
+        found = tl.reshape(found, [words.shape[0], c.shape[1]])
+        found = found & (0xFF << ((tl.arange(0, c.shape[1]) & 1) * 8))[None, :].to(tl.uint32)
+    else:
+        found = score_tile(
+            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
+            j_first, c, seqlen_q, seqlen_k, MASK_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def bias_tile(
+    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the bias in float32, or of its only query's row."""
+    tile = score_tile(
+        terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
+        j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+    )  # fmt: skip
+    return widened(tile)
 
 
 @triton.jit
@@ -500,7 +573,10 @@ def tile_logits(
     unit = LN2 if NATURAL & FLAGS else 1.0
     cap = qk
     if SOFTCAP & FLAGS:
-        if QUICK_TANH & FLAGS:
+        if APPROX_TANH & FLAGS:
+            cap = tanh_approx(qk * terms.cap_in)
+            part = cap
+        elif QUICK_TANH & FLAGS:
             part = tanh_part(qk, terms.cap_in)
             cap = 2.0 * part - 1.0
         else:
@@ -516,10 +592,9 @@ def tile_logits(
     elif SIGMOID & FLAGS:
         s += terms.shift
     if BIAS & FLAGS:
-        added = score_tile(
-            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-        ).to(tl.float32)  # fmt: skip
+        added = bias_tile(
+            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
+        )
         if NATURAL & FLAGS:  # -inf + NaN is found by `nan_count`
             s += added
         else:
@@ -533,11 +608,10 @@ def tile_logits(
         distance = row - c.to(tl.float32)
         s -= slope * (distance if BACKWARD & FLAGS else tl.abs(distance))
     if MASK & FLAGS:
-        visible = score_tile(
-            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
-            j_first, c, seqlen_q, seqlen_k, MASK_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-        )  # fmt: skip
-        s = tl.where(visible != 0, s, float("-inf"))
+        visible = visible_keys(
+            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
+        )
+        s = where_seen(visible.to(tl.uint32), s)
     if (BIAS & FLAGS) and not (NATURAL & FLAGS):
         # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.primitives import (
+    APPROX_TANH,
     DROPOUT,
     FAR,
     FINFO_MIN,
@@ -20,6 +21,10 @@ from attn_ext.triton_kernels.kernels.primitives import (
 )
 
 LARGEST_UNSCALED = tl.constexpr(16777216.0)  # of which half a unit in the last place is 1/2
+# In base e: floats are 64 apart from here on.  COARSE2: in base 2, past all that a maximum below
+# COARSE may share weights with.
+COARSE = tl.constexpr(536870912.0)
+COARSE2 = tl.constexpr(774550000.0)
 
 
 @triton.jit
@@ -32,10 +37,15 @@ def sigmoid(s):
 def unit(terms, scale, FLAGS: tl.constexpr):
     """(factor, shift): base-2 logits are factor times what `tile_logits` gives, plus shift.
 
-    UNSCALED: with softcap that is `tanh_part`, else q . k and ALiBi's share over the
+    UNSCALED: with softcap that is tanh or `tanh_part`, else q . k and ALiBi's share over the
     scale.  NATURAL: in base e.  Else base-2 logits themselves."""
+    if (UNSCALED & FLAGS) and (SOFTCAP & FLAGS):
+        # of tanh itself, or of `tanh_part`
+        return (
+            (terms.cap_out, 0.0) if APPROX_TANH & FLAGS else (2.0 * terms.cap_out, -terms.cap_out)
+        )
     if UNSCALED & FLAGS:
-        return (2.0 * terms.cap_out, -terms.cap_out) if SOFTCAP & FLAGS else (scale, 0.0)
+        return scale, 0.0
     return (LOG2E, 0.0) if NATURAL & FLAGS else (1.0, 0.0)
 
 
@@ -50,8 +60,8 @@ def base2_max(row_max, shift, FLAGS: tl.constexpr):
 @triton.jit
 def online_softmax(s, factor, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
     """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of logits, of which
-    `unit` says the factor; row_max is in base 2, but with NATURAL in base e, where differences
-    are taken first, since the least number in base 2 is -inf.
+    `unit` says the factor; row_max is in base 2, but with NATURAL in base e, since the least number
+    in base 2 is -inf.
 
     SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max;
     what was summed before shrinks by alpha.  With STATS e = sum_j P_ij (s_ij - m_i), and `bad`
@@ -62,8 +72,13 @@ def online_softmax(s, factor, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
     if NATURAL & FLAGS:
         m_new = tl.maximum(row_max, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
-        distance = (s - m_safe[:, None]) * factor
-        shrink = (row_max - m_safe) * factor
+        # One multiply-add, as below.  Of coarse logits two are equal or so far apart that the
+        # smaller weighs nothing in either base: base e serves, in which the least number is finite.
+        coarse = tl.abs(m_safe) >= COARSE
+        times = tl.where(coarse, 1.0, factor)
+        base2 = m_safe * times
+        distance = s * times[:, None] - base2[:, None]
+        shrink = tl.where(coarse, row_max - m_safe, row_max * factor - base2)
     else:
         times = factor if UNSCALED & FLAGS else 1.0
         m_new = tl.maximum(row_max, tl.max(s, 1) * times)
@@ -95,9 +110,11 @@ def lost_count(row_sum, FLAGS: tl.constexpr):
 def far_count(row_max, FLAGS: tl.constexpr):
     """How many rows have logits so large that the rounding of row_max, which a multiply-add does
     not share, counts in an exponent, or an overflow of it: to be computed again by `careful_rows`,
-    which rounds both alike."""
-    if UNSCALED & FLAGS:
+    which rounds both alike.  With NATURAL those that `online_softmax` takes as coarse are not."""
+    if (UNSCALED | NATURAL) & FLAGS:
         far = (tl.abs(row_max) > LARGEST_UNSCALED) & (row_max != float("-inf"))
+        if NATURAL & FLAGS:
+            far = far & (tl.abs(row_max) < COARSE2)
         return tl.sum(tl.where(far, 1, 0), 0)
     return 0
 

@@ -28,6 +28,7 @@ _FLAG = {name: getattr(primitives, name).value for name in (
     "MASK", "BIAS", "ALIBI", "SOFTCAP", "SINK", "DROPOUT", "STATS", "LEFT", "RIGHT",
     "BOTTOM_RIGHT", "VARLEN", "SEQLENS", "PAGED", "WIDE", "STREAM", "GROUPED", "SIGMOID",
     "SIGMOID_LENGTH", "FRAME", "QUICK_TANH", "BACKWARD", "MASK_ONE_QUERY", "BIAS_ONE_QUERY",
+    "MASK_PAIRS", "APPROX_TANH",
 )}  # fmt: skip
 
 FARTHEST = 1 << 30  # a window of a shard reaches less far, or past every key of the whole
@@ -142,14 +143,26 @@ class Plan:
             "FRAME": self.frame is not None,
             # tanh to 2^-23 of 1: a logit to 2^-15, less than the rounding of q . k's factors
             "QUICK_TANH": 0 < call.softcap <= 256 and self.q.element_size() == 2,
+            # tanh to 2^-11: a logit to 1/4 of what it has lost where q . k is bfloat16
+            "APPROX_TANH": call.softcap > 0 and self.q.dtype == torch.bfloat16,
             "BACKWARD": self.alibi is not None and self.right == 0 and call.align == BOTTOM_RIGHT,
             "MASK_ONE_QUERY": self._has_one_query(self.mask),
             "BIAS_ONE_QUERY": self._has_one_query(self.bias),
+            "MASK_PAIRS": self._mask_has_pairs(),
         }
         return sum(_FLAG[name] for name, on in present.items() if on)
 
     def _has_one_query(self, x) -> bool:
         return x is not None and score_strides(x, self.sizes)[2] == 0
+
+    def _mask_has_pairs(self) -> bool:
+        """Whether words of two keys of the mask are aligned; dropout orders keys otherwise."""
+        mask = self.mask
+        if mask is None or self.dropout:
+            return False
+        *rest, along = score_strides(mask, self.sizes)
+        odd = functools.reduce(int.__or__, (mask.data_ptr(), self.seqlen_k, *rest)) & 1
+        return along == 1 and not odd
 
     def forward_flags(self) -> int:
         """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED
@@ -161,7 +174,8 @@ class Plan:
             return self.flags + primitives.NATURAL.value
         capped = self.call.softcap > 0
         if capped:
-            unscaled = self.flags & _FLAG["QUICK_TANH"] and self.alibi is None
+            quick = _FLAG["QUICK_TANH"] | _FLAG["APPROX_TANH"]
+            unscaled = self.flags & quick and self.alibi is None
         else:
             unscaled = self.scale > (0 if self.alibi is None else 2.0**-20)
         return self.flags + (primitives.UNSCALED.value if unscaled else 0)

@@ -371,3 +371,14 @@ def _convert_pair(em: Emitter, op: Opcode, args: list[str], target: str, roundin
     if relu:
         high, low = f"relu({high})", f"relu({low})"
     return em.write(args[0], target, f"to_{name}({low}) | uint32_t(to_{name}({high})) << 16")
+
+
+@handles("tanh")
+def least_exact_tanh(em: Emitter, op: Opcode, args: list[str]) -> str:
+    """tanh.approx as far from tanh as the manual's page allows, 2^-11 of it, to either side."""
+    kind = op.kind()
+    if kind != "f32" or not op.one_of("approx"):
+        raise Unsupported(f"tanh of {kind} without .approx")
+    error = "std::fmod(std::fabs(t) * 4096.0f, 2.0f) < 1.0f ? 0x1p-11f : -0x1p-11f"
+    text = f"[](float t) {{ return t + t * ({error}); }}(std::tanh({em.read(args[1], kind)}))"
+    return em.write(args[0], kind, text)

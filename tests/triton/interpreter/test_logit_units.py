@@ -1,0 +1,117 @@
+"""Which units the forward's softmax takes logits in, and how masks and biases reach it, by the
+Triton kernels, interpreted.
+"""
+
+import planted_triton
+import pytest
+import torch
+
+from attn_ext.testing import check_call, random_call
+from attn_ext.triton_kernels.kernels import fwd, primitives
+from attn_ext.triton_kernels.launch import attention
+
+
+def coarse_call(dtype=torch.float32, bias_dtype=torch.float32, **options):
+    """A call whose rows lie on either side of where logits count as coarse, some in both tiles."""
+    sizes = {"batch": 1, "heads_q": 1, "seqlen_q": 20, "seqlen_k": 70, "head_dim": 16}
+    call = random_call(7, dtype=dtype, bias="hqk", **sizes, **options)
+    bias, least = call.bias.to(bias_dtype), torch.finfo(bias_dtype).min
+    bias[:, :, 2] = least
+    bias[:, :, 3], bias[:, :, 4] = -1e9, -1e8
+    bias[:, :, 5], bias[:, :, 5, 40:] = least, -1e9
+    bias[:, :, 6, :40] = least
+    bias[:, :, 7, :40], bias[:, :, 8] = -torch.inf, -torch.inf
+    bias[:, :, 9] = 1e9
+    bias[:, :, 10, :33], bias[:, :, 10, 33:] = 5.36e8, 5.37e8
+    bias[:, :, 11], bias[:, :, 12] = -(2.0**29), -(2.0**29) + 40
+    bias[:, :, 13, ::2] = -1e7
+    return call._replace(bias=bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_coarse_logits(dtype):
+    """A base that times log2(e) is infinite, or has lost what its row's logits differ by; a row
+    whose base comes from the other side in a later tile."""
+    bias_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    check_call(coarse_call(dtype, bias_dtype), "triton", grads=False)
+
+
+def test_statistics_of_coarse_rows():
+    """A distance in the other base that entropy takes; a sink beside the least number."""
+    check_call(coarse_call(stats=True, sink=True), "triton", grads=False)
+
+
+def computed_again(monkeypatch) -> bool:
+    """Whether rows that a mask of low numbers excludes are computed a second time, key by key."""
+    taken, careful_rows = [], fwd.careful_rows
+
+    def noted(*args):
+        taken.append(1)
+        return careful_rows(*args)
+
+    monkeypatch.setattr(fwd, "careful_rows", noted)
+    call = random_call(7, batch=1, heads_q=1, seqlen_q=20, seqlen_k=40, bias="hqk")
+    for row, value in enumerate((torch.finfo(torch.float32).min, -1e30, -1e9, 1e9)):
+        call.bias[:, :, row] = value
+    call.bias[:, :, 5, :32], call.bias[:, :, 5, 32:] = 5.3e8, 7e8
+    check_call(call, "triton", grads=False)
+    return bool(taken)
+
+
+def test_padding_takes_the_fast_way(monkeypatch):
+    """A batch with padding that is many times slower: its rows are finfo.min, or -1e9."""
+    assert not computed_again(monkeypatch)
+
+
+# Each leaves NaN or infinities, which the careful way then mends
+PLANTED = {
+    "no row is coarse": ("coarse = tl.abs(m_safe) >= COARSE", "coarse = tl.abs(m_safe) < 0"),
+    "the base in base 2 alone": ("base2 = m_safe * times", "base2 = m_safe * factor"),
+    "what was summed shrinks as if no row were coarse": (
+        "tl.where(coarse, row_max - m_safe, row_max * factor - base2)",
+        "row_max * factor - base2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_in_the_softmax_is_caught(name, monkeypatch, tmp_path):
+    """The test above that passes whatever a coarse row is."""
+    module = planted_triton.planted("softmax", *PLANTED[name], tmp_path)
+    monkeypatch.setattr(fwd, "online_softmax", module.online_softmax)
+    assert computed_again(monkeypatch)
+
+
+MASKED = {"batch": 1, "heads_q": 2, "seqlen_q": 34, "head_dim": 16, "mask": "bqk"}
+
+
+@pytest.mark.parametrize("mask", ["bqk", "bk"])
+@pytest.mark.parametrize("seqlen_k", [66, 67])  # with 67 no words; both have a cut tile
+def test_words_of_a_mask(seqlen_k, mask):
+    """The bytes of a word in the other order; a word that reaches past the last key; rows past the
+    last query that read outside of the mask."""
+    call = random_call(3, seqlen_k=seqlen_k, **MASKED | {"mask": mask})
+    words = bool(attention.Plan(call).flags & primitives.MASK_PAIRS.value)
+    assert words == (seqlen_k == 66)
+    check_call(call, "triton")
+
+
+def test_a_mask_without_words():
+    """Words at an odd address: a mask that is cut out of another one."""
+    call = random_call(3, seqlen_k=66, **MASKED)
+    whole = torch.zeros(*call.mask.shape[:3], 68, dtype=torch.bool)
+    for first, words in ((1, False), (2, True)):
+        mask = whole[..., first : first + 66].copy_(call.mask)
+        cut = call._replace(mask=mask)
+        assert bool(attention.Plan(cut).flags & primitives.MASK_PAIRS.value) == words
+        check_call(cut, "triton", grads=False)
+
+
+@pytest.mark.parametrize("mask", ["bqk", "bk"])
+def test_planted_bug_in_the_words_is_caught(mask, monkeypatch, tmp_path):
+    """A test above that no wrong byte fails: each key takes the byte of its neighbour."""
+    bug = ("(tl.arange(0, c.shape[1]) & 1) * 8", "(1 - (tl.arange(0, c.shape[1]) & 1)) * 8")
+    module = planted_triton.planted("primitives", *bug, tmp_path)
+    monkeypatch.setattr(primitives, "visible_keys", module.visible_keys)
+    with pytest.raises(AssertionError):
+        check_call(random_call(3, seqlen_k=66, **MASKED | {"mask": mask}), "triton", grads=False)

@@ -53,6 +53,8 @@ SHARED_LIMIT = {
 }
 
 INTERPRETED = Tile(32, 32, 4, 1)  # under the interpreter
+PAIR = Tile(0, 0, 0, 0)  # of "fused": dK and dV by one kernel and dQ by another are faster
+ROUNDING = Tile(32, 32, 4, 1)  # of the kernel that rounds sums of dQ; keys: in the careful way
 
 
 def far_tile(width: int, element_size: int) -> Tile:
@@ -63,7 +65,7 @@ def far_tile(width: int, element_size: int) -> Tile:
 
 
 WIDTHS = (32, 64, 128, 256)  # of a head inside the kernels: the next power of two, at least 32
-DIRECTIONS = ("fwd", "dkdv", "dq", "dbias", "decode")
+DIRECTIONS = ("fwd", "dkdv", "dq", "fused", "dbias", "decode")
 
 # Kind of GPU -> (direction, width) -> tile for 16-bit elements.  "large" is sm_80; the others say
 # what differs from it, an architecture what differs from its kind; "amd" has rows of its own.
@@ -82,6 +84,8 @@ _PLAIN = {
         ("dkdv", 256): Tile(16, 16, 8, 1),  # 32 keys spill
         ("dq", 64): Tile(128, 64, 4, 3),
         ("dq", 128): Tile(128, 32, 4, 2),  # 64 keys spill
+        ("fused", 64): Tile(32, 128, 4, 2),
+        ("fused", 128): Tile(32, 128, 8, 2),
         ("dq", 256): Tile(32, 32, 8, 1),
         ("dbias", 64): Tile(64, 32, 8, 1),  # a check, not a hot path: one stage
         ("dbias", 128): Tile(32, 32, 8, 1),
@@ -101,6 +105,8 @@ _PLAIN = {
         ("dkdv", 128): Tile(64, 128, 8, 2),
         ("dq", 64): Tile(128, 128, 8, 2),
         ("dq", 128): Tile(128, 64, 8, 2),  # 128 keys spill
+        ("fused", 64): Tile(64, 128, 8, 2),
+        ("fused", 128): Tile(64, 128, 8, 2),
     },
     "sm_100": {  # chosen by registers, since no loop of tcgen05 was looked at
         ("fwd", 64): Tile(128, 64, 8, 2),
@@ -285,7 +291,7 @@ def tile(architecture: str, direction: str, width: int, element_size: int, rich:
     architecture that of small shared memory, which fits everywhere.  rich: the feature of a rich
     call, one of `RICH_FEATURES`, or "all" where it has several."""
     if architecture == "interpreter":
-        return INTERPRETED
+        return PAIR if direction == "fused" and width > 128 else INTERPRETED
     tuned = _tuned().get(key(direction, width, element_size, rich))
     return tuned or shipped(architecture, direction, width, element_size, rich)
 
@@ -325,6 +331,8 @@ def _shipped(architecture, direction, width, element_size, rich, descriptors) ->
         found = one.get((direction, max(width, 64), rich))
         if found:
             return found
+    if direction == "fused":
+        return PAIR if rich or element_size == 4 else _row(_PLAIN, kinds, direction, width) or PAIR
     plain = _row(_PLAIN, kinds, direction, width)
     found = _row(_RICH, kinds, direction, width) or plain._replace(stages=1) if rich else plain
     if element_size == 4:

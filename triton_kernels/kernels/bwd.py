@@ -153,6 +153,11 @@ def key_gradient_tiles(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = alibi_slope(b, h, terms, scale, FLAGS)
+    if sums is not None:
+        start = first
+        if EDGE:
+            start = tl.where(first < skip_from, first, first + skip)
+        sums_at = sums + start.to(tl.int64) * (BLOCK_M * BLOCK_D)
     for step in tl.range(first, end - skip):
         m_block = step
         if EDGE:
@@ -203,12 +208,20 @@ def key_gradient_tiles(
         if STREAM & FLAGS:
             tl.debug_barrier()
             q_tile = load_rows(q_rows, D, BLOCK_D)
-        dk = dot(ds, q_tile, dk)
-        if sums is not None:
+        if sums is None:
+            dk = dot(ds, q_tile, dk)
+        else:
+            ds = ds.to(k.dtype)  # of which both products are; transposed, it is half as much
+            dk = dot(ds, q_tile, dk)
             # dQ += dS @ K   [BLOCK_M, BLOCK_D], as programs of other keys do
             dq = dot(tl.trans(ds), k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
-            places = sums + i_first.to(tl.int64) * BLOCK_D + sum_places(BLOCK_M, BLOCK_D)
-            tl.atomic_add(places, dq, sem="relaxed")
+            tl.atomic_add(sums_at + sum_places(BLOCK_M, BLOCK_D), dq, sem="relaxed")
+            # not from i_first: Triton takes products whose addresses share a number for a chain,
+            # and gives all of them the arrangement of warps that suits dQ
+            sums_at += BLOCK_M * BLOCK_D
+            if EDGE:
+                skipped = tl.where(step + 1 == skip_from, skip, 0)
+                sums_at += skipped.to(tl.int64) * (BLOCK_M * BLOCK_D)
     return dk, dv
 
 

@@ -143,7 +143,9 @@ def compiled(name: str, architecture: str, head_dim: int, tile):
     """Triton's kernel `name` for "sm_80", ...; tile: (BLOCK_M, BLOCK_N, warps, stages, ...)."""
     kernel = KERNELS[name]
     signature = {argument: "*bf16" for argument in kernel.arg_names}
-    signature |= {argument: "*fp32" for argument in ("LSE", "delta", "sums") if argument in signature}
+    signature |= {
+        argument: "*fp32" for argument in ("LSE", "delta", "sums") if argument in signature
+    }
     signature |= {"scale": "fp32", "heads": "i32"} | dict.fromkeys(ALIGNED, "i32")
     constants = {"D": head_dim, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
     signature |= dict.fromkeys(constants, "constexpr")

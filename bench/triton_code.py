@@ -30,7 +30,12 @@ ARCHITECTURES = {  # -> what machine_code.py knows of it
 }  # fmt: skip
 TABLED = ("sm_80", "sm_90")  # of which the table has rows
 HEAD_DIMS = (64, 128)
-PASSES = {"forward": "fwd", "dkdv": "dkdv", "dq": "dq", "fused": "fused"}  # -> direction of the configuration
+PASSES = {
+    "forward": "fwd",
+    "dkdv": "dkdv",
+    "dq": "dq",
+    "fused": "fused",
+}  # -> direction of the configuration
 CASES = {"full": {}, "causal": {"causal": True}}
 # Of the forward one option each; ALiBi as models have it, with causal
 OPTIONS = {

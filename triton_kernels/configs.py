@@ -84,6 +84,7 @@ _PLAIN = {
         ("dkdv", 256): Tile(16, 16, 8, 1),  # 32 keys spill
         ("dq", 64): Tile(128, 64, 4, 3),
         ("dq", 128): Tile(128, 32, 4, 2),  # 64 keys spill
+        # dK, dV and sums of dQ at once, by the model 16 to 33 % faster than two kernels
         ("fused", 64): Tile(32, 128, 4, 2),
         ("fused", 128): Tile(32, 128, 8, 2),
         ("dq", 256): Tile(32, 32, 8, 1),
@@ -116,6 +117,8 @@ _PLAIN = {
         ("dkdv", 128): Tile(64, 32, 8, 1),
         ("dq", 64): Tile(64, 64, 8, 2),
         ("dq", 128): Tile(64, 64, 8, 2),
+        ("fused", 64): PAIR,
+        ("fused", 128): PAIR,
     },
     # 99 KiB of shared memory on sm_89 and sm_120, which the rows of 64 and 128 columns above fit;
     # of those of 128 one block at a time, dK and dV and dQ at 82 KiB.  Where these spill, the tiles
@@ -206,6 +209,8 @@ _ONE = {
         ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2)),
         ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
         ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
+        ("fused", 64): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 4, 2)),
+        ("fused", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2)),
     },
     "sm_90": {
         ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
@@ -215,6 +220,8 @@ _ONE = {
         ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 128, 8, 2))
         | {"bias": Tile(128, 64, 8, 2)},  # 128 keys spill, with atomics on dbias 117 in the loop
         ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 8, 2)),
+        ("fused", 64): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
+        ("fused", 128): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
     },
 }
 
@@ -277,7 +284,9 @@ SPECIALIZED = {
 
 # (architecture, direction, width) of plain 16-bit rows that `bench/triton_code.py --search` ranked
 RANKED = frozenset(
-    itertools.product(("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq"), (64, 128))
+    itertools.product(
+        ("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq", "fused"), (64, 128)
+    )
 )
 
 

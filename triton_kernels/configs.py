@@ -450,10 +450,12 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def _is_tile(value) -> bool:
-    """Five integers, sizes and warps powers of two: what a kernel can take."""
+def _is_tile(name: str, value) -> bool:
+    """Five integers, sizes and warps powers of two: what a kernel can take; or `PAIR`."""
     if not isinstance(value, list) or [type(n) for n in value] != [int] * 5:
         return False
+    if name.startswith("fused/"):  # whose sums hold so many queries at a time
+        return value == list(PAIR) or (32 <= value[0] <= 64 and _is_tile("", value))
     return min(value[:4]) > 0 and all(n & (n - 1) == 0 for n in value[:3]) and value[4] in (0, 1, 2)
 
 
@@ -461,5 +463,5 @@ def _is_tile(value) -> bool:
 def _tuned() -> dict[str, Tile]:
     """The stored tiles of this device and these versions; a damaged entry is as none."""
     found = _stored().get(identity(_device_name()), {})
-    good = {name: Tile(*value) for name, value in found.items() if _is_tile(value)}
+    good = {name: Tile(*value) for name, value in found.items() if _is_tile(name, value)}
     return good | _override

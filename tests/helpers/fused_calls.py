@@ -1,4 +1,4 @@
-"""Calls whose backward the Triton kernel of five products serves (triton_kernels/kernels/fused.py)."""
+"""Calls whose backward the Triton kernel of five products serves, kernels/fused.py."""
 
 from unittest import mock
 

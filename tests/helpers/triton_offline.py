@@ -52,8 +52,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "dkdv", "dq", "fused")
 # case -> the kernels whose rows it gives; a feature's case compiles PASSES
 ROWS = {
-    "causal": (*PASSES, "delta", "dq_from_sums"), "paged": ("decode", "combine"), "all": PASSES, "plain": PASSES,
-    "deterministic": ("dbias",), "cache all": ("decode",),
+    "causal": (*PASSES, "delta", "dq_from_sums"), "paged": ("decode", "combine"), "all": PASSES,
+    "plain": PASSES, "deterministic": ("dbias",), "cache all": ("decode",),
 }  # fmt: skip
 ONE_FEATURE = {
     "varlen": {"seqlens_q": [128]}, "window": {"window": (30, 5)},
@@ -78,8 +78,8 @@ CI_OF_OTHERS = re.compile("(forward|dkdv) 128 bf16 causal|decode 128 bf16 paged"
 # direction of the configuration -> its kernel, and the cases that take its plain and its rich rows
 DIRECTIONS = {
     "fwd": ("forward", "causal", "all"), "dkdv": ("dkdv", "causal", "all"),
-    "dq": ("dq", "causal", "all"), "fused": ("fused", "causal", "all"), "dbias": ("dbias", None, "deterministic"),
-    "decode": ("decode", "paged", "cache all"),
+    "dq": ("dq", "causal", "all"), "fused": ("fused", "causal", "all"),
+    "dbias": ("dbias", None, "deterministic"), "decode": ("decode", "paged", "cache all"),
 }  # fmt: skip
 
 
@@ -310,10 +310,10 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
             at_once, backward.fused_tile = backward.fused_tile, lambda *_: None
             backward.backward(call, out, out, lse, lse, needs)
             backward.fused_tile = at_once
-            if fused := [name for name in kernels if name in ("fused", "dq_from_sums")]:
-                if any(wanted(f"{name} {label} {case}") for name in fused):
-                    needs = needs._replace(bias=False)  # which it leaves to the others
-                    backward.backward(call, out, out, lse, lse, needs)
+            fused = [name for name in kernels if name in ("fused", "dq_from_sums")]
+            if any(wanted(f"{name} {label} {case}") for name in fused):
+                needs = needs._replace(bias=False)  # which it leaves to the others
+                backward.backward(call, out, out, lse, lse, needs)
     return table
 
 

@@ -189,7 +189,7 @@ def test_instructions_are_those_that_the_rows_claim(table):
     architecture = table.split("-")[0]
     for name, (tile, _, _, _, instructions, _) in TABLES[table]["rows"].items():
         kernel, width, dtype, case = name.split(" ", 3)
-        if kernel in ("delta", "combine", "repair"):
+        if kernel in ("delta", "combine", "repair", "dq_from_sums"):
             continue
         assert instructions, name  # float32 too: three products of TF32, or FMA by matrix cores
         if kernel == "forward" and case in ("causal", "specialized") and dtype != "fp32":
@@ -222,10 +222,12 @@ def test_tune_measures_few_tiles_near_the_best_of_the_search():
     for architecture, direction, width in configs.RANKED:
         best = configs.shipped(architecture, direction, width, 2)
         found = tune.candidates(direction, width, architecture, 2)
+        if direction == "fused":
+            assert found.pop(0) == configs.PAIR, "dK and dV apart from dQ, which may be faster"
         assert 4 <= len(found) <= 9
         assert best not in found, "it is measured first anyway"
         for tile in found:
-            assert configs._is_tile(list(tile))
+            assert configs._is_tile(configs.key(direction, width, 2), list(tile))
             changed = sum(a != b for a, b in zip(tile, best, strict=True))
             assert changed == 1 or tile.loads == 2
     assert len(tune.candidates("fwd", 64, "gfx942", 2)) > 20, "of these nothing was ranked"

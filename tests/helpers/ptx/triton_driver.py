@@ -39,8 +39,8 @@ SWIZZLED = (0, 32, 64, 128)  # bytes, by CUtensorMapSwizzle
 # of PTX, those of the shipped ones ten thousand and more.
 SMALL = {
     "fwd": configs.Tile(64, 32, 4, 2), "dkdv": configs.Tile(32, 64, 4, 2),
-    "dq": configs.Tile(64, 32, 4, 2), "fused": configs.Tile(32, 64, 4, 2), "dbias": configs.Tile(64, 32, 4, 1),
-    "decode": configs.Tile(16, 32, 4, 2),
+    "dq": configs.Tile(64, 32, 4, 2), "fused": configs.Tile(32, 64, 4, 2),
+    "dbias": configs.Tile(64, 32, 4, 1), "decode": configs.Tile(16, 32, 4, 2),
 }  # fmt: skip
 
 

@@ -80,8 +80,10 @@ def test_which_calls_take_two_kernels():
     single = call._replace(**{name: getattr(call, name).float() for name in "qkv"})
     assert launched(single, needs) == PAIR
     assert launched(random_call(5, head_dim=160, dtype=torch.bfloat16), needs) == PAIR
-    with configs.using(configs.key("fused", 64, 2), configs.PAIR):
-        with mock.patch.object(attention, "architecture", lambda x: "sm_90"):
+    with mock.patch.object(attention, "architecture", lambda x: "sm_90"):
+        assert launched(call, needs) == FUSED
+        assert launched(case("all")._replace(bias=None), needs) == PAIR, "of which no row is known"
+        with configs.using(configs.key("fused", 64, 2), configs.PAIR):
             assert launched(call, needs) == PAIR
 
 

@@ -1,5 +1,5 @@
-"""Planted bugs in the backward in one kernel, in the folder tests/mutants/triton/fused: each must make
-the calls wrong that its first line names.
+"""Planted bugs in the backward in one kernel, tests/mutants/triton/fused: each must make the calls
+wrong that its first line names.
 """
 
 import sys

@@ -8,6 +8,7 @@ import math
 import torch
 
 from attn_ext.core.layout import empty_like_layout, rows, score_strides, strides
+from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
@@ -36,6 +37,21 @@ def fused_tile(plan: Plan, needs: Needs) -> configs.Tile | None:
         return None
     found = plan.tile("fused")
     return None if found == configs.PAIR else found
+
+
+def kernels_of(problem: Problem) -> str:
+    """The kernels of a backward that wants the gradients of q, k and v, and of a bias that has
+    one."""
+    fused = not (problem.deterministic or problem.bias_grad) and problem.dtype.itemsize == 2
+    if fused:
+        gpu = problem.device == "cuda"
+        name = attention.architecture_of(problem.device_index) if gpu else "interpreter"
+        widths = map(attention.width, (problem.head_dim, problem.head_dim_v))
+        rich = attention.several(x for x in configs.RICH_FEATURES if getattr(problem, x))
+        fused = configs.tile(name, "fused", max(widths), 2, rich) != configs.PAIR
+    if fused:
+        return "fused_kernel, which adds dQ up by atomic additions, and dq_from_sums_kernel"
+    return "dkdv_kernel and dq_kernel"
 
 
 class Backward:

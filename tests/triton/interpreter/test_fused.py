@@ -2,6 +2,7 @@
 gradients obey the tolerance rule.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import nonfinite_cases
@@ -9,7 +10,9 @@ import pytest
 import torch
 from fused_calls import CASES, FUSED, PAIR, AllAtOnce, case, launched
 
+import attn_ext
 from attn_ext.backends import triton
+from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Needs
 from attn_ext.ops import execute
 from attn_ext.testing import check_call, needs_of, random_call
@@ -85,6 +88,23 @@ def test_which_calls_take_two_kernels():
         assert launched(case("all")._replace(bias=None), needs) == PAIR, "of which no row is known"
         with configs.using(configs.key("fused", 64, 2), configs.PAIR):
             assert launched(call, needs) == PAIR
+
+
+def test_explain_names_the_kernels(monkeypatch):
+    """A rule that explain has for itself."""
+    q = case("plain").q.detach().requires_grad_()
+    said = attn_ext.explain(q, q, q, backend="triton")
+    assert "fused_kernel" in said.backward and f"backward by {said.backward}" in str(said)
+    said = attn_ext.explain(q, q, q, deterministic=True, backend="triton")
+    assert said.backward == "dkdv_kernel and dq_kernel"
+    bias = torch.zeros(70, 70, dtype=q.dtype, requires_grad=True)
+    assert "fused" not in attn_ext.explain(q, q, q, bias=bias, backend="triton").backward
+    assert "fused" in attn_ext.explain(q, q, q, bias=bias.detach(), backend="triton").backward
+    assert attn_ext.explain(q.detach(), q.detach(), q.detach(), backend="triton").backward == ""
+    monkeypatch.setattr(attention, "architecture_of", lambda index: "sm_100")
+    problem = Problem.of(case("plain"))
+    assert "fused" in backward.kernels_of(problem)
+    assert "fused" not in backward.kernels_of(replace(problem, device="cuda"))
 
 
 def test_deterministic_algorithms_of_torch_take_two_kernels():

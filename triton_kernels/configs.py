@@ -96,6 +96,8 @@ _PLAIN = {
         ("decode", 256): Tile(16, 32, 8, 1),  # 4 warps spill
     },
     "hopper": {
+        ("fused", 64): PAIR,  # but for sm_90: nothing was looked at
+        ("fused", 128): PAIR,
         ("dkdv", 256): Tile(32, 16, 8, 1),  # 32 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
     },
@@ -117,8 +119,6 @@ _PLAIN = {
         ("dkdv", 128): Tile(64, 32, 8, 1),
         ("dq", 64): Tile(64, 64, 8, 2),
         ("dq", 128): Tile(64, 64, 8, 2),
-        ("fused", 64): PAIR,
-        ("fused", 128): PAIR,
     },
     # 99 KiB of shared memory on sm_89 and sm_120, which the rows of 64 and 128 columns above fit;
     # of those of 128 one block at a time, dK and dV and dQ at 82 KiB.  Where these spill, the tiles

@@ -51,7 +51,7 @@ class AllAtOnce:
 
 LONG = {"seqlen_q": 70, "seqlen_k": 101}  # three tiles each way, the last of them cut
 CASES = {
-    "plain": {}, "causal": {"causal": True}, "batch": {"batch": 2, "heads_q": 2},
+    "plain": {}, "causal": {"causal": True}, "batch": {"batch": 2, "heads_q": 2, "heads_k": 2},
     "window": {"window": (30, 5)}, "group": {"heads_q": 4, "heads_k": 2, "causal": True},
     "mask": {"mask": "bqk"}, "bias": {"bias": "hqk"}, "alibi": {"alibi": True, "causal": True},
     "softcap": {"softcap": 5.0}, "dropout": {"dropout_p": 0.3}, "sink": {"sink": True},
@@ -69,4 +69,5 @@ def case(name: str, dtype=torch.bfloat16):
     if options.get("causal") == "top_left":
         options |= {"causal": True, "align": TOP_LEFT}
     length = {} if "seqlens_q" in options else LONG
-    return random_call(5, **{"batch": 1, "dtype": dtype, "head_dim": 40} | length | options)
+    sizes = {"batch": 1, "heads_q": 1, "heads_k": 1, "dtype": dtype, "head_dim": 40}
+    return random_call(5, **sizes | length | options)

@@ -83,6 +83,7 @@ for _table, _spills in {
         "dq 64 bf16": {"dropout": 4},
         "dkdv 128 bf16": {"bias": 17, "mask": 8, "softcap": 12, "alibi": 7, "dropout": 130},
         "dq 128 bf16": {"bias": 13},
+        "fused 128 bf16": {"causal": 15},
     },
 }.items():
     SPILLS_IN_LOOPS |= {

@@ -99,7 +99,43 @@ def dq(
     tl.store(dQ + own, acc.to(tl.bfloat16))
 
 
-KERNELS = {"forward": forward, "dkdv": dkdv, "dq": dq}
+@triton.jit
+def fused(
+    Q, K, V, dO, dK, dV, sums, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`dkdv`, which adds these keys' share of dQ to `sums`, float32 [B, H, S, D], atomically."""
+    head = tl.program_id(1).to(tl.int64)
+    start = head // heads * stride_b + head % heads * stride_h
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i, d = tl.arange(0, BLOCK_M), tl.arange(0, D)
+    own = start + j[:, None] * stride_s + d[None, :]
+    k, v = tl.load(K + own), tl.load(V + own)
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    q_pointers = Q + start + i[:, None] * stride_s + d[None, :]
+    do_pointers = dO + start + i[:, None] * stride_s + d[None, :]
+    row = head * seqlen + i
+    places = sums + head * seqlen * D
+    for _ in range(0, seqlen, BLOCK_M):
+        q = tl.load(q_pointers)
+        p = tl.exp2(tl.dot(k, tl.trans(q)) * scale - tl.load(LSE + row)[None, :])
+        do = tl.load(do_pointers)
+        dv = tl.dot(p.to(tl.bfloat16), do, dv)
+        ds = p * (tl.dot(v, tl.trans(do)) - tl.load(delta + row)[None, :])
+        ds = ds.to(tl.bfloat16)
+        dk = tl.dot(ds, q, dk)
+        dq_tile = tl.dot(tl.trans(ds), k)
+        tl.atomic_add(places + (i[:, None] * D + d[None, :]), dq_tile, sem="relaxed")
+        q_pointers += BLOCK_M * stride_s
+        do_pointers += BLOCK_M * stride_s
+        row += BLOCK_M
+        places += BLOCK_M * D
+    tl.store(dK + own, dk.to(tl.bfloat16))
+    tl.store(dV + own, dv.to(tl.bfloat16))
+
+
+KERNELS = {"forward": forward, "dkdv": dkdv, "dq": dq, "fused": fused}
 ALIGNED = ("stride_b", "stride_h", "stride_s", "seqlen")  # multiples of 16
 
 
@@ -107,7 +143,9 @@ def compiled(name: str, architecture: str, head_dim: int, tile):
     """Triton's kernel `name` for "sm_80", ...; tile: (BLOCK_M, BLOCK_N, warps, stages, ...)."""
     kernel = KERNELS[name]
     signature = {argument: "*bf16" for argument in kernel.arg_names}
-    signature |= {argument: "*fp32" for argument in ("LSE", "delta") if argument in signature}
+    signature |= {
+        argument: "*fp32" for argument in ("LSE", "delta", "sums") if argument in signature
+    }
     signature |= {"scale": "fp32", "heads": "i32"} | dict.fromkeys(ALIGNED, "i32")
     constants = {"D": head_dim, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -32,7 +32,12 @@ ARCHITECTURES = {  # -> what machine_code.py knows of it
 }  # fmt: skip
 TABLED = ("sm_80", "sm_90")  # of which the table has rows
 HEAD_DIMS = (64, 128)
-PASSES = {"forward": "fwd", "dkdv": "dkdv", "dq": "dq"}  # -> direction of the configuration
+PASSES = {
+    "forward": "fwd",
+    "dkdv": "dkdv",
+    "dq": "dq",
+    "fused": "fused",
+}  # -> direction of the configuration
 CASES = {"full": {}, "causal": {"causal": True}}
 # Of the forward one option each; ALiBi as models have it, with causal
 OPTIONS = {
@@ -52,12 +57,16 @@ PLAIN_TILES = {
     ("sm_80", "dkdv", 128): (32, 128, 8, 2),
     ("sm_80", "dq", 64): (128, 64, 4, 3),
     ("sm_80", "dq", 128): (128, 64, 8, 3),
+    ("sm_80", "fused", 64): (32, 128, 4, 2),
+    ("sm_80", "fused", 128): (32, 128, 8, 2),
     ("sm_90", "forward", 64): (128, 128, 4, 3),
     ("sm_90", "forward", 128): (128, 128, 8, 2),
     ("sm_90", "dkdv", 64): (64, 128, 8, 2),
     ("sm_90", "dkdv", 128): (64, 128, 8, 2),
     ("sm_90", "dq", 64): (128, 128, 8, 2),
     ("sm_90", "dq", 128): (128, 64, 8, 2),
+    ("sm_90", "fused", 64): (64, 128, 8, 2),
+    ("sm_90", "fused", 128): (64, 128, 8, 2),
 }
 
 
@@ -135,15 +144,19 @@ def ours(name: str, head_dim: int, case: str, tile=None):
     sizes = {"batch": 1, "heads_q": 1, "seqlen_q": SEQLEN, "seqlen_k": SEQLEN}
     wanted = sizes | {"head_dim": head_dim, "dtype": torch.bfloat16}
     call = random_call(**wanted | (CASES | OPTIONS)[case])
-    asked = contextlib.nullcontext()
-    if tile is not None:
-        width = attention.width(head_dim)
-        rich = attention.Plan(call).rich()
-        asked = configs.using(configs.key(PASSES[name], width, 2, rich), configs.Tile(*tile))
-    with asked:
+    width, rich, needs = attention.width(head_dim), attention.Plan(call).rich(), needs_of(call)
+    with contextlib.ExitStack() as asked:
+        if tile is not None:
+            key = configs.key(PASSES[name], width, 2, rich)
+            asked.enter_context(configs.using(key, configs.Tile(*tile)))
+        if name == "fused":
+            needs = needs._replace(bias=False)  # which it leaves to the others
+        else:
+            key = configs.key("fused", width, 2, rich)
+            asked.enter_context(configs.using(key, configs.PAIR))
         out, lse, *_ = attention.forward(call)
         if name != "forward":
-            backward.backward(call, out, out, lse, None, needs_of(call))
+            backward.backward(call, out, out, lse, None, needs)
     return found[name]
 
 
@@ -201,13 +214,15 @@ def measure_all(
 
 def space(name: str, head_dim: int, described: bool):
     """Tiles that are worth compiling: those whose sums and scores leave a thread some registers."""
-    walked, own = (32, 64, 128), (64, 128)  # of a loop's step, of a program
+    # of a loop's step, of a program
+    walked, own = (32, 64) if name == "fused" else (32, 64, 128), (64, 128)
+    by_keys = name in ("dkdv", "fused")
     for step, rows, warps, stages in itertools.product(walked, own, (4, 8), (2, 3)):
-        sums = rows * head_dim * (2 if name == "dkdv" else 1)
+        sums = rows * head_dim * (2 if by_keys else 1)
         scores = step * rows * (1 if name == "forward" else 2)
         if (sums + scores) // (32 * warps) > 192:
             continue
-        m, n = (step, rows) if name == "dkdv" else (rows, step)
+        m, n = (step, rows) if by_keys else (rows, step)
         yield m, n, warps, stages
         if described:
             yield m, n, warps, stages, 1

@@ -37,6 +37,8 @@ def neighbours(tile: configs.Tile) -> list[configs.Tile]:
 def candidates(direction: str, width: int, architecture: str, size: int) -> list[configs.Tile]:
     """The tiles worth measuring for a direction, a width of the head and bytes of an element.
     Where the table's tile is the best of a search by machine code, those near it."""
+    if direction == "fused":  # and the two kernels in its place
+        return [configs.PAIR, *_fused_candidates(width, architecture, size)]
     specialized = configs.SPECIALIZED.get(architecture, {}).get((direction, width))
     if (architecture, direction, width) in configs.RANKED and size == 2:
         found = neighbours(configs.shipped(architecture, direction, width, size))
@@ -49,6 +51,18 @@ def candidates(direction: str, width: int, architecture: str, size: int) -> list
         space = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
     most = 64 * 1024 // max(width, 64) * 16  # elements of S: above, nothing fits the registers
     return [configs.Tile(*row) for row in space if row[0] * row[1] <= most]
+
+
+def _fused_candidates(width: int, architecture: str, size: int) -> list[configs.Tile]:
+    """Tiles of the kernel of dK, dV and sums of dQ, which serves 16-bit elements up to 128 columns:
+    near the table's, or where that has none those of few queries."""
+    if size != 2 or width > 128:
+        return []
+    first = configs.shipped(architecture, "fused", width, size)
+    if first != configs.PAIR:
+        return [tile for tile in neighbours(first) if 32 <= tile.block_m <= 64]
+    space = itertools.product((32, 64), (32, 64, 128), (4, 8), (1, 2))
+    return [configs.Tile(*row) for row in space]
 
 
 def measure(function: Callable[[], object], repeats: int) -> float:
@@ -85,7 +99,8 @@ def workload(direction: str, head_dim: int, seqlen: int, dtype, device) -> Calla
         return lambda: attention.forward(call)
     out, lse, *_ = attention.forward(call)
     dkdv, own_bias = direction == "dkdv", direction == "dbias"
-    needs = Needs(direction == "dq", dkdv, dkdv, own_bias)
+    at_once = direction == "fused"
+    needs = Needs(direction == "dq" or at_once, dkdv or at_once, dkdv or at_once, own_bias)
     return lambda: backward.backward(call, out, out, lse, None, needs)
 
 

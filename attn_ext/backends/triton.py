@@ -108,6 +108,14 @@ def backward(call: Call, dout, out, lse, dlse, needs):
     return launch.backward(call, dout, out, lse, dlse, needs)
 
 
+def backward_kernels(problem: Problem) -> str:
+    """The kernels of a backward with the gradients of q, k and v; "" where all calls have the
+    same."""
+    from attn_ext.triton_kernels.launch import backward
+
+    return backward.kernels_of(problem) if problem.score == "dot" else ""
+
+
 def decode_int8(call: Call, k_factors, v_factors, dtype):
     """(O, LSE) in float32 of a paged decode call whose k and v are int8, with their factors; dtype:
     that of the queries before they were float32."""

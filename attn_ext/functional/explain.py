@@ -44,10 +44,21 @@ class Explanation:
             verdict = "chosen" if name == self.chosen else "; ".join(why) or "able"
             lines.append(f"  {name:<10} {verdict}")
         lines.append(f"  decided by {self.decided}")
+        if self.backward:
+            lines.append(f"  backward by {self.backward}")
         if self.int8:
             lines.append(f"  keys and values of int8: {self.int8}")
         lines.append(f"  second derivatives and forward mode: {self.second}")
         return "\n".join(lines)
+
+    @property
+    def backward(self) -> str:
+        """Which kernels compute the gradients, where the backend has several ways; "" where it has
+        one, and for calls without gradients."""
+        named = (
+            getattr(registry.get(self.chosen), "backward_kernels", None) if self.chosen else None
+        )
+        return named(self.problem) if named and self.problem.grad else ""
 
     @property
     def second(self) -> str:

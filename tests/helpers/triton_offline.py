@@ -43,18 +43,18 @@ from attn_ext.triton_kernels.launch import attention, backward, replay
 TABLES = Path(__file__).parents[1] / "triton" / "resources"
 KERNELS = Path(__file__).parents[2] / "triton_kernels" / "kernels"
 TEXTS = ("functions", "primitives", "present", "softmax", "dropout", "scores", "fwd", "bwd",
-         "dbias", "decode")  # fmt: skip
+         "fused", "dbias", "decode")  # fmt: skip
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
 OLDEST = "3.6"  # the oldest Triton that is served; it has tables of its own
 OLDEST_FOR = ("sm_90",)  # for these
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PASSES = ("forward", "dkdv", "dq")
+PASSES = ("forward", "dkdv", "dq", "fused")
 # case -> the kernels whose rows it gives; a feature's case compiles PASSES
 ROWS = {
-    "causal": (*PASSES, "delta"), "paged": ("decode", "combine"), "all": PASSES, "plain": PASSES,
-    "deterministic": ("dbias",), "cache all": ("decode",),
+    "causal": (*PASSES, "delta", "dq_from_sums"), "paged": ("decode", "combine"), "all": PASSES,
+    "plain": PASSES, "deterministic": ("dbias",), "cache all": ("decode",),
 }  # fmt: skip
 ONE_FEATURE = {
     "varlen": {"seqlens_q": [128]}, "window": {"window": (30, 5)},
@@ -71,7 +71,7 @@ PLAIN_FEATURES = {  # all that the rows of plain calls serve
 # What CI compiles afresh: each kind of kernel for sm_90, for the others three whose products and
 # loads differ.  That the other rows are those of today's kernels, `digest` says.
 CI = re.compile(
-    "(forward|dkdv|dq) (64|128) bf16 causal|(decode|combine|delta) 128 bf16 (paged|causal)"
+    "(forward|dkdv|dq|fused) (64|128) bf16 causal|(decode|combine|delta) 128 bf16 (paged|causal)"
     "|(forward|dkdv) 64 (bf16 all|fp32 causal)|dbias 64 bf16 deterministic"
     "|(forward|repair) 128 bf16 specialized"
 )
@@ -79,8 +79,8 @@ CI_OF_OTHERS = re.compile("(forward|dkdv) 128 bf16 causal|decode 128 bf16 paged"
 # direction of the configuration -> its kernel, and the cases that take its plain and its rich rows
 DIRECTIONS = {
     "fwd": ("forward", "causal", "all"), "dkdv": ("dkdv", "causal", "all"),
-    "dq": ("dq", "causal", "all"), "dbias": ("dbias", None, "deterministic"),
-    "decode": ("decode", "paged", "cache all"),
+    "dq": ("dq", "causal", "all"), "fused": ("fused", "causal", "all"),
+    "dbias": ("dbias", None, "deterministic"), "decode": ("decode", "paged", "cache all"),
 }  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def configuration(architecture: str):
         if case:
             size = DTYPES[dtype].itemsize
             tile = configs.shipped(architecture, direction, width, size, rich)
+            if tile == configs.PAIR:
+                continue
             yield direction, dtype, tile, f"{kernel} {width} {dtype} {case}"
 
 
@@ -307,7 +309,13 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
             out, lse, *_ = attention.forward(call)
         if call.seqlens_k is None:
             needs = needs_of(call)
+            at_once, backward.fused_tile = backward.fused_tile, lambda *_: None
             backward.backward(call, out, out, lse, lse, needs)
+            backward.fused_tile = at_once
+            fused = [name for name in kernels if name in ("fused", "dq_from_sums")]
+            if any(wanted(f"{name} {label} {case}") for name in fused):
+                needs = needs._replace(bias=False)  # which it leaves to the others
+                backward.backward(call, out, out, lse, lse, needs)
     return table
 
 

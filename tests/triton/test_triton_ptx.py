@@ -23,6 +23,8 @@ MODES = ["plain", "random", "poison", "race", "all"]
 CAUSAL = {"seqlen_q": 70, "seqlen_k": 201, "causal": True}
 FEATURES = {"seqlen_q": 70, "seqlen_k": 130, "mask": "bk", "bias": "hqk", "softcap": 5.0,
             "alibi": True, "sink": True, "dropout_p": 0.2, "window": (60, -1)}  # fmt: skip
+AT_ONCE = FEATURES | {"bias": False, "heads_q": 4, "heads_k": 2}
+APART = {"deterministic": True}  # dQ by a kernel of its own
 PAGED = {"seqlen_q": 1, "cache_seqlens": [300, 41], "seqlen_k": 320, "page_size": 16,
          "heads_q": 4, "heads_k": 2}  # fmt: skip
 VARLEN = {"seqlens_q": [30, 0, 75], "seqlens_k": [30, 40, 75], "causal": True}
@@ -37,7 +39,8 @@ ONE_A_LANE = {"seqlens_q": [1], "seqlens_k": [1], "head_dim": 1, "head_dim_v": 2
 CALLS = {
     "sm_90, TMA and wgmma": ("sm_90", CAUSAL),
     "sm_90, rows of 64 bytes, swizzled as such": ("sm_90", CAUSAL | HALF | {"head_dim": 32}),
-    "sm_90, two boxes a row": ("sm_90", CAUSAL | {"head_dim": 128}),
+    "sm_90, two boxes a row": ("sm_90", CAUSAL | {"head_dim": 128} | APART),
+    "sm_90, dQ by atomics with every feature": ("sm_90", AT_ONCE),
     "sm_90, tf32": ("sm_90", CAUSAL | SINGLE),
     "sm_90, one column: queries MN-major": ("sm_90", CAUSAL | {"head_dim": 1}),
     "sm_90, every feature: bytes shared by warps": ("sm_90", FEATURES),
@@ -49,7 +52,8 @@ CALLS = {
     "sm_90, a shard: its diagonal, distances and counter": ("sm_90", FEATURES | PLACED),
     "sm_80": ("sm_80", CAUSAL),
     "sm_80, every feature": ("sm_80", FEATURES),
-    "sm_80, values wider than keys": ("sm_80", CAUSAL | {"head_dim_v": 72}),
+    "sm_80, values wider than keys": ("sm_80", CAUSAL | {"head_dim_v": 72} | APART),
+    "sm_80, dQ by atomics with every feature": ("sm_80", AT_ONCE),
     "sm_80, tf32": ("sm_80", CAUSAL | SINGLE),
     "sm_80, paged decode, split": ("sm_80", PAGED),
 }

@@ -7,6 +7,7 @@
 
 Two passes, 7 products instead of 5: no atomics, so the results are bitwise equal from run to run.
 dK and dV: a program = BLOCK_N keys of a K/V head, all heads of its group; dQ: BLOCK_M queries.
+The functions of a block of keys also serve the one pass of 5 products (fused.py), which adds dQ up.
 """
 
 import triton
@@ -29,6 +30,8 @@ from attn_ext.triton_kernels.kernels.primitives import (
     GROUPED,
     MASK,
     STREAM,
+    SUM_ROWS,
+    VARLEN,
     alibi_slope,
     careful_rows_at_once,
     diagonal,
@@ -70,13 +73,14 @@ RUNTIME = (
 
 @triton.jit(do_not_specialize=["heads_q", "total_q", "seqlen_q", "blocks"])
 def delta_kernel(
-    out, dout, lse, dlse, delta, lse2, cu_seqlens_q,
-    o_b, o_h, o_s, do_b, do_h, do_s, lse_b, lse_h, heads_q, total_q, seqlen_q, blocks,
-    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr,
-    FLAGS: tl.constexpr,
+    out, dout, lse, dlse, delta, lse2, sums, cu_seqlens_q,
+    o_b, o_h, o_s, do_b, do_h, do_s, lse_b, lse_h, sums_b, sums_h, heads_q, total_q, seqlen_q,
+    blocks,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DLSE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE, without O dlse for it, and LSE in base 2 (`near_lse`), float32
-    in LSE's layout."""
+    in LSE's layout; and zeros in the sums of dQ, if any (fused.py)."""
     block, h, b = program(blocks, heads_q)
     i_first = block * BLOCK_M
     q_first, length_q = sequence(cu_seqlens_q, b, total_q, seqlen_q, FLAGS)
@@ -97,6 +101,27 @@ def delta_kernel(
             value -= tl.load(dlse + row, mask=i < length_q, other=0.0)
     tl.store(delta + row, value, mask=i < length_q)
     tl.store(lse2 + row, near_lse(lse, row, i < length_q), mask=i < length_q)
+    if sums is not None:
+        rows = sums_of(sums, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
+        places = i_first.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_M * BLOCK_D)
+        tl.store(rows + places, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+
+
+@triton.jit
+def sums_of(sums, b, h, q_first, sums_b, sums_h, BLOCK_D: tl.constexpr, FLAGS: tl.constexpr):
+    """The sums of dQ of a sequence's head: float32 [rows, BLOCK_D], SUM_ROWS at a time in an order
+    of their own (`sum_places`).  Each begins at a multiple of SUM_ROWS rows and no two share one,
+    so that programs add whole tiles, without a look at which rows exist."""
+    first = b * 0
+    if VARLEN & FLAGS:
+        first = (q_first // SUM_ROWS + b) * SUM_ROWS
+    return sums + b * sums_b + h * sums_h + first * BLOCK_D
+
+
+@triton.jit
+def sum_places(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where the elements of a tile lie in the sums of dQ, [BLOCK_M, BLOCK_D]."""
+    return tl.arange(0, BLOCK_M)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
@@ -112,13 +137,14 @@ def row_values(lse2, delta, i, seqlen_q, EDGE: tl.constexpr):
 
 @triton.jit
 def key_gradient_tiles(
-    dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng, scale, left,
-    right, first, skip_from, skip, end,
+    dk, dv, k, v, qdo, rows, sums, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng, scale,
+    left, right, first, skip_from, skip, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Adds query tiles first..end - 1 of head h, less `skip` from `skip_from` on.  Scores are
-    transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are."""
+    transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are.  sums: of
+    dQ, to which these keys' share is added, or None."""
     q, q_s, do, do_s = qdo
     lse2, delta = rows
     ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
@@ -128,6 +154,11 @@ def key_gradient_tiles(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = alibi_slope(b, h, terms, scale, FLAGS)
+    if sums is not None:
+        start = first
+        if EDGE:
+            start = tl.where(first < skip_from, first, first + skip)
+        sums_at = sums + start.to(tl.int64) * (BLOCK_M * BLOCK_D)
     for step in tl.range(first, end - skip):
         m_block = step
         if EDGE:
@@ -178,7 +209,20 @@ def key_gradient_tiles(
         if STREAM & FLAGS:
             tl.debug_barrier()
             q_tile = load_rows(q_rows, D, BLOCK_D)
-        dk = dot(ds, q_tile, dk)
+        if sums is None:
+            dk = dot(ds, q_tile, dk)
+        else:
+            ds = ds.to(k.dtype)  # of which both products are; transposed, it is half as much
+            dk = dot(ds, q_tile, dk)
+            # dQ += dS @ K   [BLOCK_M, BLOCK_D], as programs of other keys do
+            dq = dot(tl.trans(ds), k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+            tl.atomic_add(sums_at + sum_places(BLOCK_M, BLOCK_D), dq, sem="relaxed")
+            # not from i_first: Triton takes products whose addresses share a number for a chain,
+            # and gives all of them the arrangement of warps that suits dQ
+            sums_at += BLOCK_M * BLOCK_D
+            if EDGE:
+                skipped = tl.where(step + 1 == skip_from, skip, 0)
+                sums_at += skipped.to(tl.int64) * (BLOCK_M * BLOCK_D)
     return dk, dv
 
 
@@ -217,8 +261,8 @@ def careful_key_gradients(
 
 @triton.jit
 def key_gradients(
-    k, v, pointers, strides, c, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, terms, rng,
-    scale, left, right,
+    k, v, pointers, strides, sums, c, b, hk, j_first, q_first, seqlen_q, seqlen_k, group, terms,
+    rng, scale, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAREFUL: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -243,6 +287,10 @@ def key_gradients(
                do + b * do_b + h * do_h + q_first * do_s, do_s)  # fmt: skip
         row = b * lse_b + h * lse_h + q_first
         rows = (lse2 + row, delta + row)
+        dq_sums = None
+        if sums is not None:
+            sum, sums_b, sums_h = sums
+            dq_sums = sums_of(sum, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
         if CAREFUL:
             dk, dv = careful_key_gradients(
                 dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
@@ -251,13 +299,13 @@ def key_gradients(
             )  # fmt: skip
         else:  # the cut tiles first: what their loop needs is not held through the other
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
-                scale, left, right, first, full_first, full_end - full_first, end,
+                dk, dv, k, v, qdo, rows, dq_sums, c, b, h, j_first, seqlen_q, seqlen_k, off, terms,
+                rng, scale, left, right, first, full_first, full_end - full_first, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
             )  # fmt: skip
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
-                scale, left, right, full_first, full_first, 0, full_end,
+                dk, dv, k, v, qdo, rows, dq_sums, c, b, h, j_first, seqlen_q, seqlen_k, off, terms,
+                rng, scale, left, right, full_first, full_first, 0, full_end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
             )  # fmt: skip
     return dk, dv
@@ -278,18 +326,22 @@ def store_key_gradients(
     store_tile(dk_rows, dk_s, j_first, seqlen_k, dk, D, BLOCK_N, BLOCK_D, FLAGS, order)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def dkdv_kernel(
-    q, k, v, dout, lse2, delta, dk, dv,
-    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
-    dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
-    heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
-    scale, threshold, inverse_keep, left, right, softmax_scale,
+@triton.jit
+def key_block(
+    inputs, grads, sums, terms, rng_state, cu_seqlens, strides, key_strides, grad_strides, sizes,
+    numbers,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of keys * Hk * B).  dK, dV [B, Hk, Sk, D | Dv]."""
+    """A program of `dkdv_kernel`, and with (sums of dQ, their strides of batch and head) one of
+    `fused_kernel`."""
+    q, k, v, dout, lse2, delta = inputs
+    dk, dv = grads
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens
+    k_b, k_h, k_s, v_b, v_h, v_s = key_strides
+    dk_b, dk_h, dk_s, dv_b, dv_h, dv_s = grad_strides
+    heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks = sizes
+    scale, threshold, inverse_keep, left, right, softmax_scale = numbers
     block, hk, b = program(blocks, heads_q // group)
     j_first = block * BLOCK_N
     q_first, length_q, k_first, length_k = sequences(
@@ -300,7 +352,6 @@ def dkdv_kernel(
     b, hk = b.to(tl.int64), hk.to(tl.int64)
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     pointers = (q, dout, lse2, delta)
-    strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h)
     k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
     v_rows = head_rows(v, b, hk, k_first, v_b, v_h, v_s)
     order = own_key_order(BLOCK_N, FLAGS)
@@ -314,8 +365,8 @@ def dkdv_kernel(
         )
     c = order[:, None]
     dk_tile, dv_tile = key_gradients(
-        k_tile, v_tile, pointers, strides, c, b, hk, j_first, q_first, length_q, length_k, group,
-        terms, rng, scale, left, right,
+        k_tile, v_tile, pointers, strides, sums, c, b, hk, j_first, q_first, length_q, length_k,
+        group, terms, rng, scale, left, right,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
     )  # fmt: skip
     bad = nan_count(dk_tile) + nan_count(dv_tile)
@@ -334,8 +385,8 @@ def dkdv_kernel(
             part_k = load_tile(k_rows, k_s, row, length_k, D, ROWS, BLOCK_D, True, FLAGS)
             part_v = load_tile(v_rows, v_s, row, length_k, DV, ROWS, BLOCK_DV, True, FLAGS)
             part_dk, part_dv = key_gradients(
-                part_k, part_v, pointers, strides, part_c, b, hk, row, q_first, length_q, length_k,
-                group, terms, rng, scale, left, right,
+                part_k, part_v, pointers, strides, None, part_c, b, hk, row, q_first, length_q,
+                length_k, group, terms, rng, scale, left, right,
                 D, DV, BLOCK_M, ROWS, BLOCK_D, BLOCK_DV, True, FLAGS,
             )  # fmt: skip
             store_key_gradients(
@@ -346,6 +397,28 @@ def dkdv_kernel(
             dk_tile, dv_tile, ends, j_first, length_k, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
             order,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dkdv_kernel(
+    q, k, v, dout, lse2, delta, dk, dv,
+    terms, sink, rng_state, cu_seqlens_q, cu_seqlens_k,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, lse_b, lse_h,
+    dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
+    heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks,
+    scale, threshold, inverse_keep, left, right, softmax_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of keys * Hk * B).  dK, dV [B, Hk, Sk, D | Dv]."""
+    key_block(
+        (q, k, v, dout, lse2, delta), (dk, dv), None, terms, rng_state,
+        (cu_seqlens_q, cu_seqlens_k), (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h),
+        (k_b, k_h, k_s, v_b, v_h, v_s), (dk_b, dk_h, dk_s, dv_b, dv_h, dv_s),
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks),
+        (scale, threshold, inverse_keep, left, right, softmax_scale),
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -443,6 +516,43 @@ def careful_query_gradients(
     return dq
 
 
+@triton.jit
+def careful_query_block(
+    inputs, dq, strides, key_strides, zero, b, h, hk, i_first, q_first, k_first, length_q, length_k,
+    off, terms, rng, scale, left, right, softmax_scale, j_first, j_end,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Writes dQ of queries i_first, ..., by `careful_query_gradients` of keys j_first..j_end - 1;
+    zero: `unknown_zero`."""
+    q, k, v, dout, lse2, delta = inputs
+    q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h, dq_b, dq_h, dq_s = strides
+    k_b, k_h, k_s, v_b, v_h, v_s = key_strides
+    b, h, hk, q_first, k_first = b + zero, h + zero, hk + zero, q_first + zero, k_first + zero
+    q_rows = head_rows(q, b, h, q_first, q_b, q_h, q_s)
+    do_rows = head_rows(dout, b, h, q_first, do_b, do_h, do_s)
+    dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
+    kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
+          head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
+    ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // (BLOCK_D + BLOCK_DV))
+    part_r = tl.arange(0, ROWS)[:, None]
+    for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
+        i_part = i_first + zero + part * ROWS
+        part_q = load_tile(q_rows, q_s, i_part, length_q, D, ROWS, BLOCK_D, True, FLAGS)
+        part_do = load_tile(do_rows, do_s, i_part, length_q, DV, ROWS, BLOCK_DV, True, FLAGS)
+        part_i = i_part + tl.arange(0, ROWS)
+        part_row = b * lse_b + h * lse_h + q_first + part_i
+        part_lse = tl.load(lse2 + part_row, mask=part_i < length_q, other=float("inf"))
+        part_delta = tl.load(delta + part_row, mask=part_i < length_q, other=0.0)
+        part_acc = careful_query_gradients(
+            tl.zeros([ROWS, BLOCK_D], tl.float32), part_q, part_do, part_lse, part_delta, kv,
+            i_part, part_r, b, h, length_q, length_k, off, terms, rng, scale, left, right, j_first,
+            j_end, D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS,
+        )  # fmt: skip
+        part_acc = part_acc * softmax_scale
+        store_tile(dq_rows, dq_s, i_part, length_q, part_acc, D, ROWS, BLOCK_D, FLAGS)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
     q, k, v, dout, lse2, delta, dq, dbias,
@@ -499,32 +609,14 @@ def dq_kernel(
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
     )  # fmt: skip
     bad = nan_count(acc)
+    query_strides = (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h, dq_b, dq_h, dq_s)
     if bad > 0:  # each way stores its own result, as in fwd.py
-        zero = unknown_zero(bad)
-        b, h, hk, q_first, k_first = b + zero, h + zero, hk + zero, q_first + zero, k_first + zero
-        q_rows = head_rows(q, b, h, q_first, q_b, q_h, q_s)
-        do_rows = head_rows(dout, b, h, q_first, do_b, do_h, do_s)
-        dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
-        kv = (head_rows(k, b, hk, k_first, k_b, k_h, k_s), k_s,
-              head_rows(v, b, hk, k_first, v_b, v_h, v_s), v_s)  # fmt: skip
-        ROWS: tl.constexpr = careful_rows_at_once(BLOCK_M, 8192 // (BLOCK_D + BLOCK_DV))
-        part_r = tl.arange(0, ROWS)[:, None]
-        for part in tl.range(0, BLOCK_M // ROWS, num_stages=1):
-            i_part = i_first + zero + part * ROWS
-            part_q = load_tile(q_rows, q_s, i_part, length_q, D, ROWS, BLOCK_D, True, FLAGS)
-            part_do = load_tile(do_rows, do_s, i_part, length_q, DV, ROWS, BLOCK_DV, True, FLAGS)
-            part_i = i_part + tl.arange(0, ROWS)
-            part_row = b * lse_b + h * lse_h + q_first + part_i
-            part_lse = tl.load(lse2 + part_row, mask=part_i < length_q, other=float("inf"))
-            part_delta = tl.load(delta + part_row, mask=part_i < length_q, other=0.0)
-            part_acc = careful_query_gradients(
-                tl.zeros([ROWS, BLOCK_D], tl.float32), part_q, part_do, part_lse, part_delta, kv,
-                i_part, part_r, b, h, length_q, length_k, off, terms, rng, scale, left, right,
-                first * BLOCK_N, tl.minimum(end * BLOCK_N, length_k),
-                D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS,
-            )  # fmt: skip
-            part_acc = part_acc * softmax_scale
-            store_tile(dq_rows, dq_s, i_part, length_q, part_acc, D, ROWS, BLOCK_D, FLAGS)
+        careful_query_block(
+            (q, k, v, dout, lse2, delta), dq, query_strides, (k_b, k_h, k_s, v_b, v_h, v_s),
+            unknown_zero(bad), b, h, hk, i_first, q_first, k_first, length_q, length_k, off, terms,
+            rng, scale, left, right, softmax_scale, first * BLOCK_N,
+            tl.minimum(end * BLOCK_N, length_k), D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, FLAGS,
+        )  # fmt: skip
     else:
         dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
         acc = acc * softmax_scale

@@ -34,6 +34,7 @@ LEAST2 = tl.constexpr(-3.3e38)
 FINFO_MIN = tl.constexpr(-3.4028234663852886e38)
 FAR_LSE = tl.constexpr(256.0)  # beyond it LSE has lost digits of a weight exp(S - LSE): far.py
 FAR = tl.constexpr(200.0)  # 2^-FAR is 0; beyond it a distance may overflow where it meets such a 0
+SUM_ROWS = tl.constexpr(64)  # of the sums of dQ: the most queries of a tile of fused.py
 
 MASK = tl.constexpr(1)  # bool mask
 BIAS = tl.constexpr(2)

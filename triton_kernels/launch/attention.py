@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -238,19 +239,25 @@ class Plan:
 
     def rich(self) -> str:
         """As `configs.tile` takes it."""
-        names = [name for name, flag in _RICH.items() if self.flags & flag]
-        return "all" if len(names) > 1 else "".join(names)
+        return several(name for name, flag in _RICH.items() if self.flags & flag)
+
+
+def several(features: Iterable[str]) -> str:
+    """Features of a rich call as `configs.tile` takes them."""
+    names = list(features)
+    return "all" if len(names) > 1 else "".join(names)
 
 
 def architecture(x: torch.Tensor) -> str:
     """ "sm_90", "gfx942", ... of x's device; "interpreter" for a tensor on the CPU."""
     if not x.is_cuda:
         return "interpreter"
-    return _architecture(x.device.index)
+    return architecture_of(x.device.index)
 
 
 @functools.cache
-def _architecture(index: int) -> str:
+def architecture_of(index: int) -> str:
+    """ "sm_90", "gfx942", ... of a GPU."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]

@@ -1,5 +1,5 @@
 """From a `Call` and dO to the launches of the backward kernels: delta, dK and dV, dQ, dbias, and
-the same of far rows."""
+the same of far rows; or dK, dV and sums of dQ in one kernel."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import math
 import torch
 
 from attn_ext.core.layout import empty_like_layout, rows, score_strides, strides
+from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs
 from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
 from attn_ext.triton_kernels.kernels.dbias import dbias_kernel
 from attn_ext.triton_kernels.kernels.far import far_keys_kernel, far_queries_kernel
+from attn_ext.triton_kernels.kernels.fused import dq_from_sums_kernel, fused_kernel
+from attn_ext.triton_kernels.kernels.primitives import SUM_ROWS
 from attn_ext.triton_kernels.launch import attention, replay
 from attn_ext.triton_kernels.launch.attention import Plan, ceil_div
 from attn_ext.triton_kernels.launch.gradients import dbias_flags, sink_gradient
@@ -25,10 +28,37 @@ def empty_gradient(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     return plan.own(empty_like_layout(x, x.shape[-1], dtype), 0.0 if gaps else None)
 
 
-class Backward:
-    """The backward kernels of one call; what all of them read is prepared here."""
+def fused_tile(plan: Plan, needs: Needs) -> configs.Tile | None:
+    """The tile of the kernel that computes dK, dV and dQ at once; None where two kernels serve: for
+    results that are the same from run to run, for the gradient of a bias, which the kernel of dQ
+    writes, and where the table says so."""
+    wanted = needs.q and (needs.k or needs.v) and not needs.bias
+    if plan.call.deterministic or not wanted or plan.q.element_size() != 2:
+        return None
+    found = plan.tile("fused")
+    return None if found == configs.PAIR else found
 
-    def __init__(self, plan: Plan, dout, out, lse, dlse):
+
+def kernels_of(problem: Problem) -> str:
+    """The kernels of a backward that wants the gradients of q, k and v, and of a bias that has
+    one."""
+    fused = not (problem.deterministic or problem.bias_grad) and problem.dtype.itemsize == 2
+    if fused:
+        gpu = problem.device == "cuda"
+        name = attention.architecture_of(problem.device_index) if gpu else "interpreter"
+        widths = map(attention.width, (problem.head_dim, problem.head_dim_v))
+        rich = attention.several(x for x in configs.RICH_FEATURES if getattr(problem, x))
+        fused = configs.tile(name, "fused", max(widths), 2, rich) != configs.PAIR
+    if fused:
+        return "fused_kernel, which adds dQ up by atomic additions, and dq_from_sums_kernel"
+    return "dkdv_kernel and dq_kernel"
+
+
+class Backward:
+    """The backward kernels of one call; what all of them read is prepared here.  fused: whether dQ
+    is summed up by the kernel of dK and dV."""
+
+    def __init__(self, plan: Plan, dout, out, lse, dlse, fused: bool = False):
         self.plan, varlen = plan, plan.varlen
         self.dout = rows(dout.to(plan.q.dtype))
         self.out = None if out is None else rows(out)
@@ -57,6 +87,17 @@ class Backward:
         )  # fmt: skip
         self.heads = (plan.heads_q, plan.heads_q // plan.heads_k)
         self.inputs = (plan.q, plan.k, plan.v, self.dout, self.lse2, self.delta)
+        self.sums, self.sum_strides = None, (0, 0)
+        if fused:
+            # float32, `bwd.sums_of`; the kernel of delta clears them, which sigmoid weights lack
+            rows_taken, step = plan.seqlen_q, SUM_ROWS.value
+            if varlen:
+                rows_taken = plan.q.shape[0] + plan.batch * step
+            per_head = ceil_div(rows_taken, step) * step * plan.block_d
+            heads = plan.heads_q * (1 if varlen else plan.batch)
+            sums = torch.empty(heads * per_head, dtype=torch.float32, device=plan.q.device)
+            self.sums = plan.own(sums, 0.0 if plan.sigmoid else None)
+            self.sum_strides = (0 if varlen else plan.heads_q * per_head, per_head)
 
     def _sizes(self, blocks: int) -> tuple:
         plan = self.plan
@@ -73,22 +114,40 @@ class Backward:
         blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             delta_kernel, blocks * plan.heads_q * plan.batch, tile,
-            self.out, self.dout, self.lse, self.dlse, self.delta, self.lse2, plan.cu_seqlens_q,
+            self.out, self.dout, self.lse, self.dlse, self.delta, self.lse2, self.sums,
+            plan.cu_seqlens_q,
             *strides(self.dout if self.out is None else self.out, plan.varlen),
             *strides(self.dout, plan.varlen),
-            *plan.lse_strides(), plan.heads_q, plan.totals()[0], plan.seqlen_q, blocks,
-            plan.dim_v, tile.block_m, plan.block_dv, self.dlse is not None, plan.flags,
+            *plan.lse_strides(), *self.sum_strides, plan.heads_q, plan.totals()[0], plan.seqlen_q,
+            blocks,
+            plan.dim_v, tile.block_m, plan.block_d, plan.block_dv, self.dlse is not None,
+            plan.flags,
         )  # fmt: skip
 
     def keys(self, dk, dv) -> None:
         """dK and dV; the kernel makes both, so a gradient that is not needed (None) is dropped."""
-        plan, tile = self.plan, self.plan.tile("dkdv")
+        self._keys(dkdv_kernel, self.plan.tile("dkdv"), dk, dv, (), ())
+
+    def _keys(self, kernel, tile, dk, dv, sums: tuple, sum_strides: tuple) -> None:
+        plan = self.plan
         self.dk = dk = plan.own(torch.empty_like(plan.k)) if dk is None else dk
         self.dv = dv = plan.own(torch.empty_like(plan.v)) if dv is None else dv
         blocks = ceil_div(plan.seqlen_k, tile.block_n)
         plan.run(
-            dkdv_kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv,
-            *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen),
+            kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv, *sums,
+            *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen), *sum_strides,
+            *self._sizes(blocks), *self._tiles(tile), plan.flags,
+        )  # fmt: skip
+
+    def all_at_once(self, tile: configs.Tile, dq, dk, dv) -> None:
+        """dK, dV and dQ by one kernel, and one that rounds dQ."""
+        plan, self.dq = self.plan, dq
+        self._keys(fused_kernel, tile, dk, dv, (self.sums,), self.sum_strides)
+        tile = configs.ROUNDING
+        blocks = ceil_div(plan.seqlen_q, tile.block_m)
+        plan.run(
+            dq_from_sums_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq,
+            self.sums, *self.shared, *strides(dq, plan.varlen), *self.sum_strides,
             *self._sizes(blocks), *self._tiles(tile), plan.flags,
         )  # fmt: skip
 
@@ -182,15 +241,19 @@ def backward_long(call: Call, dout, out, lse, dlse, needs, key) -> list[torch.Te
     if needs.bias:
         dbias = plan.own(call.q.new_empty(call.bias.shape, dtype=torch.float32), 0.0)
     if call.q.numel() and call.k.numel() and call.v.numel():
-        kernels = Backward(plan, dout, out, lse, dlse)
+        fused = fused_tile(plan, needs)
+        kernels = Backward(plan, dout, out, lse, dlse, fused is not None)
         with attention.on_device(plan.q):
             if not plan.sigmoid:
                 kernels.preprocess()
-            if dk is not None or dv is not None:
-                kernels.keys(dk, dv)
             apart = needs.bias and call.deterministic and tuple(dbias.shape) != plan.sizes
-            if dq is not None or (dbias is not None and not apart):
-                kernels.queries(dq, None if apart else dbias)
+            if fused is not None:
+                kernels.all_at_once(fused, dq, dk, dv)
+            else:
+                if dk is not None or dv is not None:
+                    kernels.keys(dk, dv)
+                if dq is not None or (dbias is not None and not apart):
+                    kernels.queries(dq, None if apart else dbias)
             if apart:
                 kernels.shared_dbias(dbias)
             if not plan.sigmoid:

@@ -71,7 +71,7 @@ struct Threshold {
   ATTN_DEVICE static Threshold of(const Dropout& dropout) {
     const uint64_t rest = 0x100000000u - dropout.least_word();
     // shuffled, so that the compiler does not know them and the sum stays one instruction
-    return {warp_uniform(uint32_t(rest)), warp_uniform(uint32_t(rest >> 32) - 1)};
+    return {shfl(uint32_t(rest), 0), shfl(uint32_t(rest >> 32) - 1, 0)};
   }
   // Ones where a word is dropped, else 0.
   ATTN_DEVICE uint32_t dropped(uint32_t word) const { return add_high(word, low, high); }

@@ -156,6 +156,34 @@ def test_rows_of_which_only_late_keys_count(hopper):
         check_call(call._replace(**more), hopper.module, grads=False)
 
 
+def keep_but_few(call):
+    """A mask that keeps all but single pairs: in the last keys of a tile and in the first, in rows
+    of either half of a warp's 16, and of the second warpgroup."""
+    call.mask[:] = True
+    call.mask[..., :5, 127] = False
+    for row, key in ((9, 130), (17, 128 + 113), (70, 260), (75, 383)):
+        call.mask[..., row, key] = False
+    return call
+
+
+def test_tiles_that_a_mask_keeps_but_for_a_pair(hopper):
+    """A tile that passes for one of which the mask keeps all."""
+    call = keep_but_few(hopper.call(3, mask="qk", **SIZES))
+    for more in ({}, {"need_stats": True}):
+        check_call(call._replace(**more), hopper.module, grads=False)
+
+
+def test_dropout_where_bases_move(hopper):
+    """Masks of dropped pairs that are lost where exponentials are taken once more: each tile has
+    larger logits than the one before."""
+    call = hopper.call(3, dropout_p=0.3, **SIZES)
+    call.k.mul_(
+        torch.arange(400, device=call.k.device).div(128, rounding_mode="floor")[:, None] * 3 + 1
+    )
+    for more in ({}, {"need_stats": True}):
+        check_call(call._replace(**more), hopper.module, grads=False)
+
+
 def test_gradients_take_its_lse(hopper):
     """LSE or O that the backward kernels of sm_80, which serve these calls, cannot use."""
     options = {"seqlen_q": 70, "seqlen_k": 150, "mask": "qk", "dropout_p": 0.2, "causal": True}

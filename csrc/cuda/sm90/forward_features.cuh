@@ -7,10 +7,11 @@
 // keys 16 m + 4 t .. + 3: one load of a mask or of a bias, one block of Philox.  Products know
 // nothing of it: a sum over keys does not mind their order.
 //
-// What is added to a tile that every row sees: mask and bias are asked for before the products are
-// issued; which pairs are masked and which are dropped is known, in two words a row, before S is
-// waited for; behind it come the logits and a selection a pair.  No tile is looked at for NaN: what
-// a NaN behind an excluded pair leaves is computed once more (repair.cuh).
+// What is added to a tile that every row sees: before the products are issued, while the registers
+// of S are free, dropout is drawn, into the words of P that it masks, and mask and bias are asked
+// for; while S is computed, the mask becomes a bit a pair; behind it come the logits and, where the
+// mask does not keep all of the warp's pairs, a selection a pair.  No tile is looked at for NaN:
+// what a NaN behind an excluded pair leaves is computed once more (repair.cuh).
 #pragma once
 #include "forward.cuh"
 
@@ -68,7 +69,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       : Base(params, smem.K, smem.V, q),
         score(of),
         dropout(Dropout::of(params, of.seq)),
-        threshold(Threshold::of(dropout)),
+        threshold(may_have<BITS>(kDropout) ? Threshold::of(dropout) : Threshold{}),
         head(HeadTerms<float>::of(params.ptr, of.seq, h, 1.0f)) {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -132,7 +133,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       for (int odd = 0; odd < 2; ++odd) {
         const uint32_t both =
             halves_of(threshold.dropped(words[odd]), threshold.dropped(words[2 + odd]));
-        pair(P, m, odd, r) = wgmma_held(both);  // before the wait that follows
+        pair(P, m, odd, r) = wgmma_held(both);  // here, and not behind the products
       }
     }
   }
@@ -298,8 +299,8 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   ATTN_DEVICE bool tile(Scores& S, Weights& P, int n0, const Issue& issue, const Wait& wait) {
     Sides sides;
     PairBits unmasked;
-    if (has<BITS>(p, kDropout)) draw(P, n0);
     load_sides(sides, n0, 0, EARLY);
+    if (has<BITS>(p, kDropout)) draw(P, n0);
     issue();
     if (has<BITS>(p, kMask) && EARLY == GROUPS) mask_bits(unmasked, sides);
     wait();  // S is there

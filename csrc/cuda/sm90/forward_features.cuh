@@ -43,9 +43,9 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     }
     // Whether all of the warp's pairs are kept.
     ATTN_DEVICE bool all() const {
-      bool none = (row[0] & row[1]) == ((1u << GROUPS_IN_ROW) - 1) * 0x01010101u;
-      if (LAST) none &= (last[0] & last[1]) == 0x01010101u;
-      return ballot(!none) == 0;
+      bool mine = (row[0] & row[1]) == ((1u << GROUPS_IN_ROW) - 1) * 0x01010101u;
+      if (LAST) mine &= (last[0] & last[1]) == 0x01010101u;
+      return ballot(!mine) == 0;
     }
   };
 

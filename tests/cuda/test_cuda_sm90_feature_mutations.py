@@ -102,8 +102,8 @@ def made(name, options):
         call.bias[:, :, 5, :200], call.bias[:, :, 5, 200:] = 5.5e8, 5.3e8
     if name == "few":  # the mask keeps all but single pairs
         call.mask[:] = True
-        call.mask[..., :5, 127] = False
-        call.mask[..., 9, 130] = call.mask[..., 70, 260] = False
+        call.mask[..., :5, 127] = call.mask[..., 8:16, 130] = call.mask[..., 70, 260] = False
+        call.k[..., [127, 130, 260], :] *= 4  # and they would be seen
     if name == "grows":  # logits of which each tile has larger ones
         call.k.mul_(torch.arange(400).div(128, rounding_mode="floor").mul(3)[:, None] + 1)
     return call

@@ -66,12 +66,13 @@ FAMILIES = ("sm80", "sm90")  # of the CUDA kernels
 @dataclass(frozen=True)
 class Kernel:
     """A kernel to look at: the function that a call with `features` launches.  mma_threads: those
-    that run the loop, 0 for all of a CTA."""
+    that run the loop, 0 for all of a CTA.  through: a group of which the path takes what it can."""
 
     family: str  # "sm80" or "sm90"
     function: str
     mma_threads: int = 0
     features: str = "none"  # of the calls that `attn-ext compile` knows
+    through: str = ""
 
 
 KERNELS = {
@@ -84,11 +85,16 @@ KERNELS = {
         for way, function in (("forward", "forward_features"), ("backward", "backward_features"))
         for name in ("mask", "bias", "dropout")
     },
+    # a tile of which the mask takes a pair, and one of which it keeps all
+    "sm80_forward_mask": Kernel("sm80", "forward_features", features="mask", through="select"),
+    "sm80_forward_mask_kept": Kernel("sm80", "forward_features", features="mask"),
     "sm90_forward": Kernel("sm90", "forward", 256),
     **{
         f"sm90_forward_{name}": Kernel("sm90", "forward_features", 256, name)
-        for name in ("mask", "bias", "dropout")
+        for name in ("bias", "dropout")
     },
+    "sm90_forward_mask": Kernel("sm90", "forward_features", 256, "mask", "select"),
+    "sm90_forward_mask_kept": Kernel("sm90", "forward_features", 256, "mask"),
     "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "frozen_keys"),
     "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "frozen_queries"),
     "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),
@@ -222,11 +228,13 @@ class Code:
         return found
 
 
-def hot_path(code: Code, architecture: Architecture) -> tuple[list[Instruction], list[str]]:
+def hot_path(
+    code: Code, architecture: Architecture, through: str = ""
+) -> tuple[list[Instruction], list[str]]:
     """The hot loop's path, and the addresses of inner loops on it, which are counted once.
 
-    A path is worth 3 for a tensor cycle (1 in an inner loop), 40 for a copy, -1 for any other
-    instruction: all products and copies, and the least else.
+    A path is worth 3 for a tensor cycle (1 in an inner loop), 40 for a copy or what is of the group
+    `through`, -1 for any other instruction: all products and copies, and the least else.
     """
     loops = code.loops()
 
@@ -235,7 +243,8 @@ def hot_path(code: Code, architecture: Architecture) -> tuple[list[Instruction],
         total = 0.0
         for each in map(code.instructions.__getitem__, code.blocks[block]):
             cycles = each.tensor_cycles(architecture)
-            total += cycles * (1 if inner else 3) if cycles else 40 if each.group == "copy" else -1
+            other = 40 if each.group in ("copy", through) else -1
+            total += cycles * (1 if inner else 3) if cycles else other
         return total
 
     def best_path(header: int) -> list[int]:
@@ -358,7 +367,8 @@ def sections(text: str):
 def path_of(name: str, head_dim: int) -> tuple[list[Instruction], int]:
     """(hot path, registers a thread) of a kernel of KERNELS."""
     ((_, section, registers),) = sections(disassemble(name, head_dim))
-    path, _ = hot_path(Code.of(section), ARCHITECTURES[KERNELS[name].family])
+    kernel = KERNELS[name]
+    path, _ = hot_path(Code.of(section), ARCHITECTURES[kernel.family], kernel.through)
     return path, registers
 
 

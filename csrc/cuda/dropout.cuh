@@ -58,10 +58,23 @@ struct Dropout {
  private:
   // The four keys among which position `at` of the whole is, of query i of head h.
   ATTN_DEVICE void block(int h, int i, int at, uint32_t (&out)[4]) const {
-    const uint32_t counter[4] = {uint32_t(at) >> 2, uint32_t(frame.q_first + i),
+    const uint32_t counter[4] = {uint32_t(at >> 2), uint32_t(frame.q_first + i),
                                  uint32_t(frame.first_h + h), uint32_t(frame.first_b)};
     philox4x32(key, counter, out);
   }
+};
+
+// Words compared without predicates, by what a sum of 64 bits carries.
+struct Threshold {
+  uint32_t low, high;  // 2^32 less the threshold, beside ones in the high word
+
+  ATTN_DEVICE static Threshold of(const Dropout& dropout) {
+    const uint64_t rest = 0x100000000u - dropout.least_word();
+    // shuffled, so that the compiler does not know them and the sum stays one instruction
+    return {shfl(uint32_t(rest), 0), shfl(uint32_t(rest >> 32) - 1, 0)};
+  }
+  // Ones where a word is dropped, else 0.
+  ATTN_DEVICE uint32_t dropped(uint32_t word) const { return add_high(word, low, high); }
 };
 
 }  // namespace attn::cuda

@@ -19,9 +19,10 @@
 //   matrices      ldmatrix_x2/x4(r, addr) ..._trans, mma_m16n8k16<T>(acc, a, b0, b1) T = bf16|fp16,
 //                 mma_m16n8k8_tf32(acc, a, b0, b1): acc += A B in fp32
 //   numbers       pack<T>(lo, hi) unpack_lo/hi<T>(word) from_float<T> to_float to_tf32
-//                 exp2_approx log2_approx rcp_approx tanh_accurate
+//                 exp2_approx log2_approx rcp_approx tanh_accurate add_high halves_of
 //   global        ldg_64/128 stg_64/128 atomic_add_global(float*|int*, v) thread_fence()
 //                 load_acquire(int*) store_release(int*, v): words by which blocks wait for blocks
+//                 opaque(address) ldg_const_32/64/128
 //
 // All 32 lanes of a warp must reach a *_sync instruction (shuffles, ballot, sync_warp, ldmatrix,
 // mma) together.  Fragment layouts: docs/design/cuda.md.
@@ -254,6 +255,22 @@ ATTN_DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4], uint3
 ATTN_DEVICE float as_float(uint32_t v) { return __uint_as_float(v); }
 ATTN_DEVICE uint32_t as_uint(float v) { return __float_as_uint(v); }
 
+// The high word of a + b, b of 64 bits: one multiply-add.
+ATTN_DEVICE uint32_t add_high(uint32_t a, uint32_t b_low, uint32_t b_high) {
+  uint32_t out;
+  asm("{\n.reg .u32 low;\nmad.lo.cc.u32 low, %1, 1, %2;\nmadc.hi.u32 %0, %1, 1, %3;\n}"
+      : "=r"(out)
+      : "r"(a), "r"(b_low), "r"(b_high));
+  return out;
+}
+
+// The low half of `low` and the high half of `high`.
+ATTN_DEVICE uint32_t halves_of(uint32_t low, uint32_t high) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, 0x7610;" : "=r"(out) : "r"(low), "r"(high));
+  return out;
+}
+
 // Two floats rounded to nearest even; lo goes to the low half, the element with the lower index.
 template <class T>
 ATTN_DEVICE uint32_t pack(float lo, float hi);
@@ -300,6 +317,30 @@ ATTN_DEVICE float rcp_approx(float x) {
 ATTN_DEVICE float tanh_accurate(float x) { return tanhf(x); }
 
 // ---- global memory ----------------------------------------------------------------------------
+// The same address, as one of which the compiler knows nothing.
+template <class T>
+ATTN_DEVICE const T* opaque(const T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+// Of what no kernel writes while this one runs: the compiler may move them.
+ATTN_DEVICE uint32_t ldg_const_32(const void* p) {
+  uint32_t v;
+  asm("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+ATTN_DEVICE U32x2 ldg_const_64(const void* p) {
+  U32x2 v;
+  asm("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+ATTN_DEVICE U32x4 ldg_const_128(const void* p) {
+  U32x4 v;
+  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
+  return v;
+}
 ATTN_DEVICE U32x2 ldg_64(const void* p) { return *static_cast<const U32x2*>(p); }
 ATTN_DEVICE U32x4 ldg_128(const void* p) { return *static_cast<const U32x4*>(p); }
 ATTN_DEVICE void stg_64(void* p, U32x2 v) { *static_cast<U32x2*>(p) = v; }

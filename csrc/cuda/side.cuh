@@ -1,6 +1,8 @@
 // Mask and bias of 4 neighbouring keys of a query, read before the product that they belong to and
 // used behind it.
 #pragma once
+#include <type_traits>
+
 #include "score.cuh"
 
 namespace attn::cuda {
@@ -11,6 +13,10 @@ struct Side {
   // The bias as it was given, two to a word; else floats.
   static constexpr bool ASKS = (BITS & (kAny | kCast)) != 0;  // for its dtype, at run time
   static constexpr bool PACKED = kIsHalf<T> && !ASKS && !(BITS & kBiasFloat);
+  using Element = std::conditional_t<PACKED, T, float>;  // of a bias, if not ASKS
+  // Whether all that is there comes 4 keys a load, known when the kernel is compiled.
+  static constexpr bool VECTORS =
+      !ASKS && (!MASK || (BITS & kMaskVectors)) && (!BIAS || (BITS & kBiasVectors));
   uint32_t mask;  // a byte a key
   uint32_t bias[PACKED ? 2 : 4];
 
@@ -20,6 +26,29 @@ struct Side {
       return e % 2 ? unpack_hi<T>(bias[e / 2]) : unpack_lo<T>(bias[e / 2]);
     else
       return as_float(bias[e]);
+  }
+
+  // Where a row's masks and biases begin.  The compiler does not know where that is, and keeps the
+  // address: a tile's keys are one addition away.
+  struct Row {
+    const uint8_t* mask;
+    const Element* bias;
+
+    ATTN_DEVICE static Row of(const Params& p, const Query& q, int j) {
+      return {MASK ? opaque(static_cast<const uint8_t*>(p.ptr.mask) + (q.mask_row + j)) : nullptr,
+              BIAS ? opaque(static_cast<const Element*>(p.ptr.bias) + (q.bias_row + j)) : nullptr};
+    }
+  };
+  // The 4 keys from `offset` on of a row, if VECTORS.
+  ATTN_DEVICE void load(const Row& row, int offset) {
+    if (MASK) mask = ldg_const_32(row.mask + offset);
+    if constexpr (BIAS && PACKED) {
+      const U32x2 v = ldg_const_64(row.bias + offset);
+      bias[0] = v.x, bias[1] = v.y;
+    } else if constexpr (BIAS) {
+      const U32x4 v = ldg_const_128(row.bias + offset);
+      bias[0] = v.x, bias[1] = v.y, bias[2] = v.z, bias[3] = v.w;
+    }
   }
 
   // Keys j .. j + 3, all of which are there; j: a multiple of 4.

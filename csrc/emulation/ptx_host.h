@@ -141,8 +141,21 @@ inline float exp2_approx(float x) { return emulation::flush(exp2f(emulation::flu
 inline float log2_approx(float x) { return log2f(emulation::flush(x)); }
 inline float rcp_approx(float x) { return emulation::flush(1.0f / emulation::flush(x)); }
 inline float tanh_accurate(float x) { return tanhf(x); }
+inline uint32_t add_high(uint32_t a, uint32_t b_low, uint32_t b_high) {
+  return uint32_t(((uint64_t(b_high) << 32 | b_low) + a) >> 32);
+}
+inline uint32_t halves_of(uint32_t low, uint32_t high) {
+  return (low & 0x0000ffffu) | (high & 0xffff0000u);
+}
 
 // ---- global memory ----------------------------------------------------------------------------
+template <class T>
+const T* opaque(const T* address) {
+  return address;
+}
+inline uint32_t ldg_const_32(const void* p) { return *static_cast<const uint32_t*>(p); }
+inline U32x2 ldg_const_64(const void* p) { return *static_cast<const U32x2*>(p); }
+inline U32x4 ldg_const_128(const void* p) { return *static_cast<const U32x4*>(p); }
 inline U32x2 ldg_64(const void* p) { return *static_cast<const U32x2*>(p); }
 inline U32x4 ldg_128(const void* p) { return *static_cast<const U32x4*>(p); }
 inline void stg_64(void* p, U32x2 v) { *static_cast<U32x2*>(p) = v; }

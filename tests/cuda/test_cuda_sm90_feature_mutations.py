@@ -36,6 +36,7 @@ FORWARD = {
     "causal": ("plain", {"softcap": 2.0, "causal": True}),
     "far": ("plain", {"bias": "hqk"}),
     "grows": ("plain", {"mask": "qk"}),
+    "few": ("plain", {"mask": "qk"}),
     # rings go round
     "poison": ("poison", {"mask": "qk", "dropout_p": 0.3, "seqlen_q": 70, "seqlen_k": 800}),
     "race": ("race", {"mask": "qk", "dropout_p": 0.3, "seqlen_q": 70, "seqlen_k": 800}),
@@ -99,6 +100,10 @@ def made(name, options):
         call.bias[:, :, 3, :200] = -1e9
         call.bias[:, :, 4, 200:] = -1e9
         call.bias[:, :, 5, :200], call.bias[:, :, 5, 200:] = 5.5e8, 5.3e8
+    if name == "few":  # the mask keeps all but single pairs
+        call.mask[:] = True
+        call.mask[..., :5, 127] = call.mask[..., 8:16, 130] = call.mask[..., 70, 260] = False
+        call.k[..., [127, 130, 260], :] *= 4  # and they would be seen
     if name == "grows":  # logits of which each tile has larger ones
         call.k.mul_(torch.arange(400).div(128, rounding_mode="floor").mul(3)[:, None] + 1)
     return call

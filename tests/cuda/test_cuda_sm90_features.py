@@ -160,6 +160,35 @@ def test_rows_of_which_only_late_keys_count(hopper):
         check_call(call._replace(**more), hopper.module, grads=False)
 
 
+def keep_but_few(call):
+    """A mask that keeps all but single pairs: in the last keys of a tile and in the first, in rows
+    of either half of a warp's 16, and of the second warpgroup."""
+    call.mask[:] = True
+    for rows, key in ((slice(5), 127), (slice(8, 16), 130), (slice(17, 19), 241),
+                      (slice(70, 71), 260), (slice(72, 80), 383)):  # fmt: skip
+        call.mask[..., rows, key] = False
+        call.k[..., key, :] *= 4  # and it would be seen
+    return call
+
+
+def test_tiles_that_a_mask_keeps_but_for_a_pair(hopper):
+    """A tile that passes for one of which the mask keeps all."""
+    call = keep_but_few(hopper.call(3, mask="qk", **SIZES))
+    for more in ({}, {"need_stats": True}):
+        check_call(call._replace(**more), hopper.module, grads=False)
+
+
+def test_dropout_where_bases_move(hopper):
+    """Masks of dropped pairs that are lost where exponentials are taken once more: each tile has
+    larger logits than the one before."""
+    call = hopper.call(3, dropout_p=0.3, **SIZES)
+    call.k.mul_(
+        torch.arange(400, device=call.k.device).div(128, rounding_mode="floor")[:, None] * 3 + 1
+    )
+    for more in ({}, {"need_stats": True}):
+        check_call(call._replace(**more), hopper.module, grads=False)
+
+
 def test_gradients_take_its_lse(hopper):
     """LSE or O that the backward kernels of sm_80, which serve these calls, cannot use."""
     options = {"seqlen_q": 70, "seqlen_k": 150, "mask": "qk", "dropout_p": 0.2, "causal": True}

@@ -224,6 +224,20 @@ def test_functions(op, function):
         assert f32(wrapper(op, [np.full(32, value, np.float32)]))[0, 0] == want
 
 
+def test_integers():
+    """A carry lost or added twice, halves of the other word, the word beside."""
+    ends = np.array([0, 1, 2**31, 2**32 - 1], np.uint32)
+    a, low = np.tile(ends, 8), np.repeat(ends, 8)
+    high = np.arange(32, dtype=np.uint32) - np.uint32(1)
+    words = list(np.random.default_rng(9).integers(0, 2**32, (9, 32), dtype=np.uint32))
+    out = wrapper("INTEGERS", [a, low, high, *words])
+    carry = (a.astype(np.uint64) + low.astype(np.uint64)) >> np.uint64(32)
+    np.testing.assert_array_equal(out[:, 0], high + carry.astype(np.uint32))
+    np.testing.assert_array_equal(out[:, 1], (a & 0xFFFF) | (low & 0xFFFF0000))
+    read = [words[at] for at in (4, 1, 2, 5, 6, 7, 8)]
+    np.testing.assert_array_equal(out[:, 2:9].T, read)
+
+
 # ---- shared memory ------------------------------------------------------------------------------
 def test_lds_reads_every_width():
     smem = np.random.default_rng(8).integers(0, 2**32, 512, dtype=np.uint32)

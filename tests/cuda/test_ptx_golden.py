@@ -54,6 +54,13 @@ BFE = """
   bfe.s64 %rd7, %rd6, %r3, %r4;
   st.global.u64 [%rd4+16], %rd7;
 """
+# Two words and 64 bits: the whole of a * b + c, by the carry that its halves hand on
+CARRY = """
+  ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
+  mad.lo.cc.u32 %r5, %r1, %r2, %r3;
+  madc.hi.u32 %r6, %r1, %r2, %r4;
+  st.global.v2.u32 [%rd4], {%r5, %r6};
+"""
 PHILOX = """
   ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
   ld.global.v2.u32 {%r5, %r6}, [%rd3+16];
@@ -156,7 +163,8 @@ READS = "".join(
     f"  st.global.v4.u32 [%rd4+{at}], {{%r5, %r6, %r7, %r8}};\n"
     for at in range(0, 64, 16)
 )
-BODIES = {"ex2": EX2, "bfe": BFE, "philox": PHILOX, "product": PRODUCT.replace("ORDER", "0"),
+BODIES = {"ex2": EX2, "bfe": BFE, "carry": CARRY, "philox": PHILOX,
+          "product": PRODUCT.replace("ORDER", "0"),
           "product_mn": PRODUCT.replace("ORDER", "1")}  # fmt: skip
 BODIES |= {
     f"tiles{count}{'t' * trans}": TILES.format(
@@ -231,6 +239,18 @@ def test_bit_fields():
             both = field(word, place, length, 64, signed)
             expected += [both & 0xFFFF_FFFF, both >> 32]
         assert row[:6] == expected, (hex(word), place, length)
+
+
+def test_carries():
+    """mad.lo.cc and madc.hi: a product of 64 bits and a sum that carries from word to word."""
+    ends = (0, 1, 0x8000_0000, 0xFFFF_FFFF)
+    cases = [(a, b, low, 7) for a in ends for b in ends for low in ends][:32]
+    cases = [*cases, *((a, 1, low, 0xFFFF_FFFF) for a in ends for low in ends)]
+    for at in range(0, len(cases), 16):
+        rows = cases[at : at + 16]
+        for row, (a, b, low, high) in zip(run("carry", placed(rows)).tolist(), rows, strict=False):
+            whole = a * b + (high << 32 | low)
+            assert row[:2] == [whole & 0xFFFF_FFFF, whole >> 32 & 0xFFFF_FFFF], (a, b, low, high)
 
 
 def test_philox():

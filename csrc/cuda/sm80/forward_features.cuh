@@ -37,6 +37,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   Dropout dropout;
   HeadTerms<float> head;
   Query query[F][2];
+  typename Side<T, BITS>::Row side_rows[F][2];
   float row_unit[FAR ? F : 1][2];
 
   ATTN_DEVICE FeatureForward(const Params& params, const Score& score, const ForwardTask& t,
@@ -48,6 +49,8 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       query[f][r] = score.query(t.head, min_int(this->row(f) + 8 * r, t.rows - 1));
+      if constexpr (Side<T, BITS>::VECTORS)
+        side_rows[f][r] = Side<T, BITS>::Row::of(params, query[f][r], first_key(0, 0));
       state[f].max[r] = LOWEST;  // the base of the exponentials, in the row's unit
       if (FAR) row_unit[f][r] = 1.0f;
     }
@@ -64,7 +67,12 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     ATTN_UNROLL
     for (int m = first; m < last; ++m) ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) sides[f][m][r].load(p, query[f][r], first_key(n0, m));
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (Side<T, BITS>::VECTORS)
+        sides[f][m][r].load(side_rows[f][r], n0 + 16 * m);
+      else
+        sides[f][m][r].load(p, query[f][r], first_key(n0, m));
+    }
   }
   // The logit of a product.
   ATTN_DEVICE float logit(float product, const Query& q, int j, const Side<T, BITS>& side,
@@ -89,18 +97,24 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     }
     if (!has<BITS>(p, kMask)) return;
     // Bytes are 0 or 1: of a row's words one, whose bits become predicates many at a time.
+    constexpr uint32_t ALL = ((1u << TILES / 2) - 1) * 0x01010101u;
+    uint32_t bits[F][2], common = ALL;
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      uint32_t bits = 0;
+      bits[f][r] = 0;
       ATTN_UNROLL
-      for (int m = TILES / 2 - 1; m >= 0; --m) bits = 2 * bits + sides[f][m][r].mask;
-      ATTN_UNROLL
-      for (int e = 0; e < 4; ++e) ATTN_UNROLL
-      for (int m = 0; m < TILES / 2; ++m) {
-        float& s = S[f][2 * m + e / 2][2 * r + e % 2];
-        if (!(bits & (1u << (8 * e + m)))) s = -kInf;
-      }
+      for (int m = TILES / 2 - 1; m >= 0; --m) bits[f][r] = 2 * bits[f][r] + sides[f][m][r].mask;
+      common &= bits[f][r];
+    }
+    if (!ballot(common != ALL)) return;  // most masks keep all of most tiles
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) ATTN_UNROLL
+    for (int e = 0; e < 4; ++e) ATTN_UNROLL
+    for (int m = 0; m < TILES / 2; ++m) {
+      float& s = S[f][2 * m + e / 2][2 * r + e % 2];
+      if (!(bits[f][r] & (1u << (8 * e + m)))) s = -kInf;
     }
   }
   // The same at an edge, where a pair must be within length and band.

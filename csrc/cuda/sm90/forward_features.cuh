@@ -7,14 +7,16 @@
 // keys 16 m + 4 t .. + 3: one load of a mask or of a bias, one block of Philox.  Products know
 // nothing of it: a sum over keys does not mind their order.
 //
-// What is added to a tile that every row sees: mask and bias are asked for before the products are
-// issued; which pairs are masked and which are dropped is known, in two words a row, before S is
-// waited for; behind it come the logits and a selection a pair.  No tile is looked at for NaN: what
-// a NaN behind an excluded pair leaves is computed once more (repair.cuh).
+// What is added to a tile that every row sees: before the products are issued, while the registers
+// of S are free, dropout is drawn, into the words of P that it masks, and mask and bias are asked
+// for; while S is computed, the mask becomes a bit a pair; behind it come the logits and, where the
+// mask does not keep all of the warp's pairs, a selection a pair.  No tile is looked at for NaN:
+// what a NaN behind an excluded pair leaves is computed once more (repair.cuh).
 #pragma once
+#include "forward.cuh"
+
 #include "../dropout.cuh"
 #include "../side.cuh"
-#include "forward.cuh"
 
 namespace attn::cuda::sm90 {
 
@@ -28,7 +30,24 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
   static_assert(GROUPS <= 8);
   using Sides = Side<T, BITS>[GROUPS][2];
-  using PairBits = uint32_t[2];  // one bit a pair of a tile, a word a row
+  // Which pairs of a tile the mask keeps.  Key e of group m of row r: bit 8 e + m of row[r], as the
+  // bytes of the mask add up to it, and of which 7 neighbours become predicates at once; of the
+  // last of 8 groups its byte in last[r].
+  struct PairBits {
+    static constexpr bool LAST = GROUPS == 8;
+    static constexpr int GROUPS_IN_ROW = LAST ? 7 : GROUPS;
+    uint32_t row[2], last[2];
+
+    ATTN_DEVICE bool keeps(int m, int r, int e) const {
+      return m < GROUPS_IN_ROW ? (row[r] & 1u << (8 * e + m)) != 0 : (last[r] & 1u << 8 * e) != 0;
+    }
+    // Whether all of the warp's pairs are kept.
+    ATTN_DEVICE bool all() const {
+      bool mine = (row[0] & row[1]) == ((1u << GROUPS_IN_ROW) - 1) * 0x01010101u;
+      if (LAST) mine &= (last[0] & last[1]) == 0x01010101u;
+      return ballot(!mine) == 0;
+    }
+  };
 
   // Logits are products times p.scale_log2; else they are computed, in natural units.
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
@@ -38,8 +57,10 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
 
   const Score& score;
   const Dropout dropout;
+  const Threshold threshold;
   const HeadTerms<float> head;
   Query query[2];
+  typename Side<T, BITS>::Row side_rows[2];
   float row_unit[FAR ? 2 : 1];
   float alpha[2];  // what was added up by the base before is to be multiplied by
 
@@ -48,10 +69,13 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       : Base(params, smem.K, smem.V, q),
         score(of),
         dropout(Dropout::of(params, of.seq)),
+        threshold(may_have<BITS>(kDropout) ? Threshold::of(dropout) : Threshold{}),
         head(HeadTerms<float>::of(params.ptr, of.seq, h, 1.0f)) {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       query[r] = score.query(h, min_int(row + 8 * r, rows - 1));
+      if constexpr (Side<T, BITS>::VECTORS)
+        side_rows[r] = Side<T, BITS>::Row::of(params, query[r], first_key(0, 0));
       state.max[r] = LOWEST;  // the base of the exponentials, in the row's unit
       if (FAR) row_unit[r] = 1.0f;
     }
@@ -61,7 +85,9 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     if constexpr (FAR) return row_unit[r];
     return PRODUCTS ? p.scale_log2 : kLog2e;
   }
-  ATTN_DEVICE static int first_key(int n0, int m) { return n0 + 16 * m + 4 * (lane_id() & 3); }
+  ATTN_DEVICE static int first_key(int n0, int m) {
+    return 4 * ((n0 >> 2) + (lane_id() & 3) + 4 * m);  // a multiple of 4 to the compiler, too
+  }
   // Key e of group m of row r.
   ATTN_DEVICE static float& at(Scores& S, int m, int r, int e) {
     return S[m + e % 2 * GROUPS][2 * r + e / 2];
@@ -69,38 +95,46 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   ATTN_DEVICE static float at(const Scores& S, int m, int r, int e) {
     return S[m + e % 2 * GROUPS][2 * r + e / 2];
   }
-  // The bit of key e of group m: as bytes of a mask add up to it, and in the order in which weights
-  // are computed.  Neighbouring bits become predicates many at a time.
-  ATTN_DEVICE static uint32_t mask_bit(int m, int e) { return 1u << (8 * e + m); }
+  // The word of P that has keys `odd` and 2 + odd of group m of row r.
+  ATTN_DEVICE static uint32_t& pair(Weights& P, int m, int odd, int r) {
+    const int n = m + odd * GROUPS;
+    return P[n / 2][n % 2 * 2 + r];
+  }
 
   ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
     ATTN_UNROLL
     for (int m = first; m < last; ++m) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) sides[m][r].load(p, query[r], first_key(n0, m));
-  }
-  // Which pairs the mask keeps.  Its bytes are 0 or 1.
-  ATTN_DEVICE void mask_bits(PairBits& bits, const Sides& sides) const {
-    ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      bits[r] = 0;
-      ATTN_UNROLL
-      for (int m = GROUPS - 1; m >= 0; --m) bits[r] = 2 * bits[r] + sides[m][r].mask;
-      bits[r] = wgmma_held(bits[r]);  // computed here, and not behind the wait that follows
+      if constexpr (Side<T, BITS>::VECTORS)
+        sides[m][r].load(side_rows[r], n0 + 16 * m);
+      else
+        sides[m][r].load(p, query[r], first_key(n0, m));
     }
   }
-  // Which pairs dropout keeps: column c of fragment n is bit 2 n + c.
-  ATTN_DEVICE void dropout_bits(PairBits& bits, int n0) const {
-    const uint32_t least = dropout.least_word();
-    bits[0] = bits[1] = 0;
+  // The mask's bytes are 0 or 1.
+  ATTN_DEVICE static void mask_bits(PairBits& bits, const Sides& sides) {
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t sum = 0;
+      ATTN_UNROLL
+      for (int m = PairBits::GROUPS_IN_ROW - 1; m >= 0; --m) sum = 2 * sum + sides[m][r].mask;
+      bits.row[r] = wgmma_held(sum);  // computed here, and not behind the wait that follows
+      if (PairBits::LAST) bits.last[r] = sides[GROUPS - 1][r].mask;
+    }
+  }
+  // What P is to be masked with: a half of a word is ones where dropout takes its pair.
+  ATTN_DEVICE void draw(Weights& P, int n0) const {
     ATTN_UNROLL
     for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       uint32_t words[4];
       dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
       ATTN_UNROLL
-      for (int e = 0; e < 4; ++e)
-        if (words[e] >= least) bits[r] |= 1u << (2 * (m + e % 2 * GROUPS) + e / 2);
-      bits[r] = wgmma_held(bits[r]);
+      for (int odd = 0; odd < 2; ++odd) {
+        const uint32_t both =
+            halves_of(threshold.dropped(words[odd]), threshold.dropped(words[2 + odd]));
+        pair(P, m, odd, r) = wgmma_held(both);  // here, and not behind the products
+      }
     }
   }
 
@@ -135,7 +169,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     for (int r = 0; r < 2; ++r) ATTN_UNROLL
     for (int e = 0; e < 4; ++e) ATTN_UNROLL
     for (int m = 0; m < GROUPS; ++m)
-      if (!(bits[r] & mask_bit(m, e))) at(S, m, r, e) = -kInf;
+      if (!bits.keeps(m, r, e)) at(S, m, r, e) = -kInf;
   }
   // The logits of a tile at an edge, where a pair must be within length and band.
   ATTN_DEVICE void edge_logits(Scores& S, int n0) const {
@@ -156,37 +190,40 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     }
   }
 
-  // P = exp2(unit * S - base) as A operands, and the sums of its rows.
+  // P = exp2(unit * S - base) as A operands, 0 of dropped pairs (draw(); 1 / (1 - p) comes with the
+  // normalisation), and the sums of its rows.
   ATTN_DEVICE void exponentials(Weights& P, float (&sum)[2], float (&weighted)[2],
                                 const Scores& S) const {
-    ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) sum[r] = weighted[r] = 0.0f;
     ATTN_UNROLL
     for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       float w[4];
+      if (m == 0) weighted[r] = 0.0f;
       ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         const float x = fmaf(at(S, m, r, e), unit(r), -state.max[r]);
         w[e] = exp2_approx(x);
         if (has<BITS>(p, kStats)) weighted[r] += x == -kInf ? 0.0f : w[e] * x;
       }
-      sum[r] += (w[0] + w[1]) + (w[2] + w[3]);
+      const float four = (w[0] + w[1]) + (w[2] + w[3]);
+      sum[r] = m ? sum[r] + four : four;
       ATTN_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
-        const int n = m + odd * GROUPS;
-        P[n / 2][n % 2 * 2 + r] = pack<T>(w[odd], w[2 + odd]);
+        uint32_t& word = pair(P, m, odd, r);
+        const uint32_t dropped = has<BITS>(p, kDropout) ? word : 0u;
+        word = pack<T>(w[odd], w[2 + odd]) & ~dropped;
       }
     }
   }
-  // P of dropped pairs becomes 0 (1 / (1 - p) comes with the normalisation).
-  ATTN_DEVICE static void drop(Weights& P, const PairBits& kept) {
+  // From P back to what it was masked with.  A weight that is 0 though its pair is kept stays 0 by
+  // a larger base.
+  ATTN_DEVICE static void masks_again(Weights& P) {
     ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) ATTN_UNROLL
-    for (int n = 0; n < TILES; ++n) {
-      uint32_t& pair = P[n / 2][n % 2 * 2 + r];
-      if (!(kept[r] & 1u << 2 * n)) pair &= 0xffff0000u;
-      if (!(kept[r] & 2u << 2 * n)) pair &= 0x0000ffffu;
+    for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t& word = P[n / 2][n % 2 * 2 + r];
+      const uint32_t low = word & 0x0000ffffu ? 0u : 0x0000ffffu;
+      word = word & 0xffff0000u ? low : low | 0xffff0000u;
     }
   }
   // The base of a row becomes the largest logit so far.
@@ -216,7 +253,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   // P of a tile, and its sums added to the state's; true in the whole warp where a base has moved:
   // O is then to be rescaled.  As in LazySoftmax it moves where a sum says that it must; with
   // statistics wherever a logit is larger.
-  ATTN_DEVICE bool weights(Weights& P, const Scores& S, const PairBits& kept) {
+  ATTN_DEVICE bool weights(Weights& P, const Scores& S) {
     float sum[2], weighted[2];
     bool moved = false;
     if (has<BITS>(p, kStats)) {
@@ -230,9 +267,9 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     if (moved) {
       ATTN_UNROLL
       for (int r = 0; r < 2; ++r) move(r, largest(S, r));
+      if (has<BITS>(p, kDropout) && !has<BITS>(p, kStats)) masks_again(P);
     }
     if (moved || has<BITS>(p, kStats)) exponentials(P, sum, weighted, S);
-    if (has<BITS>(p, kDropout)) drop(P, kept);
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) state.sum[r] += sum[r], state.weighted[r] += weighted[r];
     return moved;
@@ -247,11 +284,10 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   ATTN_DEVICE void edge(int turn, int n0) {
     Scores S;
     Weights P;
-    PairBits kept = {};
-    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
+    if (has<BITS>(p, kDropout)) draw(P, n0);
     this->scores_alone(S, turn);
     edge_logits(S, n0);
-    if (weights(P, S, kept)) rescale();
+    if (weights(P, S)) rescale();
     V.wait(turn);
     this->output_alone(P, turn);
     V.release(turn);
@@ -262,17 +298,18 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   template <class Issue, class Wait>
   ATTN_DEVICE bool tile(Scores& S, Weights& P, int n0, const Issue& issue, const Wait& wait) {
     Sides sides;
-    PairBits unmasked, kept = {};
+    PairBits unmasked;
     load_sides(sides, n0, 0, EARLY);
+    if (has<BITS>(p, kDropout)) draw(P, n0);
     issue();
     if (has<BITS>(p, kMask) && EARLY == GROUPS) mask_bits(unmasked, sides);
-    if (has<BITS>(p, kDropout)) dropout_bits(kept, n0);
     wait();  // S is there
     load_sides(sides, n0, EARLY, GROUPS);
     if (has<BITS>(p, kMask) && EARLY < GROUPS) mask_bits(unmasked, sides);
     logits(S, sides, n0, 0, GROUPS);
-    if (has<BITS>(p, kMask)) exclude(S, unmasked);
-    return weights(P, S, kept);
+    // Most masks keep all of most tiles.
+    if (has<BITS>(p, kMask) && !unmasked.all()) exclude(S, unmasked);
+    return weights(P, S);
   }
   ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, int n0,
                            const TakeTurns& turns) {

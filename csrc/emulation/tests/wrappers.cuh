@@ -27,6 +27,7 @@ enum Op : int {
   LOG2,
   RCP,
   TANH,
+  INTEGERS,
   LDS,
   STS,
   CP_ASYNC_16,
@@ -123,6 +124,18 @@ ATTN_DEVICE void run_memory(int op, uint32_t base, const uint32_t* in, uint32_t*
   }
 }
 
+// The high word of a sum, halves of two words, and words by their address.
+ATTN_DEVICE void run_integers(const uint32_t* in, uint32_t* out) {
+  out[0] = add_high(in[0], in[1], in[2]);
+  out[1] = halves_of(in[0], in[1]);
+  const uint32_t* words = opaque(in + 4);
+  const U32x2 two = ldg_const_64(words);
+  const U32x4 four = ldg_const_128(words + 4);
+  out[2] = ldg_const_32(words + 3);
+  out[3] = two.x, out[4] = two.y;
+  out[5] = four.x, out[6] = four.y, out[7] = four.z, out[8] = four.w;
+}
+
 // Global memory: words of the lane turned round, sums of the warp in lane 0's last two words.
 ATTN_DEVICE void run_global(const uint32_t* in, uint32_t* out, uint32_t* sums) {
   const U32x2 a = ldg_64(in);
@@ -151,6 +164,9 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
       break;
     case MMA_TF32:
       run_mma<float>(in, out);
+      break;
+    case INTEGERS:
+      run_integers(in, out);
       break;
     case LDMATRIX_X4:
     case LDMATRIX_X4_TRANS:

@@ -264,6 +264,7 @@ class Emitter:
                 f'extern "C" __attribute__((visibility("default"))) void {self.kernel.name}'
                 "(void* parameters_) {",
                 "const uint64_t parameters = reinterpret_cast<uint64_t>(parameters_);",
+                "[[maybe_unused]] bool carry = false;",
                 *self.kernel.arrays.values(), *declared, *out, "}",
             ]
         )  # fmt: skip

@@ -60,13 +60,28 @@ def _packed(em: Emitter, op: Opcode, args: list[str], kind: str, sign: str) -> s
     return em.write(args[0], kind, both)
 
 
-@handles("mad")
+@handles("mad", "madc")
 def multiply_add(em: Emitter, op: Opcode, args: list[str]) -> str:
     kind = op.kind()
+    if op.base == "madc" or "cc" in op.parts:
+        return _with_carry(em, op, args, kind)
     if kind in FLOATS:
         op.parts.append(kind)
         return fused(em, op, args)
     return _multiply(em, op, args, kind)
+
+
+def _with_carry(em: Emitter, op: Opcode, args: list[str], kind: str) -> str:
+    """mad.cc leaves the carry of its sum, which madc adds to its own."""
+    half, leaves = op.one_of("lo", "hi"), op.take("cc")
+    if kind != "u32" or not half:
+        raise Unsupported(f"a carry of {kind}")
+    a, b, c = (em.read(each, kind) for each in args[1:4])
+    product = f"{a} * {b}" if half == "lo" else f"high_half<uint32_t>({a}, {b})"
+    carry = " + carry" if op.base == "madc" else ""
+    text = f"const uint64_t sum = uint64_t({product}) + {c}{carry};"
+    text += em.write(args[0], kind, "uint32_t(sum)")
+    return f"{text} carry = (sum >> 32) != 0;" if leaves else text
 
 
 def _multiply(em: Emitter, op: Opcode, args: list[str], kind: str) -> str:

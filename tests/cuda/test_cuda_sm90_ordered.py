@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+from closeness import BFLOAT16, assert_close
 
 from attn_ext.backends import registry
 from attn_ext.core.schema import Needs
@@ -105,4 +106,4 @@ def test_some_gradients_of_calls_with_features(hopper, needs, deterministic):
     for got, all_of_them, wanted in zip(gradients(hopper, call, needs), want, needs, strict=False):
         assert (got is None) == (not wanted)
         if wanted:
-            torch.testing.assert_close(got, all_of_them, atol=2e-2, rtol=2e-2)
+            assert_close(got, all_of_them, BFLOAT16)

@@ -107,8 +107,7 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
         else:
             assert spilled == 0, (name, registers, spilled)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, shared)
-        if not any(
-            word in name for word in ("delta", "combine", "float32")
-        ):  # those multiply by FMA
+        # those multiply by FMA, or not at all
+        if not any(word in name for word in ("delta", "combine", "dq_from_sums", "float32")):
             assert products, name
     seen.passed(triton_seen.TABLE, triton_seen.families(architecture), today)

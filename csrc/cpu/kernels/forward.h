@@ -453,7 +453,6 @@ class Forward {
     const Vec<T> inverse = o.sigmoid ? set1(T(1)) : empty ? Vec<T>{} : scale / safe;
     if (o.sigmoid || !(ptr.lse || ptr.max_logit || ptr.entropy)) return inverse;
     const Vec<T> log = vlog(safe), apart = -vmax(base - shift, set1(T(-kFar)));
-    // of a part: log(1) = 0 where a row is empty
     // of a part of the keys: log(1) = 0 where a row is empty
     const Vec<T> lse = nan ? sum : o.partial ? log : empty ? set1(ninf) : shift + log;
     const Vec<T> entropy = ((apart + log) * sum - load(state.weighted + lane)) * inverse;

@@ -33,7 +33,7 @@ PRODUCT = {
 }  # fmt: skip
 # What another version of Triton than the tables' may take beyond them, before a tile must change
 SLACK_REGISTERS, SLACK_SHARED = 64, 1.5
-SLACK_SPILLED = 32  # accesses in the hot loop
+SLACK_SPILLED = 32  # accesses in the hot loop, more than the table's
 # (table, row): accesses to spilled registers in a hot loop that is the best even so: by the model
 # .70 of the peak where the best tiles without have .67 and .61 (docs/design/triton.md)
 SPILLS_IN_LOOPS = {
@@ -160,7 +160,8 @@ def test_kernels_compile_and_take_what_the_table_says(architecture, tmp_path):
         tile, registers, _, shared, instructions, loop = row
         assert tile == expected[0], name
         assert registers <= expected[1] + SLACK_REGISTERS, (name, row, expected)
-        assert loop[2:] <= [SLACK_SPILLED], (name, row, expected)
+        known = expected[5][2] if expected[5] else 0
+        assert loop[2:] <= [known + SLACK_SPILLED], (name, row, expected)
         assert shared <= expected[3] * SLACK_SHARED + 256, (name, row, expected)
         assert shared <= configs.SHARED_LIMIT[architecture], (name, row)
         assert instructions.split()[:1] == expected[4].split()[:1], (name, row, expected)

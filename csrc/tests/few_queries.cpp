@@ -8,6 +8,7 @@
 #include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
 #include "one_thread.h"
+#include "plain_numbers.h"
 
 namespace {
 
@@ -36,8 +37,6 @@ constexpr Case kCases[] = {
     {"panels_sink", 5, 20, 70, 7, false, false, true, true},
 };
 
-double number(int64_t i) { return std::sin(double(i * 37 % 1009) + 0.3 * double(i % 7)) * 1.5; }
-
 struct Call {
   Case c;
   Problem p;
@@ -48,9 +47,6 @@ struct Call {
   explicit Call(const Case& one) : c(one) {
     const int64_t heads = c.group * kHeadsK, pages = c.page ? (c.keys + c.page - 1) / c.page : 0;
     const int64_t rows = c.page ? pages * c.page : c.keys;
-    const auto fill = [](std::vector<float>* x, int64_t n, int64_t seed) {
-      for (int64_t i = 0; i < n; ++i) x->push_back(float(number(i + seed)));
-    };
     fill(&q, kBatch * heads * c.queries * kDim, 1);
     fill(&k, kBatch * kHeadsK * rows * kDim, 5000);
     fill(&v, kBatch * kHeadsK * rows * kDim, 9000);

@@ -14,6 +14,7 @@
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/forward.h"
 #include "one_thread.h"
+#include "plain_numbers.h"
 
 namespace {
 
@@ -36,8 +37,6 @@ constexpr Case kCases[] = {
     {"poison", 37, 37, -1, 0, false, true},      {"rising", 40, 220, -1, -1, false, false, true},
 };
 
-double number(int64_t i) { return std::sin(double(i * 37 % 1009) + 0.3 * double(i % 7)) * 1.5; }
-
 struct Call {
   Case c;
   Problem p;
@@ -45,9 +44,6 @@ struct Call {
   std::vector<uint8_t> mask;
 
   explicit Call(const Case& one) : c(one) {
-    const auto fill = [](std::vector<float>* x, int64_t n, int64_t seed) {
-      for (int64_t i = 0; i < n; ++i) x->push_back(float(number(i + seed)));
-    };
     fill(&q, kHeads * c.queries * kDim, 1), fill(&k, kHeads * c.keys * kDim, 5000);
     fill(&v, kHeads * c.keys * kDim, 9000), fill(&dout, kHeads * c.queries * kDim, 300);
     o.assign(q.size(), NAN), dq.assign(q.size(), NAN), lse.assign(kHeads * c.queries, NAN);

@@ -6,23 +6,12 @@ A bug that was caught in these very sources is known (tests/helpers/seen.py): on
 is compiled.
 """
 
-import subprocess
-
 import planted_cpu
 import pytest
 from repository import ROOT
 
 SOURCE = ROOT / "csrc/tests/few_queries.cpp"
-
-
-def wrong_with(folder, patch=None) -> tuple[str, ...]:
-    """The cases that are wrong, of the kernels with a bug."""
-    program = planted_cpu.compiled(folder, SOURCE, patch=patch)
-    done = subprocess.run([program], capture_output=True, text=True, check=True, timeout=60)
-    return tuple(sorted(done.stdout.split()))
-
-
-PLANTED = planted_cpu.Planted("cpu/few", SOURCE, __file__, wrong_with)
+PLANTED = planted_cpu.Planted("cpu/few", SOURCE, __file__, planted_cpu.wrong_in_program(SOURCE))
 
 
 def test_every_patch_applies():

@@ -4,6 +4,7 @@ a library whose functions `attn_ext._C.plant` puts in place of the built ones.
 
 import ctypes
 import shutil
+import subprocess
 from pathlib import Path
 
 import patches
@@ -51,6 +52,17 @@ def wrong_with(source: Path, wrong, **functions: str):
             return wrong()
         finally:
             _C.plant()
+
+    return planted
+
+
+def wrong_in_program(source: Path):
+    """The same of a program, which prints the cases that are wrong."""
+
+    def planted(folder: Path, patch=None) -> tuple[str, ...]:
+        program = compiled(folder, source, patch=patch)
+        done = subprocess.run([program], capture_output=True, text=True, check=True, timeout=60)
+        return tuple(sorted(done.stdout.split()))
 
     return planted
 

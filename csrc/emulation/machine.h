@@ -179,7 +179,9 @@ class Machine : BlockState {
   // ldmatrix reads for the whole warp: 8 rows of 16 bytes a phase.
   const uint8_t* matrix_row(uint32_t address, Where where);
   // stmatrix writes so, each row for the lane that gave its address.
-  void store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], Where where);
+  // repeats: by those rules, by which rows of equal bytes may share an address.
+  void store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], bool repeats,
+                        Where where);
   void count_phase(const uint32_t* addresses, int lanes, int bytes, Where where);
   void sync_warp(Where where);
   void barrier(int id, int threads, bool wait, Where where);

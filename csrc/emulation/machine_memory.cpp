@@ -67,12 +67,15 @@ const uint8_t* Machine::matrix_row(uint32_t address, Where where) {
   return smem_.data() + offset;
 }
 
-void Machine::store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], Where where) {
+void Machine::store_matrix_row(int lane, uint32_t address, const uint16_t (&row)[8], bool repeats,
+                               Where where) {
   const uint32_t offset = offset_of("stmatrix: row address", address, 16, 16, where);
   if (!mbarriers_.empty()) check_mbarriers(address, 16, where);
   if (mode.race) {
     const Actor who = {current_ / 32, lane, where};
-    race(shadow_.write(who, warps_[who.warp].clock, offset, 16, Access::WRITE));
+    const bool same = repeats && !std::memcmp(smem_.data() + offset, row, 16);
+    race(shadow_.write(who, warps_[who.warp].clock, offset, 16,
+                       same ? Access::REPEAT : Access::WRITE));
   }
   std::memcpy(smem_.data() + offset, row, 16);
 }

@@ -80,7 +80,7 @@ void execute_stmatrix_trans(void* const* args) {
     }
     for (int row = 0; row < 8; ++row) {
       addresses[row] = static_cast<const MatrixStore*>(args[tile * 8 + row])->address;
-      machine.store_matrix_row(tile * 8 + row, addresses[row], rows[row], at);
+      machine.store_matrix_row(tile * 8 + row, addresses[row], rows[row], false, at);
     }
     machine.count_phase(addresses, 8, 16, at);
   }

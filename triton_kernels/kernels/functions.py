@@ -53,12 +53,16 @@ def tanh_approx(x):
 def widened(x):
     """A tile in float32.  Of bfloat16 each half of a register in one instruction; Triton's own cast
     takes two for the upper one."""
-    if INTERPRETED or not is_cuda() or x.dtype != tl.bfloat16:
-        return x.to(tl.float32)
-    return tl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
-        is_pure=True, pack=2,
-    )  # fmt: skip
+    PAIRS: tl.constexpr = x.dtype == tl.bfloat16 and x.shape[0] * x.shape[1] > 1
+    # With `else`: what follows a return is compiled, too, and Triton refuses pairs of one element
+    if INTERPRETED or not is_cuda() or not PAIRS:
+        wide = x.to(tl.float32)
+    else:
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return wide
 
 
 @triton.jit

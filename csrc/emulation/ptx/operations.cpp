@@ -33,7 +33,7 @@ void stmatrix(uint32_t address, const uint32_t* r, int tiles, bool trans, Where 
           words[column] = uint16_t(j % 2 ? pair >> 16 : pair);
         }
         const int lane = 8 * tile + row;
-        machine.store_matrix_row(lane, store(lane)->address, words, store(0)->at);
+        machine.store_matrix_row(lane, store(lane)->address, words, true, store(0)->at);
       }
     }
   });

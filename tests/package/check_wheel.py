@@ -69,6 +69,10 @@ def check_contents(names: list[str]) -> None:
         assert f"attn_ext/{module}" in names, f"the wheel lacks attn_ext/{module}"
     for source in ("params.h", "cuda/ptx.cuh", "cuda/sm80/forward.cuh", "cuda/sm90/forward.cuh"):
         assert f"attn_ext/csrc/{source}" in names, f"NVRTC would miss attn_ext/csrc/{source}"
+    compiled = {"csrc", "csrc/cuda", "csrc/cuda/sm80", "csrc/cuda/sm90"}  # by NVRTC
+    sources = {str(Path(name).parent)[9:] for name in names if name.startswith("attn_ext/csrc/")}
+    assert sources == compiled, f"the wheel has sources that nothing reads: {sources - compiled}"
+    assert not any(name.endswith((".cpp", ".cu")) for name in names), "C++ is for sdists"
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"attn_ext"}, f"the wheel installs {sorted(tops)}"
     assert not any("_emulated" in name for name in names), "the emulator is for tests only"

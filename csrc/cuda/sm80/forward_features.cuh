@@ -31,9 +31,9 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // How many of a tile's 16 keys have their masks and biases asked for before S is computed; the
   // rest after: all of them would take 48 registers.
   static constexpr int EARLY = TILES / 4;
-  // A mask alone at 128 columns: where its rows begin is found for each tile from the first of them
-  // (kept, it takes 8 registers, which are spilled: 8 loads in the loop).  With a bias or at 64
-  // columns it is kept: to find it would take 9 to 22 slots more.
+  // A mask and no bias at 128 columns: where its rows begin is found for each tile from the first
+  // of them; kept in registers over the loop, they are spilled, 8 loads a tile.  Beside a bias that
+  // helps nothing (922 slots for 917, and 8 other spills).
   static constexpr bool FINDS_ROWS =
       HEAD_DIM == 128 && Side<T, BITS>::VECTORS && may_have<BITS>(kMask) && !may_have<BITS>(kBias);
   static constexpr float GROWTH = 8.0f;  // as in WholeSoftmax

@@ -73,14 +73,16 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
 
   // Where the masks and biases of a tile's keys begin in this thread's rows, if VECTORS.
   ATTN_DEVICE void find_sides(SideRows& rows, int n0) const {
-    if constexpr (!Side<T, BITS>::VECTORS) return;
-    [[maybe_unused]] const int below = int(opaque(uint32_t(rows_below)));  // not kept over the loop
+    [[maybe_unused]] const int below =
+        FINDS_ROWS ? int(opaque(uint32_t(rows_below))) : 0;  // not over the loop
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int rows_on = 16 * f + 8 * r;
-      rows[f][r] = FINDS_ROWS ? side_rows[0][0].on(p, rows_on ? min_int(rows_on, below) : 0, n0)
-                              : side_rows[f][r];
+      if constexpr (FINDS_ROWS)
+        rows[f][r] = side_rows[0][0].on(p, rows_on ? min_int(rows_on, below) : 0, n0);
+      else if constexpr (Side<T, BITS>::VECTORS)
+        rows[f][r] = side_rows[f][r];
     }
   }
   ATTN_DEVICE void load_sides(Sides& sides, const SideRows& rows, int n0, int first,

@@ -214,22 +214,28 @@ test-avx512:
 	bash tests/cpu/avx512.sh
 
 # On a machine with an NVIDIA GPU: the kernels against the reference, then under compute-sanitizer.
-# Without torch's caching allocator memcheck sees the end of each tensor.
+# Without torch's caching allocator memcheck sees the end of each tensor.  A step that hangs, as a
+# kernel does that waits for a barrier that never comes, is an error after GPU_MINUTES.  What
+# memcheck finds is an error; racecheck only tells, since it may take what TMA and wgmma read and
+# write for races.
+GPU_MINUTES ?= 30
+ON_GPU = timeout --kill-after=30 $(GPU_MINUTES)m
+SANITIZED = $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_sm90.py \
+  tests/cuda/test_cuda_sm90_varlen.py -k "not emulated and (test_shapes or test_every_kernel or test_decode)"
+
 test-gpu: $(VENV)/installed.done
 	ATTN_EXT_EMULATED=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_limits.py \
+	$(ON_GPU) $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_limits.py \
 	  $(wildcard tests/cuda/test_cuda_sm90*.py) -k "not emulated"
-	$(PY) -m pytest -q tests/api/test_api.py tests/torch/test_torch_integration.py \
+	$(ON_GPU) $(PY) -m pytest -q tests/api/test_api.py tests/torch/test_torch_integration.py \
 	  tests/api/test_backends_hypothesis.py -k cuda
-	$(PY) -m pytest -q tests/cuda/test_golden_bits.py tests/cuda/test_emulator_sm90.py
-	ATTN_EXT_CUDA_SM90=1 $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/api/test_api.py \
+	$(ON_GPU) $(PY) -m pytest -q tests/cuda/test_golden_bits.py tests/cuda/test_emulator_sm90.py
+	ATTN_EXT_CUDA_SM90=1 $(ON_GPU) $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/api/test_api.py \
 	  tests/api/test_backends_hypothesis.py -k "cuda and not emulated"  # the same on Hopper's kernels
-	for tool in memcheck racecheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_sm90.py \
-	      tests/cuda/test_cuda_sm90_varlen.py -k "not emulated and (test_shapes or test_every_kernel or test_decode)" \
-	    || exit 1; done
-	$(PY) bench/sm90.py || test $$? = 2  # speed; 2: not a Hopper GPU
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU) compute-sanitizer --tool memcheck --error-exitcode 1 $(SANITIZED)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU) compute-sanitizer --tool racecheck --error-exitcode 1 $(SANITIZED) \
+	  || echo "racecheck: exit status $$?, read what it says above"
+	$(ON_GPU) $(PY) bench/sm90.py || test $$? = 2  # speed; 2: not a Hopper GPU
 
 clean:
 	rm -rf build dist .venv .venv-latest .venv-oldest attn_ext/_*.so *.egg-info

@@ -81,8 +81,11 @@ KERNELS = {
     "sm80_backward_dq": Kernel("sm80", "backward_dq", features="deterministic"),
     "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", features="deterministic"),
     **{
-        f"sm80_{way}_{name}": Kernel("sm80", function, features=name)
-        for way, function in (("forward", "forward_features"), ("backward", "backward_features"))
+        f"sm80_forward_{name}": Kernel("sm80", "forward_features", features=name)
+        for name in ("bias", "dropout")
+    },
+    **{
+        f"sm80_backward_{name}": Kernel("sm80", "backward_features", features=name)
         for name in ("mask", "bias", "dropout")
     },
     # a tile of which the mask takes a pair, and one of which it keeps all

@@ -59,6 +59,22 @@ def is_hopper(index: int) -> bool:
     return _cuda is not None and not _cuda.driver_problem() and _cuda.sm90_problem(index) == ""
 
 
+@functools.cache
+def stands_back(index: int) -> str:
+    """Why Triton's kernels come first on a device; "" where they do not.  GPUs of compute
+    capability 10 and 11 have their full speed in tcgen05, to which Triton compiles, and the kernels
+    here are those of sm_80 there; 12 (consumer Blackwell) has no tcgen05."""
+    if _cuda is None or _cuda.driver_problem():
+        return ""
+    capability = _cuda.capability(index)
+    if not 100 <= capability < 120:
+        return ""
+    return (
+        f"compute capability {capability // 10}.{capability % 10} multiplies by tcgen05, for which "
+        "Triton compiles; the cuda backend has kernels of sm_80 for it"
+    )
+
+
 class Hopper:
     """This backend with the kernels written for Hopper in force, whatever was verified before."""
 

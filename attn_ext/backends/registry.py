@@ -119,7 +119,7 @@ def select(name: str, problem: Problem) -> str:
         return name
     measured = tuned.row_of(problem) is not None
     able = []
-    for candidate in candidates(name):
+    for candidate in candidates(name, problem):
         if automatic(candidate, problem) and not reasons(candidate, problem):
             able.append(candidate)
             if not measured:
@@ -131,9 +131,17 @@ def select(name: str, problem: Problem) -> str:
     return engine.partition(":")[0]
 
 
-def candidates(name: str) -> tuple[str, ...]:
+def stands_back(problem: Problem) -> str:
+    """Why Triton's kernels come before those of the cuda backend on the problem's device; "" where
+    they do not."""
+    asked = getattr(get("cuda"), "stands_back", None) if problem.device == "cuda" else None
+    return asked(problem.device_index) if asked else ""
+
+
+def candidates(name: str, problem: Problem) -> tuple[str, ...]:
     """The backends that "auto" or "fastest" chooses among, in their order."""
-    return (*ORDER, TORCH) if name == "fastest" else ORDER
+    order = ("triton", "cuda", *ORDER[2:]) if stands_back(problem) else ORDER
+    return (*order, TORCH) if name == "fastest" else order
 
 
 def warn_of_reference(name: str, chosen: str, problem: Problem) -> None:

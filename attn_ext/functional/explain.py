@@ -94,7 +94,9 @@ def _decided(problem: Problem, chosen: str) -> str:
     engine = tuned.fastest(problem, (chosen,))
     if row is None or engine is None:
         state = tuned.state(problem.device, problem.device_index)
-        return f"the order of backends; {state}"
+        why = registry.stands_back(problem)
+        first = f", triton before cuda since {why}" if why else ""
+        return f"the order of backends{first}; {state}"
     times = sorted(row.seconds.items(), key=lambda item: item[1])
     shown = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in times)
     return f"attn-ext tune, {row}: {shown}"

@@ -22,7 +22,7 @@
 //                 exp2_approx log2_approx rcp_approx tanh_accurate add_high halves_of
 //   global        ldg_64/128 stg_64/128 atomic_add_global(float*|int*, v) thread_fence()
 //                 load_acquire(int*) store_release(int*, v): words by which blocks wait for blocks
-//                 opaque(address) ldg_const_32/64/128
+//                 opaque(address or word) ldg_const_32/64/128
 //
 // All 32 lanes of a warp must reach a *_sync instruction (shuffles, ballot, sync_warp, ldmatrix,
 // mma) together.  Fragment layouts: docs/design/cuda.md.
@@ -317,11 +317,15 @@ ATTN_DEVICE float rcp_approx(float x) {
 ATTN_DEVICE float tanh_accurate(float x) { return tanhf(x); }
 
 // ---- global memory ----------------------------------------------------------------------------
-// The same address, as one of which the compiler knows nothing.
+// The same address or word, as one of which the compiler knows nothing.
 template <class T>
 ATTN_DEVICE const T* opaque(const T* address) {
   asm volatile("" : "+l"(address));
   return address;
+}
+ATTN_DEVICE uint32_t opaque(uint32_t word) {
+  asm volatile("" : "+r"(word));
+  return word;
 }
 // Of what no kernel writes while this one runs: the compiler may move them.
 ATTN_DEVICE uint32_t ldg_const_32(const void* p) {

@@ -105,9 +105,10 @@ struct Thread {
   const int* watched = nullptr;
   int found = 0, asked = 0;
   bool asleep = false;
-  // Additions issued, those that are complete, and what is known of those of other threads.
+  // Additions issued, those that are complete, and what is known of those of other threads: by the
+  // thread, and by the copy engine since the thread's last fence_proxy_async_global.
   uint32_t issued = 0, complete = 0;
-  std::map<uint64_t, uint32_t> known = {};
+  std::map<uint64_t, uint32_t> known = {}, known_to_engine = {};
 };
 
 struct Warp {
@@ -211,7 +212,8 @@ class Machine : BlockState {
   void bulk_wait_read(int keep, Where where);
   void bulk_wait(int keep, Where where);
   bool barrier_or(int id, int threads, bool flag, Where where);
-  void set_registers(int registers, Where where);
+  void fence_proxy_async_global(Where where);
+  void set_registers(int registers, bool more, Where where);  // more: setmaxnreg.inc, else .dec
   void wgmma(const WgmmaCall& call, Where where);
   void wgmma_fence(Where where);
   void wgmma_commit(Where where);

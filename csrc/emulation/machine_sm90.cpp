@@ -199,13 +199,14 @@ void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
   ++self.issued;
   if (mode.ordered) {
     const auto [last, first] = added_.try_emplace(gmem, Added{name, self.issued, where});
-    if (!first && last->second.thread != name &&
-        self.known[last->second.thread] < last->second.number)
-      fail(where, "adds to global memory that thread " +
-                      std::to_string(last->second.thread % MAX_THREADS) + " of block " +
-                      std::to_string(last->second.thread / MAX_THREADS) + " adds to at " +
-                      last->second.where.text() +
-                      ", and nothing orders the two: no bulk_wait, store_release and load_acquire");
+    const auto [thread, number, there] = last->second;
+    if (!first && thread != name && self.known_to_engine[thread] < number)
+      fail(where,
+           "adds to global memory that thread " + std::to_string(thread % MAX_THREADS) +
+               " of block " + std::to_string(thread / MAX_THREADS) + " adds to at " + there.text() +
+               ", and nothing orders the two: no " +
+               (self.known[thread] < number ? "bulk_wait, store_release and load_acquire"
+                                            : "fence_proxy_async_global behind load_acquire"));
     last->second = {name, self.issued, where};
   }
   BulkAdd op = {gmem, address, bytes, where};
@@ -300,6 +301,12 @@ void Machine::store_release(int* p, int value, Where where) {
   maybe_park();
 }
 
+void Machine::fence_proxy_async_global(Where where) {
+  Thread& self = fibers_[current_];
+  self.last = where;
+  if (mode.ordered) self.known_to_engine = self.known;
+}
+
 // ---- the rest ---------------------------------------------------------------------------------
 bool Machine::barrier_or(int id, int count, bool flag, Where where) {
   if (flag) barriers_[id].flag = true;
@@ -307,7 +314,15 @@ bool Machine::barrier_or(int id, int count, bool flag, Where where) {
   return barriers_[id].result;
 }
 
-void Machine::set_registers(int registers, Where where) {
+void Machine::set_registers(int registers, bool more, Where where) {
+  const int before = wgmma_[current_ / 32].registers;
+  // Of __launch_bounds__(threads, 1), as our kernels have it; others may be launched with fewer.
+  const int now = before ? before : 65536 / threads / 8 * 8;
+  const bool known = before || mode.init_fences;
+  if (more ? known && registers < now : registers > now)
+    fail(where, std::string("setmaxnreg.") + (more ? "inc" : "dec") + " to " +
+                    std::to_string(registers) + " registers of a warp that has " +
+                    std::to_string(now));
   collective(Kind::SETMAXNREG, &registers, where, [](void* const* args) {
     machine.wgmma_[machine.current_ / 32].registers = *static_cast<const int*>(args[0]);
   });

@@ -153,6 +153,7 @@ template <class T>
 const T* opaque(const T* address) {
   return address;
 }
+inline uint32_t opaque(uint32_t word) { return word; }
 inline uint32_t ldg_const_32(const void* p) { return *static_cast<const uint32_t*>(p); }
 inline U32x2 ldg_const_64(const void* p) { return *static_cast<const U32x2*>(p); }
 inline U32x4 ldg_const_128(const void* p) { return *static_cast<const U32x4*>(p); }

@@ -37,19 +37,19 @@ template <int N>
 void bulk_wait(ATTN_AT) {
   machine.bulk_wait(N, at);
 }
-inline void fence_proxy_async_global() {}
+inline void fence_proxy_async_global(ATTN_AT) { machine.fence_proxy_async_global(at); }
 inline void fence_proxy_async(ATTN_AT) { machine.fence_proxy_async(at); }
 
 // Registers are counted against what the launch gave each thread.
 template <int REGISTERS>
 void setmaxnreg_inc(ATTN_AT) {
   static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256);
-  machine.set_registers(REGISTERS, at);
+  machine.set_registers(REGISTERS, true, at);
 }
 template <int REGISTERS>
 void setmaxnreg_dec(ATTN_AT) {
   static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256);
-  machine.set_registers(REGISTERS, at);
+  machine.set_registers(REGISTERS, false, at);
 }
 bool elect_one(ATTN_AT);
 template <int ID>

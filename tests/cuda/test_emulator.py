@@ -284,7 +284,8 @@ def test_global_memory_and_named_barriers():
     out, low = wrapper("GLOBAL", x), x[8] & 0xFF
     np.testing.assert_array_equal(out[:, [0, 1, 4, 5, 6, 7]], x[[1, 0, 7, 6, 5, 4]].T)
     assert out[0, 14] == low.sum() == f32(out)[0, 15]
-    np.testing.assert_array_equal(wrapper("BARRIERS", x[:1])[:, 0], x[0, ::-1])
+    words = wrapper("BARRIERS", x[:1])[:, :2]
+    np.testing.assert_array_equal(words, np.stack([x[0], x[0] + 1], 1)[::-1])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -436,21 +437,6 @@ def test_kernels_use_only_the_wrappers():
     assert {str(p): forbidden_words(p.read_text()) for p in kernels} == {
         str(p): [] for p in kernels
     }
-
-
-@pytest.mark.parametrize(("suffix", "least"), [("", 45), ("_sm90", 18)])
-def test_both_sides_of_the_header_have_the_same_wrappers(suffix, least):
-    """A wrapper that only one compiler knows would fail in the other build only."""
-    device = (ROOT / f"csrc/cuda/ptx{suffix}.cuh").read_text()
-    device = device.split("#else", 1)[1].split("#endif  // ATTN_EMULATED")[0]
-    host = (ROOT / f"csrc/emulation/ptx_host{suffix}.h").read_text()
-    names = set(re.findall(r"^ATTN_DEVICE [\w ]+? (\w+)\(", device, flags=re.M))
-    names |= set(re.findall(r"^ATTN_DEVICE [\w ]+? (\w+)<", device, flags=re.M))
-    # try_wait is how the device waits; wgmma serves wgmma_ss and wgmma_rs; stop ends a debug build
-    names -= {"mbarrier_try_wait", "wgmma", "stop"}
-    assert len(names) >= least
-    missing = [n for n in sorted(names) if not re.search(rf"\b{n}(<\w+>)?\(", host)]
-    assert missing == []
 
 
 def test_portable_fibers(tmp_path):

@@ -46,10 +46,16 @@ def expected_product(op):
     A = integers(64 * 64, 1).reshape(64, 64)
     B = integers(128 * 64, 2)
     product = A @ (B.reshape(64, 128) if op.endswith("MN") else B.reshape(128, 64).T)
-    thread, n, i = np.ogrid[:128, :16, :4]
+    n, i = np.ogrid[:16, :4]
+    return fragments(product, 16) + (n + i).astype(np.float32)
+
+
+def fragments(product, tiles):
+    """[128 threads, tiles, 4] of the columns of [64, N]; behind the last comes the first again."""
+    thread, n, i = np.ogrid[:128, :tiles, :4]
     row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i // 2)
     column = 8 * n + 2 * (thread % 4) + i % 2
-    return (product[row, column] + n + i).astype(np.float32)
+    return product[row, column % product.shape[1]].astype(np.float32)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,7 +65,7 @@ def test_wgmma(op, bf16, mode):
     """A wrong fragment, descriptor field, swizzle, slab or step; copies that land elsewhere; an
     alarm where those that read have the proxy fence."""
     emulated.set_mode(mode, seed=3)
-    got = emulated.hopper(OPS.index(op), bf16).view(np.float32).reshape(128, 16, 4)
+    got = emulated.hopper(OPS.index(op), bf16)[: 128 * 64].view(np.float32).reshape(128, 16, 4)
     np.testing.assert_array_equal(got, expected_product(op))
 
 
@@ -73,12 +79,63 @@ def test_wgmma_of_plain_stores_needs_a_fence(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_narrow_wgmma(bf16, mode):
-    """Rows of B beyond the 32, or accumulators of a wider shape."""
+@pytest.mark.parametrize("columns", [32, 64, 96, 192, 256])
+def test_widths_of_wgmma(columns, bf16, mode):
+    """Rows of B beyond the last column, accumulators of another shape."""
     emulated.set_mode(mode, seed=3)
-    got = emulated.hopper(OPS.index("N32"), bf16).view(np.float32).reshape(128, 16, 4)
-    n, i = np.ogrid[:4, :4]
-    np.testing.assert_array_equal(got[:, :4], expected_product("SS_K")[:, :4] - n - i)
+    got = emulated.hopper(OPS.index(f"N{columns}"), bf16).view(np.float32)
+    A, B = integers(64 * 64, 1).reshape(64, 64), integers(128 * 64, 2).reshape(128, 64)
+    want = fragments(A @ B.T, columns // 8)
+    np.testing.assert_array_equal(got[: want.size].reshape(want.shape), want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_words_that_change_hands_by_an_mbarrier(mode):
+    """A barrier that does not count every thread, or orders nothing."""
+    emulated.set_mode(mode, seed=3)
+    got = emulated.hopper(OPS.index("PASSED"), True)[:128]
+    np.testing.assert_array_equal(got, 5 * np.arange(128)[::-1] + 1)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_additions_in_turn(mode, ordered):
+    """A block that adds before its turn, does not see what it has added, or has added twice; an
+    alarm about the order that the blocks keep."""
+    for seed in range(4):  # random: how many blocks are under way, and which goes on
+        emulated.set_mode(mode, seed=seed)
+        emulated.set_ordered(ordered)
+        got = emulated.hopper(OPS.index("IN_TURN"), True)
+        np.testing.assert_array_equal(got[:512].view(np.float32), np.ones(512, np.float32))
+        turns = got[1024 : 1024 + 12].reshape(3, 4)
+        np.testing.assert_array_equal(turns[:, 0], [0, 1, 2])
+        sums = np.float32([[1e8, 1e8], [0, 0], [1, 1]])
+        np.testing.assert_array_equal(turns[:, 1:3].copy().view(np.float32), sums)
+
+
+OUT_OF_TURN = {
+    "TURN_UNFENCED": "no fence_proxy_async_global",
+    "TURN_UNWAITED": "no bulk_wait, store_release and load_acquire",
+    "TURN_UNRELEASED": "no bulk_wait, store_release and load_acquire",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", OUT_OF_TURN)
+def test_additions_that_nothing_orders(op, mode):
+    """On hardware the sums are those of another order, or a term is lost."""
+    emulated.set_mode(mode, seed=3)
+    emulated.set_ordered(True)
+    with pytest.raises(RuntimeError, match=rf"hopper.cuh:\d+: adds .*: {OUT_OF_TURN[op]}"):
+        emulated.hopper(OPS.index(op), True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_registers_change_hands(mode):
+    """An alarm about what every Hopper kernel does; test_ptx_mutations.py has what is wrong."""
+    emulated.set_mode(mode, seed=3)
+    got = emulated.hopper(OPS.index("REGISTERS"), True)[:384]
+    np.testing.assert_array_equal(got, np.arange(384) + 1)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -123,6 +123,8 @@ CASES = {
     "everything": EVERY,
     "head_dim 128: tiles of 32 keys": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2,
                                        "head_dim": 128, "seqlen_q": 70},
+    "head_dim 128: rows of a mask found for each tile": {"mask": "bhqk", "head_dim": 128,
+                                                         "seqlen_q": 70},
     "head_dim 64, fp16, causal": {"mask": "bhqk", "softcap": 3.0, "dropout_p": 0.2, "head_dim": 64,
                                   "dtype": torch.float16, "causal": True},
     "float32": {"mask": "bhqk", "bias": "hqk", "dtype": torch.float32, "seqlen_q": 40},

@@ -67,8 +67,9 @@ def test_wrappers_of_hopper(compiled, mode):
     """The same of ptx_sm90.cuh: TMA, mbarriers, wgmma with its accumulators in flight."""
     emulated.set_mode(mode, seed=3)
     for op in twins.HOPPER_OPS:
-        if op in twins.FAULTS:
+        if op in twins.RACES + twins.OUT_OF_TURN:
             continue
+        emulated.set_ordered(op == "IN_TURN")
         want = twins.run_hopper(op)
         with compiled.active():
             got = twins.run_hopper(op)
@@ -78,10 +79,23 @@ def test_wrappers_of_hopper(compiled, mode):
             np.testing.assert_array_equal(rest, want[:512].reshape(128, 4).T[1:])
         else:
             twins.assert_same(op, got, want)
-    assert "attn::hopper::wrappers<attn::ptx::bf16>" in compiled.used
+    for kernel in ("wrappers", "registers"):
+        assert f"attn::hopper::{kernel}<attn::ptx::bf16>" in compiled.used
 
 
-@pytest.mark.parametrize("op", twins.FAULTS)
+@pytest.mark.parametrize("op", twins.OUT_OF_TURN)
+def test_additions_out_of_turn_in_compiled_code(compiled, op):
+    """A missing fence or word between blocks, in any mode, with the line of PTX."""
+    emulated.set_mode("plain")
+    emulated.set_ordered(True)
+    with (
+        compiled.active(),
+        pytest.raises(RuntimeError, match=r"wrappers<ptx::bf16>\.ptx:\d+: adds .* orders the two"),
+    ):
+        twins.run_hopper(op)
+
+
+@pytest.mark.parametrize("op", twins.RACES)
 def test_races_in_compiled_code_name_lines_of_ptx(compiled, op):
     """A missing proxy fence, floats overwritten while they are read: what only `race` sees."""
     emulated.set_mode("race")

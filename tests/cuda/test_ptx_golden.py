@@ -162,6 +162,47 @@ PRODUCT = (
 """
     + "".join(f"  st.global.f32 [%rd4+{4 * i}], %f{i};\n" for i in range(48))
 )
+# 32 floats of shared memory added to global memory, twice; what a thread then finds there
+ADD = """
+  ld.global.f32 %f1, [%rd3];
+  shl.b32 %r1, %r0, 2;
+  mov.u32 %r2, smem;
+  add.u32 %r1, %r1, %r2;
+  st.shared.f32 [%r1], %f1;
+  fence.proxy.async.shared::cta;
+  bar.sync 0;
+  setp.ne.u32 %p1, %r0, 0;
+  @%p1 bra done;
+  cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%rd2+1024], [%r2], 128;
+  cp.async.bulk.commit_group;
+  cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%rd2+1024], [%r2], 128;
+  cp.async.bulk.commit_group;
+  cp.async.bulk.wait_group{read} 0;
+  ld.global.v4.u32 {{%r3, %r4, %r5, %r6}}, [%rd2+1024];
+  st.global.v4.u32 [%rd2], {{%r3, %r4, %r5, %r6}};
+  cp.async.bulk.wait_group 0;
+done:
+"""
+# Message passing: block 0 stores data, then a flag; block 1 waits for the flag and loads the data
+MESSAGE = """
+  mov.u32 %r1, %ctaid.x;
+  setp.ne.u32 %p1, %r0, 0;
+  @%p1 bra done;
+  setp.ne.u32 %p2, %r1, 0;
+  mov.u32 %r2, 77;
+  mov.u32 %r3, 1;
+  @%p2 bra take;
+  st.global.u32 [%rd2+64], %r2;
+  st.release.gpu.global.u32 [%rd2+128], %r3;
+  bra done;
+take:
+  ld.acquire.gpu.global.u32 %r4, [%rd2+128];
+  setp.ne.u32 %p3, %r4, 1;
+  @%p3 bra take;
+  ld.global.u32 %r5, [%rd2+64];
+  st.global.u32 [%rd2+192], %r5;
+done:
+"""
 SPANS = {128: 3, 64: 2, 32: 1}  # bytes that are swizzled -> bits of CuTe's Swizzle
 REGISTERS = {1: "%r2", 2: "%r2, %r3", 4: "%r2, %r3, %r4, %r5"}
 READS = "".join(
@@ -171,7 +212,8 @@ READS = "".join(
 )
 BODIES = {"ex2": EX2, "bfe": BFE, "carry": CARRY, "philox": PHILOX, "folded": FOLDED,
           "product": PRODUCT.replace("ORDER", "0"),
-          "product_mn": PRODUCT.replace("ORDER", "1")}  # fmt: skip
+          "product_mn": PRODUCT.replace("ORDER", "1"), "message": MESSAGE,
+          "add": ADD.format(read=""), "add_read": ADD.format(read=".read")}  # fmt: skip
 BODIES |= {
     f"tiles{count}{'t' * trans}": TILES.format(
         count=count, trans=".trans" * trans, registers=registers, rows=8 * count
@@ -184,8 +226,8 @@ TEXT = HEAD + "".join(ENTRY.format(name=name, body=body) for name, body in BODIE
 
 
 def run(
-    name: str, words: np.ndarray, tensor_map: bytes = bytes(128), sums: int = 16,
-    mode: str = "random+poison",
+    name: str, words: np.ndarray, tensor_map: bytes = bytes(128), sums: int = 16, blocks: int = 1,
+    seed: int = 3, mode: str = "random+poison",
 ) -> np.ndarray:  # fmt: skip
     """[threads, sums] words of the threads from [threads, 16] words, with poison: bytes that
     nothing wrote are read here, which "race" would report."""
@@ -193,9 +235,9 @@ def run(
     assert given.shape[1:] == (16,)
     parameters = struct.pack("<QQ", given.ctypes.data, got.ctypes.data).ljust(64, b"\0")
     body = build.address(TEXT, name, "golden.ptx")
-    emulated.set_mode(mode, seed=3, smem_limit=227 * 1024)
+    emulated.set_mode(mode, seed=seed, smem_limit=227 * 1024)
     try:
-        emulated.launch_compiled(body, (1, 1, 1), len(words), 8192, parameters + tensor_map)
+        emulated.launch_compiled(body, (blocks, 1, 1), len(words), 8192, parameters + tensor_map)
     finally:
         emulated.set_mode("plain")
     return got
@@ -357,3 +399,22 @@ def test_product_over_one_and_a_half_atoms(order_of_a):
     thread, i = np.ogrid[:128, :48]
     row = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
     np.testing.assert_array_equal(got, 1 + (A @ B)[row, i // 4 * 8 + thread % 4 * 2 + i % 2])
+
+
+def test_an_addition_is_seen_behind_its_wait():
+    """The pages of cp.reduce.async.bulk and cp.async.bulk.wait_group: behind a wait without .read
+    the writes are visible to the thread that waits; .read waits for the sources alone, and the
+    executor shows that what is added need not be there."""
+    numbers = np.arange(1, 33, dtype=np.float32)
+    words = placed(numbers.view(np.uint32)[:, None])
+    for name, factor in (("add", 2), ("add_read", 0)):
+        got = run(name, words).view(np.float32)
+        np.testing.assert_array_equal(got[0, :4], factor * numbers[:4], err_msg=name)
+        np.testing.assert_array_equal(got[16:18].ravel(), 2 * numbers)
+
+
+def test_a_message_between_blocks():
+    """The litmus test MP of the manual's memory model: whoever acquires what was released sees what
+    was stored before, whichever block runs first."""
+    for seed in range(8):
+        assert run("message", placed([]), blocks=2, seed=seed)[3, 0] == 77

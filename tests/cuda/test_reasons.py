@@ -17,13 +17,13 @@ from fake_driver import driver
 
 import attn_ext
 from attn_ext._C import cuda as _cuda
-from attn_ext.backends import cuda
+from attn_ext.backends import cuda, registry, tuned
 from attn_ext.backends.jit import first_use
 from attn_ext.cli import doctor
 from attn_ext.core.problem import Problem
 from attn_ext.functional import explain
 
-CACHED = (cuda.available, cuda._device_problem, cuda._driver)
+CACHED = (cuda.available, cuda._device_problem, cuda._driver, cuda.stands_back)
 # name -> (compute capability, CUDA of the driver, NVRTC's version or None, what is told)
 CASES = {
     "nothing is missing": (90, 13000, (13, 0), ""),
@@ -77,6 +77,33 @@ def test_reasons(gpu, name):
     with driver(capability, version=version):
         for text in told():
             assert re.search(reason, text) if reason else text == "", text
+
+
+FIRST = {90: "cuda", 100: "triton", 103: "triton", 110: "triton", 120: "cuda"}
+
+
+@pytest.mark.parametrize(("capability", "first"), FIRST.items())
+def test_what_comes_first(gpu, monkeypatch, capability, first):
+    """Kernels of sm_80 on GPUs whose speed is in tcgen05, or Triton's where it has nothing better;
+    an order that explain does not tell."""
+    gpu((13, 0))
+    able = {"cuda": [], "triton": []}
+    monkeypatch.setattr(registry, "reasons", lambda name, problem: able.get(name, ["no"]))
+    monkeypatch.setattr(tuned, "row_of", lambda problem: None)
+    monkeypatch.setattr(tuned, "state", lambda *device: "nothing was measured")
+    q = torch.zeros(1, 1, 4, 32, dtype=torch.bfloat16)
+    on_cpu = Problem.of(attn_ext.functional.dense.dense_call(q, q, q))
+    problem = dataclasses.replace(on_cpu, device="cuda")
+    registry.select.cache_clear()
+    with driver(capability, version=13000):
+        for name in ("auto", "fastest"):
+            assert registry.select(name, problem) == first
+        text = explain.of(problem).decided
+        number = rf"{capability // 10}\.{capability % 10}"
+        told = re.search(f"triton before cuda since compute capability {number} .*tcgen05", text)
+        assert bool(told) == (first == "triton"), text
+        assert registry.candidates("auto", on_cpu) == registry.ORDER
+    registry.select.cache_clear()
 
 
 def test_no_driver_and_no_gpu(gpu, monkeypatch):

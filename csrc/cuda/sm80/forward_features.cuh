@@ -31,13 +31,20 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // How many of a tile's 16 keys have their masks and biases asked for before S is computed; the
   // rest after: all of them would take 48 registers.
   static constexpr int EARLY = TILES / 4;
+  // A mask and no bias at 128 columns: where its rows begin is found for each tile from the first
+  // of them; kept in registers over the loop, they are spilled, 8 loads a tile.  Beside a bias that
+  // helps nothing (922 slots for 917, and 8 other spills).
+  static constexpr bool FINDS_ROWS =
+      HEAD_DIM == 128 && Side<T, BITS>::VECTORS && may_have<BITS>(kMask) && !may_have<BITS>(kBias);
   static constexpr float GROWTH = 8.0f;  // as in WholeSoftmax
   static constexpr float LOWEST = FAR ? kFinfoMin : -3.4e38f;
 
   Dropout dropout;
   HeadTerms<float> head;
   Query query[F][2];
-  typename Side<T, BITS>::Row side_rows[F][2];
+  using SideRows = typename Side<T, BITS>::Row[F][2];
+  SideRows side_rows;
+  int rows_below;  // the first of this thread's rows, to the last that is there
   float row_unit[FAR ? F : 1][2];
 
   ATTN_DEVICE FeatureForward(const Params& params, const Score& score, const ForwardTask& t,
@@ -54,6 +61,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
       state[f].max[r] = LOWEST;  // the base of the exponentials, in the row's unit
       if (FAR) row_unit[f][r] = 1.0f;
     }
+    rows_below = t.rows - 1 - query[0][0].i;
   }
   // What a logit is multiplied by before the base is taken from it.
   ATTN_DEVICE float unit(int f, int r) const {
@@ -63,13 +71,28 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // The first of this thread's 4 keys in 16 of a tile.
   ATTN_DEVICE static int first_key(int n0, int m) { return n0 + 16 * m + 4 * (lane_id() & 3); }
 
-  ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
+  // Where the masks and biases of a tile's keys begin in this thread's rows, if VECTORS.
+  ATTN_DEVICE void find_sides(SideRows& rows, int n0) const {
+    [[maybe_unused]] const int below =
+        FINDS_ROWS ? int(opaque(uint32_t(rows_below))) : 0;  // not over the loop
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int rows_on = 16 * f + 8 * r;
+      if constexpr (FINDS_ROWS)
+        rows[f][r] = side_rows[0][0].on(p, rows_on ? min_int(rows_on, below) : 0, n0);
+      else if constexpr (Side<T, BITS>::VECTORS)
+        rows[f][r] = side_rows[f][r];
+    }
+  }
+  ATTN_DEVICE void load_sides(Sides& sides, const SideRows& rows, int n0, int first,
+                              int last) const {
     ATTN_UNROLL
     for (int m = first; m < last; ++m) ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       if constexpr (Side<T, BITS>::VECTORS)
-        sides[f][m][r].load(side_rows[f][r], n0 + 16 * m);
+        sides[f][m][r].load(rows[f][r], (FINDS_ROWS ? 0 : n0) + 16 * m);
       else
         sides[f][m][r].load(p, query[f][r], first_key(n0, m));
     }
@@ -237,18 +260,20 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     for (; left > 0; --left, n0 += N) {
       Scores S;
       Sides sides;
+      SideRows rows;
       cp_async_wait<0>();
       sync_threads();  // K of this turn is complete, and every warp has read V of the turn before
       next_V.copy();
       cp_async_commit();
-      load_sides(sides, n0, 0, EARLY);
+      find_sides(rows, n0);
+      load_sides(sides, rows, n0, 0, EARLY);
       // S = Q K^T   [WARP_ROWS, BLOCK_N] a warp
       multiply_rows<T, HEAD_DIM>(S, Base::Q_smem(), Base::warp_row(), Base::K_smem());
       cp_async_wait<0>();
       sync_threads();  // V is complete, and every warp has read K
       if (left > 1) next_K.copy();
       cp_async_commit();
-      load_sides(sides, n0, EARLY, TILES / 2);
+      load_sides(sides, rows, n0, EARLY, TILES / 2);
       logits(S, sides, n0);
       follow(S);
       weights(S, n0);

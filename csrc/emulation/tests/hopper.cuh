@@ -21,11 +21,18 @@ enum Op : int {
   RS_MN,          // acc + A B, A from registers
   VOTES,          // elect_one, named_barrier_or
   STORED,         // SS_K of a B that the threads have stored again themselves
-  N32,            // SS_K of the first 32 rows of B
+  N32,            // A B^T of the first 32 rows of B
+  N64,            // of the first 64
+  N96,            // of the first 96, A from registers
+  N192,           // of all rows and the first 64 once more
+  N256,           // of all rows, twice
   TURNED,         // stmatrix_x4_trans of 16-bit numbers that say where they come from
   ADDED,          // bulk_add of 512 floats, and of the first 256 once more
   READERS_FENCE,  // STORED, with the fence after the barrier
   LOADED_AGAIN,   // A as it is after the threads have read and stored it and a load has come again
+  PASSED,         // words that change hands by an mbarrier at which every thread arrives
+  IN_TURN,        // three blocks that add by bulk_add one after the other, and what each finds
+  REGISTERS,      // setmaxnreg: 24 of a warpgroup, 240 of two
   // Faults from here on.
   UNFENCED,           // STORED without fence_proxy_async
   ADD_UNFENCED,       // ADDED without it
@@ -34,17 +41,25 @@ enum Op : int {
   COPY_FENCED_EARLY,  // ADDED of what cp_async brings, with the fence before the wait for it
   READ_UNFENCED,      // LOADED_AGAIN without the fence, of what was read
   STORE_UNFENCED,     // the same of what was stored
+  // Faults that only an emulator that asks for the order of additions (set_ordered) can see.
+  TURN_UNFENCED,    // IN_TURN without fence_proxy_async_global
+  TURN_UNWAITED,    // without load_acquire: by tickets alone
+  TURN_UNRELEASED,  // its word stored before the addition is there
 };
 
-constexpr int THREADS = 128, TILES = 16, OUT = THREADS * TILES * 4;
-constexpr int A_BYTES = 64 * 128, B_BYTES = 128 * 128, SMEM = A_BYTES + B_BYTES + 8;
+constexpr int THREADS = 128, TILES = 16, OUT = THREADS * 128;
+constexpr int A_BYTES = 64 * 128, B_BYTES = 128 * 128, SMEM = A_BYTES + 2 * B_BYTES + 16;
+constexpr int BLOCKS = 3;  // of those that add in turn
 
 struct Params {
   int op;
   TensorMap a, b;
   const uint32_t* a_registers;  // [THREADS, 4 steps, 4]
-  uint32_t* out;                // [THREADS, TILES, 4]
+  uint32_t* out;                // [OUT]
+  int* words;                   // [2], 0: the next ticket, the next turn
 };
+
+ATTN_DEVICE constexpr bool adds_in_turn(int op) { return op == IN_TURN || op >= TURN_UNFENCED; }
 
 // Each thread stores its part of B again.
 ATTN_DEVICE void store_again(int op, uint32_t B) {
@@ -118,19 +133,76 @@ ATTN_DEVICE void added(const Params& p, uint32_t A) {
   if (op == ADD_REUSED && issues) bulk_wait_read<0>();
 }
 
-template <class T>
-ATTN_DEVICE void narrow_product(const Params& p, uint32_t A, uint32_t B) {
-  float acc[4][4] = {};
+// Every thread stores a word, arrives, and reads another's behind the barrier.
+ATTN_DEVICE void passed(uint32_t A, uint32_t bar, uint32_t* out) {
+  sts_32(A + 4 * thread_id(), uint32_t(5 * thread_id() + 1));
+  mbarrier_arrive(bar);
+  mbarrier_wait(bar, 0);
+  out[thread_id()] = lds_32(A + 4 * (THREADS - 1 - thread_id()));
+}
+
+// What is added in each turn: 1 is lost in another order than that of the turns.
+ATTN_DEVICE float term_of_turn(int turn) { return turn == 0 ? 1e8f : turn == 1 ? -1e8f : 1.0f; }
+
+// Blocks take a ticket, wait for their turn, add 512 floats and pass the turn on.  out: the sums;
+// behind 1024 words, for each turn, the word that ended the wait and the last 2 sums of then.
+ATTN_DEVICE void in_turn(const Params& p, uint32_t A) {
+  const int op = p.op;
+  const uint32_t ticket = A + A_BYTES;
+  if (thread_id() == 0) sts_32(ticket, uint32_t(atomic_add_global(p.words, 1)));
+  sync_threads();  // the ticket is there
+  const int turn = int(lds_32(ticket));
+  for (int i = 0; i < 4; ++i) sts_f32(A + 16 * thread_id() + 4 * i, term_of_turn(turn));
+  fence_proxy_async();
+  sync_threads();  // every thread has stored
+  if (thread_id() != 0) return;
+  int found = op == TURN_UNWAITED ? turn : -1;
+  for (int asked = 0; found != turn && asked < 1 << 20; ++asked) found = load_acquire(p.words + 1);
+  if (op != TURN_UNFENCED) fence_proxy_async_global();  // the engine adds behind what was found
+  bulk_add(reinterpret_cast<float*>(p.out), A, 2048);
+  bulk_commit();
+  if (op == TURN_UNRELEASED) {
+    bulk_wait_read<0>();
+  } else {
+    bulk_wait<0>();
+  }
+  const U32x2 sums = ldg_64(p.out + 510);
+  uint32_t* mine = p.out + 1024 + 4 * turn;
+  mine[0] = uint32_t(found), mine[1] = sums.x, mine[2] = sums.y;
+  store_release(p.words + 1, turn + 1);
+}
+
+// [64, 8 * COLUMNS]
+template <class T, int COLUMNS>
+ATTN_DEVICE void product_of(const Params& p, uint32_t A, uint32_t B) {
+  float acc[COLUMNS][4] = {};
+  uint32_t registers[4][4];
+  for (int i = 0; i < 16; ++i) registers[i / 4][i % 4] = p.a_registers[16 * thread_id() + i];
   wgmma_hold(acc);
+  wgmma_hold(registers);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step)
-    wgmma_ss<T, false>(acc, wgmma_descriptor(A + 32 * step), wgmma_descriptor(B + 32 * step), true);
+  for (int step = 0; step < 4; ++step) {
+    const uint64_t b = wgmma_descriptor(B + 32 * step);
+    if constexpr (COLUMNS == 12)
+      wgmma_rs<T, false>(acc, registers[step], b, true);
+    else
+      wgmma_ss<T, false>(acc, wgmma_descriptor(A + 32 * step), b, true);
+  }
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(acc);
-  for (int n = 0; n < 4; ++n)
-    for (int i = 0; i < 4; ++i) p.out[(thread_id() * TILES + n) * 4 + i] = as_uint(acc[n][i]);
+  wgmma_hold(registers);
+  for (int n = 0; n < COLUMNS; ++n)
+    for (int i = 0; i < 4; ++i) p.out[(thread_id() * COLUMNS + n) * 4 + i] = as_uint(acc[n][i]);
+}
+template <class T>
+ATTN_DEVICE void products_of_widths(const Params& p, uint32_t A, uint32_t B) {
+  if (p.op == N32) product_of<T, 4>(p, A, B);
+  if (p.op == N64) product_of<T, 8>(p, A, B);
+  if (p.op == N96) product_of<T, 12>(p, A, B);
+  if (p.op == N192) product_of<T, 24>(p, A, B);
+  if (p.op == N256) product_of<T, 32>(p, A, B);
 }
 
 template <class T>
@@ -163,20 +235,24 @@ ATTN_DEVICE void products(const Params& p, uint32_t A, uint32_t B) {
 template <class T>
 ATTN_KERNEL(128, 1)
 void wrappers(ATTN_GRID_CONSTANT const Params p) {
-  const uint32_t A = smem_base(), B = A + A_BYTES, bar = B + B_BYTES;
+  const uint32_t A = smem_base(), B = A + A_BYTES, bar = B + 2 * B_BYTES;
+  const bool twice = p.op == N192 || p.op == N256;
   if (thread_id() == 0) {
     mbarrier_init(bar, 1);
+    mbarrier_init(bar + 8, THREADS);
     fence_mbarrier_init();
     tma_prefetch(p.a);
   }
   sync_threads();  // the mbarrier is there
   if (thread_id() == 0) {
-    mbarrier_arrive_expect_tx(bar, p.op == BOX ? A_BYTES : A_BYTES + B_BYTES);
+    mbarrier_arrive_expect_tx(bar,
+                              p.op == BOX ? A_BYTES : A_BYTES + (twice ? 2 * B_BYTES : B_BYTES));
     if (p.op == BOX) {
       tma_load_4d(A, p.a, bar, 40, 30, 2, 1);
     } else {
       tma_load_4d(A, p.a, bar, 0, 0, 0, 0);
       tma_load_4d(B, p.b, bar, 0, 0, 0, 0);
+      if (twice) tma_load_4d(B + B_BYTES, p.b, bar, 0, 0, 0, 0);
       if (p.op == SS_MN || p.op == RS_MN) tma_load_4d(B + 64 * 128, p.b, bar, 64, 0, 0, 0);
     }
   }
@@ -194,15 +270,33 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
   } else if (p.op == LOADED_AGAIN || p.op == READ_UNFENCED || p.op == STORE_UNFENCED) {
     sync_threads();  // every thread has waited for the loads
     load_again(p, A, bar);
+  } else if (p.op == PASSED) {
+    sync_threads();  // every thread has waited for the loads
+    passed(A, bar + 8, p.out);
+  } else if (adds_in_turn(p.op)) {
+    sync_threads();  // every thread has waited for the loads
+    in_turn(p, A);
   } else if (p.op == ADDED || p.op > UNFENCED) {
     sync_threads();  // every thread has waited for the loads
     added(p, A);
-  } else if (p.op == N32) {
-    narrow_product<T>(p, A, B);
+  } else if (p.op >= N32 && p.op <= N256) {
+    products_of_widths<T>(p, A, B);
   } else {
     if (p.op == STORED || p.op == READERS_FENCE || p.op == UNFENCED) store_again(p.op, B);
     products<T>(p, A, B);
   }
+}
+
+// Registers change hands as between the producer and the consumers of a kernel.
+template <class T>
+ATTN_KERNEL(384, 1)
+void registers(ATTN_GRID_CONSTANT const Params p) {
+  if (thread_id() < 128) {
+    setmaxnreg_dec<24>();
+  } else {
+    setmaxnreg_inc<240>();
+  }
+  p.out[thread_id()] = uint32_t(thread_id() + 1);
 }
 
 #ifndef __CUDACC_RTC__
@@ -238,19 +332,20 @@ inline std::vector<uint32_t> run(const Memory& memory, int op, bool is_bf16) {
   const auto a = tensor(is_bf16, box ? 72 * 50 * 5 * 3 : 64 * 64, 1);
   const auto b = tensor(is_bf16, 128 * 64, 2);
   // A in registers: row 16 w + g (+ 8), columns 16 step + 2 t (+ 8) and the one after
-  std::vector<uint32_t> registers(THREADS * 16), out(OUT);
+  std::vector<uint32_t> in_registers(THREADS * 16), out(OUT), words(2);
   for (int t = 0; t < THREADS && !box; ++t)
     for (int i = 0; i < 16; ++i) {
       const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i & 1);
       const int column = i / 4 * 16 + 2 * (t % 4) + 8 * (i / 2 % 2);
-      registers[t * 16 + i] = a[row * 64 + column] | uint32_t(a[row * 64 + column + 1]) << 16;
+      in_registers[t * 16 + i] = a[row * 64 + column] | uint32_t(a[row * 64 + column + 1]) << 16;
     }
-  void* device[4];
-  const std::pair<const void*, size_t> from[4] = {{a.data(), 2 * a.size()},
+  void* device[5];
+  const std::pair<const void*, size_t> from[5] = {{a.data(), 2 * a.size()},
                                                   {b.data(), 2 * b.size()},
-                                                  {registers.data(), 4 * registers.size()},
-                                                  {out.data(), 4 * out.size()}};
-  for (int i = 0; i < 4; ++i) {
+                                                  {in_registers.data(), 4 * in_registers.size()},
+                                                  {out.data(), 4 * out.size()},
+                                                  {words.data(), 4 * words.size()}};
+  for (int i = 0; i < 5; ++i) {
     device[i] = memory.alloc(from[i].second);
     memory.copy_in(device[i], from[i].first, from[i].second);
   }
@@ -259,9 +354,17 @@ inline std::vector<uint32_t> run(const Memory& memory, int op, bool is_bf16) {
   const bool across = op == SS_MN || op == RS_MN;
   const TensorSpec b_spec = across ? spec(device[1], is_bf16, 128, 64, 1, 1, 64)
                                    : spec(device[1], is_bf16, 64, 128, 1, 1, 128);
-  Params p{op, make_tensor_map(a_spec), make_tensor_map(b_spec),
-           static_cast<const uint32_t*>(device[2]), static_cast<uint32_t*>(device[3])};
-  launch(is_bf16 ? wrappers<bf16> : wrappers<fp16>, {1, 1, 1}, THREADS, SMEM, nullptr, p);
+  Params p{op,
+           make_tensor_map(a_spec),
+           make_tensor_map(b_spec),
+           static_cast<const uint32_t*>(device[2]),
+           static_cast<uint32_t*>(device[3]),
+           static_cast<int*>(device[4])};
+  if (op == REGISTERS)
+    launch(is_bf16 ? registers<bf16> : registers<fp16>, {1, 1, 1}, 384, 0, nullptr, p);
+  else
+    launch(is_bf16 ? wrappers<bf16> : wrappers<fp16>, {adds_in_turn(op) ? BLOCKS : 1, 1, 1},
+           THREADS, SMEM, nullptr, p);
   memory.copy_out(out.data(), device[3], 4 * out.size());
   return out;
 }

@@ -206,6 +206,11 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
       named_barrier_sync<3>(32);  // every lane has written
       out[0] = lds_32(base + 4 * (31 - lane));
       named_barrier_arrive<4>(32);  // nobody waits
+      // the same of IDs that the compiler does not know: 5 and 6
+      sts_32(base + 4 * lane, in[0] + 1);
+      named_barrier_sync(4 + block_size() / 32, 32);  // every lane has written
+      out[1] = lds_32(base + 4 * (31 - lane));
+      named_barrier_arrive(5 + block_size() / 32, 32);  // nobody waits
       break;
     default:
       run_numbers(p.op, in, out);

@@ -101,10 +101,15 @@ def _argument(em: Emitter, address: str) -> str:
     return name if not name.startswith("%") and em.variable(name) else ""
 
 
+def _of_all_blocks(op: Opcode) -> bool:
+    """Whether an acquire or a release orders blocks of a grid, and not those of a cluster alone."""
+    return "gpu" in op.parts or "sys" in op.parts
+
+
 @handles("ld")
 def load(em: Emitter, op: Opcode, args: list[str]) -> str:
     op.take("L2::cache_hint")
-    acquires = "acquire" in op.parts
+    acquires = "acquire" in op.parts and _of_all_blocks(op)
     kind, space, count = op.kind(), _space(em, op), _count(op)
     if acquires and space == "global" and count == 1 and bits_of(kind) == 32:
         word = f"reinterpret_cast<const int*>({em.address(args[1], 'u64')})"
@@ -126,7 +131,7 @@ def load(em: Emitter, op: Opcode, args: list[str]) -> str:
 @handles("st")
 def store(em: Emitter, op: Opcode, args: list[str]) -> str:
     op.take("L2::cache_hint")
-    releases = "release" in op.parts
+    releases = "release" in op.parts and _of_all_blocks(op)
     kind, space, count = op.kind(), _space(em, op), _count(op)
     if releases and space == "global" and count == 1 and bits_of(kind) == 32:
         word = f"reinterpret_cast<int*>({em.address(args[0], 'u64')})"
@@ -193,10 +198,10 @@ def reduce_memory(em: Emitter, op: Opcode, args: list[str]) -> str:
 def fence(em: Emitter, op: Opcode, args: list[str]) -> str:
     if op.take("proxy"):
         op.take("async")
-        if op.take("global"):  # what is in global memory is in order here
-            return ";"
-        op.one_of("shared::cta", "async")
-        return "machine.fence_proxy_async({__builtin_FILE(), __builtin_LINE()});"
+        space = op.one_of("shared::cta", "global")  # neither: both
+        shared = f"machine.fence_proxy_async({HERE});" if space != "global" else ""
+        return shared + (f"machine.fence_proxy_async_global({HERE});"
+                         if space != "shared::cta" else "")  # fmt: skip
     if op.take("mbarrier_init"):
         op.take("release"), op.take("cluster")
         return "machine.fence_mbarrier_init({__builtin_FILE(), __builtin_LINE()});"

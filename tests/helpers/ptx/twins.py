@@ -19,6 +19,7 @@ TESTS = ROOT / "csrc/emulation/tests"
 KERNELS = {
     "attn::wrappers::wrappers": ("emulation/tests/wrappers.cuh", "80"),
     "attn::hopper::wrappers<": ("emulation/tests/hopper.cuh", "90a"),
+    "attn::hopper::registers<": ("emulation/tests/hopper.cuh", "90a"),
 }
 LANES = np.arange(32, dtype=np.uint32)
 # Numbers of which each operation makes something of its own: of both signs, large, small, halfway
@@ -34,7 +35,9 @@ def ops(header: str) -> list[str]:
 
 OPS = ops("wrappers.cuh")
 HOPPER_OPS = ops("hopper.cuh")
-FAULTS = tuple(HOPPER_OPS[HOPPER_OPS.index("UNFENCED") :])  # of which race and all must complain
+_FAULTS, _OUT_OF_TURN = map(HOPPER_OPS.index, ("UNFENCED", "TURN_UNFENCED"))
+RACES = tuple(HOPPER_OPS[_FAULTS:_OUT_OF_TURN])  # of which race and all must complain
+OUT_OF_TURN = tuple(HOPPER_OPS[_OUT_OF_TURN:])  # and of these whoever asks for an order
 
 
 @functools.cache

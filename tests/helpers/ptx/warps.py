@@ -171,8 +171,9 @@ def mbarrier(em: Emitter, op: Opcode, args: list[str]) -> str:
 
 @handles("setmaxnreg")
 def set_registers(em: Emitter, op: Opcode, args: list[str]) -> str:
-    op.one_of("inc", "dec"), op.take("sync"), op.take("aligned"), op.take("u32")
-    return f"machine.set_registers({int(args[0], 0)}, {HERE});"
+    more = str(op.one_of("inc", "dec") == "inc").lower()
+    op.take("sync"), op.take("aligned"), op.take("u32")
+    return f"machine.set_registers({int(args[0], 0)}, {more}, {HERE});"
 
 
 # ---- matrices ------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ struct DecodeChunk {
 
 // A query's keys of a chunk, those that mask and bias exclude left out.
 struct DecodeKeys {
-  int64_t n = 0;
+  static constexpr int64_t kNone = -2;  // no chunk, nor the one before the first
+  int64_t n = 0, whole = kNone;         // whole: the chunk whose keys these are, all of them
   const char *K[kDecodeKeys], *V[kDecodeKeys];
   int64_t j[kDecodeKeys];
   float position[kDecodeKeys], bias[kDecodeKeys];  // position: j

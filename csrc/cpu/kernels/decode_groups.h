@@ -1,11 +1,15 @@
 // What the kernel for few queries (decode.h) does for eight rows of Q at a time, where registers
-// are wide enough: parts of O stay in them while the V of a chunk goes by, and with pairs of
-// bfloat16 their products with a key come out side by side, so that no register is summed lane by
-// lane.
+// are of 64 bytes: parts of O stay in them while the V of a chunk goes by, and with pairs of
+// bfloat16 the products of a key with all rows come out side by side, so that no register is summed
+// over all of its lanes.
 //
-//   Q, eight rows:    vector c = pairs 2c, 2c + 1 of row 0 | of row 1 | ... | of row 7
-//   a key:            its pairs 2c, 2c + 1, eight times      (a broadcast of 8 bytes from memory)
-//   sums of the key:  two lanes a row, which are added once, at the end
+//   Q, eight rows:   vector 2c      A of row 0 | B of row 1 | A of row 2 | ... | B of row 7
+//                    vector 2c + 1  B of row 0 | A of row 1 | B of row 2 | ... | A of row 7
+//   a key, 16 bytes: A B A B A B A B, then exchanged B A B A B A B A; A, B: two pairs of numbers
+//   sums of the key: two lanes a row, which are added once, at the end
+//
+// A load and an exchange serve two multiplications of 32 pairs; a load for each of them is slower,
+// since a core loads no more vectors in a cycle than it multiplies.
 #pragma once
 #include "cpu/kernels/decode_keys.h"
 #include "cpu/simd/gemm.h"
@@ -50,7 +54,7 @@ class DecodeEight {
   DecodeEight(int64_t head_dim, int64_t head_dim_v) : d(head_dim), dv(head_dim_v) {}
 
 #ifdef ATTN_BF16_DOT
-  // Q, eight rows of pairs one after the other, as `products` reads them.
+  // Eight rows of pairs, one after the other, in the order above.
   void interleave(const float* Q, float* out) const {
     for (int64_t c = 0; c < d / 4; ++c)
       for (int i = 0; i < kRows; ++i, out += 2)
@@ -131,7 +135,9 @@ class DecodeEight {
     return (Vec<uint32_t>)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
   }
   static ATTN_INLINE Vec<uint32_t> exchanged(Vec<uint32_t> x) {
-    return (Vec<uint32_t>)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_BADC);
+    Vec<uint32_t> other;
+    for (int e = 0; e < L; ++e) other[e] = e ^ 2;
+    return __builtin_shuffle(x, other);
   }
 #endif
 

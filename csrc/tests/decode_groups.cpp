@@ -47,7 +47,7 @@ constexpr Case kCases[] = {
     {"eight", 8, 1, 331, 64},
     {"eight_slopes", 8, 1, 1600, 32, -1, true},
     {"eight_window", 8, 1, 600, 32, 500},
-    {"eight_and_three", 11, 1, 200, 96},
+    {"eight_and_three", 11, 1, 75, 96},
     {"twice_eight", 16, 1, 130, 64, -1, true},
     {"two_queries", 8, 2, 515, 64, -1, true},
     {"poison", 8, 2, 400, 64, 300, true, true},  // the second query sees less of a chunk

@@ -2,7 +2,7 @@
 // once for all query heads of its group and with the head dimension in lanes, as it lies.
 // One task = one K/V head, or all heads of a sequence where their rows of a key lie together, or a
 // share of the keys when tasks are few (split-KV, combined in fixed order).  It reads its keys as
-// kDecodeStreams streams, each row after row and far from the others: a processor fetches ahead for
+// four or two streams, each row after row and far from the others: a processor fetches ahead for
 // several such streams at a time, and less for one of them alone, or for rows abreast that share a
 // page of memory.  Rows of Q are ordered by query, then by head of the group: queries that see the
 // same keys of a chunk are worked on together, and rows of K and V that a query does not see are
@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/storage.h"
+#include "cpu/simd/transpose.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -97,8 +98,8 @@ class Decode : DecodeRows {
   bool wide;    // whether four rows are read abreast, and not two
   // Whether rows are prefetched by instructions: where they do not lie one after the other, since
   // nothing else fetches them ahead, where several rows of Q share them, and where they are of two
-  // bytes a number: a processor with AVX-512 then reads 1.1 to 1.8 times as fast (EPYC, Zen 5); one
-  // row of Q and rows of float gain nothing.
+  // bytes a number or there are two streams: a processor with AVX-512 then reads 1.1 to 1.8 times
+  // as fast (EPYC, Zen 5).
   bool prefetched;
 
   // Whether the queries are so few that panels would mostly hold padding.
@@ -121,12 +122,6 @@ class Decode : DecodeRows {
       return false;
     return p.seqlen_q > 0 && p.seqlen_q <= (together ? kQueries : kDecodeSingleQueries) &&
            rows <= kDecodeRows;
-  }
-
-  // True when there is no mask (or bias), or it is the same for all query heads of a group.
-  template <class S>
-  static bool shared(const void* base, const S& s, const Problem& p) {
-    return !base || s.h == 0 || p.heads_q == p.heads_k;
   }
 
   // Numbers that `attend` and `finish` take.
@@ -384,29 +379,8 @@ class Decode : DecodeRows {
         sum_round<L / 2>(acc);
         sums[part] = acc[0];
       }
-      exchange<R, 1>(sums);
+      exchange_parts<R, 1>(sums);
       for (int i = 0; i < R; ++i) store(S + i * kDecodeKeys + j, sums[i]);
-    }
-  }
-
-  // R vectors of R parts each, part k of vector i and part i of vector k change places.
-  template <int R, int I>
-  static ATTN_INLINE void exchange(Vec<float> (&x)[R]) {
-    if constexpr (I < R) {
-      constexpr int S = I * (L / R);
-      Mask<float> lower, upper;
-      for (int e = 0; e < L; ++e) {
-        lower[e] = e & S ? L + e - S : e;
-        upper[e] = e & S ? L + e : e + S;
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) {
-        if (i & I) continue;
-        const Vec<float> a = x[i], b = x[i + I];
-        x[i] = __builtin_shuffle(a, b, lower);
-        x[i + I] = __builtin_shuffle(a, b, upper);
-      }
-      exchange<R, 2 * I>(x);
     }
   }
 

@@ -59,6 +59,12 @@ class DecodeRows {
   int64_t streams = kDecodeStreams;
   int64_t together;  // K/V heads of a unit: all where their rows share pages of memory
 
+  // True when there is no mask (or bias), or it is the same for all query heads of a group.
+  template <class S>
+  static bool shared(const void* base, const S& s, const Problem& p) {
+    return !base || s.h == 0 || p.heads_q == p.heads_k;
+  }
+
   // Keys of a stream in a chunk.
   int64_t each() const { return kDecodeKeys / streams; }
 

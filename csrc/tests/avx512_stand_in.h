@@ -141,6 +141,13 @@ inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
 inline __m512i permutexvar_epi16(__m512i order, __m512i a) {
   return (__m512i)lanes<Shorts>([&](size_t i) { return ((Shorts)a)[((Shorts)order)[i] & 31]; });
 }
+inline __m512i broadcast_i32x4(__m128i a) {
+  return words([&](size_t i) {
+    uint32_t x;
+    std::memcpy(&x, reinterpret_cast<const char*>(&a) + i % 4 * 4, 4);
+    return x;
+  });
+}
 inline __m256i castsi512_si256(__m512i a) {
   __m256i half;
   std::memcpy(&half, &a, 32);
@@ -255,6 +262,8 @@ inline __m256i maskz_loadu_epi16(uint32_t m, const void* p) {
 #define _mm512_ternarylogic_epi32 attn::cpu::stand_in::ternarylogic_epi32
 #undef _mm512_permutexvar_epi16
 #define _mm512_permutexvar_epi16 attn::cpu::stand_in::permutexvar_epi16
+#undef _mm512_broadcast_i32x4
+#define _mm512_broadcast_i32x4 attn::cpu::stand_in::broadcast_i32x4
 #undef _mm512_castsi512_si256
 #define _mm512_castsi512_si256 attn::cpu::stand_in::castsi512_si256
 #undef _mm512_extracti64x4_epi64

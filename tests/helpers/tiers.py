@@ -22,6 +22,7 @@ THOROUGH = {
     "api/test_second_order.py::test_memory": "long sequences",
     "api/test_strangers_calls.py::test_command_line_on_a_terminal_of_little_help": "processes",
     "cpu/test_cpu_amx.py": "each AMX instruction is a signal",
+    "cpu/test_decode_group_mutations.py": "a compilation each",
     "cpu/test_far_row_mutations.py": "a compilation each",
     "cpu/test_few_queries_mutations.py": "a compilation each",
     "cpu/test_fork.py": "a process for each order of calls",

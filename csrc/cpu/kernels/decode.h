@@ -2,17 +2,19 @@
 // once for all query heads of its group and with the head dimension in lanes, as it lies.
 // One task = one K/V head, or all heads of a sequence where their rows of a key lie together, or a
 // share of the keys when tasks are few (split-KV, combined in fixed order).  It reads its keys as
-// kDecodeStreams streams, each row after row and far from the others: a processor fetches ahead for
+// four or two streams, each row after row and far from the others: a processor fetches ahead for
 // several such streams at a time, and less for one of them alone, or for rows abreast that share a
 // page of memory.  Rows of Q are ordered by query, then by head of the group: queries that see the
 // same keys of a chunk are worked on together, and rows of K and V that a query does not see are
 // not touched.
 #pragma once
+#include "cpu/kernels/decode_groups.h"
 #include "cpu/kernels/decode_keys.h"
 #include "cpu/kernels/options.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/storage.h"
+#include "cpu/simd/transpose.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -31,15 +33,24 @@ class Decode : DecodeRows {
   static constexpr bool kPairs = false;
 #endif
   static constexpr int64_t kQueryBytes = kPairs ? 2 : 4;  // of a number of Q
-  // Rows of Q that are worked on together.  Where there are registers enough, eight of them keep
-  // parts of O there while a chunk of V goes by.
-  static constexpr int kHeld = 8, kMost = L == 16 ? kHeld : 4;
+  using Eight = DecodeEight<KEPT, kPairs>;
+  static constexpr int kMost = L == 16 ? Eight::kRows : 4;  // rows of Q that are worked on together
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
-      : DecodeRows(problem, pointers), kept(kept), threads(threads) {
-    prefetched = p.k.s != p.head_dim || (L == 16 && (rows > 1 || kKeptBytes == 2));
+      : DecodeRows(problem, pointers),
+        kept(kept),
+        threads(threads),
+        eight(problem.head_dim, problem.head_dim_v) {
+    const int64_t bytes = std::max(p.head_dim, p.head_dim_v) * kKeptBytes;
+    const bool dense = p.k.s == p.head_dim && p.v.s == p.head_dim_v && !ptr.block_table;
+    const int64_t most_rows = kKeptBytes == 4 ? kMost - 1 : kKeptBytes == 2 ? 1 : 0;
+    const bool two = L == 16 && dense && bytes <= kDecodeTwoStreams && rows <= most_rows;
+    if (two) streams = 2;
+    wide = !two || bytes <= kDecodeFourRows;
+    prefetched = p.k.s != p.head_dim || (L == 16 && (two || rows > 1 || kKeptBytes == 2));
     together = p.k.s == p.heads_k * p.k.h && p.v.s == p.heads_k * p.v.h ? p.heads_k : 1;
+    steady = together == 1 && !ptr.block_table && !ptr.mask && !ptr.bias && !kFactors;
     const int64_t tasks = p.batch * p.heads_k / together, chunks = (p.seqlen_k + 511) / 512;
     // Chosen from shapes alone, so that results do not depend on the number of threads.
     splits = p.num_splits > 0 ? std::min(p.num_splits, (p.seqlen_k + kDecodeKeys - 1) / kDecodeKeys)
@@ -82,10 +93,13 @@ class Decode : DecodeRows {
  private:
   const Kept& kept;
   int threads;
+  Eight eight;
+  bool steady;  // whether a chunk's rows are found by one step from those of the chunk before it
+  bool wide;    // whether four rows are read abreast, and not two
   // Whether rows are prefetched by instructions: where they do not lie one after the other, since
   // nothing else fetches them ahead, where several rows of Q share them, and where they are of two
-  // bytes a number: a processor with AVX-512 then reads 1.1 to 1.8 times as fast (EPYC, Zen 5); one
-  // row of Q and rows of float gain nothing.
+  // bytes a number or there are two streams: a processor with AVX-512 then reads 1.1 to 1.8 times
+  // as fast (EPYC, Zen 5).
   bool prefetched;
 
   // Whether the queries are so few that panels would mostly hold padding.
@@ -110,18 +124,15 @@ class Decode : DecodeRows {
            rows <= kDecodeRows;
   }
 
-  // True when there is no mask (or bias), or it is the same for all query heads of a group.
-  template <class S>
-  static bool shared(const void* base, const S& s, const Problem& p) {
-    return !base || s.h == 0 || p.heads_q == p.heads_k;
-  }
-
   // Numbers that `attend` and `finish` take.
   int64_t work() const {
     return together * rows * p.head_dim + (kMost + p.head_dim_v) * kDecodeKeys + p.head_dim_v;
   }
+  // Of Q of a head in floats; of pairs it is kept twice, of eights of rows interleaved as well.
+  int64_t query_size() const { return rows * p.head_dim * kQueryBytes / 4; }
   // Q [rows][D] in load_storage's order; pairs as they are.
   void load_queries(const Sequence& seq, int64_t hk, float* Q) const {
+    [[maybe_unused]] float* const first = Q;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = seq.q_offset(p.q, hk * group + r % group, r / group);
       const char* row = static_cast<const char*>(ptr.q) + at * kBytes;
@@ -137,13 +148,18 @@ class Decode : DecodeRows {
         store(Q + L, x[1]);
       }
     }
+#ifdef ATTN_BF16_DOT
+    if constexpr (kPairs)
+      for (int64_t r = 0; r + Eight::kRows <= rows; r += Eight::kRows)
+        eight.interleave(first + r * p.head_dim / 2, first + query_size() + r * p.head_dim / 2);
+#endif
   }
 
   // careful: what V holds where P = 0 does not reach O (0 * inf is NaN), as at a logit of -inf;
   // keys that mask or bias exclude are not touched in any case.
   ATTN_NOINLINE void attend(int64_t unit, int64_t split, bool careful, float* state,
                             Scratch& scratch) const {
-    const int64_t first = unit * together % p.heads_k, size = rows * p.head_dim * kQueryBytes / 4;
+    const int64_t first = unit * together % p.heads_k, size = (kPairs ? 2 : 1) * query_size();
     const Sequence seq(p, ptr, unit * together / p.heads_k);
     float* Q = scratch.take<float>(together * size);
     for (int64_t h = 0; h < together; ++h) {
@@ -156,10 +172,10 @@ class Decode : DecodeRows {
     Keys keys;
     if (careful) keys.zeros = reinterpret_cast<const char*>(zeros);
     Chunk chunk = chunk_of(seq, split);
-    for (; chunk.t * kDecodeEach < chunk.apart; ++chunk.t)
+    for (; chunk.t * each() < chunk.apart; ++chunk.t)
       for (int64_t h = 0; h < together; ++h) {
         keys.paged = prefetched && ptr.block_table && h + 1 == together;
-        keys.ahead = (h + 1 < together ? p.k.h : kDecodeEach * p.k.s - h * p.k.h) * kKeptBytes;
+        keys.ahead = (h + 1 < together ? p.k.h : each() * p.k.s - h * p.k.h) * kKeptBytes;
         add_chunk(seq, first + h, chunk, careful, Q + h * size, S, state + h * head_state(), &keys);
       }
   }
@@ -176,44 +192,18 @@ class Decode : DecodeRows {
     }
   }
 
-  // Rows that are prefetched a few at a time, V of a chunk while its K is worked on and K of the
-  // next one while V is: all at once they would fill the queue of misses.
-  struct Soon {
-    const Keys* keys;
-    int64_t n, rows;  // keys, 0: none; rows of Q
-    int64_t values = 0, next = 0, credit = 0;
-    bool packed = false;  // whether V of the chunk was copied by pack_values
-    // So many pairs of a row of Q and a key were multiplied.
-    ATTN_INLINE void multiplied_keys(const Decode& d, int64_t pairs) {
-      if (values < n)
-        for (credit += pairs; credit >= rows && values < n; credit -= rows)
-          prefetch(keys->V[values++], d.p.head_dim_v);
-    }
-    ATTN_INLINE void multiplied_values(const Decode& d, int64_t pairs) {
-      if (next < n)
-        for (credit += pairs; credit >= rows && next < n; credit -= rows, ++next)
-          prefetch(keys->paged ? keys->after[next] : keys->K[next] + keys->ahead, d.p.head_dim);
-    }
-
-   private:
-    // Rows of two bytes a number go to the first cache and not the second one, which is 1.1 times
-    // as fast (EPYC, Zen 5); longer ones would not find room there.
-    static ATTN_INLINE void prefetch(const char* row, int64_t n) {
-      prefetch_rows<kKeptBytes == 2 ? 0 : 2>(row, 1, 0, n * kKeptBytes);
-    }
-  };
-
   // Rows [r, end), which see the same keys.
   void add_keys(const Sequence& seq, int64_t hk, int64_t r, int64_t end, bool careful,
                 const Keys& keys, const float* Q, float* S, float* state) const {
     float* values = S + kMost * kDecodeKeys;
-    Soon soon{&keys, prefetched ? keys.n : 0, end - r};
+    DecodeSoon soon{&keys, prefetched ? keys.n : 0, end - r, p.head_dim * kKeptBytes,
+                    p.head_dim_v * kKeptBytes};
     auto take = [&](auto count) {
       rows_of<count.value>(seq, hk, r, keys, Q, S, state, values, soon);
       r += count.value;
     };
     while (r < end) {
-      if (end - r >= kMost && !careful)
+      if (end - r >= kMost && r % kMost == 0 && !careful)
         take(std::integral_constant<int, kMost>{});
       else if (end - r >= 4 && !careful)
         take(std::integral_constant<int, 4>{});
@@ -227,7 +217,7 @@ class Decode : DecodeRows {
   // The row of K that the chunk after this one reads for each row of `add_rows`, in pages.
   void add_rows_after(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at,
                       int64_t step, Keys* keys) const {
-    for (j += kDecodeEach, end += kDecodeEach; j < end;) {
+    for (j += each(), end += each(); j < end;) {
       const int64_t stop = std::min(end, (j / p.page_size + 1) * p.page_size);
       const int64_t row = std::min(j, seq.seqlen_k - 1);  // beyond the last: any that there is
       const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, row) * kKeptBytes;
@@ -263,18 +253,32 @@ class Decode : DecodeRows {
   void collect(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i, Keys* keys) const {
     int64_t first, last, begin[kDecodeStreams], end[kDecodeStreams], n = 0;
     seq.key_range(i, i + 1, &first, &last);
-    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+    for (int64_t s = 0; s < streams; ++s) {
       begin[s] = std::max(chunk.begin_of(s), first);
       end[s] = std::max(begin[s], std::min(chunk.end_of(s), last));
       n += end[s] - begin[s];
     }
     const bool full = n == kDecodeKeys;
-    keys->n = 0;
-    for (int64_t s = 0; s < kDecodeStreams; ++s) {
-      add_rows(seq, hk, begin[s], end[s], full ? s : keys->n, full ? kDecodeStreams : 1, keys);
+    if (full && steady && keys->whole == chunk.t - 1) step(chunk, keys);
+    if (full && steady && keys->whole == chunk.t) return;
+    keys->n = 0, keys->whole = full ? chunk.t : DecodeKeys::kNone;
+    for (int64_t s = 0; s < streams; ++s) {
+      add_rows(seq, hk, begin[s], end[s], full ? s : keys->n, full ? streams : 1, keys);
       keys->n += end[s] - begin[s];
     }
     if (ptr.mask || ptr.bias) keep_visible(seq, hk, i, keys);
+  }
+
+  // From all keys of the chunk before this one to all keys of this one.
+  void step(const Chunk& chunk, Keys* keys) const {
+    const int64_t k_step = each() * p.k.s * kKeptBytes, v_step = each() * p.v.s * kKeptBytes;
+    for (int64_t at = 0; at < kDecodeKeys; ++at) keys->K[at] += k_step;
+    for (int64_t at = 0; at < kDecodeKeys; ++at) keys->V[at] += v_step;
+    for (int64_t at = 0; at < kDecodeKeys; ++at) {
+      keys->j[at] += each();
+      keys->position[at] = float(keys->j[at]);
+    }
+    keys->whole = chunk.t;
   }
 
   // Leaves out the keys that mask or bias exclude.
@@ -303,14 +307,20 @@ class Decode : DecodeRows {
   template <int R>
   ATTN_NOINLINE void rows_of(const Sequence& seq, int64_t hk, int64_t r, const Keys& keys,
                              const float* Q, float* S, float* state, float* values,
-                             Soon& soon) const {
+                             DecodeSoon& soon) const {
     const int64_t n = keys.n, dv = p.head_dim_v;
     const char* const* V = keys.V;
     float* O = state + r * dv;
     constexpr int AT_ONCE = std::min(R, 4);  // sums of more rows do not fit the registers
-    for (int i = 0; i < R; i += AT_ONCE)
-      products<AT_ONCE>(Q + (r + i) * p.head_dim * kQueryBytes / 4, keys, S + i * kDecodeKeys,
-                        soon);
+    const float* Q_of_r = Q + r * p.head_dim * kQueryBytes / 4;
+#ifdef ATTN_BF16_DOT
+    if constexpr (kPairs && R == Eight::kRows)
+      eight.products(Q_of_r + query_size(), keys, S, soon);
+    else
+#endif
+      for (int i = 0; i < R; i += AT_ONCE)
+        products<AT_ONCE>(Q_of_r + i * p.head_dim * kQueryBytes / 4, keys, S + i * kDecodeKeys,
+                          soon);
     if constexpr (kFactors) multiply_each<R, false>(keys.k_factor, n, S);
     for (int i = 0; i < R; ++i) {
       const float alpha =
@@ -325,21 +335,31 @@ class Decode : DecodeRows {
       V = not_zero;
     }
     if constexpr (kFactors) multiply_each<R, true>(keys.v_factor, n, S);
-    if constexpr (R == kHeld) return hold_values(keys, values, S, O, soon);
+    if constexpr (R == Eight::kRows) return eight.add_values(keys, values, S, O, soon);
+    if (L == 16 && !wide)
+      add_abreast<R, 2>(V, n, S, O, soon);
+    else
+      add_abreast<R, 4>(V, n, S, O, soon);
+  }
+
+  // O[i] += sum_k P[i][k] V[k] of all n keys, N rows of V abreast.
+  template <int R, int N>
+  void add_abreast(const char* const* V, int64_t n, const float* S, float* O,
+                   DecodeSoon& soon) const {
     int64_t j = 0;
-    for (; j + kDecodeStreams <= n; j += kDecodeStreams) {
-      soon.multiplied_values(*this, R * kDecodeStreams);
-      add_values<R, kDecodeStreams>(V + j, S + j, O);
+    for (; j + N <= n; j += N) {
+      soon.multiplied_values(R * N);
+      add_values<R, N>(V + j, S + j, O);
     }
     for (; j < n; ++j) add_values<R, 1>(V + j, S + j, O);
   }
 
   // S[i][j] = q_i . k_j: L sums at a time, L / R keys of R rows.
   template <int R>
-  void products(const float* Q, const Keys& keys, float* S, Soon& soon) const {
+  void products(const float* Q, const Keys& keys, float* S, DecodeSoon& soon) const {
     // A key of each stream abreast, where 16 sums and what they are made of fit the registers.
-    constexpr int KEYS = L / R, ABREAST = R == 1 || L == 16 ? kDecodeStreams : 2;
-    static_assert(KEYS % std::min(KEYS, ABREAST) == 0);
+    constexpr int KEYS = L / R, ABREAST = std::min(KEYS, R == 1 || L == 16 ? 4 : 2);
+    static_assert(KEYS % ABREAST == 0);
     const int64_t n = keys.n;
     for (int64_t j = 0; j < n; j += L) {
       Vec<float> sums[R];  // of KEYS keys each: lane i KEYS + k is row i and key k
@@ -348,36 +368,19 @@ class Decode : DecodeRows {
         Vec<float> acc[L];
         const char* key[KEYS];
         for (int k = 0; k < KEYS; ++k) key[k] = keys.K[std::min(at + k, n - 1)];
-        soon.multiplied_keys(*this, L);
+        soon.multiplied_keys(L);
+        if (L == 16 && !wide) {
 #pragma GCC unroll 16
-        for (int k = 0; k < KEYS; k += ABREAST)
-          dots<R, std::min(KEYS, ABREAST)>(Q, key + k, acc + k);
+          for (int k = 0; k < KEYS; k += 2) dots<R, 2>(Q, key + k, acc + k);
+        } else {
+#pragma GCC unroll 16
+          for (int k = 0; k < KEYS; k += ABREAST) dots<R, ABREAST>(Q, key + k, acc + k);
+        }
         sum_round<L / 2>(acc);
         sums[part] = acc[0];
       }
-      exchange<R, 1>(sums);
+      exchange_parts<R, 1>(sums);
       for (int i = 0; i < R; ++i) store(S + i * kDecodeKeys + j, sums[i]);
-    }
-  }
-
-  // R vectors of R parts each, part k of vector i and part i of vector k change places.
-  template <int R, int I>
-  static ATTN_INLINE void exchange(Vec<float> (&x)[R]) {
-    if constexpr (I < R) {
-      constexpr int S = I * (L / R);
-      Mask<float> lower, upper;
-      for (int e = 0; e < L; ++e) {
-        lower[e] = e & S ? L + e - S : e;
-        upper[e] = e & S ? L + e : e + S;
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) {
-        if (i & I) continue;
-        const Vec<float> a = x[i], b = x[i + I];
-        x[i] = __builtin_shuffle(a, b, lower);
-        x[i + I] = __builtin_shuffle(a, b, upper);
-      }
-      exchange<R, 2 * I>(x);
     }
   }
 
@@ -449,95 +452,6 @@ class Decode : DecodeRows {
       }
     }
   }
-
-  // O[i] += sum_k P[i][k] V[k] of kHeld rows and all n keys of a chunk, two vectors of each row of
-  // O at a time.
-  void hold_values(const Keys& keys, float* values, float* S, float* O, Soon& soon) const {
-    if (!soon.packed) pack_values(keys, values);
-    soon.packed = true;
-    const int64_t dv = p.head_dim_v, share = std::max<int64_t>(1, 4 * kHeld * L / dv);
-#ifdef ATTN_BF16_DOT
-    for (int i = 0; kPairs && i < kHeld; ++i) pair_weights(S + i * kDecodeKeys);
-#endif
-    for (int64_t c = 0; c < dv; c += 2 * L) hold_block(values + c, keys.n, S, O + c, share, soon);
-  }
-
-  ATTN_NOINLINE void hold_block(const float* V, int64_t n, const float* S, float* O, int64_t share,
-                                Soon& soon) const {
-    constexpr int PER = kPairs ? 2 : 1;  // keys of a row of V
-    const int64_t dv = p.head_dim_v;
-    Vec<float> acc[kHeld][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < kHeld; ++i) acc[i][0] = load(O + i * dv), acc[i][1] = load(O + i * dv + L);
-    for (int64_t j = 0; j < n; j += 2) {
-      soon.multiplied_values(*this, share);
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; k += PER, V += dv) add_value(V, S + (j + k) / PER, acc);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kHeld; ++i) store(O + i * dv, acc[i][0]), store(O + i * dv + L, acc[i][1]);
-  }
-
-  static ATTN_INLINE void add_value(const float* V, const float* P, Vec<float> (&acc)[kHeld][2]) {
-    const Vec<float> x[2] = {load(V), load(V + L)};
-#pragma GCC unroll 8
-    for (int i = 0; i < kHeld; ++i) {
-      const Vec<float> w = set1(P[i * kDecodeKeys]);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-#ifdef ATTN_BF16_DOT
-        if constexpr (kPairs) {
-          acc[i][v] = Bf16Pairs::fma(acc[i][v], (Vec<uint32_t>)w, (Vec<uint32_t>)x[v]);
-          continue;
-        }
-#endif
-        acc[i][v] += w * x[v];
-      }
-    }
-  }
-
-  // V of a chunk as numbers, or pairs of rows as pairs of bfloat16, in load_storage's order: it is
-  // read row after row, and not two vectors of each.  An odd last row has one beside it whose P is
-  // 0.
-  void pack_values(const Keys& keys, float* out) const {
-    const int64_t dv = p.head_dim_v, n = keys.n;
-    if constexpr (kPairs) {
-#ifdef ATTN_BF16_DOT
-      for (int64_t j = 0; j < n; j += 2, out += dv)
-        pair_rows_of(keys.V[j], keys.V[std::min(j + 1, n - 1)], dv, out);
-#endif
-    } else {
-      for (int64_t j = 0; j < n; ++j, out += dv)
-        for (int64_t c = 0; c < dv; c += 2 * L) {
-          Vec<float> x[2];
-          load_storage<KEPT>(keys.V[j] + c * kKeptBytes, &x[0], &x[1]);
-          store(out + c, x[0]), store(out + c + L, x[1]);
-        }
-      if (n % 2) std::fill(out, out + dv, 0.f);
-    }
-  }
-
-#ifdef ATTN_BF16_DOT
-  // out[c] = (one[c], two[c]), the even numbers of each 2 L before the odd ones.
-  static ATTN_INLINE void pair_rows_of(const char* one, const char* two, int64_t n, float* out) {
-    for (int64_t c = 0; c < n; c += 2 * L) {
-      Vec<uint32_t> a, b;
-      std::memcpy(&a, one + c * 2, sizeof(a));
-      std::memcpy(&b, two + c * 2, sizeof(b));
-      store(out + c, (Vec<float>)((a & 0xffffu) | b << 16));
-      store(out + c + L, (Vec<float>)(a >> 16 | (b & 0xffff0000u)));
-    }
-  }
-
-  // The weights of a row of S as bfloat16, pairs of neighbouring keys from S on.
-  static ATTN_INLINE void pair_weights(float* S) {
-#pragma GCC unroll 2
-    for (int64_t j = 0; j < kDecodeKeys; j += 2 * L) {
-      auto* out = reinterpret_cast<uint16_t*>(S) + j;
-      store_two_rows(out, out + L, two_rows(load(S + j), load(S + j + L)));
-    }
-  }
-#endif
 
   ATTN_NOINLINE void finish(int64_t unit, float* state, Scratch& scratch) const {
     const Sequence seq(p, ptr, unit * together / p.heads_k);

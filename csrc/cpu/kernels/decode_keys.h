@@ -14,19 +14,20 @@ struct DecodeWays : VectorWays<float> {
   static ATTN_INLINE Vec<float> over_cap(Vec<float> x, const Terms<float>& t) { return x / t.cap; }
 };
 
-// Part t of the keys [from, end) of a task: kDecodeEach of each stream, which starts `apart` keys
+// Part t of the keys [from, end) of a task: `each` of each stream, which starts `apart` keys
 // after the one before it.
 struct DecodeChunk {
-  int64_t from, end, apart, t;
-  int64_t begin_of(int64_t stream) const { return from + stream * apart + t * kDecodeEach; }
+  int64_t from, end, each, apart, t;
+  int64_t begin_of(int64_t stream) const { return from + stream * apart + t * each; }
   int64_t end_of(int64_t stream) const {
-    return std::min(std::min(begin_of(stream) + kDecodeEach, from + (stream + 1) * apart), end);
+    return std::min(std::min(begin_of(stream) + each, from + (stream + 1) * apart), end);
   }
 };
 
 // A query's keys of a chunk, those that mask and bias exclude left out.
 struct DecodeKeys {
-  int64_t n = 0;
+  static constexpr int64_t kNone = -2;  // no chunk, nor the one before the first
+  int64_t n = 0, whole = kNone;         // whole: the chunk whose keys these are, all of them
   const char *K[kDecodeKeys], *V[kDecodeKeys];
   int64_t j[kDecodeKeys];
   float position[kDecodeKeys], bias[kDecodeKeys];  // position: j
@@ -55,7 +56,17 @@ class DecodeRows {
   const Pointers& ptr;
   const Terms<float> terms;
   int64_t group, rows, splits;
+  int64_t streams = kDecodeStreams;
   int64_t together;  // K/V heads of a unit: all where their rows share pages of memory
+
+  // True when there is no mask (or bias), or it is the same for all query heads of a group.
+  template <class S>
+  static bool shared(const void* base, const S& s, const Problem& p) {
+    return !base || s.h == 0 || p.heads_q == p.heads_k;
+  }
+
+  // Keys of a stream in a chunk.
+  int64_t each() const { return kDecodeKeys / streams; }
 
   // A head's state: O [rows][Dv] unnormalised, largest logit [rows], sum of exp(s - max) [rows].
   float* max_of(float* state) const { return state + rows * p.head_dim_v; }
@@ -85,8 +96,8 @@ class DecodeRows {
     const int64_t share = (t1 - t0 + splits - 1) / splits, first = t0 + split * share;
     const int64_t from = std::max(first * kDecodeKeys, lo);
     const int64_t end = std::max(from, std::min((first + share) * kDecodeKeys, hi));
-    const int64_t each = kDecodeStreams * kDecodeEach;
-    return {from, end, (end - from + each - 1) / each * kDecodeEach, 0};
+    const int64_t chunks = (end - from + kDecodeKeys - 1) / kDecodeKeys;
+    return {from, end, each(), chunks * each(), 0};
   }
 
   const uint8_t* mask_row(const Sequence& seq, int64_t hk, int64_t i) const {
@@ -103,7 +114,7 @@ class DecodeRows {
     seq.key_range(i, i + 1, &first[0], &last[0]);
     seq.key_range(other, other + 1, &first[1], &last[1]);
     const uint8_t *one = mask_row(seq, hk, i), *two = mask_row(seq, hk, other);
-    for (int64_t s = 0; s < kDecodeStreams; ++s) {
+    for (int64_t s = 0; s < streams; ++s) {
       const int64_t begin = chunk.begin_of(s), end = std::max(begin, chunk.end_of(s));
       const auto in = [&](int64_t j) { return std::min(std::max(j, begin), end); };
       if (in(first[0]) != in(first[1]) || in(last[0]) != in(last[1])) return false;

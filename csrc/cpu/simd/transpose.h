@@ -39,4 +39,25 @@ inline void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t colu
     }
 }
 
+// R vectors of R parts each, part k of vector i and part i of vector k change places.
+template <int R, int I>
+ATTN_INLINE void exchange_parts(Vec<float> (&x)[R]) {
+  if constexpr (I < R) {
+    constexpr int L = kLanes<float>, S = I * (L / R);
+    Mask<float> lower, upper;
+    for (int e = 0; e < L; ++e) {
+      lower[e] = e & S ? L + e - S : e;
+      upper[e] = e & S ? L + e : e + S;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      if (i & I) continue;
+      const Vec<float> a = x[i], b = x[i + I];
+      x[i] = __builtin_shuffle(a, b, lower);
+      x[i + I] = __builtin_shuffle(a, b, upper);
+    }
+    exchange_parts<R, 2 * I>(x);
+  }
+}
+
 }  // namespace attn::cpu::ATTN_ISA

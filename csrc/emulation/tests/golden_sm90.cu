@@ -1,5 +1,5 @@
 // Runs the wrappers of ptx_sm90.cuh: by nvcc on a Hopper GPU, or by g++ on the emulator.
-//   golden_sm90 OUT     OUT: uint32 [2 (fp16, bf16)][11 ops][OUT]
+//   golden_sm90 OUT     OUT: uint32 [2 (fp16, bf16)][13 ops][OUT]
 #include <cstdio>
 
 #include "device_memory.cuh"

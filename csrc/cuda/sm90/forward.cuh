@@ -224,7 +224,7 @@ struct Consumer {
 };
 
 template <class T, int HEAD_DIM>
-ATTN_DEVICE void consume(const ForwardParams& x, const Work& w, Stored& stored,
+ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
                          const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const Params& p = x.p;
@@ -241,7 +241,7 @@ ATTN_DEVICE void consume(const ForwardParams& x, const Work& w, Stored& stored,
   if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
   Consumer<T, HEAD_DIM> mine(p, smem.K, smem.V, smem.Q.tile(w.n) + group * 64 * 128);
-  const int end = w.start + w.turns.count();
+  const int end = w.end();
   int turn = w.start;
   ATTN_NO_UNROLL
   for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
@@ -257,10 +257,8 @@ ATTN_DEVICE void consume(const ForwardParams& x, const Work& w, Stored& stored,
   const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
   mine.whole(turn, end, {group, both});
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
-  store_tile<T, 0>(x, w, smem, mine.O, mine.state, query, row, p.scale_log2, bad);
-  if (bad)
-    each_row(group_row + 16 * (warp_id() % 4), task.rows,
-             [&](int i) { Repair<T, HEAD_DIM>{p, task.seq}.output(task.head, i); });
+  finish_tile<T, 0>(x, w.n, smem, mine.O, mine.state, p.scale_log2, bad);
+  return end;
 }
 
 template <class T, int HEAD_DIM>
@@ -268,7 +266,7 @@ ATTN_KERNEL((THREADS), 1)
 void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
   const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
   run_tiles<0, ForwardTile90<HEAD_DIM>, false>(
-      x, smem, [&](const Work& w, Stored& stored) { consume<T, HEAD_DIM>(x, w, stored, smem); });
+      x, smem, [&](const Work& w, Stored& stored) { return consume<T, HEAD_DIM>(x, w, stored, smem); });
 }
 
 }  // namespace attn::cuda::sm90

@@ -384,7 +384,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
 };
 
 template <class T, int HEAD_DIM, int BITS>
-ATTN_DEVICE void consume_features(const ForwardParams& x, const Work& w, Stored& stored,
+ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& stored,
                                   const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const Params& p = x.p;
@@ -398,7 +398,7 @@ ATTN_DEVICE void consume_features(const ForwardParams& x, const Work& w, Stored&
 
   FeatureConsumer<T, HEAD_DIM, BITS> mine(p, score, task.head, row, task.rows, smem,
                                           smem.Q.tile(w.n) + group * 64 * 128);
-  const int end = w.start + w.turns.count();
+  const int end = w.end();
   int turn = w.start;
   ATTN_NO_UNROLL
   for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
@@ -415,10 +415,8 @@ ATTN_DEVICE void consume_features(const ForwardParams& x, const Work& w, Stored&
   mine.whole(turn, end, w.turns.tile(turn - w.start) * N, {group, both});
   bool bad = warp_finds_nan(mine.O);
   bad |= mine.finish();
-  store_tile<T, BITS>(x, w, smem, mine.O, mine.state, mine.query, row, 1.0f, bad);
-  if (bad)
-    each_row(group_row + 16 * (warp_id() % 4), task.rows,
-             [&](int i) { Repair<T, HEAD_DIM, BITS>{p, task.seq}.output(task.head, i); });
+  finish_tile<T, BITS>(x, w.n, smem, mine.O, mine.state, 1.0f, bad);
+  return end;
 }
 
 template <class T, int HEAD_DIM, int BITS>
@@ -426,7 +424,7 @@ ATTN_KERNEL((THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
   const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
   run_tiles<BITS, ForwardTile90<HEAD_DIM>, true>(x, smem, [&](const Work& w, Stored& stored) {
-    consume_features<T, HEAD_DIM, BITS>(x, w, stored, smem);
+    return consume_features<T, HEAD_DIM, BITS>(x, w, stored, smem);
   });
 }
 

@@ -107,12 +107,12 @@ struct Work {
                         Tile::BLOCK_N);
     return w;
   }
+  ATTN_DEVICE int end() const { return start + turns.count(); }
   // Of the tile behind.  Rings go round: parities and buffers repeat.
   template <class Tile>
-  ATTN_DEVICE int next_n() const {
+  ATTN_DEVICE static int next_n(int n) {
     return (n + 1) % (2 * Tile::QUERY_STAGES);
   }
-  ATTN_DEVICE int next_start() const { return (start + turns.count()) % (2 * STAGES); }
 };
 
 // The producer's thread, a tile: K of the first turn, Q, and the rest of K and V; K of a turn is
@@ -157,7 +157,7 @@ ATTN_DEVICE void produce_tiles(const ForwardParams& x, const ForwardMemory<Tile>
     if (tile.b < 0) break;
     const Work w = Work::of<BITS, Tile>(x.p, tile, n, start);
     number = produce<Tile, FOURS>(x, tile, w, smem);
-    n = w.template next_n<Tile>(), start = w.next_start();
+    n = Work::next_n<Tile>(n), start = w.end() % (2 * STAGES);
   }
   smem.Q.wait_empty(n);
   smem.tell(n, {-1, 0, 0});
@@ -202,7 +202,7 @@ struct Stored {
   }
 };
 
-// The consumers: consume(work, stored) for each tile.
+// The consumers: consume(work, stored) for each tile.  Where its rings stand behind a tile it tells.
 template <int BITS, class Tile, class Consume>
 ATTN_DEVICE void consume_tiles(const ForwardParams& x, const ForwardMemory<Tile>& smem,
                                const Consume& consume) {
@@ -215,12 +215,11 @@ ATTN_DEVICE void consume_tiles(const ForwardParams& x, const ForwardMemory<Tile>
     smem.Q.wait(n);
     const QueryTile tile = smem.told(n);
     if (tile.b < 0) break;
-    const Work w = Work::of<BITS, Tile>(x.p, tile, n, start);
-    consume(w, stored);
+    start = consume(Work::of<BITS, Tile>(x.p, tile, n, start), stored) % (2 * STAGES);
     stored.n = n;
     // One buffer of Q: nothing can be loaded before.
     if constexpr (Tile::QUERY_STAGES == 1) stored.settle(smem);
-    n = w.template next_n<Tile>(), start = w.next_start();
+    n = Work::next_n<Tile>(n);
   }
   stored.settle(smem);  // shared memory is read before the CTA ends
   TakeTurns::finish(group);
@@ -236,25 +235,12 @@ ATTN_DEVICE void run_tiles(const ForwardParams& x, const ForwardMemory<Tile>& sm
   run_roles(smem, load, [&] { consume_tiles<BITS>(x, smem, consume); });
 }
 
-// O and LSE of a warpgroup's 64 rows.  O goes to shared memory, over the rows of Q that it was
+// O of a warpgroup's 64 rows, times factor, to shared memory, over the rows of Q that it was
 // computed from, and from there by the copy engine, 128 bytes a row; what lies behind the tensor it
-// leaves out.  Behind the end of a packed sequence the next one begins: rows of a tile that ends
-// there are stored by its threads, as are those that are computed once more (bad) and any that the
-// engine cannot.
-template <class T, int BITS, class Tile, int ACC>
-ATTN_DEVICE void store_tile(const ForwardParams& x, const Work& w, const ForwardMemory<Tile>& smem,
-                            const float (&acc)[ACC][4], const RowState& state,
-                            const Query (&query)[2], int row, float scale, bool bad) {
-  const Params& p = x.p;
-  const int group = warp_id() / 4 - 1, first = w.task.row0 + 64 * group;
-  // All warps of the warpgroup are done with Q.
-  const bool some = group == 0 ? named_barrier_or<1>(128, bad) : named_barrier_or<2>(128, bad);
-  if (some || !x.stores_tiles || (p.ptr.cu_seqlens_q && first + 64 > w.task.rows))
-    return store_rows<T, BITS, false>(p, w.task.seq, w.task, acc, state, query, row, scale);
-
-  float factor[2];
-  store_rows<T, BITS, false>(p, w.task.seq, w.task, acc, state, query, row, scale, factor);
-  const uint32_t O = smem.Q.tile(w.n) + uint32_t(group * 64 * 128);
+// leaves out.
+template <class T, class Tile, int ACC>
+ATTN_DEVICE void store_by_engine(const ForwardParams& x, const QueryTask& task, uint32_t O,
+                                 const float (&acc)[ACC][4], const float (&factor)[2], int group) {
   const int lane = lane_id(),
             at = 16 * (warp_id() % 4) + lane % 16;  // the row whose address is given
   ATTN_UNROLL
@@ -271,13 +257,49 @@ ATTN_DEVICE void store_tile(const ForwardParams& x, const Work& w, const Forward
   }
   fence_proxy_async();
   named_barrier_sync(1 + group, 128);  // O of all four warps is there
-  if (thread_id() % 128 != 0 || first >= w.task.rows) return;
-  const Coordinates from(p, w.task.seq);
+  const int first = task.row0 + 64 * group;
+  if (thread_id() % 128 != 0 || first >= task.rows) return;
+  const Coordinates from(x.p, task.seq);
   ATTN_NO_UNROLL
-  for (int slab = 0; 64 * slab < int(p.p.head_dim_v); ++slab)
+  for (int slab = 0; 64 * slab < int(x.p.p.head_dim_v); ++slab)
     tma_store_4d(x.O, O + uint32_t(slab * Tile::BLOCK_M * 128), 64 * slab, from.q + first,
-                 w.task.head, from.b);
+                 task.head, from.b);
   bulk_commit();
+}
+
+// O and LSE of a warpgroup's 64 rows of the tile in buffer n of Q.  Behind the end of a packed
+// sequence the next one begins: rows of a tile that ends there are stored by its threads, as are
+// those of a warpgroup of which some are computed once more (bad), and any that the engine cannot.
+//
+// What tile it is, is read again: the loop over keys needs the registers.
+template <class T, int BITS, class Tile, int ACC>
+ATTN_DEVICE void finish_tile(const ForwardParams& x, int n, const ForwardMemory<Tile>& smem,
+                             const float (&acc)[ACC][4], const RowState& state, float scale,
+                             bool bad) {
+  const Params& p = x.p;
+  const QueryTile tile = smem.told(n);
+  const QueryTask task = QueryTask::of<BITS>(p, tile.b, tile.head, tile.row0, Tile::BLOCK_M);
+  const int group = warp_id() / 4 - 1, warp_row = task.row0 + 64 * group + 16 * (warp_id() % 4);
+  const int row = warp_row + (lane_id() >> 2);
+  Query query[2];
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r)
+    query[r] = Query{min_int(row + 8 * r, task.rows - 1), task.head, {}, 0, 0};
+  // All warps of the warpgroup are done with Q.
+  const bool some = group == 0 ? named_barrier_or<1>(128, bad) : named_barrier_or<2>(128, bad);
+  const bool others = p.ptr.cu_seqlens_q && task.row0 + 64 * group + 64 > task.rows;
+  if (some || others || !x.stores_tiles) {
+    store_rows<T, BITS, false>(p, task.seq, task, acc, state, query, row, scale);
+    if (bad)
+      each_row(warp_row, task.rows, [&](int i) {
+        Repair<T, 8 * ACC, BITS>{p, task.seq}.output(task.head, i);
+      });
+    return;
+  }
+  float factor[2];
+  store_rows<T, BITS, false>(p, task.seq, task, acc, state, query, row, scale, factor);
+  store_by_engine<T, Tile>(x, task, smem.Q.tile(n) + uint32_t(group * 64 * 128), acc, factor,
+                           group);
 }
 
 }  // namespace attn::cuda::sm90

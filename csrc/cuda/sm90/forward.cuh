@@ -98,16 +98,18 @@ struct Consumer {
                        uint32_t q)
       : p(params), K(k), V(v), Q_word(wgmma_word(q)) {}
 
-  // Buffers of a turn and of every second one behind it: words of their tiles (wgmma_word), full
-  // mbarriers.  With two stages nothing of that changes over the loop.
+  // Buffers of a turn and of every second one behind it: K's tile (wgmma_word) and full mbarrier.
+  // V's lie a known distance behind (ForwardMemory).  With two stages nothing of that changes over
+  // the loop.
   struct Buffers {
-    uint32_t K, V, K_full, V_full;
+    uint32_t K, V, full;
   };
+  static constexpr uint32_t VALUES = ForwardMemory<Tile>::VALUES;
+  ATTN_DEVICE static uint32_t V_full(const Buffers& at) { return at.full + RING_BARS; }
   ATTN_DEVICE Buffers buffers(int turn) const {
     static_assert(STAGES == 2);
-    // Held: ptxas would compute them again for each use.
-    const uint32_t bar = wgmma_held(K.full_bar(turn));
-    return {wgmma_word(K.tile(turn)), wgmma_word(V.tile(turn)), bar, bar + (V.full - K.full)};
+    // Held: ptxas would compute it again for each use.
+    return {wgmma_word(K.tile(turn)), wgmma_word(V.tile(turn)), wgmma_held(K.full_bar(turn))};
   }
 
   // S = Q K^T, of the tile whose turn it is and that is there.  Issued.
@@ -166,7 +168,7 @@ struct Consumer {
   ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, const Buffers& last,
                            const Buffers& here, const TakeTurns& turns, LazySoftmax& lazy) {
     Scores S;
-    V.wait(last.V_full, turn - 1);
+    V.wait(V_full(last), turn - 1);
     turns.wait();
     wgmma_hold(before);
     scores_of(S, here.K);
@@ -174,15 +176,15 @@ struct Consumer {
     turns.pass();
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
-    K.release(here.K_full);
+    K.release(here.full);
     const bool moved = lazy.template weights<T>(now, S, state, p.scale_log2);
     wgmma_hold(now);
     // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
-    if (turn + 1 < end) K.wait(last.K_full, turn + 1);
+    if (turn + 1 < end) K.wait(last.full, turn + 1);
     wgmma_wait<0>();  // O is there
     wgmma_hold(O);
     wgmma_hold(before);  // the tensor cores have read it only now
-    V.release(last.V_full);
+    V.release(V_full(last));
     if (moved) lazy.rescale(O);
   }
   ATTN_DEVICE void last(Weights& P, int turn) {
@@ -225,7 +227,7 @@ struct Consumer {
 
 template <class T, int HEAD_DIM>
 ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
-                         const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
+                        const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const Params& p = x.p;
   const QueryTask& task = w.task;
@@ -254,7 +256,8 @@ ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
     }
   }
   stored.settle(smem);
-  const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
+  const bool both = wgmma_held(task.row0 + 64 < task.rows) !=
+                    0;  // tiles that every row sees are of both, or of one
   mine.whole(turn, end, {group, both});
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
   finish_tile<T, 0>(x, w.n, smem, mine.O, mine.state, p.scale_log2, bad);
@@ -265,8 +268,9 @@ template <class T, int HEAD_DIM>
 ATTN_KERNEL((THREADS), 1)
 void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
   const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
-  run_tiles<0, ForwardTile90<HEAD_DIM>, false>(
-      x, smem, [&](const Work& w, Stored& stored) { return consume<T, HEAD_DIM>(x, w, stored, smem); });
+  run_tiles<0, ForwardTile90<HEAD_DIM>, false>(x, smem, [&](const Work& w, Stored& stored) {
+    return consume<T, HEAD_DIM>(x, w, stored, smem);
+  });
 }
 
 }  // namespace attn::cuda::sm90

@@ -318,7 +318,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     const bool moved = tile(
         S, now, n0,
         [&] {
-          V.wait(last.V_full, turn - 1);
+          V.wait(this->V_full(last), turn - 1);
           turns.wait();
           wgmma_hold(before);
           this->scores_of(S, here.K);
@@ -328,15 +328,15 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
         [&] {
           wgmma_wait<1>();
           wgmma_hold(S);
-          K.release(here.K_full);
+          K.release(here.full);
         });
     wgmma_hold(now);
     // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
-    if (turn + 1 < end) K.wait(last.K_full, turn + 1);
+    if (turn + 1 < end) K.wait(last.full, turn + 1);
     wgmma_wait<0>();  // O is there
     wgmma_hold(O);
     wgmma_hold(before);  // the tensor cores have read it only now
-    V.release(last.V_full);
+    V.release(this->V_full(last));
     if (moved) rescale();
   }
   // Tiles that every row sees, the first from key n0 on (Consumer::whole).
@@ -385,7 +385,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
 
 template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& stored,
-                                  const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
+                                 const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
   const Params& p = x.p;
   const QueryTask& task = w.task;
@@ -411,7 +411,8 @@ ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& 
     }
   }
   stored.settle(smem);
-  const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
+  const bool both = wgmma_held(task.row0 + 64 < task.rows) !=
+                    0;  // tiles that every row sees are of both, or of one
   mine.whole(turn, end, w.turns.tile(turn - w.start) * N, {group, both});
   bool bad = warp_finds_nan(mine.O);
   bad |= mine.finish();

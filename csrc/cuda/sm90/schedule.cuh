@@ -63,13 +63,14 @@ ATTN_DEVICE int claim(const ForwardParams& x) {
 template <class Tile>
 struct ForwardMemory {
   static constexpr int QUERIES = Tile::QUERY_STAGES;
+  static constexpr uint32_t VALUES = STAGES * Tile::KEY_BYTES;  // from a tile of K to that of V
   Ring<QUERIES> Q;
   Ring<STAGES> K, V;
   uint32_t tiles;  // a QueryTile beside each of Q, 16 bytes
 
   ATTN_DEVICE static ForwardMemory of(uint32_t base) {
     const uint32_t K_smem = base + QUERIES * Tile::QUERY_BYTES;
-    const uint32_t V_smem = K_smem + STAGES * Tile::KEY_BYTES;
+    const uint32_t V_smem = K_smem + VALUES;
     const uint32_t tiles = V_smem + STAGES * Tile::VALUE_BYTES;
     const uint32_t bars = tiles + 16 * QUERIES;
     return {{base, bars, Tile::QUERY_BYTES},
@@ -202,7 +203,8 @@ struct Stored {
   }
 };
 
-// The consumers: consume(work, stored) for each tile.  Where its rings stand behind a tile it tells.
+// The consumers: consume(work, stored) for each tile.  Where its rings stand behind a tile it
+// tells.
 template <int BITS, class Tile, class Consume>
 ATTN_DEVICE void consume_tiles(const ForwardParams& x, const ForwardMemory<Tile>& smem,
                                const Consume& consume) {
@@ -291,9 +293,8 @@ ATTN_DEVICE void finish_tile(const ForwardParams& x, int n, const ForwardMemory<
   if (some || others || !x.stores_tiles) {
     store_rows<T, BITS, false>(p, task.seq, task, acc, state, query, row, scale);
     if (bad)
-      each_row(warp_row, task.rows, [&](int i) {
-        Repair<T, 8 * ACC, BITS>{p, task.seq}.output(task.head, i);
-      });
+      each_row(warp_row, task.rows,
+               [&](int i) { Repair<T, 8 * ACC, BITS>{p, task.seq}.output(task.head, i); });
     return;
   }
   float factor[2];

@@ -256,9 +256,7 @@ ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
     }
   }
   stored.settle(smem);
-  const bool both = wgmma_held(task.row0 + 64 < task.rows) !=
-                    0;  // tiles that every row sees are of both, or of one
-  mine.whole(turn, end, {group, both});
+  mine.whole(turn, end, TakeTurns::of(task, group));
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
   finish_tile<T, 0>(x, w.n, smem, mine.O, mine.state, p.scale_log2, bad);
   return end;

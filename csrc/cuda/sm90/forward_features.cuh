@@ -411,9 +411,7 @@ ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& 
     }
   }
   stored.settle(smem);
-  const bool both = wgmma_held(task.row0 + 64 < task.rows) !=
-                    0;  // tiles that every row sees are of both, or of one
-  mine.whole(turn, end, w.turns.tile(turn - w.start) * N, {group, both});
+  mine.whole(turn, end, w.turns.tile(turn - w.start) * N, TakeTurns::of(task, group));
   bool bad = warp_finds_nan(mine.O);
   bad |= mine.finish();
   finish_tile<T, BITS>(x, w.n, smem, mine.O, mine.state, 1.0f, bad);

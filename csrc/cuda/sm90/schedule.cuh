@@ -172,6 +172,11 @@ struct TakeTurns {
   int group;
   bool both;  // else the other warpgroup has no such tiles
 
+  // Tiles that every row sees are of both, or of one.
+  ATTN_DEVICE static TakeTurns of(const QueryTask& task, int group) {
+    // Held: ptxas would compare again at each turn.
+    return {group, wgmma_held(task.row0 + 64 < task.rows) != 0};
+  }
   ATTN_DEVICE static void begin(int group) {
     if (group == 1) named_barrier_arrive<FIRST>(256);
   }
@@ -203,8 +208,7 @@ struct Stored {
   }
 };
 
-// The consumers: consume(work, stored) for each tile.  Where its rings stand behind a tile it
-// tells.
+// The consumers: consume(work, stored) for each tile, which tells the turn behind its last.
 template <int BITS, class Tile, class Consume>
 ATTN_DEVICE void consume_tiles(const ForwardParams& x, const ForwardMemory<Tile>& smem,
                                const Consume& consume) {

@@ -250,10 +250,10 @@ ATTN_DEVICE void store_by_engine(const ForwardParams& x, const QueryTask& task, 
   const int lane = lane_id(),
             at = 16 * (warp_id() % 4) + lane % 16;  // the row whose address is given
   ATTN_UNROLL
-  for (int n = 0; n < ACC; n += 2) {
-    uint32_t words[4];
+  for (int n = 0; n < 8 * Tile::VALUE_SLABS; n += 2) {
+    uint32_t words[4] = {};  // zeros behind O: the engine reads whole rows of 128 bytes
     ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4 && n < ACC; ++i) {
       const int r = i % 2;
       const float* c = acc[n + i / 2] + 2 * r;
       words[i] = factor[r] == 0.0f ? 0 : pack<T>(c[0] * factor[r], c[1] * factor[r]);

@@ -124,24 +124,30 @@ class Kernels:
 
     def _plain_forward(self, call: Call, key: tuple):
         """Forward of a dense call without side inputs: all but the addresses is remembered, which
-        is most of the time of a small call.  None where the call needs scratch."""
+        is most of the time of a small call."""
         q, k, v = call.q, call.k, call.v
         target = self._target(q.device)
+        key = (*key, target[2:])
         plan = self._plans.get(key)
         if plan is None:
             out = empty_like_layout(q, v.shape[-1])
             lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
             native = self._native(call, self._canonical(call), out, lse)
-            scratch = native.forward_workspace(target[2])
+            scratch = native.forward_workspace(*target[2:])
             plan = self._plans.keep(key, (native, scratch, out.shape, memory_order(q)))
         native, scratch, shape, order = plan
-        if scratch:
-            return None
         out = torch.empty_permuted(shape, order, dtype=q.dtype, device=q.device)
         lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
+        work = torch.empty(scratch, dtype=torch.float32, device=q.device) if scratch else None
         with self._on(q.device):
             native.plain_forward(
-                q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), *target
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                out.data_ptr(),
+                lse.data_ptr(),
+                0 if work is None else work.data_ptr(),
+                *target,
             )
         return out, lse, None, None
 
@@ -149,9 +155,7 @@ class Kernels:
         """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
         key = plan_key(call)
         if key is not None:
-            results = self._plain_forward(call, key)
-            if results is not None:
-                return results
+            return self._plain_forward(call, key)
         return self._forward(call)
 
     def forward_partial(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +181,7 @@ class Kernels:
         native = self._native(call, t, out, lse, part)
         if call.need_stats:
             point(native, max_logit=stats[0], entropy=stats[1])
-        floats = native.forward_workspace(target[2])
+        floats = native.forward_workspace(*target[2:])
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device) if floats else None
         address = 0 if scratch is None else scratch.data_ptr()
         with self._on(q.device):

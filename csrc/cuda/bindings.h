@@ -21,7 +21,8 @@ namespace attn::cuda {
 // For questions about a call: no device is asked.
 inline Target target(int multiprocessors, bool sm90) { return {0, 0, multiprocessors, sm90, 0}; }
 
-inline void run_forward(const NativeCall& c, uintptr_t workspace, const Target& target) {
+inline void run_forward(const NativeCall& c, uintptr_t workspace, Target target) {
+  if (target.sm90) target.l2_bytes = l2_bytes(target.device);
   on_device(target, [&](Executor& to) {
     forward(c.p, c.ptr, reinterpret_cast<float*>(workspace), target, to);
   });
@@ -38,6 +39,7 @@ class List : public Executor {
 
   void launch(const Launch& x) override { entries.push_back({x.kernel, x.threads, x.smem_bytes}); }
   ptx::TensorMap tensor_map(const ptx::TensorSpec&) override { return {}; }
+  void clear(int*, int64_t) override {}
 };
 
 inline py::list launches(const NativeCall& c, bool is_backward, int multiprocessors, bool sm90,
@@ -61,11 +63,11 @@ inline void bind(py::module_& m) {
           "Results in float32; a backward is told the delta of whole rows as dlse")
       .def(
           "forward_workspace",
-          [](const NativeCall& c, int multiprocessors) {
+          [](const NativeCall& c, int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
-            return forward_workspace(c.p, c.ptr, target(multiprocessors, false));
+            return forward_workspace(c.p, c.ptr, target(multiprocessors, sm90));
           },
-          "Floats of scratch that forward needs")
+          "Floats of scratch that forward needs, once the addresses of inputs are set")
       .def(
           "forward_kernel",
           [](const NativeCall& c, int multiprocessors, bool sm90) {
@@ -102,7 +104,8 @@ inline void bind(py::module_& m) {
       .def(
           "plain_forward",
           [](const NativeCall& shared, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-             uintptr_t lse, int device, uintptr_t stream, int multiprocessors, bool sm90) {
+             uintptr_t lse, uintptr_t workspace, int device, uintptr_t stream, int multiprocessors,
+             bool sm90) {
             NativeCall c = shared;  // other threads may be in the same call without the GIL
             c.ptr.q = reinterpret_cast<const void*>(q);
             c.ptr.k = reinterpret_cast<const void*>(k);
@@ -110,9 +113,9 @@ inline void bind(py::module_& m) {
             c.ptr.o = reinterpret_cast<void*>(o), c.ptr.lse = reinterpret_cast<void*>(lse);
             check(c.p, c.ptr);
             py::gil_scoped_release release;
-            run_forward(c, 0, {device, stream, multiprocessors, sm90, 0});
+            run_forward(c, workspace, {device, stream, multiprocessors, sm90, 0});
           },
-          "forward without scratch or side inputs, of the five addresses given")
+          "forward without side inputs, of the addresses given")
       .def(
           "backward",
           [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,

@@ -25,7 +25,7 @@ struct Function {
 
 struct Device {
   DeviceId id = 0;
-  int capability = 0, multiprocessors = 0, shared_memory = 0;
+  int capability = 0, multiprocessors = 0, shared_memory = 0, l2_bytes = 0;
   std::mutex creating;                   // the context; a function's module, its shared memory
   std::atomic<Handle> context{nullptr};  // torch's: the primary one
   std::shared_mutex guard;               // of functions; held for no call that may take long
@@ -88,6 +88,7 @@ void list_devices(Driver& driver) {
                          attribute(driver, ATTRIBUTE_CAPABILITY_MINOR, device->id);
     device->multiprocessors = attribute(driver, ATTRIBUTE_MULTIPROCESSOR_COUNT, device->id);
     device->shared_memory = attribute(driver, ATTRIBUTE_SHARED_MEMORY_OPTIN, device->id);
+    device->l2_bytes = attribute(driver, ATTRIBUTE_L2_CACHE_SIZE, device->id);
     driver.devices.push_back(std::move(device));
   }
 }
@@ -219,6 +220,11 @@ class Stream : public Executor {
     return map;
   }
 
+  void clear(int* words, int64_t count) override {
+    require(driver_.api.set_words(reinterpret_cast<uintptr_t>(words), 0, size_t(count), stream_),
+            "clearing", "the counter of tiles");
+  }
+
  private:
   // What fails here may be an earlier kernel, whose error a GPU reports late.
   void require(Result result, const std::string& what, const std::string& kernel) {
@@ -325,5 +331,6 @@ std::string sm90_problem(int device) {
 
 int multiprocessors(int device) { return driver::device_at(driver::get(), device).multiprocessors; }
 int shared_memory(int device) { return driver::device_at(driver::get(), device).shared_memory; }
+int l2_bytes(int device) { return driver::device_at(driver::get(), device).l2_bytes; }
 
 }  // namespace attn::cuda

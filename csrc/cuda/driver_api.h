@@ -17,6 +17,7 @@ enum : int {
   ERROR_NO_DEVICE = 100,
   ERROR_STREAM_CAPTURE_IMPLICIT = 906,
   ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+  ATTRIBUTE_L2_CACHE_SIZE = 38,
   ATTRIBUTE_CAPABILITY_MAJOR = 75,
   ATTRIBUTE_CAPABILITY_MINOR = 76,
   ATTRIBUTE_SHARED_MEMORY_OPTIN = 97,
@@ -30,26 +31,27 @@ enum : int {
 
 // X(field, symbol, arguments).  What CUDA 11 does not have yet is in ATTN_DRIVER_LATER, and null
 // where it is missing.
-#define ATTN_DRIVER(X)                                                                         \
-  X(init, "cuInit", (unsigned flags))                                                          \
-  X(driver_version, "cuDriverGetVersion", (int* version))                                      \
-  X(error_name, "cuGetErrorName", (Result error, const char** text))                           \
-  X(error_string, "cuGetErrorString", (Result error, const char** text))                       \
-  X(device_count, "cuDeviceGetCount", (int* count))                                            \
-  X(device_get, "cuDeviceGet", (DeviceId * device, int index))                                 \
-  X(device_attribute, "cuDeviceGetAttribute", (int* value, int attribute, DeviceId device))    \
-  X(retain_context, "cuDevicePrimaryCtxRetain", (Handle * context, DeviceId device))           \
-  X(current_context, "cuCtxGetCurrent", (Handle * context))                                    \
-  X(push_context, "cuCtxPushCurrent_v2", (Handle context))                                     \
-  X(pop_context, "cuCtxPopCurrent_v2", (Handle * context))                                     \
-  X(is_capturing, "cuStreamIsCapturing", (Handle stream, int* status))                         \
-  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int* mode))                   \
-  X(load_module, "cuModuleLoadData", (Handle * module, const void* image))                     \
-  X(get_function, "cuModuleGetFunction", (Handle * function, Handle module, const char* name)) \
-  X(set_attribute, "cuFuncSetAttribute", (Handle function, int attribute, int value))          \
-  X(launch_kernel, "cuLaunchKernel",                                                           \
-    (Handle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,     \
-     unsigned block_y, unsigned block_z, unsigned smem_bytes, Handle stream, void** params,    \
+#define ATTN_DRIVER(X)                                                                          \
+  X(init, "cuInit", (unsigned flags))                                                           \
+  X(driver_version, "cuDriverGetVersion", (int* version))                                       \
+  X(error_name, "cuGetErrorName", (Result error, const char** text))                            \
+  X(error_string, "cuGetErrorString", (Result error, const char** text))                        \
+  X(device_count, "cuDeviceGetCount", (int* count))                                             \
+  X(device_get, "cuDeviceGet", (DeviceId * device, int index))                                  \
+  X(device_attribute, "cuDeviceGetAttribute", (int* value, int attribute, DeviceId device))     \
+  X(retain_context, "cuDevicePrimaryCtxRetain", (Handle * context, DeviceId device))            \
+  X(current_context, "cuCtxGetCurrent", (Handle * context))                                     \
+  X(push_context, "cuCtxPushCurrent_v2", (Handle context))                                      \
+  X(pop_context, "cuCtxPopCurrent_v2", (Handle * context))                                      \
+  X(is_capturing, "cuStreamIsCapturing", (Handle stream, int* status))                          \
+  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int* mode))                    \
+  X(load_module, "cuModuleLoadData", (Handle * module, const void* image))                      \
+  X(get_function, "cuModuleGetFunction", (Handle * function, Handle module, const char* name))  \
+  X(set_attribute, "cuFuncSetAttribute", (Handle function, int attribute, int value))           \
+  X(set_words, "cuMemsetD32Async", (uintptr_t to, unsigned value, size_t count, Handle stream)) \
+  X(launch_kernel, "cuLaunchKernel",                                                            \
+    (Handle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,      \
+     unsigned block_y, unsigned block_z, unsigned smem_bytes, Handle stream, void** params,     \
      void** extra))
 #define ATTN_DRIVER_LATER(X)                                                             \
   X(encode_tensor, "cuTensorMapEncodeTiled",                                             \

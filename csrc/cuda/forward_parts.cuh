@@ -76,11 +76,13 @@ ATTN_DEVICE void store_result(const Params& p, void* base, int64_t at, const flo
     store_row(static_cast<T*>(base) + at, acc, r, factor, dim);
 }
 
-// O, LSE and statistics of a warp's 16 rows, or one share of them (SHARES: it may be one).
+// O, LSE and statistics of a warp's 16 rows, or one share of them (SHARES: it may be one). factors:
+// not O, whose caller stores it times these.
 template <class T, int BITS, bool SHARES, int ACC>
 ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardTask& task,
                             const float (&acc)[ACC][4], const RowState& state,
-                            const Query (&query)[2], int row, float scale) {
+                            const Query (&query)[2], int row, float scale,
+                            float* factors = nullptr) {
   const bool stats = has<BITS>(p, kStats);
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
@@ -90,9 +92,10 @@ ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardT
     const bool partial = SHARES && p.splits > 1;
     const bool sink = has<BITS>(p, kSink) && !partial && valid;
     const RowResult result = finish_row(state, r, scale, sink ? sinks + q.h : nullptr, stats);
-    if (!valid) continue;
     const bool drops = has<BITS>(p, kDropout);
     const float factor = drops ? result.inverse * p.keep_scale : result.inverse;
+    if (factors) factors[r] = factor;
+    if (!valid) continue;
     const bool writes = (lane_id() & 3) == 0;
     if (partial) {
       const int64_t all = p.p.batch * p.p.heads_q * p.p.seqlen_q;
@@ -105,7 +108,7 @@ ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardT
       continue;
     }
     const int64_t at = seq.b * p.p.o.b + q.h * p.p.o.h + (seq.q_start + q.i) * p.p.o.s;
-    store_result<T, BITS>(p, p.ptr.o, at, acc, r, factor, int(p.p.head_dim_v));
+    if (!factors) store_result<T, BITS>(p, p.ptr.o, at, acc, r, factor, int(p.p.head_dim_v));
     if (!writes) continue;
     const int64_t lse = seq.lse_offset(p, q.h, q.i);
     static_cast<float*>(p.ptr.lse)[lse] = result.lse;

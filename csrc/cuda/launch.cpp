@@ -107,6 +107,8 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
 // The kernels of a call.
 enum class Choice { SM90, SM90_FEATURES, SM80_PLAIN, SM80_FEATURES, SM80_GENERAL };
 
+bool is_sm90(Choice choice) { return choice == Choice::SM90 || choice == Choice::SM90_FEATURES; }
+
 // Of a call that is not plain: pages and float32 have the kernels that know everything.
 Choice with_features(const Problem& p, const Pointers& ptr) {
   const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
@@ -176,12 +178,12 @@ void with_sm90_pair(const Params& x, int head_dim, const Use& run_pair) {
   };
   x.p.dtype == DType::kBFloat16 ? run(bf16{}) : run(fp16{});
 }
-void run_sm90_forward(Executor& to, const Params& x) {
+void run_sm90_forward(Executor& to, const Params& x, const sm90::ForwardPlace& place) {
   with_sm90_pair(x, sm90::kernel_head_dim(x.p), [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;
-    x.features ? sm90::run_features<T, P::kHeadDim>(to, x)
-               : sm90::run_forward<T, P::kHeadDim>(to, x);
+    x.features ? sm90::run_features<T, P::kHeadDim>(to, x, place)
+               : sm90::run_forward<T, P::kHeadDim>(to, x, place);
   });
 }
 void run_sm90_backward(Executor& to, const Params& x) {
@@ -220,7 +222,10 @@ void run_far_rows(Executor& to, const Params& x) {
 }  // namespace
 
 int64_t forward_workspace(const Problem& p, const Pointers& ptr, const Target& target) {
-  const int64_t splits = plan(p, ptr, target).splits;
+  const sm80::Plan cut = plan(p, ptr, target);
+  if (is_sm90(choose_forward(p, ptr, cut, target)))
+    return sm90::forward_workspace(p, target.multiprocessors);
+  const int64_t splits = cut.splits;
   return splits > 1 ? splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 3) : 0;
 }
 
@@ -239,7 +244,12 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
     x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;
   }
   const Choice choice = choose_forward(p, ptr, cut, target);
-  if (choice == Choice::SM90 || choice == Choice::SM90_FEATURES) return run_sm90_forward(to, x);
+  if (is_sm90(choice)) {
+    int* counter = sm90::forward_workspace(p, target.multiprocessors)
+                       ? reinterpret_cast<int*>(workspace)
+                       : nullptr;
+    return run_sm90_forward(to, x, {target.multiprocessors, target.l2_bytes, counter});
+  }
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;

@@ -16,6 +16,7 @@ struct Target {
   int multiprocessors = 1;
   bool sm90 = false;      // the Hopper kernels may serve what they can
   int shared_memory = 0;  // bytes that a CTA may have
+  int l2_bytes = 0;       // of the L2 cache, asked for where Hopper kernels may serve
 };
 
 // Scratch that the caller allocates on the device, in floats.
@@ -43,6 +44,7 @@ void on_device(const Target& target, const std::function<void(Executor&)>& use);
 std::string device_problem(int device);
 int multiprocessors(int device);
 int shared_memory(int device);  // bytes that a CTA may have
+int l2_bytes(int device);
 // "" when `device` is a Hopper GPU (9.0), else the reason.
 std::string sm90_problem(int device);
 

@@ -29,6 +29,8 @@ class Executor {
   virtual void launch(const Launch& launch) = 0;
   // What the copy engine of sm_90 takes for a tensor.
   virtual ptx::TensorMap tensor_map(const ptx::TensorSpec& spec) = 0;
+  // Zeros for what is launched next.
+  virtual void clear(int* words, int64_t count) = 0;
 };
 
 template <class P>

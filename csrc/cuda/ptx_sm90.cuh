@@ -6,6 +6,8 @@
 //                 mbarrier_wait(bar, parity)    until the phase of that parity is complete
 //   copy engine   tma_load_4d(smem, map, bar, c0, c1, c2, c3): a box to shared memory, its rows of
 //                 128 bytes swizzled; the bytes are counted on bar.  tma_prefetch(map)
+//                 tma_store_4d(map, smem, c0, c1, c2, c3): the reverse; what lies outside of the
+//                 tensor is not written
 //                 bulk_add(gmem, smem, bytes): floats of shared memory are added to global ones;
 //                 bulk_commit() bulk_wait_read<N>(): until this thread's groups but N are read,
 //                 bulk_wait<N>(): until they are added, which this thread then sees
@@ -13,9 +15,9 @@
 //                 acc[TILES][4]: 64 x 8 * TILES of a warpgroup, warp w rows 16 w .. 16 w + 15, each
 //                 lane as in mma (mma.cuh).  a, b: wgmma_descriptor(...) or registers as mma's A
 //                 wgmma_fence() wgmma_commit() wgmma_wait<N>() wgmma_hold(acc) wgmma_held(word)
-//                 stmatrix_x4_trans(addr, r): the reverse of ldmatrix_x4_trans
+//                 stmatrix_x4(addr, r) stmatrix_x4_trans(addr, r): the reverse of ldmatrix_x4...
 //   the rest      fence_proxy_async() of shared memory, fence_proxy_async_global()
-//   setmaxnreg_inc/dec<N>() elect_one()
+//                 setmaxnreg_inc/dec<N>() elect_one()
 //                 named_barrier_or<ID>(threads, flag)
 //
 // bar and smem are shared addresses, an mbarrier 8 bytes at a multiple of 8.
@@ -101,6 +103,14 @@ ATTN_DEVICE void tma_load_4d(uint32_t smem, const TensorMap& map, uint32_t bar, 
       "l"(&map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// Part of this thread's bulk group; shared memory is read until bulk_wait_read().
+ATTN_DEVICE void tma_store_4d(const TensorMap& map, uint32_t smem, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
 // Both addresses and the size are multiples of 16 bytes.  In what order additions to one place are
 // made is not said.
 ATTN_DEVICE void bulk_add(float* gmem, uint32_t smem, int bytes) {
@@ -161,7 +171,12 @@ ATTN_DEVICE bool named_barrier_or(int threads, bool flag) {
 
 // ---- matrices ---------------------------------------------------------------------------------
 // Lane l gives the address of row l % 8 of tile l / 8 (16 bytes, aligned) and holds in r[t]
-// elements (l / 4, 2 * (l % 4) + {0, 1}) of the transpose of tile t.
+// elements (l / 4, 2 * (l % 4) + {0, 1}) of tile t, or of its transpose.
+ATTN_DEVICE void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 ATTN_DEVICE void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])

@@ -1,4 +1,5 @@
 // The emulated device as csrc/cuda/launch.h asks for it.
+#include <algorithm>
 #include <unordered_map>
 
 #include "../cuda/features.h"
@@ -33,6 +34,8 @@ ptx::TensorMap Device::tensor_map(const ptx::TensorSpec& spec) {
   return ptx::make_tensor_map(spec);
 }
 
+void Device::clear(int* words, int64_t count) { std::fill_n(words, count, 0); }
+
 }  // namespace attn::emulation
 
 namespace attn::cuda {
@@ -43,7 +46,8 @@ void on_device(const Target&, const std::function<void(Executor&)>& use) {
 }
 std::string device_problem(int) { return ""; }
 std::string sm90_problem(int) { return ""; }
-int multiprocessors(int) { return 6; }  // few, so that small tests split their keys
+int multiprocessors(int) { return 6; }    // few, so that small tests split their keys
+int l2_bytes(int) { return 256 * 1024; }  // little, so that small tests have several sections
 int shared_memory(int) { return int(emulation::machine.mode.smem_limit); }
 
 }  // namespace attn::cuda

@@ -29,6 +29,7 @@ class Device : public cuda::Executor {
  public:
   void launch(const cuda::Launch& launch) override;
   ptx::TensorMap tensor_map(const ptx::TensorSpec& spec) override;
+  void clear(int* words, int64_t count) override;
 };
 
 }  // namespace attn::emulation

@@ -221,7 +221,7 @@ void Machine::end_block() {
   if (!error_) {
     try {
       for (int t = 0; t < threads; ++t)
-        for (BulkAdd& op : fibers_[t].landing) land_bulk_add(op);
+        for (BulkWrite& op : fibers_[t].landing) land_write(op);
       check_end_of_block();
     } catch (...) {
       error_ = std::current_exception();
@@ -279,10 +279,10 @@ void Machine::on_exit() {
          "a thread returns while what it copies here is in "
          "flight: no cp_async_commit and cp_async_wait<0>");
   }
-  if (!self.additions.pending().empty())
-    fail(self.additions.pending().front().where,
-         "a thread returns while what it adds here is still being read: no bulk_commit and "
-         "bulk_wait_read<0>");
+  if (!self.writes.pending().empty())
+    fail(self.writes.pending().front().where,
+         "a thread returns while what it adds or stores here is still being read: no bulk_commit "
+         "and bulk_wait_read<0>");
   Warp& warp = warps_[current_ / 32];
   warp.exited |= 1u << (current_ % 32);
   --alive_;

@@ -3,8 +3,8 @@
 //
 // A block may wait for what another stores (load_acquire).  It can rely on blocks only that have
 // begun before it: where none of these can run, the launch ends with an Error.  In random mode two
-// to four blocks are under way at a time and change places where they add to global memory, store
-// and load so; elsewhere one is.
+// to four blocks are under way at a time and change places where they add to global memory, store a
+// box there, or store and load so; elsewhere one is.
 //
 // A warp collective (mma, ldmatrix, shuffle, barrier) is a rendezvous: each lane leaves a pointer
 // to its arguments, the last lane to arrive computes for all 32 and goes on, the others become
@@ -96,10 +96,10 @@ struct Copy {
 struct Thread {
   Context context;
   AsyncQueue<Copy> copies;
-  AsyncQueue<BulkAdd> additions;
-  std::vector<BulkAdd> landing;  // additions that have been read and not waited for
-  Where last;                    // the last wrapper that this thread called
-  int mbarrier = -1;             // the one that it waits at
+  AsyncQueue<BulkWrite> writes;
+  std::vector<BulkWrite> landing;  // writes that have been read and not waited for
+  Where last;                      // the last wrapper that this thread called
+  int mbarrier = -1;               // the one that it waits at
   // The place that it loads again and again, what it finds there, how often it has, and whether it
   // sleeps until that changes.
   const int* watched = nullptr;
@@ -207,6 +207,8 @@ class Machine : BlockState {
   void fence_proxy_async(Where where);
   void tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar,
                 std::array<int, 4> corner, Where where);
+  void tma_store(const ptx::TensorMap& map, uint32_t address, std::array<int, 4> corner,
+                 Where where);
   void bulk_add(float* gmem, uint32_t address, int bytes, Where where);
   void bulk_commit(Where where);
   void bulk_wait_read(int keep, Where where);
@@ -258,10 +260,17 @@ class Machine : BlockState {
   void settle(int index);       // ends the phase of an mbarrier when nothing is missing
   void tma_land(size_t index);  // one of the loads that are under way
   bool tma_land_some();         // false: there is none
-  uint32_t box_address(const TmaLoad& load, int row, int chunk) const;
+  TmaBox box_at(const char* what, uint32_t address, const ptx::TensorMap& map,
+                std::array<int, 4> corner, Where where) const;
+  // move(element behind `shared`, where the box lies, the same of the tensor or null: outside of
+  // it, bytes)
+  template <class Move>
+  void each_element(const TmaBox& box, uint8_t* shared, const Move& move);
+  uint32_t box_offset(const TmaBox& box, int row, int chunk) const;
   uint64_t thread_name() const;  // in the grid
-  void read_bulk_add(BulkAdd& op);
-  void land_bulk_add(BulkAdd& op);
+  void issue_write(BulkWrite op);
+  void read_write(BulkWrite& op);
+  void land_write(BulkWrite& op);
   void check_end_of_block();
   void check_mbarriers(uint32_t address, int bytes, Where where) const;
   int clocks() const { return warp_count_ + int(mbarriers_.size()); }

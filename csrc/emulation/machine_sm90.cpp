@@ -97,10 +97,48 @@ void Machine::fence_proxy_async(Where where) {
 
 // ---- copy engine ------------------------------------------------------------------------------
 // The 16-byte chunks of a row are swizzled by bits 7.. of their address.
-uint32_t Machine::box_address(const TmaLoad& load, int row, int chunk) const {
-  const uint32_t address = load.address + uint32_t(row * load.row_bytes()) + uint32_t(chunk) * 16;
-  const int chunks = load.tensor.swizzle / 16;
-  return chunks ? address ^ ((address >> 7 & uint32_t(chunks - 1)) << 4) : address;
+uint32_t Machine::box_offset(const TmaBox& box, int row, int chunk) const {
+  const uint32_t address = box.address + uint32_t(row * box.row_bytes()) + uint32_t(chunk) * 16;
+  const int chunks = box.tensor.swizzle / 16;
+  return (chunks ? address ^ ((address >> 7 & uint32_t(chunks - 1)) << 4) : address) - box.address;
+}
+
+TmaBox Machine::box_at(const char* what, uint32_t address, const ptx::TensorMap& map,
+                       std::array<int, 4> corner, Where where) const {
+  TmaBox box = {};
+  std::memcpy(static_cast<void*>(&box.tensor), &map, sizeof(box.tensor));
+  if (const char* why = tensor_problem(box.tensor); *why)
+    fail(where, std::string(what) + ": no tensor map: " + why);
+  box.address = address;
+  std::copy(corner.begin(), corner.end(), box.corner);
+  return box;
+}
+
+template <class Move>
+void Machine::each_element(const TmaBox& box, uint8_t* shared, const Move& move) {
+  const ptx::TensorSpec& t = box.tensor;
+  const int size = t.element_bytes;
+  int row = 0;
+  for (int c = 0; c < t.box[3]; ++c)
+    for (int b = 0; b < t.box[2]; ++b)
+      for (int a = 0; a < t.box[1]; ++a, ++row) {
+        const int64_t at[3] = {int64_t(box.corner[1]) + a * t.row_step, int64_t(box.corner[2]) + b,
+                               int64_t(box.corner[3]) + c};
+        bool inside = true;
+        auto* global = static_cast<uint8_t*>(const_cast<void*>(t.base));
+        for (int i = 0; i < 3; ++i) {
+          inside = inside && at[i] >= 0 && at[i] < t.size[i + 1];
+          global += at[i] * t.stride[i];
+        }
+        for (int chunk = 0; chunk < box.row_bytes() / 16; ++chunk) {
+          uint8_t* at_chunk = shared + box_offset(box, row, chunk);
+          for (int i = 0; i < 16 / size; ++i) {
+            const int64_t column = int64_t(box.corner[0]) + chunk * (16 / size) + i;
+            const bool exists = inside && column >= 0 && column < t.size[0];
+            move(at_chunk + size * i, exists ? global + size * column : nullptr, size_t(size));
+          }
+        }
+      }
 }
 
 void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar_address,
@@ -108,15 +146,9 @@ void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar
   Mbarrier& bar = mbarrier_at(bar_address, where);
   if (mode.init_fences && !bar.fenced)
     fail(where, "tma_load: no fence_mbarrier_init after the mbarrier's initialisation");
-  TmaLoad load = {};
-  std::memcpy(&load.tensor, &map, sizeof(load.tensor));
-  if (const char* why = tensor_problem(load.tensor); *why)
-    fail(where, std::string("tma_load: no tensor map: ") + why);
-  int bytes = load.row_bytes();
-  for (int i = 1; i < 4; ++i) bytes *= load.tensor.box[i];
+  TmaLoad load = {box_at("tma_load", address, map, corner, where), 0, 0, {}};
+  const int bytes = load.rows() * load.row_bytes();
   const uint32_t offset = offset_of("tma_load: shared address", address, bytes, 128, where);
-  load.address = address;
-  std::copy(corner.begin(), corner.end(), load.corner);
   load.mbarrier = int(&bar - mbarriers_.data());
   load.thread = current_, load.where = where;
   bar.load_phase = bar.phase + 1;
@@ -136,39 +168,20 @@ void Machine::tma_load(uint32_t address, const ptx::TensorMap& map, uint32_t bar
 void Machine::tma_land(size_t index) {
   const TmaLoad load = loads_[index];
   loads_.erase(loads_.begin() + std::ptrdiff_t(index));
-  const ptx::TensorSpec& t = load.tensor;
-  const int size = t.element_bytes;
-  int row = 0;
-  for (int c = 0; c < t.box[3]; ++c)
-    for (int b = 0; b < t.box[2]; ++b)
-      for (int a = 0; a < t.box[1]; ++a, ++row) {
-        const int64_t at[3] = {int64_t(load.corner[1]) + a * t.row_step,
-                               int64_t(load.corner[2]) + b, int64_t(load.corner[3]) + c};
-        bool inside = true;
-        const auto* from = static_cast<const uint8_t*>(t.base);
-        for (int i = 0; i < 3; ++i) {
-          inside = inside && at[i] >= 0 && at[i] < t.size[i + 1];
-          from += at[i] * t.stride[i];
-        }
-        for (int chunk = 0; chunk < load.row_bytes() / 16; ++chunk) {
-          uint8_t bytes[16] = {};
-          for (int i = 0; i < 16 / size && inside; ++i) {
-            const int64_t column = int64_t(load.corner[0]) + chunk * (16 / size) + i;
-            if (column >= 0 && column < t.size[0])
-              std::memcpy(bytes + size * i, from + size * column, size_t(size));
-          }
-          std::memcpy(smem_.data() + (box_address(load, row, chunk) - SMEM_BASE), bytes, 16);
-        }
-      }
+  each_element(load, smem_.data() + (load.address - SMEM_BASE),
+               [](uint8_t* to, const uint8_t* global, size_t size) {
+                 global ? std::memcpy(to, global, size) : std::memset(to, 0, size);
+               });
+  const int bytes = load.rows() * load.row_bytes();
   Mbarrier& bar = mbarriers_[load.mbarrier];
   if (mode.race) {
     // Whoever sees the phase end sees the bytes; nobody else.
     WarpClock clock = {};
     clock.at[warp_count_ + load.mbarrier] = bar.clock;
     const Actor who = {warp_count_ + load.mbarrier, ENGINE, load.where};
-    shadow_.landed(who, clock, load.address - SMEM_BASE, row * load.row_bytes());
+    shadow_.landed(who, clock, load.address - SMEM_BASE, bytes);
   }
-  bar.bytes -= row * load.row_bytes();
+  bar.bytes -= bytes;
   settle(load.mbarrier);
 }
 
@@ -178,22 +191,40 @@ bool Machine::tma_land_some() {
   return true;
 }
 
-// ---- additions to global memory ---------------------------------------------------------------
+// ---- from shared to global memory --------------------------------------------------------------
+void Machine::issue_write(BulkWrite op) {
+  const uint32_t offset = op.address - SMEM_BASE;
+  check_mbarriers(op.address, op.bytes, op.where);
+  if (mode.race) {
+    // The engine reads until the wait: nobody may overwrite it before.
+    const Actor who = {current_ / 32, current_ % 32, op.where};
+    const WarpClock& clock = warps_[who.warp].clock;
+    race(shadow_.read(who, clock, offset, op.bytes, false));
+    race(shadow_.unfenced(who, clock, offset, op.bytes));
+    shadow_.hold(who.warp, offset, op.bytes, std::numeric_limits<uint32_t>::max());
+  }
+  const auto now = [&] { return !mode.poison && !(mode.random && (random() & 1)); };
+  if (now()) read_write(op);
+  if (op.read && now()) land_write(op);
+  fibers_[current_].writes.issue(op);
+  maybe_park();
+}
+
+void Machine::tma_store(const ptx::TensorMap& map, uint32_t address, std::array<int, 4> corner,
+                        Where where) {
+  fibers_[current_].last = where;
+  const TmaBox box = box_at("tma_store", address, map, corner, where);
+  const int bytes = box.rows() * box.row_bytes();
+  offset_of("tma_store: shared address", address, bytes, 128, where);
+  issue_write({nullptr, box, address, bytes, where});
+}
+
 void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
   fibers_[current_].last = where;
   if (bytes % 16 || bytes <= 0 || reinterpret_cast<uintptr_t>(gmem) % 16)
     fail(where, "bulk_add: the global address " + hex(reinterpret_cast<uintptr_t>(gmem)) +
                     " and the size, " + std::to_string(bytes) + ", must be multiples of 16");
-  const uint32_t offset = offset_of("bulk_add: shared address", address, bytes, 16, where);
-  check_mbarriers(address, bytes, where);
-  if (mode.race) {
-    // The engine reads until the wait: nobody may overwrite it before.
-    const Actor who = {current_ / 32, current_ % 32, where};
-    const WarpClock& clock = warps_[who.warp].clock;
-    race(shadow_.read(who, clock, offset, bytes, false));
-    race(shadow_.unfenced(who, clock, offset, bytes));
-    shadow_.hold(who.warp, offset, bytes, std::numeric_limits<uint32_t>::max());
-  }
+  offset_of("bulk_add: shared address", address, bytes, 16, where);
   Thread& self = fibers_[current_];
   const uint64_t name = thread_name();
   ++self.issued;
@@ -209,12 +240,7 @@ void Machine::bulk_add(float* gmem, uint32_t address, int bytes, Where where) {
                                             : "fence_proxy_async_global behind load_acquire"));
     last->second = {name, self.issued, where};
   }
-  BulkAdd op = {gmem, address, bytes, where};
-  const auto now = [&] { return !mode.poison && !(mode.random && (random() & 1)); };
-  if (now()) read_bulk_add(op);
-  if (op.read && now()) land_bulk_add(op);
-  self.additions.issue(op);
-  maybe_park();
+  issue_write({gmem, {}, address, bytes, where});
 }
 
 uint64_t Machine::thread_name() const {
@@ -222,30 +248,38 @@ uint64_t Machine::thread_name() const {
   return uint64_t(number) * MAX_THREADS + uint64_t(current_);
 }
 
-void Machine::read_bulk_add(BulkAdd& op) {
+void Machine::read_write(BulkWrite& op) {
   if (op.read) return;
   op.read = true;
-  op.values.resize(size_t(op.bytes / 4));
-  std::memcpy(op.values.data(), smem_.data() + (op.address - SMEM_BASE), size_t(op.bytes));
+  const uint8_t* from = smem_.data() + (op.address - SMEM_BASE);
+  op.values.assign(from, from + op.bytes);
 }
-void Machine::land_bulk_add(BulkAdd& op) {
-  read_bulk_add(op);
-  if (op.added) return;
-  op.added = true;
-  for (size_t i = 0; i < op.values.size(); ++i) op.gmem[i] += op.values[i];
+void Machine::land_write(BulkWrite& op) {
+  read_write(op);
+  if (op.landed) return;
+  op.landed = true;
+  if (!op.gmem)
+    return each_element(op.box, op.values.data(), [](uint8_t* from, uint8_t* global, size_t size) {
+      if (global) std::memcpy(global, from, size);
+    });
+  for (int i = 0; i < op.bytes / 4; ++i) {
+    float value;
+    std::memcpy(&value, op.values.data() + 4 * i, 4);
+    op.gmem[i] += value;
+  }
 }
 
 void Machine::bulk_commit(Where where) {
   fibers_[current_].last = where;
-  fibers_[current_].additions.commit();
+  fibers_[current_].writes.commit();
 }
 
 void Machine::bulk_wait_read(int keep, Where where) {
   fibers_[current_].last = where;
   const int w = current_ / 32;
-  fibers_[current_].additions.wait(size_t(keep), [&](BulkAdd& op) {
-    read_bulk_add(op);
-    if (!op.added) fibers_[current_].landing.push_back(op);
+  fibers_[current_].writes.wait(size_t(keep), [&](BulkWrite& op) {
+    read_write(op);
+    if (!op.landed) fibers_[current_].landing.push_back(op);
     if (mode.race) shadow_.hold(w, op.address - SMEM_BASE, op.bytes, warps_[w].clock.at[w]);
   });
 }
@@ -255,9 +289,9 @@ void Machine::bulk_wait(int keep, Where where) {
     fail(where, "bulk_wait: all groups are known together only, got " + std::to_string(keep));
   bulk_wait_read(0, where);
   Thread& self = fibers_[current_];
-  for (BulkAdd& op : self.landing) land_bulk_add(op);
+  for (BulkWrite& op : self.landing) land_write(op);
   self.landing.clear();
-  if (self.additions.pending().empty()) self.complete = self.issued;
+  if (self.writes.pending().empty()) self.complete = self.issued;
 }
 
 // ---- words between blocks ---------------------------------------------------------------------

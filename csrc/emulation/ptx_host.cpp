@@ -68,15 +68,18 @@ struct MatrixStore {
   Where at;
 };
 
-void execute_stmatrix_trans(void* const* args) {
+template <bool TRANS>
+void execute_stmatrix(void* const* args) {
   const Where at = static_cast<const MatrixStore*>(args[0])->at;
   for (int tile = 0; tile < 4; ++tile) {
     uint16_t rows[8][8];
     uint32_t addresses[8];
     for (int lane = 0; lane < 32; ++lane) {
       const uint32_t word = static_cast<const MatrixStore*>(args[lane])->r[tile];
-      rows[2 * (lane % 4)][lane / 4] = uint16_t(word);
-      rows[2 * (lane % 4) + 1][lane / 4] = uint16_t(word >> 16);
+      for (int half = 0; half < 2; ++half) {
+        const int i = lane / 4, j = 2 * (lane % 4) + half;
+        (TRANS ? rows[j][i] : rows[i][j]) = uint16_t(word >> 16 * half);
+      }
     }
     for (int row = 0; row < 8; ++row) {
       addresses[row] = static_cast<const MatrixStore*>(args[tile * 8 + row])->address;
@@ -192,9 +195,13 @@ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr, Where at) {
   ldmatrix(r, addr, 2, true, at);
 }
 
+void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4], Where at) {
+  MatrixStore mine = {addr, r, at};
+  machine.collective(Kind::STMATRIX, &mine, at, execute_stmatrix<false>);
+}
 void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4], Where at) {
   MatrixStore mine = {addr, r, at};
-  machine.collective(Kind::STMATRIX_TRANS, &mine, at, execute_stmatrix_trans);
+  machine.collective(Kind::STMATRIX_TRANS, &mine, at, execute_stmatrix<true>);
 }
 
 template <>

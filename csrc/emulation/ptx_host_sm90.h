@@ -25,6 +25,10 @@ inline void tma_load_4d(uint32_t smem, const TensorMap& map, uint32_t bar, int c
                         int c3, ATTN_AT) {
   machine.tma_load(smem, map, bar, {c0, c1, c2, c3}, at);
 }
+inline void tma_store_4d(const TensorMap& map, uint32_t smem, int c0, int c1, int c2, int c3,
+                         ATTN_AT) {
+  machine.tma_store(map, smem, {c0, c1, c2, c3}, at);
+}
 inline void bulk_add(float* gmem, uint32_t smem, int bytes, ATTN_AT) {
   machine.bulk_add(gmem, smem, bytes, at);
 }
@@ -58,6 +62,7 @@ bool named_barrier_or(int threads, bool flag, ATTN_AT) {
   return machine.barrier_or(ID, threads, flag, at);
 }
 
+void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4], ATTN_AT);
 void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4], ATTN_AT);
 inline void wgmma_fence(ATTN_AT) { machine.wgmma_fence(at); }
 inline void wgmma_commit(ATTN_AT) { machine.wgmma_commit(at); }

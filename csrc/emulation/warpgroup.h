@@ -28,25 +28,30 @@ struct Mbarrier {
   Where where;
 };
 
-struct TmaLoad {
+// A box of a tensor, and where it lies in shared memory.
+struct TmaBox {
   ptx::TensorSpec tensor;
   uint32_t address;
   int corner[4];
+  int row_bytes() const { return tensor.box[0] * tensor.element_bytes; }
+  int rows() const { return tensor.box[1] * tensor.box[2] * tensor.box[3]; }
+};
+struct TmaLoad : TmaBox {
   int mbarrier, thread;
   Where where;
-  int row_bytes() const { return tensor.box[0] * tensor.element_bytes; }
 };
 
-// Floats of shared memory on their way to be added to global memory.  Read at once, at random, or
-// (poison) only when a wait asks for it; added then, at random, or (poison) only at a wait for all
-// of it, or when the block ends.
-struct BulkAdd {
-  float* gmem;
+// What lies in shared memory on its way to global memory, floats that are added there or a box that
+// is stored.  Read at once, at random, or (poison) only when a wait asks for it; landed then, at
+// random, or (poison) only at a wait for all of it, or when the block ends.
+struct BulkWrite {
+  float* gmem;  // null: box
+  TmaBox box;
   uint32_t address;
   int bytes;
   Where where;
-  bool read = false, added = false;
-  std::vector<float> values = {};  // read and not added
+  bool read = false, landed = false;
+  std::vector<uint8_t> values = {};  // read and not landed
 };
 
 // One lane's call.

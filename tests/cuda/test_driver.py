@@ -144,10 +144,10 @@ def test_hopper_launches():
         kernels = Kernels()
         kernels.sm90 = True
         for deterministic, needs, names, maps, attributes in (
-            (False, None, "forward clear_dq backward_fused convert_dq", 3 + 4, 2),
-            (True, None, "backward_features", 3 + 4, 1),
-            (True, Needs(True, False, False), "backward_dq", 3 + 4, 1),
-            (False, Needs(False, True, True), "backward_dkdv", 3 + 4, 1),
+            (False, None, "forward clear_dq backward_fused convert_dq", 4 + 4, 2),
+            (True, None, "backward_features", 4 + 4, 1),
+            (True, Needs(True, False, False), "backward_dq", 4 + 4, 1),
+            (False, Needs(False, True, True), "backward_dkdv", 4 + 4, 1),
         ):
             seen = [fake.calls(name) for name in ("cuTensorMapEncodeTiled", "cuFuncSetAttribute")]
             begin = len(fake.compiled)

@@ -150,6 +150,55 @@ def test_stmatrix_turns_each_tile_over(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_stmatrix_stores_each_tile_as_it_is(mode):
+    """The transpose, tiles or halves of a word exchanged."""
+    emulated.set_mode(mode, seed=3)
+    words = emulated.hopper(OPS.index("STRAIGHT"), True)[: 128 * 4].reshape(128, 4)[::-1]
+    rows = np.ascontiguousarray(words).view(np.uint16).reshape(4, 4, 8, 8)  # warp, tile, row
+    warp, tile, row, column = np.ogrid[:4, :4, :8, :8]
+    lane = 4 * row + column // 2  # holds (row, column), (row, column + 1) of the tile
+    np.testing.assert_array_equal(rows, (32 * warp + lane) * 8 + 2 * tile + column % 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_box_is_stored_within_its_tensor(mode):
+    """Another swizzle, a wrong corner, elements beyond the tensor that are written."""
+    emulated.set_mode(mode, seed=3)
+    words = emulated.hopper(OPS.index("BOX_STORED"), True)
+    got = np.ascontiguousarray(words).view(np.uint16)[: 256 * 64].reshape(256, 64)
+    want = np.zeros((256, 64), np.uint16)
+    A = half_bits(integers(64 * 64, 1), True).reshape(64, 64)
+    want[50 + 10 : 50 + 50, 16:56] = A[:40, :40]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_box_is_read_at_one_time_and_there_at_another():
+    """A box that is there as soon as it is read, or not behind the wait for it; one that is read
+    again when it lands, by when its place in shared memory is another's."""
+    at = {}
+    for mode in MODES:
+        for seed in range(24 if mode == "random" else 1):
+            emulated.set_mode(mode, seed=seed)
+            words = emulated.hopper(OPS.index("BOX_LANDS"), True)
+            got = np.ascontiguousarray(words).view(np.uint16)[: 256 * 64].reshape(256, 64)
+            A = half_bits(integers(64 * 64, 1), True).reshape(64, 64)
+            np.testing.assert_array_equal(got[50 + 10 : 50 + 50, 16:56], A[:40, :40])
+            before, after = words[-4:-2]
+            assert after == np.ascontiguousarray(A[0, :2]).view(np.uint32)[0] != 0
+            at.setdefault(mode, set()).add(before == after)
+    assert at["plain"] == at["race"] == {True} and at["poison"] == at["all"] == {False}
+    assert at["random"] == {False, True}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thread_that_stores_a_box_waits_for_its_reading(mode):
+    """Shared memory that the next block has while the engine still reads it."""
+    emulated.set_mode(mode, seed=3)
+    with pytest.raises(RuntimeError, match=r"hopper.cuh:\d+.* still being read: no bulk_commit"):
+        emulated.hopper(OPS.index("BOX_LEFT"), True)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_bulk_add(mode):
     """Bytes beyond the size, a group lost, additions that replace."""
     emulated.set_mode(mode, seed=3)

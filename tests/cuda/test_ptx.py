@@ -67,8 +67,6 @@ def test_wrappers_of_hopper(compiled, mode):
     """The same of ptx_sm90.cuh: TMA, mbarriers, wgmma with its accumulators in flight."""
     emulated.set_mode(mode, seed=3)
     for op in twins.HOPPER_OPS:
-        if op in twins.RACES + twins.OUT_OF_TURN:
-            continue
         emulated.set_ordered(op == "IN_TURN")
         want = twins.run_hopper(op)
         with compiled.active():

@@ -8,7 +8,7 @@
 // two are consumers, 64 rows each: S = Q K^T by wgmma from shared memory, softmax in registers, O
 // += P V with P from registers.  A full and an empty mbarrier a buffer are all that they share.
 #pragma once
-#include "parts.cuh"
+#include "schedule.cuh"
 
 namespace attn::cuda::sm90 {
 
@@ -80,28 +80,6 @@ struct LazySoftmax {
   }
 };
 
-// Which of two consumer warpgroups may issue its products: the first begins, then they alternate.
-// Nothing but speed depends on it.
-struct TakeTurns {
-  static constexpr int FIRST = 3;  // named barriers FIRST + group: it is the group's turn
-  int group;
-  bool both;  // else the other warpgroup has no such tiles
-
-  ATTN_DEVICE void begin() const {
-    if (both && group == 1) named_barrier_arrive<FIRST>(256);
-  }
-  ATTN_DEVICE void wait() const {
-    if (both) named_barrier_sync(FIRST + group, 256);
-  }
-  ATTN_DEVICE void pass() const {
-    if (both) named_barrier_arrive(FIRST + 1 - group, 256);
-  }
-  // The second's last pass() is awaited, so that no barrier stays half full.
-  ATTN_DEVICE void finish() const {
-    if (both && group == 0) named_barrier_sync<FIRST>(256);
-  }
-};
-
 // A consumer warpgroup: its registers, and a tile of keys at a time.
 template <class T, int HEAD_DIM>
 struct Consumer {
@@ -120,14 +98,28 @@ struct Consumer {
                        uint32_t q)
       : p(params), K(k), V(v), Q_word(wgmma_word(q)) {}
 
+  // Buffers of a turn and of every second one behind it: K's tile (wgmma_word) and full mbarrier.
+  // V's lie a known distance behind (ForwardMemory).  With two stages nothing of that changes over
+  // the loop.
+  struct Buffers {
+    uint32_t K, V, full;
+  };
+  static constexpr uint32_t VALUES = ForwardMemory<Tile>::VALUES;
+  ATTN_DEVICE static uint32_t V_full(const Buffers& at) { return at.full + RING_BARS; }
+  ATTN_DEVICE Buffers buffers(int turn) const {
+    static_assert(STAGES == 2);
+    // Held: ptxas would compute it again for each use.
+    return {wgmma_word(K.tile(turn)), wgmma_word(V.tile(turn)), wgmma_held(K.full_bar(turn))};
+  }
+
   // S = Q K^T, of the tile whose turn it is and that is there.  Issued.
-  ATTN_DEVICE void scores(Scores& S, int turn) {
+  ATTN_DEVICE void scores(Scores& S, int turn) { scores_of(S, wgmma_word(K.tile(turn))); }
+  ATTN_DEVICE void scores_of(Scores& S, uint32_t K_word) {
     wgmma_hold(O);
     wgmma_fence();
     // Up to 128, Q's descriptors stay in uniform registers over the loop; wider, they are too many.
     const uint32_t Q = HEAD_DIM <= 128 ? Q_word : wgmma_held(Q_word);
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, wgmma_operand(Q, 0),
-                                           wgmma_operand(wgmma_word(K.tile(turn)), 0));
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, wgmma_operand(Q, 0), wgmma_operand(K_word, 0));
   }
   // Of a tile by itself, until it is there.
   ATTN_DEVICE void scores_alone(Scores& S, int turn) {
@@ -173,30 +165,29 @@ struct Consumer {
 
   // S of this turn and O += P V of the turn before are under way together, and the softmax runs
   // while P V still does.  before: P of the turn before; now: P of this turn.
-  ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, const TakeTurns& turns,
-                           LazySoftmax& lazy) {
+  ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, const Buffers& last,
+                           const Buffers& here, const TakeTurns& turns, LazySoftmax& lazy) {
     Scores S;
-    V.wait(turn - 1);
+    V.wait(V_full(last), turn - 1);
     turns.wait();
     wgmma_hold(before);
-    scores(S, turn);
-    issue_sum<T>(O, before, wgmma_word(V.tile(turn - 1)));
+    scores_of(S, here.K);
+    issue_sum<T>(O, before, last.V);
     turns.pass();
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
-    K.release(turn);
+    K.release(here.full);
     const bool moved = lazy.template weights<T>(now, S, state, p.scale_log2);
     wgmma_hold(now);
     // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
-    if (turn + 1 < end) K.wait(turn + 1);
+    if (turn + 1 < end) K.wait(last.full, turn + 1);
     wgmma_wait<0>();  // O is there
     wgmma_hold(O);
     wgmma_hold(before);  // the tensor cores have read it only now
-    V.release(turn - 1);
+    V.release(V_full(last));
     if (moved) lazy.rescale(O);
   }
-  ATTN_DEVICE void last(Weights& P, int turn, const TakeTurns& turns) {
-    turns.finish();
+  ATTN_DEVICE void last(Weights& P, int turn) {
     V.wait(turn);
     output_alone(P, turn);
     V.release(turn);
@@ -214,30 +205,32 @@ struct Consumer {
       pack_weights<T>(even, S);
     }
     LazySoftmax lazy(state, p.scale_log2);
-    rest(even, odd, turn, end, turns, [&](Weights& before, Weights& now, int at) {
-      overlap(before, now, at, end, turns, lazy);
+    const Buffers first = buffers(turn), second = buffers(turn + 1);
+    rest(even, odd, turn, end, [&](Weights& before, Weights& now, int at, bool odd_turn) {
+      odd_turn ? overlap(before, now, at, end, first, second, turns, lazy)
+               : overlap(before, now, at, end, second, first, turns, lazy);
     });
   }
   // Those behind the first, whose P is `even`: overlap(P of the turn before, P of this turn, turn).
   template <class Overlap>
-  ATTN_DEVICE void rest(Weights& even, Weights& odd, int turn, int end, const TakeTurns& turns,
-                        const Overlap& overlap) {
+  ATTN_DEVICE void rest(Weights& even, Weights& odd, int turn, int end, const Overlap& overlap) {
     if (turn + 1 < end) K.wait(turn + 1);
-    turns.begin();
     ATTN_NO_UNROLL
     while (true) {
-      if (++turn == end) return last(even, turn - 1, turns);
-      overlap(even, odd, turn);
-      if (++turn == end) return last(odd, turn - 1, turns);
-      overlap(odd, even, turn);
+      if (++turn == end) return last(even, turn - 1);
+      overlap(even, odd, turn, true);
+      if (++turn == end) return last(odd, turn - 1);
+      overlap(odd, even, turn, false);
     }
   }
 };
 
 template <class T, int HEAD_DIM>
-ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& turns,
-                         const QueryMemory<ForwardTile90<HEAD_DIM>>& smem) {
+ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
+                        const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
+  const Params& p = x.p;
+  const QueryTask& task = w.task;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
@@ -249,12 +242,12 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
   if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
-  Consumer<T, HEAD_DIM> mine(p, smem.K, smem.V, smem.Q + group * 64 * 128);
-  if (turns.count()) mbarrier_wait(smem.queries_full, 0);
-  int turn = 0;
+  Consumer<T, HEAD_DIM> mine(p, smem.K, smem.V, smem.Q.tile(w.n) + group * 64 * 128);
+  const int end = w.end();
+  int turn = w.start;
   ATTN_NO_UNROLL
-  for (; turn < (lo < hi ? turns.edges() : turns.count()); ++turn) {
-    const int n0 = turns.tile(turn) * N;
+  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
+    const int n0 = w.turns.tile(turn - w.start) * N;
     if (n0 < hi && n0 + N > lo) {
       mine.edge(score, query, group, turn, n0);
     } else {  // nothing for this warpgroup
@@ -262,48 +255,20 @@ ATTN_DEVICE void consume(const Params& p, const QueryTask& task, const Turns& tu
       smem.V.skip(turn);
     }
   }
-  const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
-  mine.whole(turn, turns.count(), {group, both});
+  stored.settle(smem);
+  mine.whole(turn, end, TakeTurns::of(task, group));
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
-  store_rows<T, 0, false>(p, task.seq, task, mine.O, mine.state, query, row, p.scale_log2);
-  if (bad)
-    each_row(group_row + 16 * (warp_id() % 4), task.rows,
-             [&](int i) { Repair<T, HEAD_DIM>{p, task.seq}.output(task.head, i); });
-}
-
-// The producer's thread: Q, then K and V of all turns.  FOURS: of load_rows().
-template <class Tile, bool FOURS = false>
-ATTN_DEVICE void produce(const ForwardParams& x, const QueryTask& task, const Turns& turns,
-                         const QueryMemory<Tile>& smem) {
-  constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
-  mbarrier_arrive_expect_tx(smem.queries_full, Tile::QUERY_BYTES);
-  const Coordinates at(x.p, task.seq);
-  load_rows<S, M>(smem.Q, x.Q, smem.queries_full, at.q + task.row0, task.head, at.b);
-  const int head_k = task.head / x.p.group;
-  const auto load = [&](const Ring<STAGES>& ring, const TensorMap& map, int turn) {
-    ring.template load<S, N, FOURS>(turn, map, at.k + turns.tile(turn) * N, head_k, at.b);
-  };
-  load(smem.K, x.K, 0);
-  ATTN_NO_UNROLL
-  for (int i = 0; i < turns.count(); ++i) {
-    if (i + 1 < turns.count()) load(smem.K, x.K, i + 1);  // is needed before V of this turn
-    load(smem.V, x.V, i);
-  }
+  finish_tile<T, 0>(x, w.n, smem, mine.O, mine.state, p.scale_log2, bad);
+  return end;
 }
 
 template <class T, int HEAD_DIM>
 ATTN_KERNEL((THREADS), 1)
 void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
-  using Tile = ForwardTile90<HEAD_DIM>;
-  const auto smem = QueryMemory<Tile>::of(smem_base());
-  const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
-  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
-  const Turns turns =
-      Turns::of(Band::of(x.p, task.seq), task.row0, task.end, task.seq.seqlen_k, Tile::BLOCK_N);
-  const auto load = [&] {
-    if (warp_id() == 0 && elect_one() && turns.count()) produce(x, task, turns, smem);
-  };
-  run_roles(smem, load, [&] { consume<T, HEAD_DIM>(x.p, task, turns, smem); });
+  const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
+  run_tiles<0, ForwardTile90<HEAD_DIM>, false>(x, smem, [&](const Work& w, Stored& stored) {
+    return consume<T, HEAD_DIM>(x, w, stored, smem);
+  });
 }
 
 }  // namespace attn::cuda::sm90

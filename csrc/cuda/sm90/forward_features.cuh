@@ -24,6 +24,7 @@ template <class T, int HEAD_DIM, int BITS>
 struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   using Base = Consumer<T, HEAD_DIM>;
   using Base::N, Base::TILES, Base::ACC, Base::p, Base::K, Base::V, Base::O, Base::state;
+  using typename Base::Buffers;
   using typename Base::Scores;
   using typename Base::Tile;
   using typename Base::Weights;
@@ -65,7 +66,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   float alpha[2];  // what was added up by the base before is to be multiplied by
 
   ATTN_DEVICE FeatureConsumer(const Params& params, const Score& of, int h, int row, int rows,
-                              const QueryMemory<Tile>& smem, uint32_t q)
+                              const ForwardMemory<Tile>& smem, uint32_t q)
       : Base(params, smem.K, smem.V, q),
         score(of),
         dropout(Dropout::of(params, of.seq)),
@@ -312,30 +313,30 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
     return weights(P, S);
   }
   ATTN_DEVICE void overlap(Weights& before, Weights& now, int turn, int end, int n0,
-                           const TakeTurns& turns) {
+                           const Buffers& last, const Buffers& here, const TakeTurns& turns) {
     Scores S;
     const bool moved = tile(
         S, now, n0,
         [&] {
-          V.wait(turn - 1);
+          V.wait(this->V_full(last), turn - 1);
           turns.wait();
           wgmma_hold(before);
-          this->scores(S, turn);
-          issue_sum<T>(O, before, wgmma_word(V.tile(turn - 1)));
+          this->scores_of(S, here.K);
+          issue_sum<T>(O, before, last.V);
           turns.pass();
         },
         [&] {
           wgmma_wait<1>();
           wgmma_hold(S);
-          K.release(turn);
+          K.release(here.full);
         });
     wgmma_hold(now);
     // Now, since ptxas would move the softmax behind the next wait, but not across a loop.
-    if (turn + 1 < end) K.wait(turn + 1);
+    if (turn + 1 < end) K.wait(last.full, turn + 1);
     wgmma_wait<0>();  // O is there
     wgmma_hold(O);
     wgmma_hold(before);  // the tensor cores have read it only now
-    V.release(turn - 1);
+    V.release(this->V_full(last));
     if (moved) rescale();
   }
   // Tiles that every row sees, the first from key n0 on (Consumer::whole).
@@ -355,9 +356,12 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
       };
       if (tile(S, even, n0, issue, wait)) rescale();
     }
-    const int first = turn;
-    this->rest(even, odd, turn, end, turns, [&](Weights& before, Weights& now, int at) {
-      overlap(before, now, at, end, n0 + (at - first) * N, turns);
+    const int begin = turn;
+    const Buffers first = this->buffers(turn), second = this->buffers(turn + 1);
+    this->rest(even, odd, turn, end, [&](Weights& before, Weights& now, int at, bool odd_turn) {
+      const int at_key = n0 + (at - begin) * N;
+      odd_turn ? overlap(before, now, at, end, at_key, first, second, turns)
+               : overlap(before, now, at, end, at_key, second, first, turns);
     });
   }
 
@@ -380,9 +384,11 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
 };
 
 template <class T, int HEAD_DIM, int BITS>
-ATTN_DEVICE void consume_features(const Params& p, const QueryTask& task, const Turns& turns,
-                                  const QueryMemory<ForwardTile90<HEAD_DIM>>& smem) {
+ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& stored,
+                                 const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
   constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
+  const Params& p = x.p;
+  const QueryTask& task = w.task;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
@@ -391,12 +397,12 @@ ATTN_DEVICE void consume_features(const Params& p, const QueryTask& task, const 
   if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
   FeatureConsumer<T, HEAD_DIM, BITS> mine(p, score, task.head, row, task.rows, smem,
-                                          smem.Q + group * 64 * 128);
-  if (turns.count()) mbarrier_wait(smem.queries_full, 0);
-  int turn = 0;
+                                          smem.Q.tile(w.n) + group * 64 * 128);
+  const int end = w.end();
+  int turn = w.start;
   ATTN_NO_UNROLL
-  for (; turn < (lo < hi ? turns.edges() : turns.count()); ++turn) {
-    const int n0 = turns.tile(turn) * N;
+  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
+    const int n0 = w.turns.tile(turn - w.start) * N;
     if (n0 < hi && n0 + N > lo) {
       mine.edge(turn, n0);
     } else {  // nothing for this warpgroup
@@ -404,29 +410,21 @@ ATTN_DEVICE void consume_features(const Params& p, const QueryTask& task, const 
       smem.V.skip(turn);
     }
   }
-  const bool both = task.row0 + 64 < task.rows;  // tiles that every row sees are of both, or of one
-  mine.whole(turn, turns.count(), turns.tile(turn) * N, {group, both});
+  stored.settle(smem);
+  mine.whole(turn, end, w.turns.tile(turn - w.start) * N, TakeTurns::of(task, group));
   bool bad = warp_finds_nan(mine.O);
   bad |= mine.finish();
-  store_rows<T, BITS, false>(p, task.seq, task, mine.O, mine.state, mine.query, row, 1.0f);
-  if (bad)
-    each_row(group_row + 16 * (warp_id() % 4), task.rows,
-             [&](int i) { Repair<T, HEAD_DIM, BITS>{p, task.seq}.output(task.head, i); });
+  finish_tile<T, BITS>(x, w.n, smem, mine.O, mine.state, 1.0f, bad);
+  return end;
 }
 
 template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
-  using Tile = ForwardTile90<HEAD_DIM>;
-  const auto smem = QueryMemory<Tile>::of(smem_base());
-  const QueryTask task = QueryTask::of<BITS>(x.p, Tile::BLOCK_M);
-  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
-  const Turns turns =
-      Turns::of(Band::of(x.p, task.seq), task.row0, task.end, task.seq.seqlen_k, Tile::BLOCK_N);
-  const auto load = [&] {
-    if (warp_id() == 0 && elect_one() && turns.count()) produce<Tile, true>(x, task, turns, smem);
-  };
-  run_roles(smem, load, [&] { consume_features<T, HEAD_DIM, BITS>(x.p, task, turns, smem); });
+  const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
+  run_tiles<BITS, ForwardTile90<HEAD_DIM>, true>(x, smem, [&](const Work& w, Stored& stored) {
+    return consume_features<T, HEAD_DIM, BITS>(x, w, stored, smem);
+  });
 }
 
 }  // namespace attn::cuda::sm90

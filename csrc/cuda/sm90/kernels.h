@@ -55,6 +55,9 @@ inline TensorSpec key_spec(const Problem& p, const Pointers& ptr, int rows) {
 inline TensorSpec value_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr, ptr.v, p.v, p.heads_k, key_rows(p, ptr), p.head_dim_v, rows);
 }
+inline TensorSpec out_spec(const Problem& p, const Pointers& ptr, int rows) {
+  return tensor_spec(p, ptr, ptr.o, p.o, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
+}
 inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr, ptr.dout, p.dout, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
 }
@@ -73,6 +76,19 @@ inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
 inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   const std::string why = forward_problem(p, ptr);
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
+}
+
+// Tiles of queries of the forward; of packed sequences as many as if all were as long as the
+// longest.
+inline int64_t forward_tiles(const Problem& p) {
+  constexpr int M = ForwardTile90<64>::BLOCK_M;
+  return p.batch * p.heads_q * ((p.seqlen_q + M - 1) / M);
+}
+// Floats of workspace, of which the first is its counter of tiles: where there are more tiles than
+// multiprocessors, and numbers that no CTA can exceed.
+inline int64_t forward_workspace(const Problem& p, int multiprocessors) {
+  const int64_t tiles = forward_tiles(p);
+  return tiles > multiprocessors && tiles + 2 * int64_t(multiprocessors) < 2147483647 ? 1 : 0;
 }
 
 // What a call has that the backward kernels must know, and their HEAD_DIM.

@@ -5,33 +5,54 @@
 
 namespace attn::cuda::sm90 {
 
-template <class T, int HEAD_DIM>
-void run_forward(Executor& to, const Params& params) {
-  using Tile = ForwardTile90<HEAD_DIM>;
+// What the forward is told of the device, and of the call's workspace.
+struct ForwardPlace {
+  int multiprocessors = 1;
+  int64_t l2_bytes = 0;
+  int* counter = nullptr;  // of forward_workspace(); null: a CTA a tile
+};
+
+// Heads of queries whose keys and values are read from memory once: half of the L2 cache holds
+// them, since on Hopper each half of the chip may keep its own copy.
+inline int section_heads(const Problem& p, int64_t l2_bytes) {
+  const int64_t bytes = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const int64_t heads = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, bytes));
+  return int(std::min(p.batch * p.heads_q, heads * (p.heads_q / p.heads_k)));
+}
+
+// FOURS: rows of K and V in the order of forward_features.cuh.
+template <class Tile, bool FOURS>
+void launch_forward(Executor& to, std::string kernel, const Params& params,
+                    const ForwardPlace& place) {
   const Problem& p = params.p;
+  const auto keys = [](const TensorSpec& spec) { return FOURS ? in_fours(spec) : spec; };
   ForwardParams x{};
   x.p = params;
-  x.p.m_tiles = int((p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  x.p.m_tiles = int(forward_tiles(p) / (p.batch * p.heads_q));
   x.Q = to.tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));
-  x.K = to.tensor_map(key_spec(p, params.ptr, Tile::BLOCK_N));
-  x.V = to.tensor_map(value_spec(p, params.ptr, Tile::BLOCK_N));
-  launch(to, kernel_name<T>("sm90::forward", HEAD_DIM), grid_of(p.batch * p.heads_q * x.p.m_tiles),
+  x.K = to.tensor_map(keys(key_spec(p, params.ptr, Tile::BLOCK_N)));
+  x.V = to.tensor_map(keys(value_spec(p, params.ptr, Tile::BLOCK_N)));
+  x.section = section_heads(p, place.l2_bytes);
+  x.counter = place.counter;
+  const TensorSpec out = out_spec(p, params.ptr, 64);
+  x.stores_tiles = !p.part && !*tensor_problem(out);
+  if (x.stores_tiles) x.O = to.tensor_map(out);
+  if (x.counter) to.clear(x.counter, 1);
+  launch(to, std::move(kernel), grid_of(x.counter ? place.multiprocessors : forward_tiles(p)),
          THREADS, Tile::SMEM, x);
+}
+
+template <class T, int HEAD_DIM>
+void run_forward(Executor& to, const Params& params, const ForwardPlace& place) {
+  launch_forward<ForwardTile90<HEAD_DIM>, false>(to, kernel_name<T>("sm90::forward", HEAD_DIM),
+                                                 params, place);
 }
 
 // A forward that knows p.features.
 template <class T, int HEAD_DIM>
-void run_features(Executor& to, const Params& params) {
-  const Problem& p = params.p;
-  using Tile = ForwardTile90<HEAD_DIM>;
-  ForwardParams x{};
-  x.p = params;
-  x.p.m_tiles = int((p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
-  x.Q = to.tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));
-  x.K = to.tensor_map(in_fours(key_spec(p, params.ptr, Tile::BLOCK_N)));
-  x.V = to.tensor_map(in_fours(value_spec(p, params.ptr, Tile::BLOCK_N)));
-  launch(to, kernel_name<T>("sm90::forward_features", HEAD_DIM, params.features),
-         grid_of(p.batch * p.heads_q * x.p.m_tiles), THREADS, Tile::SMEM, x);
+void run_features(Executor& to, const Params& params, const ForwardPlace& place) {
+  launch_forward<ForwardTile90<HEAD_DIM>, true>(
+      to, kernel_name<T>("sm90::forward_features", HEAD_DIM, params.features), params, place);
 }
 
 // dQ, dK, dV, each where its pointer is not null; p.delta is filled, p.dq_sums where query_sums().

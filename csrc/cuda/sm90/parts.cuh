@@ -39,15 +39,15 @@ ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, in
 template <int STAGES>
 struct Ring {
   uint32_t tiles, full, bytes;
-  ATTN_DEVICE uint32_t tile(int i) const { return tiles + uint32_t(i % STAGES) * bytes; }
-  ATTN_DEVICE uint32_t full_bar(int i) const { return full + uint32_t(i % STAGES) * 8; }
+  ATTN_DEVICE uint32_t tile(int i) const { return tiles + uint32_t(i) % STAGES * bytes; }
+  ATTN_DEVICE uint32_t full_bar(int i) const { return full + uint32_t(i) % STAGES * 8; }
   ATTN_DEVICE uint32_t empty_bar(int i) const { return full_bar(i) + 8 * STAGES; }
-  ATTN_DEVICE static uint32_t parity(int i) { return uint32_t(i / STAGES) & 1; }
+  ATTN_DEVICE static uint32_t parity(int i) { return uint32_t(i) / STAGES & 1; }
 
-  ATTN_DEVICE void init(int producers = 1) const {
+  ATTN_DEVICE void init(int producers = 1, int consumers = CONSUMER_WARPS) const {
     for (int s = 0; s < STAGES; ++s) {
       mbarrier_init(full_bar(s), producers);
-      mbarrier_init(empty_bar(s), CONSUMER_WARPS);
+      mbarrier_init(empty_bar(s), consumers);
     }
   }
   // Producer: all slabs of rows r0.. of one head into buffer i.
@@ -61,11 +61,14 @@ struct Ring {
   ATTN_DEVICE void wait_empty(int i) const {
     mbarrier_wait(empty_bar(i), parity(i) ^ 1);  // every consumer has read the tile before
   }
-  ATTN_DEVICE void wait(int i) const { mbarrier_wait(full_bar(i), parity(i)); }
+  ATTN_DEVICE void wait(int i) const { wait(full_bar(i), i); }
   // Consumers, once a warp: it reads buffer i no more.
-  ATTN_DEVICE void release(int i) const {
+  ATTN_DEVICE void release(int i) const { release(full_bar(i)); }
+  // The same of a buffer that is known by its full mbarrier.
+  ATTN_DEVICE static void wait(uint32_t bar, int i) { mbarrier_wait(bar, parity(i)); }
+  ATTN_DEVICE static void release(uint32_t bar) {
     sync_warp();  // every lane has read
-    if (lane_id() == 0) mbarrier_arrive(empty_bar(i));
+    if (lane_id() == 0) mbarrier_arrive(bar + 8 * STAGES);
   }
   // Consumers that need nothing of buffer i: it is theirs to free all the same.
   ATTN_DEVICE void skip(int i) const {
@@ -100,8 +103,12 @@ struct QueryTask : ForwardTask {
 
   template <int BITS = 0>
   ATTN_DEVICE static QueryTask of(const Params& p, int block_m) {
-    QueryTask t{ForwardTask::of(p, block_m), {}, 0};
-    t.seq = Sequence::of<BITS>(p, t.b);
+    const ForwardTask t = ForwardTask::of(p, block_m);
+    return of<BITS>(p, t.b, t.head, t.row0, block_m);
+  }
+  template <int BITS>
+  ATTN_DEVICE static QueryTask of(const Params& p, int b, int head, int row0, int block_m) {
+    QueryTask t{{b, head, 0, row0, 0}, Sequence::of<BITS>(p, b), 0};
     t.rows = t.seq.seqlen_q;
     t.end = min_int(t.row0 + block_m, t.rows);
     return t;

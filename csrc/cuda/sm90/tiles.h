@@ -16,10 +16,13 @@ template <int HEAD_DIM>
 struct ForwardTile90 {
   static constexpr int BLOCK_M = 128;
   static constexpr int BLOCK_N = HEAD_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 96 : 64;
-  static constexpr int SLABS = slabs_of(HEAD_DIM);
+  static constexpr int SLABS = slabs_of(HEAD_DIM), VALUE_SLABS = SLABS;
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
-  static constexpr int RESIDENT = 1;  // tiles of queries: Q
-  static constexpr int SMEM = QUERY_BYTES + 2 * STAGES * KEY_BYTES + 8 + 2 * RING_BARS;
+  static constexpr int VALUE_BYTES = VALUE_SLABS * BLOCK_N * 128;
+  // Two tiles of Q: one comes while another is in use; wider, there is no room.
+  static constexpr int QUERY_STAGES = HEAD_DIM <= 128 ? 2 : 1;
+  static constexpr int SMEM =
+      QUERY_STAGES * (QUERY_BYTES + 32) + STAGES * (KEY_BYTES + VALUE_BYTES) + 2 * RING_BARS;
 };
 
 // Of a thread's groups of 4 keys, how many have their masks and biases asked for before S is there.
@@ -130,7 +133,10 @@ constexpr int backward_features_of(int features) { return features & ~(kSink | k
 
 struct ForwardParams {
   Params p;
-  TensorMap Q, K, V;
+  TensorMap Q, K, V, O;
+  bool stores_tiles;  // O can be stored by the copy engine
+  int section;        // query heads whose K and V fit the L2 cache together
+  int* counter;       // of tiles claimed, 0 at first; null: a CTA has the tile of its number
 };
 struct BackwardParams {
   Params p;

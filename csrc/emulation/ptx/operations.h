@@ -185,5 +185,8 @@ inline void tensor_load(uint32_t to, uint64_t map, uint32_t barrier, std::array<
                         PTX_AT) {
   machine.tma_load(to, *reinterpret_cast<const ptx::TensorMap*>(map), barrier, corner, at);
 }
+inline void tensor_store(uint64_t map, std::array<int, 4> corner, uint32_t from, PTX_AT) {
+  machine.tma_store(*reinterpret_cast<const ptx::TensorMap*>(map), from, corner, at);
+}
 
 }  // namespace attn::compiled

@@ -27,6 +27,8 @@ enum Op : int {
   N192,           // of all rows and the first 64 once more
   N256,           // of all rows, twice
   TURNED,         // stmatrix_x4_trans of 16-bit numbers that say where they come from
+  STRAIGHT,       // the same of stmatrix_x4
+  BOX_STORED,     // A stored to a tensor of 56 columns and 2 heads of 50 rows, from (16, 10, 1) on
   ADDED,          // bulk_add of 512 floats, and of the first 256 once more
   READERS_FENCE,  // STORED, with the fence after the barrier
   LOADED_AGAIN,   // A as it is after the threads have read and stored it and a load has come again
@@ -45,6 +47,10 @@ enum Op : int {
   TURN_UNFENCED,    // IN_TURN without fence_proxy_async_global
   TURN_UNWAITED,    // without load_acquire: by tickets alone
   TURN_UNRELEASED,  // its word stored before the addition is there
+  // No faults: what they answer is for the device to choose, or for who waits to know.
+  BOX_LANDS,  // BOX_STORED, A overwritten once it is read; what of it is there then, and after a
+              // wait
+  BOX_LEFT,   // BOX_STORED, and the thread returns without a wait
 };
 
 constexpr int THREADS = 128, TILES = 16, OUT = THREADS * 128;
@@ -53,13 +59,15 @@ constexpr int BLOCKS = 3;  // of those that add in turn
 
 struct Params {
   int op;
-  TensorMap a, b;
+  TensorMap a, b, stored;
   const uint32_t* a_registers;  // [THREADS, 4 steps, 4]
   uint32_t* out;                // [OUT]
   int* words;                   // [2], 0: the next ticket, the next turn
 };
 
-ATTN_DEVICE constexpr bool adds_in_turn(int op) { return op == IN_TURN || op >= TURN_UNFENCED; }
+ATTN_DEVICE constexpr bool adds_in_turn(int op) {
+  return op == IN_TURN || (op >= TURN_UNFENCED && op < BOX_LANDS);
+}
 
 // Each thread stores its part of B again.
 ATTN_DEVICE void store_again(int op, uint32_t B) {
@@ -87,13 +95,32 @@ ATTN_DEVICE void load_again(const Params& p, uint32_t A, uint32_t bar) {
   if (sum == 1) p.out[A_BYTES / 4] = sum;  // what was read is used
 }
 
-ATTN_DEVICE void turned(uint32_t A, uint32_t* out) {
+// A stored to global memory.  Of BOX_LANDS two words behind it: the first of the box as it is once
+// A has been read, and once the box has been waited for.
+ATTN_DEVICE void store_box(const Params& p, uint32_t A) {
+  if (thread_id() != 0) return;
+  tma_store_4d(p.stored, A, 16, 10, 1, 0);
+  bulk_commit();
+  if (p.op == BOX_LEFT) return;
+  bulk_wait_read<0>();
+  if (p.op != BOX_LANDS) return;
+  for (int i = 0; i < A_BYTES / 4; ++i) sts_32(A + 4 * i, 7);
+  const uint32_t* first = p.out + (60 * 64 + 16) / 2;
+  p.out[OUT - 4] = ldg_64(first).x;
+  bulk_wait<0>();
+  p.out[OUT - 3] = ldg_64(first).x;
+}
+
+ATTN_DEVICE void turned(int op, uint32_t A, uint32_t* out) {
   uint32_t r[4];
   for (int t = 0; t < 4; ++t) {
     const uint32_t first = thread_id() * 8 + 2 * t;
     r[t] = first | (first + 1) << 16;
   }
-  stmatrix_x4_trans(A + 16 * thread_id(), r);
+  if (op == TURNED)
+    stmatrix_x4_trans(A + 16 * thread_id(), r);
+  else
+    stmatrix_x4(A + 16 * thread_id(), r);
   sync_threads();  // every warp has stored
   for (int i = 0; i < 4; ++i)
     out[4 * thread_id() + i] = lds_32(A + 16 * (THREADS - 1 - thread_id()) + 4 * i);
@@ -264,9 +291,11 @@ void wrappers(ATTN_GRID_CONSTANT const Params p) {
     out[0] = elect_one();
     out[1] = named_barrier_or<3>(128, thread_id() == 77);
     out[2] = named_barrier_or<3>(128, false);
-  } else if (p.op == TURNED) {
+  } else if (p.op == TURNED || p.op == STRAIGHT) {
     sync_threads();  // every thread has waited for the loads
-    turned(A, p.out);
+    turned(p.op, A, p.out);
+  } else if (p.op == BOX_STORED || p.op == BOX_LANDS || p.op == BOX_LEFT) {
+    store_box(p, A);
   } else if (p.op == LOADED_AGAIN || p.op == READ_UNFENCED || p.op == STORE_UNFENCED) {
     sync_threads();  // every thread has waited for the loads
     load_again(p, A, bar);
@@ -354,9 +383,12 @@ inline std::vector<uint32_t> run(const Memory& memory, int op, bool is_bf16) {
   const bool across = op == SS_MN || op == RS_MN;
   const TensorSpec b_spec = across ? spec(device[1], is_bf16, 128, 64, 1, 1, 64)
                                    : spec(device[1], is_bf16, 64, 128, 1, 1, 128);
+  TensorSpec stored = spec(device[3], is_bf16, 56, 50, 2, 1, 64);
+  for (int i = 0; i < 3; ++i) stored.stride[i] = i ? 50 * 128 * (i == 1 ? 1 : 2) : 128;
   Params p{op,
            make_tensor_map(a_spec),
            make_tensor_map(b_spec),
+           make_tensor_map(stored),
            static_cast<const uint32_t*>(device[2]),
            static_cast<uint32_t*>(device[3]),
            static_cast<int*>(device[4])};

@@ -73,7 +73,10 @@ void run_kernels(cuda::Params p) {
   sm80::run_backward<bf16, D>(device, p, false);
 #elif PART_HERE == 3
   sm90::each_forward<bf16, D>(enlist);
-  sm90::run_forward<bf16, D>(device, p);
+  int counter = 7;  // whatever was there
+  const int tiles = int(sm90::forward_tiles(p.p));
+  // Two CTAs for all tiles.
+  sm90::run_forward<bf16, D>(device, p, {2, 1 << 18, tiles > 2 ? &counter : nullptr});
 #else
 #if PART_HERE == 6
   std::vector<float> sums(sm90::query_sums(p.p, p.ptr) + 4, NAN);

@@ -2,6 +2,7 @@
 // NVIDIA's driver refuses is refused, with its numbers.  Machine code does not run here:
 // fake_resolve, a function of Python, says what compiled PTX stands for an image.  Streams end at
 // once.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <map>
@@ -134,6 +135,8 @@ FAKE cuDeviceGetAttribute(int* value, int attribute, DeviceId device) {
       return *value = d.capability / 10, 0;
     case ATTRIBUTE_CAPABILITY_MINOR:
       return *value = d.capability % 10, 0;
+    case ATTRIBUTE_L2_CACHE_SIZE:
+      return *value = 50 << 20, 0;
     case ATTRIBUTE_SHARED_MEMORY_OPTIN:
       return *value = d.shared_memory, 0;
   }
@@ -202,6 +205,14 @@ FAKE cuFuncSetAttribute(Handle function, int attribute, int value) {
       value > devices[of->module->context->device].shared_memory)
     return INVALID_VALUE;
   return of->smem_bytes = value, 0;
+}
+FAKE cuMemsetD32Async(uintptr_t to, unsigned value, size_t count, Handle stream) {
+  if (const Result error = enter("cuMemsetD32Async", true)) return error;
+  if ((stream && !known<Stream>(stream)) || context_of(stream) != top()) return INVALID_HANDLE;
+  if (!to || to % 4) return INVALID_VALUE;
+  if (stream && reinterpret_cast<Stream*>(stream)->capturing)
+    return ++reinterpret_cast<Stream*>(stream)->launches, 0;
+  return std::fill_n(reinterpret_cast<unsigned*>(to), count, value), 0;
 }
 FAKE cuLaunchKernel(Handle function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                     unsigned block_x, unsigned block_y, unsigned block_z, unsigned smem_bytes,

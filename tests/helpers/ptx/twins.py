@@ -34,10 +34,11 @@ def ops(header: str) -> list[str]:
 
 
 OPS = ops("wrappers.cuh")
-HOPPER_OPS = ops("hopper.cuh")
-_FAULTS, _OUT_OF_TURN = map(HOPPER_OPS.index, ("UNFENCED", "TURN_UNFENCED"))
-RACES = tuple(HOPPER_OPS[_FAULTS:_OUT_OF_TURN])  # of which race and all must complain
-OUT_OF_TURN = tuple(HOPPER_OPS[_OUT_OF_TURN:])  # and of these whoever asks for an order
+_HOPPER = ops("hopper.cuh")
+_RACES, _OUT_OF_TURN, _CHOICES = map(_HOPPER.index, ("UNFENCED", "TURN_UNFENCED", "BOX_LANDS"))
+HOPPER_OPS = _HOPPER[:_RACES]
+RACES = tuple(_HOPPER[_RACES:_OUT_OF_TURN])  # of which race and all must complain
+OUT_OF_TURN = tuple(_HOPPER[_OUT_OF_TURN:_CHOICES])  # and of these whoever asks for an order
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def run(op: str) -> np.ndarray:
 
 def run_hopper(op: str, bf16: bool = True) -> np.ndarray:
     """The same of ptx_sm90.cuh."""
-    return _emulated.hopper(HOPPER_OPS.index(op), bf16)
+    return _emulated.hopper(_HOPPER.index(op), bf16)
 
 
 def assert_same(op: str, got: np.ndarray, want: np.ndarray) -> None:

@@ -119,17 +119,33 @@ def _bulk(em: Emitter, op: Opcode, args: list[str]) -> str:
         return f"machine.{wait}({int(args[0], 0)}, {HERE});"
     if not op.take("tensor") or not op.take("4d"):
         raise Unsupported("a bulk copy other than of a tensor with 4 dimensions")
+    if op.parts[:2] == ["global", "shared::cta"]:
+        return _tensor_store(em, op, args)
     if not (op.take("shared::cluster") or op.take("shared::cta")):
         raise Unsupported("a copy to global memory")
     op.take("global"), op.take("tile")
     if not op.take("mbarrier::complete_tx::bytes"):
         raise Unsupported("a load that no mbarrier counts")
-    match = re.fullmatch(r"\[\s*([^\s,]+)\s*,\s*\{(.*)\}\s*\]", args[1])
-    if match is None:
-        raise Unsupported(f"tensor operand {args[1]}")
-    corner = ", ".join(em.read(each.strip(), "s32") for each in match[2].split(","))
+    map_, corner = _tensor(em, args[1])
     to, bar = em.address(args[0], "u32"), em.address(args[2], "u32")
-    return f"tensor_load({to}, {em.read(match[1], 'u64')}, {bar}, {{{corner}}});"
+    return f"tensor_load({to}, {map_}, {bar}, {{{corner}}});"
+
+
+def _tensor(em: Emitter, operand: str) -> tuple[str, str]:
+    """The address of a tensor map and a corner of a box."""
+    match = re.fullmatch(r"\[\s*([^\s,]+)\s*,\s*\{(.*)\}\s*\]", operand)
+    if match is None:
+        raise Unsupported(f"tensor operand {operand}")
+    corner = ", ".join(em.read(each.strip(), "s32") for each in match[2].split(","))
+    return em.read(match[1], "u64"), corner
+
+
+def _tensor_store(em: Emitter, op: Opcode, args: list[str]) -> str:
+    op.take("global"), op.take("shared::cta"), op.take("tile")
+    if not op.take("bulk_group"):
+        raise Unsupported("a store of no bulk group")
+    map_, corner = _tensor(em, args[0])
+    return f"tensor_store({map_}, {{{corner}}}, {em.address(args[1], 'u32')});"
 
 
 def _bulk_add(em: Emitter, op: Opcode, args: list[str]) -> str:

@@ -141,13 +141,11 @@ inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row
   constexpr int kRows = NV == ATTN_NV                 ? ATTN_MR
                         : ATTN_MR * ATTN_NV / NV > 16 ? 16
                                                       : ATTN_MR * ATTN_NV / NV;
-  // Narrow blocks have few instructions that a known LD would save, and need not be there twice.
-  constexpr int64_t kLd = NV == ATTN_NV ? LD : 0;
   int64_t r = 0;
   auto take = [&](auto count, int64_t blocks) {
     if (blocks == 0) return;
-    gemm_rows<Op, count.value, NV, kLd>(blocks, depth, A + r * row_step, row_step, depth_step, B,
-                                        ldb, C + r * ldc, ldc, accumulate, soon);
+    gemm_rows<Op, count.value, NV, LD>(blocks, depth, A + r * row_step, row_step, depth_step, B,
+                                       ldb, C + r * ldc, ldc, accumulate, soon);
     r += blocks * count.value;
   };
   // Not down to the last full block when 2 rows would be left: 4 + 4 beat 6 + 2.

@@ -7,7 +7,13 @@ check_call demands NaN exactly where the reference has it, in O, LSE and every g
 import emulated_backend as emulated
 import pytest
 import torch
-from nonfinite_cases import CASES, ROWS_OF_NAN, check_dropped_of_nan, check_overflow
+from nonfinite_cases import (
+    CASES,
+    ROWS_OF_NAN,
+    check_dropped_of_nan,
+    check_in_float32,
+    check_overflow,
+)
 
 from attn_ext.core.reference import attend
 from attn_ext.testing import check_call, random_call
@@ -163,6 +169,14 @@ def test_logits_that_overflow(kernels, options):
     """exp(scale * S - inf) of a finite S is 0: rows of NaN with an LSE of inf and gradients of 0;
     a pair of logit -inf whose gradient is that of a row of NaN."""
     check_overflow(kernels, **options)
+
+
+@pytest.mark.parametrize("seqlen", [20, 300])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.5}], ids=str)
+def test_a_scale_near_the_largest_float(options, seqlen):
+    """The same where all logits of a vector of rows are beside 0 or infinite, so that nothing else
+    has them multiplied in memory."""
+    check_in_float32(random_call(7, batch=1, seqlen_q=seqlen, scale=3e38, **options), "cpu")
 
 
 def test_a_nan_in_a_bias_is_not_a_small_number(kernels):

@@ -227,6 +227,7 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     no_key = s.detach().new_full((batch, heads_q, seqlen_q, 1), -torch.inf)
     max_logit = torch.cat((s.detach(), no_key), dim=-1).amax(dim=-1, keepdim=True)
     m = max_logit
+    max_logit = torch.where(max_logit < torch.inf, max_logit, torch.nan)  # as the whole row
     if call.sink is not None:
         sink = call.sink.to(stat).view(1, -1, 1, 1)
         m = torch.maximum(m, sink.detach())
@@ -250,6 +251,8 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     if call.dropout_p > 0:
         p = _dropout(call, p, frame)
     out = _WeightedSum.apply(p.to(q.dtype), v)
+    # a row of NaN is one whole, also where dropout leaves none of its pairs
+    out = torch.where(lse.detach().isnan(), torch.nan, out)
     return out, lse.squeeze(-1), max_logit.squeeze(-1), entropy
 
 

@@ -115,7 +115,7 @@ struct Repair {
     // not 0 * dP: V of a key that dropout drops may hold NaN
     const float passed = may_have<BITS>(kDropout) && weight == 0.0f ? 0.0f : dP * weight;
     dS = P == 0.0f ? 0.0f : P * (passed - row.delta) * derivative;
-    P *= weight;
+    P = weight == 0.0f ? 0.0f : P * weight;  // nor 0 * P of a row of NaN
   }
 
   // O, LSE and statistics of query i: a product of NaN may have met an excluded pair.

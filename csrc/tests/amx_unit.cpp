@@ -1,6 +1,6 @@
 // Intel AMX's tile unit for machines without one: a handler of SIGILL that decodes the instruction
 // at hand, does what Intel's manual says of it, and goes on behind it.  The machine code of
-// isa/avx512_amx.cpp runs as it is shipped.  A shared library without Python
+// isa/avx512_bf16.cpp runs as it is shipped.  A shared library without Python
 // (tests/helpers/amx_unit.py).
 //
 // What a processor answers with #UD or #GP is kept as the first error, to be read with

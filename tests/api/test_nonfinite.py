@@ -7,7 +7,13 @@ check_call demands NaN exactly where the reference has it, in O, LSE and every g
 import emulated_backend as emulated
 import pytest
 import torch
-from nonfinite_cases import CASES
+from nonfinite_cases import (
+    CASES,
+    ROWS_OF_NAN,
+    check_dropped_of_nan,
+    check_in_float32,
+    check_overflow,
+)
 
 from attn_ext.core.reference import attend
 from attn_ext.testing import check_call, random_call
@@ -136,6 +142,41 @@ def test_rows_of_huge_biases(kernels, spoil, options, dtype):
     call = random_call(7, dtype=dtype, bias="qk", seqlen_q=5, seqlen_k=250, stats=True, **options)
     spoil(call)
     check_call(call, kernels, grads=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROWS_OF_NAN)
+def test_what_dropout_drops_of_a_row_of_nan(kernels, name, dtype):
+    """NaN * 0 in dV at pairs that dropout drops; an O of 0, or of what is left of the row, in rows
+    of NaN; an infinite sink whose LSE is a number, and so all gradients."""
+    check_dropped_of_nan(name, dtype, kernels)
+
+
+@pytest.mark.parametrize("seqlen", [150, 450])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_nan_over_several_tiles(dtype, seqlen):
+    """The same where tiles, splits or blocks of keys meet."""
+    check_dropped_of_nan("infinite bias", dtype, "cpu", seqlen_q=70, seqlen_k=seqlen)
+
+
+@pytest.mark.parametrize("options", [{"additive": True}, {"seqlen_k": 300}], ids=str)
+def test_dropped_weights_of_nan_of_other_scores(options):
+    check_dropped_of_nan("infinite bias", torch.float32, "cpu", stats=False, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.5}], ids=str)
+def test_logits_that_overflow(kernels, options):
+    """exp(scale * S - inf) of a finite S is 0: rows of NaN with an LSE of inf and gradients of 0;
+    a pair of logit -inf whose gradient is that of a row of NaN."""
+    check_overflow(kernels, **options)
+
+
+@pytest.mark.parametrize("seqlen", [20, 300])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.5}], ids=str)
+def test_a_scale_near_the_largest_float(options, seqlen):
+    """The same where all logits of a vector of rows are beside 0 or infinite, so that nothing else
+    has them multiplied in memory."""
+    check_in_float32(random_call(7, batch=1, seqlen_q=seqlen, scale=3e38, **options), "cpu")
 
 
 def test_a_nan_in_a_bias_is_not_a_small_number(kernels):

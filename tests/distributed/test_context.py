@@ -7,7 +7,8 @@ import pytest
 import ranks
 import torch
 from closeness import BF16_SHARDS, SHARDS
-from context_cases import FEATURES, GIVES_UP
+from context_cases import FEATURES
+from context_losses import GIVES_UP
 from ranks import of
 
 EVERY = tuple(FEATURES)
@@ -154,7 +155,7 @@ def test_planted_bugs_are_seen(found, bug):
 def test_a_lost_rank_is_an_error(name, seconds, most):
     """A rank that is killed or stops: an error that says so, soon, and no hang."""
     for rank, (waited, peer, hop) in ranks.run_alone(
-        "context_cases", name, 3, seconds, limit=150
+        "context_losses", name, 3, seconds, limit=150
     ).items():
         assert waited <= most and hop != "no error", (rank, waited, peer, hop)
 
@@ -162,7 +163,7 @@ def test_a_lost_rank_is_an_error(name, seconds, most):
 def test_a_rank_that_gives_up_is_named():
     """A rank whose kernel raises when all have agreed: the others wait for the group's timeout, and
     the error names the wrong rank, or none."""
-    found = ranks.run_alone("context_cases", "gives_up", 4, 40, limit=150, lost=0)
+    found = ranks.run_alone("context_losses", "gives_up", 4, 40, limit=150, lost=0)
     for at, (direction, method) in enumerate(GIVES_UP):
         for rank, cases in found.items():
             waited, peer, text, again = cases[at]

@@ -8,6 +8,7 @@ import functools
 import os
 
 import tiers
+import torch
 
 from attn_ext.backends import native_gpu
 
@@ -54,31 +55,34 @@ def unsupported(problem) -> list[str]:
     return why
 
 
-def _repair_only_for(*tensors) -> None:
+def _repair_only_for(call, dout=None) -> None:
     """Let the kernels compute results with NaN once more only where a tensor has NaN, infinities or
     numbers that make huge logits: else it is a fault that a poisoned buffer shows, and must not be
     mended."""
     from attn_ext import _emulated
 
-    finite = all(bool((x.abs() < 1e4).all()) for x in tensors if x is not None)
+    factors = (x for x in (call.q, call.k, call.v, dout) if x is not None)
+    terms = (x for x in (call.bias, call.sink, call.alibi_slopes) if x is not None)
+    finite = all(bool((x.abs() < 1e4).all()) for x in factors)
+    finite = finite and all(bool((x < torch.inf).all()) for x in terms)
     _emulated.set_repairs(not finite)
 
 
 def forward(call):
-    _repair_only_for(call.q, call.k, call.v)
+    _repair_only_for(call)
     return _kernels().forward(call)
 
 
 def backward(call, dout, out, lse, dlse, needs):
-    _repair_only_for(call.q, call.k, call.v, dout)
+    _repair_only_for(call, dout)
     return _kernels().backward(call, dout, out, lse, dlse, needs)
 
 
 def forward_partial(call):
-    _repair_only_for(call.q, call.k, call.v)
+    _repair_only_for(call)
     return _kernels().forward_partial(call)
 
 
 def backward_partial(call, dout, delta, sums, needs):
-    _repair_only_for(call.q, call.k, call.v, dout)
+    _repair_only_for(call, dout)
     return _kernels().backward_partial(call, dout, delta, sums, needs)

@@ -1,6 +1,18 @@
-"""NaN and inf in one place of K, V or Q: what the kernels of every backend are tried on."""
+"""NaN and inf in one place of K, V or Q, rows of NaN under dropout, logits that overflow: what the
+kernels of every backend are tried on.
+"""
 
 import torch
+
+from attn_ext.backends import registry
+from attn_ext.core.schema import GRADIENTS
+from attn_ext.testing import (
+    assert_close_to_reference,
+    check_call,
+    needs_of,
+    random_call,
+    referred,
+)
 
 INF = torch.inf
 
@@ -42,3 +54,65 @@ CASES = {
     "query": (query, {"causal": True}),
     "behind infinite bias": (behind_infinite_bias, {"bias": "k"}),
 }
+
+
+def infinite_bias(call):
+    """Of one pair, with an excluded one beside it."""
+    call.bias[:, :, 2, 3], call.bias[:, :, 2, 5] = INF, -INF
+
+
+def row_of_nan_bias(call):
+    call.bias[:, :, 2] = torch.nan
+
+
+def infinite_sink(call):
+    call.sink[0] = INF
+
+
+def infinite_slope(call):
+    """0 * inf on the diagonal; the other pairs are excluded."""
+    call.alibi_slopes[0] = INF
+
+
+ROWS_OF_NAN = {
+    "infinite bias": (infinite_bias, {"bias": "qk", "stats": True}),
+    "bias of NaN and softcap": (row_of_nan_bias, {"bias": "qk", "softcap": 2.0}),
+    "infinite bias and mask": (infinite_bias, {"bias": "bhqk", "mask": "qk", "heads_k": 1}),
+    "infinite sink": (infinite_sink, {"sink": True, "causal": True}),
+    "infinite slope": (infinite_slope, {"alibi": True}),
+}
+
+
+def check_dropped_of_nan(name: str, dtype: torch.dtype, backend: str, **options) -> None:
+    """Rows of NaN whose pairs dropout takes in part (0.5) and all (1), and without it (0)."""
+    spoil, own = ROWS_OF_NAN[name]
+    for dropout_p in (0.0, 0.5, 1.0):
+        sizes = {"batch": 1, "seqlen_q": 20, "dropout_p": dropout_p, "dtype": dtype}
+        call = random_call(7, **{**sizes, **own, **options})
+        spoil(call)
+        check_call(call, backend)
+
+
+def check_in_float32(call, backend: str) -> None:
+    """Against the reference in float32: of logits that overflow there, float64 has numbers."""
+    module, needs = registry.get(backend), needs_of(call)
+    out, lse = module.forward(call)[:2]
+    dout, dlse = torch.ones_like(out), torch.ones_like(lse)
+    truths, true_grads = referred(call, dout, dlse, needs)
+    grads = module.backward(call, dout, out, lse, dlse, needs)
+    found = dict(zip(("out", "lse", *GRADIENTS), (out, lse, *grads), strict=True))
+    for (name, got), truth in zip(found.items(), (*truths[:2], *true_grads), strict=True):
+        if truth is not None:
+            assert_close_to_reference(got, truth.double(), truth, "grad", name)
+
+
+def check_overflow(backend: str, **options) -> None:
+    """Logits that are finite as products and infinite times the scale, of either sign, and products
+    that are infinite themselves.
+    """
+    for size, scale in ((1e18, 1e3), (1e20, 1e-3)):
+        sizes = {"batch": 1, "seqlen_q": 20, "seqlen_k": 30, "scale": scale}
+        call = random_call(7, **{**sizes, **options})
+        call.q[:, :, 2] = call.k[:, :, 3] = size
+        call.k[:, :, 5] = -size
+        check_in_float32(call, backend)

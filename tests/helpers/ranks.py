@@ -67,6 +67,7 @@ def _server():
     modules = [
         "context_cases",
         "context_dtensors",
+        "context_losses",
         "context_models",
         "context_strangers",
         "context_training",

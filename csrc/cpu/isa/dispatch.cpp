@@ -24,9 +24,10 @@ ATTN_DECLARE(baseline)
 ATTN_DECLARE(avx2)
 ATTN_DECLARE(avx512)
 ATTN_DECLARE(avx512_bf16)
-#ifdef ATTN_HAS_AMX
-ATTN_DECLARE(avx512_amx)
-#endif
+namespace avx512_bf16 {  // on the tile unit
+void forward_tiles(const Problem& p, const Pointers& ptr, const Options& o, int threads);
+void backward_tiles(const Problem& p, const Pointers& ptr, const Options& o, int threads);
+}  // namespace avx512_bf16
 #endif
 #undef ATTN_DECLARE
 
@@ -65,8 +66,8 @@ const std::vector<Isa>& isas() {
        ATTN_OWN_KERNELS(avx512_bf16), ATTN_ONLY_PLAIN(avx512), cpu_has(ATTN_AVX512_BF16_FEATURES)},
 #ifdef ATTN_HAS_AMX
       // whether there are tiles is asked at each use: tests emulate them
-      {"avx512_amx", ATTN_AVX512_AMX_FEATURES, ATTN_OWN_KERNELS(avx512),
-       ATTN_OWN_KERNELS(avx512_amx), ATTN_ONLY_PLAIN(avx512), cpu_has(ATTN_AVX512_BF16_FEATURES),
+      {"avx512_amx", ATTN_AVX512_AMX_FEATURES, ATTN_OWN_KERNELS(avx512), avx512_bf16::forward_tiles,
+       avx512_bf16::backward_tiles, ATTN_ONLY_PLAIN(avx512), cpu_has(ATTN_AVX512_BF16_FEATURES),
        true},
 #endif
 #endif

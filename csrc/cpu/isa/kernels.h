@@ -14,12 +14,6 @@
 #include "cpu/kernels/tangent.h"
 #endif
 
-#ifdef ATTN_AMX
-namespace attn::cpu::avx512_bf16 {
-void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads);
-}
-#endif
-
 namespace attn::cpu::ATTN_ISA {
 
 // Whether the kernel for few queries may be asked: it knows whole calls of dot products alone.
@@ -27,18 +21,7 @@ inline bool may_decode(const Pointers& ptr, const Options& o) {
   return o.plain() && !o.partial && !ptr.frame;
 }
 
-#if defined(ATTN_AMX)
-void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  if (may_decode(ptr, o) && Decode<DType::kBFloat16>::serves(p, ptr))  // too thin for tiles
-    avx512_bf16::forward(p, ptr, o, threads);
-  else
-    Forward<AmxPairs>(p, ptr, o, threads).run();
-}
-
-void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
-  Backward<AmxPairs>(p, ptr, o, threads).run();
-}
-#elif defined(ATTN_BF16_DOT)
+#if defined(ATTN_BF16_DOT)
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   if (!may_decode(ptr, o) || !decode<DType::kBFloat16>(p, ptr, o, threads))
     Forward<Bf16Pairs>(p, ptr, o, threads).run();
@@ -47,6 +30,17 @@ void forward(const Problem& p, const Pointers& ptr, const Options& o, int thread
 void backward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   Backward<Bf16Pairs>(p, ptr, o, threads).run();
 }
+
+#ifdef ATTN_AMX
+void forward_tiles(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  if (!may_decode(ptr, o) || !decode<DType::kBFloat16>(p, ptr, o, threads))  // too thin for tiles
+    Forward<AmxPairs>(p, ptr, o, threads).run();
+}
+
+void backward_tiles(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
+  Backward<AmxPairs>(p, ptr, o, threads).run();
+}
+#endif
 #else
 void forward(const Problem& p, const Pointers& ptr, const Options& o, int threads) {
   if (o.kept.rows) {

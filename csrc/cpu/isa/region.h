@@ -4,7 +4,7 @@
 //   ATTN_NV         vectors of queries in a block of products (simd/gemm.h)
 //   ATTN_MR         rows of that block: ATTN_MR * ATTN_NV accumulators + ATTN_NV operands +
 //                   1 broadcast must fit the registers
-//   ATTN_BF16_DOT   where vdpbf16ps multiplies bfloat16;  ATTN_AMX  where the tile unit does
+//   ATTN_BF16_DOT   where vdpbf16ps multiplies bfloat16;  ATTN_AMX  where the tile unit does, too
 // A header of kernels that is read alone, as an editor or a test does, is that of the baseline.
 //
 // All that the kernels need from outside is included here, before a target region opens: no library

@@ -105,6 +105,7 @@ class Backward {
     Operand K{}, V{}, K_by_key{};
     int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
     bool begun = false;  // dK and dV hold something
+    bool nan = false;    // a row of the panel is NaN
     T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
     Item *Qt{}, *dOt{};  // [items of d][kPanel]
     Item *Q{}, *dO{};    // [items of kPanel][d_pad]
@@ -318,6 +319,8 @@ class Backward {
       std::fill(k.lse, k.lse + nq, -sigmoid_bias<T>(o, seq));
     else
       for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
+    k.nan = false;
+    for (int64_t q = 0; q < nq; ++q) k.nan |= k.lse[q] != k.lse[q];
     std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
     far.copy(x.r, k.lse, k.inverse);
     if (o.w)
@@ -329,7 +332,7 @@ class Backward {
   void choose_route(Block& k, Pair& x) const {
     const Panel<T>& panel = x.panel;
     const bool at_once =
-        kAtOnce && o.plain() && !ready(x.r) && panel.plain() && panel.columns == kPanel;
+        kAtOnce && o.plain() && !ready(x.r) && !k.nan && panel.plain() && panel.columns == kPanel;
     x.route = !finite(k, panel) ? kCareful : at_once ? kFused : kInMemory;
     if (x.route == kFused) x.fused = panel.seen_by_all(x.tile, Op::kPack);
     x.late = ptr.dbias || k.dcap || o.w || x.route == kCareful;
@@ -355,6 +358,7 @@ class Backward {
   void gradient(Block& k, const Pair& x) {
     const Rows& r = x.r;
     const T scale = T(x.panel.logits(x.tile, k.S, k.dcap));
+    if (k.nan) k.exclude_overflows(x.panel, x.tile, scale);
     const T* kept = p.dropout_p > 0 ? x.panel.keep(x.tile) : nullptr;
     const T* dlse =
         ptr.dlse ? static_cast<const T*>(ptr.dlse) + k.seq.lse_offset(r.h, r.m0) : nullptr;

@@ -448,16 +448,16 @@ class Forward {
       scale = vexp(base - shift);
       total = sum * scale + vexp(sink - shift);
     }
-    const Mask<T> nan = sum != sum, empty = (top == ninf) & ~nan;
+    const Mask<T> empty = (top == ninf) & (sum == sum), nan = (total != total) & ~empty;
     const Vec<T> safe = empty ? set1(T(1)) : total;
     const Vec<T> inverse = o.sigmoid ? set1(T(1)) : empty ? Vec<T>{} : scale / safe;
     if (o.sigmoid || !(ptr.lse || ptr.max_logit || ptr.entropy)) return inverse;
     const Vec<T> log = vlog(safe), apart = -vmax(base - shift, set1(T(-kFar)));
     // of a part of the keys: log(1) = 0 where a row is empty
-    const Vec<T> lse = nan ? sum : o.partial ? log : empty ? set1(ninf) : shift + log;
+    const Vec<T> lse = nan ? total : o.partial ? log : empty ? set1(ninf) : shift + log;
     const Vec<T> entropy = ((apart + log) * sum - load(state.weighted + lane)) * inverse;
     write_known(ptr.lse, lse, seq, h, m0, n);
-    write_known(ptr.max_logit, nan ? sum : top, seq, h, m0, n);
+    write_known(ptr.max_logit, sum == sum ? top : sum, seq, h, m0, n);  // the sink is no logit
     write_known(ptr.entropy, empty ? Vec<T>{} : entropy, seq, h, m0, n);
     return inverse;
   }

@@ -54,6 +54,18 @@ struct GradientTile {
           store(dP + at, load(kept + at) == T(0) ? Vec<T>{} : load(dP + at));
   }
 
+  // S = -inf where scale * S is: such a pair does not count, which only a row of NaN shows, where P
+  // of all other pairs is NaN.
+  ATTN_NOINLINE void exclude_overflows(const Panel<T>& panel, const Tile& tile, T scale) const {
+    const T ninf = -std::numeric_limits<T>::infinity();
+    for (int64_t g = 0; g < panel.grains; ++g)
+      for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
+        for (int64_t at = tile.lo[g] * kPanel + v; at < tile.hi[g] * kPanel; at += kPanel) {
+          const Vec<T> s = load(S + at);
+          store(S + at, s * scale == ninf ? set1(ninf) : s);
+        }
+  }
+
   // S = exp(scale * S - lse): what weights() makes, ahead of gradient().
   ATTN_NOINLINE void weigh(const Panel<T>& panel, const Tile& tile, T scale) const {
     for (int64_t g = 0; g < panel.grains; ++g)
@@ -149,7 +161,7 @@ struct GradientTile {
       if constexpr (kDropout) dp *= load(kept + at + i * kPanel);
       const Vec<T> slope = WEIGHTS == Weights::kSigmoid ? w[i] * (T(1) - w[i]) : w[i];
       g[i] = none ? Vec<T>{} : slope * (dp - row);
-      if constexpr (kDropout) w[i] *= load(kept + at + i * kPanel);
+      if constexpr (kDropout) w[i] = dropped(w[i], load(kept + at + i * kPanel));
     }
     if (Op::kPack == 1 || late) {
 #pragma GCC unroll 8

@@ -162,7 +162,7 @@ struct GradientTangent : TangentTile<T> {
       Vec<T> kept_P = P[i];
       if (kept) {
         const Vec<T> M = load(kept + at);
-        g *= M, tg *= M, kept_P *= M;
+        g *= M, tg *= M, kept_P = dropped(kept_P, M);
       }
       g -= D;
       store(S + at, kept_P);

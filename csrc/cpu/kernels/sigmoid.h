@@ -37,7 +37,7 @@ ATTN_NOINLINE void sigmoid_weights(typename Op::Acc* S, int64_t lo, int64_t hi,
     Vec<T> w[2] = {load(S + j * kPanel), load(S + (j + n - 1) * kPanel)};
     for (Vec<T>& x : w) x = x * scale + bias;
     vsigmoid_each<T>(w);
-    for (int i = 0; i < n && kept; ++i) w[i] *= load(kept + (j + i) * kPanel);
+    for (int i = 0; i < n && kept; ++i) w[i] = dropped(w[i], load(kept + (j + i) * kPanel));
     if constexpr (Op::kPack == 1)
       for (int i = 0; i < n; ++i) store(S + (j + i) * kPanel, w[i]);
     else

@@ -141,7 +141,9 @@ class Softmax {
       now = vmax(level, now);
     }
     store(state.max + lane, now);
-    const Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
+    Vec<T> base = now == ninf ? Vec<T>{} : now;  // -inf - -inf would be NaN
+    // A logit of +inf makes the row NaN; a fused scale * S - inf of a finite S would be -inf.
+    base = now == -ninf ? now - now : base;
     const Vec<T> alpha = first ? Vec<T>{} : vexp(before - base);
     scale = settled(S, lo, hi, scale, base);
     if (ptr.entropy)

@@ -45,6 +45,12 @@ inline void philox_words(PhiloxKey key, uint32_t block, uint32_t query, uint32_t
 }
 #endif
 
+// A weight times its multiplier; 0 where dropout takes it, be it NaN.
+template <class V>
+ATTN_INLINE V dropped(V weight, V kept) {
+  return kept == 0 ? V{} : weight * kept;
+}
+
 // keep[w * kPanel + q] for w < 4 keys (4 * block + w) and the kGrain queries from `query`.
 template <class T>
 inline void philox_lanes(PhiloxKey key, uint32_t block, uint32_t query, uint32_t h, uint32_t b,

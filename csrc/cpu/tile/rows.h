@@ -290,10 +290,9 @@ ATTN_NOINLINE Operand pairs_by_dimension(const Sequence& seq, const char* bytes,
 template <class Op>
 inline int64_t by_key_items(int64_t n, int64_t dim) {
 #ifdef ATTN_AMX
-  return by_key_step(n) / 4 * dim;
-#else
-  return n / Op::kPack * dim;
+  if (Op::kStep > 1) return by_key_step(n) / 4 * dim;
 #endif
+  return n / Op::kPack * dim;
 }
 
 // The same rows with the keys as depth: bf16 pairs hold two keys, so they are always interleaved.
@@ -307,15 +306,14 @@ ATTN_NOINLINE Operand rows_by_key(const Sequence& seq, const void* base, const S
   } else {
     const auto* bytes = static_cast<const char*>(base);
 #ifdef ATTN_AMX
-    return pairs_by_dimension(seq, bytes, s, h, n0, n, dim, scratch);
-#else
+    if constexpr (Op::kStep > 1) return pairs_by_dimension(seq, bytes, s, h, n0, n, dim, scratch);
+#endif
     auto row = [&](int64_t j) {
       return reinterpret_cast<const uint16_t*>(bytes + seq.k_offset(s, h, n0 + j) * 2);
     };
     for (int64_t j = 0; j < n; j += 2)
       interleave_rows(row(j), j + 1 < n ? row(j + 1) : nullptr, dim, scratch + j / 2 * dim);
     return {reinterpret_cast<const char*>(scratch), 4, dim * 4};
-#endif
   }
 }
 

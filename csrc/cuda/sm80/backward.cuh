@@ -35,7 +35,8 @@ ATTN_DEVICE float pair_gradient(const Score& score, const Dropout& dropout, cons
   // and not 0 * dP: V of a key that dropout drops may hold NaN
   const float passed = may_have<BITS>(kDropout) && weight == 0.0f ? 0.0f : dP * weight;
   const float dS = P == 0.0f ? 0.0f : P * (passed - row.delta);
-  product = P * weight;
+  // nor 0 * P of a row of NaN
+  product = may_have<BITS>(kDropout) && weight == 0.0f ? 0.0f : P * weight;
   dP = P == 0.0f ? 0.0f : dS * derivative;
   return dS;
 }

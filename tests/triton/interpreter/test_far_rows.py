@@ -18,6 +18,7 @@ from far_calls import (
     each_value,
     far_call,
 )
+from nonfinite_cases import ROWS_OF_NAN, check_dropped_of_nan, check_overflow
 
 from attn_ext.testing import check_call, random_call
 from attn_ext.triton_kernels.kernels import primitives
@@ -65,6 +66,18 @@ def test_logits_of_ten_billion(seqlen, head_dim):
 def test_an_excluded_pair_of_a_far_row_counts_for_nothing(value):
     """0 * NaN of a key that the mask excludes, or of a value that dropout drops."""
     check_excluded(SMALLEST, value, "triton")
+
+
+@pytest.mark.parametrize("name", ROWS_OF_NAN)
+def test_what_dropout_drops_of_a_row_of_nan(name):
+    """NaN * 0 in dV at pairs that dropout drops; an O of 0 in rows of NaN without a kept pair."""
+    check_dropped_of_nan(name, torch.float32, "triton")
+
+
+def test_logits_that_overflow():
+    """Rows of NaN with an LSE of inf and gradients of 0; a pair of logit -inf in a row of NaN."""
+    check_overflow("triton")
+    check_overflow("triton", causal=True)
 
 
 def test_the_bound_is_that_of_the_cpu():

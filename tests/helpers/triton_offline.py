@@ -42,8 +42,8 @@ from attn_ext.triton_kernels.launch import attention, backward, replay
 
 TABLES = Path(__file__).parents[1] / "triton" / "resources"
 KERNELS = Path(__file__).parents[2] / "triton_kernels" / "kernels"
-TEXTS = ("functions", "primitives", "present", "softmax", "dropout", "scores", "fwd", "bwd",
-         "fused", "dbias", "decode")  # fmt: skip
+TEXTS = ("functions", "primitives", "logits", "present", "softmax", "dropout", "scores", "fwd",
+         "delta", "dkdv", "dq", "fused", "dbias", "decode")  # fmt: skip
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attn_ext.testing import check_call, random_call
-from attn_ext.triton_kernels.kernels import fwd, primitives
+from attn_ext.triton_kernels.kernels import fwd, logits, primitives
 from attn_ext.triton_kernels.launch import attention
 
 
@@ -111,7 +111,7 @@ def test_a_mask_without_words():
 def test_planted_bug_in_the_words_is_caught(mask, monkeypatch, tmp_path):
     """A test above that no wrong byte fails: each key takes the byte of its neighbour."""
     bug = ("(tl.arange(0, c.shape[1]) & 1) * 8", "(1 - (tl.arange(0, c.shape[1]) & 1)) * 8")
-    module = planted_triton.planted("primitives", *bug, tmp_path)
-    monkeypatch.setattr(primitives, "visible_keys", module.visible_keys)
+    module = planted_triton.planted("logits", *bug, tmp_path)
+    monkeypatch.setattr(logits, "visible_keys", module.visible_keys)
     with pytest.raises(AssertionError):
         check_call(random_call(3, seqlen_k=66, **MASKED | {"mask": mask}), "triton", grads=False)

@@ -140,10 +140,11 @@ class Instruction:
         return group_of(self.opcode)
 
     def tensor_cycles(self, architecture: Architecture) -> float:
-        """Of one scheduler's tensor core: HMMA.16816, or HGMMA.64xNx16, which takes all four."""
+        """Of one scheduler's tensor core: HMMA.16816, or HGMMA.64xNx16, which takes all four; TF32
+        has half the depth (1688, x8) at half the speed."""
         if self.group != "product":
             return 0.0
-        columns = re.search(r"64x(\d+)x16", self.opcode)
+        columns = re.search(r"64x(\d+)x", self.opcode)
         return 16 * (int(columns[1]) if columns else 8) * 16 / architecture.multiply_adds
 
     def wavefronts(self) -> float:

@@ -1,9 +1,9 @@
 """Attention in plain Triton, without any option: what the kernels of triton_kernels/ are held to.
 
-Q, K, V, out, dO and the gradients are [B, H, S, DIM] of one type with equal strides, S a multiple of
-the tiles, D the power of two that holds DIM; LSE (base 2) and delta are float32 [B, H, S].  float32
-is multiplied as ours is, as three products of TF32.  Nothing here runs: `machine_code.py --triton`
-compiles the kernels for absent GPUs and counts the instructions of their loops.
+Q, K, V, out, dO and the gradients are [B, H, S, DIM] of one type with equal strides, S a multiple
+of the tiles, D the power of two that holds DIM; LSE (base 2) and delta are float32 [B, H, S].
+float32 is multiplied as ours is, as three products of TF32.  Nothing here runs:
+`machine_code.py --triton` compiles the kernels for absent GPUs and counts their loops.
 """
 
 import triton

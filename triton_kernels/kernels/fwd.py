@@ -203,7 +203,7 @@ def forward_rows(
         )  # fmt: skip
     acc, row_max, row_sum, e, bad = state
     _factor, shift = unit(terms, scale, FLAGS)
-    return acc, base2_max(row_max, row_sum, shift, FLAGS), row_sum, e, bad
+    return acc, base2_max(row_max, shift, FLAGS), row_sum, e, bad
 
 
 @triton.jit

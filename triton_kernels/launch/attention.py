@@ -180,7 +180,7 @@ class Plan:
         else:
             unscaled = self.scale > (0 if self.alibi is None else 2.0**-20)
         found = self.flags + (primitives.UNSCALED.value if unscaled else 0)
-        if self.flags & _FLAG["BACKWARD"]:
+        if self.flags & _FLAG["BACKWARD"] and self.q.element_size() == 2:
             found += primitives.RELATIVE.value
         bounded = self.cap_out <= primitives.LARGEST_CAP.value and not self.call.need_stats
         if unscaled and self.flags & _FLAG["APPROX_TANH"] and bounded:

@@ -197,10 +197,12 @@ _RICH = {
 
 RICH_FEATURES = ("mask", "bias", "alibi", "softcap", "dropout")
 
-# Rich calls with one feature, 16-bit elements: feature -> tile.  Others are as with several.  The
-# tiles of plain calls, of which those that test_triton_compile.py names spill in their loop: that
-# and the option together cost less than half as many rows a warp do.
+# Rich calls with one feature, 16-bit elements: feature -> tile; "all" of those with several.  Others
+# are as in the table above.  The tiles of plain calls, of which those that test_triton_compile.py
+# names spill in their loop: that and the options together cost less than half as many rows a warp
+# do.
 _FOUR = ("alibi", "softcap", "mask", "bias")
+_EACH = (*RICH_FEATURES, "all")
 _ONE = {
     "sm_80": {
         ("fwd", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 4, 2)),
@@ -209,8 +211,8 @@ _ONE = {
         ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2)),
         ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
         ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
-        ("fused", 64): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 4, 2)),
-        ("fused", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2)),
+        ("fused", 64): dict.fromkeys(_EACH, Tile(32, 128, 4, 2)),
+        ("fused", 128): dict.fromkeys(_EACH, Tile(32, 128, 8, 2)),
     },
     "sm_90": {
         ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
@@ -220,8 +222,8 @@ _ONE = {
         ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 128, 8, 2))
         | {"bias": Tile(128, 64, 8, 2)},  # 128 keys spill, with atomics on dbias 117 in the loop
         ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 8, 2)),
-        ("fused", 64): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
-        ("fused", 128): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
+        ("fused", 64): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
+        ("fused", 128): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
     },
 }
 
@@ -317,10 +319,9 @@ def shipped(
     return _shipped(architecture, direction, width, element_size, rich, descriptors)
 
 
-def with_one_feature(
-    architecture: str, descriptors: bool = True
-) -> dict[tuple[str, int, str], Tile]:
-    """(direction, width, feature) -> tile of what the table has for rich calls with one feature."""
+def with_features(architecture: str, descriptors: bool = True) -> dict[tuple[str, int, str], Tile]:
+    """(direction, width, feature) -> tile of rich calls with one feature, or "all" of several, for
+    which there is a row."""
     found = {}
     for table in (_ONE, _ONE_DESCRIBED) if descriptors else (_ONE,):
         for (direction, width), rows in table.get(architecture, {}).items():
@@ -335,9 +336,9 @@ def _shipped(architecture, direction, width, element_size, rich, descriptors) ->
         if described:
             return described
     kinds = _kinds(architecture)
-    if element_size == 2 and rich in RICH_FEATURES:
-        one = with_one_feature(architecture, descriptors)
-        found = one.get((direction, max(width, 64), rich))
+    if element_size == 2 and rich:
+        rows = with_features(architecture, descriptors)
+        found = rows.get((direction, max(width, 64), rich))
         if found:
             return found
     if direction == "fused":

@@ -107,7 +107,7 @@ def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
     rows = {name: tile for (_, _, tile), name in last.items()}
     for (_, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         rows[f"forward {width} bf16 specialized"] = tile
-    for (direction, width, feature), tile in configs.with_one_feature(architecture).items():
+    for (direction, width, feature), tile in configs.with_features(architecture).items():
         rows[f"{DIRECTIONS[direction][0]} {width} bf16 {feature}"] = tile
     return rows
 

@@ -209,7 +209,7 @@ def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(tabl
         else:
             assert expected in compiled, name
     assert offline.shipped_rows(architecture).keys() <= rows.keys()
-    for (direction, width, feature), tile in configs.with_one_feature(architecture).items():
+    for (direction, width, feature), tile in configs.with_features(architecture).items():
         name = f"{offline.DIRECTIONS[direction][0]} {width} bf16 {feature}"
         assert rows[name][0] == list(tile), name
     for (direction, width), tile in configs.SPECIALIZED.get(architecture, {}).items():

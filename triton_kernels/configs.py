@@ -199,8 +199,8 @@ RICH_FEATURES = ("mask", "bias", "alibi", "softcap", "dropout")
 
 # Rich calls with one feature, 16-bit elements: feature -> tile; "all" of those with several.
 # Others are as in the table above.  The tiles of plain calls, of which those that
-# test_triton_compile.py names spill in their loop: that and the options together cost less than half
-# as many rows a warp do.
+# test_triton_compile.py names spill in their loop: that and the options together cost less than
+# half as many rows a warp do.
 _FOUR = ("alibi", "softcap", "mask", "bias")
 _EACH = (*RICH_FEATURES, "all")
 _ONE = {

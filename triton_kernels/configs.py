@@ -104,6 +104,9 @@ _PLAIN = {
     "sm_90": {  # wgmma wants 64 rows, each 4 warps; 128 of both sides halve what is read for one
         ("fwd", 64): Tile(128, 128, 8, 2),
         ("fwd", 128): Tile(128, 128, 8, 2),
+        ("fwd", 256): Tile(
+            128, 64, 8, 2
+        ),  # wgmma: 4.0 slots a product for 6.9 of mma.sync with 32 queries
         ("dkdv", 64): Tile(64, 128, 8, 2),
         ("dkdv", 128): Tile(64, 128, 8, 2),
         ("dq", 64): Tile(128, 128, 8, 2),
@@ -217,11 +220,12 @@ _ONE = {
     "sm_90": {
         ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
         ("fwd", 128): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
-        ("dkdv", 64): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
-        ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(64, 128, 8, 2)),
+        ("dkdv", 64): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
+        ("dkdv", 128): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
+        # 128 keys spill with a bias, with atomics on dbias 117 in the loop
         ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 128, 8, 2))
-        | {"bias": Tile(128, 64, 8, 2)},  # 128 keys spill, with atomics on dbias 117 in the loop
-        ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 8, 2)),
+        | dict.fromkeys(("bias", "all"), Tile(128, 64, 8, 2)),
+        ("dq", 128): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)),
         ("fused", 64): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
         ("fused", 128): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
     },

@@ -109,6 +109,7 @@ _PLAIN = {
         ),  # wgmma: 4.0 slots a product for 6.9 of mma.sync with 32 queries
         ("dkdv", 64): Tile(64, 128, 8, 2),
         ("dkdv", 128): Tile(64, 128, 8, 2),
+        ("dkdv", 256): Tile(64, 64, 8, 1),  # wgmma, though 103 accesses in the loop are to spills
         ("dq", 64): Tile(128, 128, 8, 2),
         ("dq", 128): Tile(128, 64, 8, 2),  # 128 keys spill
         ("fused", 64): Tile(64, 128, 8, 2),

@@ -112,6 +112,7 @@ _PLAIN = {
         ("dkdv", 256): Tile(64, 64, 8, 1),  # wgmma, though 103 accesses in the loop are to spills
         ("dq", 64): Tile(128, 128, 8, 2),
         ("dq", 128): Tile(128, 64, 8, 2),  # 128 keys spill
+        ("dq", 256): Tile(64, 64, 8, 2),  # wgmma, with 16 spilled
         ("fused", 64): Tile(64, 128, 8, 2),
         ("fused", 128): Tile(64, 128, 8, 2),
     },

@@ -118,7 +118,15 @@ for _table, _spills in {
     },
     "sm_90-triton-3.6": {
         "dkdv 64 bf16": {"dropout": 1},
-        "dkdv 128 bf16": {"bias": 9, "mask": 8, "softcap": 18, "alibi": 7, "dropout": 130},
+        "dkdv 128 bf16": {
+            "bias": 9,
+            "mask": 8,
+            "softcap": 18,
+            "alibi": 7,
+            "dropout": 130,
+            "all": 140,
+        },
+        "dq 128 bf16": {"all": 98},
         "dq 64 bf16": {"mask": 16, "dropout": 4},
         "fused 64 bf16": {"bias": 1},
         "fused 128 bf16": {
@@ -128,6 +136,7 @@ for _table, _spills in {
             "softcap": 21,
             "alibi": 39,
             "dropout": 181,
+            "all": 145,
         },
     },
 }.items():

@@ -11,6 +11,7 @@ outputs.
 
 import importlib.util
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def stub() -> str:
     path = Path(__file__).parents[1] / "tests" / "helpers" / "triton_offline.py"
     spec = importlib.util.spec_from_file_location("triton_offline", path)
     offline = importlib.util.module_from_spec(spec)
+    sys.path.append(str(path.parent))  # as Python has it for a script
     spec.loader.exec_module(offline)
     triton.runtime.driver.set_active(offline.StubDriver("sm_90", lambda *args: None))
     attention.architecture = lambda x: "sm_90"

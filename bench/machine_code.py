@@ -58,6 +58,7 @@ ARCHITECTURES = {
     "sm80": Architecture("80", 164 << 10, 256, 2),
     "sm89": Architecture("89", 100 << 10, 128, 1, 48),  # L40S; of GeForce half the multiply-adds
     "sm90": Architecture("90a", 228 << 10, 512, 1),
+    "sm100": Architecture("100a", 228 << 10, 1024, 1),  # B200, for Triton's kernels alone
     "sm120": Architecture("120", 100 << 10, 128, 1, 48),  # RTX PRO 6000; GeForce as above
 }
 FAMILIES = ("sm80", "sm90")  # of the CUDA kernels
@@ -143,10 +144,11 @@ class Instruction:
         return group_of(self.opcode)
 
     def tensor_cycles(self, architecture: Architecture) -> float:
-        """Of one scheduler's tensor core: HMMA.16816, or HGMMA.64xNx16, which takes all four."""
+        """Of one scheduler's tensor core: HMMA.16816, or HGMMA.64xNx16, which takes all four; TF32
+        has half the depth (1688, x8) at half the speed."""
         if self.group != "product":
             return 0.0
-        columns = re.search(r"64x(\d+)x16", self.opcode)
+        columns = re.search(r"64x(\d+)x", self.opcode)
         return 16 * (int(columns[1]) if columns else 8) * 16 / architecture.multiply_adds
 
     def wavefronts(self) -> float:
@@ -275,9 +277,11 @@ def hot_path(
     return work[header], [code.instructions[x].address for x in inner[header]]
 
 
-def report(kernel: Kernel, path: list[Instruction], registers: int, block: dict) -> dict:
+def report(
+    kernel: Kernel, path: list[Instruction], registers: int, block: dict, tensor: float = 0.0
+) -> dict:
     """A row of the table: counts of the path, and the model's cycles and shares.  block: threads
-    and shared_memory (bytes) of a CTA."""
+    and shared_memory (bytes) of a CTA; tensor: cycles, where the opcodes do not say them."""
     architecture = ARCHITECTURES[kernel.family]
     counts = Counter(each.group for each in path)
     warps = block["threads"] // 32
@@ -287,7 +291,7 @@ def report(kernel: Kernel, path: list[Instruction], registers: int, block: dict)
         architecture.warps // warps,
     )
     each_scheduler = ctas * (kernel.mma_threads or block["threads"]) / 128
-    tensor = sum(i.tensor_cycles(architecture) for i in path)
+    tensor = tensor or sum(i.tensor_cycles(architecture) for i in path)
     fp32 = architecture.fp32_cycles * (counts["fma"] + counts["multiply"] + counts["add"])
     names = ("max", "select", "compare", "convert", "integer", "move")
     cycles = {

@@ -1,8 +1,9 @@
 """Attention in plain Triton, without any option: what the kernels of triton_kernels/ are held to.
 
-Q, K, V, out, dO and the gradients are bf16 [B, H, S, D] with equal strides, S a multiple of the
-tiles; LSE (base 2) and delta are float32 [B, H, S].  Nothing here runs: `machine_code.py --triton`
-compiles the kernels for absent GPUs and counts the instructions of their loops.
+Q, K, V, out, dO and the gradients are [B, H, S, DIM] of one type with equal strides, S a multiple
+of the tiles, D the power of two that holds DIM; LSE (base 2) and delta are float32 [B, H, S].
+float32 is multiplied as ours is, as three products of TF32.  Nothing here runs:
+`machine_code.py --triton` compiles the kernels for absent GPUs and counts their loops.
 """
 
 import triton
@@ -12,71 +13,125 @@ from triton.compiler import ASTSource
 
 
 @triton.jit
+def rows(pointers, DIM: tl.constexpr, D: tl.constexpr, AXIS: tl.constexpr = 1):
+    """A tile whose columns (AXIS 0: rows) are those of a head, 0 past DIM."""
+    if DIM == D:
+        return tl.load(pointers)
+    inside = tl.expand_dims(tl.arange(0, D) < DIM, 1 - AXIS)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """acc + a @ b, a in b's type."""
+    return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def store(pointers, tile, DIM: tl.constexpr, D: tl.constexpr):
+    """Write a tile in the tensor's type."""
+    inside = (tl.arange(0, D) < DIM)[None, :]
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def forward(
     Q, K, V, out, LSE, scale, stride_b, stride_h, stride_s, heads, seqlen,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program = BLOCK_M queries of one head."""
     head = tl.program_id(1).to(tl.int64)
     start = head // heads * stride_b + head % heads * stride_h
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j, d = tl.arange(0, BLOCK_N), tl.arange(0, D)
-    q = tl.load(Q + start + i[:, None] * stride_s + d[None, :])
+    q = rows(Q + start + i[:, None] * stride_s + d[None, :], DIM, D)
     k_pointers = K + start + j[None, :] * stride_s + d[:, None]
     v_pointers = V + start + j[:, None] * stride_s + d[None, :]
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for _ in range(0, seqlen, BLOCK_N):
-        s = tl.dot(q, tl.load(k_pointers))
+        s = dot(q, rows(k_pointers, DIM, D, 0))
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - new_max[:, None])
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(tl.bfloat16), tl.load(v_pointers), acc * alpha[:, None])
+        acc = dot(p, rows(v_pointers, DIM, D), acc * alpha[:, None])
         row_max = new_max
         k_pointers += BLOCK_N * stride_s
         v_pointers += BLOCK_N * stride_s
     acc = acc / row_sum[:, None]
-    tl.store(out + start + i[:, None] * stride_s + d[None, :], acc.to(tl.bfloat16))
+    store(out + start + i[:, None] * stride_s + d[None, :], acc, DIM, D)
     tl.store(LSE + head * seqlen + i, row_max + tl.log2(row_sum))
 
 
 @triton.jit
-def dkdv(
-    Q, K, V, dO, dK, dV, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def key_block(
+    Q, K, V, dO, dK, dV, sums, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
+    DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program = BLOCK_N keys of one head; S and dP are transposed, [BLOCK_N, BLOCK_M]."""
+    """BLOCK_N keys of one head; S and dP are transposed, [BLOCK_N, BLOCK_M].  sums: None, or those
+    to which the keys' share of dQ is added."""
     head = tl.program_id(1).to(tl.int64)
     start = head // heads * stride_b + head % heads * stride_h
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i, d = tl.arange(0, BLOCK_M), tl.arange(0, D)
     own = start + j[:, None] * stride_s + d[None, :]
-    k, v = tl.load(K + own), tl.load(V + own)
+    k, v = rows(K + own, DIM, D), rows(V + own, DIM, D)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     q_pointers = Q + start + i[:, None] * stride_s + d[None, :]
     do_pointers = dO + start + i[:, None] * stride_s + d[None, :]
     row = head * seqlen + i
+    if sums is not None:
+        places = sums + head * seqlen * D
     for _ in range(0, seqlen, BLOCK_M):
-        q = tl.load(q_pointers)
-        p = tl.exp2(tl.dot(k, tl.trans(q)) * scale - tl.load(LSE + row)[None, :])
-        do = tl.load(do_pointers)
-        dv = tl.dot(p.to(tl.bfloat16), do, dv)
-        ds = p * (tl.dot(v, tl.trans(do)) - tl.load(delta + row)[None, :])
-        dk = tl.dot(ds.to(tl.bfloat16), q, dk)
+        q = rows(q_pointers, DIM, D)
+        p = tl.exp2(dot(k, tl.trans(q)) * scale - tl.load(LSE + row)[None, :])
+        do = rows(do_pointers, DIM, D)
+        dv = dot(p, do, dv)
+        ds = p * (dot(v, tl.trans(do)) - tl.load(delta + row)[None, :])
+        ds = ds.to(q.dtype)
+        dk = dot(ds, q, dk)
+        if sums is not None:
+            dq_tile = dot(tl.trans(ds), k)
+            tl.atomic_add(places + (i[:, None] * D + d[None, :]), dq_tile, sem="relaxed")
+            places += BLOCK_M * D
         q_pointers += BLOCK_M * stride_s
         do_pointers += BLOCK_M * stride_s
         row += BLOCK_M
-    tl.store(dK + own, dk.to(tl.bfloat16))
-    tl.store(dV + own, dv.to(tl.bfloat16))
+    store(dK + own, dk, DIM, D)
+    store(dV + own, dv, DIM, D)
+
+
+@triton.jit
+def dkdv(
+    Q, K, V, dO, dK, dV, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
+    DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program = `key_block`."""
+    key_block(
+        Q, K, V, dO, dK, dV, None, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
+        DIM, D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def fused(
+    Q, K, V, dO, dK, dV, sums, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
+    DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`dkdv`, which adds these keys' share of dQ to `sums`, float32 [B, H, S, D], atomically."""
+    key_block(
+        Q, K, V, dO, dK, dV, sums, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
+        DIM, D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
 def dq(
     Q, K, V, dO, dQ, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program = BLOCK_M queries of one head."""
     head = tl.program_id(1).to(tl.int64)
@@ -84,70 +139,35 @@ def dq(
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j, d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     own = start + i[:, None] * stride_s + d[None, :]
-    q, do = tl.load(Q + own), tl.load(dO + own)
+    q, do = rows(Q + own, DIM, D), rows(dO + own, DIM, D)
     row_lse, row_delta = tl.load(LSE + head * seqlen + i), tl.load(delta + head * seqlen + i)
     k_pointers = K + start + j[:, None] * stride_s + d[None, :]
     v_pointers = V + start + j[:, None] * stride_s + d[None, :]
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for _ in range(0, seqlen, BLOCK_N):
-        k, v = tl.load(k_pointers), tl.load(v_pointers)
-        p = tl.exp2(tl.dot(q, tl.trans(k)) * scale - row_lse[:, None])
-        ds = p * (tl.dot(do, tl.trans(v)) - row_delta[:, None])
-        acc = tl.dot(ds.to(tl.bfloat16), k, acc)
+        k, v = rows(k_pointers, DIM, D), rows(v_pointers, DIM, D)
+        p = tl.exp2(dot(q, tl.trans(k)) * scale - row_lse[:, None])
+        ds = p * (dot(do, tl.trans(v)) - row_delta[:, None])
+        acc = dot(ds, k, acc)
         k_pointers += BLOCK_N * stride_s
         v_pointers += BLOCK_N * stride_s
-    tl.store(dQ + own, acc.to(tl.bfloat16))
-
-
-@triton.jit
-def fused(
-    Q, K, V, dO, dK, dV, sums, LSE, delta, scale, stride_b, stride_h, stride_s, heads, seqlen,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """`dkdv`, which adds these keys' share of dQ to `sums`, float32 [B, H, S, D], atomically."""
-    head = tl.program_id(1).to(tl.int64)
-    start = head // heads * stride_b + head % heads * stride_h
-    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    i, d = tl.arange(0, BLOCK_M), tl.arange(0, D)
-    own = start + j[:, None] * stride_s + d[None, :]
-    k, v = tl.load(K + own), tl.load(V + own)
-    dk = tl.zeros([BLOCK_N, D], tl.float32)
-    dv = tl.zeros([BLOCK_N, D], tl.float32)
-    q_pointers = Q + start + i[:, None] * stride_s + d[None, :]
-    do_pointers = dO + start + i[:, None] * stride_s + d[None, :]
-    row = head * seqlen + i
-    places = sums + head * seqlen * D
-    for _ in range(0, seqlen, BLOCK_M):
-        q = tl.load(q_pointers)
-        p = tl.exp2(tl.dot(k, tl.trans(q)) * scale - tl.load(LSE + row)[None, :])
-        do = tl.load(do_pointers)
-        dv = tl.dot(p.to(tl.bfloat16), do, dv)
-        ds = p * (tl.dot(v, tl.trans(do)) - tl.load(delta + row)[None, :])
-        ds = ds.to(tl.bfloat16)
-        dk = tl.dot(ds, q, dk)
-        dq_tile = tl.dot(tl.trans(ds), k)
-        tl.atomic_add(places + (i[:, None] * D + d[None, :]), dq_tile, sem="relaxed")
-        q_pointers += BLOCK_M * stride_s
-        do_pointers += BLOCK_M * stride_s
-        row += BLOCK_M
-        places += BLOCK_M * D
-    tl.store(dK + own, dk.to(tl.bfloat16))
-    tl.store(dV + own, dv.to(tl.bfloat16))
+    store(dQ + own, acc, DIM, D)
 
 
 KERNELS = {"forward": forward, "dkdv": dkdv, "dq": dq, "fused": fused}
 ALIGNED = ("stride_b", "stride_h", "stride_s", "seqlen")  # multiples of 16
 
 
-def compiled(name: str, architecture: str, head_dim: int, tile):
+def compiled(name: str, architecture: str, head_dim: int, tile, dtype: str = "bf16"):
     """Triton's kernel `name` for "sm_80", ...; tile: (BLOCK_M, BLOCK_N, warps, stages, ...)."""
     kernel = KERNELS[name]
-    signature = {argument: "*bf16" for argument in kernel.arg_names}
+    signature = {argument: f"*{dtype}" for argument in kernel.arg_names}
     signature |= {
         argument: "*fp32" for argument in ("LSE", "delta", "sums") if argument in signature
     }
     signature |= {"scale": "fp32", "heads": "i32"} | dict.fromkeys(ALIGNED, "i32")
-    constants = {"D": head_dim, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
+    width = triton.next_power_of_2(head_dim)
+    constants = {"DIM": head_dim, "D": width, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {argument: (place,) for place, argument in enumerate(kernel.arg_names)}
     attributes = {

@@ -8,6 +8,7 @@ the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those t
     python bench/triton_code.py sm_90 --search dkdv 128         tiles of ours, the best last
     python bench/triton_code.py sm_90 --search dkdv 128 --plain     tiles of plain Triton
     python bench/triton_code.py sm_90 --tile dkdv 128 64,128,8,2,0  one of ours; --dump: its loop
+    python bench/triton_code.py sm_90 --search dq 64 --type fp32    of another type than bf16
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "triton_code.json"
 OLDEST_TABLE = ROOT / "bench" / "results" / "triton_code-3.6.json"  # full and causal calls
+OTHER_TABLE = ROOT / "bench" / "results" / "triton_code-other.json"  # `OTHERS`
 OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 ARCHITECTURES = {  # -> what machine_code.py knows of it
-    "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_120": "sm120",
+    "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_100": "sm100", "sm_120": "sm120",
+    "gfx942": "",  # bench/amdgcn.py knows it
 }  # fmt: skip
 TABLED = ("sm_80", "sm_90")  # of which the table has rows
 HEAD_DIMS = (64, 128)
+# Heads and types of the second table, held to plain Triton's best tile; 192 has the tiles of 256,
+# 96 those of 128, and fp16 those of bf16
+OTHERS = ((96, "bf16"), (192, "bf16"), (256, "bf16"), (128, "fp16"), (64, "fp32"), (128, "fp32"))
+OTHER_PASSES = ("forward", "dkdv", "dq")
 PASSES = {
     "forward": "fwd",
     "dkdv": "dkdv",
@@ -45,6 +52,10 @@ OPTIONS = {
     "softcap": {"softcap": 30.0}, "alibi": {"alibi": True, "causal": True},
     "key mask": {"mask": "bk"}, "mask": {"mask": "bqk"}, "bias": {"bias": "hqk"},
     "dropout": {"dropout_p": 0.1},
+}  # fmt: skip
+SEVERAL = {  # of the backward, which then has a bias that wants no gradient
+    "mask and bias": {"mask": "bqk", "bias": "hqk"},
+    "all": {"mask": "bqk", "bias": "hqk", "softcap": 30.0, "alibi": True, "dropout_p": 0.1},
 }  # fmt: skip
 SEQLEN = 1024  # a multiple of every tile
 
@@ -97,8 +108,24 @@ def hot_loop(compiled, architecture: str):
     return machine_code.hot_path(machine_code.Code.of(section), family)[0], registers
 
 
-def row(compiled, architecture: str, tile) -> dict:
-    """The row of a compiled kernel: its tile, and what machine_code.py counts and bounds."""
+# Products of a tile [BLOCK_M, BLOCK_N] and the width of a head in a step of the hot loop
+PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3, "fused": 5}
+
+
+def tensor_cycles(name: str, head_dim: int, architecture: str, tile) -> float:
+    """Of one scheduler's tensor core in a step of the hot loop, a warp of those that multiply; what
+    a tcgen05.mma does stands in no opcode."""
+    width = 1 << (head_dim - 1).bit_length()
+    work = PRODUCTS[name] * tile[0] * tile[1] * width / tile[2]  # multiply-adds a warp
+    return work / machine_code.ARCHITECTURES[ARCHITECTURES[architecture]].multiply_adds
+
+
+def row(compiled, architecture: str, tile, name: str, head_dim: int) -> dict:
+    """The row of a compiled kernel: its tile, and what machine_code.py, or for an AMD GPU
+    amdgcn.py, counts and bounds."""
+    if "amdgcn" in compiled.asm:
+        found = load("bench/amdgcn.py").report(compiled.asm["amdgcn"])
+        return {"tile": list(tile), "shared_memory": compiled.metadata.shared} | found
     path, registers = hot_loop(compiled, architecture)
     block = {
         "threads": compiled.metadata.num_warps * 32,
@@ -106,7 +133,9 @@ def row(compiled, architecture: str, tile) -> dict:
     }
     # of specialized warps those of the tile multiply, and not the ones that Triton adds
     kernel = machine_code.Kernel(ARCHITECTURES[architecture], "", tile[2] * 32)
-    found = machine_code.report(kernel, path, registers, block)
+    of_tile = any(each.opcode.startswith("UTC") for each in path)
+    tensor = tensor_cycles(name, head_dim, architecture, tile) if of_tile else 0.0
+    found = machine_code.report(kernel, path, registers, block, tensor)
     return {"tile": list(tile), "shared_memory": compiled.metadata.shared} | found
 
 
@@ -124,7 +153,10 @@ def prepare(architecture: str) -> None:
     replay.usable = lambda x: False  # nothing is launched
 
 
-def ours(name: str, head_dim: int, case: str, tile=None):
+TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
     """(compiled kernel, tile) of a pass as a call launches it; `tile`: another than the table's."""
     import contextlib
 
@@ -143,17 +175,18 @@ def ours(name: str, head_dim: int, case: str, tile=None):
 
     attention.run = run
     sizes = {"batch": 1, "heads_q": 1, "seqlen_q": SEQLEN, "seqlen_k": SEQLEN}
-    wanted = sizes | {"head_dim": head_dim, "dtype": torch.bfloat16}
-    call = random_call(**wanted | (CASES | OPTIONS)[case])
+    wanted = sizes | {"head_dim": head_dim, "dtype": getattr(torch, TYPES[dtype])}
+    call = random_call(**wanted | (CASES | OPTIONS | SEVERAL)[case])
+    size = wanted["dtype"].itemsize
     width, rich, needs = attention.width(head_dim), attention.Plan(call).rich(), needs_of(call)
     with contextlib.ExitStack() as asked:
         if tile is not None:
-            key = configs.key(PASSES[name], width, 2, rich)
+            key = configs.key(PASSES[name], width, size, rich)
             asked.enter_context(configs.using(key, configs.Tile(*tile)))
         if name == "fused":
             needs = needs._replace(bias=False)  # which it leaves to the others
         else:
-            key = configs.key("fused", width, 2, rich)
+            key = configs.key("fused", width, size, rich)
             asked.enter_context(configs.using(key, configs.PAIR))
         out, lse, *_ = attention.forward(call)
         if name != "forward":
@@ -189,7 +222,7 @@ def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = 
                 if kind != "plain":  # which loads by pointers
                     tile = configs.shipped(architecture, PASSES[name], head_dim, 2)[:4]
                 compiled = plain.compiled(name, architecture, head_dim, tile)
-            each[kind] = row(compiled, architecture, tile)
+            each[kind] = row(compiled, architecture, tile, name, head_dim)
         rows[label] = each
     return rows
 
@@ -229,7 +262,9 @@ def space(name: str, head_dim: int, described: bool):
             yield m, n, warps, stages, 1
 
 
-def search(architecture: str, name: str, head_dim: int, kind: str, case: str, only: str) -> None:
+def search(
+    architecture: str, name: str, head_dim: int, kind: str, case: str, only: str, dtype: str
+) -> None:  # fmt: skip
     """Print tiles, the best by the model last, of those that fit and spill nothing in the loop."""
     from attn_ext.triton_kernels import configs
 
@@ -242,11 +277,11 @@ def search(architecture: str, name: str, head_dim: int, kind: str, case: str, on
         try:
             if kind == "plain":
                 compiled = load("bench/plain_triton.py").compiled(
-                    name, architecture, head_dim, tile
+                    name, architecture, head_dim, tile, dtype
                 )
             else:
-                compiled, tile = ours(name, head_dim, case, (*tile, 0)[:5])
-            found = row(compiled, architecture, tile)
+                compiled, tile = ours(name, head_dim, case, (*tile, 0)[:5], dtype)
+            found = row(compiled, architecture, tile, name, head_dim)
         except Exception as error:  # what Triton cannot compile is no candidate
             print(tile, type(error).__name__, str(error)[:80], flush=True)
             continue
@@ -270,7 +305,7 @@ def line(found: dict) -> str:
     return (
         f"{tuple(found['tile'])} share {found['share_2_norm']} slots {found['slots_a_product']} "
         f"ldmatrix {counts.get('ldmatrix', 0) / eights:.2f} spill {counts.get('spill', 0)} "
-        f"registers {found['registers']} ctas {found['ctas']} smem {found['shared_memory']} "
+        f"registers {found['registers']} ctas {found.get('ctas')} smem {found['shared_memory']} "
         f"bound {found['bound']} {found['share']}"
     )
 
@@ -393,7 +428,8 @@ def main() -> None:
     parser.add_argument("--tile", nargs=3, metavar=("PASS", "HEAD_DIM", "TILE"))
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
     parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
-    parser.add_argument("--case", choices=[*CASES, *OPTIONS], default="full")
+    parser.add_argument("--case", choices=[*CASES, *OPTIONS, *SEVERAL], default="full")
+    parser.add_argument("--type", choices=TYPES, default="bf16")
     parser.add_argument("--only", default="", help='tiles that begin like this: "64,*,8"')
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")
     parser.add_argument("--dump", action="store_true", help="print the loop")
@@ -401,7 +437,7 @@ def main() -> None:
     if args.search:
         name, head_dim = args.search
         kind = "plain" if args.plain else "ours"
-        search(args.architecture, name, int(head_dim), kind, args.case, args.only)
+        search(args.architecture, name, int(head_dim), kind, args.case, args.only, args.type)
     elif args.tile:
         prepare(args.architecture)
         name, head_dim, tile = (
@@ -411,11 +447,11 @@ def main() -> None:
         )
         if args.plain:
             compiled = load("bench/plain_triton.py").compiled(
-                name, args.architecture, head_dim, tile
+                name, args.architecture, head_dim, tile, args.type
             )
         else:
-            compiled, tile = ours(name, head_dim, args.case, tile)
-        print(line(row(compiled, args.architecture, tile)))
+            compiled, tile = ours(name, head_dim, args.case, tile, args.type)
+        print(line(row(compiled, args.architecture, tile, name, head_dim)))
         for each in hot_loop(compiled, args.architecture)[0] if args.dump else ():
             print(f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}")
     else:

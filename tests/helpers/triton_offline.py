@@ -42,8 +42,8 @@ from attn_ext.triton_kernels.launch import attention, backward, replay
 
 TABLES = Path(__file__).parents[1] / "triton" / "resources"
 KERNELS = Path(__file__).parents[2] / "triton_kernels" / "kernels"
-TEXTS = ("functions", "primitives", "present", "softmax", "dropout", "scores", "fwd", "bwd",
-         "fused", "dbias", "decode")  # fmt: skip
+TEXTS = ("functions", "primitives", "logits", "present", "softmax", "dropout", "scores", "fwd",
+         "delta", "dkdv", "dq", "fused", "dbias", "decode")  # fmt: skip
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async.bulk.tensor",
                 "setmaxnreg")  # fmt: skip
@@ -107,7 +107,7 @@ def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
     rows = {name: tile for (_, _, tile), name in last.items()}
     for (_, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         rows[f"forward {width} bf16 specialized"] = tile
-    for (direction, width, feature), tile in configs.with_one_feature(architecture).items():
+    for (direction, width, feature), tile in configs.with_features(architecture).items():
         rows[f"{DIRECTIONS[direction][0]} {width} bf16 {feature}"] = tile
     return rows
 

@@ -58,8 +58,6 @@ MISSED = {
     ("sm_80 dq 64", "ours causal", "3.9.0"): ("slots over plain",),
     ("sm_80 dq 128", "ours full", "3.9.0"): ("slots over plain",),
     ("sm_80 dq 128", "ours causal", "3.9.0"): ("slots over plain",),
-    ("sm_90 forward 64", "ours softcap", "3.9.0"): ("slots over plain",),
-    ("sm_90 forward 64", "ours alibi", "3.9.0"): ("slots over plain",),
     ("sm_90 forward 64", "ours dropout", "3.9.0"): ("slots over plain",),
     ("sm_90 forward 128", "ours dropout", "3.9.0"): ("slots over plain",),
     ("sm_90 dkdv 64", "ours full", "3.9.0"): ("share",),

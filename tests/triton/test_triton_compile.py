@@ -58,8 +58,9 @@ SPILLS_IN_LOOPS = {
 # sm_80 and .28 to .63 on sm_90, where the tiles without spills have .24 to .33 and .12 to .16
 for _table, _spills in {
     "sm_80": {
-        "forward 64 bf16": {"dropout": 7},
-        "forward 128 bf16": {"dropout": 4},
+        "forward 64 bf16": {"dropout": 7, "alibi": 5},  # .61 of the peak
+        "forward 128 bf16": {"dropout": 4, "softcap": 4},
+        "forward 256 bf16": {"causal": 6},
         "dkdv 64 bf16": {"bias": 56, "mask": 13, "softcap": 15, "alibi": 1, "dropout": 18},
         "dkdv 128 bf16": {"bias": 53, "mask": 21, "softcap": 5, "dropout": 7},
         "dq 64 bf16": {"bias": 115},
@@ -72,6 +73,7 @@ for _table, _spills in {
             "softcap": 22,
             "alibi": 7,
             "dropout": 27,
+            "all": 201,
         },
         "fused 128 bf16": {
             "causal": 5,
@@ -80,11 +82,22 @@ for _table, _spills in {
             "softcap": 7,
             "alibi": 6,
             "dropout": 18,
+            "all": 120,
         },
     },
     "sm_90": {
         "forward 128 bf16": {"dropout": 2},
-        "dkdv 128 bf16": {"bias": 21, "softcap": 18, "alibi": 2, "dropout": 62},
+        # several options: .27 and .20 of the peak at 128, where tiles without spills have .11
+        # and .12; in one kernel a quarter of their time
+        "dkdv 64 bf16": {"all": 42},
+        "dkdv 128 bf16": {"bias": 21, "softcap": 18, "alibi": 2, "dropout": 62, "all": 273},
+        "dq 64 bf16": {"all": 245},
+        "dq 128 bf16": {"all": 276},
+        "fused 64 bf16": {"all": 67},
+        # 256 columns: .63, .57 and .51 of the peak; without spills mma.sync and 32 rows or less
+        "forward 256 bf16": {"causal": 11},
+        "dkdv 256 bf16": {"causal": 110},
+        "dq 256 bf16": {"causal": 27},
         "fused 128 bf16": {
             "causal": 39,
             "bias": 84,
@@ -92,6 +105,7 @@ for _table, _spills in {
             "softcap": 47,
             "alibi": 58,
             "dropout": 128,
+            "all": 277,
         },
     },
     "sm_89": {
@@ -104,7 +118,15 @@ for _table, _spills in {
     },
     "sm_90-triton-3.6": {
         "dkdv 64 bf16": {"dropout": 1},
-        "dkdv 128 bf16": {"bias": 9, "mask": 8, "softcap": 18, "alibi": 7, "dropout": 130},
+        "dkdv 128 bf16": {
+            "bias": 9,
+            "mask": 8,
+            "softcap": 18,
+            "alibi": 7,
+            "dropout": 130,
+            "all": 140,
+        },
+        "dq 128 bf16": {"all": 98},
         "dq 64 bf16": {"mask": 16, "dropout": 4},
         "fused 64 bf16": {"bias": 1},
         "fused 128 bf16": {
@@ -114,6 +136,7 @@ for _table, _spills in {
             "softcap": 21,
             "alibi": 39,
             "dropout": 181,
+            "all": 145,
         },
     },
 }.items():
@@ -209,7 +232,7 @@ def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(tabl
         else:
             assert expected in compiled, name
     assert offline.shipped_rows(architecture).keys() <= rows.keys()
-    for (direction, width, feature), tile in configs.with_one_feature(architecture).items():
+    for (direction, width, feature), tile in configs.with_features(architecture).items():
         name = f"{offline.DIRECTIONS[direction][0]} {width} bf16 {feature}"
         assert rows[name][0] == list(tile), name
     for (direction, width), tile in configs.SPECIALIZED.get(architecture, {}).items():

@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
+from attn_ext.triton_kernels.kernels.logits import logits
 from attn_ext.triton_kernels.kernels.present import dot_present
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
+    RUNTIME,
+    block_of,
     diagonal,
     dot,
     key_range,
     load_tile,
-    logits,
-    program,
     query_range,
-    sequences,
     store_tile,
     sum_of_products,
 )
@@ -43,11 +43,6 @@ from attn_ext.triton_kernels.kernels.scores import (
 from attn_ext.triton_kernels.kernels.softmax import online_softmax, row_ends
 
 TWICE_LOG2E = tl.constexpr(2.8853900817779268)
-
-RUNTIME = (
-    "heads_q", "group", "total_q", "total_k", "seqlen_q", "seqlen_k", "blocks", "threshold",
-    "left", "right",
-)  # fmt: skip
 
 
 @triton.jit
@@ -83,14 +78,13 @@ def additive_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B), the last ones first: with causal they are longest."""
-    block, h, b = program(blocks, heads_q)
+    block, h, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, seqlens_k,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
+    )  # fmt: skip
     i_first = (blocks - 1 - block) * BLOCK_M
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if i_first >= length_q:
         return
-    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     q += b * q_b + h * q_h + q_first * q_s
     k += b * k_b + hk * k_h + k_first * k_s
@@ -164,14 +158,13 @@ def additive_dkdv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of keys * Hk * B).  dK, dV [B, Hk, Sk, D | Dv]."""
-    block, hk, b = program(blocks, heads_q // group)
+    block, hk, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, seqlens_k,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q // group, FLAGS,
+    )  # fmt: skip
     j_first = block * BLOCK_N
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if j_first >= length_k:
         return
-    b, hk = b.to(tl.int64), hk.to(tl.int64)
     k += b * k_b + hk * k_h + k_first * k_s
     v += b * v_b + hk * v_h + k_first * v_s
     v_tile = load_tile(v, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
@@ -233,14 +226,13 @@ def additive_dq_kernel(
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  dQ [B, Hq, Sq, D]; dw float32 [B, Hq, blocks, D], which
     the caller sums; dbias float32, zero before."""
-    block, h, b = program(blocks, heads_q)
+    block, h, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, seqlens_k,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
+    )  # fmt: skip
     i_first = block * BLOCK_M
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if i_first >= length_q:
         return
-    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     q += b * q_b + h * q_h + q_first * q_s
     k += b * k_b + hk * k_h + k_first * k_s

@@ -17,12 +17,15 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
+from attn_ext.triton_kernels.kernels.logits import tile_logits
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
     GROUPED,
+    RUNTIME,
     SOFTCAP,
+    block_of,
     diagonal,
     dot,
     key_range,
@@ -30,10 +33,8 @@ from attn_ext.triton_kernels.kernels.primitives import (
     program,
     query_range,
     sequence,
-    sequences,
     store_tile,
     sum_of_products,
-    tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import add_dbias, base2_lse, probabilities
 from attn_ext.triton_kernels.kernels.tangent import (
@@ -41,7 +42,6 @@ from attn_ext.triton_kernels.kernels.tangent import (
     MOVED_K,
     MOVED_Q,
     MOVED_V,
-    RUNTIME,
     key_products,
     logit_tangents,
     moving_rows,
@@ -205,14 +205,13 @@ def dkdv_tangent_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of keys * Hk * B).  dK', dV' [B, Hk, Sk, D | Dv]."""
-    block, hk, b = program(blocks, heads_q // group)
+    block, hk, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, 0,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q // group, FLAGS,
+    )  # fmt: skip
     j_first = block * BLOCK_N
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if j_first >= length_k:
         return
-    b, hk = b.to(tl.int64), hk.to(tl.int64)
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     k_tile, tk_tile = moving_tile(
         k, tk, b, hk, k_first, j_first, length_k, D, BLOCK_N, BLOCK_D, FLAGS, MOVED_K & MOVES
@@ -305,14 +304,13 @@ def dq_tangent_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  dQ' [B, Hq, Sq, D]; dbias' float32, zero before."""
-    block, h, b = program(blocks, heads_q)
+    block, h, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, 0,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
+    )  # fmt: skip
     i_first = (blocks - 1 - block) * BLOCK_M  # with causal the last are longest
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if i_first >= length_q:
         return
-    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     grad = (tdbias.at, tdbias.b, tdbias.h, tdbias.q, tdbias.k)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
 from attn_ext.triton_kernels.kernels.far import weights_and_gradients
+from attn_ext.triton_kernels.kernels.logits import tile_logits
 from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     LEFT,
@@ -20,7 +21,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     row_pointers,
     sequences,
     streamed_dot,
-    tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import probabilities, score_gradient
 

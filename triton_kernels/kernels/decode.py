@@ -20,10 +20,25 @@ from attn_ext.triton_kernels.kernels.primitives import (
     SPLIT,
     STATS,
     STREAM,
-    nan_count,
     unknown_zero,
 )
-from attn_ext.triton_kernels.kernels.softmax import far_count, lost_count, row_ends
+from attn_ext.triton_kernels.kernels.softmax import again_count, row_ends
+
+
+@triton.jit
+def packed_rows(m_blocks, splits, heads_k, group, seqlen_q, BLOCK_M: tl.constexpr):
+    """(part of the keys, K/V head, batch element, rows) of this program; rows: which exist, their
+    queries and heads, [BLOCK_M] each, and the first and the last of the queries."""
+    pid = tl.program_id(0)
+    m_block, split = pid % m_blocks, pid // m_blocks % splits
+    hk, b = pid // m_blocks // splits % heads_k, pid // m_blocks // splits // heads_k
+    r = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = r < group * seqlen_q
+    h = (hk * group + r % group).to(tl.int64)
+    h = tl.where(real, h, 0)  # rows past the last one read the terms of head 0
+    i_first = m_block * BLOCK_M // group
+    i_last = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
+    return split, hk, b, (real, r // group, h, i_first, i_last)
 
 
 @triton.jit
@@ -87,22 +102,13 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid: (m_blocks * splits * Hk * B).  part float32 [splits, B, Hq, Sq, Dv] and sums float32
     [4, splits, B, Hq, Sq] (maximum, sum, entropy's sum, NaN) where SPLIT, else the results."""
-    pid = tl.program_id(0)
     heads_k = heads_q // group
-    m_block, split = pid % m_blocks, pid // m_blocks % splits
-    hk, b = pid // m_blocks // splits % heads_k, pid // m_blocks // splits // heads_k
+    split, hk, b, rows = packed_rows(m_blocks, splits, heads_k, group, seqlen_q, BLOCK_M)
+    real, i, h, i_first, i_last = rows
     length = seqlen_k
     if SEQLENS & FLAGS:
         length = tl.minimum(tl.maximum(tl.load(seqlens_k + b), 0), seqlen_k)
     wide_b, wide_hk = b.to(tl.int64), hk.to(tl.int64)
-    r = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = r < group * seqlen_q
-    i = r // group
-    h = (hk * group + r % group).to(tl.int64)
-    h = tl.where(real, h, 0)  # rows past the last one read terms inputs of head 0
-    i_first = m_block * BLOCK_M // group
-    i_last = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
-
     d = tl.arange(0, BLOCK_D)[None, :]
     q_rows = q + wide_b * q_b + h * q_h + i.to(tl.int64) * q_s
     if STREAM & FLAGS:
@@ -125,7 +131,7 @@ def decode_kernel(
     ends = (out + wide_b * o_b, o_h, o_s, lse, max_logit, entropy, wide_b * lse_b + h * lse_h + i,
             part, sums, sink, inverse_keep, split, splits, m_blocks, heads_q, seqlen_q, heads_k,
             real, h, i)  # fmt: skip
-    bad = nan_count(state[0]) + far_count(state[1], FLAGS) + lost_count(state[2], FLAGS)
+    bad = again_count(state[0], state[1], state[2], FLAGS)
     if bad > 0:  # each way stores its own result, as in the forward kernel
         zero = unknown_zero(bad)
         again = tl.load(zero + q_rows[:, None] + d, mask=real[:, None] & (d < D), other=0.0)

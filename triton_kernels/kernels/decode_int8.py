@@ -14,14 +14,15 @@ sum, so that no tile is computed again.
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.decode import store_packed_rows
+from attn_ext.triton_kernels.kernels.decode import packed_rows, store_packed_rows
 from attn_ext.triton_kernels.kernels.fwd import empty_state
+from attn_ext.triton_kernels.kernels.logits import tile_logits
 from attn_ext.triton_kernels.kernels.primitives import (
     INTERPRETED,
     diagonal,
     dot,
     key_range,
-    tile_logits,
+    part_of,
 )
 from attn_ext.triton_kernels.kernels.softmax import online_softmax
 
@@ -66,19 +67,11 @@ def decode_int8_kernel(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (m_blocks * splits * Hk * B).  part and sums as in `decode_kernel`."""
-    pid = tl.program_id(0)
     heads_k = heads_q // group
-    m_block, split = pid % m_blocks, pid // m_blocks % splits
-    hk, b = pid // m_blocks // splits % heads_k, pid // m_blocks // splits // heads_k
+    split, hk, b, rows = packed_rows(m_blocks, splits, heads_k, group, seqlen_q, BLOCK_M)
+    real, i, h, i_first, i_last = rows
     length = tl.minimum(tl.maximum(tl.load(seqlens_k + b), 0), seqlen_k)
     wide_b, wide_hk = b.to(tl.int64), hk.to(tl.int64)
-    row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = row < group * seqlen_q
-    i = row // group
-    h = (hk * group + row % group).to(tl.int64)
-    h = tl.where(real, h, 0)  # rows past the last one read terms of head 0
-    i_first = m_block * BLOCK_M // group
-    i_last = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
     r = (i - i_first)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     q_rows = q + wide_b * q_b + h * q_h + i.to(tl.int64) * q_s
@@ -87,9 +80,7 @@ def decode_int8_kernel(
     off = diagonal(b, seqlen_q, length, terms, FLAGS)
     first, _inner, _inner_end, end = key_range(i_first, i_last, length, off, left, right, BLOCK_N,
                                                FLAGS)  # fmt: skip
-    share = (end - first + splits - 1) // splits
-    first = tl.minimum(first + split * share, end)
-    end = tl.minimum(first + share, end)
+    first, end = part_of(first, end, split, splits)
     acc, row_max, row_sum, e, bad = empty_state(BLOCK_M, BLOCK_DV)
     c = tl.arange(0, BLOCK_N)
     for n_block in tl.range(first, end):

@@ -1,9 +1,9 @@
 """Backward of far rows: those whose LSE is so far from 0 that float32 has lost the sum in it.
 
 LSE = max + ln(sum).  Beside a bias of -1e9 or of the smallest float over a whole row, and with
-logits of 1e10, the logarithm is rounded away, and exp(S - LSE) is P times the number of keys.  The
-kernels of bwd.py take P = 0 in these rows, whose lse2 is inf (`delta_kernel`).  Here they get
-P = 2^(S - base) * inverse with numbers of their own:
+logits of 1e10, the logarithm is rounded away, and exp(S - LSE) is P times the number of keys.
+The kernels of dkdv.py and dq.py take P = 0 in these rows, whose lse2 is inf (`delta_kernel`).  Here
+they get P = 2^(S - base) * inverse with numbers of their own:
 
     base = max_j S,  inverse = 1 / sum_j 2^(S - base), the sink among them
 
@@ -17,28 +17,27 @@ and are compiled without fused multiply-adds, which would not round S before bas
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.bwd import RUNTIME
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
+from attn_ext.triton_kernels.kernels.logits import tile_logits
 from attn_ext.triton_kernels.kernels.present import dot_present
 from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
     GROUPED,
+    RUNTIME,
     SINK,
     STREAM,
+    block_of,
     diagonal,
     dot,
     head_rows,
     key_range,
     load_tile,
-    program,
     query_range,
     row_pointers,
-    sequences,
     store_tile,
     streamed_dot,
-    tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import add_dbias, is_far, score_gradient
 from attn_ext.triton_kernels.kernels.softmax import sink_logit
@@ -137,12 +136,11 @@ def far_queries_kernel(
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  marks [B, Hq, blocks]: how many far rows a block has;
     base (inf in other rows) and inverse like LSE; and, with DQ, their dQ and dbias."""
-    block, h, b = program(blocks, heads_q)
+    block, h, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, 0,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
+    )  # fmt: skip
     i_first = block * BLOCK_M
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
-    b, h = b.to(tl.int64), h.to(tl.int64)
     i = i_first + tl.arange(0, BLOCK_M)
     inside = i < length_q
     row = b * lse_b + h * lse_h + q_first + i
@@ -213,14 +211,13 @@ def far_keys_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of keys * Hk * B).  Adds the share of far rows to dK and dV."""
-    block, hk, b = program(blocks, heads_q // group)
+    block, hk, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, 0,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q // group, FLAGS,
+    )  # fmt: skip
     j_first = block * BLOCK_N
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if j_first >= length_k:
         return
-    b, hk = b.to(tl.int64), hk.to(tl.int64)
     members = group if (GROUPED & FLAGS) else 1
     of_group = marks + (b * heads_q + hk * group) * m_blocks
     LOOK: tl.constexpr = 256

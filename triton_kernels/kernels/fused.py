@@ -1,7 +1,7 @@
 """Backward in one pass of 5 products, for calls that need not be deterministic, and what it leaves.
 
-    fused: a program = BLOCK_N keys of a K/V head, as in dK and dV (bwd.py); the share of these keys
-           in dQ is added to float32 sums by atomic additions, so in an order that varies
+    fused: a program = BLOCK_N keys of a K/V head, as in dK and dV (dkdv.py); the share of these
+           keys in dQ is added to float32 sums by atomic additions, so in an order that varies
     dq_from_sums: a program = BLOCK_M queries of a head; dQ = scale * sums, rounded to its dtype
 
 The sums are zero before (`delta_kernel`).  A NaN among them may be 0 * NaN of an excluded pair:
@@ -11,24 +11,10 @@ these queries are then computed again, key by key.
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.bwd import (
-    RUNTIME,
-    careful_query_block,
-    key_block,
-    sum_places,
-    sums_of,
-)
-from attn_ext.triton_kernels.kernels.dropout import dropout_state
-from attn_ext.triton_kernels.kernels.primitives import (
-    diagonal,
-    head_rows,
-    key_range,
-    nan_count,
-    program,
-    sequences,
-    store_tile,
-    unknown_zero,
-)
+from attn_ext.triton_kernels.kernels.delta import sum_places, sums_of
+from attn_ext.triton_kernels.kernels.dkdv import key_block
+from attn_ext.triton_kernels.kernels.dq import store_query_block
+from attn_ext.triton_kernels.kernels.primitives import RUNTIME, block_of, nan_count
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -65,34 +51,20 @@ def dq_from_sums_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  dQ [B, Hq, Sq, D]."""
-    block, h, b = program(blocks, heads_q)
+    block, h, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, 0,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
+    )  # fmt: skip
     i_first = block * BLOCK_M
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if i_first >= length_q:
         return
-    b, h = b.to(tl.int64), h.to(tl.int64)
     rows = sums_of(sums, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
     acc = tl.load(rows + i_first.to(tl.int64) * BLOCK_D + sum_places(BLOCK_M, BLOCK_D))
     inside = (i_first + tl.arange(0, BLOCK_M) < length_q)[:, None]
-    bad = nan_count(tl.where(inside, acc, 0.0))
-    if bad > 0:
-        off = diagonal(b, length_q, length_k, terms, FLAGS)
-        i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
-        first, _full_first, _full_end, end = key_range(
-            i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS
-        )
-        careful_query_block(
-            (q, k, v, dout, lse2, delta), dq,
-            (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h, dq_b, dq_h, dq_s),
-            (k_b, k_h, k_s, v_b, v_h, v_s), unknown_zero(bad), b, h, h // group, i_first, q_first,
-            k_first, length_q, length_k, off, terms,
-            dropout_state(rng_state, threshold, inverse_keep, FLAGS), scale, left, right,
-            softmax_scale, first * BLOCK_N, tl.minimum(end * BLOCK_N, length_k),
-            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, FLAGS,
-        )  # fmt: skip
-    else:
-        dq_rows = head_rows(dq, b, h, q_first, dq_b, dq_h, dq_s)
-        acc = acc * softmax_scale
-        store_tile(dq_rows, dq_s, i_first, length_q, acc, D, BLOCK_M, BLOCK_D, FLAGS)
+    store_query_block(
+        acc, nan_count(tl.where(inside, acc, 0.0)), (q, k, v, dout, lse2, delta), dq,
+        (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h, dq_b, dq_h, dq_s),
+        (k_b, k_h, k_s, v_b, v_h, v_s), b, h, h // group, i_first, q_first, k_first, length_q,
+        length_k, terms, rng_state, (scale, threshold, inverse_keep, left, right, softmax_scale),
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FLAGS,
+    )  # fmt: skip

@@ -18,18 +18,25 @@ from attn_ext.triton_kernels.kernels.dropout import (
     keep_ordered,
 )
 from attn_ext.triton_kernels.kernels.functions import settled
+from attn_ext.triton_kernels.kernels.logits import (
+    alibi_slope,
+    is_steep,
+    row_distance,
+    tile_logits,
+)
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
+    BOUNDED,
     DROPOUT,
     MASK,
     MASK_ONE_QUERY,
     NATURAL,
     PAGED,
+    RELATIVE,
     STATS,
     STREAM,
     UNSCALED,
-    alibi_slope,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -43,20 +50,19 @@ from attn_ext.triton_kernels.kernels.primitives import (
     load_tile,
     load_whole,
     nan_count,
+    part_of,
     program,
     row_pointers,
     sequences,
     store_tile,
     streamed_dot,
-    tile_logits,
     tile_pointers,
     tile_step,
     unknown_zero,
 )
 from attn_ext.triton_kernels.kernels.softmax import (
+    again_count,
     base2_max,
-    far_count,
-    lost_count,
     online_softmax,
     row_ends,
     unit,
@@ -88,6 +94,7 @@ def forward_tiles(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = alibi_slope(b, h, terms, scale, FLAGS)
+    OWN: tl.constexpr = (~RELATIVE & FLAGS) if EDGE else FLAGS
     for step in tl.range(first, end - skip, warp_specialize=LOADS == SPECIALIZED):
         n_block = step
         if EDGE and LOADS != SPECIALIZED:
@@ -113,10 +120,15 @@ def forward_tiles(
         c = order[None, :]
         s, _ = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS, not EDGE, slope,
+            EDGE, OWN, not EDGE, slope,
         )  # fmt: skip
+        behind = 0.0
+        if RELATIVE & OWN:
+            behind = slope * factor * row_distance(
+                i_first, j_first, b, seqlen_q, seqlen_k, terms, r.shape[0], FLAGS
+            )  # fmt: skip
         p, alpha, row_max, row_sum, e, bad = online_softmax(
-            s, factor, row_max, row_sum, e, bad, FLAGS
+            s, factor, row_max, row_sum, e, bad, OWN, behind
         )
         if DROPOUT & FLAGS:
             if LOADS:
@@ -137,7 +149,9 @@ def forward_tiles(
             v_tile = load_keys(
                 v, v_s, j_first, seqlen_k, pages, v_p, DV, BLOCK_N, BLOCK_DV, EDGE, FLAGS
             )
-        acc = dot(p, v_tile, acc * alpha[:, None])
+        if not (BOUNDED & FLAGS):
+            acc = acc * alpha[:, None]
+        acc = dot(p, v_tile, acc)
         if (MASK & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
             # else ptxas waits for each wgmma of the kernel, since it cannot let this product run
             # into the next step
@@ -166,11 +180,11 @@ def forward_rows(
     first, full_first, full_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
     )
-    share = (end - first + splits - 1) // splits
-    first = tl.minimum(first + split * share, end)
-    end = tl.minimum(first + share, end)
+    first, end = part_of(first, end, split, splits)
     full_first = tl.minimum(tl.maximum(full_first, first), end)
     full_end = tl.minimum(tl.maximum(full_end, full_first), end)
+    if RELATIVE & FLAGS:
+        full_end = tl.where(is_steep(b, h, terms), full_first, full_end)
 
     state = empty_state(BLOCK_M, BLOCK_DV)
     if LOADS == SPECIALIZED:  # Triton takes one loop apart: all its tiles count as cut
@@ -201,16 +215,15 @@ def careful_rows(
 ):  # fmt: skip
     """`forward_rows` again where that has left a NaN, or met huge logits: key by key, with sums
     that skip excluded pairs."""
-    BASE2: tl.constexpr = ~(UNSCALED | NATURAL) & FLAGS
+    BASE2: tl.constexpr = ~(UNSCALED | NATURAL | BOUNDED | RELATIVE) & FLAGS
     k, k_s, k_p, v, v_s, v_p, pages, _described = kv
     off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     first, _full, _full_end, end = key_range(
         i_first, i_last, seqlen_k, off, left, right, BLOCK_N, FLAGS
     )
-    share = (end - first + splits - 1) // splits
-    first = tl.minimum(first + split * share, end)
+    first, end = part_of(first, end, split, splits)
     j_first = first * BLOCK_N
-    j_end = tl.minimum(tl.minimum(first + share, end) * BLOCK_N, seqlen_k)
+    j_end = tl.minimum(end * BLOCK_N, seqlen_k)
     acc, row_max, row_sum, e, bad = empty_state(BLOCK_M, BLOCK_DV)
     c = tl.arange(0, 1)[None, :]
     for step in tl.range(0, j_end - j_first, num_stages=1):
@@ -300,8 +313,7 @@ def forward_kernel(
             q_tile, kv, r[:, None], b, wide_h, i_first, i_last, length_q, length_k, 0, 1, terms,
             rng, scale, left, right, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LOADS, FLAGS,
         )  # fmt: skip
-        bad = nan_count(state[0]) + far_count(state[1], FLAGS)
-        bad += lost_count(state[2], FLAGS)
+        bad = again_count(state[0], state[1], state[2], FLAGS)
     # Each way stores its own result: joined, they would share a layout that suits neither.
     if LOADS == SPECIALIZED:
         store_rows(state, ends, i_first, length_q, wide_h, DV, BLOCK_M, BLOCK_DV, FLAGS)

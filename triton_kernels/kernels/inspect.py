@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.dbias import tile_is_visible
+from attn_ext.triton_kernels.kernels.logits import logits
 from attn_ext.triton_kernels.kernels.primitives import (
     INTERPRETED,
     diagonal,
     dot,
     key_range,
     load_tile,
-    logits,
     program,
     query_range,
 )

@@ -3,7 +3,11 @@
 import triton
 import triton.language as tl
 
-from attn_ext.triton_kernels.kernels.primitives import INTERPRETED, dot, sum_of_products
+from attn_ext.triton_kernels.kernels.primitives import (
+    INTERPRETED,
+    dot,
+    sum_of_products,
+)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tile loads, matrix products, logits and masks, dropout, row ends.
+"""What the Triton kernels share: flags, tile loads, matrix products, and which tiles a program has.
 
 Everything is elementwise over a row index i and a key index j that broadcast against each other, so
 that one text serves S = Q K^T [BLOCK_M, BLOCK_N] (forward, dQ, decode: i is [BLOCK_M, 1]) and its
@@ -15,14 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from attn_ext.triton_kernels.kernels.functions import (
-    INTERPRETED,
-    tanh,
-    tanh_approx,
-    tanh_part,
-    where_seen,
-    widened,
-)
+from attn_ext.triton_kernels.kernels.functions import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -70,6 +63,17 @@ MASK_ONE_QUERY = tl.constexpr(1 << 30)  # the mask is the same for all queries
 BIAS_ONE_QUERY = tl.constexpr(1 << 31)
 MASK_PAIRS = tl.constexpr(1 << 32)  # of the mask two keys at a time are an aligned word
 APPROX_TANH = tl.constexpr(1 << 33)  # softcap: tanh to 2^-11, as the factors of a bfloat16 product
+BOUNDED = tl.constexpr(1 << 34)  # softcap: base-2 logits between -LARGEST_CAP and it, no maximum
+LARGEST_CAP = tl.constexpr(80.0)
+RELATIVE = tl.constexpr(1 << 35)  # ALiBi with BACKWARD: whole tiles count from their first key
+STEEP = tl.constexpr(2.0)  # a slope beyond which that would lose digits of a logit
+
+
+# Arguments of the backward kernels that none is compiled for
+RUNTIME = (
+    "heads_q", "group", "total_q", "total_k", "seqlen_q", "seqlen_k", "blocks", "threshold",
+    "left", "right",
+)  # fmt: skip
 
 
 class Terms(NamedTuple):
@@ -392,6 +396,26 @@ def sequences(cu_q, cu_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FL
 
 
 @triton.jit
+def block_of(cu_seqlens_q, cu_seqlens_k, seqlens_k, sizes, heads, FLAGS: tl.constexpr):
+    """(tile, head of `heads`, batch element, and of `sequences` all) of this program; sizes as the
+    backward kernels have them."""
+    _heads_q, _group, total_q, total_k, seqlen_q, seqlen_k, blocks = sizes
+    block, h, b = program(blocks, heads)
+    q_first, length_q, k_first, length_k = sequences(
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
+    )
+    return block, h.to(tl.int64), b.to(tl.int64), q_first, length_q, k_first, length_k
+
+
+@triton.jit
+def part_of(first, end, split, splits):
+    """(first, end) of part `split` of `splits` of the tiles first..end - 1."""
+    share = (end - first + splits - 1) // splits
+    first = tl.minimum(first + split * share, end)
+    return first, tl.minimum(first + share, end)
+
+
+@triton.jit
 def in_frame(terms, b, FIELD: tl.constexpr):
     """A number of sequence b's frame, by its place in attn_ext.core.schema.Frame."""
     return tl.load(terms.frame + b.to(tl.int64) * 6 + FIELD)
@@ -448,180 +472,3 @@ def query_range(
     high_all = tl.minimum(j_first - off + left + 1, seqlen_q) if (LEFT & FLAGS) else seqlen_q
     full_end = tl.minimum(tl.maximum(tl.maximum(high_all, 0) // BLOCK_M, full_first), end)
     return first, full_first, full_end, end
-
-
-@triton.jit
-def logits(
-    qk, i, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS: tl.constexpr,
-    FLAGS: tl.constexpr,
-):  # fmt: skip
-    """`tile_logits` of any positions i and j, its offsets in 64 bits."""
-    zero = b * 0
-    EACH: tl.constexpr = ~MASK_PAIRS & (WIDE | FLAGS)  # keys need not be neighbours
-    return tile_logits(
-        qk, zero, i, zero, j, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right, POSITIONS,
-        EACH,
-    )  # fmt: skip
-
-
-@triton.jit
-def score_tile(
-    base, b_s, h_s, q_s, k_s, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k,
-    ONE_QUERY: tl.constexpr, WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
-):  # fmt: skip
-    """Elements (i_first + r, j_first + c) of a mask or bias of head h, 0 outside; with ONE_QUERY of
-    its only query, shaped as c.  WHOLE_KEYS: all these keys exist; a check of each would keep loads
-    from being vectors.  A query past the last one then gets the row of that, whose results are not
-    stored: no comparison.  Within the tile 32 bits do (but WIDE): a tile of 64-bit offsets takes
-    too many registers."""
-    if WIDE & FLAGS:
-        r, c = r.to(tl.int64), c.to(tl.int64)
-    tile = base + b.to(tl.int64) * b_s + h * h_s + j_first.to(tl.int64) * k_s
-    keys = j_first + c < seqlen_k
-    if ONE_QUERY:
-        places = tile + c * k_s
-        found = tl.load(places) if WHOLE_KEYS else tl.load(places, mask=keys, other=0)
-    else:
-        places = tile + i_first.to(tl.int64) * q_s
-        if WHOLE_KEYS:
-            row = tl.minimum(r, seqlen_q - 1 - i_first)
-            found = tl.load(places + (row * q_s + c * k_s))
-        else:
-            queries = i_first + r < seqlen_q
-            found = tl.load(places + (r * q_s + c * k_s), mask=queries & keys, other=0)
-    return found
-
-
-@triton.jit
-def mask_pairs(
-    terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, PAIRS: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
-):  # fmt: skip
-    """Words of two keys of the mask, [BLOCK_M, PAIRS], or with MASK_ONE_QUERY [1, PAIRS]; rows past
-    the last one as in `score_tile`."""
-    tile = terms.mask + b.to(tl.int64) * terms.mask_b + h * terms.mask_h + j_first
-    tile = (tile + i_first.to(tl.int64) * terms.mask_q).to(tl.pointer_type(tl.uint16), bitcast=True)
-    row = tl.minimum(r, seqlen_q - 1 - i_first)
-    if WIDE & FLAGS:
-        row = row.to(tl.int64)
-    pair = tl.arange(0, PAIRS)[None, :]
-    places = tile + (pair if MASK_ONE_QUERY & FLAGS else row * (terms.mask_q // 2) + pair)
-    if WHOLE_KEYS:
-        words = tl.load(places)
-    else:
-        words = tl.load(places, mask=j_first + 2 * pair < seqlen_k, other=0)
-    return words
-
-
-@triton.jit
-def visible_keys(
-    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
-    FLAGS: tl.constexpr,
-):  # fmt: skip
-    """A tile of the mask: not 0 where a query sees a key."""
-    if (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
-        words = mask_pairs(
-            terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
-        )
-        # Not tl.join, nor bytes: Triton would then hold the factors of P V on sm_80 in an order
-        # that takes a shuffle for each pair of P
-        PAIRS: tl.constexpr = c.shape[1] // 2
-        found = tl.broadcast_to(words.to(tl.uint32)[:, :, None], [words.shape[0], PAIRS, 2])
-        found = tl.reshape(found, [words.shape[0], c.shape[1]])
-        found = found & (0xFF << ((tl.arange(0, c.shape[1]) & 1) * 8))[None, :].to(tl.uint32)
-    else:
-        found = score_tile(
-            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
-            j_first, c, seqlen_q, seqlen_k, MASK_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-        )  # fmt: skip
-    return found
-
-
-@triton.jit
-def bias_tile(
-    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
-    FLAGS: tl.constexpr,
-):  # fmt: skip
-    """A tile of the bias in float32, or of its only query's row."""
-    tile = score_tile(
-        terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-        j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-    )  # fmt: skip
-    return widened(tile)
-
-
-@triton.jit
-def alibi_slope(b, h, terms, scale, FLAGS: tl.constexpr):
-    """The slope of head h in the units of the logits."""
-    slope = tl.load(terms.alibi + b.to(tl.int64) * terms.alibi_b + h).to(tl.float32)
-    if NATURAL & FLAGS:
-        return slope
-    return slope * LOG2E / scale if UNSCALED & FLAGS else slope * LOG2E
-
-
-@triton.jit
-def tile_logits(
-    qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-    POSITIONS: tl.constexpr, FLAGS: tl.constexpr, WHOLE_KEYS: tl.constexpr = False, slope=None,
-):  # fmt: skip
-    """(s2, cap): base-2 logits, -inf where excluded, and tanh's value where softcap is on.  With
-    UNSCALED or NATURAL the logits are in other units (softmax.py).
-
-    qk: q_i . k_j of queries i_first + r and keys j_first + c; r, c and h broadcast to its shape.
-    POSITIONS: the tile is cut by a window, or by the last key; WHOLE_KEYS: no key is past the last.
-    slope: `alibi_slope`, which is loaded here if not given.
-    """
-    unit = LN2 if NATURAL & FLAGS else 1.0
-    cap = qk
-    if SOFTCAP & FLAGS:
-        if APPROX_TANH & FLAGS:
-            cap = tanh_approx(qk * terms.cap_in)
-            part = cap
-        elif QUICK_TANH & FLAGS:
-            part = tanh_part(qk, terms.cap_in)
-            cap = 2.0 * part - 1.0
-        else:
-            cap = tanh(qk * terms.cap_in)
-        s = part if UNSCALED & FLAGS else cap * (terms.cap_out * unit)
-    elif UNSCALED & FLAGS:
-        s = qk
-    else:
-        s = qk * (scale * unit)
-    if SIGMOID_LENGTH & FLAGS:
-        keys = in_frame(terms, b, 5) if (FRAME & FLAGS) else seqlen_k
-        s -= tl.log2(tl.maximum(keys, 1).to(tl.float32))
-    elif SIGMOID & FLAGS:
-        s += terms.shift
-    if BIAS & FLAGS:
-        added = bias_tile(
-            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
-        )
-        if NATURAL & FLAGS:  # -inf + NaN is found by `nan_count`
-            s += added
-        else:
-            s += hold(added) * LOG2E
-    if ALIBI & FLAGS:
-        if slope is None:
-            slope = alibi_slope(b, h, terms, scale, FLAGS)
-        # of floats: an integer of each pair would be converted
-        last = last_distance(b, seqlen_q, seqlen_k, terms, FLAGS)
-        row = (i_first + r + last - j_first).to(tl.float32)
-        distance = row - c.to(tl.float32)
-        s -= slope * (distance if BACKWARD & FLAGS else tl.abs(distance))
-    if MASK & FLAGS:
-        visible = visible_keys(
-            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
-        )
-        s = where_seen(visible.to(tl.uint32), s)
-    if (BIAS & FLAGS) and not (NATURAL & FLAGS):
-        # a bias of -inf excludes even where q . k is NaN
-        s = tl.where(added == float("-inf"), float("-inf"), s)
-    if POSITIONS:
-        i, j = i_first + r, j_first + c
-        inside = (i < seqlen_q) & (j < seqlen_k)
-        if LEFT & FLAGS:
-            inside = inside & (j >= i + off - left)
-        if RIGHT & FLAGS:
-            inside = inside & (j <= i + off + right)
-        s = tl.where(inside, s, float("-inf"))
-    return s, cap

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from attn_ext.triton_kernels.kernels.primitives import (
     APPROX_TANH,
+    BOUNDED,
     DROPOUT,
     FAR,
     FINFO_MIN,
@@ -12,12 +13,14 @@ from attn_ext.triton_kernels.kernels.primitives import (
     LN2,
     LOG2E,
     NATURAL,
+    RELATIVE,
     SIGMOID,
     SINK,
     SOFTCAP,
     STATS,
     UNSCALED,
     hold,
+    nan_count,
 )
 
 LARGEST_UNSCALED = tl.constexpr(16777216.0)  # of which half a unit in the last place is 1/2
@@ -51,24 +54,31 @@ def unit(terms, scale, FLAGS: tl.constexpr):
 
 @triton.jit
 def base2_max(row_max, shift, FLAGS: tl.constexpr):
-    """The rows' maxima of `online_softmax` in base 2, shift included."""
+    """The rows' maxima of `online_softmax` in base 2, shift included; with BOUNDED the 0 that
+    stands for them."""
+    if BOUNDED & FLAGS:
+        return tl.zeros(row_max.shape, tl.float32)
     if NATURAL & FLAGS:
         return hold(row_max) * LOG2E
     return row_max + shift if (SOFTCAP & FLAGS) and (UNSCALED & FLAGS) else row_max
 
 
 @triton.jit
-def online_softmax(s, factor, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
+def online_softmax(s, factor, row_max, row_sum, e, bad, FLAGS: tl.constexpr, behind=0.0):
     """(P, alpha, row_max, row_sum, e, bad) after the tile s [BLOCK_M, BLOCK_N] of logits, of which
     `unit` says the factor; row_max is in base 2, but with NATURAL in base e, since the least number
     in base 2 is -inf.
 
     SIGMOID: P = 1 / (1 + 2^-s), and nothing to sum.  Else P = 2^(s - row_max) with the new row_max;
     what was summed before shrinks by alpha.  With STATS e = sum_j P_ij (s_ij - m_i), and `bad`
-    counts the NaN of a row, which max ignores.
+    counts the NaN of a row, which max ignores.  BOUNDED: P = 2^s, and row_max is not used.
+    behind: with RELATIVE what the logits, in base 2, are less than s, [BLOCK_M].
     """
     if SIGMOID & FLAGS:
         return sigmoid(s), row_sum + 1.0, row_max, row_sum, e, bad
+    if BOUNDED & FLAGS:
+        p = tl.exp2(s * factor)
+        return p, row_sum, row_max, row_sum + tl.sum(p, 1), e, bad
     if NATURAL & FLAGS:
         m_new = tl.maximum(row_max, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows still empty: no -inf - -inf
@@ -81,10 +91,16 @@ def online_softmax(s, factor, row_max, row_sum, e, bad, FLAGS: tl.constexpr):
         shrink = tl.where(coarse, row_max - m_safe, row_max * factor - base2)
     else:
         times = factor if UNSCALED & FLAGS else 1.0
-        m_new = tl.maximum(row_max, tl.max(s, 1) * times)
+        largest = tl.max(s, 1) * times
+        if RELATIVE & FLAGS:
+            largest -= behind
+        m_new = tl.maximum(row_max, largest)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        base = m_safe
+        if RELATIVE & FLAGS:
+            base += behind
         # UNSCALED: one multiply-add; what that means for huge logits says `far_count`
-        distance = s * times - m_safe[:, None]
+        distance = s * times - base[:, None]
         shrink = row_max - m_safe
     p = tl.exp2(distance)
     alpha = tl.exp2(shrink)
@@ -117,6 +133,14 @@ def far_count(row_max, FLAGS: tl.constexpr):
             far = far & (tl.abs(row_max) < COARSE2)
         return tl.sum(tl.where(far, 1, 0), 0)
     return 0
+
+
+@triton.jit
+def again_count(acc, row_max, row_sum, FLAGS: tl.constexpr):
+    """Not 0 if rows are to be computed again by `careful_rows`; row_max in base 2."""
+    if BOUNDED & FLAGS:
+        acc = acc * 0.0  # inf counts as well: a weight above 1 may have made it of a finite value
+    return nan_count(acc) + far_count(row_max, FLAGS) + lost_count(row_sum, FLAGS)
 
 
 @triton.jit

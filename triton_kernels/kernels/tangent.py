@@ -19,22 +19,21 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 from attn_ext.triton_kernels.kernels.dropout import dropout_state, keep
+from attn_ext.triton_kernels.kernels.logits import score_tile, tile_logits
 from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     INTERPRETED,
     LOG2E,
+    RUNTIME,
     SINK,
     SOFTCAP,
+    block_of,
     diagonal,
     dot,
     key_range,
     load_tile,
-    program,
-    score_tile,
-    sequences,
     store_tile,
     sum_of_products,
-    tile_logits,
 )
 from attn_ext.triton_kernels.kernels.scores import base2_lse, probabilities
 
@@ -46,11 +45,6 @@ MOVED_DOUT = tl.constexpr(8)
 MOVED_BIAS = tl.constexpr(16)
 MOVED_SINK = tl.constexpr(32)
 MOVED_LOGITS = tl.constexpr(1 + 2 + 16 + 32)  # t' or L' is not 0
-
-RUNTIME = (
-    "heads_q", "group", "total_q", "total_k", "seqlen_q", "seqlen_k", "blocks", "threshold",
-    "left", "right",
-)  # fmt: skip
 
 
 class Heads(NamedTuple):
@@ -230,14 +224,13 @@ def tangent_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of queries * Hq * B).  O' [B, Hq, Sq, Dv], L' [B, Hq, Sq]."""
-    block, h, b = program(blocks, heads_q)
+    block, h, b, q_first, length_q, k_first, length_k = block_of(
+        cu_seqlens_q, cu_seqlens_k, 0,
+        (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
+    )  # fmt: skip
     i_first = (blocks - 1 - block) * BLOCK_M  # with causal the last are longest
-    q_first, length_q, k_first, length_k = sequences(
-        cu_seqlens_q, cu_seqlens_k, 0, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
-    )
     if i_first >= length_q:
         return
-    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     q_tile, tq_tile = moving_tile(

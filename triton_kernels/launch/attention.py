@@ -168,7 +168,7 @@ class Plan:
     def forward_flags(self) -> int:
         """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED
         where they are one term times a positive number, or that of q . k is not tiny beside
-        ALiBi's, which is divided by it."""
+        ALiBi's, which is divided by it.  BOUNDED and RELATIVE where they serve."""
         if self.sigmoid:
             return self.flags
         if self.bias is not None:
@@ -179,7 +179,13 @@ class Plan:
             unscaled = self.flags & quick and self.alibi is None
         else:
             unscaled = self.scale > (0 if self.alibi is None else 2.0**-20)
-        return self.flags + (primitives.UNSCALED.value if unscaled else 0)
+        found = self.flags + (primitives.UNSCALED.value if unscaled else 0)
+        if self.flags & _FLAG["BACKWARD"] and self.q.element_size() == 2:
+            found += primitives.RELATIVE.value
+        bounded = self.cap_out <= primitives.LARGEST_CAP.value and not self.call.need_stats
+        if unscaled and self.flags & _FLAG["APPROX_TANH"] and bounded:
+            found += primitives.BOUNDED.value
+        return found
 
     def own(self, x: torch.Tensor, fill: float | None = None) -> torch.Tensor:
         """x, which the call has allocated, filled where no kernel may write it."""
@@ -356,7 +362,7 @@ def decode(plan: Plan, out, lse, max_logit, entropy) -> None:
         0 if table is None else table.stride(0), plan.k.shape[0],
         plan.heads_q, group, plan.seqlen_q, plan.seqlen_k, m_blocks, splits, *plan.scalars(),
         plan.dim, plan.dim_v, block_m, tile.block_n, plan.block_d, plan.block_dv, page_size,
-        plan.forward_flags() + split_flag,
+        (plan.forward_flags() & ~primitives.RELATIVE.value) + split_flag,
     )  # fmt: skip
     if splits > 1:
         block = configs.Tile(16, 0, 4, 1)

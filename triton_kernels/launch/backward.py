@@ -11,8 +11,10 @@ from attn_ext.core.layout import empty_like_layout, rows, score_strides, strides
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs
 from attn_ext.triton_kernels import configs
-from attn_ext.triton_kernels.kernels.bwd import delta_kernel, dkdv_kernel, dq_kernel
 from attn_ext.triton_kernels.kernels.dbias import dbias_kernel
+from attn_ext.triton_kernels.kernels.delta import delta_kernel
+from attn_ext.triton_kernels.kernels.dkdv import dkdv_kernel
+from attn_ext.triton_kernels.kernels.dq import dq_kernel
 from attn_ext.triton_kernels.kernels.far import far_keys_kernel, far_queries_kernel
 from attn_ext.triton_kernels.kernels.fused import dq_from_sums_kernel, fused_kernel
 from attn_ext.triton_kernels.kernels.primitives import SUM_ROWS
@@ -89,7 +91,7 @@ class Backward:
         self.inputs = (plan.q, plan.k, plan.v, self.dout, self.lse2, self.delta)
         self.sums, self.sum_strides = None, (0, 0)
         if fused:
-            # float32, `bwd.sums_of`; the kernel of delta clears them, which sigmoid weights lack
+            # float32, `delta.sums_of`; the kernel of delta clears them, which sigmoid weights lack
             rows_taken, step = plan.seqlen_q, SUM_ROWS.value
             if varlen:
                 rows_taken = plan.q.shape[0] + plan.batch * step

@@ -1,4 +1,4 @@
-"""What backward needs besides the kernels of bwd.py: how dbias is written, and dsink."""
+"""What backward needs besides its kernels: how dbias is written, and dsink."""
 
 from __future__ import annotations
 

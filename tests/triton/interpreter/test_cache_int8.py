@@ -100,7 +100,7 @@ PLANTED = {
         "tl.where(p != 0, p * factor[None, :], 0.0)", "p * factor[None, :]"),
     "factors of the first head": ("k_factors + wide_hk * kf_h +", "k_factors +"),
     "factors of the place, not the page": ("+ page * vf_p + slot * vf_s", "+ j * vf_s"),
-    "parts begin a tile late": ("first + split * share, end", "first + split * (share + 1), end"),
+    "parts begin a tile late": ("part_of(first, end, split", "part_of(first + split, end, split"),
 }  # fmt: skip
 
 

@@ -86,9 +86,11 @@ def test_which_calls_take_two_kernels():
     assert launched(random_call(5, head_dim=160, dtype=torch.bfloat16), needs) == PAIR
     with mock.patch.object(attention, "architecture", lambda x: "sm_90"):
         assert launched(call, needs) == FUSED
-        assert launched(case("all")._replace(bias=None), needs) == PAIR, "of which no row is known"
+        assert launched(case("all")._replace(bias=None), needs) == FUSED
         with configs.using(configs.key("fused", 64, 2), configs.PAIR):
             assert launched(call, needs) == PAIR
+    with mock.patch.object(attention, "architecture", lambda x: "sm_100"):
+        assert launched(case("all")._replace(bias=None), needs) == PAIR, "of which no row is known"
 
 
 def test_explain_names_the_kernels(monkeypatch):

@@ -2,7 +2,7 @@
 wrong that its first line names.
 """
 
-import sys
+from pathlib import Path
 
 import nonfinite_cases
 import patches
@@ -42,18 +42,11 @@ def wrong(run=backward.backward) -> set[str]:
 def plant(patch, monkeypatch, folder):
     """`backward` with a bug in its kernels or in what launches them."""
     ((file, text),) = patches.apply(patch, ROOT).items()
-    (folder / "first").mkdir()
-    (folder / "second").mkdir()
-    module = planted_triton.loaded(text, folder / "first")
     if file.endswith("launch/backward.py"):
-        return module.backward
-    modules = [module]
-    if file.endswith("/bwd.py"):  # whose functions fused.py takes
-        monkeypatch.setitem(sys.modules, "planted_bwd", module)
-        fused = (ROOT / "triton_kernels/kernels/fused.py").read_text()
-        fused = fused.replace("attn_ext.triton_kernels.kernels.bwd", "planted_bwd")
-        modules.append(planted_triton.loaded(fused, folder / "second"))
-    for each in modules:
+        return planted_triton.loaded(text, folder).backward
+    # each after those whose functions it takes
+    order = ("delta", "dkdv", "dq", "fused")
+    for each in planted_triton.with_others(Path(file).stem, text, order, monkeypatch, folder):
         for name in ("delta_kernel", *FUSED[1:]):
             if hasattr(each, name):
                 monkeypatch.setattr(backward, name, getattr(each, name))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attn_ext.testing import check_call, random_call
-from attn_ext.triton_kernels.kernels import fwd, primitives
+from attn_ext.triton_kernels.kernels import fwd, logits, primitives
 from attn_ext.triton_kernels.launch import attention
 
 
@@ -111,7 +111,102 @@ def test_a_mask_without_words():
 def test_planted_bug_in_the_words_is_caught(mask, monkeypatch, tmp_path):
     """A test above that no wrong byte fails: each key takes the byte of its neighbour."""
     bug = ("(tl.arange(0, c.shape[1]) & 1) * 8", "(1 - (tl.arange(0, c.shape[1]) & 1)) * 8")
-    module = planted_triton.planted("primitives", *bug, tmp_path)
-    monkeypatch.setattr(primitives, "visible_keys", module.visible_keys)
+    module = planted_triton.planted("logits", *bug, tmp_path)
+    monkeypatch.setattr(logits, "visible_keys", module.visible_keys)
     with pytest.raises(AssertionError):
         check_call(random_call(3, seqlen_k=66, **MASKED | {"mask": mask}), "triton", grads=False)
+
+
+CAPPED = {"batch": 1, "heads_q": 2, "seqlen_q": 34, "seqlen_k": 70, "head_dim": 16}
+
+
+def bounded(call) -> bool:
+    """Whether the softmax of a call looks for no maximum."""
+    return bool(attention.Plan(call).forward_flags() & primitives.BOUNDED.value)
+
+
+def capped_call(softcap=30.0, dtype=torch.bfloat16, **options):
+    """A call with logits at both ends of the cap, in rows of their own, and between."""
+    call = random_call(5, softcap=softcap, dtype=dtype, sink=True, **CAPPED | options)
+    call.q[:, :, 3:6], call.k[:, :, ::2] = 40.0, 40.0
+    call.q[:, :, 6:9] = -40.0
+    return call
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": "bqk", "dropout_p": 0.2}])
+def test_soft_cap_without_a_maximum(options):
+    """A weight above 1 that is not divided out again; LSE of another base; rows without keys."""
+    call = capped_call(50.0, **options)
+    assert bounded(call)
+    check_call(call, "triton")
+
+
+def test_which_soft_caps_need_a_maximum():
+    """Weights that leave float16 or float32; a largest logit that nobody has looked for."""
+    assert not bounded(capped_call(60.0))
+    assert not bounded(capped_call(dtype=torch.float16))
+    assert not bounded(capped_call(dtype=torch.float32))
+    for options in ({"stats": True}, {"bias": "hqk"}, {"alibi": True, "causal": True}):
+        assert not bounded(capped_call(**options))
+        check_call(capped_call(**options), "triton", grads=False)
+
+
+def large_values():
+    """A call with values that weights above 1 make infinite, all of one sign: no NaN of inf - inf
+    tells of them."""
+    call = capped_call()
+    call.v.abs_().mul_(1e30)
+    return call
+
+
+def test_values_that_a_weight_makes_infinite():
+    """An O of inf or NaN where the mean of finite values is finite."""
+    check_call(large_values(), "triton", grads=False)
+
+
+def test_planted_bug_in_what_overflows_is_caught(monkeypatch, tmp_path):
+    """The test above that passes whatever the kernel looks for."""
+    module = planted_triton.planted("softmax", "acc = acc * 0.0", "acc = acc * 1.0", tmp_path)
+    monkeypatch.setattr(fwd, "again_count", module.again_count)
+    with pytest.raises(AssertionError):
+        check_call(large_values(), "triton", grads=False)
+
+
+def alibi_call(dtype=torch.bfloat16, **options):
+    """Whole tiles in front of the diagonal, one of which ends at the position of a query; slopes
+    that count from a tile's first key and, in head 1, one that does not."""
+    sizes = {"batch": 1, "heads_q": 2, "seqlen_q": 64, "seqlen_k": 95, "head_dim": 16}
+    call = random_call(9, dtype=dtype, alibi=True, causal=True, **sizes | options)
+    call.alibi_slopes[..., 0], call.alibi_slopes[..., 1] = 0.5, 1e6
+    return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_alibi_from_the_first_key_of_a_tile(dtype):
+    """A row's own distance left out of its weights; digits that a steep slope leaves to nothing."""
+    for options in ({}, {"stats": True}, {"mask": "bqk"}, {"seqlen_q": 9, "seqlens_q": [9, 40]}):
+        call = alibi_call(dtype, **options)
+        assert attention.Plan(call).forward_flags() & primitives.RELATIVE.value
+        check_call(call, "triton", grads=False)
+    call = alibi_call(torch.float32)  # of which near keys would lose digits
+    assert not attention.Plan(call).forward_flags() & primitives.RELATIVE.value
+
+
+OF_ALIBI = {
+    "a row's distance is not in its weights": (
+        "softmax", "online_softmax", "base += behind", "base += 0 * behind"
+    ),
+    "steep slopes count from a tile's first key": (
+        "logits", "is_steep", "<= STEEP) == 0", "<= STEEP) == 2"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ALIBI)
+def test_planted_bug_in_alibi_is_caught(name, monkeypatch, tmp_path):
+    """The test above that any distance passes."""
+    kernels, function, before, after = OF_ALIBI[name]
+    module = planted_triton.planted(kernels, before, after, tmp_path)
+    monkeypatch.setattr(fwd, function, getattr(module, function))
+    with pytest.raises(AssertionError):
+        check_call(alibi_call(), "triton", grads=False)

@@ -199,6 +199,7 @@ class Run:
     probe: dict = field(default_factory=dict)
     steps: dict[str, dict] = field(default_factory=dict)
     start: float = field(default_factory=time.monotonic)
+    predicted: str = ""  # a table, at the end of the summary
 
     @property
     def left(self) -> float:
@@ -228,6 +229,8 @@ class Run:
         bench = self.out / "bench.md"
         if bench.exists():
             lines += ["", bench.read_text()]
+        if self.predicted:
+            lines += ["", "## Predicted by the machine code, and measured", "", self.predicted]
         (self.out / "summary.md").write_text("\n".join(lines) + "\n")
 
     def step(self, name: str, command, share: float, **environment) -> str:
@@ -366,6 +369,24 @@ def figures(out: Path) -> str:
     return "bars.png, roofline.png"
 
 
+def load(name: str):
+    """A script of this folder as a module"""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def predicted(out: Path, architecture: str) -> str:
+    """What the counts of hot loops let expect beside bench.json: a table, or why there is none"""
+    model = load("predicted")
+    try:
+        report = json.loads((out / "bench.json").read_text())
+        return model.table(list(model.predictions(report, architecture)))
+    except (OSError, ValueError, KeyError) as error:
+        return f"No prediction: {error!r}\n"
+
+
 def calls(device: str) -> int:
     """Some calls of each kernel, small, for compute-sanitizer"""
     from attn_ext.backends import registry
@@ -454,7 +475,9 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     run.steps["figures"] = {"state": "ok", "seconds": 0.0, "line": figures(out)}
     (out / ".attempt").unlink(missing_ok=True)
+    run.predicted = predicted(out, run.probe["arch"])
     run.save()
+    print(run.predicted, end="")
     print(f"{run.seconds - run.left:.0f} s; results are in {out}")
     bad = [n for n, s in run.steps.items() if s["state"].startswith("failed") and n != "tune"]
     return code or int(bool(bad))

@@ -27,7 +27,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "triton_code.json"
 OLDEST_TABLE = ROOT / "bench" / "results" / "triton_code-3.6.json"  # full and causal calls
-OTHER_TABLE = ROOT / "bench" / "results" / "triton_code-other.json"  # `OTHERS`
 OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 ARCHITECTURES = {  # -> what machine_code.py knows of it
     "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_100": "sm100", "sm_120": "sm120",
@@ -35,10 +34,6 @@ ARCHITECTURES = {  # -> what machine_code.py knows of it
 }  # fmt: skip
 TABLED = ("sm_80", "sm_90")  # of which the table has rows
 HEAD_DIMS = (64, 128)
-# Heads and types of the second table, held to plain Triton's best tile; 192 has the tiles of 256,
-# 96 those of 128, and fp16 those of bf16
-OTHERS = ((96, "bf16"), (192, "bf16"), (256, "bf16"), (128, "fp16"), (64, "fp32"), (128, "fp32"))
-OTHER_PASSES = ("forward", "dkdv", "dq")
 PASSES = {
     "forward": "fwd",
     "dkdv": "dkdv",

@@ -33,6 +33,7 @@ def test_the_whole_path_on_a_fake_device(tmp_path):
     assert bench["complete"] and len(bench["rows"]) == 6 and bench["ceilings"]["fp32"] > 0
     text = (tmp_path / "summary.md").read_text()
     assert "| build | ok |" in text and "| 1,2,64,16 bf16 causal fwd | attn_ext |" in text
+    assert "No measured row has a prediction." in text  # the model is of GPUs
     assert "===== verify:" in (tmp_path / "logs.txt").read_text()
     for name in ("bars.png", "roofline.png"):
         assert image.imread(tmp_path / name)[..., :3].std() > 0.02
@@ -149,7 +150,35 @@ def test_measuring_goes_on_from_what_is_saved(tmp_path):
     assert data["rows"][: len(rows)] == rows and len(data["rows"]) == 2 * len(rows)
 
 
-def test_the_real_device_plans_what_the_issue_asks():
+def test_predictions_stand_beside_what_was_measured():
+    """A pass at the rate of another kernel, the passes of a step averaged as if they took the same
+    time, rows that the model does not know."""
+    table = (ROOT / "bench" / "results" / "machine_code.json").read_text()
+    kernels = json.loads(table)["kernels"]
+    forward = kernels["sm90_forward 128"]["share_2_norm"]
+    backward = kernels["sm90_backward_fused 128"]["share_2_norm"]
+    common = {"dtype": "bf16", "causal": True, "peer": "attn_ext-cuda", "bound": "compute",
+              "tflops": 400.0, "share": 0.5}  # fmt: skip
+    rows = [
+        common | {"shape": "2,16(4),4096,128", "direction": "fwd"},
+        common | {"shape": "2,16,4096/8192,128", "direction": "fwd+bwd"},
+        common | {"shape": "2,16,4096,96", "direction": "fwd"},
+        common | {"shape": "2,16,1/4096,128", "direction": "fwd"},
+        common | {"shape": "2,16,4096,128", "direction": "fwd", "dtype": "fp32"},
+        common | {"shape": "2,16,4096,128", "direction": "fwd", "peer": "torch-cudnn"},
+        common | {"shape": "2,16,4096,128", "direction": "fwd", "share": None, "bound": None},
+    ]
+    model = gpu.load("predicted")
+    found = list(model.predictions({"rows": rows}, "90"))
+    both = 3.5 / (1 / forward + 2.5 / backward)
+    assert [x["predicted"] for x in found] == pytest.approx([forward, both])
+    assert [x["ratio"] for x in found] == pytest.approx([0.5 / forward, 0.5 / both])
+    older = next(model.predictions({"rows": rows}, "120"))
+    assert older["predicted"] == kernels["sm80_forward 128"]["share_2_norm"]
+    assert "| 2,16(4),4096,128 bf16 causal fwd | attn_ext-cuda | 400.0 |" in model.table(found)
+
+
+def test_the_real_device_plans_what_is_needed():
     """A misspelt peer or preset, seen on the GPU only."""
     from attn_ext.measure.peers import PEERS
 

@@ -35,12 +35,12 @@ def group_of(opcode: str) -> str:
 
 
 def matrix_cycles(opcode: str) -> float:
-    """Of v_mfma_f32_32x32x8_bf16 and the like; float32 has a quarter of the speed, TF32 half."""
+    """Of v_mfma_f32_32x32x8_bf16 and the like; float32 has an eighth of the speed, TF32 half."""
     found = re.match(r"v_mfma_f32_(\d+)x(\d+)x(\d+)_?(\w*)", opcode)
     if not found:
         return 0.0
     m, n, k = map(int, found.groups()[:3])
-    slower = {"f32": 4, "xf32": 2}.get(found[4], 1)
+    slower = {"f32": 8, "xf32": 2}.get(found[4], 1)
     return m * n * k * slower / MULTIPLY_ADDS
 
 

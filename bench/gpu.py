@@ -383,7 +383,7 @@ def predicted(out: Path, architecture: str) -> str:
     try:
         report = json.loads((out / "bench.json").read_text())
         return model.table(list(model.predictions(report, architecture)))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"No prediction: {error!r}\n"
 
 

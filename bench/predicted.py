@@ -46,10 +46,12 @@ def shares(results: Path = RESULTS) -> dict[tuple[str, str, str, int], float]:
 def predictions(report: dict, architecture: str, results: Path = RESULTS) -> Iterator[dict]:
     """Of each measured row that the model knows - 16 bits, a head dimension of 64 or 128, no
     dropout, more than one query - its case, peer, predicted share and measured share of the ceiling
-    of matrix products, and their ratio.  architecture: "90", "80"; others run the kernels of
-    sm_80."""
+    of matrix products, and their ratio.  architecture: "90", "80"; others run the CUDA kernels of
+    sm_80, and Triton's, which have other tiles there, no prediction."""
     known, family = shares(results), "sm90" if architecture == "90" else "sm80"
     for row in report["rows"]:
+        if row["peer"] == "attn_ext-triton" and architecture not in ("80", "90"):
+            continue
         # B,H,S,D with Hq(Hk), Sq/Sk
         shape = re.fullmatch(r"\d+,\d+(?:\(\d+\))?,(\d+)(?:/\d+)?,(\d+)", row["shape"])
         work = WORK.get(row["direction"])

@@ -64,7 +64,8 @@ def plan_key(call: Call) -> tuple | None:
     """What the plan of a plain call is remembered by; None for other calls."""
     if not _is_plain(call):
         return None
-    looks = [(x.shape, x.stride()) for x in (call.q, call.k, call.v)]
+    # with their alignment, by which a kernel is chosen that needs scratch, or another
+    looks = [(x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in (call.q, call.k, call.v)]
     return (*looks, call.q.dtype, call.q.device, call[TENSORS:])
 
 

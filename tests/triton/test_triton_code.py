@@ -133,3 +133,43 @@ def test_a_longer_loop_is_a_difference():
     assert triton_code.differences(table, longer) == ["a, ours full: 106 slots, the table says 100"]
     spilled = {"a": {"ours full": row | {"counts": {"spill": 1, "ldmatrix": 10}}}}
     assert len(triton_code.differences(table, spilled)) == 1
+
+
+AMD = """
+.LBB0_1:
+\tv_add_f32 v0, v0, v1
+\ts_cbranch_scc1 .LBB0_1
+.LBB0_2:
+\tds_read_b128 v[0:3], v4
+\tds_read2st64_b64 v[0:3], v4
+\tv_mfma_f32_32x32x8_bf16_1k v[0:15], v[0:1], v[2:3], v[0:15]
+\ts_nop 0
+\tv_exp_f32_e32 v0, v1
+\tv_mov_b32 v0, v1
+\tscratch_load_dword v0, off
+.LBB0_3:
+\tv_mfma_f32_16x16x4_f32 v[0:3], v0, v1, v[0:3]
+\ts_cbranch_scc0 .LBB0_3
+\ts_cbranch_scc1 .LBB0_2
+\t.vgpr_count: 129
+\t.vgpr_spill_count: 2
+"""
+
+
+def test_the_loops_of_amd_are_counted_by_their_assembly():
+    """The wrong loop, float32 products at the speed of bfloat16, bytes of LDS by lane instead of by
+    wave, a spill that is no spill."""
+    amdgcn = triton_code.load("bench/amdgcn.py")
+    found = amdgcn.report(AMD)
+    # 32 * 32 * 8 / 256 + 8 * 16 * 16 * 4 / 256
+    assert found["tensor_cycles"] == 32 + 32
+    assert found["slots"] == 9
+    assert found["counts"] == {
+        "lds": 2, "move": 1, "product": 2, "scalar": 2, "special": 1, "spill": 1
+    }  # fmt: skip
+    assert (found["registers"], found["spilled"], found["waves_a_simd"]) == (129, 2, 3)
+    # 4 SIMDs, two loads of 64 lanes of 16 bytes, 128 bytes a cycle
+    assert (found["bound"], found["share"]) == ("tensor", 1.0)
+    assert found["share_2_norm"] == pytest.approx(64 / (64**2 + 64**2 + 20**2) ** 0.5, abs=1e-3)
+    with pytest.raises(ValueError, match="no loop with matrix products"):
+        amdgcn.report(AMD.replace("v_mfma", "v_dot"))

@@ -46,6 +46,8 @@ CALLS = {
     "sm_90, every feature: bytes shared by warps": ("sm_90", FEATURES),
     "sm_90, softcap of bfloat16, words of a mask": ("sm_90", WORDS),
     "sm_90, a bias that queries share: a tile of one element": ("sm_90", CAUSAL | {"bias": "h"}),
+    "sm_90, ALiBi from a tile's first key": ("sm_90", CAUSAL | {"alibi": True, "mask": "bqk"}),
+    "sm_90, soft cap without a maximum, split": ("sm_90", PAGED | {"softcap": 30.0, "sink": True}),
     "sm_90, varlen": ("sm_90", VARLEN),
     "sm_90, paged decode, split": ("sm_90", PAGED),
     "sm_90, deterministic dbias": ("sm_90", FIXED),

@@ -203,7 +203,13 @@ def forward_rows(
         )  # fmt: skip
     acc, row_max, row_sum, e, bad = state
     _factor, shift = unit(terms, scale, FLAGS)
-    return acc, base2_max(row_max, shift, FLAGS), row_sum, e, bad
+    row_max = base2_max(row_max, row_sum, shift, FLAGS)
+    if BOUNDED & FLAGS:
+        # A sink and the other parts of a split join by row_max: a sum of 2^-80 or 2^90 beside a
+        # maximum of 0 would lose what they hold
+        share = tl.exp2(tl.where(row_sum > 0, -row_max, 0.0))  # a power of two
+        acc, row_sum = acc * share[:, None], row_sum * share
+    return acc, row_max, row_sum, e, bad
 
 
 @triton.jit

@@ -1,5 +1,9 @@
 """Logits of a tile, elementwise over a row index i and a key index j: scale, soft cap, bias, ALiBi,
 mask and window, as `primitives.Terms` names them, with the tiles of mask and bias that they read.
+
+The indices broadcast against each other, so that one text serves S = Q K^T [BLOCK_M, BLOCK_N]
+(forward, dQ, decode: i is [BLOCK_M, 1]) and its transpose [BLOCK_N, BLOCK_M] (dK and dV: i is
+[1, BLOCK_M]).
 """
 
 import triton

@@ -1,9 +1,6 @@
 """What the Triton kernels share: flags, tile loads, matrix products, and which tiles a program has.
 
-Everything is elementwise over a row index i and a key index j that broadcast against each other, so
-that one text serves S = Q K^T [BLOCK_M, BLOCK_N] (forward, dQ, decode: i is [BLOCK_M, 1]) and its
-transpose [BLOCK_N, BLOCK_M] (dK and dV: i is [1, BLOCK_M]).  Logits, m and l are in base 2 inside
-the kernels: s2 = s * log2(e), P = 2^(s2 - m2).
+Logits, m and l are in base 2 inside the kernels: s2 = s * log2(e), P = 2^(s2 - m2).
 
 `FLAGS` is one compile-time integer, the sum of the features of the call.  Tests of it are written
 `FEATURE & FLAGS`: the interpreter hands FLAGS over as an int, which has no `& constexpr`.

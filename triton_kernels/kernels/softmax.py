@@ -53,11 +53,11 @@ def unit(terms, scale, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def base2_max(row_max, shift, FLAGS: tl.constexpr):
-    """The rows' maxima of `online_softmax` in base 2, shift included; with BOUNDED the 0 that
-    stands for them."""
+def base2_max(row_max, row_sum, shift, FLAGS: tl.constexpr):
+    """The rows' maxima of `online_softmax` in base 2, shift included; with BOUNDED the logarithm of
+    the sum, rounded up, which stands for them."""
     if BOUNDED & FLAGS:
-        return tl.zeros(row_max.shape, tl.float32)
+        return tl.where(row_sum > 0, tl.ceil(tl.log2(row_sum)), float("-inf"))
     if NATURAL & FLAGS:
         return hold(row_max) * LOG2E
     return row_max + shift if (SOFTCAP & FLAGS) and (UNSCALED & FLAGS) else row_max

@@ -1,5 +1,5 @@
-// What the kernel for few queries (decode.h) reads at a time, keys of four streams, and what it
-// keeps of its rows: of their storage nothing depends here.
+// What the kernel for few queries (decode.h) reads at a time, keys of four or two streams, and what
+// it keeps of its rows: of their storage nothing depends here.
 #pragma once
 #include "cpu/kernels/options.h"
 #include "cpu/simd/storage.h"

@@ -6,6 +6,7 @@ import planted_triton
 import pytest
 import torch
 
+import attn_ext
 from attn_ext.testing import check_call, random_call
 from attn_ext.triton_kernels.kernels import fwd, logits, primitives
 from attn_ext.triton_kernels.launch import attention
@@ -149,6 +150,29 @@ def test_which_soft_caps_need_a_maximum():
     for options in ({"stats": True}, {"bias": "hqk"}, {"alibi": True, "causal": True}):
         assert not bounded(capped_call(**options))
         check_call(capped_call(**options), "triton", grads=False)
+
+
+def test_sinks_far_above_the_cap():
+    """Weights that are all 0 beside the sink, since their sum and it have no maximum in common."""
+    call = capped_call(50.0)
+    call.q[..., 3:9, :] = 40.0
+    for sink in (105.0, 120.0, -140.0):
+        check_call(call._replace(sink=torch.full_like(call.sink, sink)), "triton", grads=False)
+        rows = attn_ext.attention(
+            *call[:3], softcap=50.0, sink=torch.full_like(call.sink, sink), backend="triton"
+        )
+        assert (rows[..., 3:9, :] != 0).all()
+
+
+def test_parts_that_are_finite_have_a_finite_sum():
+    """A split whose parts are joined by a maximum that none of them looked for."""
+    call = random_call(
+        5, softcap=50.0, dtype=torch.bfloat16, batch=1, heads_q=2, head_dim=16, seqlen_q=1,
+        seqlen_k=256, cache_seqlens=[256], num_splits=4,
+    )  # fmt: skip
+    call.q.fill_(40.0), call.k.fill_(40.0), call.v.fill_(5e14)
+    assert bounded(call)
+    check_call(call, "triton", grads=False)
 
 
 def large_values():

@@ -1,7 +1,7 @@
 // dQ = scale * dS K on Hopper, for the calls of forward.cuh.  Q, dO [B, Hq, Sq, D or Dv], K, V [B,
 // Hk, Sk, D or Dv], dQ as Q.
 //
-// One CTA = 128 query rows of one head, as in forward.cuh: a producer thread has the copy engine
+// One CTA = 128 query rows of one head: a producer thread has the copy engine
 // bring Q and dO, then K and V tiles through rings; two consumer warpgroups have 64 rows each: S =
 // Q K^T and dP = dO V^T by wgmma from shared memory, dS in registers, dQ += dS K.  No other CTA
 // adds to its rows, so that a result never depends on the order of CTAs.

@@ -3,10 +3,11 @@
 // D, Dv at most HEAD_DIM.
 // After FlashAttention-3 (Shah et al. 2024).
 //
-// One CTA = 128 query rows of one head, three warpgroups.  The first is the producer: one thread of
-// it has the copy engine (TMA) bring Q, then K and V tiles into rings of STAGES buffers.  The other
-// two are consumers, 64 rows each: S = Q K^T by wgmma from shared memory, softmax in registers, O
-// += P V with P from registers.  A full and an empty mbarrier a buffer are all that they share.
+// A CTA works on tiles of 128 query rows of one head, one after the other (schedule.cuh), by three
+// warpgroups.  The first is the producer: one thread of it has the copy engine (TMA) bring Q, then
+// K and V tiles into rings of STAGES buffers.  The other two are consumers, 64 rows each: S = Q K^T
+// by wgmma from shared memory, softmax in registers, O += P V with P from registers.  They share a
+// full and an empty mbarrier a buffer, and what tile it is.
 #pragma once
 #include "schedule.cuh"
 
@@ -89,22 +90,20 @@ struct Consumer {
   using Weights = uint32_t[TILES / 2][4];  // P as A operands
 
   const Params& p;
-  const Ring<STAGES>&K, &V;
+  const KeyRing &K, &V;
   uint32_t Q_word;  // its 64 rows (wgmma_word)
   float O[ACC][4] = {};
   RowState state;
 
-  ATTN_DEVICE Consumer(const Params& params, const Ring<STAGES>& k, const Ring<STAGES>& v,
-                       uint32_t q)
+  ATTN_DEVICE Consumer(const Params& params, const KeyRing& k, const KeyRing& v, uint32_t q)
       : p(params), K(k), V(v), Q_word(wgmma_word(q)) {}
 
-  // Buffers of a turn and of every second one behind it: K's tile (wgmma_word) and full mbarrier.
-  // V's lie a known distance behind (ForwardMemory).  With two stages nothing of that changes over
-  // the loop.
+  // Buffers of a turn and of every second one behind it: tiles of K and V (wgmma_word), and K's
+  // full mbarrier, behind which V's lies at a known distance (ForwardMemory).  With two stages
+  // nothing of that changes over the loop.
   struct Buffers {
     uint32_t K, V, full;
   };
-  static constexpr uint32_t VALUES = ForwardMemory<Tile>::VALUES;
   ATTN_DEVICE static uint32_t V_full(const Buffers& at) { return at.full + RING_BARS; }
   ATTN_DEVICE Buffers buffers(int turn) const {
     static_assert(STAGES == 2);

@@ -84,8 +84,8 @@ inline int64_t forward_tiles(const Problem& p) {
   constexpr int M = ForwardTile90<64>::BLOCK_M;
   return p.batch * p.heads_q * ((p.seqlen_q + M - 1) / M);
 }
-// Floats of workspace, of which the first is its counter of tiles: where there are more tiles than
-// multiprocessors, and numbers that no CTA can exceed.
+// Floats of workspace: one, the counter of tiles, where there are more tiles than multiprocessors
+// and no number that is claimed leaves int; the last go past the tiles by at most one a CTA.
 inline int64_t forward_workspace(const Problem& p, int multiprocessors) {
   const int64_t tiles = forward_tiles(p);
   return tiles > multiprocessors && tiles + 2 * int64_t(multiprocessors) < 2147483647 ? 1 : 0;

@@ -27,6 +27,8 @@ void launch_forward(Executor& to, std::string kernel, const Params& params,
   const Problem& p = params.p;
   const auto keys = [](const TensorSpec& spec) { return FOURS ? in_fours(spec) : spec; };
   ForwardParams x{};
+  static_assert(Tile::BLOCK_M == ForwardTile90<64>::BLOCK_M);  // as forward_tiles() counts
+  static_assert(Tile::VALUE_SLABS <= Tile::SLABS);             // O is stored from where Q lay
   x.p = params;
   x.p.m_tiles = int(forward_tiles(p) / (p.batch * p.heads_q));
   x.Q = to.tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));

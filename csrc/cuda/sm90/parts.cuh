@@ -36,13 +36,16 @@ ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, in
 }
 
 // A ring of STAGES buffers: full and empty mbarriers, 8 bytes each.
-template <int STAGES>
+//
+// INDEX: how turns are counted.  Signed, ptxas takes fewer registers in the backward, whose turns
+// never go round; unsigned, fewer instructions in the forward.
+template <int STAGES, class INDEX = int>
 struct Ring {
   uint32_t tiles, full, bytes;
-  ATTN_DEVICE uint32_t tile(int i) const { return tiles + uint32_t(i) % STAGES * bytes; }
-  ATTN_DEVICE uint32_t full_bar(int i) const { return full + uint32_t(i) % STAGES * 8; }
+  ATTN_DEVICE uint32_t tile(int i) const { return tiles + uint32_t(INDEX(i) % STAGES) * bytes; }
+  ATTN_DEVICE uint32_t full_bar(int i) const { return full + uint32_t(INDEX(i) % STAGES) * 8; }
   ATTN_DEVICE uint32_t empty_bar(int i) const { return full_bar(i) + 8 * STAGES; }
-  ATTN_DEVICE static uint32_t parity(int i) { return uint32_t(i) / STAGES & 1; }
+  ATTN_DEVICE static uint32_t parity(int i) { return uint32_t(INDEX(i) / STAGES) & 1; }
 
   ATTN_DEVICE void init(int producers = 1, int consumers = CONSUMER_WARPS) const {
     for (int s = 0; s < STAGES; ++s) {
@@ -115,7 +118,7 @@ struct QueryTask : ForwardTask {
   }
 };
 
-// Shared memory of a CTA that owns queries: Q (and dO), and rings of K and V.
+// Shared memory of a CTA that owns queries: Q and dO, and rings of K and V.
 template <class Tile>
 struct QueryMemory {
   uint32_t Q, dO, queries_full;

@@ -59,13 +59,15 @@ ATTN_DEVICE int claim(const ForwardParams& x) {
   return x.counter ? grid_size().x + atomic_add_global(x.counter, 1) : NO_TILE;
 }
 
+using KeyRing = Ring<STAGES, uint32_t>;
+
 // Shared memory: tiles of Q with what they are, from which O is stored again, and rings of K and V.
 template <class Tile>
 struct ForwardMemory {
   static constexpr int QUERIES = Tile::QUERY_STAGES;
   static constexpr uint32_t VALUES = STAGES * Tile::KEY_BYTES;  // from a tile of K to that of V
-  Ring<QUERIES> Q;
-  Ring<STAGES> K, V;
+  Ring<QUERIES, uint32_t> Q;
+  KeyRing K, V;
   uint32_t tiles;  // a QueryTile beside each of Q, 16 bytes
 
   ATTN_DEVICE static ForwardMemory of(uint32_t base) {

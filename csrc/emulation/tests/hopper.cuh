@@ -9,6 +9,7 @@
 #endif
 
 #include "../../cuda/ptx_sm90.cuh"
+#include "../../philox.h"
 #include "device_launch.cuh"
 
 namespace attn::hopper {
@@ -65,7 +66,7 @@ struct Params {
   int* words;                   // [2], 0: the next ticket, the next turn
 };
 
-ATTN_DEVICE constexpr bool adds_in_turn(int op) {
+ATTN_HOST_DEVICE constexpr bool adds_in_turn(int op) {
   return op == IN_TURN || (op >= TURN_UNFENCED && op < BOX_LANDS);
 }
 

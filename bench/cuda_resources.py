@@ -96,7 +96,7 @@ def compiler() -> str:
 SPILLS: tuple[tuple[str, int], ...] = (
     (r"sm80::backward_far_.*", 40),  # for rows that are rare
     (r"sm80::(forward|backward)_features<.*", 364),
-    (r"sm90::forward_features<(bf16|fp16), 128, .*", 116),
+    (r"sm90::forward_features<(bf16|fp16), 128, .*", 176),
     (r"sm90::backward_features<.*", 256),  # most of it in the producer
     (r"sm80::convert_dq_features<.*", 8),
     (r"sm80::forward_plain<(bf16|fp16), 96> sm_90a", 12),

@@ -3,11 +3,15 @@ of attn_ext._emulated.
 """
 
 import ctypes
+import os
+import pickle
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import patches
+import torch
 from emulator_build import compiler
 from ptx import build
 from repository import ROOT
@@ -59,6 +63,13 @@ def wrong_with(
 ) -> tuple[str, ...]:
     """What `wrong` says while the kernels with a bug, or without one, run."""
     planted = library(folder, header, kernels, patch, params)
+    found, used = _in_child(lambda: _run(planted, wrong))
+    assert set(planted) <= used
+    return found
+
+
+def _run(planted: dict[str, int], wrong: Callable[[], tuple]) -> tuple[tuple, set[str]]:
+    """What `wrong` says, and which kernels ran."""
     used = set()
 
     def resolve(offset: int) -> int:
@@ -67,9 +78,28 @@ def wrong_with(
         return planted.get(name, 0)
 
     _emulated.replace_kernels(resolve)
-    try:
-        found = wrong()
-    finally:
-        _emulated.replace_kernels(None)
-    assert set(planted) <= used
-    return found
+    return wrong(), used
+
+
+def _in_child(compute: Callable[[], tuple]) -> tuple:
+    """What it returns in a copy of this process: a bug may write over what another test needs."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.close(reading)
+            torch.set_num_threads(1)  # OpenMP's other threads are not copied
+            with os.fdopen(writing, "wb") as stream:
+                pickle.dump(compute(), stream)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        given = stream.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"the process with the planted bug ended with {status}"
+    return pickle.loads(given)

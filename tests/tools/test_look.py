@@ -192,6 +192,7 @@ def test_tokens(tmp_path):
 
 def test_tokens_of_tokenizers():
     """Signs of vocabularies in place of spaces and line breaks, one text for a whole batch."""
+    pytest.importorskip("tokenizers", reason="comes with transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

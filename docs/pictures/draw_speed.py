@@ -23,7 +23,8 @@ BARS = (  # (dtype, torch or the best other, colour, label)
     ("bf16", "best", "#f6c79b", "best other, bfloat16"),
 )
 NAMES = {"onnxruntime-mha": "ORT", "onnxruntime-gqa": "ORT", "onnxruntime-att23": "ORT",
-         "openvino": "OpenVINO", "naive": "naive", "torch-math": "math"}  # fmt: skip
+         "openvino": "OpenVINO", "ggml": "ggml", "naive": "naive",
+         "torch-math": "math"}  # fmt: skip
 
 
 def ratios(rows: list[dict], *case) -> dict:
@@ -63,7 +64,6 @@ def panel(axes, rows: list[dict], direction: str, title: str) -> None:
             axes.text(x, value, text, rotation=90, ha="center", va="bottom", fontsize=6.5)
     axes.axhline(1, color="#c0392b", linewidth=1.4)
     axes.set_xticks(range(len(SHAPES)), [label(*s) for s in SHAPES], fontsize=6.4)
-    axes.set_ylim(0, 9.5)
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", labelsize=7)
@@ -74,6 +74,7 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.1), sharey=True, layout="constrained")
     panel(left, rows, "fwd", "forward")
     panel(right, rows, "fwd+bwd", "forward and backward")
+    left.set_ylim(0, left.get_ylim()[1] * 1.12)  # room for the names above the longest bar
     left.set_ylabel("times as long as attn_ext", fontsize=8)
     bars = [plt.Rectangle((0, 0), 1, 1, color=color) for _, _, color, _ in BARS]
     line = plt.Line2D([], [], color="#c0392b")

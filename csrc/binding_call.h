@@ -2,21 +2,42 @@
 // name.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <iterator>
 
 #include "binding_parts.h"
 
+// What pybind11 makes of a function is compiled once for each type of it and of what is said beside
+// it.  So functions are handed over as pointers (+[]), what they say of themselves as a pointer
+// (doc), and sequences as they are.
 namespace attn {
 
 namespace py = pybind11;
-using Triple = std::array<int64_t, 3>;
-using Quad = std::array<int64_t, 4>;
 
-inline Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
-inline ScoreStrides score_strides(const Quad& t) { return {t[0], t[1], t[2], t[3]}; }
+constexpr const char* doc(const char* text) { return text; }
+
+inline void read_integers(const py::sequence& told, int64_t* to, size_t count) {
+  if (told.size() != count)
+    throw std::invalid_argument("a sequence must have " + std::to_string(count) +
+                                " integers, got " + std::to_string(told.size()));
+  for (size_t i = 0; i < count; ++i) to[i] = py::cast<int64_t>(told[i]);
+}
+template <size_t N>
+std::array<int64_t, N> integers(const py::sequence& told) {
+  std::array<int64_t, N> found{};
+  read_integers(told, found.data(), N);
+  return found;
+}
+
+inline Strides strides(const py::sequence& told) {
+  const auto s = integers<3>(told);
+  return {s[0], s[1], s[2]};
+}
+inline ScoreStrides score_strides(const py::sequence& told) {
+  const auto s = integers<4>(told);
+  return {s[0], s[1], s[2], s[3]};
+}
 
 // The numbers of a call by their names, all of those in kScalars and no other.
 inline void set_scalars(Problem& p, const py::dict& numbers) {
@@ -32,31 +53,32 @@ inline void set_scalars(Problem& p, const py::dict& numbers) {
   }
 }
 
-// sizes: batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v; lse: strides of batch
-// and head; pages: stride of the block table, page_size.
-inline Problem make_problem(int dtype, int bias_dtype, const std::array<int64_t, 7>& sizes,
-                            const Triple& q, const Triple& k, const Triple& v, const Triple& o,
-                            const Quad& mask, const Quad& bias, const std::array<int64_t, 2>& lse,
-                            const std::array<int64_t, 2>& pages, int bottom_right,
-                            const py::dict& scalars) {
+// What a Call is made of: dtype, bias_dtype, bottom_right, alibi_stride_b; strides q, k, v, o, mask
+// and bias; sizes: batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v; lse: strides
+// of batch and head; pages: stride of the block table, page_size; scalars: those of params.h.
+constexpr size_t kToldOfACall = 14;
+
+inline Problem make_problem(const py::kwargs& told) {
+  if (told.size() != kToldOfACall)
+    throw std::invalid_argument("a Call must be told " + std::to_string(kToldOfACall) +
+                                " things, got " + std::to_string(told.size()));
+  const auto number = [&](const char* name) { return py::cast<int>(told[name]); };
+  const auto sequence = [&](const char* name) { return py::cast<py::sequence>(told[name]); };
   Problem p;
-  p.dtype = DType(dtype), p.bias_dtype = DType(bias_dtype);
+  p.dtype = DType(number("dtype")), p.bias_dtype = DType(number("bias_dtype"));
+  const auto sizes = integers<7>(sequence("sizes"));
   p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
   p.seqlen_q = sizes[3], p.seqlen_k = sizes[4];
   p.head_dim = sizes[5], p.head_dim_v = sizes[6];
-  p.q = strides(q), p.k = strides(k), p.v = strides(v), p.o = strides(o);
-  p.mask = score_strides(mask), p.bias = score_strides(bias);
+  p.q = strides(sequence("q")), p.k = strides(sequence("k"));
+  p.v = strides(sequence("v")), p.o = strides(sequence("o"));
+  p.mask = score_strides(sequence("mask")), p.bias = score_strides(sequence("bias"));
+  const auto lse = integers<2>(sequence("lse")), pages = integers<2>(sequence("pages"));
   p.lse_stride_b = lse[0], p.lse_stride_h = lse[1];
   p.block_table_stride = pages[0], p.page_size = pages[1];
-  p.bottom_right = bottom_right;
-  set_scalars(p, scalars);
+  p.bottom_right = number("bottom_right");
+  set_scalars(p, py::cast<py::dict>(told["scalars"]));
   return p;
-}
-
-inline void set_gradient_strides(Problem& p, const Triple& dout, const Triple& dq, const Triple& dk,
-                                 const Triple& dv, const Quad& dbias) {
-  p.dout = strides(dout), p.dq = strides(dq), p.dk = strides(dk), p.dv = strides(dv);
-  p.dbias = score_strides(dbias);
 }
 
 // Problem and addresses of one call.
@@ -114,34 +136,27 @@ inline void set_address(Pointers& x, const std::string& name, uintptr_t address)
 template <class Call>
 py::class_<Call> define_call(py::module_& m) {
   return py::class_<Call>(m, "Call", py::module_local())
-      .def(py::init([](int dtype, int bias_dtype, const std::array<int64_t, 7>& sizes,
-                       const Triple& q, const Triple& k, const Triple& v, const Triple& o,
-                       const Quad& mask, const Quad& bias, const std::array<int64_t, 2>& lse,
-                       const std::array<int64_t, 2>& pages, int bottom_right,
-                       const py::dict& scalars, int64_t alibi_stride_b) {
-             Call c;
-             c.p = make_problem(dtype, bias_dtype, sizes, q, k, v, o, mask, bias, lse, pages,
-                                bottom_right, scalars);
-             c.ptr.alibi_stride_b = alibi_stride_b;
-             return c;
-           }),
-           py::kw_only(), py::arg("dtype"), py::arg("bias_dtype"), py::arg("sizes"), py::arg("q"),
-           py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"), py::arg("bias"),
-           py::arg("lse"), py::arg("pages"), py::arg("bottom_right"), py::arg("scalars"),
-           py::arg("alibi_stride_b"))
-      .def("set_gradients",
-           [](Call& c, const Triple& dout, const Triple& dq, const Triple& dk, const Triple& dv,
-              const Quad& dbias, bool deterministic) {
-             set_gradient_strides(c.p, dout, dq, dk, dv, dbias);
-             c.p.deterministic = deterministic;
-           })
+      .def(py::init([](const py::kwargs& told) {
+        Call c;
+        c.p = make_problem(told);
+        c.ptr.alibi_stride_b = py::cast<int64_t>(told["alibi_stride_b"]);
+        return c;
+      }))
+      .def(
+          "set_gradients",
+          +[](Call& c, const py::sequence& dout, const py::sequence& dq, const py::sequence& dk,
+              const py::sequence& dv, const py::sequence& dbias, bool deterministic) {
+            c.p.dout = strides(dout), c.p.dq = strides(dq), c.p.dk = strides(dk);
+            c.p.dv = strides(dv), c.p.dbias = score_strides(dbias);
+            c.p.deterministic = deterministic;
+          })
       .def(
           "set_addresses",
-          [](Call& c, const py::dict& addresses) {
+          +[](Call& c, const py::dict& addresses) {
             for (const auto& [name, address] : addresses)
               set_address(c.ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
           },
-          "Addresses by the names of params.h; absent ones are null");
+          doc("Addresses by the names of params.h; absent ones are null"));
 }
 
 }  // namespace attn

@@ -3,10 +3,7 @@
 // (attn_ext/backends/cpu.py); here only what a wrong struct could break is checked.  The GIL is
 // released in every kernel.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -21,6 +18,7 @@
 #include "cuda/bindings.h"
 
 namespace py = pybind11;
+using attn::doc;
 using attn::Pointers;
 
 namespace {
@@ -39,9 +37,10 @@ void check(const attn::Problem& p, const Pointers& ptr, int threads) {
   attn::check_at_least("num_threads", threads, 1);
 }
 
-void inspect(const Call& c, int threads, int what, const std::array<int64_t, 3>& sizes,
-             uintptr_t out, uintptr_t entropy, uintptr_t keys) {
+void inspect(const Call& c, int threads, int what, const py::sequence& told, uintptr_t out,
+             uintptr_t entropy, uintptr_t keys) {
   attn::cpu::Map map;
+  const auto sizes = attn::integers<3>(told);
   if (what < 0 || what > attn::cpu::Map::kMeanTopK)
     throw std::invalid_argument("what must be 0 to 3, got " + std::to_string(what));
   map.what = attn::cpu::Map::What(what);
@@ -84,43 +83,60 @@ bool run_on_tangents(const Call& c, const Call& tangents, int threads, const py:
 void define_whole(py::class_<Call>& call) {
   call.def(
           "set_options",
-          [](Call& c, bool sigmoid, std::optional<double> sigmoid_bias, uintptr_t w, uintptr_t dw,
-             bool partial, uintptr_t delta, uintptr_t base, uintptr_t rest) {
-            c.options.sigmoid = sigmoid, c.options.length_bias = !sigmoid_bias;
-            c.options.sigmoid_bias = sigmoid_bias.value_or(0);
+          +[](Call& c, bool sigmoid, const py::object& sigmoid_bias, uintptr_t w, uintptr_t dw,
+              bool partial, uintptr_t delta, uintptr_t base, uintptr_t rest) {
+            c.options.sigmoid = sigmoid, c.options.length_bias = sigmoid_bias.is_none();
+            if (!sigmoid_bias.is_none()) c.options.sigmoid_bias = py::cast<double>(sigmoid_bias);
             c.options.w = at<void>(w), c.options.dw = at<void>(dw);
             c.options.partial = partial, c.options.delta = at<void>(delta);
             c.options.base = at<void>(base), c.options.rest = at<void>(rest);
           },
           py::kw_only(), py::arg("sigmoid"), py::arg("sigmoid_bias"), py::arg("w"), py::arg("dw"),
           py::arg("partial"), py::arg("delta"), py::arg("base"), py::arg("rest"),
-          "Other weights than softmax, other scores than dot products")
+          doc("Other weights than softmax, other scores than dot products"))
       .def(
           "set_isa",
-          [](Call& c, const std::string& name) { c.options.isa = attn::cpu::isa_index(name); },
-          "Whose kernels serve the call where no ISA is forced; '' = the best one's")
+          +[](Call& c, const std::string& name) { c.options.isa = attn::cpu::isa_index(name); },
+          doc("Whose kernels serve the call where no ISA is forced; '' = the best one's"))
       .def(
           "forward",
-          [](const Call& c, int threads) {
+          +[](const Call& c, int threads) {
             check(c.p, c.ptr, threads);
             py::gil_scoped_release release;
             attn::cpu::forward(c.p, c.ptr, c.options, threads);
           },
-          "O, LSE (and row statistics)")
+          doc("O, LSE (and row statistics)"))
       .def(
           "backward",
-          [](const Call& c, int threads) {
+          +[](const Call& c, int threads) {
             check(c.p, c.ptr, threads);
             py::gil_scoped_release release;
             attn::cpu::backward(c.p, c.ptr, c.options, threads);
           },
-          "The gradients whose addresses are set")
+          doc("The gradients whose addresses are set"))
       .def("tangent", &run_on_tangents<&attn::cpu::tangent>,
-           "The tangents of O and LSE; False where nothing was done")
-      .def("backward_tangent", &run_on_tangents<&attn::cpu::backward_tangent>,
-           "The gradients whose addresses are set, and their tangents; False where none counts")
+           doc("The tangents of O and LSE; False where nothing was done"))
+      .def(
+          "backward_tangent", &run_on_tangents<&attn::cpu::backward_tangent>,
+          doc("The gradients whose addresses are set, and their tangents; False where none counts"))
       .def("inspect", &inspect,
-           "Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a dense call");
+           doc("Row statistics (0), top-k keys (1), column mass (2) or pooled map (3) of a call"));
+}
+
+py::list supported_isas() {
+  py::list names;
+  for (const std::string& name : attn::cpu::supported_isas()) names.append(name);
+  return names;
+}
+
+py::list isa_table() {
+  py::list table;
+  for (const auto& [name, features, kernels] : attn::cpu::isa_table()) {
+    py::dict addresses;
+    for (const auto& [kernel, address] : kernels) addresses[kernel.c_str()] = py::int_(address);
+    table.append(py::make_tuple(name, features, addresses));
+  }
+  return table;
 }
 
 attn::Held held_by(PyObject* x) {
@@ -145,21 +161,22 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SECOND_WHOLE") = attn::cpu::kSecondWhole;  // keys up to which O' and L' are not read
 
   m.def("use_openmp", &attn::cpu::use_openmp,
-        "Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads");
-  m.def("supported_isas", &attn::cpu::supported_isas);
+        doc("Run on the OpenMP team whose GOMP_parallel has this address; 0: on our own threads"));
+  m.def("supported_isas", &supported_isas);
   m.def("isa", &attn::cpu::isa);
   m.def("isa_forced", &attn::cpu::isa_forced);
-  m.def("set_isa", &attn::cpu::set_isa, "For tests: force an ISA of supported_isas(), '' = best");
-  m.def("isa_table", &attn::cpu::isa_table,
-        "For tests: (name, CPU features, addresses of kernels) of each ISA that was compiled");
+  m.def("set_isa", &attn::cpu::set_isa,
+        doc("For tests: force an ISA of supported_isas(), '' = best"));
+  m.def("isa_table", &isa_table,
+        doc("For tests: (name, CPU features, addresses of kernels) of each compiled ISA"));
   m.def("plant", &attn::cpu::plant, py::arg("tangent") = 0, py::arg("backward_tangent") = 0,
         py::arg("inspect") = 0, py::arg("backward") = 0,
         "For tests: the kernels of derivatives, and of attn_ext.inspect, at these addresses run; "
         "0: our own");
   m.def("cpu_has", &attn::cpu::cpu_has,
-        "For tests: whether this machine has the CPU features, named as in isa_table()");
+        doc("For tests: whether this machine has the CPU features, named as in isa_table()"));
   m.def("emulate_amx", &attn::cpu::amx::emulate,
-        "For tests: take AMX for supported, since an emulator of its instructions is installed");
+        doc("For tests: take AMX for supported, since its instructions are emulated"));
 
   if (!attn::add_dense_calls(m.ptr(), held_by) || !attn::add_cache_calls(m.ptr(), held_by))
     throw py::error_already_set();

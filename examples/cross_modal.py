@@ -71,7 +71,7 @@ def main() -> None:
     chosen = options(__doc__, "cross_modal")
     (images, labels), (held, truth) = load()
     words, names = spelled()
-    model, total = Matcher(), 200 if chosen.short else 1500
+    model, total = Matcher(), 130 if chosen.short else 1500
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
     for step, say in steps(total):

@@ -94,7 +94,7 @@ def main() -> None:
     digits, words, vocabulary = load(6000)
     cut = 5000
     model = Translator(len(vocabulary))
-    total = 250 if chosen.short else 700
+    total = 110 if chosen.short else 700
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
     for _, say in steps(total):

@@ -61,7 +61,7 @@ def main() -> None:
     counts = Counter(w for text, _ in train for w in text)
     vocabulary = {w: i + 1 for i, w in enumerate(sorted(w for w, n in counts.items() if n > 1))}
     model, losses = Model(len(vocabulary)), []
-    total = 300 if chosen.short else 1000
+    total = 200 if chosen.short else 1000
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=total)
     for _, say in steps(total):

@@ -98,7 +98,7 @@ def main() -> None:
     counts = Counter(w for clauses, _ in train for c in clauses for w in c)
     vocabulary = {w: i + 1 for i, w in enumerate(sorted(w for w, n in counts.items() if n > 1))}
     kinds = ("scaled dot product", "additive", "hierarchical")
-    models, seconds, total = {}, {kind: [] for kind in kinds}, 100 if chosen.short else 500
+    models, seconds, total = {}, {kind: [] for kind in kinds}, 50 if chosen.short else 500
     for kind in kinds:
         torch.manual_seed(0)
         model = Classifier(len(vocabulary), kind)

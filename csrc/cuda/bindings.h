@@ -6,7 +6,8 @@
 // includes it.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "../binding_call.h"
 #include "launch.h"
@@ -56,56 +57,57 @@ inline py::list launches(const NativeCall& c, bool is_backward, int multiprocess
 
 inline void bind(py::module_& m) {
   define_call<NativeCall>(m)
-      .def("set_rows", [](NativeCall& c, int64_t rows_q,
+      .def(
+          "set_rows", +[](NativeCall& c, int64_t rows_q,
                           int64_t rows_k) { c.p.rows_q = rows_q, c.p.rows_k = rows_k; })
       .def(
-          "set_part", [](NativeCall& c) { c.p.part = true; },
-          "Results in float32; a backward is told the delta of whole rows as dlse")
+          "set_part", +[](NativeCall& c) { c.p.part = true; },
+          doc("Results in float32; a backward is told the delta of whole rows as dlse"))
       .def(
           "forward_workspace",
-          [](const NativeCall& c, int multiprocessors, bool sm90) {
+          +[](const NativeCall& c, int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             return forward_workspace(c.p, c.ptr, target(multiprocessors, sm90));
           },
-          "Floats of scratch that forward needs, once the addresses of inputs are set")
+          doc("Floats of scratch that forward needs, once the addresses of inputs are set"))
       .def(
           "forward_kernel",
-          [](const NativeCall& c, int multiprocessors, bool sm90) {
+          +[](const NativeCall& c, int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             return forward_kernel(c.p, c.ptr, target(multiprocessors, sm90));
           },
-          "What forward launches: 'sm90', 'sm80 plain', 'sm80 features' or 'sm80 general'")
+          doc("What forward launches: 'sm90', 'sm80 plain', 'sm80 features' or 'sm80 general'"))
       .def(
           "backward_kernel",
-          [](const NativeCall& c, int multiprocessors, bool sm90) {
+          +[](const NativeCall& c, int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             Target where = target(multiprocessors, sm90);
             where.shared_memory = shared_memory(0);
             return backward_kernel(c.p, c.ptr, where);
           },
-          "What backward launches, in the words of forward_kernel")
+          doc("What backward launches, in the words of forward_kernel"))
       .def(
           "backward_workspace",
-          [](const NativeCall& c, bool sm90, int device) {
+          +[](const NativeCall& c, bool sm90, int device) {
             check(c.p, c.ptr);
             return backward_workspace(c.p, c.ptr, {device, 0, 1, sm90, shared_memory(device)});
           },
           py::arg("sm90"), py::arg("device") = 0,
-          "Floats of scratch that backward needs on a device, once all addresses are set")
+          doc("Floats of scratch that backward needs on a device, once all addresses are set"))
       .def(
           "forward",
-          [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
-             int multiprocessors, bool sm90) {
+          +[](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
+              int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             py::gil_scoped_release release;
             run_forward(c, workspace, {device, stream, multiprocessors, sm90, 0});
           },
-          "O, LSE (and row statistics); asynchronous on the stream")
+          doc("O, LSE (and row statistics); asynchronous on the stream"))
       .def(
           "plain_forward",
-          [](const NativeCall& shared, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-             uintptr_t lse, uintptr_t workspace, int device, uintptr_t stream, int multiprocessors,
-             bool sm90) {
+          +[](const NativeCall& shared, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
+              uintptr_t lse, uintptr_t workspace, int device, uintptr_t stream, int multiprocessors,
+              bool sm90) {
             NativeCall c = shared;  // other threads may be in the same call without the GIL
             c.ptr.q = reinterpret_cast<const void*>(q);
             c.ptr.k = reinterpret_cast<const void*>(k);
@@ -115,11 +117,11 @@ inline void bind(py::module_& m) {
             py::gil_scoped_release release;
             run_forward(c, workspace, {device, stream, multiprocessors, sm90, 0});
           },
-          "forward without side inputs, of the addresses given")
+          doc("forward without side inputs, of the addresses given"))
       .def(
           "backward",
-          [](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
-             int multiprocessors, bool sm90) {
+          +[](const NativeCall& c, uintptr_t workspace, int device, uintptr_t stream,
+              int multiprocessors, bool sm90) {
             check(c.p, c.ptr);
             py::gil_scoped_release release;
             const Target where = {device, stream, multiprocessors, sm90, shared_memory(device)};
@@ -127,7 +129,7 @@ inline void bind(py::module_& m) {
               backward(c.p, c.ptr, reinterpret_cast<float*>(workspace), where, to);
             });
           },
-          "The gradients whose addresses are set; asynchronous on the stream")
+          doc("The gradients whose addresses are set; asynchronous on the stream"))
       .def("launches", &launches, py::arg("backward"), py::arg("multiprocessors"), py::arg("sm90"),
            py::arg("shared_memory"),
            "(kernel as C++ names it, threads, bytes of shared memory) of each launch that the call "

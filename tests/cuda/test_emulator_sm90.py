@@ -139,23 +139,16 @@ def test_registers_change_hands(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stmatrix_turns_each_tile_over(mode):
-    """Rows and columns, tiles or halves of a word exchanged."""
+@pytest.mark.parametrize("op", ["STRAIGHT", "TURNED"])
+def test_stmatrix(op, mode):
+    """Tiles stored as they are, or each turned over: rows and columns, tiles or halves of a word
+    exchanged."""
     emulated.set_mode(mode, seed=3)
-    words = emulated.hopper(OPS.index("TURNED"), True)[: 128 * 4].reshape(128, 4)[::-1]
+    words = emulated.hopper(OPS.index(op), True)[: 128 * 4].reshape(128, 4)[::-1]
     rows = np.ascontiguousarray(words).view(np.uint16).reshape(4, 4, 8, 8)  # warp, tile, row
     warp, tile, row, column = np.ogrid[:4, :4, :8, :8]
-    lane = 4 * column + row // 2  # holds (column, row), (column, row + 1) of the tile
-    np.testing.assert_array_equal(rows, (32 * warp + lane) * 8 + 2 * tile + row % 2)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_stmatrix_stores_each_tile_as_it_is(mode):
-    """The transpose, tiles or halves of a word exchanged."""
-    emulated.set_mode(mode, seed=3)
-    words = emulated.hopper(OPS.index("STRAIGHT"), True)[: 128 * 4].reshape(128, 4)[::-1]
-    rows = np.ascontiguousarray(words).view(np.uint16).reshape(4, 4, 8, 8)  # warp, tile, row
-    warp, tile, row, column = np.ogrid[:4, :4, :8, :8]
+    if op == "TURNED":
+        row, column = column, row
     lane = 4 * row + column // 2  # holds (row, column), (row, column + 1) of the tile
     np.testing.assert_array_equal(rows, (32 * warp + lane) * 8 + 2 * tile + column % 2)
 

@@ -11,6 +11,13 @@
 // function may be compiled for an ISA that the machine may lack.  So no header of kernels includes
 // anything but headers of csrc/cpu.
 #pragma once
+#ifndef ATTN_ISA
+#define ATTN_ISA baseline
+#define ATTN_VEC_BYTES 16
+#define ATTN_NV 2
+#define ATTN_MR 4
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -22,7 +29,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && ATTN_VEC_BYTES > 16  // the baseline has no intrinsics
 // g++ 12 warns of the operand that its own header leaves undefined on purpose.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -43,10 +50,3 @@
 #include "cpu/tiles.h"
 #include "params.h"
 #include "philox.h"
-
-#ifndef ATTN_ISA
-#define ATTN_ISA baseline
-#define ATTN_VEC_BYTES 16
-#define ATTN_NV 2
-#define ATTN_MR 4
-#endif

@@ -31,9 +31,17 @@ struct AdditiveRows {
   // n rows `at(i)` of storage; 0 in the lanes up to `columns`, whole vectors.  row: [D].
   template <class At>
   void load(DType type, int64_t n, int64_t columns, int64_t dim, T* row, const At& at) {
+    const RowAt find = [](const void* at, int64_t i) { return (*static_cast<const At*>(at))(i); };
+    load_rows(type, n, columns, dim, row, find, &at);
+  }
+
+ private:
+  using RowAt = const char* (*)(const void* at, int64_t i);
+  ATTN_NOINLINE void load_rows(DType type, int64_t n, int64_t columns, int64_t dim, T* row,
+                               RowAt find, const void* at) {
     for (int64_t i = 0; i < columns; ++i) {
       if (i < n)
-        convert_row<T>(type, at(i), dim, row);
+        convert_row<T>(type, find(at, i), dim, row);
       else
         std::fill(row, row + dim, T(0));
       for (int64_t d = 0; d < dim; ++d) plain[d * ld + i] = row[d];
@@ -42,7 +50,6 @@ struct AdditiveRows {
     for (int64_t d = 0; d < dim; ++d) fast &= exponentials(d * ld, columns);
   }
 
- private:
   // exp = exp(2x) of n numbers, whole vectors; false where one is over the limit.
   ATTN_NOINLINE bool exponentials(int64_t first, int64_t n) {
     const T most = kFastTanh<T>;  // beyond it the result is not used, and vexp's integers overflow

@@ -98,7 +98,7 @@ class Backward {
   };
 
   // What the loop over panels keeps of a key block, and its scratch.
-  struct Block : GradientTile<Op> {
+  struct Block : GradientTile<typename Op::Items> {
     explicit Block(const Sequence& s) : seq(s), soon(s.seqlen_q < kPanel) {}
     const Sequence& seq;
     int64_t t{}, hk{}, n0{}, nk{};  // the block's number, K/V head, first key, number of keys

@@ -38,8 +38,7 @@ class Decode : DecodeRows {
 
  public:
   Decode(const Problem& problem, const Pointers& pointers, const Kept& kept, int threads)
-      : DecodeRows(problem, pointers),
-        kept(kept),
+      : DecodeRows(problem, pointers, kKeptBytes, kFactors ? &kept : nullptr),
         threads(threads),
         eight(problem.head_dim, problem.head_dim_v) {
     const int64_t bytes = std::max(p.head_dim, p.head_dim_v) * kKeptBytes;
@@ -91,11 +90,9 @@ class Decode : DecodeRows {
   }
 
  private:
-  const Kept& kept;
   int threads;
   Eight eight;
-  bool steady;  // whether a chunk's rows are found by one step from those of the chunk before it
-  bool wide;    // whether four rows are read abreast, and not two
+  bool wide;  // whether four rows are read abreast, and not two
   // Whether rows are prefetched by instructions: where they do not lie one after the other, since
   // nothing else fetches them ahead, where several rows of Q share them, and where they are of two
   // bytes a number or there are two streams: a processor with AVX-512 then reads 1.1 to 1.8 times
@@ -212,95 +209,6 @@ class Decode : DecodeRows {
       else
         take(std::integral_constant<int, 1>{});
     }
-  }
-
-  // The row of K that the chunk after this one reads for each row of `add_rows`, in pages.
-  void add_rows_after(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at,
-                      int64_t step, Keys* keys) const {
-    for (j += each(), end += each(); j < end;) {
-      const int64_t stop = std::min(end, (j / p.page_size + 1) * p.page_size);
-      const int64_t row = std::min(j, seq.seqlen_k - 1);  // beyond the last: any that there is
-      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, row) * kKeptBytes;
-      for (; j < stop; ++j, at += step, K += p.k.s * kKeptBytes) keys->after[at] = K;
-    }
-  }
-
-  // Rows j ... end - 1 of K and V, as keys at, at + step ...
-  void add_rows(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at, int64_t step,
-                Keys* keys) const {
-    const int64_t k_step = p.k.s * kKeptBytes, v_step = p.v.s * kKeptBytes;
-    if (keys->paged) add_rows_after(seq, hk + 1 - together, j, end, at, step, keys);
-    while (j < end) {
-      const int64_t page = p.page_size, stop = ptr.block_table ? (j / page + 1) * page : end;
-      const char* K = static_cast<const char*>(ptr.k) + seq.k_offset(p.k, hk, j) * kKeptBytes;
-      const char* V = static_cast<const char*>(ptr.v) + seq.k_offset(p.v, hk, j) * kKeptBytes;
-      if constexpr (kFactors) add_factors(seq, hk, j, std::min(stop, end), at, step, keys);
-      for (; j < std::min(stop, end); ++j, at += step, K += k_step, V += v_step)
-        keys->K[at] = K, keys->V[at] = V, keys->j[at] = j, keys->position[at] = float(j);
-    }
-  }
-
-  // The factors of rows j ... end - 1, which lie in one page.
-  void add_factors(const Sequence& seq, int64_t hk, int64_t j, int64_t end, int64_t at,
-                   int64_t step, Keys* keys) const {
-    const float* k = kept.k + seq.k_offset(kept.k_at, hk, j);
-    const float* v = kept.v + seq.k_offset(kept.v_at, hk, j);
-    for (; j < end; ++j, at += step, k += kept.k_at.s, v += kept.v_at.s)
-      keys->k_factor[at] = *k, keys->v_factor[at] = *v;
-  }
-
-  // The keys of a chunk that query i sees: of all streams in turns where it sees them all.
-  void collect(const Sequence& seq, int64_t hk, const Chunk& chunk, int64_t i, Keys* keys) const {
-    int64_t first, last, begin[kDecodeStreams], end[kDecodeStreams], n = 0;
-    seq.key_range(i, i + 1, &first, &last);
-    for (int64_t s = 0; s < streams; ++s) {
-      begin[s] = std::max(chunk.begin_of(s), first);
-      end[s] = std::max(begin[s], std::min(chunk.end_of(s), last));
-      n += end[s] - begin[s];
-    }
-    const bool full = n == kDecodeKeys;
-    if (full && steady && keys->whole == chunk.t - 1) step(chunk, keys);
-    if (full && steady && keys->whole == chunk.t) return;
-    keys->n = 0, keys->whole = full ? chunk.t : DecodeKeys::kNone;
-    for (int64_t s = 0; s < streams; ++s) {
-      add_rows(seq, hk, begin[s], end[s], full ? s : keys->n, full ? streams : 1, keys);
-      keys->n += end[s] - begin[s];
-    }
-    if (ptr.mask || ptr.bias) keep_visible(seq, hk, i, keys);
-  }
-
-  // From all keys of the chunk before this one to all keys of this one.
-  void step(const Chunk& chunk, Keys* keys) const {
-    const int64_t k_step = each() * p.k.s * kKeptBytes, v_step = each() * p.v.s * kKeptBytes;
-    for (int64_t at = 0; at < kDecodeKeys; ++at) keys->K[at] += k_step;
-    for (int64_t at = 0; at < kDecodeKeys; ++at) keys->V[at] += v_step;
-    for (int64_t at = 0; at < kDecodeKeys; ++at) {
-      keys->j[at] += each();
-      keys->position[at] = float(keys->j[at]);
-    }
-    keys->whole = chunk.t;
-  }
-
-  // Leaves out the keys that mask or bias exclude.
-  void keep_visible(const Sequence& seq, int64_t hk, int64_t i, Keys* keys) const {
-    const auto* mask = mask_row(seq, hk, i);
-    const int64_t bias_at = seq.b * p.bias.b + hk * group * p.bias.h + i * p.bias.q;
-    int64_t n = 0;
-    for (int64_t at = 0; at < keys->n; ++at) {
-      const int64_t j = keys->j[at];
-      if (mask && !mask[j * p.mask.k]) continue;
-      if (ptr.bias) {
-        const float bias = load_one<float>(p.bias_dtype, ptr.bias, bias_at + j * p.bias.k);
-        if (bias == -std::numeric_limits<float>::infinity()) continue;
-        keys->bias[n] = bias;
-      }
-      keys->j[n] = j, keys->position[n] = keys->position[at], keys->K[n] = keys->K[at];
-      if (keys->paged) keys->after[n] = keys->after[at];
-      if constexpr (kFactors)
-        keys->k_factor[n] = keys->k_factor[at], keys->v_factor[n] = keys->v_factor[at];
-      keys->V[n++] = keys->V[at];
-    }
-    keys->n = n;
   }
 
   // R rows from row r.

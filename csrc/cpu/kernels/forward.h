@@ -81,7 +81,7 @@ class Forward {
   const Pointers& ptr;
   const Options& o;
   int threads;
-  const Softmax<Op> softmax;
+  const Softmax<typename Op::Items> softmax;
   const bool folded;  // a unit's rows are the queries of all heads of a group, head after head
   int64_t block_m, m_tiles, panels, splits;
   int64_t together = 1, sets = 1;  // heads of a unit, and units that a group's heads make
@@ -337,7 +337,8 @@ class Forward {
     const T* kept = p.dropout_p > 0 ? panel.keep(tile) : nullptr;
     const bool try_lazy = !w.exact[index] && softmax.bases_serve(state, panel.lanes);
     T scale = w.scores.logits(index, panel, tile, segments, w.S, &w.soon);
-    if (o.sigmoid) return sigmoid_weights<Op>(panel, tile, w.S, scale, w.bias, kept);
+    if (o.sigmoid)
+      return sigmoid_weights<typename Op::Items>(panel, tile, w.S, scale, w.bias, kept);
     if (try_lazy) {
       if (softmax.on_bases(panel, tile, w.S, scale, kept, state)) return;
       w.exact[index] = true;  // rising logits: not tried again

@@ -118,6 +118,9 @@ class Inspect {
   // f(tile) for each tile of keys that the queries see, with their logits in S.
   template <class F>
   void each_tile(Rows& r, const F& f) const {
+    walk(r, [](const void* use, const Tile& tile) { (*static_cast<const F*>(use))(tile); }, &f);
+  }
+  ATTN_NOINLINE void walk(Rows& r, void (*use)(const void*, const Tile&), const void* f) const {
     int64_t lo, hi;
     r.seq.key_range(r.m0, r.m0 + r.nq, &lo, &hi);
     if (r.nq > 0) r.scores.load_queries(0, r.h, r.m0, r.nq);
@@ -130,7 +133,7 @@ class Inspect {
         for (int64_t j = first; j < end; ++j)
           store(r.S + j * kPanel + v, load(r.S + j * kPanel + v) * scale);
       });
-      f(tile);
+      use(f, tile);
     }
   }
 

@@ -21,6 +21,7 @@ struct Plain {
   static constexpr int kPack = 1;  // numbers of the depth in an item
   static constexpr int kStep = 1;  // items of A taken at once; they lie side by side if above 1
   struct PerThread {};             // what a thread holds during its tasks
+  using Items = Plain;             // whose items are the same: what only makes them is its
   static ATTN_INLINE Vec<T> broadcast(Item a) { return set1(a); }
   static ATTN_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) { return acc + a * b; }
 };
@@ -33,6 +34,7 @@ struct Bf16Pairs {
   static constexpr int kPack = 2;
   static constexpr int kStep = 1;
   struct PerThread {};
+  using Items = Bf16Pairs;  // those of AmxPairs, too
   static ATTN_INLINE Vec<uint32_t> broadcast(Item a) { return (Vec<uint32_t>)_mm512_set1_epi32(a); }
   static ATTN_INLINE Vec<float> fma(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);

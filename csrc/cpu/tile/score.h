@@ -72,8 +72,8 @@ class Panel {
 
   // rows_of_head: where not 0, the panel's rows are the queries of heads that share it, one head
   // after the other, so many each; `first` counts them from the first head's.
-  Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries, PanelScratch<T> scratch,
-        int64_t rows_of_head = 0)
+  ATTN_NOINLINE Panel(const Sequence& s, int64_t head, int64_t first, int64_t queries,
+                      PanelScratch<T> scratch, int64_t rows_of_head = 0)
       : seq(s),
         h(head),
         m0(first),

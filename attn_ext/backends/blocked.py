@@ -229,10 +229,10 @@ def _dense_tangent(call, tangents, out, lse, first_batch: int, finite: bool) -> 
         keys = _keys_of(panel, tangents)
         for r, c in tiles.tiles(call):
             tile = _tile(panel, tangents, keys, r, c, philox)
-            p = _kept(tile.weights.p, tile)
+            p = _kept(panel, tile.weights.p, tile)
             found = None
             if tile.centred is not None:
-                found = panel.times(p * tile.centred, keys.v[:, :, c])
+                found = panel.times(_times(panel, p, tile.centred), keys.v[:, :, c])
                 lse[panel.b, panel.h, r] = tile.tlse.squeeze(-1)
             if keys.tv is not None:
                 other = panel.times(p, keys.tv[:, :, c])
@@ -241,9 +241,14 @@ def _dense_tangent(call, tangents, out, lse, first_batch: int, finite: bool) -> 
                 out[panel.b, panel.h, r] = found.to(out.dtype)
 
 
-def _kept(x, tile: _Tile):
+def _kept(panel: Panel, x, tile: _Tile):
     """x M"""
-    return x if tile.kept is None or x is None else x * tile.kept
+    return x if tile.kept is None or x is None else _times(panel, tile.kept, x)
+
+
+def _times(panel: Panel, p, x):
+    """p x, and 0 where p is: in a row of NaN a pair that is hidden or dropped adds nothing."""
+    return p * x if panel.finite else torch.where(torch.as_tensor(p) == 0, 0.0, p * x)
 
 
 class _Weighed(NamedTuple):
@@ -267,7 +272,7 @@ def _value_gradients(panel: Panel, keys: _Keys, tile: _Tile, g, tg, c: slice) ->
     if seen is not None and not panel.finite:
         dp = torch.where(seen, dp, 0.0)
         tdp = tdp if tdp is None else torch.where(seen, tdp, 0.0)
-    return _kept(dp, tile), _kept(tdp, tile)
+    return _kept(panel, dp, tile), _kept(panel, tdp, tile)
 
 
 def _weigh(panel: Panel, tile: _Tile, rows: Rows, r: slice, dp, tdp) -> _Weighed:
@@ -278,7 +283,7 @@ def _weigh(panel: Panel, tile: _Tile, rows: Rows, r: slice, dp, tdp) -> _Weighed
     if rows.dlse is not None:
         d = d - panel.of_queries(rows.dlse, r)[..., None]
     dp = dp - d
-    dt = p * dp
+    dt = _times(panel, p, dp)
     moved = tdp  # c (dP - D) + dP'
     if tile.centred is not None:
         moved = tile.centred * dp if tdp is None else torch.addcmul(tdp, tile.centred, dp)
@@ -289,7 +294,7 @@ def _weigh(panel: Panel, tile: _Tile, rows: Rows, r: slice, dp, tdp) -> _Weighed
     if rows.tdlse is not None:
         td = td - panel.of_queries(rows.tdlse, r)[..., None]
     moved = torch.zeros_like(p) - td if moved is None else moved - td
-    return _Weighed(dt, p * moved, d, td)
+    return _Weighed(dt, _times(panel, p, moved), d, td)
 
 
 class _Sums(NamedTuple):
@@ -364,7 +369,7 @@ def _add_first(panel, tile: _Tile, keys: _Keys, sums: _Sums, dz, g, r, c) -> Non
     if sums.k is not None:
         sums.k[:, :, c] += panel.transposed(dz, tile.q)
     if sums.v is not None:
-        sums.v[:, :, c] += panel.transposed(_kept(tile.weights.p, tile), g)
+        sums.v[:, :, c] += panel.transposed(_kept(panel, tile.weights.p, tile), g)
 
 
 def _add_second(panel, tile: _Tile, keys: _Keys, sums: _Sums, dzs, gs, r, c) -> None:
@@ -380,8 +385,8 @@ def _add_second(panel, tile: _Tile, keys: _Keys, sums: _Sums, dzs, gs, r, c) -> 
         if tile.tq is not None:
             sums.k[:, :, c] += panel.transposed(dz, tile.tq)
     if sums.v is not None:
-        p = _kept(tile.weights.p, tile)
+        p = _kept(panel, tile.weights.p, tile)
         if tile.centred is not None:
-            sums.v[:, :, c] += panel.transposed(p * tile.centred, g)
+            sums.v[:, :, c] += panel.transposed(_times(panel, p, tile.centred), g)
         if tg is not None:
             sums.v[:, :, c] += panel.transposed(p, tg)

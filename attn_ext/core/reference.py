@@ -169,6 +169,25 @@ class _Scores(torch.autograd.Function):
         return safe_matmul(ds, k), safe_matmul(ds.transpose(-1, -2), q)
 
 
+class _AdditiveScores(torch.autograd.Function):
+    """S = sum_d w_d T_d of T [B, Hq, Sq, Sk, D] and w [Hq, D]; in backward a pair with dS_ij = 0
+    adds nothing to dT and dw, even where w is infinite.
+    """
+
+    @staticmethod
+    def forward(ctx, t, w):
+        ctx.save_for_backward(t, w)
+        return (t * w[:, None, None, :]).sum(-1)
+
+    @staticmethod
+    def backward(ctx, ds):
+        t, w = ctx.saved_tensors
+        ds = ds.unsqueeze(-1)
+        counts, zero = ds != 0, ds.new_zeros(())
+        dt = torch.where(counts, ds * w[:, None, None, :], zero)
+        return dt, torch.where(counts, ds * t, zero).sum((0, 2, 3))
+
+
 class _WeightedSum(torch.autograd.Function):
     """O = P V over the pairs with P_ij != 0; in backward the other pairs have dP_ij = 0 and add
     nothing to dV.
@@ -260,7 +279,7 @@ def _additive(q, k, w, visible: torch.Tensor) -> torch.Tensor:
     """sum_d w_d tanh(q_id + k_jd) [B, Hq, Sq, Sk]; excluded pairs never see their NaN."""
     pre = q.unsqueeze(3) + k.unsqueeze(2)
     pre = torch.where(visible.unsqueeze(-1), pre, torch.zeros_like(pre))
-    return (torch.tanh(pre) * w.to(q.dtype)[:, None, None, :]).sum(-1)
+    return _AdditiveScores.apply(torch.tanh(pre), w.to(q.dtype))
 
 
 def _dropout(call: Call, p: torch.Tensor, frame: Frame) -> torch.Tensor:

@@ -164,6 +164,35 @@ def test_dropped_weights_of_nan_of_other_scores(options):
     check_dropped_of_nan("infinite bias", torch.float32, "cpu", stats=False, **options)
 
 
+@pytest.mark.parametrize("weight", [INF, -INF, NAN, 1e37], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "seqlen_k": 70}, {"bias": "qk"}], ids=str)
+def test_additive_weights_that_are_not_small(weight, options):
+    """inf - inf where w sum tanh is sum w - 2 sum w r; 0 * inf in dK, dQ and dw of a pair whose
+    logit is -inf, in the kernel and in the reference; exp(2q) exp(2k) w that overflows."""
+    call = random_call(7, additive=True, batch=1, heads_q=2, seqlen_q=70, **options)
+    call.w[0, 2] = weight
+    if weight == 1e37:  # logits are 0, what a division is shared by is infinite
+        call.w[0] = 0
+        call.w[0, 2], call.w[0, 3] = weight, -weight
+        call.q[:, 0] = call.k[:, 0] = 9
+    else:  # keys of every row that are hidden, or all of a row's
+        call.q[:, 0, :, 2], call.q[:, 0, 5, 2] = 0, -20
+    check_in_float32(call, "cpu")
+
+
+def test_a_weight_of_infinity_hides_keys():
+    """The reference: 0 * inf in the gradients of keys whose logit is -inf."""
+    call = random_call(7, additive=True, batch=1, heads_q=1, seqlen_q=9)
+    call.w[0, 2], call.q[..., 2] = INF, 0
+    call.k[..., 2] = 1
+    call.k[..., ::2, 2] = -1
+    leaves = [x.requires_grad_() for x in (call.k, call.v)]
+    dk, dv = torch.autograd.grad(attend(call)[0].sum(), leaves)
+    for grad in (dk, dv):
+        assert grad[..., ::2, :].eq(0).all()
+        assert grad[..., 1::2, :].isnan().any(-1).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.5}], ids=str)
 def test_logits_that_overflow(kernels, options):
     """exp(scale * S - inf) of a finite S is 0: rows of NaN with an LSE of inf and gradients of 0;

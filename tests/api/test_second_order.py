@@ -86,6 +86,28 @@ def test_hidden_nan_stays_hidden():
         torch.testing.assert_close(got[name], x)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_row_of_nan_stays_with_the_pairs_that_count(backend):
+    """0 * NaN in the tangents of dK and dV at keys that the row does not see or dropout drops."""
+    q, k, v, dout = torch.randn(4, 1, 1, 6, 4).unbind()
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2, 4] = False
+    q[0, 0, 2] = torch.nan
+
+    def gradients(q, k, v):
+        def attend(q, k, v):
+            torch.manual_seed(5)
+            return attn_ext.attention(q, k, v, mask=mask, dropout_p=0.5, backend=backend)
+
+        return torch.func.vjp(attend, q, k, v)[1](dout)
+
+    found, tangents = torch.func.jvp(gradients, (q, k, v), (torch.ones_like(q), k, v))
+    for at, name in enumerate("qkv"):
+        bad = found[at].isnan().any(-1)
+        assert bad.any() and not bad.all(), name
+        assert tangents[at].isnan().any(-1).equal(bad), name
+
+
 def test_tangents_with_a_large_common_part():
     """Digits lost to a part that the tangents of all keys have in common, which cancels."""
     call = random_call(3, seqlen_q=64, head_dim=16, batch=1)

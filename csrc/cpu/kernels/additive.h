@@ -3,8 +3,9 @@
 //   S^T[j][q] = sum_d w_d tanh(q_qd + k_jd)
 // With e = exp(2q) exp(2k) and r = 1 / (1 + e):  tanh = 1 - 2r,  tanh' = 4 r (1 - r).  So the
 // exponentials are taken once per row of Q and K, not per pair, and a pair costs half a division:
-// two denominators a, b share it as (x b + y a) / (a b).  Where an |x| is so large (or NaN) that a
-// product could overflow, r comes from vtanh instead.
+// two denominators a, b share it as (x b + y a) / (a b).  Where an |x| or a weight is so large (or
+// NaN) that a product could overflow, tanh comes from vtanh instead, and a pair of dS = 0 adds
+// nothing: 0 * inf would be NaN.
 #pragma once
 #include "cpu/scratch.h"
 #include "cpu/tile/rows.h"
@@ -15,6 +16,10 @@ namespace attn::cpu::ATTN_ISA {
 // Beyond it exp(2q) exp(2k) squared may overflow: 4 * 10.5 * 2 < ln(FLT_MAX).
 template <class T>
 constexpr T kFastTanh = sizeof(T) == 4 ? T(10.5) : T(80);
+
+// Up to it exp(2q) exp(2k) times w, and sums of w, stay far from the largest number.
+template <class T>
+constexpr T kFastWeight = sizeof(T) == 4 ? T(1e15) : T(1e150);
 
 // Some rows of Q or K, transposed [D][ld]: x, and exp(2x) for the fast way.
 template <class T>
@@ -111,14 +116,16 @@ class Additive {
   static constexpr int L = kLanes<T>, NV = 4;
 
  public:
-  Additive(const T* w, int64_t dim) : w(w), dim(dim) {}  // w [D]
+  Additive(const T* w, int64_t dim) : w(w), dim(dim) {  // w [D]
+    for (int64_t d = 0; d < dim; ++d) fast &= std::abs(w[d]) <= kFastWeight<T>;
+  }
 
   // S^T of the segments.
   void scores(const Segments& segments, const AdditiveRows<T>& K, const AdditiveRows<T>& Q,
               T* S) const {
     for (const Segment& s : segments)
-      K.fast&& Q.fast ? scores_of<true>(s, K.exp, K.ld, Q.exp, S)
-                      : scores_of<false>(s, K.plain, K.ld, Q.plain, S);
+      fast&& K.fast&& Q.fast ? scores_of<true>(s, K.exp, K.ld, Q.exp, S)
+                             : scores_of<false>(s, K.plain, K.ld, Q.plain, S);
   }
 
   // dQ^T[d][q] += 4 w_d sum_j dS r (1 - r),  dK^T[d][j] alike over q,  dw[d] += sum dS (1 - 2 r).
@@ -126,13 +133,14 @@ class Additive {
   void gradient(const Segments& segments, const AdditiveRows<T>& K, const AdditiveRows<T>& Q,
                 const T* dS, T* dQt, T* dKt, T* dw) const {
     for (const Segment& s : segments)
-      K.fast&& Q.fast ? gradient_of<true>(s, K.exp, K.ld, Q.exp, dS, dQt, dKt, dw)
-                      : gradient_of<false>(s, K.plain, K.ld, Q.plain, dS, dQt, dKt, dw);
+      fast&& K.fast&& Q.fast ? gradient_of<true>(s, K.exp, K.ld, Q.exp, dS, dQt, dKt, dw)
+                             : gradient_of<false>(s, K.plain, K.ld, Q.plain, dS, dQt, dKt, dw);
   }
 
  private:
   const T* w;
   int64_t dim;
+  bool fast = true;  // no |w| is over its limit, or NaN
 
   // r of a query and a key; FAST: of their exponentials.
   template <bool FAST>
@@ -161,9 +169,13 @@ class Additive {
             }
           }
         for (; d < dim; ++d)
-          for (int v = 0; v < nv; ++v)
-            acc[v] += w[d] * half_complement<FAST>(load(Q + d * kPanel + q + v * L), K[d * ld + j]);
-        for (int v = 0; v < nv; ++v) store(S + j * kPanel + q + v * L, total - T(2) * acc[v]);
+          for (int v = 0; v < nv; ++v) {
+            const Vec<T> x = load(Q + d * kPanel + q + v * L);
+            const T k = K[d * ld + j];
+            acc[v] += w[d] * (FAST ? half_complement<FAST>(x, k) : vtanh(x + k));
+          }
+        for (int v = 0; v < nv; ++v)
+          store(S + j * kPanel + q + v * L, FAST ? total - T(2) * acc[v] : acc[v]);
       }
     }
   }
@@ -192,13 +204,15 @@ class Additive {
       *sum0 = lane_sum<T>(total0), *sum1 = lane_sum<T>(total1);
     }
 
+    // One key: the same, or if not FAST what it adds to dK.
     template <bool FAST>
-    ATTN_INLINE T one_key(int64_t j, T k) {
+    ATTN_INLINE T one_key(int64_t j, T k, T weight) {
       Vec<T> sum{};
       for (int v = 0; v < nv; ++v) {
         const Vec<T> g = load(dS + j * kPanel + v * L);
         const Vec<T> r = half_complement<FAST>(q[v], k);
         Vec<T> u = g * r, f = u * (T(1) - r);
+        if (!FAST) f *= T(4), f *= weight;
         if (!FAST) u = g == T(0) ? Vec<T>{} : u;  // 0 * NaN of an excluded key
         if (!FAST) f = g == T(0) ? Vec<T>{} : f;
         weighted += u;
@@ -218,7 +232,7 @@ class Additive {
       for (int64_t j = s.lo; j < s.hi; ++j)
         for (int v = 0; v < x.nv; ++v) sum_ds += lane_sum<T>(load(x.dS + j * kPanel + v * L));
       for (int64_t d = 0; d < dim; ++d) {
-        const T factor = T(4) * w[d], *k = K + d * ld;
+        const T factor = FAST ? T(4) * w[d] : T(1), *k = K + d * ld;
         T* dk = dKt + d * ld;
         x.weighted = Vec<T>{};
         for (int v = 0; v < x.nv; ++v)
@@ -229,7 +243,7 @@ class Additive {
             x.two_keys(j, k[j], k[j + 1], &sum[0], &sum[1]);
             dk[j] += factor * sum[0], dk[j + 1] += factor * sum[1];
           }
-        for (; j < s.hi; ++j) dk[j] += factor * x.template one_key<FAST>(j, k[j]);
+        for (; j < s.hi; ++j) dk[j] += factor * x.template one_key<FAST>(j, k[j], w[d]);
         for (int v = 0; v < x.nv; ++v) {
           T* at = dQt + d * kPanel + q + v * L;
           store(at, load(at) + factor * x.dq[v]);

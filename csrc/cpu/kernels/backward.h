@@ -105,7 +105,6 @@ class Backward {
     Operand K{}, V{}, K_by_key{};
     int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
     bool begun = false;  // dK and dV hold something
-    bool nan = false;    // a row of the panel is NaN
     T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
     Item *Qt{}, *dOt{};  // [items of d][kPanel]
     Item *Q{}, *dO{};    // [items of kPanel][d_pad]
@@ -313,15 +312,9 @@ class Backward {
       k.soon.add_first(row_of(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
     if (ptr.dq) k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
     x.panel.prefetch_bias(x.tile);
-    constexpr T inf = std::numeric_limits<T>::infinity();
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
-    if (o.sigmoid)
-      std::fill(k.lse, k.lse + nq, -sigmoid_bias<T>(o, seq));
-    else
-      for (int64_t q = 0; q < nq; ++q) k.lse[q] = lse[q] == -inf ? inf : lse[q];
-    k.nan = false;
-    for (int64_t q = 0; q < nq; ++q) k.nan |= k.lse[q] != k.lse[q];
-    std::fill(k.lse + nq, k.lse + kPanel, inf);  // padding lanes and empty rows: P = 0
+    const T bias = o.sigmoid ? sigmoid_bias<T>(o, seq) : T(0);
+    k.begin_rows(nq, [&](int64_t q) { return o.sigmoid ? -bias : k.base_of(lse[q]); });
     far.copy(x.r, k.lse, k.inverse);
     if (o.w)
       k.additive.q_rows.load(p.dtype, nq, x.panel.columns, p.head_dim, k.row,
@@ -372,15 +365,13 @@ class Backward {
       if (x.fused.lo < x.fused.hi)
         k.products_and_gradient(k.K, k.V, k.Qt, k.dOt, p.head_dim, p.head_dim_v, x.fused.lo,
                                 x.fused.hi, scale, x.delta, k.soon);
+    const Weights weights = o.sigmoid  ? Weights::kSigmoid
+                            : ready(r) ? Weights::kReady
+                                       : Weights::kSoftmax;
     for (int64_t g = 0; g < x.panel.grains; ++g)
       x.fused.rest({x.tile.lo[g], x.tile.hi[g]}, [&](int64_t lo, int64_t hi) {
         for (int64_t v = g * kGrain; v < (g + 1) * kGrain; v += L)
-          if (o.sigmoid)
-            k.template gradient<Weights::kSigmoid>(v, lo, hi, scale, x.delta, kept, x.late);
-          else if (ready(r))
-            k.template gradient<Weights::kReady>(v, lo, hi, scale, x.delta, kept, x.late);
-          else
-            k.template gradient<Weights::kSoftmax>(v, lo, hi, scale, x.delta, kept, x.late);
+          k.gradient(weights, v, lo, hi, scale, x.delta, kept, x.late);
       });
     if (ptr.dbias) k.add_bias_gradient(x.panel, x.tile, k.n0);
     if (k.dcap) k.through_softcap(x.panel, x.tile);

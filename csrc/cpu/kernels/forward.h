@@ -328,6 +328,14 @@ class Forward {
     w.loaded = true;
     prefetch_output(w.unit, w.soon);
     if (next >= 0) prefetch_inputs(unit_at(next), w.soon);
+    if (last) w.soon.spread(blocks(w.unit, tile));
+  }
+
+  // About how many blocks of products a unit has in its only tile: of S^T, of which a band leaves
+  // half or less, and of O.
+  static int64_t blocks(const Unit& unit, const Tile& tile) {
+    const int64_t keys = tile.banded ? tile.nk / 2 : tile.nk;
+    return unit.panels() * (keys / ATTN_MR + kPanel / 5);
   }
 
   // P^T as items of Op in S; the panel's state goes along.

@@ -22,6 +22,17 @@ struct GradientTile {
   T *lse{}, *inverse{};        // [kPanel]; sigmoid: lse is -bias, and inf in padding lanes
   Item *P_rows{}, *dS_rows{};  // A of dV and dK [BLOCK_N][items of kPanel]
   Item* dS_by_key{};           // B of dQ [items of BLOCK_N][kPanel]
+  bool nan = false;            // a row of the panel is NaN
+
+  // base(i) of nq rows of the panel.  In padding lanes P = 0.
+  template <class F>
+  void begin_rows(int64_t nq, const F& base) {
+    nan = false;
+    for (int64_t q = 0; q < nq; ++q) nan |= (lse[q] = base(q)) != lse[q];
+    std::fill(lse + nq, lse + kPanel, std::numeric_limits<T>::infinity());
+  }
+  // That of a row of this LSE: in empty rows P = 0, too.
+  static T base_of(T lse) { return lse == -std::numeric_limits<T>::infinity() ? -lse : lse; }
 
   // w[i] = P of key j + i and the vector of queries v.
   template <Weights WEIGHTS, int N>
@@ -126,9 +137,19 @@ struct GradientTile {
   // One vector of queries (lane v), keys [lo, hi).  S: logits in (kReady: weights / inverse),
   // dropped-out weights out; dP in, dS out: as numbers in place (late), or as operands of the
   // products that follow.
+  void gradient(Weights weights, int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta,
+                const T* kept, bool late) const {
+    if (weights == Weights::kSigmoid)
+      gradient_of<Weights::kSigmoid>(v, lo, hi, scale, row_delta, kept, late);
+    else if (weights == Weights::kReady)
+      gradient_of<Weights::kReady>(v, lo, hi, scale, row_delta, kept, late);
+    else
+      gradient_of<Weights::kSoftmax>(v, lo, hi, scale, row_delta, kept, late);
+  }
+
   template <Weights WEIGHTS>
-  void gradient(int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta, const T* kept,
-                bool late) const {
+  void gradient_of(int64_t v, int64_t lo, int64_t hi, T scale, const T* row_delta, const T* kept,
+                   bool late) const {
     int64_t j = lo;
     auto keys = [&](auto count) {
       for (; j + count.value <= hi; j += count.value)

@@ -35,12 +35,19 @@ class Prefetch {
   }
   // The next few lines.
   ATTN_INLINE void some() {
-    if (begin_ != end_) fetch(kLines);
+    if (begin_ != end_) fetch(lines_);
+  }
+  // All that is there is to come within some `calls` of some(), as far as that is good.
+  void spread(int64_t calls) {
+    int64_t bytes = 0;
+    for (unsigned i = begin_; i != end_; ++i)
+      bytes += ranges_[i % kRanges].rows * ranges_[i % kRanges].bytes;
+    lines_ = std::clamp(bytes / 64 / std::max<int64_t>(calls, 1), kLines, kMostLines);
   }
 
  private:
   static constexpr unsigned kRanges = 16;
-  static constexpr int64_t kLines = 32;
+  static constexpr int64_t kLines = 32, kMostLines = 96;
   struct Range {
     const char* row;
     int64_t rows, row_step, bytes, at;
@@ -48,6 +55,7 @@ class Prefetch {
   Range ranges_[kRanges];
   const bool at_once_;
   unsigned begin_ = 0, end_ = 0;  // modulo 2^32
+  int64_t lines_ = kLines;
 
   static Range range(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
     const bool dense = row_step == bytes;

@@ -300,7 +300,7 @@ def key_block(
         )
         if sums is not None:
             sums = (sums[0], sums[1], sums[2], k_tile)
-        k_tile, v_tile = register_factor(k_tile), register_factor(v_tile)
+        k_tile, v_tile = register_factor(k_tile, FLAGS), register_factor(v_tile, FLAGS)
     c = order[:, None]
     dk_tile, dv_tile = key_gradients(
         k_tile, v_tile, pointers, strides, sums, c, b, hk, j_first, q_first, length_q, length_k,

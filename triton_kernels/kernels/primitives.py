@@ -117,14 +117,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def register_factor(tile):
+def register_factor(tile, FLAGS: tl.constexpr):
     """tile, which stays in registers as the left factor of products by wgmma; loaded ones are read
     from shared memory each time.  So it is made the result of a product itself, with the unit
     matrix: exact, but for NaN and infinities, which make NaN of all rows, so that these are
-    computed again (`nan_count`).  Of more than 64 columns it would be spilled."""
+    computed again (`nan_count`).  Of more than 64 columns it would be spilled, and so beside the
+    options of a call, whose loops wait for other units than shared memory."""
     WGMMA: tl.constexpr = not INTERPRETED and cuda_capability_geq(9) and not cuda_capability_geq(10)
     FITS: tl.constexpr = tile.shape[0] >= 64 and tile.shape[1] <= 64
-    if WGMMA and FITS and tile.dtype.primitive_bitwidth == 16:
+    RICH: tl.constexpr = (MASK | BIAS | ALIBI | SOFTCAP | DROPOUT) & FLAGS
+    if WGMMA and FITS and not RICH and tile.dtype.primitive_bitwidth == 16:
         row = tl.arange(0, tile.shape[0])
         unit = (row[:, None] == row[None, :]).to(tile.dtype)
         tile = tl.dot(unit, tile).to(tile.dtype)

@@ -51,7 +51,7 @@ def lds_bytes(opcode: str) -> int:
 
 
 def loops(text: str):
-    """The opcodes of each loop: from a label to the last branch back to it."""
+    """The instructions of each loop: from a label to the last branch back to it."""
     lines, labels, ends = [], {}, {}
     for line in text.splitlines():
         if found := LABEL.match(line):
@@ -59,9 +59,9 @@ def loops(text: str):
         elif found := BRANCH.match(line):
             if found[1] in labels:
                 ends[labels[found[1]]] = len(lines) + 1
-            lines.append("s_branch")
+            lines.append(line.strip())
         elif (found := INSTRUCTION.match(line)) and not found[1].startswith("s_nop"):
-            lines.append(found[1])
+            lines.append(line.strip())
     return [lines[start:end] for start, end in ends.items()]
 
 

@@ -8,6 +8,7 @@ the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those t
     python bench/triton_code.py sm_90 --search dkdv 128         tiles of ours, the best last
     python bench/triton_code.py sm_90 --search dkdv 128 --plain     tiles of plain Triton
     python bench/triton_code.py sm_90 --tile dkdv 128 64,128,8,2,0  one of ours; --dump: its loop
+    python bench/triton_code.py sm_90 --tile dkdv 96 table          that of the table
     python bench/triton_code.py sm_90 --search dq 64 --type fp32    of another type than bf16
 """
 
@@ -53,6 +54,7 @@ SEVERAL = {  # of the backward, which then has a bias that wants no gradient
     "all": {"mask": "bqk", "bias": "hqk", "softcap": 30.0, "alibi": True, "dropout_p": 0.1},
 }  # fmt: skip
 SEQLEN = 1024  # a multiple of every tile
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 
 # (architecture, pass, head_dim) -> (BLOCK_M, BLOCK_N, warps, stages): the largest share of those
 # whose loop spills nothing
@@ -103,6 +105,14 @@ def hot_loop(compiled, architecture: str):
     return machine_code.hot_path(machine_code.Code.of(section), family)[0], registers
 
 
+def listing(compiled, architecture: str) -> list[str]:
+    """The instructions of the hot loop."""
+    if "amdgcn" in compiled.asm:
+        return load("bench/amdgcn.py").hot_loop(compiled.asm["amdgcn"])
+    path = hot_loop(compiled, architecture)[0]
+    return [f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}" for each in path]
+
+
 # Products of a tile [BLOCK_M, BLOCK_N] and the width of a head in a step of the hot loop
 PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3, "fused": 5}
 
@@ -131,6 +141,8 @@ def row(compiled, architecture: str, tile, name: str, head_dim: int) -> dict:
     of_tile = any(each.opcode.startswith("UTC") for each in path)
     tensor = tensor_cycles(name, head_dim, architecture, tile) if of_tile else 0.0
     found = machine_code.report(kernel, path, registers, block, tensor)
+    if columns := getattr(compiled.metadata, "tmem_size", 0):
+        found |= {"tensor_memory": columns, "ctas": min(found["ctas"], TENSOR_MEMORY // columns)}
     return {"tile": list(tile), "shared_memory": compiled.metadata.shared} | found
 
 
@@ -198,8 +210,6 @@ def kinds_of(name: str) -> tuple[str, ...]:
 def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = ()) -> dict:
     """{"sm_90 forward 128": {"ours full": row, "ours causal": row, "plain": row}, ...}; `only`:
     the names wanted; `kinds`: of `kinds_of`, those wanted."""
-    from attn_ext.triton_kernels import configs
-
     prepare(architecture)
     plain = load("bench/plain_triton.py")
     rows = {}
@@ -214,8 +224,8 @@ def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = 
                 compiled, tile = ours(name, head_dim, kind.removeprefix("ours "))
             else:
                 tile = PLAIN_TILES[architecture, name, head_dim]
-                if kind != "plain":  # which loads by pointers
-                    tile = configs.shipped(architecture, PASSES[name], head_dim, 2)[:4]
+                if kind != "plain":
+                    tile = table_tile(architecture, name, head_dim, "bf16")
                 compiled = plain.compiled(name, architecture, head_dim, tile)
             each[kind] = row(compiled, architecture, tile, name, head_dim)
         rows[label] = each
@@ -241,13 +251,17 @@ def measure_all(
     return rows
 
 
-def space(name: str, head_dim: int, described: bool):
+def space(name: str, head_dim: int, described: bool, dtype: str):
     """Tiles that are worth compiling: those whose sums and scores leave a thread some registers."""
     # of a loop's step, of a program
     walked, own = (32, 64) if name == "fused" else (32, 64, 128), (64, 128)
+    every_stage = (2, 3)
+    if dtype == "fp32":  # of which twice the bytes are held, and each factor as two
+        walked, own, every_stage = (16, 32, 64), (32, 64, 128), (1, 2)
     by_keys = name in ("dkdv", "fused")
-    for step, rows, warps, stages in itertools.product(walked, own, (4, 8), (2, 3)):
-        sums = rows * head_dim * (2 if by_keys else 1)
+    width = 1 << (head_dim - 1).bit_length()
+    for step, rows, warps, stages in itertools.product(walked, own, (4, 8), every_stage):
+        sums = rows * width * (2 if by_keys else 1)
         scores = step * rows * (1 if name == "forward" else 2)
         if (sums + scores) // (32 * warps) > 192:
             continue
@@ -265,8 +279,8 @@ def search(
 
     prepare(architecture)
     results = []
-    described = kind == "ours" and name == "forward" and architecture == "sm_90"
-    for tile in space(name, head_dim, described):
+    described = kind == "ours" and name == "forward" and architecture in ("sm_90", "sm_100")
+    for tile in space(name, head_dim, described and dtype != "fp32", dtype):
         if only and not only_matches(only, tile):
             continue
         try:
@@ -281,11 +295,20 @@ def search(
             print(tile, type(error).__name__, str(error)[:80], flush=True)
             continue
         fits = found["shared_memory"] <= configs.SHARED_LIMIT[architecture]
+        fits = fits and found.get("tensor_memory", 0) <= TENSOR_MEMORY
         results.append((fits, found["share_2_norm"], found))
-        print(line(found), "" if fits else "too much shared memory", flush=True)
+        print(line(found), "" if fits else "too much memory", flush=True)
     print("ranked")
     for _, _, found in sorted(results, key=lambda x: x[:2])[-12:]:
         print(line(found))
+
+
+def table_tile(architecture: str, name: str, head_dim: int, dtype: str) -> tuple:
+    """That of our full calls, for plain Triton, which loads by pointers."""
+    from attn_ext.triton_kernels import configs
+
+    width, size = 1 << (head_dim - 1).bit_length(), 4 if dtype == "fp32" else 2
+    return configs.shipped(architecture, PASSES[name], width, size)[:4]
 
 
 def only_matches(only: str, tile) -> bool:
@@ -297,10 +320,13 @@ def only_matches(only: str, tile) -> bool:
 def line(found: dict) -> str:
     """A row in one line."""
     counts, eights = found["counts"], found["tensor_cycles"] / 8
+    columns = found.get("tensor_memory")
+    tensor_memory = f"tmem {columns} " if columns else ""
     return (
         f"{tuple(found['tile'])} share {found['share_2_norm']} slots {found['slots_a_product']} "
         f"ldmatrix {counts.get('ldmatrix', 0) / eights:.2f} spill {counts.get('spill', 0)} "
         f"registers {found['registers']} ctas {found.get('ctas')} smem {found['shared_memory']} "
+        f"{tensor_memory}"
         f"bound {found['bound']} {found['share']}"
     )
 
@@ -435,11 +461,13 @@ def main() -> None:
         search(args.architecture, name, int(head_dim), kind, args.case, args.only, args.type)
     elif args.tile:
         prepare(args.architecture)
-        name, head_dim, tile = (
-            args.tile[0],
-            int(args.tile[1]),
-            tuple(map(int, args.tile[2].split(","))),
-        )
+        name, head_dim = args.tile[0], int(args.tile[1])
+        if args.tile[2] != "table":
+            tile = tuple(map(int, args.tile[2].split(",")))
+        elif args.plain:
+            tile = table_tile(args.architecture, name, head_dim, args.type)
+        else:
+            tile = None
         if args.plain:
             compiled = load("bench/plain_triton.py").compiled(
                 name, args.architecture, head_dim, tile, args.type
@@ -447,8 +475,8 @@ def main() -> None:
         else:
             compiled, tile = ours(name, head_dim, args.case, tile, args.type)
         print(line(row(compiled, args.architecture, tile, name, head_dim)))
-        for each in hot_loop(compiled, args.architecture)[0] if args.dump else ():
-            print(f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}")
+        if args.dump:
+            print("\n".join(listing(compiled, args.architecture)))
     else:
         print(json.dumps(measure(args.architecture, args.rows, args.kinds)))
 

@@ -97,10 +97,7 @@ def forward(call: Call):
     """O, LSE and, when `call.need_stats`, the largest logit and the entropy of each row."""
     from attn_ext.triton_kernels.launch import additive, attention
 
-    out, lse, largest, entropy = (attention if call.w is None else additive).forward(call)
-    if largest is not None:  # the kernels know a row of NaN by its NaN, not by a logit of +inf
-        largest.masked_fill_(largest == float("inf"), float("nan"))
-    return out, lse, largest, entropy
+    return (attention if call.w is None else additive).forward(call)
 
 
 def backward(call: Call, dout, out, lse, dlse, needs):

@@ -85,6 +85,7 @@ def additive_forward_kernel(
     i_first = (blocks - 1 - block) * BLOCK_M
     if i_first >= length_q:
         return
+    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     q += b * q_b + h * q_h + q_first * q_s
     k += b * k_b + hk * k_h + k_first * k_s
@@ -165,6 +166,7 @@ def additive_dkdv_kernel(
     j_first = block * BLOCK_N
     if j_first >= length_k:
         return
+    b, hk = b.to(tl.int64), hk.to(tl.int64)
     k += b * k_b + hk * k_h + k_first * k_s
     v += b * v_b + hk * v_h + k_first * v_s
     v_tile = load_tile(v, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS)
@@ -233,6 +235,7 @@ def additive_dq_kernel(
     i_first = block * BLOCK_M
     if i_first >= length_q:
         return
+    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     q += b * q_b + h * q_h + q_first * q_s
     k += b * k_b + hk * k_h + k_first * k_s

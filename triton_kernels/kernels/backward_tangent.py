@@ -212,6 +212,7 @@ def dkdv_tangent_kernel(
     j_first = block * BLOCK_N
     if j_first >= length_k:
         return
+    b, hk = b.to(tl.int64), hk.to(tl.int64)
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     k_tile, tk_tile = moving_tile(
         k, tk, b, hk, k_first, j_first, length_k, D, BLOCK_N, BLOCK_D, FLAGS, MOVED_K & MOVES
@@ -311,6 +312,7 @@ def dq_tangent_kernel(
     i_first = (blocks - 1 - block) * BLOCK_M  # with causal the last are longest
     if i_first >= length_q:
         return
+    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     grad = (tdbias.at, tdbias.b, tdbias.h, tdbias.q, tdbias.k)

@@ -40,6 +40,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     nan_count,
     own_key_order,
     query_range,
+    register_factor,
     row_pointers,
     store_tile,
     streamed_dot,
@@ -69,14 +70,16 @@ def key_gradient_tiles(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Adds query tiles first..end - 1 of head h, less `skip` from `skip_from` on.  Scores are
-    transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are.  sums: of
-    dQ, to which these keys' share is added, or None."""
+    transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are.  sums: None,
+    or (those of dQ, to which these keys' share is added, K as it was loaded)."""
     q, q_s, do, do_s = qdo
     lse2, delta = rows
     ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
     if ADVANCE:
         q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
         do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
+        row = first * BLOCK_M + tl.arange(0, BLOCK_M)
+        lse_at, delta_at = lse2 + row, delta + row
     slope = 0.0
     if ALIBI & FLAGS:
         slope = alibi_slope(b, h, terms, scale, FLAGS)
@@ -84,7 +87,8 @@ def key_gradient_tiles(
         start = first
         if EDGE:
             start = tl.where(first < skip_from, first, first + skip)
-        sums_at = sums + start.to(tl.int64) * (BLOCK_M * BLOCK_D)
+        dq_sums, k_loaded = sums
+        sums_at = dq_sums + start.to(tl.int64) * (BLOCK_M * BLOCK_D)
     for step in tl.range(first, end - skip):
         m_block = step
         if EDGE:
@@ -108,7 +112,12 @@ def key_gradient_tiles(
             kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
-        row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
+        if ADVANCE:
+            row_lse, row_delta = tl.load(lse_at), tl.load(delta_at)
+            lse_at += BLOCK_M
+            delta_at += BLOCK_M
+        else:
+            row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
         p = probabilities(s, row_lse[None, :], False, FLAGS)
         # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
         if STREAM & FLAGS:
@@ -141,7 +150,7 @@ def key_gradient_tiles(
             ds = ds.to(k.dtype)  # of which both products are; transposed, it is half as much
             dk = dot(ds, q_tile, dk)
             # dQ += dS @ K   [BLOCK_M, BLOCK_D], as programs of other keys do
-            dq = dot(tl.trans(ds), k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+            dq = dot(tl.trans(ds), k_loaded, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
             tl.atomic_add(sums_at + sum_places(BLOCK_M, BLOCK_D), dq, sem="relaxed")
             # not from i_first: Triton takes products whose addresses share a number for a chain,
             # and gives all of them the arrangement of warps that suits dQ
@@ -215,8 +224,9 @@ def key_gradients(
         rows = (lse2 + row, delta + row)
         dq_sums = None
         if sums is not None:
-            sum, sums_b, sums_h = sums
-            dq_sums = sums_of(sum, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
+            sum, sums_b, sums_h, k_loaded = sums
+            of_head = sums_of(sum, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
+            dq_sums = (of_head, k_loaded)
         if CAREFUL:
             dk, dv = careful_key_gradients(
                 dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
@@ -274,6 +284,7 @@ def key_block(
     j_first = block * BLOCK_N
     if j_first >= length_k:
         return
+    b, hk = b.to(tl.int64), hk.to(tl.int64)
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     pointers = (q, dout, lse2, delta)
     k_rows = head_rows(k, b, hk, k_first, k_b, k_h, k_s)
@@ -287,6 +298,9 @@ def key_block(
         v_tile = load_tile(
             v_rows, v_s, j_first, length_k, DV, BLOCK_N, BLOCK_DV, True, FLAGS, order
         )
+        if sums is not None:
+            sums = (sums[0], sums[1], sums[2], k_tile)
+        k_tile, v_tile = register_factor(k_tile, FLAGS), register_factor(v_tile, FLAGS)
     c = order[:, None]
     dk_tile, dv_tile = key_gradients(
         k_tile, v_tile, pointers, strides, sums, c, b, hk, j_first, q_first, length_q, length_k,

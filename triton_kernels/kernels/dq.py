@@ -229,6 +229,7 @@ def dq_kernel(
     i_first = (blocks - 1 - block) * BLOCK_M  # with causal the last are longest
     if i_first >= length_q:
         return
+    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     grad = (dbias, g_b, g_h, g_q, g_k)

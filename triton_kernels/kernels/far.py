@@ -141,6 +141,7 @@ def far_queries_kernel(
         (heads_q, group, total_q, total_k, seqlen_q, seqlen_k, blocks), heads_q, FLAGS,
     )  # fmt: skip
     i_first = block * BLOCK_M
+    b, h = b.to(tl.int64), h.to(tl.int64)
     i = i_first + tl.arange(0, BLOCK_M)
     inside = i < length_q
     row = b * lse_b + h * lse_h + q_first + i
@@ -218,6 +219,7 @@ def far_keys_kernel(
     j_first = block * BLOCK_N
     if j_first >= length_k:
         return
+    b, hk = b.to(tl.int64), hk.to(tl.int64)
     members = group if (GROUPED & FLAGS) else 1
     of_group = marks + (b * heads_q + hk * group) * m_blocks
     LOOK: tl.constexpr = 256

@@ -58,6 +58,7 @@ def dq_from_sums_kernel(
     i_first = block * BLOCK_M
     if i_first >= length_q:
         return
+    b, h = b.to(tl.int64), h.to(tl.int64)
     rows = sums_of(sums, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
     acc = tl.load(rows + i_first.to(tl.int64) * BLOCK_D + sum_places(BLOCK_M, BLOCK_D))
     inside = (i_first + tl.arange(0, BLOCK_M) < length_q)[:, None]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 from attn_ext.triton_kernels.kernels.functions import INTERPRETED
 
@@ -114,6 +114,23 @@ def dot(a, b, acc):
     if is_cuda():
         return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
     return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+
+
+@triton.jit
+def register_factor(tile, FLAGS: tl.constexpr):
+    """tile, which stays in registers as the left factor of products by wgmma; loaded ones are read
+    from shared memory each time.  So it is made the result of a product itself, with the unit
+    matrix: exact, but for NaN and infinities, which make NaN of all rows, so that these are
+    computed again (`nan_count`).  Of more than 64 columns it would be spilled, and so beside the
+    options of a call, whose loops wait for other units than shared memory."""
+    WGMMA: tl.constexpr = not INTERPRETED and cuda_capability_geq(9) and not cuda_capability_geq(10)
+    FITS: tl.constexpr = tile.shape[0] >= 64 and tile.shape[1] <= 64
+    RICH: tl.constexpr = (MASK | BIAS | ALIBI | SOFTCAP | DROPOUT) & FLAGS
+    if WGMMA and FITS and not RICH and tile.dtype.primitive_bitwidth == 16:
+        row = tl.arange(0, tile.shape[0])
+        unit = (row[:, None] == row[None, :]).to(tile.dtype)
+        tile = tl.dot(unit, tile).to(tile.dtype)
+    return tile
 
 
 @triton.jit
@@ -395,13 +412,14 @@ def sequences(cu_q, cu_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FL
 @triton.jit
 def block_of(cu_seqlens_q, cu_seqlens_k, seqlens_k, sizes, heads, FLAGS: tl.constexpr):
     """(tile, head of `heads`, batch element, and of `sequences` all) of this program; sizes as the
-    backward kernels have them."""
+    backward kernels have them.  Head and batch element in 32 bits: widened before the early return
+    of an idle program they cost the loop of dK and dV up to 15 instructions on sm_90."""
     _heads_q, _group, total_q, total_k, seqlen_q, seqlen_k, blocks = sizes
     block, h, b = program(blocks, heads)
     q_first, length_q, k_first, length_k = sequences(
         cu_seqlens_q, cu_seqlens_k, seqlens_k, b, total_q, total_k, seqlen_q, seqlen_k, FLAGS
     )
-    return block, h.to(tl.int64), b.to(tl.int64), q_first, length_q, k_first, length_k
+    return block, h, b, q_first, length_q, k_first, length_k
 
 
 @triton.jit

@@ -164,7 +164,9 @@ def row_ends(row_max, row_sum, e, bad, sink, h, FLAGS: tl.constexpr):
     if SIGMOID & FLAGS:
         return row_sum + 1.0, row_sum, row_sum, row_sum
     empty = row_sum == 0  # not row_max == -inf, which is also a row of nothing but NaN
-    largest = tl.where(bad > 0, float("nan"), natural(row_max))
+    # A row with a logit of inf is one of NaN as well: that logit's weight is 2^(inf - inf)
+    lost = (bad > 0) | (row_max == float("inf"))
+    largest = tl.where(lost, float("nan"), natural(row_max))
     m_all, l_all, shrink = row_max, row_sum, tl.full(row_max.shape, 1.0, tl.float32)
     if SINK & FLAGS:
         extra = sink_logit(sink, h)

@@ -231,6 +231,7 @@ def tangent_kernel(
     i_first = (blocks - 1 - block) * BLOCK_M  # with causal the last are longest
     if i_first >= length_q:
         return
+    b, h = b.to(tl.int64), h.to(tl.int64)
     hk = h // group
     rng = dropout_state(rng_state, threshold, inverse_keep, FLAGS)
     q_tile, tq_tile = moving_tile(

@@ -1,6 +1,6 @@
 // What launches and kernels share: the parameter block, the tile sizes, and how a row of head_dim
-// elements is cut.  All tile sizes of sm_80 are here; those of Hopper are in sm90/tiles.h.  Plain
-// C++: the host's compiler reads it as well as NVRTC.
+// elements is cut.  The tile sizes of sm_80 are here, but for those of sm80/backward_tiles.h; those
+// of Hopper are in sm90/tiles.h.  Plain C++: the host's compiler reads it as well as NVRTC.
 #pragma once
 #include <cstdint>
 #include <type_traits>

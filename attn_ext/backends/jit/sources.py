@@ -24,6 +24,8 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
         "backward_far_bias": "sm80/backward_far.cuh",
         "backward_dq": "sm80/backward.cuh",
         "backward_dkdv": "sm80/backward.cuh",
+        "backward_dq_plain": "sm80/backward_plain.cuh",
+        "backward_dkdv_plain": "sm80/backward_plain.cuh",
         "backward_bias": "sm80/backward_bias.cuh",
         "backward_fused": "sm80/backward_fused.cuh",
         "backward_features": "sm80/backward_fused.cuh",

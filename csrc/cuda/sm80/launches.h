@@ -3,6 +3,7 @@
 #include "../launches.h"
 #include "../sum_tiles.h"
 #include "../tiles.h"
+#include "backward_tiles.h"
 
 namespace attn::cuda::sm80 {
 
@@ -63,6 +64,22 @@ void run_fused(Executor& to, Params p, bool features) {
   launch(to, convert, grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, p);
 }
 
+// Each of dQ and (dK, dV) of a plain call whose pointers are not null, without atomics.
+template <class T, int HEAD_DIM>
+void run_plain_pair(Executor& to, Params p) {
+  using Queries = QueryGradientTile<HEAD_DIM>;
+  using Keys = KeyGradientTile<HEAD_DIM>;
+  p.splits = p.pack = 1;
+  p.m_tiles = int((p.p.seqlen_q + Queries::BLOCK_M - 1) / Queries::BLOCK_M);
+  p.n_tiles = int((p.p.seqlen_k + Keys::BLOCK_M - 1) / Keys::BLOCK_M);
+  if (p.ptr.dq)
+    launch(to, kernel_name<T>("sm80::backward_dq_plain", HEAD_DIM),
+           grid_of(p.p.batch * p.p.heads_q * p.m_tiles), Queries::THREADS, Queries::SMEM, p);
+  if (p.ptr.dk || p.ptr.dv)
+    launch(to, kernel_name<T>("sm80::backward_dkdv_plain", HEAD_DIM),
+           grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Keys::THREADS, Keys::SMEM, p);
+}
+
 template <class T, int HEAD_DIM>
 void run_bias_gradient(Executor& to, Params p) {
   using Tile = BackwardTile<T, HEAD_DIM>;
@@ -87,6 +104,7 @@ void run_backward(Executor& to, Params p, bool general) {
         if (p.fused_block_m == 128 && !general) return run_fused<T, HEAD_DIM, 128>(to, p, false);
       return run_fused<T, HEAD_DIM, 64>(to, p, general);
     }
+    if (!general) return run_plain_pair<T, HEAD_DIM>(to, p);
   }
   using Tile = BackwardTile<T, HEAD_DIM>;
   const int smem = Tile::backward_smem(Row<T, HEAD_DIM>::BYTES);

@@ -19,14 +19,13 @@
 
 namespace attn::cuda::sm80 {
 
-// P: a product in, a weight out; dS: dP in, dS out.  EDGE: the pair may not count.
+// P: a product in, a weight out; dS: dP - delta in, dS out.  EDGE: the pair may not count.
 template <bool EDGE>
-ATTN_DEVICE void plain_gradient(float& P, float& dS, float scale_log2, const RowGradient& row,
-                                bool counts) {
-  P = exp2_approx(fmaf(P, scale_log2, -row.lse));
+ATTN_DEVICE void plain_gradient(float& P, float& dS, float scale_log2, float lse, bool counts) {
+  P = exp2_approx(fmaf(P, scale_log2, -lse));
   if (EDGE && !counts) P = 0.0f;
   // not P * (..) where P = 0 at an edge: V or dO there may hold NaN
-  dS = EDGE && P == 0.0f ? 0.0f : P * (dS - row.delta);
+  dS = EDGE && P == 0.0f ? 0.0f : P * dS;
 }
 
 // dQ of BLOCK_M queries.  K and V have one buffer each: K of a tile arrives while dP is computed, V
@@ -95,8 +94,12 @@ struct QueryGradient {
     sync_threads();  // V of this turn is complete, and every warp has read K of the turn before
     this_K();
     cp_async_commit();
-    // dP = dO V^T   [WARP_ROWS, BLOCK_N] a warp
-    multiply_rows<T, HEAD_DIM>(dS, dO_smem(), warp_row(), V_smem());
+    // dP - delta = dO V^T - delta   [WARP_ROWS, BLOCK_N] a warp
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+    for (int c = 0; c < 4; ++c) dS[f][n][c] = -row_values[f][c >> 1].delta;
+    add_products<T, HEAD_DIM>(dS, dO_smem(), warp_row(), V_smem());
     cp_async_wait<0>();
     sync_threads();  // K is complete, and every warp has read V
     next_V();
@@ -108,7 +111,7 @@ struct QueryGradient {
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int c = 0; c < 4; ++c) {
       const int i = row(f) + 8 * (c >> 1), j = n0 + 8 * n + 2 * (lane_id() & 3) + (c & 1);
-      plain_gradient<EDGE>(S[f][n][c], dS[f][n][c], p.scale_log2, row_values[f][c >> 1],
+      plain_gradient<EDGE>(S[f][n][c], dS[f][n][c], p.scale_log2, row_values[f][c >> 1].lse,
                            !EDGE || (j < seq.seqlen_k && band.keep(i, j)));
     }
     // dQ += dS K   [WARP_ROWS, D] a warp
@@ -233,7 +236,7 @@ struct KeyGradients {
   }
   ATTN_DEVICE const float* my_row_values() const {
     const float* all = thread_id() < N ? static_cast<const float*>(p.ptr.lse) : p.delta;
-    return all + (seq.lse_offset(p, head, m) + thread_id() % N);
+    return all + (seq.lse_offset(p, head, m) + (thread_id() & (N - 1)));
   }
   ATTN_DEVICE void copy_keys() const {
     const Rows K = key_rows(p, seq, p.ptr.k, p.p.k, head_k, sizeof(T));
@@ -253,7 +256,7 @@ struct KeyGradients {
                                                 int(p.p.head_dim), p.q_vec);
     }
     if (thread_id() < 2 * N) {
-      const bool valid = m + thread_id() % N < seq.seqlen_q;
+      const bool valid = m + (thread_id() & (N - 1)) < seq.seqlen_q;
       cp_async_4(rows_smem(stage) + 4 * thread_id(), valid ? row_values : p.delta, valid);
     }
   }
@@ -281,27 +284,31 @@ struct KeyGradients {
   template <bool EDGE>
   ATTN_DEVICE void tile(int m0, int stage, bool more) {
     float P[F][TILES][4], dS[F][TILES][4];
-    // S^T = K Q^T, dP^T = V dO^T   [WARP_ROWS, BLOCK_N] a warp
+    // S^T = K Q^T, dP^T - delta = V dO^T - delta   [WARP_ROWS, BLOCK_N] a warp
     multiply_rows<T, HEAD_DIM>(P, K_smem(), warp_row(), Q_smem(stage));
-    multiply_rows<T, HEAD_DIM>(dS, V_smem(), warp_row(), dO_smem());
+    const auto column = [](int n) { return 8 * n + 2 * (lane_id() & 3); };  // and the next
     ATTN_UNROLL
     for (int n = 0; n < TILES; ++n) {
-      const int column = 8 * n + 2 * (lane_id() & 3);
-      const U32x2 lse = lds_64(rows_smem(stage) + 4 * column);
-      const U32x2 delta = lds_64(rows_smem(stage) + 4 * (N + column));
+      const U32x2 delta = lds_64(rows_smem(stage) + 4 * (N + column(n)));
+      ATTN_UNROLL
+      for (int f = 0; f < F; ++f) ATTN_UNROLL
+      for (int c = 0; c < 4; ++c) dS[f][n][c] = -as_float(c & 1 ? delta.y : delta.x);
+    }
+    add_products<T, HEAD_DIM>(dS, V_smem(), warp_row(), dO_smem());
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) {
+      const U32x2 values = lds_64(rows_smem(stage) + 4 * column(n));
       ATTN_UNROLL
       for (int c = 0; c < 2; ++c) {
-        const float value = as_float(c ? lse.y : lse.x);
+        const float value = as_float(c ? values.y : values.x);
         // -inf in a tile that the row sees whole: every logit is, which leaves NaN for the repair
-        const RowGradient row = {EDGE ? RowGradient::of(value, 0.0f).lse : value * kLog2e,
-                                 as_float(c ? delta.y : delta.x)};
-        const int i = m0 + column + c;
+        const float lse = EDGE ? RowGradient::of(value, 0.0f).lse : value * kLog2e;
         ATTN_UNROLL
         for (int f = 0; f < F; ++f) ATTN_UNROLL
         for (int r = 0; r < 2; ++r) {
           const int j = n0 + warp_row() + 16 * f + 8 * r + (lane_id() >> 2);
-          plain_gradient<EDGE>(P[f][n][2 * r + c], dS[f][n][2 * r + c], p.scale_log2, row,
-                               !EDGE || (j < seq.seqlen_k && i < seq.seqlen_q && band.keep(i, j)));
+          plain_gradient<EDGE>(P[f][n][2 * r + c], dS[f][n][2 * r + c], p.scale_log2, lse,
+                               !EDGE || band.keep(m0 + column(n) + c, j));
         }
       }
     }
@@ -354,12 +361,10 @@ void backward_dkdv_plain(ATTN_GRID_CONSTANT const Params p) {
   int lo, hi;
   band.query_range(n0, min_int(n0 + M, seq.seqlen_k), seq.seqlen_q, lo, hi);
   const int first = lo / N * N;
-  // Tiles of queries from whole_first to whole_last see every key.
+  // Tiles of queries from whole_first to whole_last see every key.  Queries and keys behind the
+  // ends are zeros: they add nothing, or to rows that are not stored.
   const int whole_first = band.right < 0 ? 0 : n0 + M - 1 - band.diagonal - band.right;
-  const int whole_end = n0 + M > seq.seqlen_k ? 0
-                        : band.left < 0 ? seq.seqlen_q
-                                        : min_int(seq.seqlen_q, n0 - band.diagonal + band.left + 1);
-  const int whole_last = whole_end - N;
+  const int whole_last = band.left < 0 ? seq.seqlen_q : n0 - band.diagonal + band.left + 1 - N;
 
   Kernel mine(p, seq, band, head_k, n0, first);
   mine.copy_keys();

@@ -75,5 +75,5 @@ def test_every_patch_applies():
 
 @pytest.mark.parametrize("name", PLANTED.names)
 def test_planted_bug_is_caught(name, tmp_path):
-    """A check of the kernels that passes whatever they do; and without a bug, one that complains."""
+    """A check that passes whatever the kernels do; and without a bug, one that complains."""
     PLANTED.check(name, tmp_path)

@@ -56,6 +56,11 @@ void each_backward(const Use& use) {
     use(kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, int(kAny)),
         convert_dq_features<T, HEAD_DIM, kAny>);
     if constexpr (HEAD_DIM == 64) each_fused<T, HEAD_DIM, 128>(use);
+    if constexpr (kHasHalfTile(HEAD_DIM)) {
+      use(kernel_name<T>("sm80::backward_fused_half", HEAD_DIM), backward_fused_half<T, HEAD_DIM>);
+      use(kernel_name<T>("sm80::backward_features_half", HEAD_DIM, int(kAny)),
+          backward_features_half<T, HEAD_DIM, kAny>);
+    }
   }
 }
 

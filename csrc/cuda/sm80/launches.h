@@ -7,11 +7,13 @@
 
 namespace attn::cuda::sm80 {
 
-// Queries of the tiles in which one kernel computes all of a plain call's backward, 0: two kernels.
+// The tiles in which one kernel computes all of a call's backward, zeros: two kernels.
 // shared_memory: bytes that a CTA may have.
-inline int fused_queries(const Problem& p, const Pointers& ptr, int head_dim, int shared_memory) {
-  if (p.deterministic || p.dtype == DType::kFloat32 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
-  return fused_block_m(head_dim, shared_memory);
+inline FusedShape fused_shape(const Problem& p, const Pointers& ptr, int head_dim,
+                              int shared_memory) {
+  if (p.deterministic || p.dtype == DType::kFloat32 || !ptr.dq || !(ptr.dk || ptr.dv))
+    return {0, 0};
+  return cuda::fused_shape(head_dim, shared_memory);
 }
 
 // A forward that knows p.features, in 16 bits.
@@ -47,14 +49,17 @@ void run_forward(Executor& to, Params p, bool general) {
 }
 
 // All of dQ, dK and dV, where p.dq_sums is there.
-template <class T, int HEAD_DIM, int BLOCK_M>
+template <class T, int HEAD_DIM, int BLOCK_M, int BLOCK_N = 128>
 void run_fused(Executor& to, Params p, bool features) {
-  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
+  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M, BLOCK_N>;
   p.m_tiles = int((p.p.seqlen_q + 63) / 64);
   p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
-  const std::string fused = features
-                                ? kernel_name<T>("sm80::backward_features", HEAD_DIM, p.features)
-                                : kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M);
+  constexpr bool HALF = BLOCK_N == 64;
+  const std::string fused =
+      features ? kernel_name<T>(HALF ? "sm80::backward_features_half" : "sm80::backward_features",
+                                HEAD_DIM, p.features)
+      : HALF   ? kernel_name<T>("sm80::backward_fused_half", HEAD_DIM)
+               : kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M);
   const std::string convert =
       features ? kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, p.features)
                : kernel_name<T>("sm80::convert_dq", HEAD_DIM);
@@ -102,6 +107,8 @@ void run_backward(Executor& to, Params p, bool general) {
       p.splits = p.pack = 1;
       if constexpr (HEAD_DIM == 64)
         if (p.fused_block_m == 128 && !general) return run_fused<T, HEAD_DIM, 128>(to, p, false);
+      if constexpr (kHasHalfTile(HEAD_DIM))
+        if (p.fused_block_n == 64) return run_fused<T, HEAD_DIM, 64, 64>(to, p, general);
       return run_fused<T, HEAD_DIM, 64>(to, p, general);
     }
     if (!general) return run_plain_pair<T, HEAD_DIM>(to, p);

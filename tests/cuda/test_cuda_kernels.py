@@ -349,7 +349,7 @@ def test_who_gets_the_backward_in_one_kernel(check):
     assert backward_kernel(check, floats) == "sm80 plain"
     if not check.mode:
         return
-    for head_dim, least in ((32, 65), (64, 97), (96, 89), (128, 97), (192, 1000)):
+    for head_dim, least in ((32, 65), (64, 97), (96, 89), (128, 97)):
         call = random_call(head_dim=head_dim, dtype=BF16)
         for limit in (least - 1, least, 99, 163):
             emulated.set_mode(check.mode, 1, smem_kib=limit)

@@ -95,15 +95,17 @@ def compiler() -> str:
 # counts them in the hot loops.
 SPILLS: tuple[tuple[str, int], ...] = (
     (r"sm80::backward_far_.*", 40),  # for rows that are rare
-    (r"sm80::(forward|backward)_features<.*", 364),
+    (r"sm80::(forward_features|backward_features(_half)?)<.*", 364),
     (r"sm90::forward_features<(bf16|fp16), 128, .*", 176),
     (r"sm90::backward_features<.*", 256),  # most of it in the producer
     (r"sm80::convert_dq_features<.*", 8),
+    (r"sm80::backward_fused_half<(bf16|fp16), 128> .*", 96),
+    (r"sm80::backward_dkdv_plain<(bf16|fp16), 128> .*", 144),
+    (r"sm80::backward_dq_plain<(bf16|fp16), 128> .*", 560),
     (r"sm80::forward_plain<(bf16|fp16), 96> sm_90a", 12),
     (r"sm80::forward_plain<(bf16|fp16), 128> sm_80", 96),
     (r"sm80::forward_plain<(bf16|fp16), 128> sm_90a", 376),
     (r"sm80::backward_fused<(bf16|fp16), .* sm_90a", 200),
-    (r"sm80::backward_dkdv<(bf16|fp16), 128, .* sm_120", 384),
     # a float32 product is three of tf32, whose split operands and sums take all registers
     (r"sm80::backward_dkdv<f32, (128|192|256), .* sm_90a", 220),
     (r"sm80::backward_dq<f32, 256, .* sm_90a", 40),
@@ -216,7 +218,8 @@ def occupancy(table: dict) -> str:
     dash where a kernel does not serve."""
     lines = ["| kernel | " + " | ".join(map(str, HEAD_DIMS)) + " |", "|---" * 7 + "|"]
     names = ("sm80::forward_plain<bf16, {}>", "sm80::forward_general<bf16, {}, plain>",
-             "sm80::forward_general<f32, {}, plain>", "sm80::backward_dq<bf16, {}, plain>",
+             "sm80::forward_general<f32, {}, plain>", "sm80::backward_dq_plain<bf16, {}>",
+             "sm80::backward_dkdv_plain<bf16, {}>", "sm80::backward_dq<bf16, {}, plain>",
              "sm80::backward_dq<f32, {}, scale>", "sm80::backward_dkdv<bf16, {}, plain>",
              "sm80::backward_dkdv<f32, {}, scale>", "sm90::forward<bf16, {}>",
              "sm90::backward_fused<bf16, {}>")  # fmt: skip

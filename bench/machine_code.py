@@ -79,8 +79,8 @@ class Kernel:
 KERNELS = {
     "sm80_forward": Kernel("sm80", "forward_plain"),
     "sm80_backward_fused": Kernel("sm80", "backward_fused"),
-    "sm80_backward_dq": Kernel("sm80", "backward_dq", features="deterministic"),
-    "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv", features="deterministic"),
+    "sm80_backward_dq": Kernel("sm80", "backward_dq_plain", features="deterministic"),
+    "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv_plain", features="deterministic"),
     **{
         f"sm80_forward_{name}": Kernel("sm80", "forward_features", features=name)
         for name in ("bias", "dropout")

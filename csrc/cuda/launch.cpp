@@ -136,16 +136,17 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
   return p.part ? 0 : row_floats(p, ptr) + far_floats(p, ptr);  // a part is given its delta
 }
-// Queries of a tile of the backward in one kernel of sm80, 0: that does not run.
-int fused_queries(const Problem& p, const Pointers& ptr, const Target& target) {
+// The tile of the backward in one kernel of sm80, zeros where that does not run.
+FusedShape fused_shape(const Problem& p, const Pointers& ptr, const Target& target) {
   const Choice choice = choose_backward(p, ptr, target);
-  if (choice != Choice::SM80_PLAIN && choice != Choice::SM80_FEATURES) return 0;
-  return sm80::fused_queries(p, ptr, padded_head_dim(p), target.shared_memory);
+  if (choice != Choice::SM80_PLAIN && choice != Choice::SM80_FEATURES) return {0, 0};
+  return sm80::fused_shape(p, ptr, padded_head_dim(p), target.shared_memory);
 }
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
   if (choose_backward(p, ptr, target) == Choice::SM90) return sm90::query_sums(p, ptr);
-  return fused_queries(p, ptr, target) ? p.heads_q * sum_tiles(p, ptr) * 64 * padded_head_dim(p)
-                                       : 0;
+  return fused_shape(p, ptr, target).block_m
+             ? p.heads_q * sum_tiles(p, ptr) * 64 * padded_head_dim(p)
+             : 0;
 }
 
 const char* name(Choice choice) {
@@ -268,7 +269,7 @@ std::string forward_kernel(const Problem& p, const Pointers& ptr, const Target& 
 
 std::string backward_kernel(const Problem& p, const Pointers& ptr, const Target& target) {
   return std::string(name(choose_backward(p, ptr, target))) +
-         (fused_queries(p, ptr, target) ? " fused" : "");
+         (fused_shape(p, ptr, target).block_m ? " fused" : "");
 }
 
 void backward(const Problem& p, const Pointers& ptr, float* workspace, const Target& target,
@@ -277,7 +278,8 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
   Params x = make_params(p, ptr);
   x.delta = workspace;
   if (sums_floats(p, ptr, target)) x.dq_sums = workspace + delta_floats(p, ptr);
-  x.fused_block_m = fused_queries(p, ptr, target);
+  const FusedShape shape = fused_shape(p, ptr, target);
+  x.fused_block_m = int16_t(shape.block_m), x.fused_block_n = int16_t(shape.block_n);
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using T = typename P::Element;

@@ -152,18 +152,15 @@ ATTN_DEVICE void accumulate(float (&acc)[HEAD_DIM / 8][4], const float (&C)[TILE
 }
 
 // The same for FRAGMENTS times 16 rows a warp, of halves: what is read of B feeds all of them.
-// C[f] = A B^T: rows a_row + 16 f .. of one tile against all rows of another, over HEAD_DIM
+// C[f] += A B^T: rows a_row + 16 f .. of one tile against all rows of another, over HEAD_DIM
 template <class T, int HEAD_DIM, int FRAGMENTS, int TILES>
-ATTN_DEVICE void multiply_rows(float (&C)[FRAGMENTS][TILES][4], uint32_t a_tile, int a_row,
-                               uint32_t b_tile) {
+ATTN_DEVICE void add_products(float (&C)[FRAGMENTS][TILES][4], uint32_t a_tile, int a_row,
+                              uint32_t b_tile) {
   constexpr int BYTES = Row<T, HEAD_DIM>::BYTES;
   const int lane = lane_id(), a_lane = lane & 15, b_lane = (lane & 7) + ((lane >> 4) << 3);
   const int a_swizzle = row_swizzle<T, HEAD_DIM>(a_lane);  // a_row is a multiple of 16
   const int b_swizzle = row_swizzle<T, HEAD_DIM>(b_lane);
   a_tile += (a_row + a_lane) * BYTES, b_tile += b_lane * BYTES;
-  ATTN_UNROLL
-  for (int f = 0; f < FRAGMENTS; ++f) ATTN_UNROLL
-  for (int n = 0; n < TILES; ++n) C[f][n][0] = C[f][n][1] = C[f][n][2] = C[f][n][3] = 0.0f;
   ATTN_UNROLL
   for (int step = 0; step < Row<T, HEAD_DIM>::STEPS; ++step) {
     typename Mma<T>::A a[FRAGMENTS];
@@ -183,6 +180,16 @@ ATTN_DEVICE void multiply_rows(float (&C)[FRAGMENTS][TILES][4], uint32_t a_tile,
       }
     }
   }
+}
+
+// C[f] = A B^T
+template <class T, int HEAD_DIM, int FRAGMENTS, int TILES>
+ATTN_DEVICE void multiply_rows(float (&C)[FRAGMENTS][TILES][4], uint32_t a_tile, int a_row,
+                               uint32_t b_tile) {
+  ATTN_UNROLL
+  for (int f = 0; f < FRAGMENTS; ++f) ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) C[f][n][0] = C[f][n][1] = C[f][n][2] = C[f][n][3] = 0.0f;
+  add_products<T, HEAD_DIM>(C, a_tile, a_row, b_tile);
 }
 
 // acc[f] += C[f] B   [16, HEAD_DIM] each: fragments C against a tile of 8 * TILES rows.

@@ -1,6 +1,6 @@
 // What launches and kernels share: the parameter block, the tile sizes, and how a row of head_dim
-// elements is cut.  All tile sizes of sm_80 are here; those of Hopper are in sm90/tiles.h.  Plain
-// C++: the host's compiler reads it as well as NVRTC.
+// elements is cut.  The tile sizes of sm_80 are here, but for those of sm80/backward_tiles.h; those
+// of Hopper are in sm90/tiles.h.  Plain C++: the host's compiler reads it as well as NVRTC.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -30,11 +30,11 @@ struct Params {
   int splits;                          // CTAs that share the keys of one tile of queries
   int pass;                            // backward for wide heads: 0 = dV, 1 = dK
   bool q_vec, k_vec, v_vec, dout_vec;  // rows can be copied 16 bytes at a time
-  int fused_block_m;                   // backward in one kernel on sm80: queries of a tile
-  float* delta;                        // as LSE: rowsum(dO * O) - dLSE
-  float* dq_sums;                      // of a backward in one kernel, or null
-  float* partial_o;                    // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
-  float* partial_stats;                // [3, splits, B, Hq, Sq]: LSE - largest logit, that, entropy
+  int16_t fused_block_m, fused_block_n;  // backward in one kernel on sm80: queries, keys of a tile
+  float* delta;                          // as LSE: rowsum(dO * O) - dLSE
+  float* dq_sums;                        // of a backward in one kernel, or null
+  float* partial_o;                      // [splits, B, Hq, Sq, Dv] normalised, when splits > 1
+  float* partial_stats;  // [3, splits, B, Hq, Sq]: LSE - largest logit, that, entropy
 };
 
 // A row of HEAD_DIM elements: 16-byte chunks for copies, 32-byte steps for the tensor cores (16
@@ -113,24 +113,38 @@ template <int HEAD_DIM, bool BOTH>
 using FeatureForwardTile =
     std::conditional_t<HEAD_DIM == 128 && BOTH, PlainTile<4, 2, 32>, PlainForwardTile<HEAD_DIM>>;
 
-// The backward in one kernel: 8 warps own BLOCK_N keys, the queries come BLOCK_M at a time through
-// two buffers; P and dS cross shared memory.
-template <int HEAD_DIM, int BLOCK_M_>
+// The backward in one kernel: a warp owns 32 of BLOCK_N keys and half of the columns; the queries
+// come BLOCK_M at a time through two buffers, but dO through one where two do not fit; P and dS
+// cross shared memory.
+template <int HEAD_DIM, int BLOCK_M_, int BLOCK_N_ = 128>
 struct FusedBackwardTile {
-  static constexpr int WARPS = 8, THREADS = 32 * WARPS, BLOCK_M = BLOCK_M_, BLOCK_N = 128;
-  static constexpr int SMEM =
-      2 * HEAD_DIM * (2 * BLOCK_N + 4 * BLOCK_M) + 2 * 2 * BLOCK_M * BLOCK_N + 2 * 2 * 4 * BLOCK_M;
+  static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_;
+  static constexpr int WARPS = BLOCK_N / 16, THREADS = 32 * WARPS;
+  static constexpr int DOUT_BUFFERS = BLOCK_N == 64 && HEAD_DIM == 128 ? 1 : 2;
+  static constexpr int SMEM = 2 * HEAD_DIM * (2 * BLOCK_N + (2 + DOUT_BUFFERS) * BLOCK_M) +
+                              2 * 2 * BLOCK_M * BLOCK_N + 2 * 2 * 4 * BLOCK_M;
 };
-// BLOCK_M where a CTA may have `limit` bytes of shared memory, 0: none fits.  64 columns take 128
-// queries in 162 KiB, or 64 in 97; 32, 96 and 128 columns 64 queries in 65, 129 and 161 KiB.
-constexpr int fused_block_m(int head_dim, int limit) {
-  if (head_dim == 64 && FusedBackwardTile<64, 128>::SMEM <= limit) return 128;
+struct FusedShape {
+  int block_m, block_n;  // 0: none fits
+};
+// The tile of a head dimension where a CTA may have `limit` bytes of shared memory.  64 columns
+// take 128 queries in 162 KiB, or 64 in 97; 32, 96 and 128 columns 64 queries in 65, 129 and 161
+// KiB.  GPUs with 99 KiB have 64 keys for 96 and 128 columns, in 89 and 97 KiB: twice the additions
+// to dQ, and still five products where two kernels have seven.
+constexpr FusedShape fused_shape(int head_dim, int limit) {
+  if (head_dim == 64 && FusedBackwardTile<64, 128>::SMEM <= limit) return {128, 128};
   const int smem = head_dim == 32   ? FusedBackwardTile<32, 64>::SMEM
                    : head_dim == 64 ? FusedBackwardTile<64, 64>::SMEM
                    : head_dim == 96 ? FusedBackwardTile<96, 64>::SMEM
                                     : FusedBackwardTile<128, 64>::SMEM;
-  return head_dim <= 128 && smem <= limit ? 64 : 0;
+  if (head_dim <= 128 && smem <= limit) return {64, 128};
+  const int half = head_dim == 96    ? FusedBackwardTile<96, 64, 64>::SMEM
+                   : head_dim == 128 ? FusedBackwardTile<128, 64, 64>::SMEM
+                                     : 0;
+  return half && half <= limit ? FusedShape{64, 64} : FusedShape{0, 0};
 }
+// Heads that have such a tile of 64 keys.
+constexpr bool kHasHalfTile(int head_dim) { return head_dim == 96 || head_dim == 128; }
 
 template <class T>
 constexpr bool kIsHalf = sizeof(T) == 2;

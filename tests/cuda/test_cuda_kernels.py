@@ -283,16 +283,17 @@ FUSED = {
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-def test_backward_in_one_kernel(check, head_dim, name):
-    """A tile or a sum of dQ that is wrong for one width; with 163 KiB, which few tests have.  The
-    two other kernels in its place because memory is poisoned, by a switch of torch."""
+@pytest.mark.parametrize("kib", [163, 99])
+def test_backward_in_one_kernel(check, kib, head_dim, name):
+    """A tile or a sum of dQ that is wrong for one width, with 163 KiB as an A100 has them, or with
+    99.  The two other kernels in its place because memory is poisoned, by a switch of torch."""
     if check.mode:
-        emulated.set_mode(check.mode, 1, smem_kib=163)
+        emulated.set_mode(check.mode, 1, smem_kib=kib)
     sizes = {"batch": 2, "heads_q": 4, "heads_k": 2, "head_dim": head_dim, "dtype": BF16}
     call = random_call(3, device=check.device, **{**sizes, **FUSED[name]})
     assert "fused" in backward_kernel(check, call)
     before = launched(check)
-    check(call, smem_kib=163)
+    check(call, smem_kib=kib)
     # forward; delta, zeroes, all three gradients, dQ rounded, where the two kernels would be one
     # less; far rows' queries and keys
     assert launched(check) - before == (7 if check.mode else 0)
@@ -320,10 +321,12 @@ def launched(check) -> int:
     return _emulated.launches()
 
 
-def test_backward_in_one_kernel_varlen(check):
+@pytest.mark.parametrize(("head_dim", "kib"), [(64, 163), (128, 99)])
+def test_backward_in_one_kernel_varlen(check, head_dim, kib):
     """Sums of dQ that two sequences share, or a tile behind the end of one."""
     lengths = {"seqlens_q": [0, 65, 140, 1, 63], "seqlens_k": [4, 70, 80, 0, 200]}
-    check(head_dim=64, dtype=BF16, heads_q=4, heads_k=2, causal=True, smem_kib=163, **lengths)
+    sizes = {"head_dim": head_dim, "dtype": BF16, "heads_q": 4, "heads_k": 2, "causal": True}
+    check(smem_kib=kib, **sizes, **lengths)
 
 
 def backward_kernel(check, call, deterministic=False):
@@ -346,12 +349,30 @@ def test_who_gets_the_backward_in_one_kernel(check):
     assert backward_kernel(check, floats) == "sm80 plain"
     if not check.mode:
         return
-    for head_dim, kib in ((32, 99), (64, 99), (96, 163), (128, 163)):
+    for head_dim, least in ((32, 65), (64, 97), (96, 89), (128, 97)):
         call = random_call(head_dim=head_dim, dtype=BF16)
-        for limit in (99, 163):
+        for limit in (least - 1, least, 99, 163):
             emulated.set_mode(check.mode, 1, smem_kib=limit)
-            name = "sm80 plain fused" if kib <= limit else "sm80 plain"
+            name = "sm80 plain fused" if least <= limit else "sm80 plain"
             assert backward_kernel(check, call) == name, (head_dim, limit)
+
+
+@pytest.mark.parametrize(("arch", "kib"), [("80", 163), ("86", 99), ("89", 99), ("120", 99)])
+def test_tiles_by_shared_memory(arch, kib):
+    """A tile that does not fit the GPU, or the small one where the large one does."""
+    from attn_ext.cli import compile as command
+
+    assert command.SHARED_KIB[arch] == kib
+    for features, stem in (((), "backward_fused"), (("mask",), "backward_features")):
+        for head_dim in (32, 64, 96, 128):
+            wants = list(command.wanted(f"1,4/2,128,{head_dim}", "bf16", features, True, arch))
+            assert all(want.shared_memory <= 1024 * kib for want in wants)
+            (fused,) = [want for want in wants if f"::{stem}" in want.kernel]
+            half = kib == 99 and head_dim >= 96
+            assert (f"::{stem}_half<" in fused.kernel) == half, (features, head_dim)
+            assert fused.threads == (128 if half else 256)
+            queries = 128 if kib == 163 and head_dim == 64 and not features else 64
+            assert half or features or f" {head_dim}, {queries}>" in fused.kernel
 
 
 @pytest.mark.parametrize("asked_of", ["call", "torch"])

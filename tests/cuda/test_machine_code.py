@@ -329,15 +329,19 @@ def test_sm80_loops_reach_their_goals():
         "sm80_forward 64": (4.6, 0.32),
         "sm80_backward_fused 128": (3.0, 0.45),
         "sm80_backward_fused 64": (3.6, 0.45),
+        "sm80_backward_dq 128": (2.5, 0.42),
+        "sm80_backward_dq 64": (3.0, 0.34),
+        "sm80_backward_dkdv 128": (3.2, 0.57),
+        "sm80_backward_dkdv 64": (4.1, 0.38),
     }
     table = json.loads(machine_code.TABLE.read_text())["kernels"]
     for name, (slots, ldmatrix) in goals.items():
         counts = table[name]["counts"]
         assert table[name]["slots"] <= slots * counts["product"], name
         assert counts["ldmatrix"] <= ldmatrix * counts["product"], name
-        assert counts.get("spill", 0) == 0, name
-    for name in ("sm80_forward 128", "sm80_forward 64"):
-        assert table[name]["ctas"] == 2
+        assert counts.get("spill", 0) <= SPILLS_IN_LOOPS.get(name, 0), name
+        assert "select" not in counts, name
+        assert table[name]["ctas"] == (1 if "fused" in name else 2), name
 
 
 def test_hopper_loops_reach_their_goals():
@@ -373,7 +377,7 @@ def test_sm80_exponentials_run_under_products(kept_kernels):
 # Accesses of a hot loop: a mask or a bias is on its way while O, S and Q take the registers.
 SPILLS_IN_LOOPS = {
     "sm80_forward_bias 128": 8, "sm80_forward_dropout 128": 2,
-    "sm80_backward_bias 128": 4, "sm80_backward_mask 128": 4,
+    "sm80_backward_dkdv 128": 1, "sm80_backward_bias 128": 4, "sm80_backward_mask 128": 4,
     "sm90_forward_bias 128": 11,
     "sm90_backward_mask 128": 1, "sm90_backward_bias 128": 2, "sm90_backward_dropout 128": 2,
 }  # fmt: skip

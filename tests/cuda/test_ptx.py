@@ -109,6 +109,7 @@ CALLS = {  # what each would catch, beside the instructions of its kernels
     "plain, ragged and causal": {"seqlen_q": 70, "seqlen_k": 201, "causal": True},
     "every feature": {"seqlen_q": 70, "seqlen_k": 130, "mask": "bk", "bias": "hqk", "softcap": 5.0,
                       "alibi": True, "sink": True, "dropout_p": 0.2, "window": (60, -1)},
+    "deterministic": {"seqlen_q": 150, "seqlen_k": 200, "causal": True, "deterministic": True},
     "paged decode, split": {"seqlen_q": 1, "cache_seqlens": [300, 41], "seqlen_k": 320,
                             "page_size": 16, "heads_q": 4, "heads_k": 2},
 }  # fmt: skip

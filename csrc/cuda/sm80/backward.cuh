@@ -6,7 +6,8 @@
 //                  S = Q K^T, dP = dO V^T, dQ += dS K
 // with P = exp(S - LSE), dS = P * (dP - delta), delta = rowsum(dO * O) - dLSE.  The streamed index
 // is always the column of a fragment, so P and dS go from registers straight into the second
-// product (mma.cuh).
+// product (mma.cuh).  For float32, for features, and in 16 bits for heads of more than 128 columns;
+// other plain calls have backward_plain.cuh.
 #pragma once
 #include "../backward_parts.cuh"
 #include "../repair.cuh"

@@ -21,9 +21,9 @@
 
 namespace attn::cuda::sm80 {
 
-template <class T, int HEAD_DIM, int BLOCK_M, int BITS = 0>
+template <class T, int HEAD_DIM, int BLOCK_M, int BITS = 0, int BLOCK_N = 128>
 struct FusedBackward {
-  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
+  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M, BLOCK_N>;
   static constexpr int M = Tile::BLOCK_M, N = Tile::BLOCK_N, THREADS = Tile::THREADS;
   static constexpr int BYTES = Row<T, HEAD_DIM>::BYTES, SCORE_BYTES = Row<T, N>::BYTES;
   static constexpr int QUERY_BYTES = M * BYTES, KEY_BYTES = N * BYTES;
@@ -31,10 +31,14 @@ struct FusedBackward {
   using Order = std::conditional_t<BITS != 0, InFours, InOrder>;
   // columns of dK and dV, rows and columns of dQ that a warp has
   static constexpr int KEY_COLUMNS = HEAD_DIM / 2;
-  static constexpr int QUERY_WARPS = M == 64 && HEAD_DIM % 64 == 0 ? 2 : 4;
-  static constexpr int QUERY_ROWS = M / QUERY_WARPS, QUERY_COLUMNS = HEAD_DIM * QUERY_WARPS / 8;
+  static constexpr int QUERY_WARPS = M == 64 && 2 * HEAD_DIM / Tile::WARPS % 16 == 0 ? 2 : 4;
+  static constexpr int QUERY_ROWS = M / QUERY_WARPS;
+  static constexpr int QUERY_COLUMNS = HEAD_DIM * QUERY_WARPS / Tile::WARPS;
   static constexpr int SF = M / 32, QF = QUERY_ROWS / 16, QT = QUERY_COLUMNS / 8,
                        KT = KEY_COLUMNS / 8;
+
+  static constexpr int DOUT_BUFFERS =
+      Tile::DOUT_BUFFERS;  // of one, dO is copied once all have read it
 
   const Params& p;
   const Sequence& seq;
@@ -54,8 +58,14 @@ struct FusedBackward {
 
   ATTN_DEVICE static uint32_t K_smem() { return smem_base(); }
   ATTN_DEVICE static uint32_t V_smem() { return K_smem() + KEY_BYTES; }
-  ATTN_DEVICE static uint32_t Q_smem() { return V_smem() + KEY_BYTES; }  // [2][Q, dO]
-  ATTN_DEVICE static uint32_t P_smem() { return Q_smem() + 4 * QUERY_BYTES; }
+  // [2][Q, dO] or [2][Q], dO
+  ATTN_DEVICE static uint32_t Q_smem(int stage) {
+    return V_smem() + KEY_BYTES + uint32_t(stage) * DOUT_BUFFERS * QUERY_BYTES;
+  }
+  ATTN_DEVICE static uint32_t dO_smem(int stage) {
+    return DOUT_BUFFERS == 2 ? Q_smem(stage) + QUERY_BYTES : Q_smem(2);
+  }
+  ATTN_DEVICE static uint32_t P_smem() { return Q_smem(0) + (2 + DOUT_BUFFERS) * QUERY_BYTES; }
   ATTN_DEVICE static uint32_t dS_smem() { return P_smem() + M * SCORE_BYTES; }
   ATTN_DEVICE static uint32_t rows_smem() {
     return dS_smem() + M * SCORE_BYTES;
@@ -82,17 +92,15 @@ struct FusedBackward {
     if constexpr (M == 64) return my_row_values + (head * p.p.lse_stride_h + m0);
     return all_row_values() + (seq.lse_offset(p, head, m0) + thread_id() % M);
   }
-  // Q, dO, LSE and delta of queries m0.. of a head into buffer `stage`.
+  // Q, LSE and delta of queries m0.. of a head into buffer `stage`, and dO where it has two.
   ATTN_DEVICE void copy_queries(const Rows& Q, const Rows& dO, int head, int m0, int stage) const {
-    const uint32_t to = Q_smem() + uint32_t(stage) * 2 * QUERY_BYTES;
-    const int dim = int(p.p.head_dim), dim_v = int(p.p.head_dim_v);
+    const int dim = int(p.p.head_dim);
     if (m0 + M <= seq.seqlen_q && p.q_vec && p.dout_vec) {
-      TileStream<T, HEAD_DIM, M, THREADS>(to, Q, m0, dim).copy();
-      TileStream<T, HEAD_DIM, M, THREADS>(to + QUERY_BYTES, dO, m0, dim_v).copy();
+      TileStream<T, HEAD_DIM, M, THREADS>(Q_smem(stage), Q, m0, dim).copy();
+      if (DOUT_BUFFERS == 2) copy_whole_dout(dO, m0, stage);
     } else {
-      copy_tile<T, HEAD_DIM, M, THREADS, false>(to, Q, m0, seq.seqlen_q, dim, p.q_vec);
-      copy_tile<T, HEAD_DIM, M, THREADS, false>(to + QUERY_BYTES, dO, m0, seq.seqlen_q, dim_v,
-                                                p.dout_vec);
+      copy_tile<T, HEAD_DIM, M, THREADS, false>(Q_smem(stage), Q, m0, seq.seqlen_q, dim, p.q_vec);
+      if (DOUT_BUFFERS == 2) copy_some_dout(dO, m0, stage);
     }
     if (thread_id() < 2 * M) {
       const bool valid = m0 + thread_id() % M < seq.seqlen_q;
@@ -101,6 +109,21 @@ struct FusedBackward {
       cp_async_4(rows_smem() + 4 * uint32_t(2 * M * stage + thread_id()), valid ? from : nothing,
                  valid);
     }
+    if (DOUT_BUFFERS == 2) cp_async_commit();
+  }
+  ATTN_DEVICE void copy_whole_dout(const Rows& dO, int m0, int stage) const {
+    TileStream<T, HEAD_DIM, M, THREADS>(dO_smem(stage), dO, m0, int(p.p.head_dim_v)).copy();
+  }
+  ATTN_DEVICE void copy_some_dout(const Rows& dO, int m0, int stage) const {
+    copy_tile<T, HEAD_DIM, M, THREADS, false>(dO_smem(stage), dO, m0, seq.seqlen_q,
+                                              int(p.p.head_dim_v), p.dout_vec);
+  }
+  // The same of dO alone, where it has one buffer.
+  ATTN_DEVICE void copy_dout(const Rows& dO, int m0) const {
+    if (m0 + M <= seq.seqlen_q && p.dout_vec)
+      copy_whole_dout(dO, m0, 0);
+    else
+      copy_some_dout(dO, m0, 0);
     cp_async_commit();
   }
 
@@ -276,10 +299,11 @@ struct FusedBackward {
     for (int c = 0; c < 4; ++c) atomic_add_global(sums + (512 * n + 128 * c + 32 * f), dQ[f][n][c]);
   }
 
-  // Queries m0.. of a head, which are in buffer `stage`.
-  template <bool EDGE>
-  ATTN_DEVICE void tile(int head, int m0, int stage) {
-    const uint32_t Q = Q_smem() + uint32_t(stage) * 2 * QUERY_BYTES, dO = Q + QUERY_BYTES;
+  // Queries m0.. of a head, which are in buffer `stage`; next_dout(): copies those behind them,
+  // where dO has one buffer.
+  template <bool EDGE, class Copy>
+  ATTN_DEVICE void tile(int head, int m0, int stage, const Copy& next_dout) {
+    const uint32_t Q = Q_smem(stage), dO = dO_smem(stage);
     float P[SF][4][4], dS[SF][4][4];
     // S = Q K^T, dP = dO V^T   [M / 2, 32] a warp
     if constexpr (BITS == 0) {
@@ -307,6 +331,10 @@ struct FusedBackward {
     sync_threads();  // P and dS of every warp are there
     // dV += P^T dO   [32, KEY_COLUMNS] a warp
     add_across<T, N, HEAD_DIM, M / 16>(dV, P_smem(), key_row(), dO, key_column());
+    if constexpr (DOUT_BUFFERS == 1) {
+      sync_threads();  // every warp has read dO
+      next_dout();
+    }
     // dQ = dS K   [QUERY_ROWS, QUERY_COLUMNS] a warp
     float dQ[QF][QT][4] = {};
     add_along<T, N, HEAD_DIM>(dQ, dS_smem(), dq_row(), K_smem(), dq_column());
@@ -344,9 +372,9 @@ struct FusedBackward {
   }
 };
 
-template <class T, int HEAD_DIM, int BLOCK_M, int BITS>
+template <class T, int HEAD_DIM, int BLOCK_M, int BITS, int BLOCK_N = 128>
 ATTN_DEVICE void run_fused_backward(const Params& p) {
-  using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M, BITS>;
+  using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M, BITS, BLOCK_N>;
   constexpr int M = Kernel::M;
   const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
   const int head_k = block_id().x / p.n_tiles % heads_k;
@@ -370,7 +398,11 @@ ATTN_DEVICE void run_fused_backward(const Params& p) {
   if (h < h_end) {
     take_head();
     mine.copy_queries(Q, dO, h, m, 0);
+    if (Kernel::DOUT_BUFFERS == 1) mine.copy_dout(dO, m);
   }
+  const auto next_dout = [&] {
+    if (h < h_end) mine.copy_dout(dO, m);
+  };
   ATTN_NO_UNROLL
   for (int stage = 0; h < h_end; stage ^= 1) {
     const int head = h, m0 = m;
@@ -384,9 +416,9 @@ ATTN_DEVICE void run_fused_backward(const Params& p) {
     if (h < h_end) mine.copy_queries(Q, dO, h, m, stage ^ 1);
     if (m0 + M > seq.seqlen_q || mine.n0 + Kernel::N > seq.seqlen_k ||
         !band.full(m0, m0 + M, mine.n0, mine.n1))
-      mine.template tile<true>(head, m0, stage);
+      mine.template tile<true>(head, m0, stage, next_dout);
     else
-      mine.template tile<false>(head, m0, stage);
+      mine.template tile<false>(head, m0, stage, next_dout);
   }
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
@@ -403,6 +435,17 @@ template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, 64>::THREADS), 1)
 void backward_features(ATTN_GRID_CONSTANT const Params p) {
   run_fused_backward<T, HEAD_DIM, 64, BITS>(p);
+}
+// The same with 64 keys a CTA, where shared memory has no room for 128.
+template <class T, int HEAD_DIM>
+ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, 64, 64>::THREADS), 1)
+void backward_fused_half(ATTN_GRID_CONSTANT const Params p) {
+  run_fused_backward<T, HEAD_DIM, 64, 0, 64>(p);
+}
+template <class T, int HEAD_DIM, int BITS>
+ATTN_KERNEL((FusedBackwardTile<HEAD_DIM, 64, 64>::THREADS), 1)
+void backward_features_half(ATTN_GRID_CONSTANT const Params p) {
+  run_fused_backward<T, HEAD_DIM, 64, BITS, 64>(p);
 }
 
 // sums = 0, one CTA a tile of 64 queries.

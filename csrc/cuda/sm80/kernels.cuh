@@ -8,6 +8,7 @@
 #include "backward_bias.cuh"
 #include "backward_far.cuh"
 #include "backward_fused.cuh"
+#include "backward_plain.cuh"
 #include "backward_preprocess.cuh"
 #include "combine.cuh"
 #include "forward.cuh"
@@ -36,7 +37,10 @@ void each_fused(const Use& use) {
 
 template <class T, int HEAD_DIM, class Use>
 void each_backward(const Use& use) {
-  if constexpr (kIsHalf<T>) {
+  if constexpr (kIsHalf<T> && HEAD_DIM <= 128) {
+    use(kernel_name<T>("sm80::backward_dq_plain", HEAD_DIM), backward_dq_plain<T, HEAD_DIM>);
+    use(kernel_name<T>("sm80::backward_dkdv_plain", HEAD_DIM), backward_dkdv_plain<T, HEAD_DIM>);
+  } else if constexpr (kIsHalf<T>) {
     use(kernel_name<T>("sm80::backward_dq", HEAD_DIM, 0), backward_dq<T, HEAD_DIM, 0>);
     use(kernel_name<T>("sm80::backward_dkdv", HEAD_DIM, 0), backward_dkdv<T, HEAD_DIM, 0>);
   }
@@ -52,6 +56,11 @@ void each_backward(const Use& use) {
     use(kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, int(kAny)),
         convert_dq_features<T, HEAD_DIM, kAny>);
     if constexpr (HEAD_DIM == 64) each_fused<T, HEAD_DIM, 128>(use);
+    if constexpr (kHasHalfTile(HEAD_DIM)) {
+      use(kernel_name<T>("sm80::backward_fused_half", HEAD_DIM), backward_fused_half<T, HEAD_DIM>);
+      use(kernel_name<T>("sm80::backward_features_half", HEAD_DIM, int(kAny)),
+          backward_features_half<T, HEAD_DIM, kAny>);
+    }
   }
 }
 

@@ -3,14 +3,17 @@
 #include "../launches.h"
 #include "../sum_tiles.h"
 #include "../tiles.h"
+#include "backward_tiles.h"
 
 namespace attn::cuda::sm80 {
 
-// Queries of the tiles in which one kernel computes all of a plain call's backward, 0: two kernels.
+// The tiles in which one kernel computes all of a call's backward, zeros: two kernels.
 // shared_memory: bytes that a CTA may have.
-inline int fused_queries(const Problem& p, const Pointers& ptr, int head_dim, int shared_memory) {
-  if (p.deterministic || p.dtype == DType::kFloat32 || !ptr.dq || !(ptr.dk || ptr.dv)) return 0;
-  return fused_block_m(head_dim, shared_memory);
+inline FusedShape fused_shape(const Problem& p, const Pointers& ptr, int head_dim,
+                              int shared_memory) {
+  if (p.deterministic || p.dtype == DType::kFloat32 || !ptr.dq || !(ptr.dk || ptr.dv))
+    return {0, 0};
+  return cuda::fused_shape(head_dim, shared_memory);
 }
 
 // A forward that knows p.features, in 16 bits.
@@ -46,14 +49,17 @@ void run_forward(Executor& to, Params p, bool general) {
 }
 
 // All of dQ, dK and dV, where p.dq_sums is there.
-template <class T, int HEAD_DIM, int BLOCK_M>
+template <class T, int HEAD_DIM, int BLOCK_M, int BLOCK_N = 128>
 void run_fused(Executor& to, Params p, bool features) {
-  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M>;
+  using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M, BLOCK_N>;
   p.m_tiles = int((p.p.seqlen_q + 63) / 64);
   p.n_tiles = int((p.p.seqlen_k + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
-  const std::string fused = features
-                                ? kernel_name<T>("sm80::backward_features", HEAD_DIM, p.features)
-                                : kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M);
+  constexpr bool HALF = BLOCK_N == 64;
+  const std::string fused =
+      features ? kernel_name<T>(HALF ? "sm80::backward_features_half" : "sm80::backward_features",
+                                HEAD_DIM, p.features)
+      : HALF   ? kernel_name<T>("sm80::backward_fused_half", HEAD_DIM)
+               : kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M);
   const std::string convert =
       features ? kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, p.features)
                : kernel_name<T>("sm80::convert_dq", HEAD_DIM);
@@ -61,6 +67,22 @@ void run_fused(Executor& to, Params p, bool features) {
          grid_of(p.p.heads_q * sum_tiles(p.p, p.ptr)), 128, 0, p);
   launch(to, fused, grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Tile::THREADS, Tile::SMEM, p);
   launch(to, convert, grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, p);
+}
+
+// Each of dQ and (dK, dV) of a plain call whose pointers are not null, without atomics.
+template <class T, int HEAD_DIM>
+void run_plain_pair(Executor& to, Params p) {
+  using Queries = QueryGradientTile<HEAD_DIM>;
+  using Keys = KeyGradientTile<HEAD_DIM>;
+  p.splits = p.pack = 1;
+  p.m_tiles = int((p.p.seqlen_q + Queries::BLOCK_M - 1) / Queries::BLOCK_M);
+  p.n_tiles = int((p.p.seqlen_k + Keys::BLOCK_M - 1) / Keys::BLOCK_M);
+  if (p.ptr.dq)
+    launch(to, kernel_name<T>("sm80::backward_dq_plain", HEAD_DIM),
+           grid_of(p.p.batch * p.p.heads_q * p.m_tiles), Queries::THREADS, Queries::SMEM, p);
+  if (p.ptr.dk || p.ptr.dv)
+    launch(to, kernel_name<T>("sm80::backward_dkdv_plain", HEAD_DIM),
+           grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Keys::THREADS, Keys::SMEM, p);
 }
 
 template <class T, int HEAD_DIM>
@@ -85,8 +107,11 @@ void run_backward(Executor& to, Params p, bool general) {
       p.splits = p.pack = 1;
       if constexpr (HEAD_DIM == 64)
         if (p.fused_block_m == 128 && !general) return run_fused<T, HEAD_DIM, 128>(to, p, false);
+      if constexpr (kHasHalfTile(HEAD_DIM))
+        if (p.fused_block_n == 64) return run_fused<T, HEAD_DIM, 64, 64>(to, p, general);
       return run_fused<T, HEAD_DIM, 64>(to, p, general);
     }
+    if (!general) return run_plain_pair<T, HEAD_DIM>(to, p);
   }
   using Tile = BackwardTile<T, HEAD_DIM>;
   const int smem = Tile::backward_smem(Row<T, HEAD_DIM>::BYTES);

@@ -20,13 +20,12 @@
 
 namespace attn::cuda::sm90 {
 
-template <class T, int HEAD_DIM, int BITS>
-struct FeatureConsumer : Consumer<T, HEAD_DIM> {
-  using Base = Consumer<T, HEAD_DIM>;
+template <class T, class Tile, int BITS>
+struct FeatureConsumer : Consumer<T, Tile> {
+  using Base = Consumer<T, Tile>;
   using Base::N, Base::TILES, Base::ACC, Base::p, Base::K, Base::V, Base::O, Base::state;
   using typename Base::Buffers;
   using typename Base::Scores;
-  using typename Base::Tile;
   using typename Base::Weights;
   static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
   static_assert(GROUPS <= 8);
@@ -54,7 +53,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
   static constexpr bool FAR = may_have<BITS>(kBias);  // a row may keep natural units
   static constexpr float LIMIT = LazySoftmax::LIMIT, LOWEST = FAR ? kFinfoMin : LazySoftmax::LOWEST;
-  static constexpr int EARLY = early_groups(HEAD_DIM, BITS, GROUPS);
+  static constexpr int EARLY = early_groups(Tile::HEAD_DIM, BITS, GROUPS);
 
   const Score& score;
   const Dropout dropout;
@@ -383,10 +382,10 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   }
 };
 
-template <class T, int HEAD_DIM, int BITS>
+template <class T, int BITS, class Tile>
 ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& stored,
-                                 const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
-  constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
+                                 const ForwardMemory<Tile>& smem) {
+  constexpr int N = Tile::BLOCK_N;
   const Params& p = x.p;
   const QueryTask& task = w.task;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
@@ -396,8 +395,8 @@ ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& 
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
   if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
-  FeatureConsumer<T, HEAD_DIM, BITS> mine(p, score, task.head, row, task.rows, smem,
-                                          smem.Q.tile(w.n) + group * 64 * 128);
+  FeatureConsumer<T, Tile, BITS> mine(p, score, task.head, row, task.rows, smem,
+                                      smem.Q.tile(w.n) + group * 64 * 128);
   const int end = w.end();
   int turn = w.start;
   ATTN_NO_UNROLL
@@ -418,12 +417,13 @@ ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& 
   return end;
 }
 
-template <class T, int HEAD_DIM, int BITS>
+template <class T, int HEAD_DIM, int VALUE_DIM, int BITS>
 ATTN_KERNEL((THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
-  const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
-  run_tiles<BITS, ForwardTile90<HEAD_DIM>, true>(x, smem, [&](const Work& w, Stored& stored) {
-    return consume_features<T, HEAD_DIM, BITS>(x, w, stored, smem);
+  using Tile = ForwardTile90<HEAD_DIM, VALUE_DIM>;
+  const auto smem = ForwardMemory<Tile>::of(smem_base());
+  run_tiles<BITS, Tile, true>(x, smem, [&](const Work& w, Stored& stored) {
+    return consume_features<T, BITS>(x, w, stored, smem);
   });
 }
 

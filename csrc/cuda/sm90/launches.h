@@ -44,17 +44,24 @@ void launch_forward(Executor& to, std::string kernel, const Params& params,
          THREADS, Tile::SMEM, x);
 }
 
+// The forward of a plain call, or the one that knows its features.
+template <class T, int HEAD_DIM, int VALUE_DIM>
+void run_forward_of(Executor& to, const Params& params, const ForwardPlace& place) {
+  using Tile = ForwardTile90<HEAD_DIM, VALUE_DIM>;
+  if (params.features)
+    launch_forward<Tile, true>(
+        to, kernel_name<T>("sm90::forward_features", HEAD_DIM, VALUE_DIM, params.features), params,
+        place);
+  else
+    launch_forward<Tile, false>(to, kernel_name<T>("sm90::forward", HEAD_DIM, VALUE_DIM), params,
+                                place);
+}
 template <class T, int HEAD_DIM>
 void run_forward(Executor& to, const Params& params, const ForwardPlace& place) {
-  launch_forward<ForwardTile90<HEAD_DIM>, false>(to, kernel_name<T>("sm90::forward", HEAD_DIM),
-                                                 params, place);
-}
-
-// A forward that knows p.features.
-template <class T, int HEAD_DIM>
-void run_features(Executor& to, const Params& params, const ForwardPlace& place) {
-  launch_forward<ForwardTile90<HEAD_DIM>, true>(
-      to, kernel_name<T>("sm90::forward_features", HEAD_DIM, params.features), params, place);
+  constexpr int NARROW = forward_value_dim(HEAD_DIM, 1);
+  if (forward_value_dim(HEAD_DIM, params.p.head_dim_v) < HEAD_DIM)
+    return run_forward_of<T, HEAD_DIM, NARROW>(to, params, place);
+  run_forward_of<T, HEAD_DIM, HEAD_DIM>(to, params, place);
 }
 
 // dQ, dK, dV, each where its pointer is not null; p.delta is filled, p.dq_sums where query_sums().

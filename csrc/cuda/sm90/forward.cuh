@@ -227,35 +227,20 @@ struct Consumer {
 template <class T, class Tile>
 ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
                         const ForwardMemory<Tile>& smem) {
-  constexpr int N = Tile::BLOCK_N;
   const Params& p = x.p;
   const QueryTask& task = w.task;
-  const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
-  const int group_end = min_int(group_row + 64, task.rows);
-  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const int group = warp_id() / 4 - 1;
+  const int row = task.row0 + 64 * group + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, task.seq);
   Query query[2];
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r)
     query[r] = Query{min_int(row + 8 * r, task.rows - 1), task.head, 0.0f, 0, 0};
-  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
-  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
   Consumer<T, Tile> mine(p, smem.K, smem.V, smem.Q.tile(w.n) + group * 64 * 128);
-  const int end = w.end();
-  int turn = w.start;
-  ATTN_NO_UNROLL
-  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
-    const int n0 = w.turns.tile(turn - w.start) * N;
-    if (n0 < hi && n0 + N > lo) {
-      mine.edge(score, query, group, turn, n0);
-    } else {  // nothing for this warpgroup
-      smem.K.skip(turn);
-      smem.V.skip(turn);
-    }
-  }
-  stored.settle(smem);
-  mine.whole(turn, end, TakeTurns::of(task, group));
+  const int end = consume_turns(
+      w, score, stored, smem, [&](int turn, int n0) { mine.edge(score, query, group, turn, n0); },
+      [&](int turn, int end, int) { mine.whole(turn, end, TakeTurns::of(task, group)); });
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
   finish_tile<T, 0>(x, w.n, smem, mine.O, mine.state, p.scale_log2, bad);
   return end;

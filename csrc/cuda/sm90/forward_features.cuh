@@ -385,32 +385,15 @@ struct FeatureConsumer : Consumer<T, Tile> {
 template <class T, int BITS, class Tile>
 ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& stored,
                                  const ForwardMemory<Tile>& smem) {
-  constexpr int N = Tile::BLOCK_N;
-  const Params& p = x.p;
   const QueryTask& task = w.task;
-  const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
-  const int group_end = min_int(group_row + 64, task.rows);
-  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
-  const Score score(p, task.seq);
-  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
-  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
-
-  FeatureConsumer<T, Tile, BITS> mine(p, score, task.head, row, task.rows, smem,
+  const int group = warp_id() / 4 - 1;
+  const int row = task.row0 + 64 * group + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const Score score(x.p, task.seq);
+  FeatureConsumer<T, Tile, BITS> mine(x.p, score, task.head, row, task.rows, smem,
                                       smem.Q.tile(w.n) + group * 64 * 128);
-  const int end = w.end();
-  int turn = w.start;
-  ATTN_NO_UNROLL
-  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
-    const int n0 = w.turns.tile(turn - w.start) * N;
-    if (n0 < hi && n0 + N > lo) {
-      mine.edge(turn, n0);
-    } else {  // nothing for this warpgroup
-      smem.K.skip(turn);
-      smem.V.skip(turn);
-    }
-  }
-  stored.settle(smem);
-  mine.whole(turn, end, w.turns.tile(turn - w.start) * N, TakeTurns::of(task, group));
+  const int end = consume_turns(
+      w, score, stored, smem, [&](int turn, int n0) { mine.edge(turn, n0); },
+      [&](int turn, int end, int n0) { mine.whole(turn, end, n0, TakeTurns::of(task, group)); });
   bool bad = warp_finds_nan(mine.O);
   bad |= mine.finish();
   finish_tile<T, BITS>(x, w.n, smem, mine.O, mine.state, 1.0f, bad);

@@ -233,6 +233,36 @@ ATTN_DEVICE void consume_tiles(const ForwardParams& x, const ForwardMemory<Tile>
   TakeTurns::finish(group);
 }
 
+// A consumer warpgroup's tiles of keys in the order of their turns: edge(turn, first key) for each
+// at an edge of the band, then whole(turn, end, first key) for all that every row sees.  The turn
+// behind the last.
+template <class Tile, class Edge, class Whole>
+ATTN_DEVICE int consume_turns(const Work& w, const Score& score, Stored& stored,
+                              const ForwardMemory<Tile>& smem, const Edge& edge,
+                              const Whole& whole) {
+  constexpr int N = Tile::BLOCK_N;
+  const QueryTask& task = w.task;
+  const int group_row = task.row0 + 64 * (warp_id() / 4 - 1);
+  const int group_end = min_int(group_row + 64, task.rows);
+  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
+  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
+  const int end = w.end();
+  int turn = w.start;
+  ATTN_NO_UNROLL
+  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
+    const int n0 = w.turns.tile(turn - w.start) * N;
+    if (n0 < hi && n0 + N > lo) {
+      edge(turn, n0);
+    } else {  // nothing for this warpgroup
+      smem.K.skip(turn);
+      smem.V.skip(turn);
+    }
+  }
+  stored.settle(smem);
+  whole(turn, end, w.turns.tile(turn - w.start) * N);
+  return end;
+}
+
 // The whole kernel.
 template <int BITS, class Tile, bool FOURS, class Consume>
 ATTN_DEVICE void run_tiles(const ForwardParams& x, const ForwardMemory<Tile>& smem,

@@ -2,7 +2,6 @@
 #pragma once
 #include "backward_parts.cuh"
 #include "forward_parts.cuh"
-#include "packed.h"
 #include "repair.cuh"
 
 namespace attn::cuda {
@@ -38,18 +37,17 @@ ATTN_DEVICE void clear_sums(const Params& p) {
   for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
 }
 
-// dQ = scale * sums, one CTA of 128 threads a tile of them.  load(sums, acc) takes a thread's
+// dQ = scale * sums, one CTA of 128 threads a tile of a sequence.  load(sums, acc) takes a thread's
 // fragments from its tile, in the order in which the kernel added them.
 template <class T, int HEAD_DIM, int BITS = 0, class Load>
 ATTN_DEVICE void convert_sums(const Params& p, const Load& load) {
-  const int of_head = p.ptr.cu_seqlens_q ? int(packed_tiles(p.p.rows_q, p.p.batch, 64)) : p.m_tiles;
-  const TileOf x =
-      TileOf::number(block_id().x, p.ptr.cu_seqlens_q, p.p.batch, p.p.heads_q, of_head, 64);
-  const Sequence seq = Sequence::of<BITS>(p, x.b);
-  if (64 * x.tile >= seq.seqlen_q) return;  // packed: a number that stands for no tile
+  const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
+  const int head = block_id().x / p.m_tiles % heads;
+  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.m_tiles / heads);
+  if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
   float acc[HEAD_DIM / 8][4];
-  load(p.dq_sums + int64_t(block_id().x) * (64 * HEAD_DIM), acc);
-  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, x.head, 64 * x.tile, acc);
+  load(p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM), acc);
+  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, head, 64 * m, acc);
 }
 
 }  // namespace attn::cuda

@@ -60,7 +60,7 @@ void run_fused(Executor& to, Params p, bool features) {
   launch(to, kernel_name<T>("sm80::clear_dq", HEAD_DIM),
          grid_of(p.p.heads_q * sum_tiles(p.p, p.ptr)), 128, 0, p);
   launch(to, fused, grid_of(p.p.batch * p.p.heads_k * p.n_tiles), Tile::THREADS, Tile::SMEM, p);
-  launch(to, convert, grid_of(p.p.heads_q * sum_tiles(p.p, p.ptr)), 128, 0, p);
+  launch(to, convert, grid_of(p.p.batch * p.p.heads_q * p.m_tiles), 128, 0, p);
 }
 
 template <class T, int HEAD_DIM>

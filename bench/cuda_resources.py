@@ -57,6 +57,7 @@ class Unit(NamedTuple):
         """Each a feature of calls by the command's name: all, one by one, where FEATURED says so;
         else those that decide which kernels serve a plain call."""
         plain = ("none", "deterministic", "decode", "frozen_keys", "frozen_queries")
+        plain += ("values_128",) if self.head_dim == 192 else ()
         return tuple(command.FEATURES) if self in FEATURED else plain
 
     @property
@@ -96,7 +97,7 @@ def compiler() -> str:
 SPILLS: tuple[tuple[str, int], ...] = (
     (r"sm80::backward_far_.*", 40),  # for rows that are rare
     (r"sm80::(forward_features|backward_features(_half)?)<.*", 364),
-    (r"sm90::forward_features<(bf16|fp16), 128, .*", 176),
+    (r"sm90::forward_features<(bf16|fp16), 128, 128, .*", 176),
     (r"sm90::backward_features<.*", 256),  # most of it in the producer
     (r"sm80::convert_dq_features<.*", 8),
     (r"sm80::backward_fused_half<(bf16|fp16), 128> .*", 96),
@@ -221,7 +222,7 @@ def occupancy(table: dict) -> str:
              "sm80::forward_general<f32, {}, plain>", "sm80::backward_dq_plain<bf16, {}>",
              "sm80::backward_dkdv_plain<bf16, {}>", "sm80::backward_dq<bf16, {}, plain>",
              "sm80::backward_dq<f32, {}, scale>", "sm80::backward_dkdv<bf16, {}, plain>",
-             "sm80::backward_dkdv<f32, {}, scale>", "sm90::forward<bf16, {}>",
+             "sm80::backward_dkdv<f32, {}, scale>", "sm90::forward<bf16, {0}, {0}>",
              "sm90::backward_fused<bf16, {}>")  # fmt: skip
     for name in names:
         cells = []
@@ -231,7 +232,7 @@ def occupancy(table: dict) -> str:
                 str(resident_warps(table, name.format(dim), arch)) if arch in rows else "-"
                 for arch in MULTIPROCESSOR
             ) if rows else "-")  # fmt: skip
-        label = name.replace("{}", "D")
+        label = name.replace("{0}", "{}").replace("{}", "D")
         lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

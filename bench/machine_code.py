@@ -5,11 +5,11 @@
     python bench/machine_code.py --dump sm90_forward 128    the instructions of one loop
     python bench/machine_code.py --triton [--write]         the same of the Triton kernels
 
-NVRTC compiles the bf16 kernels of head_dim 64 and 128, as `attn-ext compile` does; nvdisasm, of the
-toolkit or of Triton's wheel, prints their machine code. Of each kernel the loop with the most
-tensor work is taken, and through it the path that has all products and copies, but no mask and no
-slow way: what a tile runs whose every query sees every key. Counts are by `GROUPS`, one instruction
-an issue slot.
+NVRTC compiles the bf16 kernels of head_dim 64 and 128 (and 192 with values of 128), as `attn-ext
+compile` does; nvdisasm, of the toolkit or of Triton's wheel, prints their machine code. Of each
+kernel the loop with the most tensor work is taken, and through it the path that has all products
+and copies, but no mask and no slow way: what a tile runs whose every query sees every key. Counts
+are by `GROUPS`, one instruction an issue slot.
 
 The bounds are a model; nothing is timed.  Cycles are those of one multiprocessor while each
 resident warp runs one iteration: 4 schedulers of one slot a cycle, 128 bytes of shared memory a
@@ -74,6 +74,7 @@ class Kernel:
     mma_threads: int = 0
     features: str = "none"  # of the calls that `attn-ext compile` knows
     through: str = ""
+    head_dims: tuple[int, ...] = HEAD_DIMS
 
 
 KERNELS = {
@@ -93,6 +94,7 @@ KERNELS = {
     "sm80_forward_mask": Kernel("sm80", "forward_features", features="mask", through="select"),
     "sm80_forward_mask_kept": Kernel("sm80", "forward_features", features="mask"),
     "sm90_forward": Kernel("sm90", "forward", 256),
+    "sm90_forward_values_128": Kernel("sm90", "forward", 256, "values_128", head_dims=(192,)),
     **{
         f"sm90_forward_{name}": Kernel("sm90", "forward_features", 256, name)
         for name in ("bias", "dropout")
@@ -379,11 +381,11 @@ def path_of(name: str, head_dim: int) -> tuple[list[Instruction], int]:
     return path, registers
 
 
-def measure(families=FAMILIES, head_dims=HEAD_DIMS) -> dict:
+def measure(families=FAMILIES, head_dims=(*HEAD_DIMS, 192)) -> dict:
     """{"sm90_forward 128": row} of all kernels."""
     rows = {}
     for head_dim, (name, kernel) in itertools.product(head_dims, KERNELS.items()):
-        if kernel.family in families:
+        if kernel.family in families and head_dim in kernel.head_dims:
             path, registers = path_of(name, head_dim)
             block = launch_of(name, head_dim)._asdict()
             rows[f"{name} {head_dim}"] = report(kernel, path, registers, block)

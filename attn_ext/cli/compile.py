@@ -33,6 +33,7 @@ FEATURES = {  # name -> what random_call() takes
     "paged": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1, "page_size": 16},
     "frame": {}, "part": {},  # of context parallelism: whose positions count; results in float32
     "frozen_keys": {}, "frozen_queries": {},  # whose gradients are not wanted; of keys and values
+    "values_128": {"head_dim_v": 128},  # of multi-head latent attention, beside keys of 192
 }  # fmt: skip
 PRESETS = {  # (shape, features) of each kind of call that such a model makes
     "llama": (("1,32/8,128,128", ("causal",)), ("1,32/8,128,128", ("causal", "mask")),

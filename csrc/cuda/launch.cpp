@@ -182,9 +182,7 @@ void with_sm90_pair(const Params& x, int head_dim, const Use& run_pair) {
 void run_sm90_forward(Executor& to, const Params& x, const sm90::ForwardPlace& place) {
   with_sm90_pair(x, sm90::kernel_head_dim(x.p), [&](auto pair) {
     using P = decltype(pair);
-    using T = typename P::Element;
-    x.features ? sm90::run_features<T, P::kHeadDim>(to, x, place)
-               : sm90::run_forward<T, P::kHeadDim>(to, x, place);
+    sm90::run_forward<typename P::Element, P::kHeadDim>(to, x, place);
   });
 }
 void run_sm90_backward(Executor& to, const Params& x) {

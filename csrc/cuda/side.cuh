@@ -38,12 +38,11 @@ struct Side {
       return {MASK ? opaque(static_cast<const uint8_t*>(p.ptr.mask) + (q.mask_row + j)) : nullptr,
               BIAS ? opaque(static_cast<const Element*>(p.ptr.bias) + (q.bias_row + j)) : nullptr};
     }
-    // `keys` further on in the row that is `rows` further on; rows: at least 0.
+    // `keys` further on in the row that is `rows` further on, where there is a mask alone; rows: at
+    // least 0.
     ATTN_DEVICE Row on(const Params& p, int rows, int keys) const {
-      const auto moved = [&](const auto* at, int64_t stride) {
-        return opaque(at + keys + int64_t(uint32_t(rows)) * stride);
-      };
-      return {MASK ? moved(mask, p.p.mask.q) : nullptr, BIAS ? moved(bias, p.p.bias.q) : nullptr};
+      static_assert(MASK && !BIAS);
+      return {opaque(mask + keys + int64_t(uint32_t(rows)) * p.p.mask.q), nullptr};
     }
   };
   // The 4 keys from `offset` on of a row, if VECTORS.

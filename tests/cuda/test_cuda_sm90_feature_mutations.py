@@ -58,6 +58,7 @@ class Kernel(NamedTuple):
 
     folder: str
     name: str
+    sizes: str  # head dimensions that it is compiled for
     params: str
     calls: dict[str, tuple[str, dict]]
 
@@ -84,7 +85,7 @@ class Kernel(NamedTuple):
 
     def wrong_with(self, folder: Path, patch=None) -> tuple[str, ...]:
         """`wrong` of the kernel with a bug; 1048576: kAny, which asks for features at run time."""
-        kernel = f"attn::cuda::sm90::{self.name}<attn::ptx::bf16, 64, 1048576>"
+        kernel = f"attn::cuda::sm90::{self.name}<attn::ptx::bf16, {self.sizes}, 1048576>"
         return planted_cuda.wrong_with(
             folder, self.header, [kernel], self.wrong, patch, params=f"sm90::{self.params}"
         )
@@ -110,8 +111,8 @@ def made(name, options):
 
 
 KERNELS = (
-    Kernel("cuda/sm90_features", "forward_features", "ForwardParams", FORWARD),
-    Kernel("cuda/sm90_backward_features", "backward_features", "BackwardParams", BACKWARD),
+    Kernel("cuda/sm90_features", "forward_features", "64, 64", "ForwardParams", FORWARD),
+    Kernel("cuda/sm90_backward_features", "backward_features", "64", "BackwardParams", BACKWARD),
 )
 PLANTED = {
     kernel.name: Planted(kernel.folder, ROOT / "csrc" / kernel.header, __file__, kernel.wrong_with)

@@ -67,7 +67,8 @@ def wrong() -> tuple[str, ...]:
 def wrong_with(folder, patch=None) -> tuple[str, ...]:
     """`wrong` of the kernel with a bug."""
     return planted_cuda.wrong_with(
-        folder, "cuda/sm90/forward.cuh", ["attn::cuda::sm90::forward<attn::ptx::bf16, 64>"], wrong,
+        folder, "cuda/sm90/forward.cuh", ["attn::cuda::sm90::forward<attn::ptx::bf16, 64, 64>"],
+        wrong,
         patch, params="sm90::ForwardParams",
     )  # fmt: skip
 

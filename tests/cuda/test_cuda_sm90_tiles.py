@@ -77,6 +77,8 @@ PACKED = {
     "sequences without queries between": {"seqlens_q": [0, 130, 0, 0, 5, 0],
                                           "seqlens_k": [3, 140, 0, 2, 300, 1]},
     "the last one is the longest": {"seqlens_q": [1, 20, 300], "causal": True},
+    "more sequences than are skipped at a time": {
+        "seqlens_q": [1] * 60 + [130] + [1, 0] * 20, "heads_q": 1, "heads_k": 1},
     "of many only short ones": {"seqlens_q": [300] + 20 * [1], "heads_q": 2, "heads_k": 1},
 }  # fmt: skip
 

@@ -297,14 +297,20 @@ def test_hopper_kernels_compute_while_the_tensor_cores_do(kept_kernels):
 
 
 @needs_tools
-@pytest.mark.parametrize("family", machine_code.FAMILIES)
-@pytest.mark.parametrize("head_dim", machine_code.HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("family", "head_dim"),
+    sorted({(k.family, dim) for k in machine_code.KERNELS.values() for dim in k.head_dims}),
+)
 def test_hot_loops_have_no_more_instructions_than_the_table_says(kept_kernels, family, head_dim):
     """A change that puts instructions, spills or moves between register files into a hot loop."""
     table = json.loads(machine_code.TABLE.read_text())
     if resources.compiler() != table["nvrtc"]:
         pytest.skip(f"the table is of NVRTC {table['nvrtc']}")
-    names = [name for name, k in machine_code.KERNELS.items() if k.family == family]
+    names = [
+        name
+        for name, k in machine_code.KERNELS.items()
+        if k.family == family and head_dim in k.head_dims
+    ]
     expected = {f"{name} {head_dim}": table["kernels"].get(f"{name} {head_dim}") for name in names}
     known = known_code(f"hot loops of {family}", names, head_dim, expected)
     if known:
@@ -388,7 +394,8 @@ def test_hopper_loops_take_descriptors_from_uniform_registers():
     or after a hot loop began to spill, or spills more."""
     for name, row in json.loads(machine_code.TABLE.read_text())["kernels"].items():
         if name.startswith("sm90"):
-            assert row["counts"].get("to_uniform", 0) <= 8, name
+            # wider than 128 columns Q's descriptor is made uniform again for each tile
+            assert row["counts"].get("to_uniform", 0) <= (9 if name.endswith(" 192") else 8), name
         assert row["counts"].get("spill", 0) <= SPILLS_IN_LOOPS.get(name, 0), name
 
 

@@ -44,6 +44,7 @@ THOROUGH = {
     "cuda/test_cuda_sm90.py::test_infinities_in_visible_rows": "each result is computed twice",
     "cuda/test_cuda_sm90.py::test_runs_are_bitwise_equal": "each result is computed twice",
     "cuda/test_cuda_sm90_feature_mutations.py": "a compilation each",
+    "cuda/test_cuda_sm90_values_mutations.py": "a compilation each",
     "cuda/test_cuda_sm90_varlen.py::test_neighbours_do_not_count": "each result is computed twice",
     "cuda/test_driver.py::test_forward_and_backward": "compiles kernels",
     "cuda/test_driver.py::test_the_way_that_ships": "compiles kernels",

@@ -7,6 +7,7 @@
 // by wgmma from shared memory; P and dS are A operands where they lie, of dV += P^T dO and dK +=
 // dS^T Q.  Who does what: KeyGradientTile in traits.cuh.
 #pragma once
+#include "../packed.h"
 #include "backward_parts.cuh"
 
 namespace attn::cuda::sm90 {
@@ -18,8 +19,9 @@ struct KeyTask {
 
   // number: of the CTA.
   ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n, int number) {
-    const int x = number / p.n_tiles, heads_k = int(p.p.heads_k);
-    KeyTask t{x % heads_k, number % p.n_tiles * block_n, 0, 0, Sequence::of(p, x / heads_k)};
+    const TileOf x =
+        TileOf::number(number, p.ptr.cu_seqlens_k, p.p.batch, p.p.heads_k, p.n_tiles, block_n);
+    KeyTask t{x.head, x.tile * block_n, 0, 0, Sequence::of(p, x.b)};
     const Sequence& seq = t.seq;
     int lo, hi;
     Band::of(p, seq).query_range(t.n0, min_int(t.n0 + block_n, seq.seqlen_k), seq.seqlen_q, lo, hi);
@@ -415,7 +417,7 @@ ATTN_DEVICE void run_key_task(const BackwardParams& x, const Produce& produce,
                               const Consume& consume, int number) {
   const auto smem = Memory::of(smem_base());
   const KeyTask task = KeyTask::of(x.p, Tile::BLOCK_M, Tile::BLOCK_N, number);
-  if (task.n0 >= task.seq.seqlen_k) return;  // a shorter sequence has fewer tiles
+  if (task.n0 >= task.seq.seqlen_k) return;  // packed: a number that stands for no tile
   const auto load = [&] {
     if (warp_id() == 0 && elect_one() && task.tiles) produce_queries<Tile>(x, task, smem);
     produce(task, smem);

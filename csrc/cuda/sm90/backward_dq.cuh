@@ -143,7 +143,7 @@ void backward_dq(ATTN_GRID_CONSTANT const BackwardParams x) {
   constexpr int N = Tile::BLOCK_N;
   const auto smem = QueryMemory<Tile>::of(smem_base());
   const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
-  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
+  if (task.row0 < 0) return;  // packed: a number that stands for no tile
   int lo, hi;
   Band::of(x.p, task.seq).key_range(task.row0, task.end, task.seq.seqlen_k, lo, hi);
   const int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;

@@ -285,18 +285,23 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
   if (thread_id() == 2 && block_id().x == 0) *order.next() = 0;
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
+// dQ = scale * sums, one CTA a tile of 64 queries of the sums.
 template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE void convert_fused_sums(const Params& p) {
-  convert_sums<T, HEAD_DIM, BITS>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
-    sums += 4 * thread_id();
-    ATTN_UNROLL
-    for (int n = 0; n < HEAD_DIM / 8; ++n) {
-      const U32x4 v = ldg_128(sums + n * 128 * 4);
-      acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
-      acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
-    }
-  });
+  const int of_head = p.ptr.cu_seqlens_q ? int(packed_tiles(p.p.rows_q, p.p.batch, 64)) : p.m_tiles;
+  const TileOf x =
+      TileOf::number(block_id().x, p.ptr.cu_seqlens_q, p.p.batch, p.p.heads_q, of_head, 64);
+  const Sequence seq = Sequence::of<BITS>(p, x.b);
+  if (64 * x.tile >= seq.seqlen_q) return;  // packed: a number that stands for no tile
+  const float* sums = p.dq_sums + int64_t(block_id().x) * (64 * HEAD_DIM) + 4 * thread_id();
+  float acc[HEAD_DIM / 8][4];
+  ATTN_UNROLL
+  for (int n = 0; n < HEAD_DIM / 8; ++n) {
+    const U32x4 v = ldg_128(sums + n * 128 * 4);
+    acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
+    acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
+  }
+  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, x.head, 64 * x.tile, acc);
 }
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)

@@ -1,6 +1,6 @@
 // O = softmax(scale * Q K^T) V and LSE on Hopper: 16 bits, at most a causal or window band.
 // Q [B, Hq, Sq, D], K [B, Hk, Sk, D], V [B, Hk, Sk, Dv], O [B, Hq, Sq, Dv]; varlen: [total, H, D].
-// D, Dv at most HEAD_DIM.
+// D at most HEAD_DIM, Dv at most VALUE_DIM.
 // After FlashAttention-3 (Shah et al. 2024).
 //
 // A CTA works on tiles of 128 query rows of one head, one after the other (schedule.cuh), by three
@@ -82,10 +82,10 @@ struct LazySoftmax {
 };
 
 // A consumer warpgroup: its registers, and a tile of keys at a time.
-template <class T, int HEAD_DIM>
+template <class T, class Tile>
 struct Consumer {
-  using Tile = ForwardTile90<HEAD_DIM>;
-  static constexpr int N = Tile::BLOCK_N, TILES = N / 8, ACC = HEAD_DIM / 8;
+  static constexpr int HEAD_DIM = Tile::HEAD_DIM;
+  static constexpr int N = Tile::BLOCK_N, TILES = N / 8, ACC = Tile::VALUE_DIM / 8;
   using Scores = float[TILES][4];
   using Weights = uint32_t[TILES / 2][4];  // P as A operands
 
@@ -152,7 +152,7 @@ struct Consumer {
     Scores S;
     weights_alone(S, turn, [&](Scores& x) { mask_scores<0>(x, score, query, n0); });
     V.wait(turn);
-    if (warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(V.tile(turn), group)) {
+    if (warpgroup_finds_nonfinite<T, Tile::VALUE_BYTES>(V.tile(turn), group)) {
       add_visible<T>(O, S, V.tile(turn));
     } else {
       Weights P;
@@ -224,50 +224,35 @@ struct Consumer {
   }
 };
 
-template <class T, int HEAD_DIM>
+template <class T, class Tile>
 ATTN_DEVICE int consume(const ForwardParams& x, const Work& w, Stored& stored,
-                        const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
-  constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
+                        const ForwardMemory<Tile>& smem) {
   const Params& p = x.p;
   const QueryTask& task = w.task;
-  const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
-  const int group_end = min_int(group_row + 64, task.rows);
-  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const int group = warp_id() / 4 - 1;
+  const int row = task.row0 + 64 * group + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, task.seq);
   Query query[2];
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r)
     query[r] = Query{min_int(row + 8 * r, task.rows - 1), task.head, 0.0f, 0, 0};
-  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
-  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
 
-  Consumer<T, HEAD_DIM> mine(p, smem.K, smem.V, smem.Q.tile(w.n) + group * 64 * 128);
-  const int end = w.end();
-  int turn = w.start;
-  ATTN_NO_UNROLL
-  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
-    const int n0 = w.turns.tile(turn - w.start) * N;
-    if (n0 < hi && n0 + N > lo) {
-      mine.edge(score, query, group, turn, n0);
-    } else {  // nothing for this warpgroup
-      smem.K.skip(turn);
-      smem.V.skip(turn);
-    }
-  }
-  stored.settle(smem);
-  mine.whole(turn, end, TakeTurns::of(task, group));
+  Consumer<T, Tile> mine(p, smem.K, smem.V, smem.Q.tile(w.n) + group * 64 * 128);
+  const int end = consume_turns(
+      w, score, stored, smem, [&](int turn, int n0) { mine.edge(score, query, group, turn, n0); },
+      [&](int turn, int end, int) { mine.whole(turn, end, TakeTurns::of(task, group)); });
   const bool bad = warp_finds_nan(mine.O) || warp_finds_huge(mine.state, p.scale_log2);
   finish_tile<T, 0>(x, w.n, smem, mine.O, mine.state, p.scale_log2, bad);
   return end;
 }
 
-template <class T, int HEAD_DIM>
+template <class T, int HEAD_DIM, int VALUE_DIM>
 ATTN_KERNEL((THREADS), 1)
 void forward(ATTN_GRID_CONSTANT const ForwardParams x) {
-  const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
-  run_tiles<0, ForwardTile90<HEAD_DIM>, false>(x, smem, [&](const Work& w, Stored& stored) {
-    return consume<T, HEAD_DIM>(x, w, stored, smem);
-  });
+  using Tile = ForwardTile90<HEAD_DIM, VALUE_DIM>;
+  const auto smem = ForwardMemory<Tile>::of(smem_base());
+  run_tiles<0, Tile, false>(
+      x, smem, [&](const Work& w, Stored& stored) { return consume<T>(x, w, stored, smem); });
 }
 
 }  // namespace attn::cuda::sm90

@@ -20,13 +20,12 @@
 
 namespace attn::cuda::sm90 {
 
-template <class T, int HEAD_DIM, int BITS>
-struct FeatureConsumer : Consumer<T, HEAD_DIM> {
-  using Base = Consumer<T, HEAD_DIM>;
+template <class T, class Tile, int BITS>
+struct FeatureConsumer : Consumer<T, Tile> {
+  using Base = Consumer<T, Tile>;
   using Base::N, Base::TILES, Base::ACC, Base::p, Base::K, Base::V, Base::O, Base::state;
   using typename Base::Buffers;
   using typename Base::Scores;
-  using typename Base::Tile;
   using typename Base::Weights;
   static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
   static_assert(GROUPS <= 8);
@@ -54,7 +53,7 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
   static constexpr bool FAR = may_have<BITS>(kBias);  // a row may keep natural units
   static constexpr float LIMIT = LazySoftmax::LIMIT, LOWEST = FAR ? kFinfoMin : LazySoftmax::LOWEST;
-  static constexpr int EARLY = early_groups(HEAD_DIM, BITS, GROUPS);
+  static constexpr int EARLY = early_groups(Tile::HEAD_DIM, BITS, GROUPS);
 
   const Score& score;
   const Dropout dropout;
@@ -383,47 +382,31 @@ struct FeatureConsumer : Consumer<T, HEAD_DIM> {
   }
 };
 
-template <class T, int HEAD_DIM, int BITS>
+template <class T, int BITS, class Tile>
 ATTN_DEVICE int consume_features(const ForwardParams& x, const Work& w, Stored& stored,
-                                 const ForwardMemory<ForwardTile90<HEAD_DIM>>& smem) {
-  constexpr int N = ForwardTile90<HEAD_DIM>::BLOCK_N;
-  const Params& p = x.p;
+                                 const ForwardMemory<Tile>& smem) {
   const QueryTask& task = w.task;
-  const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
-  const int group_end = min_int(group_row + 64, task.rows);
-  const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
-  const Score score(p, task.seq);
-  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
-  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
-
-  FeatureConsumer<T, HEAD_DIM, BITS> mine(p, score, task.head, row, task.rows, smem,
-                                          smem.Q.tile(w.n) + group * 64 * 128);
-  const int end = w.end();
-  int turn = w.start;
-  ATTN_NO_UNROLL
-  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
-    const int n0 = w.turns.tile(turn - w.start) * N;
-    if (n0 < hi && n0 + N > lo) {
-      mine.edge(turn, n0);
-    } else {  // nothing for this warpgroup
-      smem.K.skip(turn);
-      smem.V.skip(turn);
-    }
-  }
-  stored.settle(smem);
-  mine.whole(turn, end, w.turns.tile(turn - w.start) * N, TakeTurns::of(task, group));
+  const int group = warp_id() / 4 - 1;
+  const int row = task.row0 + 64 * group + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const Score score(x.p, task.seq);
+  FeatureConsumer<T, Tile, BITS> mine(x.p, score, task.head, row, task.rows, smem,
+                                      smem.Q.tile(w.n) + group * 64 * 128);
+  const int end = consume_turns(
+      w, score, stored, smem, [&](int turn, int n0) { mine.edge(turn, n0); },
+      [&](int turn, int end, int n0) { mine.whole(turn, end, n0, TakeTurns::of(task, group)); });
   bool bad = warp_finds_nan(mine.O);
   bad |= mine.finish();
   finish_tile<T, BITS>(x, w.n, smem, mine.O, mine.state, 1.0f, bad);
   return end;
 }
 
-template <class T, int HEAD_DIM, int BITS>
+template <class T, int HEAD_DIM, int VALUE_DIM, int BITS>
 ATTN_KERNEL((THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const ForwardParams x) {
-  const auto smem = ForwardMemory<ForwardTile90<HEAD_DIM>>::of(smem_base());
-  run_tiles<BITS, ForwardTile90<HEAD_DIM>, true>(x, smem, [&](const Work& w, Stored& stored) {
-    return consume_features<T, HEAD_DIM, BITS>(x, w, stored, smem);
+  using Tile = ForwardTile90<HEAD_DIM, VALUE_DIM>;
+  const auto smem = ForwardMemory<Tile>::of(smem_base());
+  run_tiles<BITS, Tile, true>(x, smem, [&](const Work& w, Stored& stored) {
+    return consume_features<T, BITS>(x, w, stored, smem);
   });
 }
 

@@ -7,11 +7,17 @@
 
 namespace attn::cuda::sm90 {
 
+template <class T, int HEAD_DIM, int VALUE_DIM, class Use>
+void each_forward_of(const Use& use) {
+  use(kernel_name<T>("sm90::forward", HEAD_DIM, VALUE_DIM), forward<T, HEAD_DIM, VALUE_DIM>);
+  use(kernel_name<T>("sm90::forward_features", HEAD_DIM, VALUE_DIM, int(kAny)),
+      forward_features<T, HEAD_DIM, VALUE_DIM, kAny>);
+}
 template <class T, int HEAD_DIM, class Use>
 void each_forward(const Use& use) {
-  use(kernel_name<T>("sm90::forward", HEAD_DIM), forward<T, HEAD_DIM>);
-  use(kernel_name<T>("sm90::forward_features", HEAD_DIM, int(kAny)),
-      forward_features<T, HEAD_DIM, kAny>);
+  each_forward_of<T, HEAD_DIM, HEAD_DIM>(use);
+  constexpr int NARROW = forward_value_dim(HEAD_DIM, 1);
+  if constexpr (NARROW < HEAD_DIM) each_forward_of<T, HEAD_DIM, NARROW>(use);
 }
 
 template <class T, int HEAD_DIM, class Use>

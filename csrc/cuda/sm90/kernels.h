@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../head_dims.h"
+#include "../packed.h"
 #include "../sum_tiles.h"
 #include "tiles.h"
 
@@ -78,11 +79,21 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
-// Tiles of queries of the forward; of packed sequences as many as if all were as long as the
-// longest.
+// Tiles of `block` rows of a head: of packed sequences, of which there are `rows` rows, in all of
+// them (packed.h), else in one of `length`.
+inline int64_t tiles_of_head(const Problem& p, bool packed, int64_t rows, int64_t length,
+                             int block) {
+  return packed ? packed_tiles(rows, p.batch, block) : (length + block - 1) / block;
+}
+// Heads that have so many, in all batches.
+inline int64_t all_heads(const Problem& p, bool packed, int64_t heads) {
+  return packed ? heads : p.batch * heads;
+}
+// Tiles of queries of the forward; rows_q: of a packed call alone.
 inline int64_t forward_tiles(const Problem& p) {
   constexpr int M = ForwardTile90<64>::BLOCK_M;
-  return p.batch * p.heads_q * ((p.seqlen_q + M - 1) / M);
+  const bool packed = p.rows_q != 0;
+  return all_heads(p, packed, p.heads_q) * tiles_of_head(p, packed, p.rows_q, p.seqlen_q, M);
 }
 // Floats of workspace: one, the counter of tiles, where there are more tiles than multiprocessors
 // and no number that is claimed leaves int; the last go past the tiles by at most one a CTA.

@@ -30,7 +30,7 @@ void launch_forward(Executor& to, std::string kernel, const Params& params,
   static_assert(Tile::BLOCK_M == ForwardTile90<64>::BLOCK_M);  // as forward_tiles() counts
   static_assert(Tile::VALUE_SLABS <= Tile::SLABS);             // O is stored from where Q lay
   x.p = params;
-  x.p.m_tiles = int(forward_tiles(p) / (p.batch * p.heads_q));
+  x.p.m_tiles = int((p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
   x.Q = to.tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));
   x.K = to.tensor_map(keys(key_spec(p, params.ptr, Tile::BLOCK_N)));
   x.V = to.tensor_map(keys(value_spec(p, params.ptr, Tile::BLOCK_N)));
@@ -44,17 +44,24 @@ void launch_forward(Executor& to, std::string kernel, const Params& params,
          THREADS, Tile::SMEM, x);
 }
 
+// The forward of a plain call, or the one that knows its features.
+template <class T, int HEAD_DIM, int VALUE_DIM>
+void run_forward_of(Executor& to, const Params& params, const ForwardPlace& place) {
+  using Tile = ForwardTile90<HEAD_DIM, VALUE_DIM>;
+  if (params.features)
+    launch_forward<Tile, true>(
+        to, kernel_name<T>("sm90::forward_features", HEAD_DIM, VALUE_DIM, params.features), params,
+        place);
+  else
+    launch_forward<Tile, false>(to, kernel_name<T>("sm90::forward", HEAD_DIM, VALUE_DIM), params,
+                                place);
+}
 template <class T, int HEAD_DIM>
 void run_forward(Executor& to, const Params& params, const ForwardPlace& place) {
-  launch_forward<ForwardTile90<HEAD_DIM>, false>(to, kernel_name<T>("sm90::forward", HEAD_DIM),
-                                                 params, place);
-}
-
-// A forward that knows p.features.
-template <class T, int HEAD_DIM>
-void run_features(Executor& to, const Params& params, const ForwardPlace& place) {
-  launch_forward<ForwardTile90<HEAD_DIM>, true>(
-      to, kernel_name<T>("sm90::forward_features", HEAD_DIM, params.features), params, place);
+  constexpr int NARROW = forward_value_dim(HEAD_DIM, 1);
+  if (forward_value_dim(HEAD_DIM, params.p.head_dim_v) < HEAD_DIM)
+    return run_forward_of<T, HEAD_DIM, NARROW>(to, params, place);
+  run_forward_of<T, HEAD_DIM, HEAD_DIM>(to, params, place);
 }
 
 // dQ, dK, dV, each where its pointer is not null; p.delta is filled, p.dq_sums where query_sums().
@@ -62,11 +69,12 @@ template <class T, int HEAD_DIM>
 void run_backward(Executor& to, const Params& params) {
   const Problem& p = params.p;
   const Pointers& ptr = params.ptr;
+  const bool packed = ptr.cu_seqlens_q != nullptr;
   const auto maps = [&](int rows_q, int rows_k) {
     BackwardParams x{};
     x.p = params;
-    x.p.m_tiles = int((p.seqlen_q + rows_q - 1) / rows_q);
-    x.p.n_tiles = int((p.seqlen_k + rows_k - 1) / rows_k);
+    x.p.m_tiles = int(tiles_of_head(p, packed, p.rows_q, p.seqlen_q, rows_q));
+    x.p.n_tiles = int(tiles_of_head(p, packed, p.rows_k, p.seqlen_k, rows_k));
     x.Q = to.tensor_map(query_spec(p, ptr, rows_q));
     x.K = to.tensor_map(key_spec(p, ptr, rows_k));
     x.V = to.tensor_map(value_spec(p, ptr, rows_k));
@@ -80,13 +88,12 @@ void run_backward(Executor& to, const Params& params) {
       BackwardParams x = maps(bits ? 64 : Tile::BLOCK_M, Tile::BLOCK_N);
       x.p.features |= bits;
       x.p.m_tiles = int((p.seqlen_q + 63) / 64);  // of the sums
-      const Grid tiles = grid_of(p.batch * p.heads_q * x.p.m_tiles);
-      launch(to, kernel_name<T>("sm90::clear_dq", HEAD_DIM), grid_of(p.heads_q * sum_tiles(p, ptr)),
-             128, 0, x.p);
+      const Grid tiles = grid_of(p.heads_q * sum_tiles(p, ptr));
+      launch(to, kernel_name<T>("sm90::clear_dq", HEAD_DIM), tiles, 128, 0, x.p);
       launch(to,
              bits ? kernel_name<T>("sm90::backward_features", HEAD_DIM, bits)
                   : kernel_name<T>("sm90::backward_fused", HEAD_DIM),
-             grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS,
+             grid_of(all_heads(p, packed, p.heads_k) * x.p.n_tiles), THREADS,
              bits ? SideRoom<HEAD_DIM>::SMEM : Tile::SMEM, x);
       if (!ptr.dq) return;
       return launch(to,
@@ -99,13 +106,13 @@ void run_backward(Executor& to, const Params& params) {
     using Tile = QueryGradientTile<HEAD_DIM>;
     const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
     launch(to, kernel_name<T>("sm90::backward_dq", HEAD_DIM),
-           grid_of(p.batch * p.heads_q * x.p.m_tiles), THREADS, Tile::SMEM, x);
+           grid_of(all_heads(p, packed, p.heads_q) * x.p.m_tiles), THREADS, Tile::SMEM, x);
   }
   if (ptr.dk || ptr.dv) {
     using Tile = KeyGradientTile<HEAD_DIM>;
     const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
     launch(to, kernel_name<T>("sm90::backward_dkdv", HEAD_DIM),
-           grid_of(p.batch * p.heads_k * x.p.n_tiles), THREADS, Tile::SMEM, x);
+           grid_of(all_heads(p, packed, p.heads_k) * x.p.n_tiles), THREADS, Tile::SMEM, x);
   }
 }
 

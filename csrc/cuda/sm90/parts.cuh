@@ -5,6 +5,7 @@
 // D and rows beyond the tensor are the engine's zeros.
 #pragma once
 #include "../forward_parts.cuh"
+#include "../packed.h"
 #include "../ptx_sm90.cuh"
 #include "../repair.cuh"
 #include "tiles.h"
@@ -104,10 +105,12 @@ struct QueryTask : ForwardTask {
   Sequence seq;
   int end;
 
-  template <int BITS = 0>
+  // That of a CTA, the longest of a sequence first where tiles grow; row0 < 0: none.
   ATTN_DEVICE static QueryTask of(const Params& p, int block_m) {
-    const ForwardTask t = ForwardTask::of(p, block_m);
-    return of<BITS>(p, t.b, t.head, t.row0, block_m);
+    const TileOf x = TileOf::number(block_id().x, p.ptr.cu_seqlens_q, p.p.batch, p.p.heads_q,
+                                    p.m_tiles, block_m);
+    const int last = ceil_div(Sequence::of(p, x.b).seqlen_q, block_m) - 1;
+    return of<0>(p, x.b, x.head, (last - x.tile) * block_m, block_m);
   }
   template <int BITS>
   ATTN_DEVICE static QueryTask of(const Params& p, int b, int head, int row0, int block_m) {

@@ -7,13 +7,15 @@
 // consumers finish one: what a tile is lies beside its Q in shared memory, behind the same
 // mbarrier.
 #pragma once
+#include "../packed.h"
 #include "parts.cuh"
 
 namespace attn::cuda::sm90 {
 
 constexpr int NO_TILE = 2147483647;  // a number behind all
 
-// A tile of queries: sequence, head, first row.  b < 0: none is left.
+// A tile of queries: sequence, head, first row.  b < 0: none is left; row0 < 0: the number stands
+// for none.
 struct QueryTile {
   int b, head, row0;
 };
@@ -22,11 +24,14 @@ struct QueryTile {
 // and values fit the L2 cache together, the longest tiles of all heads come first: a causal tile
 // is the longer the later its queries are.
 struct TileOrder {
-  int b = 0, before = 0;  // packed: a sequence, and how many tiles those in front of it have
+  PackedTiles<const int32_t*> sequences;  // of a packed call
 
+  ATTN_DEVICE static TileOrder of(const Params& p, int block_m) {
+    return {{p.ptr.cu_seqlens_q, int(p.p.batch), block_m}};
+  }
   // That of a number; the numbers that are asked for grow.
-  ATTN_DEVICE QueryTile find(const ForwardParams& x, int number, int block_m) {
-    return x.p.ptr.cu_seqlens_q ? packed(x.p, number, block_m) : dense(x, number, block_m);
+  ATTN_DEVICE QueryTile find(const ForwardParams& x, int number) {
+    return sequences.starts ? packed(x.p, number) : dense(x, number, sequences.block);
   }
 
  private:
@@ -39,18 +44,12 @@ struct TileOrder {
     return {head / heads, head % heads, m * block_m};
   }
   // One sequence after the other, each a section.
-  ATTN_DEVICE QueryTile packed(const Params& p, int number, int block_m) {
-    const int heads = int(p.p.heads_q);
-    if (number == NO_TILE) return {-1, 0, 0};
-    ATTN_NO_UNROLL
-    for (; b < int(p.p.batch); ++b) {
-      const int tiles = ceil_div(Sequence::of(p, b).seqlen_q, block_m);
-      const int within = number - before;
-      if (within < tiles * heads)
-        return {b, within % heads, (tiles - 1 - within / heads) * block_m};
-      before += tiles * heads;
-    }
-    return {-1, 0, 0};
+  ATTN_DEVICE QueryTile packed(const Params& p, int number) {
+    const int heads = int(p.p.heads_q), block = sequences.block;
+    if (number >= heads * packed_tiles(p.p.rows_q, p.p.batch, block)) return {-1, 0, 0};
+    const int tile = number / heads, b = sequences.find(tile);
+    const int last = ceil_div(Sequence::of(p, b).seqlen_q, block) - 1;
+    return {b, number % heads, (last - (tile - sequences.first(b))) * block};
   }
 };
 
@@ -152,12 +151,16 @@ ATTN_DEVICE int produce(const ForwardParams& x, const QueryTile& tile, const Wor
 }
 template <int BITS, class Tile, bool FOURS>
 ATTN_DEVICE void produce_tiles(const ForwardParams& x, const ForwardMemory<Tile>& smem) {
-  TileOrder order;
+  TileOrder order = TileOrder::of(x.p, Tile::BLOCK_M);
   int number = block_id().x, n = 0, start = 0;
   ATTN_NO_UNROLL
   while (true) {
-    const QueryTile tile = order.find(x, number, Tile::BLOCK_M);
+    const QueryTile tile = order.find(x, number);
     if (tile.b < 0) break;
+    if (tile.row0 < 0) {
+      number = claim(x);
+      continue;
+    }
     const Work w = Work::of<BITS, Tile>(x.p, tile, n, start);
     number = produce<Tile, FOURS>(x, tile, w, smem);
     n = Work::next_n<Tile>(n), start = w.end() % (2 * STAGES);
@@ -231,6 +234,36 @@ ATTN_DEVICE void consume_tiles(const ForwardParams& x, const ForwardMemory<Tile>
   }
   stored.settle(smem);  // shared memory is read before the CTA ends
   TakeTurns::finish(group);
+}
+
+// A consumer warpgroup's tiles of keys in the order of their turns: edge(turn, first key) for each
+// at an edge of the band, then whole(turn, end, first key) for all that every row sees.  The turn
+// behind the last.
+template <class Tile, class Edge, class Whole>
+ATTN_DEVICE int consume_turns(const Work& w, const Score& score, Stored& stored,
+                              const ForwardMemory<Tile>& smem, const Edge& edge,
+                              const Whole& whole) {
+  constexpr int N = Tile::BLOCK_N;
+  const QueryTask& task = w.task;
+  const int group_row = task.row0 + 64 * (warp_id() / 4 - 1);
+  const int group_end = min_int(group_row + 64, task.rows);
+  int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
+  if (group_row < group_end) score.band.key_range(group_row, group_end, task.seq.seqlen_k, lo, hi);
+  const int end = w.end();
+  int turn = w.start;
+  ATTN_NO_UNROLL
+  for (; turn < (lo < hi ? w.start + w.turns.edges() : end); ++turn) {
+    const int n0 = w.turns.tile(turn - w.start) * N;
+    if (n0 < hi && n0 + N > lo) {
+      edge(turn, n0);
+    } else {  // nothing for this warpgroup
+      smem.K.skip(turn);
+      smem.V.skip(turn);
+    }
+  }
+  stored.settle(smem);
+  whole(turn, end, w.turns.tile(turn - w.start) * N);
+  return end;
 }
 
 // The whole kernel.

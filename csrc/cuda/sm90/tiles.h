@@ -11,12 +11,14 @@ constexpr int RING_BARS = 16 * STAGES;  // bytes of the mbarriers of one ring
 constexpr int slabs_of(int head_dim) { return (head_dim + 63) / 64; }  // of 64 columns
 
 // 64 rows a consumer warpgroup.  BLOCK_N: what 227 KiB of shared memory and 240 registers a thread
-// hold; of O, S and P, HEAD_DIM = 192 has 96 + 48 + 24, 256 has 128 + 32 + 16.
-template <int HEAD_DIM>
+// hold; of O, S and P, HEAD_DIM = 192 has 96 + 48 + 24, 256 has 128 + 32 + 16.  With values of 128
+// columns 192 has the 64 + 64 + 32 of 128, and 208 KiB.
+template <int HEAD_DIM_, int VALUE_DIM_ = HEAD_DIM_>
 struct ForwardTile90 {
+  static constexpr int HEAD_DIM = HEAD_DIM_, VALUE_DIM = VALUE_DIM_;
   static constexpr int BLOCK_M = 128;
-  static constexpr int BLOCK_N = HEAD_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 96 : 64;
-  static constexpr int SLABS = slabs_of(HEAD_DIM), VALUE_SLABS = SLABS;
+  static constexpr int BLOCK_N = VALUE_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 96 : 64;
+  static constexpr int SLABS = slabs_of(HEAD_DIM), VALUE_SLABS = slabs_of(VALUE_DIM);
   static constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128, KEY_BYTES = SLABS * BLOCK_N * 128;
   static constexpr int VALUE_BYTES = VALUE_SLABS * BLOCK_N * 128;
   // Two tiles of Q: one comes while another is in use; wider, there is no room.
@@ -24,6 +26,12 @@ struct ForwardTile90 {
   static constexpr int SMEM =
       QUERY_STAGES * (QUERY_BYTES + 32) + STAGES * (KEY_BYTES + VALUE_BYTES) + 2 * RING_BARS;
 };
+
+// VALUE_DIM of the forward for a HEAD_DIM and values of this many columns: of heads of 192, values
+// of up to 128 are not padded (multi-head latent attention).
+constexpr int forward_value_dim(int head_dim, int64_t head_dim_v) {
+  return head_dim == 192 && head_dim_v <= 128 ? 128 : head_dim;
+}
 
 // Of a thread's groups of 4 keys, how many have their masks and biases asked for before S is there.
 constexpr int early_groups(int head_dim, int bits, int groups) {

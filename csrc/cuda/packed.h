@@ -2,9 +2,10 @@
 // knows, without a look at the sequences before it.
 //
 // Sequence b has the numbers from starts[b] / block + b on, the first those from 0: one for each of
-// its tiles of `block` rows, and at most one more, which stands for no tile.  With `rows` rows in all there are
-// rows / block + batch numbers.  Where those of a sequence begin grows with b, so that the sequence
-// of a number is found by steps that double and then by halves.  For the host and for kernels.
+// its tiles of `block` rows, and at most one more, which stands for no tile.  With `rows` rows in
+// all there are rows / block + batch numbers.  Where those of a sequence begin grows with b, so
+// that the sequence of a number is found by steps that double and then by halves.  For the host and
+// for kernels.
 #pragma once
 #include <cstdint>
 

@@ -55,6 +55,15 @@ bool each_tile_once(const Lengths& lengths, int block, int ctas) {
   return true;
 }
 
+// Starts that are not true: no number stands for a tile in front of a sequence.
+bool no_tile_in_front(const std::vector<int32_t>& starts, int rows, int block) {
+  const int batch = int(starts.size()) - 1;
+  const int numbers = int(attn::cuda::packed_tiles(rows, batch, block));
+  for (int x = 0; x < numbers; ++x)
+    if (TileOf::number(x, starts.data(), batch, 1, numbers, block).tile < 0) return false;
+  return true;
+}
+
 // Reads a number, where CTAs take numbers in turn and remember where they were.
 double reads_going_on(const Lengths& lengths, int block, int ctas) {
   Packed packed(lengths);
@@ -92,6 +101,8 @@ int main() {
     dense = dense && (t.b * 4 + t.head) * 3 + t.tile == x && t.tile < 3 && t.head < 4;
   }
   if (!dense) std::puts("dense");
+  if (!no_tile_in_front({200, 210, 300}, 300, 64) || !no_tile_in_front({290, 20, 300}, 300, 64))
+    std::puts("lies");
   const Lengths many(100000, 1);  // 2^17 sequences: 17 steps that double, and 17 back
   if (reads_anew(many, 128) > 2 * 17 + 2) std::puts("anew");
   if (reads_going_on(many, 128, 132) > 2 * 8 + 2) std::puts("further");  // 2^8 > 132

@@ -224,7 +224,7 @@ def test_a_scale_that_is_zero_as_a_float(kernels):
 class Guarded:
     """A tensor within a larger piece of memory, which it can tell to be untouched."""
 
-    ROOM = 8192
+    ROOM = 65536
 
     def __init__(self, shape, dtype, device, values=None, around=7.0):
         self.around, n = around, torch.Size(shape).numel()
@@ -236,11 +236,13 @@ class Guarded:
         return bool((torch.cat([self.storage[: self.ROOM], self.storage[-self.ROOM :]]) == 7).all())
 
 
-LIES = {
-    "beyond the end": [0, 5, 25],
-    "before the beginning": [-9, 5, 12],
-    "falling": [12, 5, -(2**31)],
-    "all beyond": [30, 30, 40],
+LIES = {  # lengths of the sequences, and where they are said to start
+    "beyond the end": ([5, 7], [0, 5, 25]),
+    "before the beginning": ([5, 7], [-9, 5, 12]),
+    "falling": ([5, 7], [12, 5, -(2**31)]),
+    "all beyond": ([5, 7], [30, 30, 40]),
+    "the first behind a tile": ([150, 150], [200, 210, 300]),
+    "the second before the first": ([150, 150], [290, 20, 300]),
 }
 
 
@@ -256,9 +258,13 @@ def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
     if module is emulated:  # with as much shared memory as these kernels may have
         emulated.set_mode("all", 1)
     options = {"heads_q": 2, "heads_k": 2, "head_dim": 64, "dtype": BF16, "device": device}
-    call = random_call(seqlens_q=[5, 7], seqlens_k=[5, 7], **options)
-    lie = torch.tensor(LIES[name], dtype=torch.int32, device=device)
-    call = call._replace(cu_seqlens_q=lie, cu_seqlens_k=lie, max_seqlen_q=40, max_seqlen_k=40)
+    lengths, starts = LIES[name]
+    call = random_call(seqlens_q=lengths, seqlens_k=lengths, **options)
+    lie = torch.tensor(starts, dtype=torch.int32, device=device)
+    longest = max(40, sum(lengths))
+    call = call._replace(
+        cu_seqlens_q=lie, cu_seqlens_k=lie, max_seqlen_q=longest, max_seqlen_k=longest
+    )
     dout = torch.ones_like(call.q)
     inputs = [
         Guarded(x.shape, BF16, device, x, torch.nan).x for x in (call.q, call.k, call.v, dout)
@@ -266,7 +272,7 @@ def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
     q, k, v, dout = inputs
     call = call._replace(q=q, k=k, v=v)
     out, dq, dk, dv = outputs = [Guarded(x.shape, BF16, device) for x in inputs]
-    lse = Guarded((2, 12), torch.float32, device)
+    lse = Guarded((2, sum(lengths)), torch.float32, device)
     target = (*kernels._target(call.q.device)[:3], sm90)
     canonical = kernels._canonical(call)  # whose memory the native call points to
     native = kernels._native(call, canonical, out.x, lse.x)

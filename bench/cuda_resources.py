@@ -101,7 +101,11 @@ SPILLS: tuple[tuple[str, int], ...] = (
     (r"sm90::backward_features<.*", 256),  # most of it in the producer
     (r"sm80::convert_dq_features<.*", 8),
     (r"sm80::backward_fused_half<(bf16|fp16), 128> .*", 96),
+    (r"sm80::backward_dkdv_plain<(bf16|fp16), 32> .*", 248),
+    (r"sm80::backward_dkdv_plain<(bf16|fp16), 64> sm_120", 16),
     (r"sm80::backward_dkdv_plain<(bf16|fp16), 128> .*", 144),
+    (r"sm80::backward_dq_plain<(bf16|fp16), 64> (sm_90a|sm_120)", 112),
+    (r"sm80::backward_dq_plain<(bf16|fp16), 96> sm_120", 296),
     (r"sm80::backward_dq_plain<(bf16|fp16), 128> .*", 560),
     (r"sm80::forward_plain<(bf16|fp16), 96> sm_90a", 12),
     (r"sm80::forward_plain<(bf16|fp16), 128> sm_80", 96),

@@ -386,6 +386,7 @@ SPILLS_IN_LOOPS = {
     "sm80_backward_dkdv 128": 1, "sm80_backward_bias 128": 4, "sm80_backward_mask 128": 4,
     "sm90_forward_bias 128": 11,
     "sm90_backward_mask 128": 1, "sm90_backward_bias 128": 2, "sm90_backward_dropout 128": 2,
+    "sm90_backward_ordered 128": 3,
 }  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 // dQ, dK and dV of a call in one kernel, compiled for exactly its features (features.h): five
 // products of tiles where two kernels need seven (FlashAttention-2, Dao 2023).  dQ is added up in
 // float32 in global memory by atomics: the order of the additions, and with it the last bits, is
-// not said (deterministic: backward.cuh).
+// not said (deterministic: backward_plain.cuh, with features backward.cuh).
 //
 // One CTA = BLOCK_N keys of one K/V head, to which the queries of its group come, BLOCK_M at a
 // time.
-//   S = Q K^T, dP = dO V^T   [BLOCK_M, 128]  a warp: half of the queries, 32 keys
-//   dV += P^T dO, dK += dS^T Q  [128, D]     a warp: 32 keys, half of the columns
+//   S = Q K^T, dP = dO V^T   [BLOCK_M, BLOCK_N]  a warp: half of the queries, 32 keys
+//   dV += P^T dO, dK += dS^T Q  [BLOCK_N, D] a warp: 32 keys, half of the columns
 //   dQ = dS K                [BLOCK_M, D]    a warp: QUERY_ROWS queries, QUERY_COLUMNS columns
 // P and dS go from one layout to the other through shared memory, as [query][key].
 //   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][4][128 threads], float: fragments, so that the

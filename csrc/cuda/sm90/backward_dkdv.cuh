@@ -5,7 +5,7 @@
 // bring K and V, then tiles of Q and dO, head after head of the group, through rings; another warp
 // of that warpgroup brings LSE and delta.  The two consumers compute S^T = K Q^T and dP^T = V dO^T
 // by wgmma from shared memory; P and dS are A operands where they lie, of dV += P^T dO and dK +=
-// dS^T Q.  Who does what: KeyGradientTile in traits.cuh.
+// dS^T Q.  Who does what: KeyGradientTile in tiles.h.
 #pragma once
 #include "../packed.h"
 #include "backward_parts.cuh"

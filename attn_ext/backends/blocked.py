@@ -248,7 +248,11 @@ def _kept(panel: Panel, x, tile: _Tile):
 
 def _times(panel: Panel, p, x):
     """p x, and 0 where p is: in a row of NaN a pair that is hidden or dropped adds nothing."""
-    return p * x if panel.finite else torch.where(torch.as_tensor(p) == 0, 0.0, p * x)
+    if panel.finite:
+        return p * x
+    if not isinstance(p, torch.Tensor):  # the factor of dropout that keeps all or nothing
+        return p * x if p else torch.zeros_like(x)
+    return torch.where(p == 0, 0.0, p * x)
 
 
 class _Weighed(NamedTuple):

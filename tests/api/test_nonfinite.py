@@ -180,6 +180,15 @@ def test_additive_weights_that_are_not_small(weight, options):
     check_in_float32(call, "cpu")
 
 
+@pytest.mark.parametrize("seqlen", [5, 70, 130])
+def test_additive_rows_that_an_infinite_weight_empties(seqlen):
+    """The padding of a panel of queries holds Q = 0, whose logits are not -inf there: NaN in dK and
+    dw of rows that are empty."""
+    call = random_call(7, additive=True, batch=1, heads_q=2, seqlen_q=seqlen)
+    call.w[0, 2], call.q[:, 0, :, 2] = INF, -20
+    check_in_float32(call, "cpu")
+
+
 def test_a_weight_of_infinity_hides_keys():
     """The reference: 0 * inf in the gradients of keys whose logit is -inf."""
     call = random_call(7, additive=True, batch=1, heads_q=1, seqlen_q=9)

@@ -476,6 +476,7 @@ class Backward {
     const int64_t size = p.head_dim * kPanel;
     T* row = dw.data() + ((k.t * p.batch + k.seq.b) * p.heads_q + x.r.h) * p.head_dim;
     std::fill(k.dQt, k.dQt + size, T(0));
+    k.clear_padding(x.r.nq, x.panel.columns, k.nk);
     additive_of(x).gradient(x.segments, k.additive.k_rows, k.additive.q_rows, k.dP, k.dQt,
                             k.additive.dKt, row);
     const Turn turn = turn_of(k, x);

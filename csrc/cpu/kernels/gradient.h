@@ -28,8 +28,16 @@ struct GradientTile {
   template <class F>
   void begin_rows(int64_t nq, const F& base) {
     nan = false;
-    for (int64_t q = 0; q < nq; ++q) nan |= (lse[q] = base(q)) != lse[q];
+    for (int64_t q = 0; q < nq; ++q) {
+      const T x = base(q);
+      lse[q] = x, nan |= x != x;
+    }
     std::fill(lse + nq, lse + kPanel, std::numeric_limits<T>::infinity());
+  }
+  // dS = 0 in padding lanes, whose logits an infinite weight of additive scores makes NaN.
+  void clear_padding(int64_t nq, int64_t columns, int64_t keys) const {
+    for (int64_t j = 0; j < keys && nq < columns; ++j)
+      std::fill(dP + j * kPanel + nq, dP + j * kPanel + columns, T(0));
   }
   // That of a row of this LSE: in empty rows P = 0, too.
   static T base_of(T lse) { return lse == -std::numeric_limits<T>::infinity() ? -lse : lse; }

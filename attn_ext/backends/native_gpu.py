@@ -108,13 +108,12 @@ class Kernels:
         """The inputs as the kernels take them."""
         tensors = canonical(call, torch.float32, DTYPES)
         for name, total in (("cu_seqlens_q", call.q.shape[0]), ("cu_seqlens_k", call.k.shape[0])):
-            if (
-                tensors[name] is not None
-            ):  # not read back: what is not true must stay in the tensor,
-                # and where starts fell, a CTA of a deterministic backward would wait for a tile
-                # that no CTA has
-                starts = tensors[name].clamp(0, min(total, 2**31 - 1))
-                tensors[name] = starts.cummax(0).values
+            if tensors[name] is None:
+                continue
+            # Not read back: what is not true must stay in the tensor, and must not fall, or a CTA
+            # of a deterministic backward would wait for a tile that no CTA has.
+            starts = tensors[name].clamp(0, min(total, 2**31 - 1))
+            tensors[name] = starts.cummax(0).values
         return tensors
 
     def _native(self, call: Call, t: dict, out: torch.Tensor, lse: torch.Tensor, part=False):

@@ -21,8 +21,7 @@ pytest.importorskip(
 
 import planted_cuda
 
-from attn_ext.backends import registry
-from attn_ext.testing import check_call, random_call
+from attn_ext.testing import random_call
 
 SIZES = {"batch": 1, "heads_q": 2, "heads_k": 1, "seqlen_q": 130, "seqlen_k": 400, "head_dim": 64,
          "dtype": torch.bfloat16}  # fmt: skip
@@ -68,20 +67,10 @@ class Kernel(NamedTuple):
 
     def wrong(self) -> tuple[str, ...]:
         """The calls that are wrong."""
-        emulated, found = registry.get("emulated"), []
-        kernels = emulated._kernels()
-        before = kernels.sm90, dict(kernels._devices)
-        kernels.sm90, kernels._devices = True, {0: (1, True)}
-        try:
-            for name, (mode, options) in self.calls.items():
-                emulated.set_mode(mode, 1)
-                try:
-                    check_call(made(name, options), emulated, grads=self.calls is BACKWARD)
-                except (AssertionError, RuntimeError):
-                    found.append(name)
-        finally:
-            kernels.sm90, kernels._devices = before
-        return tuple(sorted(found))
+        return planted_cuda.wrong_on_hopper(
+            {name: (mode, 1, made(name, options)) for name, (mode, options) in self.calls.items()},
+            grads=self.calls is BACKWARD,
+        )
 
     def wrong_with(self, folder: Path, patch=None) -> tuple[str, ...]:
         """`wrong` of the kernel with a bug; 1048576: kAny, which asks for features at run time."""

@@ -76,13 +76,8 @@ def is_wrong(modes, ordered, sizes) -> bool:
 
 def wrong() -> tuple[str, ...]:
     """The calls that are wrong."""
-    kernels = registry.get("emulated")._kernels()
-    before = kernels.sm90, dict(kernels._devices)
-    kernels.sm90, kernels._devices = True, {0: (1, True)}
-    try:
+    with planted_cuda.hopper():
         return tuple(sorted(name for name, call in CALLS.items() if is_wrong(*call)))
-    finally:
-        kernels.sm90, kernels._devices = before
 
 
 def wrong_with(folder, patch=None) -> tuple[str, ...]:

@@ -17,8 +17,7 @@ pytest.importorskip(
 
 import planted_cuda
 
-from attn_ext.backends import registry
-from attn_ext.testing import check_call, random_call
+from attn_ext.testing import random_call
 
 SIZES = {"batch": 1, "heads_q": 2, "heads_k": 1, "head_dim": 64, "dtype": torch.bfloat16}
 TILES = {"seqlen_q": 300, "seqlen_k": 400}
@@ -48,20 +47,9 @@ def made(name, options):
 
 def wrong() -> tuple[str, ...]:
     """The calls that are wrong."""
-    emulated, found = registry.get("emulated"), []
-    kernels = emulated._kernels()
-    before = kernels.sm90, dict(kernels._devices)
-    try:
-        for name, (mode, multiprocessors, options) in CALLS.items():
-            kernels.sm90, kernels._devices = True, {0: (multiprocessors, True)}
-            emulated.set_mode(mode, 1)
-            try:
-                check_call(made(name, options), emulated, grads=False)
-            except (AssertionError, RuntimeError):
-                found.append(name)
-    finally:
-        kernels.sm90, kernels._devices = before
-    return tuple(sorted(found))
+    return planted_cuda.wrong_on_hopper(
+        {name: (mode, count, made(name, options)) for name, (mode, count, options) in CALLS.items()}
+    )
 
 
 def wrong_with(folder, patch=None) -> tuple[str, ...]:

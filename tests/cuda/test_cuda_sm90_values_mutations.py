@@ -18,38 +18,33 @@ pytest.importorskip(
 
 import planted_cuda
 
-from attn_ext.backends import registry
-from attn_ext.testing import check_call, random_call
+from attn_ext.testing import random_call
 
 SIZES = {"batch": 1, "heads_q": 2, "heads_k": 1, "head_dim": 192, "head_dim_v": 128,
          "dtype": torch.bfloat16}  # fmt: skip
 
 
+CALLS = {  # name -> (mode of the emulator, sizes)
+    "ends": ("plain", {"seqlen_q": 130, "seqlen_k": 300}),
+    "causal": ("plain", {"seqlen_q": 130, "seqlen_k": 130, "causal": True}),
+    "bad": ("plain", {"seqlen_q": 130, "seqlen_k": 130, "causal": True}),
+    "race": ("race", {"seqlen_q": 130, "seqlen_k": 600}),
+}
+
+
+def made(name, options):
+    """The call of a name."""
+    call = random_call(3, **SIZES, **options)
+    if name == "bad":
+        call.v[:, :, 129, 100] = torch.nan
+    return call
+
+
 def wrong() -> tuple[str, ...]:
     """The calls that are wrong."""
-    emulated, found = registry.get("emulated"), []
-    kernels = emulated._kernels()
-    before = kernels.sm90, dict(kernels._devices)
-    calls = {
-        "ends": ("plain", {"seqlen_q": 130, "seqlen_k": 300}),
-        "causal": ("plain", {"seqlen_q": 130, "seqlen_k": 130, "causal": True}),
-        "bad": ("plain", {"seqlen_q": 130, "seqlen_k": 130, "causal": True}),
-        "race": ("race", {"seqlen_q": 130, "seqlen_k": 600}),
-    }
-    try:
-        for name, (mode, options) in calls.items():
-            kernels.sm90, kernels._devices = True, {0: (1, True)}
-            emulated.set_mode(mode, 1)
-            call = random_call(3, **SIZES, **options)
-            if name == "bad":
-                call.v[:, :, 129, 100] = torch.nan
-            try:
-                check_call(call, emulated, grads=False)
-            except (AssertionError, RuntimeError):
-                found.append(name)
-    finally:
-        kernels.sm90, kernels._devices = before
-    return tuple(sorted(found))
+    return planted_cuda.wrong_on_hopper(
+        {name: (mode, 1, made(name, options)) for name, (mode, options) in CALLS.items()}
+    )
 
 
 def wrong_with(folder, patch=None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 of attn_ext._emulated.
 """
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -17,6 +18,8 @@ from ptx import build
 from repository import ROOT
 
 from attn_ext import _emulated
+from attn_ext.backends import registry
+from attn_ext.testing import check_call
 
 # attn_ext._emulated shows these by other names only.
 PRODUCTS = """namespace attn::ptx {
@@ -103,3 +106,29 @@ def _in_child(compute: Callable[[], tuple]) -> tuple:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == 0, f"the process with the planted bug ended with {status}"
     return pickle.loads(given)
+
+
+@contextlib.contextmanager
+def hopper(multiprocessors: int = 1):
+    """The emulated backend, which takes the kernels of Hopper wherever they serve a call."""
+    emulated = registry.get("emulated")
+    kernels = emulated._kernels()
+    before = kernels.sm90, dict(kernels._devices)
+    kernels.sm90, kernels._devices = True, {0: (multiprocessors, True)}
+    try:
+        yield emulated
+    finally:
+        kernels.sm90, kernels._devices = before
+
+
+def wrong_on_hopper(calls: dict[str, tuple], grads: bool = False) -> tuple[str, ...]:
+    """The names of the calls that are wrong there; name -> (mode, multiprocessors, call)."""
+    found = []
+    for name, (mode, multiprocessors, call) in calls.items():
+        with hopper(multiprocessors) as emulated:
+            emulated.set_mode(mode, 1)
+            try:
+                check_call(call, emulated, grads=grads)
+            except (AssertionError, RuntimeError):
+                found.append(name)
+    return tuple(sorted(found))

@@ -66,17 +66,19 @@ test: $(VENV)/emulated.done $(VENV)/integrations.done
 # too); test-anew compiles all of it, on every architecture, whatever was seen.
 COMPILED := $(wildcard tests/*/test_*_mutations.py) \
   $(addprefix tests/cuda/test_, emulator.py machine_code.py ptx.py) tests/cpu/test_cpu_sources.py \
-  tests/triton/test_triton_compile.py \
-  tests/triton/test_triton_family_compile.py tests/triton/test_triton_replay.py \
-  $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
+  $(addprefix tests/triton/test_triton_, code.py compile.py family_compile.py replay.py) \
+  $(addprefix tests/triton/test_triton_, second_compile.py ptx.py)
+INTERPRETED := tests/triton/interpreter -k planted_bug
 ON_OLDEST := tests/triton/test_triton_compile.py -k "what_the_table_says and sm_90"
 
 seen: $(VENV)/emulated.done build/triton-3.6/triton
 	ATTN_EXT_SEEN=write $(PYTEST) $(COMPILED)
+	TRITON_INTERPRET=1 ATTN_EXT_SEEN=write $(PYTEST) $(INTERPRETED)
 	PYTHONPATH=build/triton-3.6 ATTN_EXT_SEEN=write $(PYTEST) $(ON_OLDEST)
 
 test-anew: $(VENV)/emulated.done
 	ATTN_EXT_SEEN=nothing ATTN_EXT_NVRTC_ALL=1 ATTN_EXT_TRITON_ALL=1 $(PYTEST) $(COMPILED)
+	TRITON_INTERPRET=1 ATTN_EXT_SEEN=nothing $(PYTEST) $(INTERPRETED)
 
 # The CUDA kernels as NVRTC compiles them and those of Triton, their PTX on the emulator: every planted
 # fault, every set of features, and the tests of the backends `emulated` and `triton` with compiled

@@ -1,7 +1,9 @@
 """Which Triton kernels are compiled at this commit, and the digest of what decides the rest."""
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -50,6 +52,33 @@ def executed(test_file: str, *facts) -> str:
         *ROOT.glob("triton_kernels/**/*.py"),
     ]
     return seen.digest([*files, Path(test_file).resolve()], metadata.version("triton"), *facts)
+
+
+INTERPRETED = "triton_interpreted"  # the table of planted bugs in Triton's interpreter
+IMPORT = re.compile(r"^\s*(?:from|import) (\w+)", re.M)
+
+
+def with_helpers(test_file: Path) -> set[Path]:
+    """A test file and the files of tests/helpers that it imports, and these."""
+    found, work = set(), [test_file]
+    while work:
+        file = work.pop()
+        if file not in found:
+            found.add(file)
+            names = {f"{name}.py" for name in IMPORT.findall(file.read_text())}
+            work += [path for path in (ROOT / "tests/helpers").iterdir() if path.name in names]
+    return found
+
+
+@functools.cache
+def interpreted(test_file: Path) -> str:
+    """Of all that decides what Triton's interpreter makes of a test file's calls."""
+    files = {*ROOT.glob("triton_kernels/**/*.py"), *with_helpers(test_file)}
+    for folder in ("core", "backends", "ops", "functional"):
+        files |= {*ROOT.glob(f"attn_ext/{folder}/**/*.py")}
+    files.add(ROOT / "attn_ext/testing.py")
+    patches = [path.read_text() for path in sorted(ROOT.glob("tests/mutants/triton*/**/*.patch"))]
+    return seen.digest(files, *map(metadata.version, ("triton", "numpy", "torch")), patches)
 
 
 def compiled(script: str, architecture: str, folder: Path) -> dict:

@@ -27,6 +27,13 @@ def test_the_table_is_read_by_room_file_and_test():
     assert not tiers.reason("tests/cuda/test_machine_code.py") and not tiers.reason("tests/cuda")
 
 
+@pytest.mark.xdist_group("one worker")
+def test_groups_share_a_worker(request):
+    """A pytest in which pytest-xdist finds no groups: each worker computes what one shares."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@one worker")
+
+
 def own_tolerances(text: str) -> list[str]:
     """Where a text has a figure of its own for how near is near enough."""
     found = []

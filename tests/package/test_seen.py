@@ -103,6 +103,7 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
         "compiled_ptx_faults",
         "machine_code",
         "triton",
+        "triton_interpreted",
         "triton_ptx",
         "triton_ptx_faults",
         "programs",

@@ -6,12 +6,17 @@ it interprets, so they have a process of their own:
 Those that ask only for numbers also run on Triton's compiled code (docs/design/emulation.md):
 
     ATTN_EXT_EMULATED_RUNS=triton-ptx pytest tests/triton/interpreter/test_mixes.py
+
+What a test named test_planted_bug... sees is decided by sources alone: where tests/seen has it of
+these (tests/helpers/seen.py), it is computed again in turn only.
 """
 
 import os
 
 import numpy as np
 import pytest
+import seen
+import triton_seen
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = os.environ.get("ATTN_EXT_EMULATED_RUNS") == "triton-ptx"
@@ -57,3 +62,34 @@ def quiet():
     """inf - inf and 0 * NaN are what some cases are about; numpy need not warn of them."""
     with np.errstate(all="ignore"):
         yield
+
+
+def is_planted(item) -> bool:
+    """Whether a test's outcome is decided by sources alone, and hence known for these."""
+    return INTERPRETING and item.name.startswith("test_planted_bug")
+
+
+def line(item) -> str:
+    """The line of a test in the table."""
+    return f"{item.path.stem}: {item.name}"
+
+
+def pytest_collection_finish(session):
+    """Two planted bugs are due at each commit, whatever was seen."""
+    session.due = seen.sample([line(item) for item in session.items if is_planted(item)], 2)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """A call whose outcome is known is done."""
+    if is_planted(pyfuncitem):
+        name, digest = line(pyfuncitem), triton_seen.interpreted(pyfuncitem.path)
+        due = pyfuncitem.session.due
+        return seen.known(triton_seen.INTERPRETED, name, digest, due) or None
+    return None
+
+
+def pytest_runtest_makereport(item, call):
+    """What was computed and passed is written down, where that is asked for."""
+    if call.when == "call" and call.excinfo is None and is_planted(item):
+        digest = triton_seen.interpreted(item.path)
+        seen.passed(triton_seen.INTERPRETED, line(item), digest)

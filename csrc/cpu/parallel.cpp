@@ -46,8 +46,8 @@ int64_t on_core() {
 constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
 
 struct Job {
-  const std::function<void(int64_t)>* f = nullptr;
-  int64_t tasks = 0;
+  const TaskFunction f;
+  const int64_t tasks;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // written once, by the thread that set `failed`
@@ -67,7 +67,7 @@ struct Job {
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
       try {
-        if (!failed.load(std::memory_order_relaxed)) (*f)(task);
+        if (!failed.load(std::memory_order_relaxed)) f(task);
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
       }
@@ -202,10 +202,8 @@ static void on_team(GompParallel openmp, Job& job, int threads) {
   alone.learn(end, region.work, std::max<int64_t>(0, took - region.work));
 }
 
-void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& f) {
-  Job job;
-  job.f = &f;
-  job.tasks = tasks;
+void parallel_for(int64_t tasks, int threads, TaskFunction f) {
+  Job job{f, tasks};
   if (threads > tasks) threads = static_cast<int>(tasks);
   const GompParallel openmp = team.load(std::memory_order_relaxed);
   if (threads > 1 && openmp)

@@ -1,8 +1,8 @@
 // What the kernels ask of the rest of attn_ext._C, by the calling thread alone: for kernels that a
 // test compiles by themselves.
 #pragma once
-#include <functional>
 
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
 namespace attn::cpu {
@@ -12,7 +12,7 @@ ScratchBuffer& thread_scratch() {
   return buffer;
 }
 
-void parallel_for(int64_t tasks, int, const std::function<void(int64_t)>& f) {
+void parallel_for(int64_t tasks, int, TaskFunction f) {
   for (int64_t task = 0; task < tasks; ++task) f(task);
 }
 

@@ -167,8 +167,10 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, const char* A, in
   constexpr int L = kLanes<typename Op::Acc>;
   int64_t q = 0;
   auto columns_of = [&](auto vectors) {
-    gemm_columns<Op, vectors.value, LD>(rows, depth, A, row_step, depth_step, B + q, ldb, C + q,
-                                        ldc, accumulate, soon);
+    // Narrow blocks of float64 are rare: one copy of them serves every leading dimension.
+    constexpr int64_t kLD = vectors.value == ATTN_NV || sizeof(typename Op::Acc) == 4 ? LD : 0;
+    gemm_columns<Op, vectors.value, kLD>(rows, depth, A, row_step, depth_step, B + q, ldb, C + q,
+                                         ldc, accumulate, soon);
     q += vectors.value * L;
   };
   while (columns - q >= ATTN_NV * L) columns_of(std::integral_constant<int, ATTN_NV>{});

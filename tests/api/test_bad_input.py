@@ -287,6 +287,46 @@ def test_bad_values_below_the_public_api():
             )
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize(
+    "function", [attn_ext.attention, attn_ext.scaled_dot_product_attention], ids=["own", "sdpa"]
+)
+def test_none_for_a_tensor_where_gradients_are_recorded(function, at):
+    """The short way of small calls asks None whether it requires a gradient."""
+    given = [dense(), dense(), dense()]
+    given[at] = None
+    for recorded in (True, False):
+        with (
+            torch.set_grad_enabled(recorded),
+            pytest.raises(TypeError, match=r"must be a torch\.Tensor, got NoneType"),
+        ):
+            function(*given)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_nested_or_sparse_tensor_beside_dense_ones(name):
+    """An internal error of torch, or an argument that torch's signature does not have."""
+    wanted = {"q": "query", "k": "key", "v": "value"}[name]
+    nested = torch.nested.nested_tensor([torch.randn(4, 6, 8), torch.randn(4, 6, 8)])
+    for wrong in (nested, dense().to_sparse()):
+        with pytest.raises(TypeError, match=f"^{wanted} must be a dense"):
+            sdpa(**{name: wrong})
+        with pytest.raises(TypeError, match=f"^{name} must be a dense"):
+            attend(**{name: wrong})
+
+
+def test_a_cache_that_no_memory_holds_ends_at_once(monkeypatch):
+    """Lists of billions of entries that are made before torch is asked for the memory."""
+    from attn_ext.functional import cache
+
+    def never(*sizes):
+        raise AssertionError("the book of pages was made first")
+
+    monkeypatch.setattr(cache, "Pages", never)
+    with pytest.raises(RuntimeError):
+        attn_ext.KVCache(batch=2**31, heads=2**9, head_dim=2**9, max_length=64)
+
+
 def told_of_a_call():
     """What a native call is told of one dense call, and its two dicts' names."""
     from attn_ext.backends import cpu, native

@@ -3,8 +3,11 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <iterator>
+#include <string>
+#include <utility>
 
 #include "binding_parts.h"
 
@@ -17,39 +20,102 @@ namespace py = pybind11;
 
 constexpr const char* doc(const char* text) { return text; }
 
-inline void read_integers(const py::sequence& told, int64_t* to, size_t count) {
-  if (told.size() != count)
-    throw std::invalid_argument("a sequence must have " + std::to_string(count) +
-                                " integers, got " + std::to_string(told.size()));
-  for (size_t i = 0; i < count; ++i) to[i] = py::cast<int64_t>(told[i]);
+// How an error says what was told: "q[1] must be an integer, got 'a'".
+inline std::string wrong(const std::string& name, const std::string& rule, py::handle told) {
+  std::string value = py::repr(told);
+  if (value.size() > 80) value = value.substr(0, 80) + "...";
+  return name + " must be " + rule + ", got " + value;
+}
+
+// What Python holds an integer, numpy's and torch's too; no fraction and no string.
+inline py::object whole(const std::string& name, py::handle told) {
+  PyObject* found = PyNumber_Index(told.ptr());
+  if (!found) {
+    PyErr_Clear();
+    throw py::type_error(wrong(name, "an integer", told));
+  }
+  return py::reinterpret_steal<py::object>(found);
+}
+inline int64_t integer(const std::string& name, py::handle told) {
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(whole(name, told).ptr(), &overflow);
+  if (overflow) throw py::value_error(wrong(name, "an integer of 64 bits", told));
+  return value;
+}
+inline int integer_below(int end, const std::string& name, py::handle told) {
+  const int64_t value = integer(name, told);
+  if (value < 0 || value >= end)
+    throw py::value_error(wrong(name, "0 to " + std::to_string(end - 1), told));
+  return int(value);
+}
+inline uintptr_t address(const std::string& name, py::handle told) {
+  const size_t value = PyLong_AsSize_t(whole(name, told).ptr());
+  if (!PyErr_Occurred()) return value;
+  PyErr_Clear();
+  throw py::value_error(wrong(name, "an address", told));
+}
+inline double real(const std::string& name, py::handle told) {
+  const double value = PyFloat_AsDouble(told.ptr());
+  if (!PyErr_Occurred()) return value;
+  const bool large = PyErr_ExceptionMatches(PyExc_OverflowError);
+  PyErr_Clear();
+  if (large) throw py::value_error(wrong(name, "a number of double precision", told));
+  throw py::type_error(wrong(name, "a number", told));
+}
+
+inline void read_integers(const std::string& name, py::handle told, int64_t* to, size_t count) {
+  const std::string rule = "a sequence of " + std::to_string(count) + " integers";
+  if (!PyList_Check(told.ptr()) && !PyTuple_Check(told.ptr()))
+    throw py::type_error(wrong(name, rule, told));
+  const auto items = py::reinterpret_borrow<py::sequence>(told);
+  if (items.size() != count) throw py::value_error(wrong(name, rule, told));
+  for (size_t i = 0; i < count; ++i)
+    to[i] = integer(name + "[" + std::to_string(i) + "]", py::object(items[i]));
 }
 template <size_t N>
-std::array<int64_t, N> integers(const py::sequence& told) {
+std::array<int64_t, N> integers(const std::string& name, py::handle told) {
   std::array<int64_t, N> found{};
-  read_integers(told, found.data(), N);
+  read_integers(name, told, found.data(), N);
   return found;
 }
 
-inline Strides strides(const py::sequence& told) {
-  const auto s = integers<3>(told);
+inline Strides strides(const std::string& name, py::handle told) {
+  const auto s = integers<3>(name, told);
   return {s[0], s[1], s[2]};
 }
-inline ScoreStrides score_strides(const py::sequence& told) {
-  const auto s = integers<4>(told);
+inline ScoreStrides score_strides(const std::string& name, py::handle told) {
+  const auto s = integers<4>(name, told);
   return {s[0], s[1], s[2], s[3]};
 }
 
+// What a native call is told by keywords: all of them are wanted, and no other.
+class Told {
+ public:
+  Told(const char* what, py::dict told, size_t count) : what_(what), told_(std::move(told)) {
+    if (told_.size() != count)
+      throw py::type_error(what_ + " takes " + std::to_string(count) + " names, got " +
+                           std::string(py::str(py::list(told_))));
+  }
+  py::object operator[](const char* name) const {
+    if (!told_.contains(name)) throw py::type_error(what_ + " must be told " + name);
+    return told_[name];
+  }
+
+ private:
+  std::string what_;
+  py::dict told_;
+};
+
 // The numbers of a call by their names, all of those in kScalars and no other.
-inline void set_scalars(Problem& p, const py::dict& numbers) {
-  if (numbers.size() != std::size(kScalars))
-    throw std::invalid_argument("scalars must be the " + std::to_string(std::size(kScalars)) +
-                                " of params.h, got " + std::to_string(numbers.size()));
+inline void set_scalars(Problem& p, const py::object& numbers) {
+  if (!PyDict_Check(numbers.ptr())) throw py::type_error(wrong("scalars", "a dict", numbers));
+  const Told told("scalars", numbers, std::size(kScalars));
   for (const Scalar& scalar : kScalars) {
-    const py::object value = numbers[scalar.name];
+    const py::object value = told[scalar.name];
     if (scalar.real)
-      p.*scalar.real = py::cast<double>(value);
+      p.*scalar.real = real(scalar.name, value);
     else
-      p.*scalar.whole = py::cast<int64_t>(value);
+      p.*scalar.whole = integer(scalar.name, value);
   }
 }
 
@@ -57,27 +123,24 @@ inline void set_scalars(Problem& p, const py::dict& numbers) {
 // and bias; sizes: batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v; lse: strides
 // of batch and head; pages: stride of the block table, page_size; scalars: those of params.h.
 constexpr size_t kToldOfACall = 14;
+constexpr int kDTypes = 4;
 
-inline Problem make_problem(const py::kwargs& told) {
-  if (told.size() != kToldOfACall)
-    throw std::invalid_argument("a Call must be told " + std::to_string(kToldOfACall) +
-                                " things, got " + std::to_string(told.size()));
-  const auto number = [&](const char* name) { return py::cast<int>(told[name]); };
-  const auto sequence = [&](const char* name) { return py::cast<py::sequence>(told[name]); };
+inline Problem make_problem(const Told& told) {
   Problem p;
-  p.dtype = DType(number("dtype")), p.bias_dtype = DType(number("bias_dtype"));
-  const auto sizes = integers<7>(sequence("sizes"));
+  p.dtype = DType(integer_below(kDTypes, "dtype", told["dtype"]));
+  p.bias_dtype = DType(integer_below(kDTypes, "bias_dtype", told["bias_dtype"]));
+  const auto sizes = integers<7>("sizes", told["sizes"]);
   p.batch = sizes[0], p.heads_q = sizes[1], p.heads_k = sizes[2];
   p.seqlen_q = sizes[3], p.seqlen_k = sizes[4];
   p.head_dim = sizes[5], p.head_dim_v = sizes[6];
-  p.q = strides(sequence("q")), p.k = strides(sequence("k"));
-  p.v = strides(sequence("v")), p.o = strides(sequence("o"));
-  p.mask = score_strides(sequence("mask")), p.bias = score_strides(sequence("bias"));
-  const auto lse = integers<2>(sequence("lse")), pages = integers<2>(sequence("pages"));
+  p.q = strides("q", told["q"]), p.k = strides("k", told["k"]);
+  p.v = strides("v", told["v"]), p.o = strides("o", told["o"]);
+  p.mask = score_strides("mask", told["mask"]), p.bias = score_strides("bias", told["bias"]);
+  const auto lse = integers<2>("lse", told["lse"]), pages = integers<2>("pages", told["pages"]);
   p.lse_stride_b = lse[0], p.lse_stride_h = lse[1];
   p.block_table_stride = pages[0], p.page_size = pages[1];
-  p.bottom_right = number("bottom_right");
-  set_scalars(p, py::cast<py::dict>(told["scalars"]));
+  p.bottom_right = integer_below(2, "bottom_right", told["bottom_right"]);
+  set_scalars(p, told["scalars"]);
   return p;
 }
 
@@ -126,36 +189,39 @@ inline const Address kAddresses[] = {
 };
 #undef ATTN_ADDRESS
 
-inline void set_address(Pointers& x, const std::string& name, uintptr_t address) {
-  for (const Address& field : kAddresses)
-    if (name == field.name) return field.set(x, address);
-  throw std::invalid_argument("no pointer is called " + name);
+// Sets the addresses of a dict, by the names of params.h.
+inline void set_addresses(Pointers& x, const py::dict& addresses) {
+  for (const auto& [name, told] : addresses) {
+    const std::string wanted = py::str(name);
+    const auto* field = std::find_if(std::begin(kAddresses), std::end(kAddresses),
+                                     [&](const Address& each) { return wanted == each.name; });
+    if (field == std::end(kAddresses)) throw py::value_error("no pointer is called " + wanted);
+    field->set(x, address(wanted, told));
+  }
 }
 
 // The Python class "Call" of a module: how the fields of a `Call`, a NativeCall or more, are told.
 template <class Call>
 py::class_<Call> define_call(py::module_& m) {
   return py::class_<Call>(m, "Call", py::module_local())
-      .def(py::init([](const py::kwargs& told) {
+      .def(py::init([](const py::kwargs& given) {
+        const Told told("a Call", given, kToldOfACall);
         Call c;
         c.p = make_problem(told);
-        c.ptr.alibi_stride_b = py::cast<int64_t>(told["alibi_stride_b"]);
+        c.ptr.alibi_stride_b = integer("alibi_stride_b", told["alibi_stride_b"]);
         return c;
       }))
       .def(
           "set_gradients",
-          +[](Call& c, const py::sequence& dout, const py::sequence& dq, const py::sequence& dk,
-              const py::sequence& dv, const py::sequence& dbias, bool deterministic) {
-            c.p.dout = strides(dout), c.p.dq = strides(dq), c.p.dk = strides(dk);
-            c.p.dv = strides(dv), c.p.dbias = score_strides(dbias);
+          +[](Call& c, const py::object& dout, const py::object& dq, const py::object& dk,
+              const py::object& dv, const py::object& dbias, bool deterministic) {
+            c.p.dout = strides("dout", dout), c.p.dq = strides("dq", dq);
+            c.p.dk = strides("dk", dk), c.p.dv = strides("dv", dv);
+            c.p.dbias = score_strides("dbias", dbias);
             c.p.deterministic = deterministic;
           })
       .def(
-          "set_addresses",
-          +[](Call& c, const py::dict& addresses) {
-            for (const auto& [name, address] : addresses)
-              set_address(c.ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
-          },
+          "set_addresses", +[](Call& c, const py::dict& told) { set_addresses(c.ptr, told); },
           doc("Addresses by the names of params.h; absent ones are null"));
 }
 

@@ -37,12 +37,12 @@ void check(const attn::Problem& p, const Pointers& ptr, int threads) {
   attn::check_at_least("num_threads", threads, 1);
 }
 
-void inspect(const Call& c, int threads, int what, const py::sequence& told, uintptr_t out,
+void inspect(const Call& c, int threads, int what, const py::object& told, uintptr_t out,
              uintptr_t entropy, uintptr_t keys) {
   attn::cpu::Map map;
-  const auto sizes = attn::integers<3>(told);
+  const auto sizes = attn::integers<3>("sizes", told);
   if (what < 0 || what > attn::cpu::Map::kMeanTopK)
-    throw std::invalid_argument("what must be 0 to 3, got " + std::to_string(what));
+    throw std::invalid_argument("what must be 0 to 4, got " + std::to_string(what));
   map.what = attn::cpu::Map::What(what);
   map.n = sizes[0], map.rows = sizes[1], map.cols = sizes[2];
   map.out = at<void>(out), map.entropy = at<void>(entropy), map.keys = at<int64_t>(keys);
@@ -52,8 +52,7 @@ void inspect(const Call& c, int threads, int what, const py::sequence& told, uin
 }
 
 Pointers with(Pointers ptr, const py::dict& addresses) {
-  for (const auto& [name, address] : addresses)
-    attn::set_address(ptr, py::cast<std::string>(name), py::cast<uintptr_t>(address));
+  attn::set_addresses(ptr, addresses);
   return ptr;
 }
 
@@ -86,7 +85,8 @@ void define_whole(py::class_<Call>& call) {
           +[](Call& c, bool sigmoid, const py::object& sigmoid_bias, uintptr_t w, uintptr_t dw,
               bool partial, uintptr_t delta, uintptr_t base, uintptr_t rest) {
             c.options.sigmoid = sigmoid, c.options.length_bias = sigmoid_bias.is_none();
-            if (!sigmoid_bias.is_none()) c.options.sigmoid_bias = py::cast<double>(sigmoid_bias);
+            if (!sigmoid_bias.is_none())
+              c.options.sigmoid_bias = attn::real("sigmoid_bias", sigmoid_bias);
             c.options.w = at<void>(w), c.options.dw = at<void>(dw);
             c.options.partial = partial, c.options.delta = at<void>(delta);
             c.options.base = at<void>(base), c.options.rest = at<void>(rest);

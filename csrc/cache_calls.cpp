@@ -96,9 +96,9 @@ PyObject* decode_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                         kTensors, count);
   const Held held = held_by(args[0]);
   if (!held.problem) return nullptr;
-  const long threads = PyLong_AsLong(args[1]);
+  int threads;
   Tensors t;
-  if (PyErr_Occurred() || !t.read(args + 2)) return nullptr;
+  if (!read_threads(args[1], threads) || !t.read(args + 2)) return nullptr;
   Problem p = *held.problem;
   cpu::Options options = *held.options;
   const int64_t added = t.there[K_NEW] ? t.x[K_NEW].shape[2] : 0;
@@ -120,7 +120,7 @@ PyObject* decode_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     options.kept = {true, static_cast<float*>(t.at(K_SCALE)), static_cast<float*>(t.at(V_SCALE)),
                     first_three(t.x[K_SCALE]), first_three(t.x[V_SCALE])};
   }
-  if (!compute(cpu::forward, {&p, &options}, ptr, int(threads))) return nullptr;
+  if (!compute(cpu::forward, {&p, &options}, ptr, threads)) return nullptr;
   Py_RETURN_TRUE;
 }
 
@@ -140,7 +140,7 @@ bool rows_of(PyObject* list, std::vector<std::vector<int64_t>>* rows) {
 }
 
 bool inside(int64_t first, int64_t count, int64_t size) {
-  return first >= 0 && count >= 0 && first + count <= size;
+  return first >= 0 && count >= 0 && count <= size && first <= size - count;
 }
 
 constexpr int64_t kAlone = 1 << 18;  // bytes that one thread copies in the time that two need
@@ -155,9 +155,9 @@ PyObject* cache_write(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!view(args[0], pages) || !view(args[1], from) || !rows_of(args[2], &copies) ||
       !rows_of(args[3], &pieces))
     return nullptr;
-  const long threads = PyLong_AsLong(args[4]);
-  if (PyErr_Occurred()) return nullptr;
-  bool right = pages.ndim == 4 && from.ndim == 4 && pages.bits == from.bits && threads > 0 &&
+  int threads;
+  if (!read_threads(args[4], threads)) return nullptr;
+  bool right = pages.ndim == 4 && from.ndim == 4 && pages.bits == from.bits &&
                pages.shape[1] == from.shape[1] && pages.shape[3] == from.shape[3];
   for (const auto& c : copies)
     right = right && c.size() == 3 && inside(c[0], 1, pages.shape[0]) &&
@@ -180,7 +180,7 @@ PyObject* cache_write(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (alone)
     for (size_t i = 0; i < pieces.size(); ++i) write(int64_t(i));
   else
-    cpu::parallel_for(int64_t(pieces.size()), int(threads), write);
+    cpu::parallel_for(int64_t(pieces.size()), threads, write);
   Py_RETURN_NONE;
 }
 

@@ -5,6 +5,7 @@
 #include "dense_calls.h"
 
 #include <array>
+#include <climits>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -92,8 +93,11 @@ PyObject* looks(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 bool view(PyObject* x, DLTensor& seen) {
-  if (exchange) return exchange->view(x, &seen) == 0;
-  PyErr_SetString(PyExc_RuntimeError, "use_exchange has not been called");
+  if (exchange && PyObject_TypeCheck(x, tensor_type)) return exchange->view(x, &seen) == 0;
+  if (exchange)  // torch would read whatever lies there
+    PyErr_Format(PyExc_TypeError, "a tensor is wanted, got %.80R", x);
+  else
+    PyErr_SetString(PyExc_RuntimeError, "use_exchange has not been called");
   return false;
 }
 
@@ -122,6 +126,16 @@ bool guarded(const Held& held, const Pointers& pointers, int threads,
 
 }  // namespace
 
+bool read_threads(PyObject* x, int& threads) {
+  if (!PyIndex_Check(x))
+    return PyErr_Format(PyExc_TypeError, "num_threads must be an integer, got %.80R", x), false;
+  const Py_ssize_t count = PyNumber_AsSsize_t(x, nullptr);
+  if (PyErr_Occurred()) return false;
+  if (count >= 1 && count <= INT_MAX) return threads = int(count), true;
+  return PyErr_Format(PyExc_ValueError, "num_threads must be at least 1 and an int, got %.80R", x),
+         false;
+}
+
 bool compute(Kernel kernel, const Held& held, const Pointers& pointers, int threads) {
   return guarded(held, pointers, threads,
                  [&] { kernel(*held.problem, pointers, *held.options, threads); });
@@ -140,7 +154,10 @@ bool find_address(PyObject* x, void*& found) {
     return true;
   }
   PyObject* number = PyObject_CallMethodNoArgs(x, data_ptr);
-  if (!number) return false;
+  if (!number) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return false;
+    return PyErr_Format(PyExc_TypeError, "a tensor or None is wanted, got %.80R", x), false;
+  }
   found = PyLong_AsVoidPtr(number);
   Py_DECREF(number);
   return !PyErr_Occurred();
@@ -159,14 +176,14 @@ PyObject* run(Kernel kernel, PyObject* const* args, Py_ssize_t count, Py_ssize_t
                         count);
   const Held held = held_by(args[0]);
   if (!held.problem) return nullptr;
-  const long threads = PyLong_AsLong(args[1]);
-  if (PyErr_Occurred()) return nullptr;
+  int threads;
+  if (!read_threads(args[1], threads)) return nullptr;
   Addresses at{};
   for (Py_ssize_t i = 0; i < wanted; ++i)
     if (!find_address(args[2 + i], at[i])) return nullptr;
   Pointers pointers;
   fill(pointers, at);
-  if (!compute(kernel, held, pointers, int(threads))) return nullptr;
+  if (!compute(kernel, held, pointers, threads)) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -210,8 +227,8 @@ PyObject* second_pass(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Held call = held_by(args[1]);
   const Held tangents = call.problem ? held_by(args[2]) : Held{};
   if (!tangents.problem) return nullptr;
-  const int threads = int(PyLong_AsLong(args[3]));
-  if (PyErr_Occurred()) return nullptr;
+  int threads;
+  if (!read_threads(args[3], threads)) return nullptr;
   Pointers ptr, tptr;
   void* mask;
   if (!find_address(args[4], mask) || !read_side(args + 5, ptr) ||

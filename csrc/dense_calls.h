@@ -47,6 +47,9 @@ struct WithoutGil {
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
 
+// A number of threads; false with Python's error set.
+bool read_threads(PyObject* x, int& threads);
+
 using Kernel = void (*)(const Problem&, const Pointers&, const cpu::Options&, int);
 
 // Runs the kernel; false with Python's error set.

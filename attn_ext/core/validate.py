@@ -46,10 +46,14 @@ def boolean(name: str, value) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
 
+_TRUTHS = ("bool", "torch.bool")
+
+
 def switch(name: str, value) -> bool:
     """A switch that the other library takes by its truth: bool, None, 0 and 1, numpy's and torch's
     bool; else TypeError."""
-    one = getattr(value, "shape", None) == () and str(value.dtype) in ("bool", "torch.bool")
+    nested = isinstance(value, torch.Tensor) and value.is_nested  # which has no shape
+    one = not nested and getattr(value, "shape", None) == () and str(value.dtype) in _TRUTHS
     if value is None or isinstance(value, bool) or one or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")

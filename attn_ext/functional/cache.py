@@ -91,8 +91,6 @@ class KVCache:
         if page_size is None and pages < sizes["batch"]:
             raise ValueError(f"pages must be at least batch, {batch}, if contiguous, got {pages}")
         self.window, self._contiguous = window, page_size is None
-        self._book = Pages(sizes["batch"], pages, sizes["page_size"], width, window)
-        self._handle = operator.handle(self._book)
         shape = (pages, sizes["heads"], sizes["page_size"])
         self.k_pages = torch.empty((*shape, sizes["head_dim"]), dtype=dtype, device=device)
         self.v_pages = torch.empty((*shape, sizes["head_dim_v"]), dtype=dtype, device=device)
@@ -103,6 +101,9 @@ class KVCache:
             )
         self._table = torch.zeros((sizes["batch"], width), dtype=torch.int32, device=device)
         self._lengths = torch.zeros((2, sizes["batch"]), dtype=torch.int32, device=device)
+        # behind the tensors: what no memory holds ends there, before lists of that length are made
+        self._book = Pages(sizes["batch"], pages, sizes["page_size"], width, window)
+        self._handle = operator.handle(self._book)
         self._accepted = None  # how the rows look that were appended last to all sequences
         self._views = None  # of table and lengths, as attend hands them on
 

@@ -172,6 +172,8 @@ def _plain(query, key, value) -> bool:
     """
     if not type(query) is type(key) is type(value) is torch.Tensor or query.dim() != 4:
         return False
+    if query.is_nested or key.is_nested or value.is_nested:  # which has no shape
+        return False
     shape = query.shape
     wanted = key.shape
     return (
@@ -184,7 +186,7 @@ def _plain(query, key, value) -> bool:
         and query.dtype == key.dtype == value.dtype
         and query.dtype in validate.FLOATING
         and query.device == key.device == value.device
-        and query.layout == torch.strided
+        and query.layout == key.layout == value.layout == torch.strided
     )
 
 

@@ -220,8 +220,9 @@ def rollout(
     rows: output positions (a slice or a list): result [B, rows, S], each row summing to 1 where
     every query sees a key.  None: the mean over all positions, [B, S].
     """
-    validate.number("residual", residual, 0.0, 1.0)
-    if isinstance(layers, torch.Tensor) or not isinstance(layers, Iterable):
+    residual = validate.number("residual", residual, 0.0, 1.0)
+    of_numbers = isinstance(layers, (torch.Tensor, str, bytes)) or hasattr(layers, "ndim")
+    if of_numbers or not isinstance(layers, Iterable):
         kind = type(layers).__name__
         raise TypeError(f"layers must be a list of (q, k) or (q, k, options), got {kind}")
     layers = list(layers)

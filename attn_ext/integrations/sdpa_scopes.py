@@ -7,8 +7,8 @@ autograd node at work, because a node knows its past whichever thread it runs in
 backward() was reached:
 
 - Node of a custom autograd.Function (reentrant checkpoint, reversible layers, custom operators):
-  its context notes the block when it is made.  `mark_contexts` adds that to torch's base class of
-  contexts.
+  its context notes the block when it is made, and its backward, with the nodes that it makes, runs
+  in that block.  `mark_contexts` adds that to torch's base class of contexts.
 - Other node that unpacks a saved tensor (checkpoint with use_reentrant=False): the unpack hook
   is wrapped when its saved_tensors_hooks are entered.
 - Other node with a hook: nodes of a thread are numbered in the order of their making, and each
@@ -247,7 +247,7 @@ def mark_contexts() -> None:
         _marking = True
     contexts = torch.autograd.function.BackwardCFunction
     hooks = torch.autograd.graph.saved_tensors_hooks
-    init, enter_hooks = contexts.__init__, hooks.__enter__
+    init, apply, enter_hooks = contexts.__init__, contexts.apply, hooks.__enter__
 
     @functools.wraps(init)
     def marked_init(self, *args, **kwargs):
@@ -255,6 +255,14 @@ def mark_contexts() -> None:
         settings = current()
         if settings is not None:
             setattr(self, _MARK, settings)
+
+    @functools.wraps(apply)
+    def carrying_apply(self, *args):
+        settings, thread = getattr(self, _MARK, None), getattr(_local, "thread", None)
+        if settings is None and (thread is None or not thread.entries):
+            return apply(self, *args)
+        with within(settings):  # the nodes that a recomputation makes belong there too
+            return apply(self, *args)
 
     @functools.wraps(enter_hooks)
     def carrying_enter(self):
@@ -267,12 +275,12 @@ def mark_contexts() -> None:
         finally:
             self.unpack_hook = unpack
 
-    contexts.__init__ = marked_init
+    contexts.__init__, contexts.apply = marked_init, carrying_apply
     hooks.__enter__ = carrying_enter
     from attn_ext.ops import autograd
 
     for own in (autograd.EagerAttention, autograd.RememberedAttention):
-        own._backward_cls.__init__ = init  # their backward calls no attention of torch
+        own._backward_cls.apply = apply  # their backward calls no attention of torch
 
 
 def _carried(settings: Settings | None, function):

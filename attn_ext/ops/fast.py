@@ -45,7 +45,7 @@ def key_of(
     if type(window) is not tuple or not _is_eager():
         return None
     seen = looks(q, k, v, mask, bias)
-    if seen is None:
+    if seen is None or q is None or k is None or v is None:
         return None
     recorded = torch.is_grad_enabled()
     try:

@@ -287,6 +287,163 @@ def test_bad_values_below_the_public_api():
             )
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize(
+    "function", [attn_ext.attention, attn_ext.scaled_dot_product_attention], ids=["own", "sdpa"]
+)
+def test_none_for_a_tensor_where_gradients_are_recorded(function, at):
+    """The short way of small calls asks None whether it requires a gradient."""
+    given = [dense(), dense(), dense()]
+    given[at] = None
+    for recorded in (True, False):
+        with (
+            torch.set_grad_enabled(recorded),
+            pytest.raises(TypeError, match=r"must be a torch\.Tensor, got NoneType"),
+        ):
+            function(*given)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_nested_or_sparse_tensor_beside_dense_ones(name):
+    """An internal error of torch, or an argument that torch's signature does not have."""
+    wanted = {"q": "query", "k": "key", "v": "value"}[name]
+    nested = torch.nested.nested_tensor([torch.randn(4, 6, 8), torch.randn(4, 6, 8)])
+    for wrong in (nested, dense().to_sparse()):
+        with pytest.raises(TypeError, match=f"^{wanted} must be a dense"):
+            sdpa(**{name: wrong})
+        with pytest.raises(TypeError, match=f"^{name} must be a dense"):
+            attend(**{name: wrong})
+
+
+def test_a_cache_that_no_memory_holds_ends_at_once(monkeypatch):
+    """Lists of billions of entries that are made before torch is asked for the memory."""
+    from attn_ext.functional import cache
+
+    def never(*sizes):
+        raise AssertionError("the book of pages was made first")
+
+    monkeypatch.setattr(cache, "Pages", never)
+    with pytest.raises(RuntimeError):
+        attn_ext.KVCache(batch=2**31, heads=2**9, head_dim=2**9, max_length=64)
+
+
+def told_of_a_call():
+    """What a native call is told of one dense call, and its two dicts' names."""
+    from attn_ext.backends import cpu, native
+
+    q = torch.randn(1, 1, 2, 8)
+    call = Call(q, q, q, max_seqlen_q=2, max_seqlen_k=2)
+    lse = torch.empty(1, 1, 2)
+    return native.fields(call, cpu.canonical_inputs(call), q, lse, cpu.DTYPES)
+
+
+WRONG = ("a", None, 1.5, object(), torch.zeros(2), [[1]], b"ab")
+
+
+def test_a_native_call_says_what_was_wrong():
+    """A RuntimeError without a name for what stands inside a sequence or a dict, a number that
+    does not fit cut down in silence, a dtype that is none."""
+    from attn_ext import _C
+
+    told = told_of_a_call()
+    _C.Call(**told)
+
+    def refused(kind, name, value, **changed):
+        with pytest.raises(kind) as caught:
+            _C.Call(**{**told, **changed})
+        assert type(caught.value) is kind
+        assert str(caught.value).startswith(f"{name} must be "), str(caught.value)
+        assert str(caught.value).endswith(value), str(caught.value)
+
+    for name, right in told.items():
+        for wrong in WRONG:
+            shown = "..." if len(repr(wrong)) > 80 else repr(wrong)
+            if name == "scalars":
+                refused(TypeError, name, shown, scalars=wrong)
+                continue
+            short = type(right) is tuple and wrong == [[1]]
+            refused(ValueError if short else TypeError, name, shown, **{name: wrong})
+            if type(right) is tuple:
+                for at in range(len(right)):
+                    items = (*right[:at], wrong, *right[at + 1 :])
+                    refused(TypeError, f"{name}[{at}]", shown, **{name: items})
+        if type(right) is tuple:
+            refused(ValueError, name, repr(right[1:]), **{name: right[1:]})
+            refused(ValueError, f"{name}[0]", str(2**63), **{name: (2**63, *right[1:])})
+    for name, right in told["scalars"].items():
+        for wrong in WRONG:
+            if isinstance(right, int) or not isinstance(wrong, float):
+                refused(TypeError, name, repr(wrong), scalars={**told["scalars"], name: wrong})
+        refused(ValueError, name, "...", scalars={**told["scalars"], name: 10**400})
+    for name in ("dtype", "bias_dtype"):
+        for wrong in (-1, 4, 2**31, 2**32):
+            refused(ValueError, name, str(wrong), **{name: wrong})
+    refused(ValueError, "bottom_right", "2", bottom_right=2)
+    refused(ValueError, "alibi_stride_b", str(-(2**63) - 1), alibi_stride_b=-(2**63) - 1)
+    for changed in (
+        {key: told[key] for key in told if key != "lse"},
+        {**told, "more": 1},
+        {**{key: told[key] for key in told if key != "lse"}, "more": 1},
+        {**told, "scalars": {}},
+        {**told, "scalars": dict.fromkeys(range(len(told["scalars"])), 1)},
+    ):
+        with pytest.raises(TypeError, match=r"names, got|must be told"):
+            _C.Call(**changed)
+
+
+def test_a_native_call_says_what_was_wrong_later():
+    """The same of what it is told after it was made."""
+    from attn_ext import _C
+
+    call = _C.Call(**told_of_a_call())
+    right = {name: (0, 0, 0) for name in ("dout", "dq", "dk", "dv")} | {"dbias": (0, 0, 0, 0)}
+    call.set_gradients(*right.values(), False)
+    for name, value in right.items():
+        for wrong in WRONG:
+            changed = {**right, name: (*value[1:], wrong)}
+            with pytest.raises(TypeError, match=rf"^{name}\[{len(value) - 1}\] must be an integer"):
+                call.set_gradients(*changed.values(), False)
+    for wrong in WRONG:
+        with pytest.raises(TypeError, match=r"^sink must be an integer, got "):
+            call.set_addresses({"sink": wrong})
+    for wrong in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"^sink must be an address, got {wrong}"):
+            call.set_addresses({"sink": wrong})
+    for wrong in ("other", 1, None):
+        with pytest.raises(ValueError, match="no pointer is called"):
+            call.set_addresses({wrong: 0})
+    with pytest.raises(TypeError, match=r"^sizes\[1\] must be an integer, got 'a'"):
+        call.inspect(1, 0, (1, "a", 1), 0, 0, 0)
+    of_w = dict(w=0, dw=0, partial=False, delta=0, base=0, rest=0)
+    with pytest.raises(TypeError, match=r"^sigmoid_bias must be a number, got 'a'"):
+        call.set_options(sigmoid=True, sigmoid_bias="a", **of_w)
+
+
+def test_functions_of_the_kernels_refuse_what_is_no_tensor():
+    """Memory that is read though no tensor lies there, and a number of threads cut to 32 bits."""
+    from attn_ext import _C
+
+    call = _C.Call(**told_of_a_call())
+    x = torch.zeros(1, 1, 2, 8)
+    for run, count in ((_C.dense_forward, 7), (_C.dense_backward, 12)):
+        for wrong in ("a", 1, object()):
+            with pytest.raises(TypeError, match="a tensor or None is wanted, got "):
+                run(call, 1, *[wrong] * count)
+        for threads in (0, -1, 2**31, 2**32 + 1, 2**70):
+            with pytest.raises(ValueError, match="num_threads"):
+                run(call, threads, *[x] * count)
+        with pytest.raises(TypeError, match="num_threads must be an integer, got 'a'"):
+            run(call, "a", *[x] * count)
+        with pytest.raises(TypeError, match="call must be a Call"):
+            run("a", 1, *[x] * count)
+    with pytest.raises((TypeError, RuntimeError), match=r"a tensor is wanted|use_exchange"):
+        _C.decode_forward(call, 1, *["a"] * 15)
+    with pytest.raises((TypeError, RuntimeError), match=r"a tensor is wanted|use_exchange"):
+        _C.cache_extend(*["a"] * 6)
+    with pytest.raises((ValueError, RuntimeError), match=r"out of range|use_exchange"):
+        _C.cache_write(x, x, [], [(0, 2**63 - 1, 0, 0, 2**63 - 1)], 1)  # their sum wraps around
+
+
 def heads_last(*sizes):
     """Zeros [B, S, H, D]."""
     return torch.zeros(2, *sizes, 16)

@@ -2,6 +2,7 @@
 ends the process nor lets an error of torch through.
 """
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +40,8 @@ FUNCTIONS = {
         (lambda q: inspect.pooled_map(q, q, (1, 2, 3)), "size must be an int or"),
         (lambda q: inspect.rollout([]), "layers must hold at least one"),
         (lambda q: inspect.rollout(q), "layers must be a list of .* got Tensor"),
+        (lambda q: inspect.rollout("ab"), "layers must be a list of .* got str"),
+        (lambda q: inspect.rollout(np.array(1)), "layers must be a list of .* got ndarray"),
         (lambda q: inspect.rollout(None), "layers must be a list of .* got NoneType"),
         (lambda q: inspect.rollout([q]), "a layer must be .* got a Tensor"),
         (lambda q: inspect.rollout((q, q)), "a layer must be .* got a Tensor"),
@@ -111,3 +114,12 @@ def test_any_input(name, data):
                 "multiple",
             )
         ), text
+
+
+def test_rollout_takes_what_torch_takes_for_a_number():
+    """A residual that is checked as a number and then used as it came."""
+    q = torch.randn(1, 2, 5, 8)
+    for one in (True, np.float32(1), torch.tensor(1.0), torch.tensor(True)):
+        assert torch.equal(
+            inspect.rollout([(q, q)], residual=one), inspect.rollout([(q, q)], residual=1.0)
+        )

@@ -203,6 +203,27 @@ def test_bad_argument(name):
         call(**options)
 
 
+NESTED = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)])
+
+
+@pytest.mark.parametrize("name", ["causal", "deterministic", "return_attn_probs", "window_size"])
+def test_tensors_of_other_layouts_for_switches_and_windows(name):
+    """An internal error of torch, which asks a nested tensor for its shape, or a sparse or
+    quantized one for its numbers."""
+    quantized = torch.quantize_per_tensor(torch.randn(2), 0.1, 0, torch.qint8)
+    for wrong in (NESTED, torch.zeros(2).to_sparse(), quantized):
+        with pytest.raises(TypeError, match=f"^{name} must be "):
+            dense(**{name: wrong})
+
+
+def test_merged_parts_that_are_nested():
+    """The same of attn_split and lse_split."""
+    for name in ("attn_split", "lse_split"):
+        parts = dict(attn_split=[X, X], lse_split=[normal(B, H, S)] * 2)
+        with pytest.raises(TypeError, match=f"^{name} must be a dense"):
+            xformers.merge_attentions(**{**parts, name: NESTED})
+
+
 def test_leftpad_up_to_the_length():
     """The rule cutting off what flash-attn allows: a pad up to the new keys."""
     first = ints(3, 0)

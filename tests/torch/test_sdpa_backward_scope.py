@@ -5,6 +5,7 @@ give the same output and gradients to the last bit: with dropout, the forward of
 recomputation of another would draw different masks.  Calls are counted: none may be torch's.
 """
 
+import contextlib
 import threading
 import warnings
 
@@ -192,6 +193,23 @@ class Recompute(torch.autograd.Function):
             return torch.autograd.grad(attend(x), x, dout)[0]
 
 
+class RecomputePart(torch.autograd.Function):
+    """`Recompute` of any function without dropout."""
+
+    @staticmethod
+    def forward(ctx, x, part):
+        ctx.save_for_backward(x)
+        ctx.part = part
+        return part(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(ctx.part(x), x, dout)[0], None
+
+
 @pytest.mark.parametrize("place", ["inside", "after"])
 @pytest.mark.parametrize("outer", [None, True, False])
 def test_functions_that_recompute(outer, place):
@@ -225,6 +243,144 @@ def test_hooks_of_tensors_and_nodes(place):
     if place == "after":
         z.sum().backward()
     all_served(3 if place == "inside" else 2)
+
+
+@pytest.mark.parametrize("place", ["inside", "after"])
+@pytest.mark.parametrize("of", ["attention", "another node"])
+@pytest.mark.parametrize("form", [None, True, False, "function"])
+def test_hooks_in_a_part_that_is_recomputed(form, of, place):
+    """A hook of attention's own output, or of a node that a recomputation made, left to torch in
+    silence: neither node was made in the block as the others are."""
+    ways = (torch.Tensor.register_hook, _hook_node, _hook_node_before, _hook_together)
+    for register in ways:
+        seen = []
+
+        def part(x, register=register, seen=seen):
+            y = attend(x, 0.0)
+            y = y if of == "attention" else y * 3
+            if y.requires_grad:
+                register(y, lambda *grads: seen.append(attend(y.detach(), 0.0)))
+            return y.sin()
+
+        def model(x, part=part):
+            if form is None:
+                return part(x)
+            if form == "function":
+                return RecomputePart.apply(x, part)
+            return checkpoint(part, x, use_reentrant=form)
+
+        sdpa.reset()
+        run(model, place)
+        assert len(seen) == 1
+        all_served(2 if form is None else 3)
+
+
+def _hook_node(y, hook):
+    y.grad_fn.register_hook(lambda into, out: hook())  # what a hook returns takes a place
+
+
+def _hook_node_before(y, hook):
+    y.grad_fn.register_prehook(lambda out: hook() and None)
+
+
+def _hook_together(y, hook):
+    torch.autograd.graph.register_multi_grad_hook((y,), hook)
+
+
+def test_a_hook_of_a_part_outside_stays_torchs():
+    """Its node is made in a recomputation, while backward() runs in a block."""
+
+    def part(x):
+        y = attend(x, 0.0) * 3
+        if y.requires_grad:
+            y.register_hook(lambda grad: attend(grad.detach(), 0.0))
+        return y.sin()
+
+    for wrap in (
+        lambda x: checkpoint(part, x, use_reentrant=True),
+        lambda x: checkpoint(part, x, use_reentrant=False),
+        lambda x: RecomputePart.apply(x, part),
+    ):
+        y = wrap(leaf() * 1)
+        with attn_ext.replace_sdpa(strict=True):
+            y.sum().backward()
+        assert sdpa.report() == ({}, {}, {})
+
+
+def _hook_parameters(way, parameters, hook):
+    """Register hook(parameter, gradient) by one of the ways to follow accumulation; returns what
+    must live on."""
+    nodes = []
+    for p in parameters:
+        if way == "post":
+            p.register_post_accumulate_grad_hook(lambda p: hook(p, p.grad))
+        elif way == "tensor":
+            p.register_hook(lambda grad, p=p: hook(p, grad))
+        else:
+            nodes.append(p.view_as(p).grad_fn.next_functions[0][0])
+            if way == "before":
+                nodes[-1].register_prehook(lambda grads, p=p: hook(p, grads[0]))
+            else:
+                nodes[-1].register_hook(lambda _, grads, p=p: hook(p, grads[0]))
+    return nodes
+
+
+class Layer(torch.nn.Module):
+    """Attention with parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24, dtype=torch.float64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("place", ["inside", "after"])
+@pytest.mark.parametrize("way", ["post", "tensor", "before", "behind", "optimizer"])
+def test_hooks_of_accumulation(way, place):
+    """Hooks of parameters that call attention, and optimizers that step in backward(), beside
+    recomputations: each gradient once, as by torch without a block, and nothing left to torch."""
+
+    def train(form, block):
+        torch.manual_seed(4)
+        layers = torch.nn.ModuleList([Layer(), Layer()])
+        parameters = list(layers.parameters())
+        steps = {p: torch.optim.SGD([p], lr=0.1) for p in parameters}
+        seen = []
+
+        def hook(p, grad):
+            seen.append(grad.detach().clone())
+            if way == "optimizer":
+                steps[p].step()
+                steps[p].zero_grad()
+            F.scaled_dot_product_attention(*[torch.ones(1, 2, 4, 8)] * 3)
+
+        kept = _hook_parameters("post" if way == "optimizer" else way, parameters, hook)
+        for _ in range(2):
+            with attn_ext.replace_sdpa(strict=True) if block else contextlib.nullcontext():
+                x = leaf()
+                for layer in layers:
+                    x = layer(x) if form is None else checkpoint(layer, x, use_reentrant=form)
+                if place == "inside":
+                    x.square().sum().backward()
+            if place == "after":
+                x.square().sum().backward()
+        del kept
+        return [*seen, *(p.detach() for p in parameters)]
+
+    want = train(None, False)
+    assert len(want) == 2 * 4 + 4
+    for form in (None, True, False):
+        sdpa.reset()
+        got = train(form, True)
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        # they belong to where backward() is called, which the reentrant form does in its block
+        hooks = 8 if place == "inside" or form else 0
+        all_served((4 if form is None else 8) + hooks)
 
 
 @pytest.mark.parametrize("place", ["inside", "after"])
@@ -390,25 +546,57 @@ def test_a_block_that_ends_by_an_exception():
     all_served(2)
 
 
-def test_an_exception_in_a_recomputation_leaves_nothing():
-    """A block entered for a recomputation and never left."""
-    x, fail = leaf(), []
+@pytest.mark.parametrize("place", ["inside", "after"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_exception_in_a_recomputation_leaves_nothing(reentrant, nested, place):
+    """A block entered for a recomputation and never left, an error that is not the user's own, and
+    a graph that cannot be used again: where torch can repeat backward(), so can a block."""
+    want = run(lambda x: layers(x, 0.0))
+    for kind in (KeyError, KeyboardInterrupt, NotImplementedError, ValueError):
+        for moment in ("before", "between", "hook"):
+            x, fail = leaf(), []
 
-    def part(x):
-        if fail:
-            raise KeyError
-        return attend(x)
+            def part(x, kind=kind, moment=moment, fail=fail):
+                if fail and moment == "before":
+                    raise kind("mine")
+                y = attend(x, 0.0)
+                if fail and moment == "between":
+                    raise kind("mine")
+                return attend(y, 0.0)
 
-    for reentrant in (True, False):
-        fail.clear()
-        with attn_ext.replace_sdpa(strict=True):
-            y = checkpoint(part, x * 1, use_reentrant=reentrant)
-        fail.append(True)
-        with pytest.raises(KeyError):
-            y.sum().backward()
-        sdpa.reset()
-        F.scaled_dot_product_attention(x, x, x)
-        assert sdpa.report().served == {}
+            def hook(grad, kind=kind, fail=fail):
+                if fail:
+                    raise kind("mine")
+
+            def model(x, part=part):
+                if nested:
+                    part_of = part
+                    part = lambda x: checkpoint(part_of, x, use_reentrant=reentrant)  # noqa: E731
+                return checkpoint(part, x, use_reentrant=reentrant)
+
+            with contextlib.ExitStack() as block:
+                block.enter_context(attn_ext.replace_sdpa(strict=True))
+                inside = sdpa_scopes._own().entries
+                y = model(x * 1)
+                if moment == "hook":
+                    y.register_hook(hook)
+                if place == "after":
+                    block.close()
+                before = sdpa_scopes._own().entries
+                assert before == (inside if place == "inside" else ())
+                fail.append(True)
+                with pytest.raises(kind, match="mine"):
+                    y.square().sum().backward(retain_graph=True)
+                assert sdpa_scopes._own().entries == before
+                sdpa.reset()
+                F.scaled_dot_product_attention(x, x, x)
+                assert sdpa.report().served == ({"cpu": 1} if place == "inside" else {})
+                fail.clear()
+                x.grad = None
+                y.square().sum().backward()
+                same([y.detach(), x.grad], want)
+                assert not sdpa.report().torch
 
 
 def test_settings_follow_the_forward():

@@ -25,8 +25,9 @@ def _scale(softmax_scale):
 
 def _window(window_size, causal: bool) -> tuple:
     """flash-attn's (left, right) as attn_ext's: negative is unbounded; causal closes the right."""
-    if isinstance(window_size, torch.Tensor) and not window_size.is_meta:
-        window_size = window_size.tolist()
+    if isinstance(window_size, torch.Tensor):
+        validate.tensor("window_size", window_size)
+        window_size = window_size if window_size.is_meta else window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
     window_size = [validate.integer("window_size", x, low=-(1 << 31)) for x in window_size]

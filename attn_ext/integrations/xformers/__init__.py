@@ -287,6 +287,7 @@ def _parts(name: str, split) -> torch.Tensor:
     if not isinstance(split, (torch.Tensor, list, tuple)):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(split).__name__}")
     if isinstance(split, torch.Tensor):
+        validate.tensor(name, split)
         split = [split] if split.dim() == 0 else split
     parts = list(split)
     for part in parts:

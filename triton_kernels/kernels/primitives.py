@@ -116,6 +116,13 @@ def dot(a, b, acc):
     return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
 
+@triton.constexpr_function
+def several(flags: int) -> bool:
+    """Whether a call has more than one of the options that take registers in a loop."""
+    options = MASK.value | BIAS.value | ALIBI.value | SOFTCAP.value | DROPOUT.value
+    return (int(flags) & options).bit_count() > 1
+
+
 @triton.jit
 def register_factor(tile, FLAGS: tl.constexpr):
     """tile, which stays in registers as the left factor of products by wgmma; loaded ones are read

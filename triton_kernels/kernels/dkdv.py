@@ -32,6 +32,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     careful_rows_at_once,
     diagonal,
     dot,
+    has_wgmma,
     head_rows,
     load_each,
     load_rows,
@@ -79,7 +80,8 @@ def key_gradient_tiles(
     if ADVANCE:
         q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
         do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
-    MOVES: tl.constexpr = ADVANCE and not several(FLAGS)  # else pointers in a spilled register
+    # with several options on sm_90 a third more is spilled with pointers that move
+    MOVES: tl.constexpr = ADVANCE and not (several(FLAGS) and has_wgmma())
     if MOVES:
         row = first * BLOCK_M + tl.arange(0, BLOCK_M)
         lse_at, delta_at = lse2 + row, delta + row

@@ -26,6 +26,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     GROUPED,
     MASK,
+    OLD_TRITON,
     RUNTIME,
     STREAM,
     block_of,
@@ -80,8 +81,8 @@ def key_gradient_tiles(
     if ADVANCE:
         q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
         do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
-    # with several options on sm_90 a third more is spilled with pointers that move
-    MOVES: tl.constexpr = ADVANCE and not (several(FLAGS) and has_wgmma())
+    # on sm_90 pointers that move spill more with several options, and with Triton 3.6
+    MOVES: tl.constexpr = ADVANCE and not (has_wgmma() and (OLD_TRITON or several(FLAGS)))
     if MOVES:
         row = first * BLOCK_M + tl.arange(0, BLOCK_M)
         lse_at, delta_at = lse2 + row, delta + row

@@ -14,6 +14,7 @@ from triton.language.target_info import cuda_capability_geq, is_cuda
 
 from attn_ext.triton_kernels.kernels.functions import INTERPRETED
 
+OLD_TRITON = tl.constexpr(triton.__version__.startswith("3.6."))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A bias below LEAST counts as LEAST, and a finite one above -LEAST as -LEAST (`hold`): times

@@ -290,6 +290,13 @@ _FLOAT = {
 _FLOAT_PLAIN = {
     "sm_80": {
         ("fwd", 64): Tile(64, 32, 4, 2),  # .55 of the peak as plain Triton's; 32 queries .42
+        # all as plain Triton's; in several stages whole rows are in shared memory
+        # (attention.Plan.flags_by)
+        ("fwd", 128): Tile(32, 32, 4, 2),  # .54; read in parts .32
+        ("dkdv", 64): Tile(16, 64, 8, 2),  # .52; 16 keys .39
+        ("dkdv", 128): Tile(32, 32, 8, 2),  # .52; read in parts .41
+        ("dq", 64): Tile(128, 16, 8, 2),  # .54; 16 queries .40
+        ("dq", 128): Tile(32, 32, 8, 2),  # .51; read in parts .32
     },
 }
 

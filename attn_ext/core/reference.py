@@ -182,10 +182,11 @@ class _AdditiveScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ds):
         t, w = ctx.saved_tensors
-        ds = ds.unsqueeze(-1)
+        ds, w = ds.unsqueeze(-1), w[:, None, None, :]
         counts, zero = ds != 0, ds.new_zeros(())
-        dt = torch.where(counts, ds * w[:, None, None, :], zero)
-        return dt, torch.where(counts, ds * t, zero).sum((0, 2, 3))
+        # the factors are replaced, not the products, whose derivatives by dS are the factors
+        dt = ds * torch.where(counts | w.isfinite(), w, zero)
+        return dt, (ds * torch.where(counts | t.isfinite(), t, zero)).sum((0, 2, 3))
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -8,13 +8,18 @@ import emulated_backend as emulated
 import pytest
 import torch
 from nonfinite_cases import (
+    ADDITIVE_OPTIONS,
+    ADDITIVE_WEIGHTS,
     CASES,
     ROWS_OF_NAN,
+    check_additive_weight,
     check_dropped_of_nan,
+    check_emptied_additive_rows,
     check_in_float32,
     check_overflow,
 )
 
+from attn_ext.core import reference
 from attn_ext.core.reference import attend
 from attn_ext.testing import check_call, random_call
 
@@ -164,29 +169,18 @@ def test_dropped_weights_of_nan_of_other_scores(options):
     check_dropped_of_nan("infinite bias", torch.float32, "cpu", stats=False, **options)
 
 
-@pytest.mark.parametrize("weight", [INF, -INF, NAN, 1e37], ids=str)
-@pytest.mark.parametrize("options", [{}, {"causal": True, "seqlen_k": 70}, {"bias": "qk"}], ids=str)
+@pytest.mark.parametrize("weight", ADDITIVE_WEIGHTS, ids=str)
+@pytest.mark.parametrize("options", ADDITIVE_OPTIONS, ids=str)
 def test_additive_weights_that_are_not_small(weight, options):
-    """inf - inf where w sum tanh is sum w - 2 sum w r; 0 * inf in dK, dQ and dw of a pair whose
-    logit is -inf, in the kernel and in the reference; exp(2q) exp(2k) w that overflows."""
-    call = random_call(7, additive=True, batch=1, heads_q=2, seqlen_q=70, **options)
-    call.w[0, 2] = weight
-    if weight == 1e37:  # logits are 0, what a division is shared by is infinite
-        call.w[0] = 0
-        call.w[0, 2], call.w[0, 3] = weight, -weight
-        call.q[:, 0] = call.k[:, 0] = 9
-    else:  # keys of every row that are hidden, or all of a row's
-        call.q[:, 0, :, 2], call.q[:, 0, 5, 2] = 0, -20
-    check_in_float32(call, "cpu")
+    """inf - inf and 0 * inf in the kernel and in the reference; exp(2q) exp(2k) w that
+    overflows."""
+    check_additive_weight("cpu", weight, **options)
 
 
 @pytest.mark.parametrize("seqlen", [5, 70, 130])
 def test_additive_rows_that_an_infinite_weight_empties(seqlen):
-    """The padding of a panel of queries holds Q = 0, whose logits are not -inf there: NaN in dK and
-    dw of rows that are empty."""
-    call = random_call(7, additive=True, batch=1, heads_q=2, seqlen_q=seqlen)
-    call.w[0, 2], call.q[:, 0, :, 2] = INF, -20
-    check_in_float32(call, "cpu")
+    """The padding of a panel of queries: NaN in dK and dw of rows that are empty."""
+    check_emptied_additive_rows("cpu", seqlen)
 
 
 def test_a_weight_of_infinity_hides_keys():
@@ -200,6 +194,20 @@ def test_a_weight_of_infinity_hides_keys():
     for grad in (dk, dv):
         assert grad[..., ::2, :].eq(0).all()
         assert grad[..., 1::2, :].isnan().any(-1).all()
+
+
+def test_second_derivatives_of_additive_scores():
+    """Gradients that are 0 as a function of dS, where it is 0 and w is finite: a derivative of 0 in
+    place of w; 0 * inf of an infinite one."""
+    t = torch.rand(1, 1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([[1.0, -2.0, INF, 3.0]], dtype=torch.float64, requires_grad=True)
+    ds = torch.zeros(1, 1, 2, 3, dtype=torch.float64, requires_grad=True)
+    s = reference._AdditiveScores.apply(t, w)
+    dt, dw = torch.autograd.grad(s, (t, w), ds, create_graph=True)
+    (by_t,) = torch.autograd.grad(dt.sum(), ds, retain_graph=True)
+    assert by_t.eq(1.0 - 2.0 + 3.0).all()
+    (by_w,) = torch.autograd.grad(dw.sum(), ds)
+    torch.testing.assert_close(by_w, t.sum(-1).detach())
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.5}], ids=str)

@@ -116,3 +116,36 @@ def check_overflow(backend: str, **options) -> None:
         call.q[:, :, 2] = call.k[:, :, 3] = size
         call.k[:, :, 5] = -size
         check_in_float32(call, backend)
+
+
+# of `check_additive_weight`: what hides keys, and a length around the tiles
+ADDITIVE_OPTIONS = ({}, {"causal": True, "seqlen_k": 70}, {"bias": "qk"})
+ADDITIVE_WEIGHTS = (INF, -INF, torch.nan, 1e37, -3e38)
+
+
+def check_additive_weight(backend: str, weight: float, **options) -> None:
+    """Additive scores with a weight that is not small: inf - inf where w sum tanh is sum w -
+    2 sum w r; 0 * inf in dK, dQ and dw of a pair whose logit is -inf; products with w that
+    overflow.
+    """
+    sizes = {"batch": 1, "heads_q": 2, "seqlen_q": 70}
+    call = random_call(7, additive=True, **{**sizes, **options})
+    call.w[0, 2] = weight
+    if 0 < abs(weight) < INF:  # logits are 0, what a division is shared by is infinite, and so 4 w
+        call.w[0] = 0
+        call.w[0, 2], call.w[0, 3] = weight, -weight
+        call.q[:, 0] = call.k[:, 0] = 9
+        check_call(call, backend)  # tanh' is 9e-16, and 0 in float32
+    else:  # keys of every row that are hidden, or all of a row's
+        call.q[:, 0, :, 2], call.q[:, 0, 5, 2] = 0, -20
+        check_in_float32(call, backend)
+
+
+def check_emptied_additive_rows(backend: str, seqlen: int, head_dim: int = 16) -> None:
+    """Rows that an infinite weight of additive scores empties; Q = 0 in the padding of a tile makes
+    other logits than -inf.
+    """
+    sizes = {"batch": 1, "heads_q": 2, "seqlen_q": seqlen, "head_dim": head_dim}
+    call = random_call(7, additive=True, **sizes)
+    call.w[0, 2], call.q[:, 0, :, 2] = INF, -20
+    check_in_float32(call, backend)

@@ -6,7 +6,9 @@ The [Sq, Sk, D] tensor of tanh never exists: a program walks over the columns d 
 r = 1 / (1 + exp(2 (q_id + k_jd))) is [BLOCK_M, BLOCK_N] in registers, and with it
 
     tanh = 1 - 2 r;   tanh' = 4 r (1 - r);   S = sum_d w_d (1 - 2 r)
-    dQ_id = 4 w_d sum_j dS_ij r (1 - r);   dK alike over i;   dw_d = sum_ij dS_ij (1 - 2 r)
+    dQ_id = sum_j dS_ij 4 r (1 - r) w_d;   dK alike over i;   dw_d = sum_ij dS_ij (1 - 2 r)
+
+A pair whose dS is 0 adds nothing, whatever w is: w stands in the sums, not before them.
 
 Forward and dQ (with dw and dbias): one program = BLOCK_M queries of one head.  dK and dV: one
 program = BLOCK_N keys of one K/V head.  Column d of a gradient is added to its tile [BLOCK, D] as
@@ -201,12 +203,12 @@ def additive_dkdv_kernel(
             )  # fmt: skip
             # dV += P^T @ dO   [BLOCK_N, BLOCK_DV]
             dv_tile = dot_present(tl.trans(used), do_tile, dv_tile, False)
-            # dK_jd += 4 w_d sum_i dS r (1 - r)   [BLOCK_N, BLOCK_D]
+            # dK_jd += sum_i dS 4 r (1 - r) w_d   [BLOCK_N, BLOCK_D]
             for d in range(0, D):
                 r = half_complement(column(q_head, q_rows, d, q_in), column(k, k_rows, d, k_in))
-                slope = tl.where(ds != 0, ds * r * (1.0 - r), 0.0)  # r may be NaN where dS is 0
-                total = tl.sum(slope, 0) * (4.0 * tl.load(w + h * D + d))
-                dk_tile += tl.where(columns == d, total[:, None], 0.0)
+                slope = ds * r * (4.0 - 4.0 * r) * tl.load(w + h * D + d)
+                slope = tl.where(ds != 0, slope, 0.0)  # r may be NaN, and w, where dS is 0
+                dk_tile += tl.where(columns == d, tl.sum(slope, 0)[:, None], 0.0)
     if DROPOUT & FLAGS:
         dv_tile = dv_tile * inverse_keep
     dk_rows = dk + b * dk_b + hk * dk_h + k_first * dk_s
@@ -269,11 +271,12 @@ def additive_dq_kernel(
         if (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS):
             grad = (dbias, g_b, g_h, g_q, g_k)
             add_dbias(ds, i[:, None], j[None, :], b, h, length_q, length_k, grad, FLAGS)
-        # dQ_id += 4 w_d sum_j dS r (1 - r)   [BLOCK_M, BLOCK_D];  dw_d += sum_ij dS (1 - 2 r)
+        # dQ_id += sum_j dS 4 r (1 - r) w_d   [BLOCK_M, BLOCK_D];  dw_d += sum_ij dS (1 - 2 r)
         for d in range(0, D):
             r = half_complement(column(q, q_rows, d, q_in), column(k, k_rows, d, k_in))
             r = tl.where(ds != 0, r, 0.0)  # r may be NaN where dS is 0
-            total = sum_of_products(ds * r, 1.0 - r) * (4.0 * tl.load(w + h * D + d))
+            weight = tl.where(ds != 0, tl.load(w + h * D + d), 0.0)  # and w may be infinite
+            total = sum_of_products(ds * r * (4.0 - 4.0 * r), weight)
             dq_tile += tl.where(columns[None, :] == d, total[:, None], 0.0)
             dw_row += tl.where(columns == d, tl.sum(sum_of_products(ds, 1.0 - 2.0 * r), 0), 0.0)
     dq_rows = dq + b * dq_b + h * dq_h + q_first * dq_s

@@ -26,12 +26,14 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     GROUPED,
     MASK,
+    OLD_TRITON,
     RUNTIME,
     STREAM,
     block_of,
     careful_rows_at_once,
     diagonal,
     dot,
+    has_wgmma,
     head_rows,
     load_each,
     load_rows,
@@ -42,6 +44,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     query_range,
     register_factor,
     row_pointers,
+    several,
     store_tile,
     streamed_dot,
     tile_pointers,
@@ -78,6 +81,9 @@ def key_gradient_tiles(
     if ADVANCE:
         q_at = tile_pointers(q, q_s, first * BLOCK_M, BLOCK_M, BLOCK_D, FLAGS)
         do_at = tile_pointers(do, do_s, first * BLOCK_M, BLOCK_M, BLOCK_DV, FLAGS)
+    # on sm_90 pointers that move spill more with several options, and with Triton 3.6
+    MOVES: tl.constexpr = ADVANCE and not (has_wgmma() and (OLD_TRITON or several(FLAGS)))
+    if MOVES:
         row = first * BLOCK_M + tl.arange(0, BLOCK_M)
         lse_at, delta_at = lse2 + row, delta + row
     slope = 0.0
@@ -112,7 +118,7 @@ def key_gradient_tiles(
             kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
-        if ADVANCE:
+        if MOVES:
             row_lse, row_delta = tl.load(lse_at), tl.load(delta_at)
             lse_at += BLOCK_M
             delta_at += BLOCK_M

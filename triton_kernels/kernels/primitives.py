@@ -14,6 +14,7 @@ from triton.language.target_info import cuda_capability_geq, is_cuda
 
 from attn_ext.triton_kernels.kernels.functions import INTERPRETED
 
+OLD_TRITON = tl.constexpr(triton.__version__.startswith("3.6."))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A bias below LEAST counts as LEAST, and a finite one above -LEAST as -LEAST (`hold`): times
@@ -116,6 +117,19 @@ def dot(a, b, acc):
     return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
 
+@triton.constexpr_function
+def several(flags: int) -> bool:
+    """Whether a call has more than one of the options that take registers in a loop."""
+    options = MASK.value | BIAS.value | ALIBI.value | SOFTCAP.value | DROPOUT.value
+    return (int(flags) & options).bit_count() > 1
+
+
+@triton.constexpr_function
+def has_wgmma() -> bool:
+    """Whether products are those of warpgroups, as on sm_90."""
+    return not INTERPRETED.value and cuda_capability_geq(9) and not cuda_capability_geq(10)
+
+
 @triton.jit
 def register_factor(tile, FLAGS: tl.constexpr):
     """tile, which stays in registers as the left factor of products by wgmma; loaded ones are read
@@ -123,10 +137,9 @@ def register_factor(tile, FLAGS: tl.constexpr):
     matrix: exact, but for NaN and infinities, which make NaN of all rows, so that these are
     computed again (`nan_count`).  Of more than 64 columns it would be spilled, and so beside the
     options of a call, whose loops wait for other units than shared memory."""
-    WGMMA: tl.constexpr = not INTERPRETED and cuda_capability_geq(9) and not cuda_capability_geq(10)
     FITS: tl.constexpr = tile.shape[0] >= 64 and tile.shape[1] <= 64
     RICH: tl.constexpr = (MASK | BIAS | ALIBI | SOFTCAP | DROPOUT) & FLAGS
-    if WGMMA and FITS and not RICH and tile.dtype.primitive_bitwidth == 16:
+    if has_wgmma() and FITS and not RICH and tile.dtype.primitive_bitwidth == 16:
         row = tl.arange(0, tile.shape[0])
         unit = (row[:, None] == row[None, :]).to(tile.dtype)
         tile = tl.dot(unit, tile).to(tile.dtype)

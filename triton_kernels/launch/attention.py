@@ -187,6 +187,12 @@ class Plan:
             found += primitives.BOUNDED.value
         return found
 
+    @staticmethod
+    def flags_by(tile: configs.Tile, flags: int) -> int:
+        """flags of forward, dK and dV or dQ: a tile of several stages holds whole rows of K and V
+        (dK and dV: of Q and dO) in shared memory, however wide they are."""
+        return flags & ~_FLAG["STREAM"] if tile.stages > 1 else flags
+
     def own(self, x: torch.Tensor, fill: float | None = None) -> torch.Tensor:
         """x, which the call has allocated, filled where no kernel may write it."""
         self.owned.append((x, fill))
@@ -421,5 +427,8 @@ def attend_by(plan: Plan, results: tuple, tile: configs.Tile, loads: int, descri
         plan.heads_q, plan.heads_q // plan.heads_k, *plan.totals(), plan.seqlen_q,
         plan.seqlen_k, m_blocks, *plan.scalars(),
         plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
-        loads, plan.flags if loads >= SPECIALIZED.value else plan.forward_flags(),
+        loads,
+        plan.flags_by(
+            tile, plan.flags if loads >= SPECIALIZED.value else plan.forward_flags()
+        ),
     )  # fmt: skip

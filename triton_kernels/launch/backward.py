@@ -138,7 +138,7 @@ class Backward:
         plan.run(
             kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv, *sums,
             *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen), *sum_strides,
-            *self._sizes(blocks), *self._tiles(tile), plan.flags,
+            *self._sizes(blocks), *self._tiles(tile), plan.flags_by(tile, plan.flags),
         )  # fmt: skip
 
     def all_at_once(self, tile: configs.Tile, dq, dk, dv) -> None:
@@ -162,7 +162,7 @@ class Backward:
         plan.run(
             dq_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq, dbias,
             *self.shared, *strides(dq, plan.varlen), *score_strides(dbias, plan.sizes),
-            *self._sizes(blocks), *self._tiles(tile), flags,
+            *self._sizes(blocks), *self._tiles(tile), plan.flags_by(tile, flags),
         )  # fmt: skip
 
     def far_rows(self, dbias) -> None:

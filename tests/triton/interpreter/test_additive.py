@@ -7,6 +7,12 @@ import pytest
 import torch
 from additive_checks import check, check_call
 from closeness import FLOAT32, assert_close
+from nonfinite_cases import (
+    ADDITIVE_OPTIONS,
+    ADDITIVE_WEIGHTS,
+    check_additive_weight,
+    check_emptied_additive_rows,
+)
 
 import attn_ext
 from attn_ext.core.problem import Problem
@@ -73,6 +79,20 @@ def test_nan_reaches_who_sees_it(where):
     call = random_call(7, seqlen_q=40, causal=True, batch=1, head_dim=3)
     getattr(call, where)[:, :, 19] = torch.nan
     check_call(call, "triton")
+
+
+@pytest.mark.parametrize("weight", ADDITIVE_WEIGHTS, ids=str)
+@pytest.mark.parametrize("options", ADDITIVE_OPTIONS, ids=str)
+def test_weights_that_are_not_small(weight, options):
+    """0 * inf in dQ and dK of a pair whose logit is -inf; 4 w that overflows before what it
+    multiplies makes it small."""
+    check_additive_weight("triton", weight, seqlen_q=35, head_dim=4, **options)
+
+
+@pytest.mark.parametrize("seqlen", [5, 33])
+def test_rows_that_an_infinite_weight_empties(seqlen):
+    """The padding of a tile of queries or keys: NaN in gradients of rows that are empty."""
+    check_emptied_additive_rows("triton", seqlen, head_dim=4)
 
 
 def test_the_public_function_and_its_gradients():

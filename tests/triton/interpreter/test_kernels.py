@@ -11,6 +11,9 @@ import attn_ext
 from attn_ext.core import reference
 from attn_ext.core.problem import Problem
 from attn_ext.testing import check_call, random_call
+from attn_ext.triton_kernels import configs
+from attn_ext.triton_kernels.kernels import primitives
+from attn_ext.triton_kernels.launch import attention
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -327,3 +330,21 @@ def test_wide_rows_that_are_read_in_parts(options):
     """float32 heads wider than 64: a part that is left out, or columns past the last one."""
     call = random_call(seqlen_q=5, seqlen_k=37, head_dim=100, head_dim_v=72, batch=1, **options)
     check_call(call, "triton")
+
+
+def test_wide_rows_of_a_tile_of_several_stages(monkeypatch):
+    """float32 heads wider than 64 whose rows are held whole: tails, and the flag of a kernel that
+    reads them in parts."""
+    flags, run = {}, attention.run
+
+    def noted(kernel, programs, tile, *args):
+        flags[kernel.fn.__name__] = args[-1] & primitives.STREAM.value
+        return run(kernel, programs, tile, *args)
+
+    call = random_call(seqlen_q=40, seqlen_k=37, head_dim=100, head_dim_v=72, batch=1, causal=True)
+    for stages in (1, 2):
+        monkeypatch.setattr(configs, "INTERPRETED", configs.INTERPRETED._replace(stages=stages))
+        monkeypatch.setattr(attention, "run", noted)
+        check_call(call, "triton")
+        in_parts = {flags[f"{name}_kernel"] != 0 for name in ("forward", "dkdv", "dq")}
+        assert in_parts == {stages == 1}

@@ -9,9 +9,8 @@
 //   dV += P^T dO, dK += dS^T Q  [BLOCK_N, D] a warp: 32 keys, half of the columns
 //   dQ = dS K                [BLOCK_M, D]    a warp: QUERY_ROWS queries, QUERY_COLUMNS columns
 // P and dS go from one layout to the other through shared memory, as [query][key].
-//   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][4][128 threads], float: fragments, so that the
-//   lanes of an addition are neighbours (varlen: [Hq, tiles of all sequences]).  convert_dq makes
-//   dQ of them.
+//   sums [tiles of 64 queries, by their numbers][HEAD_DIM / 8][4][128 threads], float: fragments,
+//   so that the lanes of an addition are neighbours.  convert_dq makes dQ of them.
 // No tile is looked at for NaN: what 0 * NaN leaves is computed once more (repair.cuh).
 #pragma once
 #include "../mma_across.cuh"
@@ -376,11 +375,11 @@ template <class T, int HEAD_DIM, int BLOCK_M, int BITS, int BLOCK_N = 128>
 ATTN_DEVICE void run_fused_backward(const Params& p) {
   using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M, BITS, BLOCK_N>;
   constexpr int M = Kernel::M;
-  const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
-  const int head_k = block_id().x / p.n_tiles % heads_k;
-  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.n_tiles / heads_k);
-  if (n_block * Kernel::N >= seq.seqlen_k) return;
-  Kernel mine(p, seq, head_k, n_block * Kernel::N);
+  const TileOf x = key_numbers(p, Kernel::N).find(block_id().x);
+  const Sequence seq = Sequence::of<BITS>(p, x.b);
+  const int n0 = x.tile * Kernel::N, head_k = x.head;
+  if (n0 >= seq.seqlen_k) return;  // a shorter cache, or packed: a number that stands for no tile
+  Kernel mine(p, seq, head_k, n0);
   const Band& band = mine.score.band;
   int lo, hi;
   band.query_range(mine.n0, mine.n1, seq.seqlen_q, lo, hi);
@@ -455,7 +454,7 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
   clear_sums<HEAD_DIM>(p);
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
+// dQ = scale * sums, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE void convert_fused_sums(const Params& p) {
   convert_sums<T, HEAD_DIM, BITS>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {

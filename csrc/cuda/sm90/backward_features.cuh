@@ -363,7 +363,7 @@ void backward_features(ATTN_GRID_CONSTANT const BackwardParams x) {
       number_of_block<Tile>(x.p));
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
+// dQ = scale * sums, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL(128)
 void convert_dq_features(ATTN_GRID_CONSTANT const Params p) {

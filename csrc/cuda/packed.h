@@ -26,9 +26,7 @@ struct PackedTiles {
   static constexpr int first(int sequence, int start, int block) {
     return sequence ? start / block + sequence : 0;
   }
-  constexpr int first(int sequence) const {
-    return sequence ? first(sequence, starts[sequence], block) : 0;
-  }
+  constexpr int first(int sequence) const { return first(sequence, starts[sequence], block); }
   constexpr bool begins_by(int sequence, int number) const {
     return sequence < batch && first(sequence) <= number;
   }

@@ -292,7 +292,8 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;
     const Choice choice = choose_backward(p, ptr, target);
     if (choice == Choice::SM90) {
-      if (ptr.dbias) sm80::run_bias_gradient<T, P::kHeadDim>(to, near);
+      if (ptr.dbias && !(sm90::backward_features(p, ptr) & kBiasGradient))
+        sm80::run_bias_gradient<T, P::kHeadDim>(to, near);
       run_sm90_backward(to, near);
     } else {
       sm80::run_backward<T, P::kHeadDim>(to, near, choice != Choice::SM80_PLAIN);

@@ -166,6 +166,7 @@ struct FusedBackward {
   // Products are logits but for p.scale_log2; else they are computed, in natural units.
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
   static constexpr bool CAPPED = may_have<BITS>(kSoftcap), DROPS = may_have<BITS>(kDropout);
+  static constexpr bool BIAS_GRADIENT = may_have<BITS>(kBiasGradient);
   using Sides = Side<T, BITS>[SF][2][2];        // [..][16 keys][row]
   using Slopes = float[CAPPED ? SF : 1][4][4];  // of the soft cap
   ATTN_DEVICE static int score_row(int f, int r) {
@@ -264,9 +265,29 @@ struct FusedBackward {
       for (int n = 0; n < 4; ++n) ATTN_UNROLL
       for (int c = 2 * r; c < 2 * r + 2; ++c) {  // not P * (..) where P = 0: V there may hold NaN
         const float weight = P[f][n][c], dP = dS[f][n][c];
-        const float kept =
-            !DROPS ? dP - delta : fmaf(dP, weight > 0.0f ? p.keep_scale : 0.0f, -delta);
-        dS[f][n][c] = EDGE && weight == 0.0f ? 0.0f : fabsf(weight) * kept;
+        float kept = !DROPS ? dP - delta : fmaf(dP, weight > 0.0f ? p.keep_scale : 0.0f, -delta);
+        // nor 0 * dP: no one computes the gradient of the bias once more
+        if (DROPS && BIAS_GRADIENT && weight < 0.0f) kept = -delta;
+        dS[f][n][c] = (EDGE || BIAS_GRADIENT) && weight == 0.0f ? 0.0f : fabsf(weight) * kept;
+      }
+    }
+  }
+  // The gradient of the bias += dS.
+  template <bool EDGE>
+  ATTN_DEVICE void add_bias_gradient(const float (&dS)[SF][4][4], int head, int m0) const {
+    const ScoreStrides& s = p.p.dbias;
+    float* first = static_cast<float*>(p.ptr.dbias) + seq.b * s.b + head * s.h;
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int i = m0 + score_row(f, r);
+      if (EDGE && i >= seq.seqlen_q) continue;
+      ATTN_UNROLL
+      for (int m = 0; m < 2; ++m) ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int j = first_key(m) + e;
+        if (!EDGE || j < seq.seqlen_k)
+          atomic_add_global(first + (i * s.q + j * s.k), dS[f][2 * m + e / 2][2 * r + e % 2]);
       }
     }
   }
@@ -325,6 +346,7 @@ struct FusedBackward {
       }
       multiply_rows<T, HEAD_DIM>(dS, dO, query_row(), V_smem() + key_row() * BYTES);
       differentiate_features<EDGE>(dS, P, stage);
+      if (has<BITS>(p, kBiasGradient)) add_bias_gradient<EDGE>(dS, head, m0);
     }
     store_scores(dS_smem(), dS);
     sync_threads();  // P and dS of every warp are there

@@ -52,6 +52,8 @@ void run_forward(Executor& to, Params p, bool general) {
 // All of dQ, dK and dV, where p.dq_sums is there.
 template <class T, int HEAD_DIM, int BLOCK_M, int BLOCK_N = 128>
 void run_fused(Executor& to, Params p, bool features) {
+  const int bits = p.features;
+  p.features |= bias_gradient_of(p.p, p.ptr);
   using Tile = FusedBackwardTile<HEAD_DIM, BLOCK_M, BLOCK_N>;
   const TileCount sums = sum_tiles(p.p, p.ptr), keys = key_tiles(p.p, p.ptr, Tile::BLOCK_N);
   p.m_tiles = sums.of_head, p.n_tiles = keys.of_head;
@@ -61,9 +63,8 @@ void run_fused(Executor& to, Params p, bool features) {
                                 HEAD_DIM, p.features)
       : HALF   ? kernel_name<T>("sm80::backward_fused_half", HEAD_DIM)
                : kernel_name<T>("sm80::backward_fused", HEAD_DIM, BLOCK_M);
-  const std::string convert =
-      features ? kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, p.features)
-               : kernel_name<T>("sm80::convert_dq", HEAD_DIM);
+  const std::string convert = features ? kernel_name<T>("sm80::convert_dq_features", HEAD_DIM, bits)
+                                       : kernel_name<T>("sm80::convert_dq", HEAD_DIM);
   launch(to, kernel_name<T>("sm80::clear_dq", HEAD_DIM), grid_of(sums.all), 128, 0, p);
   launch(to, fused, grid_of(keys.all), Tile::THREADS, Tile::SMEM, p);
   launch(to, convert, grid_of(sums.all), 128, 0, p);
@@ -103,7 +104,8 @@ void run_bias_gradient(Executor& to, Params p) {
 // dQ, dK, dV and dBias, each where its pointer is not null; p.delta is filled.
 template <class T, int HEAD_DIM>
 void run_backward(Executor& to, Params p, bool general) {
-  if (p.ptr.dbias) run_bias_gradient<T, HEAD_DIM>(to, p);
+  const int added = p.dq_sums ? bias_gradient_of(p.p, p.ptr) : 0;
+  if (p.ptr.dbias && !added) run_bias_gradient<T, HEAD_DIM>(to, p);
   if constexpr (kIsHalf<T> && HEAD_DIM <= 128) {
     if (p.dq_sums) {
       p.splits = p.pack = 1;

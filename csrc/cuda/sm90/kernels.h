@@ -104,7 +104,8 @@ inline bool in_one_kernel(const Problem& p, const Pointers& ptr) {
 }
 // What that kernel is compiled for.
 inline int backward_features(const Problem& p, const Pointers& ptr) {
-  return backward_call(p, ptr) | (p.deterministic && in_one_kernel(p, ptr) ? kOrdered : 0);
+  if (!in_one_kernel(p, ptr)) return backward_call(p, ptr);
+  return backward_call(p, ptr) | (p.deterministic ? kOrdered : 0) | bias_gradient_of(p, ptr);
 }
 // Floats of the sums that it adds dQ up in, and of the words of their order (SumOrder); 0: it does
 // not run.

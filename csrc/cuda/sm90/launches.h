@@ -84,7 +84,7 @@ void run_backward(Executor& to, const Params& params) {
   if constexpr (HEAD_DIM <= 128) {
     if (params.dq_sums) {
       using Tile = PlainFusedTile<HEAD_DIM>;
-      const int bits = backward_features(p, ptr), others = bits & ~kOrdered;
+      const int bits = backward_features(p, ptr), others = bits & ~(kOrdered | kBiasGradient);
       BackwardParams x = maps(bits ? 64 : Tile::BLOCK_M, Tile::BLOCK_N);
       x.p.features |= bits;
       x.p.m_tiles = sum_tiles(p, ptr).of_head;

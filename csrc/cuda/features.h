@@ -94,7 +94,7 @@ inline int features_of(const Problem& p, const Pointers& ptr) {
 // deterministic call where no heads or batches do.  dS lies there behind the slope of a soft cap.
 inline int bias_gradient_of(const Problem& p, const Pointers& ptr) {
   const ScoreStrides& s = p.dbias;
-  if (!ptr.dbias || p.softcap > 0 || s.q == 0 || s.k == 0) return 0;
+  if (!ptr.dbias || p.softcap > 0 || s.q == 0 || s.k != 1) return 0;
   const bool shared = (s.b == 0 && p.batch > 1) || (s.h == 0 && p.heads_q > 1);
   return shared && p.deterministic ? 0 : kBiasGradient;
 }

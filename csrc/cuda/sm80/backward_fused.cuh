@@ -276,19 +276,18 @@ struct FusedBackward {
   template <bool EDGE>
   ATTN_DEVICE void add_bias_gradient(const float (&dS)[SF][4][4], int head, int m0) const {
     const ScoreStrides& s = p.p.dbias;
-    float* first = static_cast<float*>(p.ptr.dbias) + seq.b * s.b + head * s.h;
+    float* first = static_cast<float*>(p.ptr.dbias) +
+                   (seq.b * s.b + head * s.h + (m0 + score_row(0, 0)) * s.q + first_key(0));
     ATTN_UNROLL
     for (int f = 0; f < SF; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int i = m0 + score_row(f, r);
-      if (EDGE && i >= seq.seqlen_q) continue;
+      float* row = first + (16 * f + 8 * r) * s.q;
+      if (EDGE && m0 + score_row(f, r) >= seq.seqlen_q) continue;
       ATTN_UNROLL
       for (int m = 0; m < 2; ++m) ATTN_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int j = first_key(m) + e;
-        if (!EDGE || j < seq.seqlen_k)
-          atomic_add_global(first + (i * s.q + j * s.k), dS[f][2 * m + e / 2][2 * r + e % 2]);
-      }
+      for (int e = 0; e < 4; ++e)
+        if (!EDGE || first_key(m) + e < seq.seqlen_k)
+          atomic_add_global(row + (16 * m + e), dS[f][2 * m + e / 2][2 * r + e % 2]);
     }
   }
 

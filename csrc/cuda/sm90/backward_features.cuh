@@ -294,13 +294,18 @@ struct FeatureGradients : KeyGradients<T, Tile> {
     const Params& p = score.p;
     const ScoreStrides& s = p.p.dbias;
     const int first = m0 + 2 * (lane_id() & 3);
-    float* row = static_cast<float*>(p.ptr.dbias) + score.seq.b * s.b + head * s.h + key * s.k;
+    float* row =
+        static_cast<float*>(p.ptr.dbias) + (score.seq.b * s.b + head * s.h + first * s.q + key);
     ATTN_UNROLL
-    for (int n = 0; n < TILES; ++n) ATTN_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int i = first + 8 * n + (c & 1), more = 8 * (c >> 1);
-      if (!EDGE || (i < score.seq.seqlen_q && key + more < score.seq.seqlen_k))
-        atomic_add_global(row + (i * s.q + more * s.k), dS[n][c]);
+    for (int n = 0; n < TILES; ++n) {
+      ATTN_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        ATTN_UNROLL
+        for (int r = 0; r < 2; ++r)
+          if (!EDGE || (first + 8 * n + c < score.seq.seqlen_q && key + 8 * r < score.seq.seqlen_k))
+            atomic_add_global(row + 8 * r, dS[n][2 * r + c]);
+        row += c ? 7 * s.q : s.q;
+      }
     }
   }
 

@@ -21,11 +21,8 @@ ATTN_FORMULA int64_t row_floats(const Problem& p, const Pointers& ptr) {
   const int64_t rows = p.heads_q * (ptr.cu_seqlens_q ? p.rows_q : p.batch * p.seqlen_q);
   return (rows + 31) / 32 * 32;
 }
-ATTN_FORMULA int64_t marks_of_head(const Problem& p) {
-  return (p.seqlen_q + kMarkRows - 1) / kMarkRows;
-}
-ATTN_FORMULA int64_t far_floats(const Problem& p, const Pointers& ptr) {
-  const int64_t marks = p.batch * p.heads_q * marks_of_head(p);
+// Floats of what is kept of far rows.
+ATTN_FORMULA int64_t far_floats(const Problem& p, const Pointers& ptr, int64_t marks) {
   return 3 * row_floats(p, ptr) + (marks + 31) / 32 * 32;
 }
 
@@ -33,7 +30,7 @@ struct FarRows {
   float* near_lse;  // LSE, +inf in far rows
   float* base;      // of far rows: the largest logit or sink in units of log2(e)
   float* inverse;   // of far rows: 1 / sum of 2^(S - base), the sink among them
-  uint32_t* marks;  // [B, Hq, marks_of_head]: which of kMarkRows rows are far
+  uint32_t* marks;  // which of kMarkRows rows are far, by the numbers of such tiles (packed.h)
 
   static ATTN_FORMULA FarRows of(const Problem& p, const Pointers& ptr, float* delta) {
     const int64_t rows = row_floats(p, ptr);

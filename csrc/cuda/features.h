@@ -29,6 +29,8 @@ enum Feature : int {
   kPart = 1 << 14,   // O, dQ, dK and dV in float32, of inputs in 16 bits: to be added to others
   // Of a backward in one kernel on Hopper: dQ is added up in one order (sm90/backward_fused.cuh).
   kOrdered = 1 << 15,
+  // Of a backward in one kernel: it adds dS to the gradient of the bias (bias_gradient_of).
+  kBiasGradient = 1 << 16,
   kAny = 1 << 20,
 };
 
@@ -54,6 +56,7 @@ constexpr FeatureName kFeatureNames[] = {
     {kFrame, "frame"},
     {kPart, "part"},
     {kOrdered, "ordered"},
+    {kBiasGradient, "bias_gradient"},
     {kAny, "any"},
 };
 
@@ -84,6 +87,16 @@ inline int features_of(const Problem& p, const Pointers& ptr) {
   if (ptr.frame) bits |= kFrame;
   if (p.part && p.dtype != DType::kFloat32) bits |= kPart;
   return bits;
+}
+
+// kBiasGradient where a backward in one kernel adds up the gradient of the bias as it computes dS:
+// one addition a pair, where the queries and keys of a tile do not share an element, and of a
+// deterministic call where no heads or batches do.  dS lies there behind the slope of a soft cap.
+inline int bias_gradient_of(const Problem& p, const Pointers& ptr) {
+  const ScoreStrides& s = p.dbias;
+  if (!ptr.dbias || p.softcap > 0 || s.q == 0 || s.k != 1) return 0;
+  const bool shared = (s.b == 0 && p.batch > 1) || (s.h == 0 && p.heads_q > 1);
+  return shared && p.deterministic ? 0 : kBiasGradient;
 }
 
 }  // namespace attn::cuda

@@ -7,21 +7,26 @@
 
 namespace attn::cuda {
 
-// Which rows and keys a CTA works on.
-struct ForwardTask {
-  int b, head, split;  // head: first query head of the rows
-  int row0, rows;      // rows of the tile: row0 .. of `rows` in all
+// Which rows a CTA works on, and which share of their keys.
+struct QueryTask {
+  int head, split;  // head: first query head of the rows
+  int row0, rows;   // rows of the tile: row0 .. of `rows` in all; row0 < 0: there is no tile
+  int end;          // of its rows
+  Sequence seq;
 
-  ATTN_DEVICE static ForwardTask of(const Params& p, int block_m) {
-    ForwardTask t;
-    const int heads = int(p.p.heads_q) / p.pack;
-    int x = block_id().x;
-    t.split = x % p.splits, x /= p.splits;
-    const int m = p.m_tiles - 1 - x % p.m_tiles;  // causal tiles grow: the longest first
-    x /= p.m_tiles;
-    t.head = x % heads * p.pack, t.b = x / heads;
-    t.row0 = m * block_m;
-    return t;
+  // That of a CTA.  Causal tiles grow: the longest of a sequence come first.
+  template <int BITS>
+  ATTN_DEVICE static QueryTask of(const Params& p, int block_m) {
+    TileNumbers<const int32_t*> numbers = query_numbers(p, block_m);
+    numbers.heads /= p.pack;
+    const TileOf x = numbers.find(block_id().x / p.splits);
+    const Sequence seq = Sequence::of<BITS>(p, x.b);
+    const int rows = p.pack * seq.seqlen_q, m = ceil_div(rows, block_m) - 1 - x.tile;
+    return of(seq, x.head * p.pack, block_id().x % p.splits, m * block_m, rows, block_m);
+  }
+  ATTN_DEVICE static QueryTask of(const Sequence& seq, int head, int split, int row0, int rows,
+                                  int block_m) {
+    return {head, split, row0, rows, min_int(row0 + block_m, rows), seq};
   }
 };
 
@@ -79,10 +84,10 @@ ATTN_DEVICE void store_result(const Params& p, void* base, int64_t at, const flo
 // O, LSE and statistics of a warp's 16 rows, or one share of them (SHARES: it may be one). factors:
 // not O, whose caller stores it times these.
 template <class T, int BITS, bool SHARES, int ACC>
-ATTN_DEVICE void store_rows(const Params& p, const Sequence& seq, const ForwardTask& task,
-                            const float (&acc)[ACC][4], const RowState& state,
-                            const Query (&query)[2], int row, float scale,
+ATTN_DEVICE void store_rows(const Params& p, const QueryTask& task, const float (&acc)[ACC][4],
+                            const RowState& state, const Query (&query)[2], int row, float scale,
                             float* factors = nullptr) {
+  const Sequence& seq = task.seq;
   const bool stats = has<BITS>(p, kStats);
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {

@@ -98,8 +98,7 @@ sm80::Plan plan(const Problem& p, const Pointers& ptr, const Target& target) {
   with_pair(p, [&](auto pair) {
     using P = decltype(pair);
     using Tile = ForwardTile<typename P::Element, P::kHeadDim>;
-    result = sm80::plan_forward(p, ptr.cu_seqlens_q != nullptr, Tile::BLOCK_M, Tile::BLOCK_N,
-                                target.multiprocessors);
+    result = sm80::plan_forward(p, ptr, Tile::BLOCK_M, Tile::BLOCK_N, target.multiprocessors);
   });
   return result;
 }
@@ -134,7 +133,8 @@ Choice choose_backward(const Problem& p, const Pointers& ptr, const Target& targ
 // delta, as LSE, what is kept of far rows, and behind it, at a multiple of 128 bytes, the sums of
 // dQ of a backward in one kernel.
 int64_t delta_floats(const Problem& p, const Pointers& ptr) {
-  return p.part ? 0 : row_floats(p, ptr) + far_floats(p, ptr);  // a part is given its delta
+  if (p.part) return 0;  // a part is given its delta
+  return row_floats(p, ptr) + far_floats(p, ptr, query_tiles(p, ptr, kMarkRows).all);
 }
 // The tile of the backward in one kernel of sm80, zeros where that does not run.
 FusedShape fused_shape(const Problem& p, const Pointers& ptr, const Target& target) {
@@ -144,9 +144,7 @@ FusedShape fused_shape(const Problem& p, const Pointers& ptr, const Target& targ
 }
 int64_t sums_floats(const Problem& p, const Pointers& ptr, const Target& target) {
   if (choose_backward(p, ptr, target) == Choice::SM90) return sm90::query_sums(p, ptr);
-  return fused_shape(p, ptr, target).block_m
-             ? p.heads_q * sum_tiles(p, ptr) * 64 * padded_head_dim(p)
-             : 0;
+  return fused_shape(p, ptr, target).block_m ? sum_tiles(p, ptr).all * 64 * padded_head_dim(p) : 0;
 }
 
 const char* name(Choice choice) {
@@ -196,24 +194,27 @@ void run_sm90_backward(Executor& to, const Params& x) {
 void run_warps(Executor& to, std::string kernel, int64_t units, int smem, const Params& x) {
   launch(to, std::move(kernel), grid_of((units + 3) / 4), kRowThreads, smem, x);
 }
-// One warp a row.
-void run_rows(Executor& to, std::string kernel, const Params& x) {
-  run_warps(to, std::move(kernel), x.p.batch * x.p.heads_q * x.p.seqlen_q, 0, x);
+// One warp a row of queries.
+void run_rows(Executor& to, std::string kernel, Params x) {
+  const TileCount rows = query_tiles(x.p, x.ptr, 1);
+  x.m_tiles = rows.of_head;
+  run_warps(to, std::move(kernel), rows.all, 0, x);
 }
 
 // What the other kernels have left out of rows whose LSE is far from 0.
 template <class T>
-void run_far_rows(Executor& to, const Params& x) {
+void run_far_rows(Executor& to, Params x) {
   const Problem& p = x.p;
-  const int64_t marks = marks_of_head(p), heads = p.batch * p.heads_q;
-  run_warps(to, kernel_name<T>("sm80::backward_far_queries"), heads * marks, kFarSmem, x);
+  const TileCount marks = query_tiles(p, x.ptr, kMarkRows), keys = key_tiles(p, x.ptr, kFarKeys);
+  x.m_tiles = marks.of_head, x.n_tiles = keys.of_head;
+  run_warps(to, kernel_name<T>("sm80::backward_far_queries"), marks.all, kFarSmem, x);
   if (x.ptr.dk || x.ptr.dv)
-    run_warps(to, kernel_name<T>("sm80::backward_far_keys"),
-              p.batch * p.heads_k * ((p.seqlen_k + kFarKeys - 1) / kFarKeys), kFarSmem, x);
+    run_warps(to, kernel_name<T>("sm80::backward_far_keys"), keys.all, kFarSmem, x);
   if (!x.ptr.dbias) return;
   const ScoreStrides& s = p.dbias;
   run_warps(to, kernel_name<T>("sm80::backward_far_bias"),
-            (s.b ? p.batch : 1) * (s.h ? p.heads_q : 1) * (s.q ? marks : 1) *
+            (s.b ? p.batch : 1) * (s.h ? p.heads_q : 1) *
+                (s.q ? (p.seqlen_q + kMarkRows - 1) / kMarkRows : 1) *
                 (s.k ? (p.seqlen_k + 31) / 32 : 1),
             kFarSmem, x);
 }
@@ -223,7 +224,7 @@ void run_far_rows(Executor& to, const Params& x) {
 int64_t forward_workspace(const Problem& p, const Pointers& ptr, const Target& target) {
   const sm80::Plan cut = plan(p, ptr, target);
   if (is_sm90(choose_forward(p, ptr, cut, target)))
-    return sm90::forward_workspace(p, target.multiprocessors);
+    return sm90::forward_workspace(p, ptr, target.multiprocessors);
   const int64_t splits = cut.splits;
   return splits > 1 ? splits * p.batch * p.heads_q * p.seqlen_q * (p.head_dim_v + 3) : 0;
 }
@@ -244,7 +245,7 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
   }
   const Choice choice = choose_forward(p, ptr, cut, target);
   if (is_sm90(choice)) {
-    int* counter = sm90::forward_workspace(p, target.multiprocessors)
+    int* counter = sm90::forward_workspace(p, ptr, target.multiprocessors)
                        ? reinterpret_cast<int*>(workspace)
                        : nullptr;
     return run_sm90_forward(to, x, {target.multiprocessors, target.l2_bytes, counter});
@@ -291,7 +292,8 @@ void backward(const Problem& p, const Pointers& ptr, float* workspace, const Tar
     near.ptr.lse = FarRows::of(p, ptr, x.delta).near_lse;
     const Choice choice = choose_backward(p, ptr, target);
     if (choice == Choice::SM90) {
-      if (ptr.dbias) sm80::run_bias_gradient<T, P::kHeadDim>(to, near);
+      if (ptr.dbias && !(sm90::backward_features(p, ptr) & kBiasGradient))
+        sm80::run_bias_gradient<T, P::kHeadDim>(to, near);
       run_sm90_backward(to, near);
     } else {
       sm80::run_backward<T, P::kHeadDim>(to, near, choice != Choice::SM80_PLAIN);

@@ -23,9 +23,10 @@ struct PackedTiles {
   int b = 0;  // the sequence of the number that was asked for last
 
   // 0 for the first sequence, wherever it is said to start: no number comes before a first one.
-  constexpr int first(int sequence) const {
-    return sequence ? starts[sequence] / block + sequence : 0;
+  static constexpr int first(int sequence, int start, int block) {
+    return sequence ? start / block + sequence : 0;
   }
+  constexpr int first(int sequence) const { return first(sequence, starts[sequence], block); }
   constexpr bool begins_by(int sequence, int number) const {
     return sequence < batch && first(sequence) <= number;
   }
@@ -42,18 +43,31 @@ struct PackedTiles {
   }
 };
 
-// What a CTA works on, of heads * tiles a sequence or, packed (starts), in all.
 struct TileOf {
   int b, head, tile;  // packed: the tile behind a sequence's last is none
+};
 
-  template <class Starts>
-  static constexpr TileOf number(int x, Starts starts, int64_t batch, int64_t heads, int tiles,
-                                 int block) {
-    const int above = x / tiles, tile = x % tiles;
-    if (!starts) return {above / int(heads), above % int(heads), tile};
-    PackedTiles<Starts> packed{starts, int(batch), block};
+// The numbers of all tiles of a call: [batch][heads][tiles of a sequence] or, packed (starts is
+// there), [heads][tiles of all sequences].
+template <class Starts>
+struct TileNumbers {
+  Starts starts;
+  int batch, heads, tiles, block;  // tiles: of a head, as above
+
+  template <class Number>  // int or, where rows are numbered, int64_t
+  constexpr TileOf find(Number x) const {
+    const int above = int(x / tiles), tile = int(x % tiles);
+    if (!starts) return {above / heads, above % heads, tile};
+    PackedTiles<Starts> packed{starts, batch, block};
     const int b = packed.find(tile);
     return {b, above, tile - packed.first(b)};
+  }
+  // Whether a number was one of the call's.
+  constexpr bool has(const TileOf& x) const { return x.b < batch && x.head < heads; }
+  // The number of the first tile of a sequence, which starts there, and head.
+  constexpr int64_t first(int b, int start, int head) const {
+    if (!starts) return (int64_t(b) * heads + head) * tiles;
+    return int64_t(head) * tiles + PackedTiles<Starts>::first(b, start, block);
   }
 };
 

@@ -1,4 +1,5 @@
-// The float32 sums in which a backward of one kernel adds up dQ: tiles of 64 queries, of all heads.
+// The float32 sums in which a backward of one kernel adds up dQ: a tile of 64 queries has 64 *
+// HEAD_DIM of them, by its number (packed.h).  Params::m_tiles are these tiles.
 #pragma once
 #include "backward_parts.cuh"
 #include "forward_parts.cuh"
@@ -6,11 +7,9 @@
 
 namespace attn::cuda {
 
-// The first tile of a sequence in the sums.  Varlen: sequences share no tile, total_q / 64 + B
-// tiles are enough for all.
+// The first tile of a sequence and head in the sums.
 ATTN_DEVICE int64_t sum_tile(const Params& p, const Sequence& seq, int head) {
-  if (p.ptr.cu_seqlens_q) return head * (p.p.rows_q / 64 + p.p.batch) + seq.q_start / 64 + seq.b;
-  return (seq.b * p.p.heads_q + head) * p.m_tiles;
+  return query_numbers(p, 64).first(seq.b, int(seq.q_start), head);
 }
 
 // dQ of rows m0 + 16 * warp .. of a head, from fragments of their sums.
@@ -37,17 +36,16 @@ ATTN_DEVICE void clear_sums(const Params& p) {
   for (int n = 0; n < HEAD_DIM / 8; ++n) stg_128(sums + n * 128 * 4, {0, 0, 0, 0});
 }
 
-// dQ = scale * sums, one CTA of 128 threads a tile of a sequence.  load(sums, acc) takes a thread's
-// fragments from its tile, in the order in which the kernel added them.
-template <class T, int HEAD_DIM, int BITS = 0, class Load>
+// dQ = scale * sums, one CTA of 128 threads a tile.  load(sums, acc) takes a thread's fragments
+// from its tile, in the order in which the kernel added them.
+template <class T, int HEAD_DIM, int BITS, class Load>
 ATTN_DEVICE void convert_sums(const Params& p, const Load& load) {
-  const int m = block_id().x % p.m_tiles, heads = int(p.p.heads_q);
-  const int head = block_id().x / p.m_tiles % heads;
-  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.m_tiles / heads);
-  if (64 * m >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
+  const TileOf x = query_numbers(p, 64).find(block_id().x);
+  const Sequence seq = Sequence::of<BITS>(p, x.b);
+  if (64 * x.tile >= seq.seqlen_q) return;  // packed: a number that stands for no tile
   float acc[HEAD_DIM / 8][4];
-  load(p.dq_sums + (sum_tile(p, seq, head) + m) * (64 * HEAD_DIM), acc);
-  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, head, 64 * m, acc);
+  load(p.dq_sums + int64_t(block_id().x) * (64 * HEAD_DIM), acc);
+  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, x.head, 64 * x.tile, acc);
 }
 
 }  // namespace attn::cuda

@@ -26,7 +26,7 @@ struct Params {
   int window_left, window_right;       // -1: unbounded
   int group;                           // query heads of one K/V head
   int pack;                            // query heads that share a tile's rows: 1, or group (decode)
-  int m_tiles, n_tiles;                // tiles of the largest sequence
+  int m_tiles, n_tiles;                // tiles of a head (tile_counts.h)
   int splits;                          // CTAs that share the keys of one tile of queries
   int pass;                            // backward for wide heads: 0 = dV, 1 = dK
   bool q_vec, k_vec, v_vec, dout_vec;  // rows can be copied 16 bytes at a time

@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 
+#include "packed.h"
 #include "ptx.cuh"
 #include "tiles.h"
 
@@ -84,5 +85,13 @@ struct Sequence {
     return b * p.p.lse_stride_b + h * p.p.lse_stride_h + q_start + i;
   }
 };
+
+// The numbers of tiles of `block` queries, or keys, where the host has counted such tiles.
+ATTN_DEVICE TileNumbers<const int32_t*> query_numbers(const Params& p, int block) {
+  return {p.ptr.cu_seqlens_q, int(p.p.batch), int(p.p.heads_q), p.m_tiles, block};
+}
+ATTN_DEVICE TileNumbers<const int32_t*> key_numbers(const Params& p, int block) {
+  return {p.ptr.cu_seqlens_k, int(p.p.batch), int(p.p.heads_k), p.n_tiles, block};
+}
 
 }  // namespace attn::cuda

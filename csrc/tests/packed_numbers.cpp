@@ -9,7 +9,7 @@
 namespace {
 
 using attn::cuda::PackedTiles;
-using attn::cuda::TileOf;
+using attn::cuda::TileNumbers, attn::cuda::TileOf;
 using Lengths = std::vector<int>;
 
 struct CountedStarts {
@@ -43,16 +43,18 @@ bool each_tile_once(const Lengths& lengths, int block, int ctas) {
     for (int h = 0; h < heads; ++h) met[b * heads + h].resize(packed.tiles(b, block));
   std::vector<PackedTiles<CountedStarts>> order(
       ctas, PackedTiles<CountedStarts>{packed.counted(), packed.batch(), block});
+  const TileNumbers<CountedStarts> all{packed.counted(), packed.batch(), heads, numbers, block};
   for (int x = 0; x < numbers * heads; ++x) {
-    const TileOf t = TileOf::number(x, packed.counted(), packed.batch(), heads, numbers, block);
-    if (t.b < 0 || t.b >= packed.batch() || t.head >= heads || t.tile < 0) return false;
+    const TileOf t = all.find(x);
+    if (t.b < 0 || !all.has(t) || t.tile < 0) return false;
+    if (all.first(t.b, packed.starts[t.b], t.head) + t.tile != x) return false;
     if (t.tile < packed.tiles(t.b, block)) ++met[t.b * heads + t.head][t.tile];
     if (x < numbers && order[x % ctas].find(x) != t.b) return false;
   }
   for (const auto& tiles : met)
     for (int times : tiles)
       if (times != 1) return false;
-  return true;
+  return !all.has(all.find(numbers * heads));
 }
 
 // Starts that are not true: no number stands for a tile in front of a sequence.
@@ -60,7 +62,8 @@ bool no_tile_in_front(const std::vector<int32_t>& starts, int rows, int block) {
   const int batch = int(starts.size()) - 1;
   const int numbers = int(attn::cuda::packed_tiles(rows, batch, block));
   for (int x = 0; x < numbers; ++x)
-    if (TileOf::number(x, starts.data(), batch, 1, numbers, block).tile < 0) return false;
+    if (TileNumbers<const int32_t*>{starts.data(), batch, 1, numbers, block}.find(x).tile < 0)
+      return false;
   return true;
 }
 
@@ -80,7 +83,7 @@ int64_t reads_anew(const Lengths& lengths, int block) {
   int64_t most = 0;
   for (int x = 0; x < numbers; x += 97) {
     packed.reads = 0;
-    TileOf::number(x, packed.counted(), packed.batch(), 1, numbers, block);
+    TileNumbers<CountedStarts>{packed.counted(), packed.batch(), 1, numbers, block}.find(x);
     most = packed.reads > most ? packed.reads : most;
   }
   return most;
@@ -93,12 +96,14 @@ int main() {
                             {0, 64, 65}, {1, 1, 1, 1000, 1}, {5, 0, 0, 0, 7}, Lengths(300, 1)};
   bool ones = true, dense = true;
   for (const Lengths& lengths : shapes)
-    for (int block : {64, 128})
+    for (int block : {1, 64, 128})
       for (int ctas : {1, 3}) ones = ones && each_tile_once(lengths, block, ctas);
   if (!ones) std::puts("tiles");
-  for (int x = 0; x < 24; ++x) {
-    const TileOf t = TileOf::number(x, static_cast<const int32_t*>(nullptr), 2, 4, 3, 128);
-    dense = dense && (t.b * 4 + t.head) * 3 + t.tile == x && t.tile < 3 && t.head < 4;
+  const TileNumbers<const int32_t*> each{nullptr, 2, 4, 3, 128};
+  for (int64_t x = 0; x < 25; ++x) {
+    const TileOf t = each.find(x);
+    dense = dense && (t.b * 4 + t.head) * 3 + t.tile == x && t.tile < 3 && t.head < 4 &&
+            each.first(t.b, 0, t.head) + t.tile == x && each.has(t) == (x < 24);
   }
   if (!dense) std::puts("dense");
   if (!no_tile_in_front({200, 210, 300}, 300, 64) || !no_tile_in_front({290, 20, 300}, 300, 64))

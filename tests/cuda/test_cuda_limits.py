@@ -7,6 +7,7 @@ On the emulated device of csrc/emulation, and on a GPU where there is one.
 import emulated_backend as emulated
 import pytest
 import torch
+from closeness import BFLOAT16, assert_close
 
 from attn_ext.backends import registry
 from attn_ext.backends.native import point
@@ -243,13 +244,17 @@ LIES = {  # lengths of the sequences, and where they are said to start
     "all beyond": ([5, 7], [30, 30, 40]),
     "the first behind a tile": ([150, 150], [200, 210, 300]),
     "the second before the first": ([150, 150], [290, 20, 300]),
+    # by their numbers, the last has a second tile of 128 keys and no first, for which it would wait
+    "falling by tiles": ([100, 100, 100], [0, 300, 100, 300]),
 }
 
 
 @pytest.mark.parametrize("sm90", [False, True], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "one order"])
 @pytest.mark.parametrize("name", LIES)
-def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
-    """Rows read and written before or beyond a tensor's by sequences that do not lie within it."""
+def test_cu_seqlens_that_are_not_true(kernels, name, deterministic, sm90, monkeypatch):
+    """Rows read and written before or beyond a tensor's by sequences that do not lie within it; a
+    tile that waits for one which does not exist."""
     module, device = kernels
     if sm90 and device == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the Hopper kernels run on Hopper GPUs only")
@@ -278,10 +283,46 @@ def test_cu_seqlens_that_are_not_true(kernels, name, sm90, monkeypatch):
     native = kernels._native(call, canonical, out.x, lse.x)
     native.forward(0, *target)
     strides = [strides_of(x, True) for x in inputs]
-    native.set_gradients(strides[3], *strides[:3], (0, 0, 0, 0), False)
+    native.set_gradients(strides[3], *strides[:3], (0, 0, 0, 0), deterministic)
     point(native, dout=dout, dq=dq.x, dk=dk.x, dv=dv.x)
     scratch = Guarded((native.backward_workspace(sm90),), torch.float32, device)
     native.backward(scratch.x.data_ptr(), *target)
     for x in (*outputs, lse, scratch):
         assert x.untouched()
     assert all(x.x.isfinite().all() for x in outputs)
+
+
+@pytest.mark.parametrize("sm90", [False, True], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "one order"])
+@pytest.mark.parametrize("first", [7, 64, 200])
+def test_a_first_start_that_is_not_zero(kernels, first, deterministic, sm90, monkeypatch):
+    """Sums of dQ, marks of far rows and tiles counted from where the first sequence is said to
+    start: rows in front of it belong to none, and the others get what they get without those."""
+    module, device = kernels
+    if sm90 and device == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the Hopper kernels run on Hopper GPUs only")
+    monkeypatch.setattr(module._kernels(), "sm90", sm90)
+    if module is emulated:
+        monkeypatch.setattr(module._kernels(), "_devices", {0: (1, True)})
+        emulated.set_mode("all", 1)  # with as much shared memory as these kernels may have
+    options = {"heads_q": 2, "heads_k": 1, "head_dim": 64, "dtype": BF16, "device": device}
+    lengths = [70, 140]
+    call = random_call(seqlens_q=lengths, seqlens_k=lengths, causal=True,
+                       deterministic=deterministic, **options)  # fmt: skip
+    # a quarter of the rows is far from 0, which takes the marks
+    scale = torch.where(torch.arange(call.q.shape[0]) % 4 == 0, 300.0, 1.0).to(call.q)
+    call = call._replace(q=call.q * scale.view(-1, 1, 1))
+    front = {name: torch.cat([getattr(call, name)[:1].expand(first, -1, -1), getattr(call, name)])
+             for name in ("q", "k", "v")}  # fmt: skip
+    starts = call.cu_seqlens_q + first
+    behind = call._replace(**front, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    needs = Needs(True, True, True)
+    results = []
+    for each, skip in ((call, 0), (behind, first)):
+        out, lse = module.forward(each)[:2]
+        dout = torch.ones_like(out)
+        grads = module.backward(each, dout, out, lse, None, needs)[:3]
+        assert all(not x[:skip].any() for x in (out, *grads))
+        results.append([out[skip:], lse[:, skip:], *(x[skip:] for x in grads)])
+    for want, got in zip(*results, strict=True):
+        assert_close(got, want, BFLOAT16)

@@ -34,7 +34,7 @@ PLANTED = Planted("cuda/packed", PROGRAM, __file__, wrong_with)
 
 def test_every_patch_applies():
     """Numbers that are found otherwise where a bug is planted; a table with a bug that is gone."""
-    PLANTED.check_patches(5)
+    PLANTED.check_patches(7)
 
 
 @pytest.mark.parametrize("name", PLANTED.names)

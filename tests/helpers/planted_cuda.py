@@ -109,6 +109,18 @@ def _in_child(compute: Callable[[], tuple]) -> tuple:
 
 
 @contextlib.contextmanager
+def ampere():
+    """The emulated backend, which takes the kernels of sm_80."""
+    emulated = registry.get("emulated")
+    kernels = emulated._kernels()
+    before, kernels.sm90 = kernels.sm90, False
+    try:
+        yield emulated
+    finally:
+        kernels.sm90 = before
+
+
+@contextlib.contextmanager
 def hopper(multiprocessors: int = 1):
     """The emulated backend, which takes the kernels of Hopper wherever they serve a call."""
     emulated = registry.get("emulated")
@@ -129,6 +141,19 @@ def wrong_on_hopper(calls: dict[str, tuple], grads: bool = False) -> tuple[str, 
             emulated.set_mode(mode, 1)
             try:
                 check_call(call, emulated, grads=grads)
+            except (AssertionError, RuntimeError):
+                found.append(name)
+    return tuple(sorted(found))
+
+
+def wrong_calls(calls: dict[str, tuple]) -> tuple[str, ...]:
+    """The names of the calls that are wrong on sm_80, or their gradients; name -> (mode, call)."""
+    found = []
+    for name, (mode, call) in calls.items():
+        with ampere() as emulated:
+            emulated.set_mode(mode, 1)
+            try:
+                check_call(call, emulated, grads=True)
             except (AssertionError, RuntimeError):
                 found.append(name)
     return tuple(sorted(found))

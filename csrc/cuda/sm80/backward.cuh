@@ -53,14 +53,13 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   const uint32_t V_smem = K_smem + Tile::STAGES * N * BYTES;
   const uint32_t flags = V_smem + Tile::STAGES * N * BYTES;
 
-  const ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
-  const Sequence seq = Sequence::of<BITS>(p, task.b);
-  if (task.row0 >= seq.seqlen_q) return;
+  const QueryTask task = QueryTask::of<BITS>(p, Tile::BLOCK_M);
+  if (task.row0 < 0) return;  // packed: a number that stands for no tile
+  const Sequence& seq = task.seq;
   const Score score(p, seq);
   const Dropout dropout = Dropout::of(p, seq);
-  const int row_end = min_int(task.row0 + Tile::BLOCK_M, seq.seqlen_q);
   int lo, hi;
-  score.band.key_range(task.row0, row_end, seq.seqlen_k, lo, hi);
+  score.band.key_range(task.row0, task.end, seq.seqlen_k, lo, hi);
   const int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
 
   const int row = task.row0 + 16 * warp_id() + (lane_id() >> 2);
@@ -89,9 +88,9 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
   };
 
   float dQ[HEAD_DIM / 8][4] = {};
-  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(Q_smem, Q, task.row0, row_end, dim,
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(Q_smem, Q, task.row0, task.end, dim,
                                                               p.q_vec);
-  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(dO_smem, dO, task.row0, row_end,
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, false>(dO_smem, dO, task.row0, task.end,
                                                               dim_v, p.dout_vec);
   if (t0 < t1) copy_keys(t0);
   for (int t = t0; t < t1; ++t) {
@@ -100,7 +99,7 @@ void backward_dq(ATTN_GRID_CONSTANT const Params p) {
     cp_async_wait<0>();
     sync_threads();  // tile t is complete, and every warp is done with the buffer of t - 1
     if (Tile::STAGES > 1 && t + 1 < t1) copy_keys(t + 1);
-    const bool check = n0 + N > seq.seqlen_k || !score.band.full(task.row0, row_end, n0, n0 + N);
+    const bool check = n0 + N > seq.seqlen_k || !score.band.full(task.row0, task.end, n0, n0 + N);
 
     float S[TILES][4], dS[TILES][4];
     if (active) {
@@ -155,11 +154,11 @@ void backward_dkdv(ATTN_GRID_CONSTANT const Params p) {
   const uint32_t flags = dO_smem + Tile::STAGES * N * BYTES;
   const uint32_t rows_smem = flags + Tile::FLAG_BYTES;  // [STAGES][LSE, delta][BLOCK_N]
 
-  const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
-  const int head_k = block_id().x / p.n_tiles % heads_k;
-  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.n_tiles / heads_k);
-  const int n0 = n_block * Tile::BLOCK_M, n1 = min_int(n0 + Tile::BLOCK_M, seq.seqlen_k);
-  if (n0 >= seq.seqlen_k) return;
+  const TileOf x = key_numbers(p, Tile::BLOCK_M).find(block_id().x);
+  const Sequence seq = Sequence::of<BITS>(p, x.b);
+  const int head_k = x.head;
+  const int n0 = x.tile * Tile::BLOCK_M, n1 = min_int(n0 + Tile::BLOCK_M, seq.seqlen_k);
+  if (n0 >= seq.seqlen_k) return;  // a shorter cache, or packed: a number that stands for no tile
   const Score score(p, seq);
   const Dropout dropout = Dropout::of(p, seq);
   int lo, hi;

@@ -50,7 +50,7 @@ struct Far {
     return Repair<T, kFarDim>{p, seq}.key(base, s, h, j);
   }
   ATTN_DEVICE const uint32_t* marks(int h) const {
-    return rows.marks + (seq.b * p.p.heads_q + h) * marks_of_head(p.p);
+    return rows.marks + query_numbers(p, kMarkRows).first(seq.b, int(seq.q_start), h);
   }
 
   // The two rows that all pairs of the warp share: Q and dO of a query, or K and V of a key.
@@ -196,11 +196,11 @@ template <class T>
 ATTN_KERNEL(kRowThreads)
 void backward_far_queries(ATTN_GRID_CONSTANT const Params p) {
   const int64_t unit = int64_t(block_id().x) * (kRowThreads / 32) + warp_id();
-  const int64_t marks = marks_of_head(p.p), heads = p.p.heads_q;
-  const int m0 = int(unit % marks) * kMarkRows, h = int(unit / marks % heads);
-  if (unit >= p.p.batch * heads * marks) return;
-  const Sequence seq = Sequence::of<kAny>(p, int(unit / marks / heads));
-  const int i = m0 + lane_id();
+  const auto numbers = query_numbers(p, kMarkRows);
+  const TileOf x = numbers.find(unit);
+  if (!numbers.has(x)) return;
+  const Sequence seq = Sequence::of<kAny>(p, x.b);
+  const int h = x.head, m0 = x.tile * kMarkRows, i = m0 + lane_id();
   const auto* lse = static_cast<const float*>(p.ptr.lse);
   const uint32_t mark = ballot(i < seq.seqlen_q && is_far(lse[seq.lse_offset(p, h, i)]));
   const FarRows rows = FarRows::of(p.p, p.ptr, p.delta);
@@ -222,19 +222,21 @@ void backward_far_queries(ATTN_GRID_CONSTANT const Params p) {
 template <class T>
 ATTN_KERNEL(kRowThreads)
 void backward_far_keys(ATTN_GRID_CONSTANT const Params p) {
-  const int64_t parts = (p.p.seqlen_k + kFarKeys - 1) / kFarKeys, heads = p.p.heads_k;
   const int64_t unit = int64_t(block_id().x) * (kRowThreads / 32) + warp_id();
-  const int n0 = int(unit % parts) * kFarKeys, head_k = int(unit / parts % heads);
-  if (unit >= p.p.batch * heads * parts) return;
-  const Sequence seq = Sequence::of<kAny>(p, int(unit / parts / heads));
-  const FarRows rows = FarRows::of(p.p, p.ptr, p.delta);
-  const int64_t marks = p.group * marks_of_head(p.p);  // of the head's group, in a row
-  const int64_t first = (seq.b * heads + head_k) * marks;
+  const auto numbers = key_numbers(p, kFarKeys);
+  const TileOf x = numbers.find(unit);
+  if (!numbers.has(x)) return;
+  const int n0 = x.tile * kFarKeys, head_k = x.head;
+  const Sequence seq = Sequence::of<kAny>(p, x.b);
+  const Far<T> far(p, seq);
+  const int marks = ceil_div(seq.seqlen_q, kMarkRows);
   uint32_t found = 0;
   ATTN_NO_UNROLL
-  for (int64_t m = lane_id(); m < marks; m += 32) found |= rows.marks[first + m];
+  for (int h = head_k * p.group; h < (head_k + 1) * p.group; ++h) {
+    ATTN_NO_UNROLL
+    for (int m = lane_id(); m < marks; m += 32) found |= far.marks(h)[m];
+  }
   if (!ballot(found != 0)) return;
-  const Far<T> far(p, seq);
   ATTN_NO_UNROLL
   for (int j = n0; j < min_int(n0 + kFarKeys, seq.seqlen_k); ++j) far.key_gradients(head_k, j);
 }
@@ -254,7 +256,9 @@ template <class T>
 ATTN_KERNEL(kRowThreads)
 void backward_far_bias(ATTN_GRID_CONSTANT const Params p) {
   const ScoreStrides& s = p.p.dbias;
-  const int marks = int(marks_of_head(p.p)), parts = ceil_div(int(p.p.seqlen_k), 32);
+  // Of the bias, which has the rows and columns of the longest sequences.
+  const int marks = ceil_div(int(p.p.seqlen_q), kMarkRows);
+  const int parts = ceil_div(int(p.p.seqlen_k), 32);
   int64_t x = int64_t(block_id().x) * (kRowThreads / 32) + warp_id();
   const FarSpan keys = FarSpan::take(x, s.k == 0, parts);
   const FarSpan queries = FarSpan::take(x, s.q == 0, marks);
@@ -271,10 +275,11 @@ void backward_far_bias(ATTN_GRID_CONSTANT const Params p) {
     for (int b = batches.first; b < batches.last; ++b) {
       const Sequence seq = Sequence::of<kAny>(p, b);
       const Far<T> far(p, seq);
+      const int last = ceil_div(seq.seqlen_q, kMarkRows);
       ATTN_NO_UNROLL
       for (int h = heads.first; h < heads.last; ++h) {
         ATTN_NO_UNROLL
-        for (int m = queries.first; m < queries.last; ++m) {
+        for (int m = queries.first; m < min_int(queries.last, last); ++m) {
           const uint32_t mark = far.marks(h)[m] & (s.q ? 1u << row : ~0u);
           if (!mark) continue;
           found = true;

@@ -9,9 +9,8 @@
 //   dV += P^T dO, dK += dS^T Q  [BLOCK_N, D] a warp: 32 keys, half of the columns
 //   dQ = dS K                [BLOCK_M, D]    a warp: QUERY_ROWS queries, QUERY_COLUMNS columns
 // P and dS go from one layout to the other through shared memory, as [query][key].
-//   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][4][128 threads], float: fragments, so that the
-//   lanes of an addition are neighbours (varlen: [Hq, tiles of all sequences]).  convert_dq makes
-//   dQ of them.
+//   sums [tiles of 64 queries, by their numbers][HEAD_DIM / 8][4][128 threads], float: fragments,
+//   so that the lanes of an addition are neighbours.  convert_dq makes dQ of them.
 // No tile is looked at for NaN: what 0 * NaN leaves is computed once more (repair.cuh).
 #pragma once
 #include "../mma_across.cuh"
@@ -167,6 +166,7 @@ struct FusedBackward {
   // Products are logits but for p.scale_log2; else they are computed, in natural units.
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
   static constexpr bool CAPPED = may_have<BITS>(kSoftcap), DROPS = may_have<BITS>(kDropout);
+  static constexpr bool BIAS_GRADIENT = may_have<BITS>(kBiasGradient);
   using Sides = Side<T, BITS>[SF][2][2];        // [..][16 keys][row]
   using Slopes = float[CAPPED ? SF : 1][4][4];  // of the soft cap
   ATTN_DEVICE static int score_row(int f, int r) {
@@ -265,10 +265,29 @@ struct FusedBackward {
       for (int n = 0; n < 4; ++n) ATTN_UNROLL
       for (int c = 2 * r; c < 2 * r + 2; ++c) {  // not P * (..) where P = 0: V there may hold NaN
         const float weight = P[f][n][c], dP = dS[f][n][c];
-        const float kept =
-            !DROPS ? dP - delta : fmaf(dP, weight > 0.0f ? p.keep_scale : 0.0f, -delta);
-        dS[f][n][c] = EDGE && weight == 0.0f ? 0.0f : fabsf(weight) * kept;
+        float kept = !DROPS ? dP - delta : fmaf(dP, weight > 0.0f ? p.keep_scale : 0.0f, -delta);
+        // nor 0 * dP: no one computes the gradient of the bias once more
+        if (DROPS && BIAS_GRADIENT && weight < 0.0f) kept = -delta;
+        dS[f][n][c] = (EDGE || BIAS_GRADIENT) && weight == 0.0f ? 0.0f : fabsf(weight) * kept;
       }
+    }
+  }
+  // The gradient of the bias += dS.
+  template <bool EDGE>
+  ATTN_DEVICE void add_bias_gradient(const float (&dS)[SF][4][4], int head, int m0) const {
+    const ScoreStrides& s = p.p.dbias;
+    float* first = static_cast<float*>(p.ptr.dbias) +
+                   (seq.b * s.b + head * s.h + (m0 + score_row(0, 0)) * s.q + first_key(0));
+    ATTN_UNROLL
+    for (int f = 0; f < SF; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float* row = first + (16 * f + 8 * r) * s.q;
+      if (EDGE && m0 + score_row(f, r) >= seq.seqlen_q) continue;
+      ATTN_UNROLL
+      for (int m = 0; m < 2; ++m) ATTN_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (!EDGE || first_key(m) + e < seq.seqlen_k)
+          atomic_add_global(row + (16 * m + e), dS[f][2 * m + e / 2][2 * r + e % 2]);
     }
   }
 
@@ -326,6 +345,7 @@ struct FusedBackward {
       }
       multiply_rows<T, HEAD_DIM>(dS, dO, query_row(), V_smem() + key_row() * BYTES);
       differentiate_features<EDGE>(dS, P, stage);
+      if (has<BITS>(p, kBiasGradient)) add_bias_gradient<EDGE>(dS, head, m0);
     }
     store_scores(dS_smem(), dS);
     sync_threads();  // P and dS of every warp are there
@@ -376,11 +396,11 @@ template <class T, int HEAD_DIM, int BLOCK_M, int BITS, int BLOCK_N = 128>
 ATTN_DEVICE void run_fused_backward(const Params& p) {
   using Kernel = FusedBackward<T, HEAD_DIM, BLOCK_M, BITS, BLOCK_N>;
   constexpr int M = Kernel::M;
-  const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
-  const int head_k = block_id().x / p.n_tiles % heads_k;
-  const Sequence seq = Sequence::of<BITS>(p, block_id().x / p.n_tiles / heads_k);
-  if (n_block * Kernel::N >= seq.seqlen_k) return;
-  Kernel mine(p, seq, head_k, n_block * Kernel::N);
+  const TileOf x = key_numbers(p, Kernel::N).find(block_id().x);
+  const Sequence seq = Sequence::of<BITS>(p, x.b);
+  const int n0 = x.tile * Kernel::N, head_k = x.head;
+  if (n0 >= seq.seqlen_k) return;  // a shorter cache, or packed: a number that stands for no tile
+  Kernel mine(p, seq, head_k, n0);
   const Band& band = mine.score.band;
   int lo, hi;
   band.query_range(mine.n0, mine.n1, seq.seqlen_q, lo, hi);
@@ -455,7 +475,7 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
   clear_sums<HEAD_DIM>(p);
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
+// dQ = scale * sums, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE void convert_fused_sums(const Params& p) {
   convert_sums<T, HEAD_DIM, BITS>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {

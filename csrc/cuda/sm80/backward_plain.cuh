@@ -40,17 +40,17 @@ struct QueryGradient {
 
   const Params& p;
   const Sequence& seq;
-  const ForwardTask& task;
+  const QueryTask& task;
   const Band& band;
   const Turns& turns;
   Rows K, V;
   RowGradient row_values[F][2];
   float dQ[F][ACC][4] = {};
 
-  ATTN_DEVICE QueryGradient(const Params& params, const Sequence& s, const ForwardTask& t,
-                            const Band& b, const Turns& order)
+  ATTN_DEVICE QueryGradient(const Params& params, const QueryTask& t, const Band& b,
+                            const Turns& order)
       : p(params),
-        seq(s),
+        seq(t.seq),
         task(t),
         band(b),
         turns(order),
@@ -69,13 +69,13 @@ struct QueryGradient {
   ATTN_DEVICE static int warp_row() { return Tile::WARP_ROWS * warp_id(); }
   ATTN_DEVICE int row(int f) const { return task.row0 + warp_row() + 16 * f + (lane_id() >> 2); }
 
-  ATTN_DEVICE void copy_queries(int end) const {
+  ATTN_DEVICE void copy_queries() const {
     const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, task.head, sizeof(T));
     const Rows dO = query_rows(p, seq, p.ptr.dout, p.p.dout, task.head, sizeof(T));
-    copy_tile<T, HEAD_DIM, M, THREADS, false>(Q_smem(), Q, task.row0, end, int(p.p.head_dim),
+    copy_tile<T, HEAD_DIM, M, THREADS, false>(Q_smem(), Q, task.row0, task.end, int(p.p.head_dim),
                                               p.q_vec);
-    copy_tile<T, HEAD_DIM, M, THREADS, false>(dO_smem(), dO, task.row0, end, int(p.p.head_dim_v),
-                                              p.dout_vec);
+    copy_tile<T, HEAD_DIM, M, THREADS, false>(dO_smem(), dO, task.row0, task.end,
+                                              int(p.p.head_dim_v), p.dout_vec);
   }
   ATTN_DEVICE void copy_K(int turn) const {
     copy_tile<T, HEAD_DIM, N, THREADS, false>(K_smem(), K, turns.tile(turn) * N, seq.seqlen_k,
@@ -164,17 +164,15 @@ template <class T, int HEAD_DIM>
 ATTN_KERNEL((QueryGradientTile<HEAD_DIM>::THREADS), 1)
 void backward_dq_plain(ATTN_GRID_CONSTANT const Params p) {
   using Kernel = QueryGradient<T, HEAD_DIM>;
-  const ForwardTask task = ForwardTask::of(p, Kernel::M);
-  const Sequence seq = Sequence::of(p, task.b);
-  if (task.row0 >= seq.seqlen_q) return;  // a shorter sequence has fewer tiles
-  const int row_end = min_int(task.row0 + Kernel::M, seq.seqlen_q);
-  const Band band = Band::of(p, seq);
-  Turns turns = Turns::of(band, task.row0, row_end, seq.seqlen_k, Kernel::N);
+  const QueryTask task = QueryTask::of<0>(p, Kernel::M);
+  if (task.row0 < 0) return;  // packed: a number that stands for no tile
+  const Band band = Band::of(p, task.seq);
+  Turns turns = Turns::of(band, task.row0, task.end, task.seq.seqlen_k, Kernel::N);
   // rows that come element by element are not for the fast loop
   if (!(p.k_vec && p.v_vec)) turns.whole_first = turns.whole_end = turns.end;
 
-  Kernel mine(p, seq, task, band, turns);
-  mine.copy_queries(row_end);
+  Kernel mine(p, task, band, turns);
+  mine.copy_queries();
   if (turns.count()) mine.copy_V(0);
   cp_async_commit();
   ATTN_NO_UNROLL
@@ -352,11 +350,10 @@ ATTN_KERNEL((KeyGradientTile<HEAD_DIM>::THREADS), 1)
 void backward_dkdv_plain(ATTN_GRID_CONSTANT const Params p) {
   using Kernel = KeyGradients<T, HEAD_DIM>;
   constexpr int M = Kernel::M, N = Kernel::N;
-  const int n_block = block_id().x % p.n_tiles, heads_k = int(p.p.heads_k);
-  const int head_k = block_id().x / p.n_tiles % heads_k;
-  const Sequence seq = Sequence::of(p, block_id().x / p.n_tiles / heads_k);
-  const int n0 = n_block * M;
-  if (n0 >= seq.seqlen_k) return;  // a shorter sequence has fewer tiles
+  const TileOf x = key_numbers(p, M).find(block_id().x);
+  const Sequence seq = Sequence::of(p, x.b);
+  const int n0 = x.tile * M;
+  if (n0 >= seq.seqlen_k) return;  // a shorter cache, or packed: a number that stands for no tile
   const Band band = Band::of(p, seq);
   int lo, hi;
   band.query_range(n0, min_int(n0 + M, seq.seqlen_k), seq.seqlen_q, lo, hi);
@@ -366,7 +363,7 @@ void backward_dkdv_plain(ATTN_GRID_CONSTANT const Params p) {
   const int whole_first = band.right < 0 ? 0 : n0 + M - 1 - band.diagonal - band.right;
   const int whole_last = band.left < 0 ? seq.seqlen_q : n0 - band.diagonal + band.left + 1 - N;
 
-  Kernel mine(p, seq, band, head_k, n0, first);
+  Kernel mine(p, seq, band, x.head, n0, first);
   mine.copy_keys();
   bool more = lo < hi;
   if (more) {

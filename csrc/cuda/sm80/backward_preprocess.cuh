@@ -10,11 +10,12 @@ template <class T>
 ATTN_KERNEL(kRowThreads)
 void backward_delta(ATTN_GRID_CONSTANT const Params p) {
   const int64_t row = int64_t(block_id().x) * (kRowThreads / 32) + warp_id();
-  const int64_t heads = p.p.heads_q, queries = p.p.seqlen_q;
-  const int i = int(row % queries), h = int(row / queries % heads), b = int(row / queries / heads);
-  if (b >= p.p.batch) return;
+  const auto numbers = query_numbers(p, 1);
+  const TileOf x = numbers.find(row);
+  if (!numbers.has(x)) return;
+  const int i = x.tile, h = x.head, b = x.b;
   const Sequence seq = Sequence::of(p, b);
-  if (i >= seq.seqlen_q) return;
+  if (i >= seq.seqlen_q) return;  // packed: a number that stands for no row
   const T* o =
       static_cast<const T*>(p.ptr.o) + b * p.p.o.b + h * p.p.o.h + (seq.q_start + i) * p.p.o.s;
   const T* dout = static_cast<const T*>(p.ptr.dout) + b * p.p.dout.b + h * p.p.dout.h +

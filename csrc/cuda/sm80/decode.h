@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 
+#include "../tile_counts.h"
 #include "../tiles.h"
 
 namespace attn::cuda::sm80 {
@@ -16,12 +17,13 @@ struct Plan {
 };
 
 // block_m, block_n: the forward tile.  multiprocessors: of the device.
-inline Plan plan_forward(const Problem& p, bool varlen, int block_m, int block_n,
+inline Plan plan_forward(const Problem& p, const Pointers& ptr, int block_m, int block_n,
                          int multiprocessors) {
+  const bool varlen = ptr.cu_seqlens_q != nullptr;
   const int64_t group = p.heads_q / p.heads_k;
   const bool pack = !varlen && group > 1 && p.seqlen_q * 2 <= block_m;
-  const int64_t rows = pack ? group * p.seqlen_q : p.seqlen_q;
-  const int64_t m_tiles = (rows + block_m - 1) / block_m;
+  const int64_t m_tiles =
+      pack ? (group * p.seqlen_q + block_m - 1) / block_m : query_tiles(p, ptr, block_m).of_head;
   const int64_t tiles = p.batch * (pack ? p.heads_k : p.heads_q) * m_tiles;
   int64_t splits = 1;
   const int64_t n_tiles = (p.seqlen_k + block_n - 1) / block_n;

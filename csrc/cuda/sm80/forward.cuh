@@ -52,15 +52,13 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
   const uint32_t V_smem = K_smem + Tile::STAGES * N * BYTES;
   const uint32_t flags = V_smem + Tile::STAGES * N * BYTES;
 
-  ForwardTask task = ForwardTask::of(p, Tile::BLOCK_M);
-  const Sequence seq = Sequence::of<BITS>(p, task.b);
-  task.rows = p.pack * seq.seqlen_q;
-  if (task.row0 >= task.rows) return;
+  const QueryTask task = QueryTask::of<BITS>(p, Tile::BLOCK_M);
+  if (task.row0 < 0) return;  // packed: a number that stands for no tile
+  const Sequence& seq = task.seq;
   const Score score(p, seq);
   const Dropout dropout = Dropout::of(p, seq);
-  const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
   int lo, hi;
-  task_keys(p, seq, score.band, task.row0, row_end, lo, hi);
+  task_keys(p, seq, score.band, task.row0, task.end, lo, hi);
   int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
   if (p.splits > 1) {
     const int share = ceil_div(t1 - t0, p.splits);
@@ -95,7 +93,7 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
   const float scale = BITS ? 1.0f : p.scale_log2;  // of what mask_scores() leaves
   float O[HEAD_DIM / 8][4] = {};
   RowState state;
-  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, true>(Q_smem, Q, task.row0, row_end, dim,
+  copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, true>(Q_smem, Q, task.row0, task.end, dim,
                                                              p.q_vec);
   if (t0 < t1) copy_keys(t0);
   for (int t = t0; t < t1; ++t) {
@@ -125,7 +123,7 @@ void forward_general(ATTN_GRID_CONSTANT const Params p) {
   // Nothing may be in flight at the end, and without a tile the first copies are in no group yet.
   cp_async_commit();
   cp_async_wait<0>();
-  if (active) store_rows<T, BITS, true>(p, seq, task, O, state, query, row, scale);
+  if (active) store_rows<T, BITS, true>(p, task, O, state, query, row, scale);
 }
 
 }  // namespace attn::cuda::sm80

@@ -47,9 +47,9 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   int rows_below;  // the first of this thread's rows, to the last that is there
   float row_unit[FAR ? F : 1][2];
 
-  ATTN_DEVICE FeatureForward(const Params& params, const Score& score, const ForwardTask& t,
+  ATTN_DEVICE FeatureForward(const Params& params, const Score& score, const QueryTask& t,
                              const Turns& order)
-      : Base(params, score.seq, t, order),
+      : Base(params, t, order),
         dropout(Dropout::of(params, score.seq)),
         head(HeadTerms<float>::of(params.ptr, score.seq, t.head, 1.0f)) {
     ATTN_UNROLL
@@ -287,7 +287,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
       bad |= warp_finds_nan(O[f]);
-      store_rows<T, BITS, false>(p, seq, task, O[f], state[f], query[f], this->row(f), 1.0f);
+      store_rows<T, BITS, false>(p, task, O[f], state[f], query[f], this->row(f), 1.0f);
     }
     if (!bad) return;
     ATTN_NO_UNROLL
@@ -301,18 +301,15 @@ template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL((FeatureTileOf<HEAD_DIM, BITS>::THREADS), 1)
 void forward_features(ATTN_GRID_CONSTANT const Params p) {
   using Kernel = FeatureForward<T, HEAD_DIM, BITS>;
-  ForwardTask task = ForwardTask::of(p, Kernel::M);
-  const Sequence seq = Sequence::of<BITS>(p, task.b);
-  task.rows = seq.seqlen_q;
-  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
-  const int row_end = min_int(task.row0 + Kernel::M, task.rows);
-  const Score score(p, seq);
-  Turns turns = Turns::of(score.band, task.row0, row_end, seq.seqlen_k, Kernel::N);
+  const QueryTask task = QueryTask::of<BITS>(p, Kernel::M);
+  if (task.row0 < 0) return;  // packed: a number that stands for no tile
+  const Score score(p, task.seq);
+  Turns turns = Turns::of(score.band, task.row0, task.end, task.seq.seqlen_k, Kernel::N);
   // rows that come element by element are not for the fast loop
   if (!(p.k_vec && p.v_vec)) turns.whole_first = turns.whole_end = turns.end;
 
   Kernel mine(p, score, task, turns);
-  mine.copy_queries(row_end);
+  mine.copy_queries();
   if (turns.count()) mine.copy_K(0);
   ATTN_NO_UNROLL
   for (int turn = 0; turn < turns.edges(); ++turn) mine.edge(score.band, turn);

@@ -84,16 +84,15 @@ struct PlainForward {
 
   const Params& p;
   const Sequence& seq;
-  const ForwardTask& task;
+  const QueryTask& task;
   const Turns& turns;
   Rows K, V;
   float O[F][ACC][4] = {};
   RowState state[F];
 
-  ATTN_DEVICE PlainForward(const Params& params, const Sequence& s, const ForwardTask& t,
-                           const Turns& order)
+  ATTN_DEVICE PlainForward(const Params& params, const QueryTask& t, const Turns& order)
       : p(params),
-        seq(s),
+        seq(t.seq),
         task(t),
         turns(order),
         K(key_rows(p, seq, p.ptr.k, p.p.k, task.head / p.group, sizeof(T))),
@@ -105,10 +104,10 @@ struct PlainForward {
   ATTN_DEVICE static uint32_t flags() { return V_smem() + N * BYTES; }
   ATTN_DEVICE static int warp_row() { return Tile::WARP_ROWS * warp_id(); }
 
-  ATTN_DEVICE void copy_queries(int end) const {
+  ATTN_DEVICE void copy_queries() const {
     const Rows Q = query_rows(p, seq, p.ptr.q, p.p.q, task.head, sizeof(T));
-    copy_tile<T, HEAD_DIM, M, Tile::THREADS, false>(Q_smem(), Q, task.row0, end, int(p.p.head_dim),
-                                                    p.q_vec);
+    copy_tile<T, HEAD_DIM, M, Tile::THREADS, false>(Q_smem(), Q, task.row0, task.end,
+                                                    int(p.p.head_dim), p.q_vec);
   }
   ATTN_DEVICE void copy_K(int turn) const {
     copy_tile<T, HEAD_DIM, N, Tile::THREADS, false, Order>(
@@ -197,7 +196,7 @@ struct PlainForward {
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
       bad |= warp_finds_nan(O[f]) || warp_finds_huge(state[f], scale);
-      store_rows<T, 0, false>(p, seq, task, O[f], state[f], queries(f).row, row(f), scale);
+      store_rows<T, 0, false>(p, task, O[f], state[f], queries(f).row, row(f), scale);
     }
     if (!bad) return;
     ATTN_NO_UNROLL
@@ -211,18 +210,15 @@ template <class T, int HEAD_DIM>
 ATTN_KERNEL((PlainForwardTile<HEAD_DIM>::THREADS), 1)
 void forward_plain(ATTN_GRID_CONSTANT const Params p) {
   using Kernel = PlainForward<T, HEAD_DIM>;
-  ForwardTask task = ForwardTask::of(p, Kernel::M);
-  const Sequence seq = Sequence::of(p, task.b);
-  task.rows = seq.seqlen_q;
-  if (task.row0 >= task.rows) return;  // a shorter sequence has fewer tiles
-  const int row_end = min_int(task.row0 + Kernel::M, task.rows);
-  const Score score(p, seq);
-  Turns turns = Turns::of(score.band, task.row0, row_end, seq.seqlen_k, Kernel::N);
+  const QueryTask task = QueryTask::of<0>(p, Kernel::M);
+  if (task.row0 < 0) return;  // packed: a number that stands for no tile
+  const Score score(p, task.seq);
+  Turns turns = Turns::of(score.band, task.row0, task.end, task.seq.seqlen_k, Kernel::N);
   // rows that come element by element are not for the fast loop
   if (!(p.k_vec && p.v_vec)) turns.whole_first = turns.whole_end = turns.end;
 
-  Kernel mine(p, seq, task, turns);
-  mine.copy_queries(row_end);
+  Kernel mine(p, task, turns);
+  mine.copy_queries();
   if (turns.count()) mine.copy_K(0);
   ATTN_NO_UNROLL
   for (int turn = 0; turn < turns.edges(); ++turn) mine.edge(score, turn);

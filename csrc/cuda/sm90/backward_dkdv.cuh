@@ -7,7 +7,6 @@
 // by wgmma from shared memory; P and dS are A operands where they lie, of dV += P^T dO and dK +=
 // dS^T Q.  Who does what: KeyGradientTile in tiles.h.
 #pragma once
-#include "../packed.h"
 #include "backward_parts.cuh"
 
 namespace attn::cuda::sm90 {
@@ -19,8 +18,7 @@ struct KeyTask {
 
   // number: of the CTA.
   ATTN_DEVICE static KeyTask of(const Params& p, int block_m, int block_n, int number) {
-    const TileOf x =
-        TileOf::number(number, p.ptr.cu_seqlens_k, p.p.batch, p.p.heads_k, p.n_tiles, block_n);
+    const TileOf x = key_numbers(p, block_n).find(number);
     KeyTask t{x.head, x.tile * block_n, 0, 0, Sequence::of(p, x.b)};
     const Sequence& seq = t.seq;
     int lo, hi;

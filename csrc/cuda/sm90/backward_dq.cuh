@@ -142,7 +142,7 @@ void backward_dq(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = QueryGradientTile<HEAD_DIM>;
   constexpr int N = Tile::BLOCK_N;
   const auto smem = QueryMemory<Tile>::of(smem_base());
-  const QueryTask task = QueryTask::of(x.p, Tile::BLOCK_M);
+  const QueryTask task = QueryTask::of<0>(x.p, Tile::BLOCK_M);
   if (task.row0 < 0) return;  // packed: a number that stands for no tile
   int lo, hi;
   Band::of(x.p, task.seq).key_range(task.row0, task.end, task.seq.seqlen_k, lo, hi);

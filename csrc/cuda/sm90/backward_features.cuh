@@ -211,6 +211,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap));
   static constexpr bool CAPPED = may_have<BITS>(kSoftcap), DROPS = may_have<BITS>(kDropout);
   static constexpr bool SIDES = may_have<BITS>(kMask | kBias | kDropout);
+  static constexpr bool BIAS_GRADIENT = may_have<BITS>(kBiasGradient);
   using Base::dV, Base::group, Base::key, Base::score, Base::smem;
   int head = 0;  // of the tile
 
@@ -271,7 +272,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
   template <bool EDGE>
   ATTN_DEVICE void differentiate(float (&dP)[TILES][4], const float (&P)[TILES][4],
                                  uint32_t delta) const {
-    if constexpr (!DROPS) return key_gradients<EDGE>(dP, P, delta);
+    if constexpr (!DROPS) return key_gradients < EDGE || BIAS_GRADIENT > (dP, P, delta);
     const float keep_scale = score.p.keep_scale;
     ATTN_UNROLL
     for (int pair = 0; pair < TILES / 2; ++pair) {
@@ -280,8 +281,30 @@ struct FeatureGradients : KeyGradients<T, Tile> {
       for (int n = 2 * pair; n < 2 * pair + 2; ++n) ATTN_UNROLL
       for (int c = 0; c < 4; ++c) {  // not P * (..) where P = 0: V of that key may hold NaN
         const float x = P[n][c], factor = x > 0.0f ? keep_scale : 0.0f;
-        const float kept = fmaf(dP[n][c], factor, -row.tile[n & 1][c & 1]);
-        dP[n][c] = EDGE && x == 0.0f ? 0.0f : fabsf(x) * kept;
+        float kept = fmaf(dP[n][c], factor, -row.tile[n & 1][c & 1]);
+        // nor 0 * dP: no one computes the gradient of the bias once more
+        if (BIAS_GRADIENT && x < 0.0f) kept = -row.tile[n & 1][c & 1];
+        dP[n][c] = (EDGE || BIAS_GRADIENT) && x == 0.0f ? 0.0f : fabsf(x) * kept;
+      }
+    }
+  }
+  // The gradient of the bias += dS.
+  template <bool EDGE>
+  ATTN_DEVICE void add_bias_gradient(const float (&dS)[TILES][4], int m0) const {
+    const Params& p = score.p;
+    const ScoreStrides& s = p.p.dbias;
+    const int first = m0 + 2 * (lane_id() & 3);
+    float* row =
+        static_cast<float*>(p.ptr.dbias) + (score.seq.b * s.b + head * s.h + first * s.q + key);
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n) {
+      ATTN_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        ATTN_UNROLL
+        for (int r = 0; r < 2; ++r)
+          if (!EDGE || (first + 8 * n + c < score.seq.seqlen_q && key + 8 * r < score.seq.seqlen_k))
+            atomic_add_global(row + 8 * r, dS[n][2 * r + c]);
+        row += c ? 7 * s.q : s.q;
       }
     }
   }
@@ -308,6 +331,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
     wgmma_hold(dP);
     smem.dO.release(turn);
     differentiate<true>(dP, S, smem.delta(turn));
+    if (has<BITS>(score.p, kBiasGradient)) add_bias_gradient<true>(dP, m0);
   }
   ATTN_DEVICE void whole_scores(uint32_t (&P)[TILES / 2][4], uint32_t (&dS)[TILES / 2][4], int turn,
                                 int m0, uint32_t queries, int) {
@@ -327,6 +351,7 @@ struct FeatureGradients : KeyGradients<T, Tile> {
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
     differentiate<false>(dP, S, smem.delta(turn));
+    if (has<BITS>(score.p, kBiasGradient)) add_bias_gradient<false>(dP, m0);
     pack_weights<T>(dS, dP);
   }
 };
@@ -363,7 +388,7 @@ void backward_features(ATTN_GRID_CONSTANT const BackwardParams x) {
       number_of_block<Tile>(x.p));
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries of a sequence.
+// dQ = scale * sums, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM, int BITS>
 ATTN_KERNEL(128)
 void convert_dq_features(ATTN_GRID_CONSTANT const Params p) {

@@ -6,8 +6,8 @@
 // dS goes from registers to shared memory as [query][key], by stmatrix, a slab of 64 keys a
 // warpgroup.  When both are there, dQ = dS K, both operands from shared memory, and the fragments
 // of dQ go to a staging buffer that the copy engine adds to the sums:
-//   sums [B, Hq, tiles of 64 queries][HEAD_DIM / 8][128 threads][4], float, fragments as they are
-// (varlen: [Hq, tiles of all sequences]).  convert_dq makes dQ of them.
+//   sums [tiles of 64 queries, by their numbers][HEAD_DIM / 8][128 threads][4], float, fragments
+// as they are.  convert_dq makes dQ of them.
 //
 // With kOrdered there are two words behind the sums for each tile, and one more (SumOrder).  A tile
 // gets its sums by ascending blocks of keys: a CTA adds where the word says that the block before
@@ -29,9 +29,7 @@ struct SumOrder {
   int64_t tiles;
 
   ATTN_DEVICE static SumOrder of(const Params& p, int head_dim) {
-    const int64_t of_head =
-        p.ptr.cu_seqlens_q ? p.p.rows_q / 64 + p.p.batch : p.p.batch * p.m_tiles;
-    const int64_t tiles = p.p.heads_q * of_head;
+    const int64_t tiles = p.p.heads_q * p.m_tiles * (p.ptr.cu_seqlens_q ? 1 : p.p.batch);
     return {reinterpret_cast<int*>(p.dq_sums + tiles * (64 * head_dim)), tiles};
   }
   ATTN_DEVICE int* word(int64_t tile, int group) const { return words + 2 * tile + group; }
@@ -285,23 +283,18 @@ void clear_dq(ATTN_GRID_CONSTANT const Params p) {
   if (thread_id() == 2 && block_id().x == 0) *order.next() = 0;
 }
 
-// dQ = scale * sums, one CTA a tile of 64 queries of the sums.
+// dQ = scale * sums, one CTA a tile of 64 queries.
 template <class T, int HEAD_DIM, int BITS>
 ATTN_DEVICE void convert_fused_sums(const Params& p) {
-  const int of_head = p.ptr.cu_seqlens_q ? int(packed_tiles(p.p.rows_q, p.p.batch, 64)) : p.m_tiles;
-  const TileOf x =
-      TileOf::number(block_id().x, p.ptr.cu_seqlens_q, p.p.batch, p.p.heads_q, of_head, 64);
-  const Sequence seq = Sequence::of<BITS>(p, x.b);
-  if (64 * x.tile >= seq.seqlen_q) return;  // packed: a number that stands for no tile
-  const float* sums = p.dq_sums + int64_t(block_id().x) * (64 * HEAD_DIM) + 4 * thread_id();
-  float acc[HEAD_DIM / 8][4];
-  ATTN_UNROLL
-  for (int n = 0; n < HEAD_DIM / 8; ++n) {
-    const U32x4 v = ldg_128(sums + n * 128 * 4);
-    acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
-    acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
-  }
-  store_query_gradient<T, HEAD_DIM, BITS>(p, seq, x.head, 64 * x.tile, acc);
+  convert_sums<T, HEAD_DIM, BITS>(p, [](const float* sums, float (&acc)[HEAD_DIM / 8][4]) {
+    sums += 4 * thread_id();
+    ATTN_UNROLL
+    for (int n = 0; n < HEAD_DIM / 8; ++n) {
+      const U32x4 v = ldg_128(sums + n * 128 * 4);
+      acc[n][0] = as_float(v.x), acc[n][1] = as_float(v.y);
+      acc[n][2] = as_float(v.z), acc[n][3] = as_float(v.w);
+    }
+  });
 }
 template <class T, int HEAD_DIM>
 ATTN_KERNEL(128)

@@ -4,8 +4,7 @@
 #include <string>
 
 #include "../head_dims.h"
-#include "../packed.h"
-#include "../sum_tiles.h"
+#include "../tile_counts.h"
 #include "tiles.h"
 
 namespace attn::cuda::sm90 {
@@ -79,26 +78,13 @@ inline std::string backward_problem(const Problem& p, const Pointers& ptr) {
   return why.empty() ? tensor_problem(dout_spec(p, ptr, 1)) : why;
 }
 
-// Tiles of `block` rows of a head: of packed sequences, of which there are `rows` rows, in all of
-// them (packed.h), else in one of `length`.
-inline int64_t tiles_of_head(const Problem& p, bool packed, int64_t rows, int64_t length,
-                             int block) {
-  return packed ? packed_tiles(rows, p.batch, block) : (length + block - 1) / block;
-}
-// Heads that have so many, in all batches.
-inline int64_t all_heads(const Problem& p, bool packed, int64_t heads) {
-  return packed ? heads : p.batch * heads;
-}
-// Tiles of queries of the forward; rows_q: of a packed call alone.
-inline int64_t forward_tiles(const Problem& p) {
-  constexpr int M = ForwardTile90<64>::BLOCK_M;
-  const bool packed = p.rows_q != 0;
-  return all_heads(p, packed, p.heads_q) * tiles_of_head(p, packed, p.rows_q, p.seqlen_q, M);
+inline TileCount forward_tiles(const Problem& p, const Pointers& ptr) {
+  return query_tiles(p, ptr, ForwardTile90<64>::BLOCK_M);
 }
 // Floats of workspace: one, the counter of tiles, where there are more tiles than multiprocessors
 // and no number that is claimed leaves int; the last go past the tiles by at most one a CTA.
-inline int64_t forward_workspace(const Problem& p, int multiprocessors) {
-  const int64_t tiles = forward_tiles(p);
+inline int64_t forward_workspace(const Problem& p, const Pointers& ptr, int multiprocessors) {
+  const int64_t tiles = forward_tiles(p, ptr).all;
   return tiles > multiprocessors && tiles + 2 * int64_t(multiprocessors) < 2147483647 ? 1 : 0;
 }
 
@@ -118,13 +104,14 @@ inline bool in_one_kernel(const Problem& p, const Pointers& ptr) {
 }
 // What that kernel is compiled for.
 inline int backward_features(const Problem& p, const Pointers& ptr) {
-  return backward_call(p, ptr) | (p.deterministic && in_one_kernel(p, ptr) ? kOrdered : 0);
+  if (!in_one_kernel(p, ptr)) return backward_call(p, ptr);
+  return backward_call(p, ptr) | (p.deterministic ? kOrdered : 0) | bias_gradient_of(p, ptr);
 }
 // Floats of the sums that it adds dQ up in, and of the words of their order (SumOrder); 0: it does
 // not run.
 inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
   if (!in_one_kernel(p, ptr)) return 0;
-  const int64_t tiles = p.heads_q * sum_tiles(p, ptr);
+  const int64_t tiles = sum_tiles(p, ptr).all;
   return tiles * 64 * backward_head_dim(p, ptr) + (p.deterministic ? 2 * tiles + 1 : 0);
 }
 // Whether they serve what a call has beside Q, K and V (features.h): of masks and biases those

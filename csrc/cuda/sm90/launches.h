@@ -30,7 +30,8 @@ void launch_forward(Executor& to, std::string kernel, const Params& params,
   static_assert(Tile::BLOCK_M == ForwardTile90<64>::BLOCK_M);  // as forward_tiles() counts
   static_assert(Tile::VALUE_SLABS <= Tile::SLABS);             // O is stored from where Q lay
   x.p = params;
-  x.p.m_tiles = int((p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M);
+  const TileCount tiles = forward_tiles(p, params.ptr);
+  x.p.m_tiles = tiles.of_head;
   x.Q = to.tensor_map(query_spec(p, params.ptr, Tile::BLOCK_M));
   x.K = to.tensor_map(keys(key_spec(p, params.ptr, Tile::BLOCK_N)));
   x.V = to.tensor_map(keys(value_spec(p, params.ptr, Tile::BLOCK_N)));
@@ -40,8 +41,8 @@ void launch_forward(Executor& to, std::string kernel, const Params& params,
   x.stores_tiles = !p.part && !*tensor_problem(out);
   if (x.stores_tiles) x.O = to.tensor_map(out);
   if (x.counter) to.clear(x.counter, 1);
-  launch(to, std::move(kernel), grid_of(x.counter ? place.multiprocessors : forward_tiles(p)),
-         THREADS, Tile::SMEM, x);
+  launch(to, std::move(kernel), grid_of(x.counter ? place.multiprocessors : tiles.all), THREADS,
+         Tile::SMEM, x);
 }
 
 // The forward of a plain call, or the one that knows its features.
@@ -69,12 +70,11 @@ template <class T, int HEAD_DIM>
 void run_backward(Executor& to, const Params& params) {
   const Problem& p = params.p;
   const Pointers& ptr = params.ptr;
-  const bool packed = ptr.cu_seqlens_q != nullptr;
   const auto maps = [&](int rows_q, int rows_k) {
     BackwardParams x{};
     x.p = params;
-    x.p.m_tiles = int(tiles_of_head(p, packed, p.rows_q, p.seqlen_q, rows_q));
-    x.p.n_tiles = int(tiles_of_head(p, packed, p.rows_k, p.seqlen_k, rows_k));
+    x.p.m_tiles = query_tiles(p, ptr, rows_q).of_head;
+    x.p.n_tiles = key_tiles(p, ptr, rows_k).of_head;
     x.Q = to.tensor_map(query_spec(p, ptr, rows_q));
     x.K = to.tensor_map(key_spec(p, ptr, rows_k));
     x.V = to.tensor_map(value_spec(p, ptr, rows_k));
@@ -84,16 +84,16 @@ void run_backward(Executor& to, const Params& params) {
   if constexpr (HEAD_DIM <= 128) {
     if (params.dq_sums) {
       using Tile = PlainFusedTile<HEAD_DIM>;
-      const int bits = backward_features(p, ptr), others = bits & ~kOrdered;
+      const int bits = backward_features(p, ptr), others = bits & ~(kOrdered | kBiasGradient);
       BackwardParams x = maps(bits ? 64 : Tile::BLOCK_M, Tile::BLOCK_N);
       x.p.features |= bits;
-      x.p.m_tiles = int((p.seqlen_q + 63) / 64);  // of the sums
-      const Grid tiles = grid_of(p.heads_q * sum_tiles(p, ptr));
+      x.p.m_tiles = sum_tiles(p, ptr).of_head;
+      const Grid tiles = grid_of(sum_tiles(p, ptr).all);
       launch(to, kernel_name<T>("sm90::clear_dq", HEAD_DIM), tiles, 128, 0, x.p);
       launch(to,
              bits ? kernel_name<T>("sm90::backward_features", HEAD_DIM, bits)
                   : kernel_name<T>("sm90::backward_fused", HEAD_DIM),
-             grid_of(all_heads(p, packed, p.heads_k) * x.p.n_tiles), THREADS,
+             grid_of(key_tiles(p, ptr, Tile::BLOCK_N).all), THREADS,
              bits ? SideRoom<HEAD_DIM>::SMEM : Tile::SMEM, x);
       if (!ptr.dq) return;
       return launch(to,
@@ -106,13 +106,13 @@ void run_backward(Executor& to, const Params& params) {
     using Tile = QueryGradientTile<HEAD_DIM>;
     const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
     launch(to, kernel_name<T>("sm90::backward_dq", HEAD_DIM),
-           grid_of(all_heads(p, packed, p.heads_q) * x.p.m_tiles), THREADS, Tile::SMEM, x);
+           grid_of(query_tiles(p, ptr, Tile::BLOCK_M).all), THREADS, Tile::SMEM, x);
   }
   if (ptr.dk || ptr.dv) {
     using Tile = KeyGradientTile<HEAD_DIM>;
     const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
     launch(to, kernel_name<T>("sm90::backward_dkdv", HEAD_DIM),
-           grid_of(all_heads(p, packed, p.heads_k) * x.p.n_tiles), THREADS, Tile::SMEM, x);
+           grid_of(key_tiles(p, ptr, Tile::BLOCK_N).all), THREADS, Tile::SMEM, x);
   }
 }
 

@@ -5,7 +5,6 @@
 // D and rows beyond the tensor are the engine's zeros.
 #pragma once
 #include "../forward_parts.cuh"
-#include "../packed.h"
 #include "../ptx_sm90.cuh"
 #include "../repair.cuh"
 #include "tiles.h"
@@ -99,27 +98,6 @@ ATTN_DEVICE void run_roles(const Memory& smem, const Produce& produce, const Con
     consume();
   }
 }
-
-// The rows of a CTA that owns queries, of one head: row0 .. end.
-struct QueryTask : ForwardTask {
-  Sequence seq;
-  int end;
-
-  // That of a CTA, the longest of a sequence first where tiles grow; row0 < 0: none.
-  ATTN_DEVICE static QueryTask of(const Params& p, int block_m) {
-    const TileOf x = TileOf::number(block_id().x, p.ptr.cu_seqlens_q, p.p.batch, p.p.heads_q,
-                                    p.m_tiles, block_m);
-    const int last = ceil_div(Sequence::of(p, x.b).seqlen_q, block_m) - 1;
-    return of<0>(p, x.b, x.head, (last - x.tile) * block_m, block_m);
-  }
-  template <int BITS>
-  ATTN_DEVICE static QueryTask of(const Params& p, int b, int head, int row0, int block_m) {
-    QueryTask t{{b, head, 0, row0, 0}, Sequence::of<BITS>(p, b), 0};
-    t.rows = t.seq.seqlen_q;
-    t.end = min_int(t.row0 + block_m, t.rows);
-    return t;
-  }
-};
 
 // Shared memory of a CTA that owns queries: Q and dO, and rings of K and V.
 template <class Tile>

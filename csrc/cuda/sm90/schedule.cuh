@@ -7,7 +7,6 @@
 // consumers finish one: what a tile is lies beside its Q in shared memory, behind the same
 // mbarrier.
 #pragma once
-#include "../packed.h"
 #include "parts.cuh"
 
 namespace attn::cuda::sm90 {
@@ -18,6 +17,12 @@ constexpr int NO_TILE = 2147483647;  // a number behind all
 // for none.
 struct QueryTile {
   int b, head, row0;
+
+  template <int BITS>
+  ATTN_DEVICE QueryTask task(const Params& p, int block_m) const {
+    const Sequence seq = Sequence::of<BITS>(p, b);
+    return QueryTask::of(seq, head, 0, row0, seq.seqlen_q, block_m);
+  }
 };
 
 // The tiles of a call in the order in which they are claimed.  Of a section, the heads whose keys
@@ -46,7 +51,7 @@ struct TileOrder {
   // One sequence after the other, each a section.
   ATTN_DEVICE QueryTile packed(const Params& p, int number) {
     const int heads = int(p.p.heads_q), block = sequences.block;
-    if (number >= heads * packed_tiles(p.p.rows_q, p.p.batch, block)) return {-1, 0, 0};
+    if (number >= heads * p.m_tiles) return {-1, 0, 0};
     const int tile = number / heads, b = sequences.find(tile);
     const int last = ceil_div(Sequence::of(p, b).seqlen_q, block) - 1;
     return {b, number % heads, (last - (tile - sequences.first(b))) * block};
@@ -104,7 +109,7 @@ struct Work {
 
   template <int BITS, class Tile>
   ATTN_DEVICE static Work of(const Params& p, const QueryTile& t, int n, int start) {
-    Work w{QueryTask::of<BITS>(p, t.b, t.head, t.row0, Tile::BLOCK_M), {}, n, start};
+    Work w{t.task<BITS>(p, Tile::BLOCK_M), {}, n, start};
     w.turns = Turns::of(Band::of(p, w.task.seq), w.task.row0, w.task.end, w.task.seq.seqlen_k,
                         Tile::BLOCK_N);
     return w;
@@ -318,8 +323,7 @@ ATTN_DEVICE void finish_tile(const ForwardParams& x, int n, const ForwardMemory<
                              const float (&acc)[ACC][4], const RowState& state, float scale,
                              bool bad) {
   const Params& p = x.p;
-  const QueryTile tile = smem.told(n);
-  const QueryTask task = QueryTask::of<BITS>(p, tile.b, tile.head, tile.row0, Tile::BLOCK_M);
+  const QueryTask task = smem.told(n).template task<BITS>(p, Tile::BLOCK_M);
   const int group = warp_id() / 4 - 1, warp_row = task.row0 + 64 * group + 16 * (warp_id() % 4);
   const int row = warp_row + (lane_id() >> 2);
   Query query[2];
@@ -330,14 +334,14 @@ ATTN_DEVICE void finish_tile(const ForwardParams& x, int n, const ForwardMemory<
   const bool some = group == 0 ? named_barrier_or<1>(128, bad) : named_barrier_or<2>(128, bad);
   const bool others = p.ptr.cu_seqlens_q && task.row0 + 64 * group + 64 > task.rows;
   if (some || others || !x.stores_tiles) {
-    store_rows<T, BITS, false>(p, task.seq, task, acc, state, query, row, scale);
+    store_rows<T, BITS, false>(p, task, acc, state, query, row, scale);
     if (bad)
       each_row(warp_row, task.rows,
                [&](int i) { Repair<T, 8 * ACC, BITS>{p, task.seq}.output(task.head, i); });
     return;
   }
   float factor[2];
-  store_rows<T, BITS, false>(p, task.seq, task, acc, state, query, row, scale, factor);
+  store_rows<T, BITS, false>(p, task, acc, state, query, row, scale, factor);
   store_by_engine<T, Tile>(x, task, smem.Q.tile(n) + uint32_t(group * 64 * 128), acc, factor,
                            group);
 }

@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "mutant.h"
+#include "../../cuda/tile_counts.h"
 #if PART_HERE == 0
 #include "example.cuh"
 #elif PART_HERE == 1
@@ -47,26 +48,28 @@ void run_kernels(cuda::Params p) {
   [[maybe_unused]] const emulation::Enlist enlist;
 #if PART_HERE == 1
   using Tile = ForwardTile<bf16, D>;
-  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::forward_general<bf16, D, kAny>, {int(p.p.heads_q) * p.m_tiles, 1, 1}, Tile::THREADS,
+  const TileCount tiles = query_tiles(p.p, p.ptr, Tile::BLOCK_M);
+  p.m_tiles = tiles.of_head;
+  launch(sm80::forward_general<bf16, D, kAny>, {int(tiles.all), 1, 1}, Tile::THREADS,
          Tile::forward_smem(Row<bf16, D>::BYTES), nullptr, p);
 #elif PART_HERE == 7
   using Tile = PlainForwardTile<D>;
-  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  const int tiles = int(p.p.batch * p.p.heads_q) * p.m_tiles;
-  launch(sm80::forward_plain<bf16, D>, {tiles, 1, 1}, Tile::THREADS,
+  const TileCount tiles = query_tiles(p.p, p.ptr, Tile::BLOCK_M);
+  p.m_tiles = tiles.of_head;
+  launch(sm80::forward_plain<bf16, D>, {int(tiles.all), 1, 1}, Tile::THREADS,
          Tile::smem(Row<bf16, D>::BYTES), nullptr, p);
 #elif PART_HERE == 2
   using Tile = BackwardTile<bf16, D>;
   const int smem = Tile::backward_smem(Row<bf16, D>::BYTES);
-  p.m_tiles = int(p.p.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dq < bf16, D, KERNELS_GENERAL ? kAny : 0 >,
-         {int(p.p.heads_q) * p.m_tiles, 1, 1}, Tile::THREADS, smem, nullptr, p);
-  p.n_tiles = int(p.p.seqlen_k + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  launch(sm80::backward_dkdv < bf16, D, KERNELS_GENERAL ? kAny : 0 >, {p.n_tiles, 1, 1},
+  const TileCount queries = query_tiles(p.p, p.ptr, Tile::BLOCK_M);
+  const TileCount keys = key_tiles(p.p, p.ptr, Tile::BLOCK_M);
+  p.m_tiles = queries.of_head, p.n_tiles = keys.of_head;
+  launch(sm80::backward_dq < bf16, D, KERNELS_GENERAL ? kAny : 0 >, {int(queries.all), 1, 1},
+         Tile::THREADS, smem, nullptr, p);
+  launch(sm80::backward_dkdv < bf16, D, KERNELS_GENERAL ? kAny : 0 >, {int(keys.all), 1, 1},
          Tile::THREADS, smem, nullptr, p);
 #elif PART_HERE == 8
-  std::vector<float> sums(p.p.heads_q * sum_tiles(p.p, p.ptr) * 64 * D + 4, NAN);
+  std::vector<float> sums(sum_tiles(p.p, p.ptr).all * 64 * D + 4, NAN);
   p.dq_sums = sums.data() + (16 - reinterpret_cast<uintptr_t>(sums.data()) % 16) % 16 / 4;
   p.fused_block_m = 64;
   sm80::each_backward<bf16, D>(enlist);
@@ -74,7 +77,7 @@ void run_kernels(cuda::Params p) {
 #elif PART_HERE == 3
   sm90::each_forward<bf16, D>(enlist);
   int counter = 7;  // whatever was there
-  const int tiles = int(sm90::forward_tiles(p.p));
+  const int tiles = int(sm90::forward_tiles(p.p, p.ptr).all);
   // Two CTAs for all tiles.
   sm90::run_forward<bf16, D>(device, p, {2, 1 << 18, tiles > 2 ? &counter : nullptr});
 #else

@@ -85,6 +85,7 @@ Params make_params(const Problem& p, const Pointers& ptr) {
   x.window_right = p.window_right < 0 ? -1 : int(std::min(p.window_right, kLongest));
   x.group = int(p.heads_q / p.heads_k);
   x.pack = x.splits = 1;
+  x.page = Divisor::of(int(std::min(p.page_size, kLongest)));  // a longer one holds all keys
   const int bytes = p.dtype == DType::kFloat32 ? 4 : 2;
   x.q_vec = rows_are_vectors(ptr.q, p.q, p.head_dim, bytes);
   x.k_vec = rows_are_vectors(ptr.k, p.k, p.head_dim, bytes);
@@ -121,6 +122,7 @@ Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& c
   const bool features = features_of(p, ptr);
   if (target.sm90 && sm90::forward_problem(p, ptr).empty())
     return features ? Choice::SM90_FEATURES : Choice::SM90;
+  if (sm80::few_queries(p)) return Choice::SM80_GENERAL;
   return features ? with_features(p, ptr) : Choice::SM80_PLAIN;
 }
 
@@ -238,6 +240,7 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
   Params x = make_params(p, ptr);
   const sm80::Plan cut = plan(p, ptr, target);
   x.pack = cut.pack, x.m_tiles = cut.m_tiles, x.splits = cut.splits;
+  if (x.pack > 1) x.packed = Divisor::of(int(p.seqlen_q));
   if (x.splits > 1) {
     x.partial_o = workspace;
     x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;

@@ -44,6 +44,12 @@ void run_forward(Executor& to, Params p, bool general) {
   }
   using Tile = ForwardTile<T, HEAD_DIM>;
   const Grid grid = grid_of(p.p.batch * (p.p.heads_q / p.pack) * p.m_tiles * p.splits);
+  if constexpr (kHasDecodeTile<T, HEAD_DIM>) {
+    using Few = DecodeTile<T, HEAD_DIM>;
+    if (p.pack * p.p.seqlen_q <= Few::BLOCK_M)
+      return launch(to, kernel_name<T>("sm80::forward_decode", HEAD_DIM, p.features), grid,
+                    Few::THREADS, Few::SMEM, p);
+  }
   launch(to, kernel_name<T>("sm80::forward_general", HEAD_DIM, p.features), grid, Tile::THREADS,
          Tile::forward_smem(Row<T, HEAD_DIM>::BYTES), p);
 }

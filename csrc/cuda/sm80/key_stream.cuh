@@ -23,10 +23,10 @@ struct KeyStream {
   static_assert(ROWS % RUN == 0 && THREADS >= R::CHUNKS);
   static_assert(STEP >= 8 || R::BYTES % 128 == 0, "the swizzle of a step is no change of a chunk");
 
-  const char *K, *V;  // the thread's chunk of its next rows
-  uint32_t to;        // the same in a tile
-  int left, page, next,
-      last;                 // runs left in the page; which it is, the number of the next, the last
+  const char *K, *V;     // the thread's chunk of its next rows
+  uint32_t to;           // the same in a tile
+  int left;              // runs left in the page
+  int page, last, next;  // its place in the table, that of the last one, and the next one's entry
   bool inside_k, inside_v;  // columns behind the head dimension are zeros
 
   // Whether rows can be copied so.

@@ -15,6 +15,8 @@ namespace attn::cuda {
 namespace {
 
 constexpr int64_t kLongest = int64_t(1) << 30;  // positions are int32, and sums of two of them
+// Rows of all packed sequences, which are numbered by int32, and a tile behind the last of them.
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1024;
 
 int padded_head_dim(const Problem& p) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
@@ -74,6 +76,10 @@ Params make_params(const Problem& p, const Pointers& ptr) {
     if (n >= kLongest)
       throw std::invalid_argument("sequence lengths must be below 2^30 on cuda, got " +
                                   std::to_string(n));
+  for (int64_t n : {p.rows_q, p.rows_k})
+    if (n > kMostRows)
+      throw std::invalid_argument(
+          "packed sequences must have at most 2^31 - 1024 rows on cuda, got " + std::to_string(n));
   Params x{};
   x.p = p, x.ptr = ptr;
   x.terms = terms_of(p, ptr), x.natural = Terms<float>::of(p, ptr, 1.0);

@@ -50,8 +50,7 @@ CACHE = {"heads_q": 4, "heads_k": 2, "seqlen_q": 2, "seqlen_k": 330, "head_dim":
 def test_pages_of_whole_runs(check, page_size, num_splits):
     """A page that begins or ends inside a tile, one that a share of the keys begins inside of, a
     last page that is not full."""
-    check(random_call(page_size=page_size, device=check.device, stats=True, sink=True,
-                      **CACHE)._replace(num_splits=num_splits))  # fmt: skip
+    check(page_size=page_size, num_splits=num_splits, stats=True, sink=True, **CACHE)
 
 
 @pytest.mark.parametrize("head_dim", [32, 96, 128, 192, 256])

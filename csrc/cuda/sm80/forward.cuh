@@ -17,17 +17,13 @@
 
 namespace attn::cuda::sm80 {
 
-// Keys [lo, hi) that the tile's rows may see.
-ATTN_DEVICE void task_keys(const Params& p, const Sequence& seq, const Band& band, int row0,
-                           int row1, int& lo, int& hi) {
-  if (p.pack > 1) {
-    const int head = p.packed.quotient(row0), before = head * seq.seqlen_q;
-    const bool one_head = head == p.packed.quotient(row1 - 1);
-    band.key_range(one_head ? row0 - before : 0, one_head ? row1 - before : seq.seqlen_q,
-                   seq.seqlen_k, lo, hi);
-  } else {
-    band.key_range(row0, row1, seq.seqlen_k, lo, hi);
-  }
+// Queries [i0, i1) of the tile's rows [row0, row1).
+ATTN_DEVICE void task_queries(const Params& p, int row0, int row1, int& i0, int& i1) {
+  i0 = row0, i1 = row1;
+  if (p.pack == 1) return;
+  const int head = p.packed.quotient(row0), before = head * p.packed.by;
+  const bool one_head = head == p.packed.quotient(row1 - 1);
+  i0 = one_head ? row0 - before : 0, i1 = one_head ? row1 - before : p.packed.by;
 }
 
 // P: the weights of dropped pairs become 0 (1 / (1 - p) comes with the normalisation)
@@ -117,9 +113,10 @@ ATTN_DEVICE void forward_tile(const Params& p) {
   const Score score(p, seq);
   const Dropout dropout = Dropout::of(p, seq);
   const int row_end = min_int(task.row0 + Tile::BLOCK_M, task.rows);
-  int lo, hi;
-  task_keys(p, seq, score.band, task.row0, row_end, lo, hi);
-  int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
+  int i0, i1;
+  task_queries(p, task.row0, row_end, i0, i1);
+  const Turns turns = Turns::of(score.band, i0, i1, seq.seqlen_k, N);
+  int t0 = turns.first, t1 = turns.end;
   if (p.splits > 1) {
     const int share = ceil_div(t1 - t0, p.splits);
     t0 += task.split * share;
@@ -175,7 +172,8 @@ ATTN_DEVICE void forward_tile(const Params& p) {
     if (active) {
       // S = Q K^T   [16, KEYS] a warp
       multiply<T, HEAD_DIM, TILES>(S, Q_smem, warp_row, K_smem + stage + warp_key * BYTES);
-      mask_scores<LOGITS>(S, score, query, n0 + warp_key);
+      if (LOGITS || t < turns.whole_first || t >= turns.whole_end)
+        mask_scores<LOGITS>(S, score, query, n0 + warp_key);
       online_softmax<may_have<BITS>(kStats)>(S, O, state, scale, has<BITS>(p, kStats));
       if (has<BITS>(p, kDropout)) drop(S, dropout, query, n0 + warp_key);
     }

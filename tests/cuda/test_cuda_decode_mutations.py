@@ -3,8 +3,8 @@ key_stream.cuh): each must make the calls wrong that its first line names, or be
 emulator there.
 
 tests/mutants/cuda/sm80_decode holds them.  The kernels of bf16 and 64 and 256 columns are compiled
-from a copy of the sources and run in place of those of attn_ext._emulated.  A bug that was caught in
-these very sources is known (tests/helpers/seen.py): only a sample of them is compiled.
+from a copy of the sources and run in place of those of attn_ext._emulated.  A bug that was caught
+in these very sources is known (tests/helpers/seen.py): only a sample of them is compiled.
 """
 
 import pytest

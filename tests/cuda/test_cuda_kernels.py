@@ -239,12 +239,12 @@ def test_keys_that_are_not_there_make_no_row_be_computed_again(head_dim):
     from attn_ext import _emulated
 
     emulated.set_mode("plain", 1)
-    call = random_call(dtype=FP16, heads_q=1, seqlen_q=70, seqlen_k=70, head_dim=head_dim, scale=1.0,
-                       deterministic=True)  # fmt: skip
+    sizes = {"dtype": FP16, "heads_q": 1, "seqlen_q": 70, "head_dim": head_dim}
+    call = random_call(scale=1.0, deterministic=True, **sizes)
     call.q.mul_(0.1).add_(1), call.k.mul_(0.1).sub_(1)
     out, lse, *_ = emulated.forward(call)
     assert lse.max() < -50
-    dout = random_call(5, dtype=FP16, heads_q=1, seqlen_q=70, head_dim=head_dim).q
+    dout = random_call(5, **sizes).q
     results = []
     for repairs in (True, False):
         _emulated.set_repairs(repairs)

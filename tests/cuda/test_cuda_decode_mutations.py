@@ -28,7 +28,7 @@ PAGES = {"cache_seqlens": [330], "page_size": 48}
 CALLS = {
     "pages": ("plain", {**PAGES, "stats": True}),
     "splits": ("plain", {**PAGES, "num_splits": 3}),
-    "narrow": ("plain", {**PAGES, "head_dim_v": 40}),
+    "narrow": ("plain", {**PAGES, "head_dim": 40, "head_dim_v": 64}),
     "wide": ("plain", {**PAGES, "head_dim": 256}),  # two warps
     "causal": ("plain", {"causal": True, "seqlen_q": 8}),
     "dense": ("plain", {"heads_q": 2, "seqlen_q": 16}),

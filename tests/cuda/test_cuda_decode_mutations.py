@@ -84,7 +84,7 @@ PLANTED = Planted("cuda/sm80_decode", ROOT / "csrc/cuda/sm80/forward.cuh", __fil
 
 def test_every_patch_applies():
     """A kernel that changed where a bug is planted; a table with a bug that is gone."""
-    PLANTED.check_patches(22)
+    PLANTED.check_patches(20)
 
 
 @pytest.mark.parametrize("name", PLANTED.names)

@@ -38,7 +38,7 @@ CALLS = {
     "hidden": ("plain", {"mask": "qk"}),
     "poison": ("poison", PAGES),
     "race": ("race", PAGES),
-    "masked race": ("race", {"mask": "qk", "stats": True}),
+    "masked": ("race", {"mask": "qk", "stats": True}),
 }
 
 

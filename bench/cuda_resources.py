@@ -56,7 +56,7 @@ class Unit(NamedTuple):
     def kinds(self) -> tuple[str, ...]:
         """Each a feature of calls by the command's name: all, one by one, where FEATURED says so;
         else those that decide which kernels serve a plain call."""
-        plain = ("none", "deterministic", "decode", "frozen_keys", "frozen_queries")
+        plain = ("none", "deterministic", "decode", "chunk", "frozen_keys", "frozen_queries")
         plain += ("values_128",) if self.head_dim == 192 else ()
         return tuple(command.FEATURES) if self in FEATURED else plain
 
@@ -222,7 +222,8 @@ def occupancy(table: dict) -> str:
     """Markdown: resident warps on sm_80 / sm_90a / sm_120, a row a kernel, a column a head_dim; a
     dash where a kernel does not serve."""
     lines = ["| kernel | " + " | ".join(map(str, HEAD_DIMS)) + " |", "|---" * 7 + "|"]
-    names = ("sm80::forward_plain<bf16, {}>", "sm80::forward_general<bf16, {}, plain>",
+    names = ("sm80::forward_plain<bf16, {}>", "sm80::forward_decode<bf16, {}, plain>",
+             "sm80::forward_general<bf16, {}, plain>",
              "sm80::forward_general<f32, {}, plain>", "sm80::backward_dq_plain<bf16, {}>",
              "sm80::backward_dkdv_plain<bf16, {}>", "sm80::backward_dq<bf16, {}, plain>",
              "sm80::backward_dq<f32, {}, scale>", "sm80::backward_dkdv<bf16, {}, plain>",

@@ -79,6 +79,8 @@ class Kernel:
 
 KERNELS = {
     "sm80_forward": Kernel("sm80", "forward_plain"),
+    "sm80_decode": Kernel("sm80", "forward_decode", features="decode"),
+    "sm80_paged": Kernel("sm80", "forward_decode", features="paged"),
     "sm80_backward_fused": Kernel("sm80", "backward_fused"),
     "sm80_backward_dq": Kernel("sm80", "backward_dq_plain", features="deterministic"),
     "sm80_backward_dkdv": Kernel("sm80", "backward_dkdv_plain", features="deterministic"),

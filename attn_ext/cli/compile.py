@@ -31,13 +31,15 @@ FEATURES = {  # name -> what random_call() takes
     "deterministic": {"deterministic": True},
     "decode": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1},
     "paged": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 1, "page_size": 16},
+    "chunk": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 32},  # of a prompt, in a cache
+    "paged_chunk": {"cache_seqlens": [256], "seqlen_k": 256, "seqlen_q": 32, "page_size": 16},
     "frame": {}, "part": {},  # of context parallelism: whose positions count; results in float32
     "frozen_keys": {}, "frozen_queries": {},  # whose gradients are not wanted; of keys and values
     "values_128": {"head_dim_v": 128},  # of multi-head latent attention, beside keys of 192
 }  # fmt: skip
 PRESETS = {  # (shape, features) of each kind of call that such a model makes
     "llama": (("1,32/8,128,128", ("causal",)), ("1,32/8,128,128", ("causal", "mask")),
-              ("1,32/8,1,128", ("paged",))),
+              ("1,32/8,1,128", ("paged",)), ("1,32/8,128,128", ("paged_chunk",))),
     "bert": (("1,12,128,64", ()), ("1,12,128,64", ("mask",)),
              ("1,12,128,64", ("mask", "dropout"))),
     "gpt2": (("1,12,128,64", ("causal",)), ("1,12,128,64", ("causal", "dropout")),

@@ -15,6 +15,8 @@ namespace attn::cuda {
 namespace {
 
 constexpr int64_t kLongest = int64_t(1) << 30;  // positions are int32, and sums of two of them
+// Rows of all packed sequences, which are numbered by int32, and a tile behind the last of them.
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1024;
 
 int padded_head_dim(const Problem& p) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
@@ -74,6 +76,10 @@ Params make_params(const Problem& p, const Pointers& ptr) {
     if (n >= kLongest)
       throw std::invalid_argument("sequence lengths must be below 2^30 on cuda, got " +
                                   std::to_string(n));
+  for (int64_t n : {p.rows_q, p.rows_k})
+    if (n > kMostRows)
+      throw std::invalid_argument(
+          "packed sequences must have at most 2^31 - 1024 rows on cuda, got " + std::to_string(n));
   Params x{};
   x.p = p, x.ptr = ptr;
   x.terms = terms_of(p, ptr), x.natural = Terms<float>::of(p, ptr, 1.0);
@@ -85,6 +91,7 @@ Params make_params(const Problem& p, const Pointers& ptr) {
   x.window_right = p.window_right < 0 ? -1 : int(std::min(p.window_right, kLongest));
   x.group = int(p.heads_q / p.heads_k);
   x.pack = x.splits = 1;
+  x.page = Divisor::of(int(std::min(p.page_size, kLongest)));  // a longer one holds all keys
   const int bytes = p.dtype == DType::kFloat32 ? 4 : 2;
   x.q_vec = rows_are_vectors(ptr.q, p.q, p.head_dim, bytes);
   x.k_vec = rows_are_vectors(ptr.k, p.k, p.head_dim, bytes);
@@ -120,6 +127,7 @@ Choice choose_forward(const Problem& p, const Pointers& ptr, const sm80::Plan& c
   const bool features = features_of(p, ptr);
   if (target.sm90 && sm90::forward_problem(p, ptr).empty())
     return features ? Choice::SM90_FEATURES : Choice::SM90;
+  if (sm80::few_queries(p)) return Choice::SM80_GENERAL;
   return features ? with_features(p, ptr) : Choice::SM80_PLAIN;
 }
 
@@ -239,6 +247,7 @@ void forward(const Problem& p, const Pointers& ptr, float* workspace, const Targ
   Params x = make_params(p, ptr);
   const sm80::Plan cut = plan(p, ptr, target);
   x.pack = cut.pack, x.m_tiles = cut.m_tiles, x.splits = cut.splits;
+  if (x.pack > 1) x.packed = Divisor::of(int(p.seqlen_q));
   if (x.splits > 1) {
     x.partial_o = workspace;
     x.partial_stats = workspace + x.splits * p.batch * p.heads_q * p.seqlen_q * p.head_dim_v;

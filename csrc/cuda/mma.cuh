@@ -227,28 +227,34 @@ struct View {
   }
 };
 
-// tile = the view of rows[first ..]; all threads of the CTA.
+// The threads that share a tile have met: those of the CTA, or of a warp that has it alone.
+template <int THREADS>
+ATTN_DEVICE void sync_sharers() {
+  THREADS == 32 ? sync_warp() : sync_threads();
+}
+
+// tile = the view of rows[first ..]; all threads that share the tile.
 template <class T, int HEAD_DIM, int ROWS, int THREADS, bool GENERAL>
 ATTN_DEVICE void view_tile(uint32_t tile, const Rows& rows, int first, int end, int dim,
                            View view) {
   using R = Row<T, HEAD_DIM>;
-  sync_threads();  // every warp has read the tile
+  sync_sharers<THREADS>();  // all have read the tile
   ATTN_NO_UNROLL
-  for (int index = thread_id(); index < ROWS * R::CHUNKS; index += THREADS) {
+  for (int index = thread_id() % THREADS; index < ROWS * R::CHUNKS; index += THREADS) {
     const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
     U32x4 v{0, 0, 0, 0};
     if (first + row < end)
       v = gather_chunk<T>(rows.at<GENERAL>(first + row), chunk * R::PER_CHUNK, dim, view);
     sts_128(tile_address<T, HEAD_DIM>(tile, row, chunk), v);
   }
-  sync_threads();  // the view is complete
+  sync_sharers<THREADS>();  // the view is complete
 }
 
 // accumulate(), but where the tile is known to be `bad` (to hold NaN or infinities) a zero of C
 // silences them.  The finite part is multiplied as usual; then, by products of 0/1 matrices, it is
 // counted whether some C != 0 met +inf or -inf (NaN is both).  signed_C: C may be negative, and the
-// infinities are left out.  Destroys C and a bad tile.  All threads of the CTA; `active` warps
-// compute.
+// infinities are left out.  Destroys C and a bad tile.  All threads that share the tile; `active`
+// warps compute.
 template <class T, int HEAD_DIM, int TILES, int THREADS, bool GENERAL>
 ATTN_DEVICE void accumulate_visible(float (&acc)[HEAD_DIM / 8][4], float (&C)[TILES][4],
                                     uint32_t tile, const Rows& rows, int first, int end, int dim,

@@ -12,15 +12,16 @@
 
 namespace attn::cuda {
 
-// True in the whole warp when some element of its fragments is NaN.
+// True in the whole warp when some element of its fragments is NaN.  first, second: whether the
+// thread's rows g and g + 8 are there; others are not looked at.
 template <int ACC>
-ATTN_DEVICE bool warp_finds_nan(const float (&acc)[ACC][4]) {
+ATTN_DEVICE bool warp_finds_nan(const float (&acc)[ACC][4], bool first = true, bool second = true) {
   if (!repairs()) return false;
-  bool bad = false;
+  bool bad[2] = {false, false};
   ATTN_UNROLL
   for (int n = 0; n < ACC; ++n) ATTN_UNROLL
-  for (int i = 0; i < 4; ++i) bad |= acc[n][i] != acc[n][i];
-  return ballot(bad) != 0;
+  for (int i = 0; i < 4; ++i) bad[i / 2] |= acc[n][i] != acc[n][i];
+  return ballot((bad[0] && first) || (bad[1] && second)) != 0;
 }
 
 // a . b, in every lane.

@@ -29,24 +29,27 @@ ATTN_DEVICE uint32_t chunk_offset(int f, int even, int odd) {
   return ((((even % SPAN) | odd) ^ f) << 4) + even / SPAN * SPAN * 16;
 }
 
-// Rows of one head in global memory.  period = 0: row r at base + r * stride.  Else at quotient and
-// remainder of r / period: pages of a KV cache (table), or query heads packed into one tile.
+// Rows of one head in global memory.  Without a period: row r at base + r * stride.  Else at
+// quotient and remainder of r / period: pages of a KV cache (table), or query heads packed into one
+// tile.
 struct Rows {
   const char* base;
   int64_t stride;  // bytes
-  int period;
+  Divisor period;
   int64_t outer;  // bytes
   const int32_t* table;
   int pages = 0;  // that the table may name; an entry that is not true is cut to them
 
   template <bool GENERAL>
   ATTN_DEVICE const char* at(int row) const {
-    if (!GENERAL || !period) return base + row * stride;
-    const int q = row / period;
-    ATTN_CHECK(!table || (table[q] >= 0 && table[q] < pages),
-               "an entry of block_table is not below", table[q], pages);
-    const int page = table ? max_int(0, min_int(table[q], pages - 1)) : q;
-    return base + int64_t(page) * outer + (row - q * period) * stride;
+    if (!GENERAL || !period.by) return base + row * stride;
+    const int q = period.quotient(row);
+    return base + int64_t(table ? page(table[q]) : q) * outer + (row - q * period.by) * stride;
+  }
+  // An entry of the table.
+  ATTN_DEVICE int page(int entry) const {
+    ATTN_CHECK(entry >= 0 && entry < pages, "an entry of block_table is not below", entry, pages);
+    return max_int(0, min_int(entry, pages - 1));
   }
 };
 
@@ -178,19 +181,25 @@ ATTN_DEVICE bool word_is_finite(fp16, uint32_t w) {
   return (w & 0x7c00u) != 0x7c00u && (w & 0x7c000000u) != 0x7c000000u;
 }
 
-// True in every thread of the CTA when some element of the tile is NaN or infinite.  flags: a word
-// a warp.
-template <class T, int HEAD_DIM, int ROWS, int WARPS>
-ATTN_DEVICE bool tile_has_nonfinite(uint32_t tile, uint32_t flags) {
+// The lanes of a warp that find NaN or an infinity, each in every THREADS-th chunk of a tile.
+template <class T, int HEAD_DIM, int ROWS, int THREADS>
+ATTN_DEVICE uint32_t lanes_find_nonfinite(uint32_t tile) {
   constexpr int CHUNKS = ROWS * Row<T, HEAD_DIM>::CHUNKS;
   bool bad = false;
   ATTN_NO_UNROLL
-  for (int index = thread_id(); index < CHUNKS; index += 32 * WARPS) {
+  for (int index = thread_id() % THREADS; index < CHUNKS; index += THREADS) {
     const U32x4 v = lds_128(tile + 16 * index);
     bad |= !(word_is_finite(T{}, v.x) && word_is_finite(T{}, v.y) && word_is_finite(T{}, v.z) &&
              word_is_finite(T{}, v.w));
   }
-  const uint32_t votes = ballot(bad);
+  return ballot(bad);
+}
+
+// True in every thread of the CTA when some element of the tile is NaN or infinite.  flags: a word
+// a warp.
+template <class T, int HEAD_DIM, int ROWS, int WARPS>
+ATTN_DEVICE bool tile_has_nonfinite(uint32_t tile, uint32_t flags) {
+  const uint32_t votes = lanes_find_nonfinite<T, HEAD_DIM, ROWS, 32 * WARPS>(tile);
   if (lane_id() == 0) sts_32(flags + 4 * warp_id(), votes);
   sync_threads();  // every warp's vote is there
   uint32_t any = 0;

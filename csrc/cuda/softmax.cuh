@@ -48,6 +48,23 @@ ATTN_DEVICE bool warp_finds_huge(const RowState& state, float scale) {
   return ballot(huge) != 0;
 }
 
+// A row's sums from its maximum to `top`, which is at least as large.
+struct Moved {
+  float base, alpha;  // of the exponentials; what the row of acc is to be multiplied by
+};
+template <bool STATS>
+ATTN_DEVICE Moved move_base(RowState& state, int r, float top, float scale, bool stats) {
+  const float before = state.max[r];
+  const float base = top == -kInf ? 0.0f : top * scale;  // -inf - -inf would be NaN
+  const float shift = before == -kInf ? -kInf : before * scale - base;
+  const float alpha = exp2_approx(shift);
+  state.max[r] = top;
+  if (STATS && stats)
+    state.weighted[r] = alpha * (state.weighted[r] + fmaxf(shift, -kFar) * state.sum[r]);
+  state.sum[r] *= alpha;
+  return {base, alpha};
+}
+
 // S: logits in, exp2(scale * (S - max)) out; rescales acc to the new maxima.
 template <bool STATS, int TILES, int ACC>
 ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowState& state,
@@ -58,14 +75,8 @@ ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowS
     ATTN_UNROLL
     for (int n = 0; n < TILES; ++n) top = fmaxf(top, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
     top = quad_max(top);
-    const float before = state.max[r];
-    const float base = top == -kInf ? 0.0f : top * scale;  // -inf - -inf would be NaN
-    const float shift = before == -kInf ? -kInf : before * scale - base;
-    const float alpha = exp2_approx(shift);
-    state.max[r] = top;
-    if (STATS && stats)
-      state.weighted[r] = alpha * (state.weighted[r] + fmaxf(shift, -kFar) * state.sum[r]);
-    float sum = state.sum[r] * alpha;
+    const auto [base, alpha] = move_base<STATS>(state, r, top, scale, stats);
+    float sum = state.sum[r];
     ATTN_UNROLL
     for (int n = 0; n < TILES; ++n) {
       ATTN_UNROLL

@@ -14,6 +14,21 @@
 namespace attn::cuda {
 using namespace attn::ptx;
 
+// Quotients of numbers below 2^31 by one that is known before the launch: a product and a shift.
+struct Divisor {
+  int by;  // 0: nothing is divided
+  uint32_t factor;
+  int shift;
+
+  ATTN_FORMULA static Divisor of(int by) {
+    if (by < 1) return {0, 0, 0};
+    int shift = 31;
+    while ((int64_t(1) << (shift - 31)) < by) ++shift;
+    return {by, uint32_t(((uint64_t(1) << shift) + uint64_t(by) - 1) / uint64_t(by)), shift};
+  }
+  ATTN_FORMULA int quotient(int x) const { return int(uint64_t(uint32_t(x)) * factor >> shift); }
+};
+
 // One launch.  Everything that a kernel would otherwise derive again in every thread is here.
 struct Params {
   Problem p;
@@ -26,6 +41,7 @@ struct Params {
   int window_left, window_right;       // -1: unbounded
   int group;                           // query heads of one K/V head
   int pack;                            // query heads that share a tile's rows: 1, or group (decode)
+  Divisor packed, page;                // of packed rows by queries, of keys by those of a page
   int m_tiles, n_tiles;                // tiles of a head (tile_counts.h)
   int splits;                          // CTAs that share the keys of one tile of queries
   int pass;                            // backward for wide heads: 0 = dV, 1 = dK
@@ -52,6 +68,7 @@ template <int WARPS_, int BLOCK_N_, int STAGES_>
 struct Tile {
   static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS_;
   static constexpr int BLOCK_M = 16 * WARPS_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
+  static constexpr int KEY_WARPS = 1;  // warps that share the keys of 16 rows
   // After the tiles: 128 bytes of flags; in backward then LSE and delta of the streamed queries, or
   // column sums.  Forward goes without these: 1 KiB more would leave one block of 82 KiB on sm_80.
   static constexpr int FLAG_BYTES = 128, ROWS_BYTES = 8 * BLOCK_N_ * STAGES_;
@@ -85,6 +102,19 @@ struct BackwardTileOf {
 };
 template <class T, int HEAD_DIM>
 using ForwardTile = typename ForwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
+// The forward of at most 16 rows: all warps have these, and 16 keys of a tile each.
+template <class T, int HEAD_DIM>
+struct DecodeTile {
+  using Keys = ForwardTile<T, HEAD_DIM>;
+  static constexpr int BLOCK_M = 16, BLOCK_N = Keys::BLOCK_N, STAGES = Keys::STAGES;
+  static constexpr int WARPS = BLOCK_N / 16, KEY_WARPS = WARPS, THREADS = 32 * WARPS;
+  static constexpr int SMEM =
+      Row<T, HEAD_DIM>::BYTES * (BLOCK_M + 2 * STAGES * BLOCK_N) + Keys::FLAG_BYTES;
+};
+// Tiles of 16 keys, of float32 above 128 columns, have nothing to share.
+template <class T, int HEAD_DIM>
+constexpr bool kHasDecodeTile = DecodeTile<T, HEAD_DIM>::WARPS > 1;
+
 template <class T, int HEAD_DIM>
 using BackwardTile = typename BackwardTileOf<Row<T, HEAD_DIM>::BYTES>::type;
 

@@ -229,6 +229,30 @@ def test_nan_in_the_gradient_of_an_excluded_query(check, dtype):
         assert gradient[:, :, :4].isnan().all()
 
 
+@pytest.mark.skipif(
+    emulated.available() != "", reason="needs the emulator, which can repair nothing"
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_that_are_not_there_make_no_row_be_computed_again(head_dim):
+    """Zeros behind the last key, whose weights are more than float16 holds where LSE is far below
+    0: the keys beside them computed once more, pair by pair, which shows in their last bits."""
+    from attn_ext import _emulated
+
+    emulated.set_mode("plain", 1)
+    sizes = {"dtype": FP16, "heads_q": 1, "seqlen_q": 70, "head_dim": head_dim}
+    call = random_call(scale=1.0, deterministic=True, **sizes)
+    call.q.mul_(0.1).add_(1), call.k.mul_(0.1).sub_(1)
+    out, lse, *_ = emulated.forward(call)
+    assert lse.max() < -50
+    dout = random_call(5, **sizes).q
+    results = []
+    for repairs in (True, False):
+        _emulated.set_repairs(repairs)
+        results.append(emulated._kernels().backward(call, dout, out, lse, None, needs_of(call)))
+    for a, b in zip(*results, strict=True):
+        assert a is None or (torch.equal(a, b) and b.isfinite().all())
+
+
 def test_a_remembered_plan_serves_only_its_own_calls(check):
     """Addresses or strides of an earlier call of the same shape."""
     a = random_call(1, seqlen_q=20, dtype=BF16, device=check.device)

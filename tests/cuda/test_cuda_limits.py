@@ -326,3 +326,21 @@ def test_a_first_start_that_is_not_zero(kernels, first, deterministic, sm90, mon
         results.append([out[skip:], lse[:, skip:], *(x[skip:] for x in grads)])
     for want, got in zip(*results, strict=True):
         assert_close(got, want, BFLOAT16)
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_packed_rows_beyond_31_bits_are_refused(kernels, name):
+    """The number of a row, or of a tile behind the last, in int32: rows elsewhere in memory."""
+    module, device = kernels
+    call = random_call(dtype=BF16, seqlens_q=[5, 3], seqlens_k=[4, 7], heads_q=1, device=device)
+    rows = 2**31 - 1023
+    many = {"q": call.q, "k": call.k, "v": call.v}
+    for x in ("q",) if name == "q" else ("k", "v"):
+        many[x] = many[x][:1].expand(rows, -1, -1)
+    call = call._replace(**many)
+    found = module._kernels()
+    out = call.q
+    lse = call.q[..., 0].transpose(0, 1).float() if name == "k" else call.q[..., 0].transpose(0, 1)
+    native = found._native(call, found._canonical(call), out, lse)
+    with pytest.raises(ValueError, match=r"at most 2\^31 - 1024 rows on cuda, got 2147482625"):
+        native.forward(0, 0, 0, 1, False)

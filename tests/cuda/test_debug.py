@@ -43,7 +43,7 @@ template <int WHICH> ATTN_KERNEL(32) void check(const Given p) {
   }
   if constexpr (WHICH == 1) p.out[thread_id()] = cuda::Sequence::cut(p.a, p.b);
   if constexpr (WHICH == 2) {  // row a of pages of 2 rows, each 8 bytes behind the other
-    const cuda::Rows rows{nullptr, 4, 2, 8, p.table, p.b};
+    const cuda::Rows rows{nullptr, 4, cuda::Divisor::of(2), 8, p.table, p.b};
     p.out[thread_id()] = int(reinterpret_cast<int64_t>(rows.at<true>(p.a)));
   }
 }

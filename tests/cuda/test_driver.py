@@ -167,7 +167,7 @@ def test_split_decode_launches():
     with driver(80, runs=False) as fake:
         Kernels().forward(call)
         names = [re.search(r"sm80::(\w+)", name)[1] for name, _ in fake.compiled]
-        assert names == ["forward_general", "combine"] and fake.calls("cuLaunchKernel") == 2
+        assert names == ["forward_decode", "combine"] and fake.calls("cuLaunchKernel") == 2
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

@@ -16,6 +16,7 @@ HEADERS = {  # namespace in attn::cuda -> kernel -> header in csrc/cuda
         "forward_plain": "sm80/forward_plain.cuh",
         "forward_features": "sm80/forward_features.cuh",
         "forward_general": "sm80/forward.cuh",
+        "forward_decode": "sm80/forward.cuh",
         "combine": "sm80/combine.cuh",
         "backward_delta": "sm80/backward_preprocess.cuh",
         "backward_sink": "sm80/backward_preprocess.cuh",

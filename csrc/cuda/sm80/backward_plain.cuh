@@ -323,10 +323,13 @@ struct KeyGradients {
     bool bad = false;
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) {
-      bad |= warp_finds_nan(dK[f]) || warp_finds_nan(dV[f]);
+      // Keys behind the end are zeros, whose weights may be more than P can hold.
+      const int row = n0 + warp_row() + 16 * f + (lane_id() >> 2);
+      const bool first = row < seq.seqlen_k, second = row + 8 < seq.seqlen_k;
+      bad |= warp_finds_nan(dK[f], first, second) || warp_finds_nan(dV[f], first, second);
       ATTN_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const int j = n0 + warp_row() + 16 * f + 8 * r + (lane_id() >> 2);
+        const int j = row + 8 * r;
         if (j >= seq.seqlen_k) continue;
         if (p.ptr.dk)
           store_result<T, 0>(p, p.ptr.dk, at(p.p.dk, j), dK[f], r, p.scale, int(p.p.head_dim));

@@ -12,6 +12,9 @@ namespace attn::cuda::sm80 {
 
 constexpr int kMaxSplits = 128;  // parts that the merge adds up one after the other
 
+// Calls whose queries leave most rows of a tile empty, and have keys to share among warps.
+inline bool few_queries(const Problem& p) { return p.seqlen_q <= 16 && p.seqlen_k >= 256; }
+
 struct Plan {
   int pack, m_tiles, splits;
 };

@@ -27,6 +27,11 @@ void each_forward(const Use& use) {
   }
   use(kernel_name<T>("sm80::forward_general", HEAD_DIM, int(kAny)),
       forward_general<T, HEAD_DIM, kAny>);
+  if constexpr (kHasDecodeTile<T, HEAD_DIM>) {
+    use(kernel_name<T>("sm80::forward_decode", HEAD_DIM, 0), forward_decode<T, HEAD_DIM, 0>);
+    use(kernel_name<T>("sm80::forward_decode", HEAD_DIM, int(kAny)),
+        forward_decode<T, HEAD_DIM, kAny>);
+  }
 }
 
 template <class T, int HEAD_DIM, int BLOCK_M, class Use>

@@ -44,6 +44,14 @@ void run_forward(Executor& to, Params p, bool general) {
   }
   using Tile = ForwardTile<T, HEAD_DIM>;
   const int64_t heads = p.p.heads_q / p.pack * (p.ptr.cu_seqlens_q ? 1 : p.p.batch);
+  if constexpr (kHasDecodeTile<T, HEAD_DIM>) {
+    using Few = DecodeTile<T, HEAD_DIM>;
+    if (p.pack * p.p.seqlen_q <= Few::BLOCK_M) {
+      if (p.ptr.cu_seqlens_q) p.m_tiles = query_tiles(p.p, p.ptr, Few::BLOCK_M).of_head;
+      return launch(to, kernel_name<T>("sm80::forward_decode", HEAD_DIM, p.features),
+                    grid_of(heads * p.m_tiles * p.splits), Few::THREADS, Few::SMEM, p);
+    }
+  }
   const Grid grid = grid_of(heads * p.m_tiles * p.splits);
   launch(to, kernel_name<T>("sm80::forward_general", HEAD_DIM, p.features), grid, Tile::THREADS,
          Tile::forward_smem(Row<T, HEAD_DIM>::BYTES), p);

@@ -240,7 +240,7 @@ ATTN_DEVICE void view_tile(uint32_t tile, const Rows& rows, int first, int end, 
   using R = Row<T, HEAD_DIM>;
   sync_sharers<THREADS>();  // all have read the tile
   ATTN_NO_UNROLL
-  for (int index = thread_id() % THREADS; index < ROWS * R::CHUNKS; index += THREADS) {
+  for (int index = sharer_id<THREADS>(); index < ROWS * R::CHUNKS; index += THREADS) {
     const int row = index / R::CHUNKS, chunk = index % R::CHUNKS;
     U32x4 v{0, 0, 0, 0};
     if (first + row < end)

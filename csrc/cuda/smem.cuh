@@ -181,13 +181,19 @@ ATTN_DEVICE bool word_is_finite(fp16, uint32_t w) {
   return (w & 0x7c00u) != 0x7c00u && (w & 0x7c000000u) != 0x7c000000u;
 }
 
+// Which one a thread is of those that share a tile: those of the CTA, or of a warp that has it alone.
+template <int THREADS>
+ATTN_DEVICE int sharer_id() {
+  return THREADS == 32 ? lane_id() : thread_id();
+}
+
 // The lanes of a warp that find NaN or an infinity, each in every THREADS-th chunk of a tile.
 template <class T, int HEAD_DIM, int ROWS, int THREADS>
 ATTN_DEVICE uint32_t lanes_find_nonfinite(uint32_t tile) {
   constexpr int CHUNKS = ROWS * Row<T, HEAD_DIM>::CHUNKS;
   bool bad = false;
   ATTN_NO_UNROLL
-  for (int index = thread_id() % THREADS; index < CHUNKS; index += THREADS) {
+  for (int index = sharer_id<THREADS>(); index < CHUNKS; index += THREADS) {
     const U32x4 v = lds_128(tile + 16 * index);
     bad |= !(word_is_finite(T{}, v.x) && word_is_finite(T{}, v.y) && word_is_finite(T{}, v.z) &&
              word_is_finite(T{}, v.w));

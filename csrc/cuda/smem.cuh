@@ -181,7 +181,8 @@ ATTN_DEVICE bool word_is_finite(fp16, uint32_t w) {
   return (w & 0x7c00u) != 0x7c00u && (w & 0x7c000000u) != 0x7c000000u;
 }
 
-// Which one a thread is of those that share a tile: those of the CTA, or of a warp that has it alone.
+// Which one a thread is of those that share a tile: those of the CTA, or of a warp that has it
+// alone.
 template <int THREADS>
 ATTN_DEVICE int sharer_id() {
   return THREADS == 32 ? lane_id() : thread_id();

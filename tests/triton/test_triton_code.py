@@ -83,9 +83,8 @@ MISSED = {
     ("sm_80 fused 128", "ours full", "3.6.0"): ("slots over plain",),
     ("sm_80 fused 128", "ours causal", "3.6.0"): ("slots over plain",),
     ("sm_90 dkdv 64", "ours full", "3.6.0"): ("share",),
-    ("sm_90 dkdv 128", "ours full", "3.6.0"): ("slots over plain", "share"),
+    ("sm_90 dkdv 128", "ours full", "3.6.0"): ("share",),
     ("sm_90 dkdv 128", "ours causal", "3.6.0"): ("share",),
-    ("sm_90 fused 128", "ours full", "3.6.0"): ("slots over plain",),
     ("sm_90 dq 128", "ours full", "3.6.0"): ("slots over plain",),
     ("sm_90 dq 128", "ours causal", "3.6.0"): ("slots over plain",),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import importlib.metadata
 
 import pytest
 import torch
+from closeness import ONE_SUM, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -420,7 +421,8 @@ def test_returns(backend, device):
     pair = attn_ext.attention(q, q, q, return_stats=True, backend=backend)
     assert isinstance(pair[1], attn_ext.RowStats)
     triple = attn_ext.attention(q, q, q, return_lse=True, return_stats=True, backend=backend)
-    assert torch.equal(triple[0], out) and torch.equal(triple[1], triple[2].lse)
+    assert torch.equal(triple[1], triple[2].lse)
+    assert_close(triple[0], out, ONE_SUM)  # GPUs round logits otherwise where statistics are wanted
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])

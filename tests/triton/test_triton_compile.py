@@ -130,7 +130,10 @@ for _table, _spills in {
         },
         "dq 128 bf16": {"all": 98},
         "dq 64 bf16": {"mask": 16, "all": 26},
-        "fused 64 bf16": {"all": 20, "bias": 1, },
+        "fused 64 bf16": {
+            "all": 20,
+            "bias": 1,
+        },
         "fused 128 bf16": {
             "causal": 16,
             "bias": 21,

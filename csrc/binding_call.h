@@ -22,15 +22,22 @@ constexpr const char* doc(const char* text) { return text; }
 
 // How an error says what was told: "q[1] must be an integer, got 'a'".
 inline std::string wrong(const std::string& name, const std::string& rule, py::handle told) {
-  std::string value = py::repr(told);
-  if (value.size() > 80) value = value.substr(0, 80) + "...";
-  return name + " must be " + rule + ", got " + value;
+  const py::str value = py::repr(told);
+  const bool cut = py::len(value) > 80;  // characters, not bytes
+  const std::string shown = py::str(cut ? value[py::slice(0, 80, 1)] : py::object(value));
+  return name + " must be " + rule + ", got " + shown + (cut ? "..." : "");
+}
+
+// Whether Python's error is about something else than what was told.
+inline bool not_of_the_value() {
+  return !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError);
 }
 
 // What Python holds an integer, numpy's and torch's too; no fraction and no string.
 inline py::object whole(const std::string& name, py::handle told) {
   PyObject* found = PyNumber_Index(told.ptr());
   if (!found) {
+    if (not_of_the_value()) throw py::error_already_set();
     PyErr_Clear();
     throw py::type_error(wrong(name, "an integer", told));
   }
@@ -58,6 +65,7 @@ inline double real(const std::string& name, py::handle told) {
   const double value = PyFloat_AsDouble(told.ptr());
   if (!PyErr_Occurred()) return value;
   const bool large = PyErr_ExceptionMatches(PyExc_OverflowError);
+  if (not_of_the_value()) throw py::error_already_set();
   PyErr_Clear();
   if (large) throw py::value_error(wrong(name, "a number of double precision", told));
   throw py::type_error(wrong(name, "a number", told));

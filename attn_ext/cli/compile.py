@@ -60,20 +60,24 @@ class Wanted(NamedTuple):
 
 @functools.cache
 def short_call(shape: str, dtype: str, features: tuple[str, ...]) -> Call:
-    """A call of one kind with a tile of rows at most: which kernels it launches depends on sizes
-    through the head dimension and on whether a tile is full and keys are shared out."""
+    """A call of one kind with two tiles of rows at most: which kernels it launches depends on sizes
+    through the head dimension, on whether there are few queries for many keys (sm80/decode.h) or a
+    batch, and on whether keys are shared out."""
     case = make(shape, dtype)
-    options = {"seqlen_q": min(case.seqlen_q, 128), "seqlen_k": min(case.seqlen_k, 128)}
+    options = {"seqlen_q": min(case.seqlen_q, 128), "seqlen_k": min(case.seqlen_k, 256)}
     for name in features:
         options |= FEATURES[name]
+    batch = len(options["cache_seqlens"]) if "cache_seqlens" in options else min(case.batch, 2)
     call = random_call(
-        batch=1, heads_q=case.heads_q, heads_k=case.heads_k, head_dim=case.head_dim,
+        batch=batch, heads_q=case.heads_q, heads_k=case.heads_k, head_dim=case.head_dim,
         dtype=case.torch_dtype, **options,
     )  # fmt: skip
     if "frame" not in features:
         return call
     frame = Frame(0, 0, 0, 0, options["seqlen_q"], options["seqlen_k"])
-    return call._replace(frame=torch.tensor([frame], dtype=torch.int32, device=call.q.device))
+    return call._replace(
+        frame=torch.tensor([frame] * batch, dtype=torch.int32, device=call.q.device)
+    )
 
 
 def wanted(shape: str, dtype: str, features: Iterable[str], backward: bool, arch: str):

@@ -7,8 +7,9 @@ autograd node at work, because a node knows its past whichever thread it runs in
 backward() was reached:
 
 - Node of a custom autograd.Function (reentrant checkpoint, reversible layers, custom operators):
-  its context notes the block when it is made, and its backward, with the nodes that it makes, runs
-  in that block.  `mark_contexts` adds that to torch's base class of contexts.
+  its context notes the block when it is made, and its backward, with the nodes that it makes in
+  the thread that called backward(), runs in that block.  `mark_contexts` adds that to torch's base
+  class of contexts.
 - Other node that unpacks a saved tensor (checkpoint with use_reentrant=False): the unpack hook
   is wrapped when its saved_tensors_hooks are entered.
 - Other node with a hook: nodes of a thread are numbered in the order of their making, and each
@@ -62,17 +63,18 @@ class Entry(NamedTuple):
 
 
 class Thread:
-    """The blocks of a thread, innermost last, (first, end, settings) of those that ended, and the
-    last of these that had to be forgotten.
+    """The blocks of a thread, innermost last, (first, end, settings) of those that ended and of
+    stretches of recomputation, and the last of the former that had to be forgotten.
 
     `entries` is replaced, never changed: autograd's threads read it while it is.
     """
 
-    __slots__ = ("__weakref__", "ended", "entries", "forgotten")
+    __slots__ = ("__weakref__", "ended", "entries", "forgotten", "recomputed")
 
     def __init__(self):
         self.entries: tuple = ()
         self.ended: deque = deque(maxlen=_RANGES)
+        self.recomputed: deque = deque(maxlen=_RANGES)
         self.forgotten: tuple | None = None
         with _lock:
             _alive.add(self)
@@ -104,9 +106,10 @@ def enter(settings: Settings | None, frame=None) -> None:
     thread.entries = (*thread.entries, Entry(settings, _task(), _next_number(), frame))
 
 
-def leave(settings: Settings | None) -> None:
+def leave(settings: Settings | None, recomputed: bool = False) -> None:
     """End the innermost block with these settings, the very object; blocks begun later stay,
-    stretches of a compiled graph that failed do not.
+    stretches of a compiled graph that failed do not.  recomputed: a stretch of backward(), of
+    which there may be many, so that blocks are not forgotten for it.
     """
     thread = _own()
     entries = thread.entries
@@ -114,7 +117,9 @@ def leave(settings: Settings | None) -> None:
         if entries[index].settings is settings:
             above = (e for e in entries[index + 1 :] if e.frame is None)
             thread.entries = (*entries[:index], *above)
-            if entries[index].first < (end := _next_number()):
+            if recomputed:
+                thread.recomputed.append((entries[index].first, _next_number(), settings))
+            elif entries[index].first < (end := _next_number()):
                 if len(thread.ended) == _RANGES and thread.ended[0][2] is not None:
                     thread.forgotten = thread.ended[0]
                 thread.ended.append((entries[index].first, end, settings))
@@ -127,14 +132,14 @@ def leave(settings: Settings | None) -> None:
 class within:
     """A stretch of this thread that belongs to the given block, or to none (None)."""
 
-    def __init__(self, settings: Settings | None):
-        self.settings = settings
+    def __init__(self, settings: Settings | None, recomputed: bool = False):
+        self.settings, self.recomputed = settings, recomputed
 
     def __enter__(self):
         enter(self.settings)
 
     def __exit__(self, *error):
-        leave(self.settings)
+        leave(self.settings, self.recomputed)
 
 
 def current() -> Settings | None:
@@ -195,7 +200,8 @@ def _of_node(number: int, thread: Thread | None) -> Settings | None:
     for entry in reversed(entries):
         if number >= entry.first:
             return entry.settings
-    held = [r for r in tuple(thread.ended) if r[0] <= number < r[1]]
+    ended = (*thread.ended, *thread.recomputed)
+    held = [r for r in ended if r[0] <= number < r[1]]
     if held:
         return max(held, key=lambda r: r[0])[2]  # the innermost began last
     before = any(entry.settings is switch for entry in entries)  # made before enable()
@@ -261,7 +267,9 @@ def mark_contexts() -> None:
         settings, thread = getattr(self, _MARK, None), getattr(_local, "thread", None)
         if settings is None and (thread is None or not thread.entries):
             return apply(self, *args)
-        with within(settings):  # the nodes that a recomputation makes belong there too
+        if _has(_KEY) and _get(_KEY) is not thread:
+            return apply(self, *args)  # in a thread of autograd, whose numbers are its own
+        with within(settings, recomputed=True):  # the nodes that a recomputation makes, too
             return apply(self, *args)
 
     @functools.wraps(enter_hooks)

@@ -375,6 +375,14 @@ def test_a_native_call_says_what_was_wrong():
             if isinstance(right, int) or not isinstance(wrong, float):
                 refused(TypeError, name, repr(wrong), scalars={**told["scalars"], name: wrong})
         refused(ValueError, name, "...", scalars={**told["scalars"], name: 10**400})
+    refused(TypeError, "q", "é...", q="é" * 100)  # cut between characters
+
+    class Broken:
+        def __index__(self):
+            raise MemoryError("mine")
+
+    with pytest.raises(MemoryError, match="mine"):
+        _C.Call(**{**told, "dtype": Broken()})
     for name in ("dtype", "bias_dtype"):
         for wrong in (-1, 4, 2**31, 2**32):
             refused(ValueError, name, str(wrong), **{name: wrong})

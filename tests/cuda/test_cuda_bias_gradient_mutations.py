@@ -74,6 +74,25 @@ def test_pairs_that_do_not_count(sm90, dropout_p):
         check_call(hidden(mask="hqk", dropout_p=dropout_p), module, grads=True)
 
 
+def hidden_by_bias(**options):
+    """NaN behind a bias of -inf: of a key, and of a query in what its row does not see."""
+    call = random_call(2, **{**SIZES, "batch": 1, "bias": "hqk", **options})
+    call.bias[..., 5] = call.bias[:, :, 3, 40:] = -torch.inf
+    call.k[:, :, 5] = call.v[:, :, 5] = call.q[:, :, 3] = torch.nan
+    return call
+
+
+@pytest.mark.parametrize("sm90", [False, True], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"head_dim": 128}, {"alibi": True}],
+                         ids=str)  # fmt: skip
+def test_pairs_that_the_bias_hides(sm90, more):
+    """NaN of a logit that is -inf by its bias: the other gradients are computed once more where it
+    comes out, and this one is not."""
+    with backends(sm90) as module:
+        module.set_mode("all", 1)
+        check_call(hidden_by_bias(**more), module, grads=True)
+
+
 def wrong() -> tuple[str, ...]:
     """The calls that are wrong on sm_80."""
     calls = {
@@ -81,6 +100,7 @@ def wrong() -> tuple[str, ...]:
         "shared": random_call(2, **SIZES | {"bias": "qk"}),
         "packed": random_call(2, **PACKED, bias="hqk"),
         "hidden": hidden(mask="hqk"),
+        "hidden_by_bias": hidden_by_bias(),
     }
     return planted_cuda.wrong_calls({name: ("all", call) for name, call in calls.items()})
 
@@ -98,7 +118,7 @@ PLANTED = Planted(
 
 def test_every_patch_applies():
     """A kernel that changed where a bug is planted; a table with a bug that is gone."""
-    PLANTED.check_patches(4)
+    PLANTED.check_patches(5)
 
 
 @pytest.mark.parametrize("name", PLANTED.names)

@@ -11,6 +11,7 @@ from emulator_build import compiler
 from repository import ROOT
 
 from attn_ext.backends import native_gpu, registry
+from attn_ext.cli import compile as command
 from attn_ext.cli.compile import SHARED_KIB
 from attn_ext.testing import check_call, random_call
 
@@ -95,6 +96,19 @@ def test_few_queries_without_a_cache(check, options, dtype):
               **options)  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [
+    CACHE, CACHE | {"page_size": 16}, {"seqlens_q": [7, 3], "seqlens_k": [300, 64]},
+    {"seqlen_q": 7, "seqlen_k": 300},
+], ids=["contiguous", "pages", "packed", "dense"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_logits_beyond_what_an_exponent_keeps(check, dtype, options):
+    """Logits that a factor and a maximum are taken off by one FMA: exp2 of the largest minus itself
+    is the rounding of that, far from 0."""
+    call = random_call(4, device=check.device, **options | {"dtype": dtype, "head_dim": 64})
+    factor = 2000.0 if dtype == FP16 else 1e6
+    check(call._replace(q=call.q * factor, k=call.k * factor))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("key", [0, 16, 47, 63, 100])
 def test_values_that_nobody_may_see(check, key, value):
@@ -146,3 +160,20 @@ def test_divisors_divide(tmp_path):
     compiler("-O1", "-std=c++17", ROOT / "csrc/tests/divisors.cpp", "-o", tmp_path / "program")
     done = subprocess.run([tmp_path / "program"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_compile_knows_few_queries_and_a_batch():
+    """A call whose kernels depend on how many keys it has, or on whether it has a batch."""
+    for features in ((), ("mask",)):
+        wants = command.wanted("8,16,4/1024,64", "bf16", features, False, "80")
+        assert any("::forward_decode<" in want.kernel for want in wants), features
+    shared = [f"{batch},4,256,64" for batch in (1, 4)]
+    one, more = (
+        {
+            want.kernel
+            for want in command.wanted(shape, "bf16", ("bias", "deterministic"), True, "90a")
+        }
+        for shape in shared
+    )
+    assert not any("backward_bias<" in kernel for kernel in one - more)
+    assert {kernel for kernel in more if "backward_bias<" in kernel}

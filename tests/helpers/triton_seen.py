@@ -74,9 +74,10 @@ def with_helpers(test_file: Path) -> set[Path]:
 def interpreted(test_file: Path) -> str:
     """Of all that decides what Triton's interpreter makes of a test file's calls."""
     files = {*ROOT.glob("triton_kernels/**/*.py"), *with_helpers(test_file)}
-    for folder in ("core", "backends", "ops", "functional"):
+    for folder in ("core", "backends", "ops", "functional", "inspect"):
         files |= {*ROOT.glob(f"attn_ext/{folder}/**/*.py")}
-    files.add(ROOT / "attn_ext/testing.py")
+    files |= {ROOT / "attn_ext/testing.py", ROOT / "attn_ext/__init__.py"}
+    files |= {ROOT / "tests/conftest.py", ROOT / "tests/triton/interpreter/conftest.py"}
     patches = [path.read_text() for path in sorted(ROOT.glob("tests/mutants/triton*/**/*.patch"))]
     return seen.digest(files, *map(metadata.version, ("triton", "numpy", "torch")), patches)
 

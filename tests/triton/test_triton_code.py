@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import seen
 import triton_seen
+from repository import ROOT
 
 from attn_ext.triton_kernels import configs
 
@@ -33,7 +34,9 @@ def test_loops_have_no_more_instructions_than_the_table_says(tmp_path, monkeypat
     monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     expected = {name: TABLE["rows"][name] for name in ("sm_90 dkdv 128", "sm_80 forward 64")}
-    tools = [seen.code(PATH.with_name(f"{name}.py")) for name in ("triton_code", "plain_triton")]
+    tools = ("triton_code", "plain_triton", "cuda_resources")
+    files = [*(PATH.with_name(f"{name}.py") for name in tools), ROOT / "attn_ext" / "testing.py"]
+    tools = map(seen.code, [*files, *sorted(ROOT.glob("attn_ext/core/*.py"))])
     today, due = triton_seen.digest(__file__, *tools, expected), seen.turn("hot loops", 8)
     if seen.known(triton_seen.TABLE, "hot loops", today, ["hot loops"] if due else []):
         return

@@ -197,7 +197,9 @@ struct FusedBackward {
           [&](float d) { slope = d; });
       weight = exp2_approx(fmaf(s, kLog2e, -lse));
     }
-    return has<BITS>(p, kMask) && !side.keeps(e) ? 0.0f : weight;
+    if (has<BITS>(p, kMask) && !side.keeps(e)) return 0.0f;
+    // what is NaN of a hidden pair is computed once more, but not for the gradient of the bias
+    return has<BITS>(p, kBiasGradient) && side.bias_of(e) == -kInf ? 0.0f : weight;
   }
   // P: products in, weights out, below 0 where dropout takes them.  slopes: of the soft cap.  Tiles
   // at an edge go pair by pair.

@@ -26,6 +26,15 @@ ATTN_DEVICE void task_queries(const Params& p, int row0, int row1, int& i0, int&
   i0 = one_head ? row0 - before : 0, i1 = one_head ? row1 - before : p.packed.by;
 }
 
+// Products become logits in units of log2(e), rounded before their maximum is taken off, so that
+// the largest is 0 then however large it was.
+template <int TILES>
+ATTN_DEVICE void scale_products(float (&S)[TILES][4], float scale_log2) {
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+  for (int c = 0; c < 4; ++c) S[n][c] = as_float(opaque(as_uint(S[n][c] * scale_log2)));
+}
+
 // P: the weights of dropped pairs become 0 (1 / (1 - p) comes with the normalisation)
 template <int TILES>
 ATTN_DEVICE void drop(float (&P)[TILES][4], const Dropout& dropout, const Query (&query)[2],
@@ -54,8 +63,7 @@ constexpr int merge_bytes(int warps, int head_dim) {
 // O and state of warp 0: those of all warps, which have the same rows, each with keys of its own.
 // smem: merge_bytes() that no warp reads any more.  All threads of the CTA.
 template <bool STATS, int WARPS, int ACC>
-ATTN_DEVICE void merge_warps(float (&O)[ACC][4], RowState& state, float scale, bool stats,
-                             uint32_t smem) {
+ATTN_DEVICE void merge_warps(float (&O)[ACC][4], RowState& state, bool stats, uint32_t smem) {
   constexpr int SHARE = 32 * (16 + 16 * ACC);  // bytes of a warp: sums, then O
   const uint32_t tops = smem + 8 * lane_id(), shares = smem + 256 * WARPS + 16 * lane_id();
   sts_64(tops + 256 * warp_id(), {as_uint(state.max[0]), as_uint(state.max[1])});
@@ -68,7 +76,7 @@ ATTN_DEVICE void merge_warps(float (&O)[ACC][4], RowState& state, float scale, b
   }
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const float alpha = move_base<STATS>(state, r, top[r], scale, stats).alpha;
+    const float alpha = move_base<STATS>(state, r, top[r], 1.0f, stats).alpha;
     ATTN_UNROLL
     for (int n = 0; n < ACC; ++n) O[n][2 * r] *= alpha, O[n][2 * r + 1] *= alpha;
   }
@@ -153,7 +161,6 @@ ATTN_DEVICE void forward_tile(const Params& p) {
     cp_async_commit();
   };
 
-  const float scale = LOGITS ? 1.0f : p.scale_log2;  // of what mask_scores() leaves
   float O[HEAD_DIM / 8][4] = {};
   RowState state;
   copy_tile<T, HEAD_DIM, Tile::BLOCK_M, Tile::THREADS, true>(Q_smem, Q, task.row0, task.end, dim,
@@ -172,7 +179,8 @@ ATTN_DEVICE void forward_tile(const Params& p) {
       multiply<T, HEAD_DIM, TILES>(S, Q_smem, warp_row, K_smem + stage + warp_key * BYTES);
       if (LOGITS || t < turns.whole_first || t >= turns.whole_end)
         mask_scores<LOGITS>(S, score, query, n0 + warp_key);
-      online_softmax<may_have<BITS>(kStats)>(S, O, state, scale, has<BITS>(p, kStats));
+      if (!LOGITS) scale_products(S, p.scale_log2);
+      online_softmax<may_have<BITS>(kStats)>(S, O, state, 1.0f, has<BITS>(p, kStats));
       if (has<BITS>(p, kDropout)) drop(S, dropout, query, n0 + warp_key);
     }
     // O += P V   [16, Dv] a warp
@@ -194,11 +202,11 @@ ATTN_DEVICE void forward_tile(const Params& p) {
   cp_async_wait<0>();
   if constexpr (SHARED) {
     sync_threads();  // every warp has read the last tile, in whose place shares are left
-    merge_warps<may_have<BITS>(kStats), Tile::WARPS>(O, state, scale, has<BITS>(p, kStats), K_smem);
+    merge_warps<may_have<BITS>(kStats), Tile::WARPS>(O, state, has<BITS>(p, kStats), K_smem);
     static_assert(merge_bytes(Tile::WARPS, HEAD_DIM) <= 2 * Tile::STAGES * N * BYTES);
     if (warp_id() != 0) return;
   }
-  if (active) store_rows<T, BITS, true>(p, task, O, state, query, row, scale);
+  if (active) store_rows<T, BITS, true>(p, task, O, state, query, row, 1.0f);
 }
 
 template <class T, int HEAD_DIM, int BITS>

@@ -29,6 +29,8 @@ void each_forward(const Use& use) {
       forward_general<T, HEAD_DIM, kAny>);
   if constexpr (kHasDecodeTile<T, HEAD_DIM>) {
     use(kernel_name<T>("sm80::forward_decode", HEAD_DIM, 0), forward_decode<T, HEAD_DIM, 0>);
+    use(kernel_name<T>("sm80::forward_decode", HEAD_DIM, int(kPaged)),
+        forward_decode<T, HEAD_DIM, kPaged>);
     use(kernel_name<T>("sm80::forward_decode", HEAD_DIM, int(kAny)),
         forward_decode<T, HEAD_DIM, kAny>);
   }

@@ -227,6 +227,8 @@ struct FeatureGradients : KeyGradients<T, Tile> {
                            float lse, float& slope) const {
     const Params& p = score.p;
     if constexpr (PRODUCTS) return weight_of(product, p.scale_log2, lse);
+    // what is NaN of a hidden pair is computed once more, but not for the gradient of the bias
+    if (has<BITS>(p, kBiasGradient) && bias == -kInf) return 0.0f;
     const float s = attn::logit<NaturalWays>(
         terms_of_logits<BITS>(p), p.natural, terms, product, [&] { return distance; },
         [&] { return bias; }, [&](float d) { slope = d; });

@@ -54,6 +54,16 @@ BFE = """
   bfe.s64 %rd7, %rd6, %r3, %r4;
   st.global.u64 [%rd4+16], %rd7;
 """
+# The same input; the bits of one number in another, of each width
+BFI = """
+  ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
+  mov.b64 %rd6, {%r1, %r2};
+  mov.b64 %rd7, {%r2, %r1};
+  bfi.b32 %r5, %r1, %r2, %r3, %r4;
+  st.global.v2.u32 [%rd4], {%r5, %r5};
+  bfi.b64 %rd7, %rd6, %rd7, %r3, %r4;
+  st.global.u64 [%rd4+8], %rd7;
+"""
 # Two words and 64 bits: the whole of a * b + c, by the carry that its halves hand on
 CARRY = """
   ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];
@@ -210,7 +220,7 @@ READS = "".join(
     f"  st.global.v4.u32 [%rd4+{at}], {{%r5, %r6, %r7, %r8}};\n"
     for at in range(0, 64, 16)
 )
-BODIES = {"ex2": EX2, "bfe": BFE, "carry": CARRY, "philox": PHILOX, "folded": FOLDED,
+BODIES = {"ex2": EX2, "bfe": BFE, "bfi": BFI, "carry": CARRY, "philox": PHILOX, "folded": FOLDED,
           "product": PRODUCT.replace("ORDER", "0"),
           "product_mn": PRODUCT.replace("ORDER", "1"), "message": MESSAGE,
           "add": ADD.format(read=""), "add_read": ADD.format(read=".read")}  # fmt: skip
@@ -292,6 +302,28 @@ def test_bit_fields():
             both = field(word, place, length, 64, signed)
             expected += [both & 0xFFFF_FFFF, both >> 32]
         assert row[:6] == expected, (hex(word), place, length)
+
+
+def inserted(a: int, b: int, place: int, length: int, width: int) -> int:
+    """The manual's text of bfi, as a loop over bits."""
+    for i in range(min(length, width - place)):
+        b = b & ~(1 << place + i) | (a >> i & 1) << place + i
+    return b
+
+
+def test_inserted_bits():
+    """bfi of 32 and 64 bits, also at and beyond the highest bit: NVRTC takes it for a multiple of a
+    power of two and a sum."""
+    fields = [(2, 30), (0, 0), (0, 64), (31, 1), (31, 5), (33, 8), (7, 57), (60, 9), (7, 200)]
+    words = [0xFEDC_BA98_7654_3210, 0x8000_0000_8000_0001, (1 << 64) - 1]
+    cases = [(word, *each) for word in words for each in fields]
+    rows = [(word & 0xFFFF_FFFF, word >> 32, place, length) for word, place, length in cases]
+    got = run("bfi", placed(rows))
+    for row, (word, place, length) in zip(got.tolist(), cases, strict=False):
+        low, high = word & 0xFFFF_FFFF, word >> 32
+        both = inserted(word, low << 32 | high, place, length, 64)
+        expected = [inserted(low, high, place, length, 32)] * 2
+        assert row[:4] == [*expected, both & 0xFFFF_FFFF, both >> 32], (hex(word), place, length)
 
 
 def test_carries():

@@ -144,11 +144,12 @@ inline T remainder(T a, T b, PTX_AT) {
   return T(a % b);
 }
 // Bits pos .. pos + length - 1 of b are the low ones of a.
-inline uint32_t insert_bits(uint32_t a, uint32_t b, uint32_t pos, uint32_t length) {
+template <class T>
+T insert_bits(T a, T b, uint32_t pos, uint32_t length) {
   pos &= 255, length &= 255;
-  for (uint32_t i = 0; i < length && pos + i < 32; ++i) {
-    const uint32_t bit = 1u << (pos + i);
-    b = (i < 32 && (a >> i & 1)) ? b | bit : b & ~bit;
+  for (uint32_t i = 0; i < length && pos + i < 8 * sizeof(T); ++i) {
+    const T bit = T(1) << (pos + i);
+    b = a >> i & 1 ? b | bit : b & ~bit;
   }
   return b;
 }

@@ -221,14 +221,23 @@ def extract(em: Emitter, op: Opcode, args: list[str]) -> str:
     return em.write(args[0], kind, taken)
 
 
-@handles("bfi", "prmt", "popc", "clz", "brev")
+@handles("bfi")
+def insert(em: Emitter, op: Opcode, args: list[str]) -> str:
+    kind = f"u{bits_of(op.kind())}"
+    if kind not in ("u32", "u64"):
+        raise Unsupported(f"bfi of {kind}")
+    a, b = (em.read(each, kind) for each in args[1:3])
+    place, length = (em.read(each, "u32") for each in args[3:])
+    return em.write(args[0], kind, f"insert_bits<{CXX[kind]}>({a}, {b}, {place}, {length})")
+
+
+@handles("prmt", "popc", "clz", "brev")
 def bits(em: Emitter, op: Opcode, args: list[str]) -> str:
     kind = op.kind()
     words = [em.read(each, "u32") for each in args[1:]]
     if bits_of(kind) != 32:
         raise Unsupported(f"{op.base} of {kind}")
     text = {
-        "bfi": f"insert_bits({', '.join(words)})",
         "prmt": f"permute_bytes({', '.join(words)})",
         "popc": f"uint32_t(__builtin_popcount({words[0]}))",
         "clz": f"({words[0]} ? uint32_t(__builtin_clz({words[0]})) : 32u)",

@@ -95,24 +95,26 @@ def compiler() -> str:
 # where in these kernels they stand was not looked at but in those of test_machine_code.py, which
 # counts them in the hot loops.
 SPILLS: tuple[tuple[str, int], ...] = (
-    (r"sm80::backward_far_.*", 40),  # for rows that are rare
-    (r"sm80::(forward_features|backward_features(_half)?)<.*", 364),
+    (r"sm80::backward_far_.*", 64),  # for rows that are rare
+    (r"sm80::(forward_features|backward_features(_half)?)<.*", 388),
     (r"sm90::forward_features<(bf16|fp16), 128, 128, .*", 176),
     (r"sm90::backward_features<.*", 256),  # most of it in the producer
-    (r"sm80::convert_dq_features<.*", 8),
-    (r"sm80::backward_fused_half<(bf16|fp16), 128> .*", 96),
-    (r"sm80::backward_dkdv_plain<(bf16|fp16), 32> .*", 248),
+    (r"sm80::backward_fused_half<(bf16|fp16), 128> .*", 32),
+    (r"sm80::backward_dkdv_plain<(bf16|fp16), 32> .*", 260),
     (r"sm80::backward_dkdv_plain<(bf16|fp16), 64> sm_120", 16),
+    (r"sm80::backward_dkdv_plain<(bf16|fp16), 96> sm_120", 20),
     (r"sm80::backward_dkdv_plain<(bf16|fp16), 128> .*", 144),
-    (r"sm80::backward_dq_plain<(bf16|fp16), 64> (sm_90a|sm_120)", 112),
-    (r"sm80::backward_dq_plain<(bf16|fp16), 96> sm_120", 296),
+    (r"sm80::backward_dq_plain<(bf16|fp16), 64> (sm_90a|sm_120)", 132),
+    (r"sm80::backward_dq_plain<(bf16|fp16), 96> sm_120", 456),
     (r"sm80::backward_dq_plain<(bf16|fp16), 128> .*", 560),
+    (r"sm80::forward_plain<(bf16|fp16), 96> sm_80", 352),
     (r"sm80::forward_plain<(bf16|fp16), 96> sm_90a", 12),
     (r"sm80::forward_plain<(bf16|fp16), 128> sm_80", 96),
     (r"sm80::forward_plain<(bf16|fp16), 128> sm_90a", 376),
     (r"sm80::backward_fused<(bf16|fp16), .* sm_90a", 200),
     # a float32 product is three of tf32, whose split operands and sums take all registers
-    (r"sm80::backward_dkdv<f32, (128|192|256), .* sm_90a", 220),
+    (r"sm80::forward_general<f32, 192, .* sm_(80|90a)", 504),
+    (r"sm80::forward_general<f32, 256, .*", 148),
     (r"sm80::backward_dq<f32, 256, .* sm_90a", 40),
 )
 

@@ -50,7 +50,7 @@ struct Job {
   const int64_t tasks;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
-  std::exception_ptr error;  // written once, by the thread that set `failed`
+  std::exception_ptr error{};  // written once, by the thread that set `failed`
 
   // Tasks until there are none, or until this thread has had a core for so long.
   void work(int64_t most = kForever) {

@@ -2,6 +2,7 @@
 # Build csrc/tests/threads.cpp with the kernels under ThreadSanitizer and run it on each ISA of this machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+rm -rf build/tsan  # objects of sources that are gone would be linked
 mkdir -p build/tsan
 for source in csrc/tests/threads.cpp $(find csrc/cpu -name '*.cpp'); do
   echo "build/tsan/$(basename "$source" .cpp).o $source"

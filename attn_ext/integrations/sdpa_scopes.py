@@ -117,9 +117,11 @@ def leave(settings: Settings | None, recomputed: bool = False) -> None:
         if entries[index].settings is settings:
             above = (e for e in entries[index + 1 :] if e.frame is None)
             thread.entries = (*entries[:index], *above)
+            if entries[index].first == (end := _next_number()):
+                return  # no node was made
             if recomputed:
-                thread.recomputed.append((entries[index].first, _next_number(), settings))
-            elif entries[index].first < (end := _next_number()):
+                thread.recomputed.append((entries[index].first, end, settings))
+            else:
                 if len(thread.ended) == _RANGES and thread.ended[0][2] is not None:
                     thread.forgotten = thread.ended[0]
                 thread.ended.append((entries[index].first, end, settings))

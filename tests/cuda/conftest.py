@@ -1,5 +1,5 @@
-"""The Hopper kernels as a fixture: on the emulated device in each of its modes, and on a Hopper
-GPU where there is one.
+"""Where the CUDA kernels run, as a fixture: on the emulated device in each of its modes, and on a
+GPU where there is one; and the Hopper kernels, on a Hopper GPU.
 """
 
 import zlib
@@ -17,8 +17,24 @@ if "emulated" in registry.ORDER:
     BACKENDS = [("emulated", mode) for mode in emulated.MODES]
 else:
     BACKENDS = []
-if registry.get("cuda").available() == "" and torch.cuda.get_device_capability() == (9, 0):
-    BACKENDS.append(("cuda", ""))
+PLACES = [(name, "cpu", mode) for name, mode in BACKENDS]
+if registry.get("cuda").available() == "":
+    PLACES.append(("cuda", "cuda", ""))
+    if torch.cuda.get_device_capability() == (9, 0):
+        BACKENDS.append(("cuda", ""))
+
+
+@pytest.fixture(
+    params=PLACES or [None], ids=lambda p: "-".join(filter(None, p[::2])) if p else "none built"
+)
+def place(request):
+    """(name of a backend, device, mode of the emulator or ""), in that mode."""
+    if request.param is None:
+        pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a GPU is here")
+    name, _, mode = request.param
+    if mode:
+        registry.get(name).set_mode(mode, 1)
+    return request.param
 
 
 class Hopper:

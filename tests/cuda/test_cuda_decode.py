@@ -4,7 +4,6 @@ their keys, in pages or not, and how the warps of a CTA share them.
 
 import subprocess
 
-import emulated_backend as emulated
 import pytest
 import torch
 from emulator_build import compiler
@@ -16,27 +15,16 @@ from attn_ext.cli.compile import SHARED_KIB
 from attn_ext.testing import check_call, random_call
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-BACKENDS = []
-if emulated.available() == "":
-    BACKENDS += [("emulated", "cpu", mode) for mode in ("plain", "all")]
-if registry.get("cuda").available() == "":
-    BACKENDS.append(("cuda", "cuda", ""))
 
 
-@pytest.fixture(
-    params=BACKENDS or [None], ids=lambda p: "-".join(filter(None, p[::2])) if p else "none built"
-)
-def check(request):
+@pytest.fixture
+def check(place):
     """check(**options of random_call) or check(call) on a backend with these kernels."""
-    if request.param is None:
-        pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a GPU is here")
-    name, device, mode = request.param
-    if mode:
-        emulated.set_mode(mode, 1)
+    name, device, _ = place
 
     def run(call=None, **options):
         call = random_call(device=device, **options) if call is None else call
-        check_call(call, emulated if name == "emulated" else registry.get(name), grads=False)
+        check_call(call, registry.get(name), grads=False)
 
     run.device = device
     return run

@@ -21,30 +21,17 @@ from attn_ext.testing import check_call, needs_of, random_call
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-BACKENDS = []
-if emulated.available() == "":
-    BACKENDS += [("emulated", "cpu", mode) for mode in emulated.MODES]
-if registry.get("cuda").available() == "":
-    BACKENDS.append(("cuda", "cuda", ""))
-
-
-@pytest.fixture(
-    params=BACKENDS or [None], ids=lambda p: "-".join(filter(None, p[::2])) if p else "none built"
-)
-def check(request):
+@pytest.fixture
+def check(place):
     """check(**options of random_call) or check(call) on a backend with these kernels."""
-    if request.param is None:
-        pytest.skip("neither attn_ext._emulated (ATTN_EXT_EMULATED=1) nor a GPU is here")
-    name, device, mode = request.param
-    module = emulated if name == "emulated" else registry.get("cuda")
+    name, device, mode = place
+    module = registry.get(name)
 
     def run(call=None, seed=1, smem_kib=99, **options):
         if mode:
             emulated.set_mode(mode, seed, smem_kib)
         check_call(random_call(device=device, **options) if call is None else call, module)
 
-    if mode:
-        emulated.set_mode(mode, 1)
     run.device, run.module, run.mode, run.name = device, module, mode, name
     return run
 

@@ -133,11 +133,11 @@ def hopper(multiprocessors: int = 1):
         kernels.sm90, kernels._devices = before
 
 
-def wrong_on_hopper(calls: dict[str, tuple], grads: bool = False) -> tuple[str, ...]:
-    """The names of the calls that are wrong there; name -> (mode, multiprocessors, call)."""
+def _wrong(calls: dict[str, tuple], grads: bool) -> tuple[str, ...]:
+    """The names of the calls that are wrong; name -> (whose kernels, mode, call)."""
     found = []
-    for name, (mode, multiprocessors, call) in calls.items():
-        with hopper(multiprocessors) as emulated:
+    for name, (kernels, mode, call) in calls.items():
+        with kernels as emulated:
             emulated.set_mode(mode, 1)
             try:
                 check_call(call, emulated, grads=grads)
@@ -146,14 +146,11 @@ def wrong_on_hopper(calls: dict[str, tuple], grads: bool = False) -> tuple[str, 
     return tuple(sorted(found))
 
 
-def wrong_calls(calls: dict[str, tuple]) -> tuple[str, ...]:
-    """The names of the calls that are wrong on sm_80, or their gradients; name -> (mode, call)."""
-    found = []
-    for name, (mode, call) in calls.items():
-        with ampere() as emulated:
-            emulated.set_mode(mode, 1)
-            try:
-                check_call(call, emulated, grads=True)
-            except (AssertionError, RuntimeError):
-                found.append(name)
-    return tuple(sorted(found))
+def wrong_on_hopper(calls: dict[str, tuple], grads: bool = False) -> tuple[str, ...]:
+    """Those that are wrong on Hopper's kernels; name -> (mode, multiprocessors, call)."""
+    return _wrong({name: (hopper(many), mode, x) for name, (mode, many, x) in calls.items()}, grads)
+
+
+def wrong_calls(calls: dict[str, tuple], grads: bool = True) -> tuple[str, ...]:
+    """Those that are wrong on the kernels of sm_80; name -> (mode, call)."""
+    return _wrong({name: (ampere(), mode, x) for name, (mode, x) in calls.items()}, grads)

@@ -28,23 +28,25 @@ from attn_ext.backends.jit import cache, sources
 FOLDER = ROOT / "build" / "ptx"
 SOURCES = ROOT / "csrc"
 HEADER = "emulation/ptx/operations.h"
-# -O1: half of the time of -O2 to compile, and what runs is the emulator's code for the most part
-FLAGS = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-Wno-psabi", "-ffp-contract=off",
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-w", "-Wno-psabi", "-ffp-contract=off",
          "-fno-strict-aliasing", "-fstack-clash-protection", "-fvisibility=hidden",
          "-DATTN_EMULATED", "-DATTN_COMPILED_PTX"]  # fmt: skip
 # Whether this run of pytest has compiled PTX in place of all kernels (tests/conftest.py).
 STANDING = os.environ.get("ATTN_EXT_EMULATED_RUNS") == "ptx" or None
+# -O0 where a kernel runs once or twice: half of the time of -O1, which pays where all calls run on
+# compiled PTX, ours or Triton's.
+LEVEL = "-O1" if os.environ.get("ATTN_EXT_EMULATED_RUNS") else "-O0"
 ARCHITECTURES = {"sm80": "80", "sm90": "90a"}
 
 
 @functools.cache
 def flags() -> list[str]:
     """With fused multiply-add in one instruction where the machine has it.  ATTN_EXT_PTX_CXXFLAGS
-    adds some: with -O0 a kernel that runs once is there sooner."""
+    adds some."""
     info = Path("/proc/cpuinfo")
     fused = info.exists() and re.search(r"^flags\b.*\bfma\b", info.read_text(), re.M)
     more = os.environ.get("ATTN_EXT_PTX_CXXFLAGS", "").split()
-    return [*FLAGS, *(["-mfma"] if fused else []), *more]
+    return [LEVEL, *FLAGS, *(["-mfma"] if fused else []), *more]
 
 
 @functools.cache

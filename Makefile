@@ -138,7 +138,7 @@ WITH_OTHERS := \
   $(addprefix tests/api/test_, api.py nn_multihead.py nn_family.py inspect.py record.py \
     strangers_calls.py) \
   $(addprefix tests/torch/test_, compile.py torch_integration.py sdpa_semantics.py \
-    replace_sdpa.py jit_trace.py dtensor.py) \
+    replace_sdpa.py sdpa_backward_scope.py sdpa_hooks.py jit_trace.py dtensor.py) \
   $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py flex_recipes.py \
     models_diffusers.py models_encoders.py models_function.py models_llama.py models_timm.py) \
   $(addprefix tests/tools/test_, cli.py profile.py examples.py family_examples.py)

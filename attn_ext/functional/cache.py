@@ -42,7 +42,7 @@ class KVCache:
         out = cache.attend(q)        # q [B, Hq, S, D]: the last S positions of each sequence
 
     heads: key heads (Hk).  head_dim_v: head_dim if None.
-    max_length: the most positions that one sequence may hold.
+    max_length: the most positions that one sequence may hold, rounded up to whole pages.
     page_size: positions a page; None: contiguous, one page of max_length for each sequence.
     pages: how many there are, shared by all sequences; None: enough for each sequence to be full.
     window: None, or how many positions before its own a query sees (`attention`'s window[0]);

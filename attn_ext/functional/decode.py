@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from attn_ext.core import mistakes, validate
+from attn_ext.core import mistakes, validate, values
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
 from attn_ext.functional.common import autocast, result, sides
 from attn_ext.ops import execute, fast, route
@@ -117,9 +117,9 @@ def decode_call(
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     if added and not compiling and q.device.type == "cpu" and route.is_plain(q, k_cache, v_cache):
-        lengths = validate.lengths("cache_seqlens", cache_seqlens, capacity, added)
+        lengths = values.lengths("cache_seqlens", cache_seqlens, capacity, added)
         if block_table is not None:
-            validate.pages(
+            values.pages(
                 block_table, [n + added for n in lengths], k_cache.shape[2], k_cache.shape[0]
             )
     starts, cache_seqlens = cache_seqlens, cache_seqlens + added if added else cache_seqlens

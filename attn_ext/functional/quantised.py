@@ -16,7 +16,7 @@ import functools
 import torch
 
 from attn_ext.backends import cpu_cache, registry
-from attn_ext.core import validate
+from attn_ext.core import values
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Call
 from attn_ext.functional import explain
@@ -80,7 +80,7 @@ def decode(
     if len(q) == 0:
         out, lse = q.new_empty(0, *q.shape[1:3], v.shape[-1]), q.new_empty(0, *q.shape[1:3])
         return (out, lse) if return_lse else out
-    validate.values(call)
+    values.check(call)
     # observers see calls of float32
     if route.is_plain(q, k, v) and not route.observers:
         name, found = _as_they_are(call, (k, v, k_factors, v_factors), dtype)
@@ -134,7 +134,7 @@ def explained(q, k, v, held, k_factors, v_factors, *, block_table, dtype, backen
     """What `explain` says of such a call.  Whether a kernel takes it is found out by a try."""
     call = _call(q, k, v, held, block_table, backend, options)
     found = explain.of(Problem.of(call), call.backend)
-    validate.values(call)
+    values.check(call)
     name, _ = _as_they_are(call, (k, v, k_factors, v_factors), dtype) if len(q) else (None, None)
     if name is None:
         return dataclasses.replace(found, int8="made float32, one sequence's pages at a time")

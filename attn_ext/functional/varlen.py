@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from attn_ext.core import validate
+from attn_ext.core import validate, values
 from attn_ext.core.schema import Call
 from attn_ext.functional.common import NO_LSE, autocast, draw_rng_state, result, sides
 from attn_ext.ops import route
@@ -29,7 +29,7 @@ def _longest(name: str, value, cu_seqlens, total):
         return total
     if cu_seqlens.device.type == "cpu":
         return max(
-            validate.cumulative(name.replace("max_seqlen", "cu_seqlens"), cu_seqlens, total),
+            values.cumulative(name.replace("max_seqlen", "cu_seqlens"), cu_seqlens, total),
             default=0,
         )
     return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0

@@ -15,13 +15,14 @@ A layer's data are decoded when it is first looked at.
 from __future__ import annotations
 
 import base64
+import ctypes
 import html
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
 
 from attn_ext.inspect.records import CallRecord
@@ -40,10 +41,16 @@ class Labels:
     offset: int | None  # queries are the keys from this one on; None: another text
 
 
+def _little_endian(x: torch.Tensor) -> bytes:
+    """The numbers of a tensor on the CPU, one after the other; numpy may be absent."""
+    one_byte = x.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        one_byte = one_byte.unflatten(-1, (-1, x.element_size())).flip(-1).contiguous()
+    return ctypes.string_at(one_byte.data_ptr(), one_byte.numel())
+
+
 def _base64(*parts: torch.Tensor) -> str:
-    kinds = {torch.float32: "<f4", torch.uint32: "<u4", torch.uint16: "<u2"}
-    found = (x.contiguous().numpy().astype(kinds[x.dtype], copy=False).tobytes() for x in parts)
-    return base64.b64encode(b"".join(found)).decode()
+    return base64.b64encode(b"".join(map(_little_endian, parts))).decode()
 
 
 def _with_mean(heads: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -51,9 +58,11 @@ def _with_mean(heads: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> t
     both = torch.cat((heads.detach(), mean.detach().unsqueeze(1)), 1)
     if dtype.is_floating_point:
         return both.to(dtype)
-    # torch has no conversion of -1, which is a key that is not there
-    wide = numpy.uint32 if dtype == torch.uint32 else numpy.uint16
-    return torch.from_numpy(both.numpy().astype(wide))
+    # torch has no conversion of -1, which is a key that is not there, to what has no sign: the
+    # same bits are those of a number with a sign
+    signed = torch.int32 if dtype == torch.uint32 else torch.int16
+    end = 1 << 8 * signed.itemsize
+    return torch.where(both >= end // 2, both - end, both).to(signed).view(dtype)
 
 
 def _rows(call: CallRecord) -> str:

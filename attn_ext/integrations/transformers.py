@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from attn_ext.core import validate
+from attn_ext.core import validate, values
 from attn_ext.functional import common
 from attn_ext.functional.dense import attention
 from attn_ext.functional.varlen import attention_varlen
@@ -268,7 +268,7 @@ def _checked_bounds(side: str, cu, x, longest):
     longest = None if longest is None else validate.integer(f"max_length_{side}", longest)
     if cu.device.type != "cpu" or torch.compiler.is_compiling() or not route.is_plain(cu, cu, cu):
         return longest
-    most = max(validate.cumulative(name, cu, x.shape[0] * x.shape[2]), default=0)
+    most = max(values.cumulative(name, cu, x.shape[0] * x.shape[2]), default=0)
     if longest is not None and longest < most:
         raise ValueError(f"max_length_{side} must be at least {most}, got {longest}")
     return longest

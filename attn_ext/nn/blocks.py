@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from attn_ext.core import validate
+from attn_ext.core import validate, values
 from attn_ext.functional.additive import additive_attention, additive_attention_varlen
 from attn_ext.functional.dense import attention
 from attn_ext.functional.varlen import attention_varlen
@@ -47,7 +47,7 @@ def _bounds(name: str, cu_seqlens, x, rows: int | None = None) -> None:
     if cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have N + 1 entries, got 0")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        validate.cumulative(name, cu_seqlens, x.shape[0] if rows is None else rows)
+        values.cumulative(name, cu_seqlens, x.shape[0] if rows is None else rows)
 
 
 def _heads(embed_dim: int, num_heads: int) -> None:
@@ -67,7 +67,7 @@ def _key_mask(mask, lengths, batch: int, length: int, device, name: str = "mask"
         if lengths.shape[0] != batch:
             raise ValueError(f"lengths must have {batch} entries, got {lengths.shape[0]}")
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            validate.lengths("lengths", lengths, length)
+            values.lengths("lengths", lengths, length)
         mask = torch.arange(length, device=device) < lengths[:, None]
     if mask is None:
         return None

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from attn_ext.backends import blocked, registry
-from attn_ext.core import validate
+from attn_ext.core import values
 from attn_ext.core.plans import Plans
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import TENSORS, Call, Grads, Needs, Rows, Tangents
@@ -74,7 +74,7 @@ def forward(call: Call) -> tuple:
     """(out, lse, max_logit | None, entropy | None)."""
     call = prepared(call)
     if call.cu_seqlens_q is not None or call.seqlens_k is not None:
-        validate.values(call)
+        values.check(call)
     module = _serving_backend(call)
     return in_their_dtypes(module.forward, call)
 
@@ -169,6 +169,6 @@ def _alone(function, call: Call, *others):
     """function(call, ...), whose operations autograd, autocast and forward mode leave as they
     are."""
     if call.cu_seqlens_q is not None:
-        validate.values(call)
+        values.check(call)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
         return in_their_dtypes(function, call, *others)

@@ -330,4 +330,4 @@ inspect.weights(q, k, rows=[0, -1])
 
 def test_memory():
     """Anything of size N x N: at N = 16384 one such matrix is 1024 MiB."""
-    assert high_water.grown_mib(MEMORY) < 240
+    assert high_water.grown_mib(MEMORY) < 120

@@ -44,8 +44,9 @@ def test_recipe(recipe):
     mask_code, score_code, arguments = RECIPES[recipe]
     if torch.__version__ < (2, 7) and "bias[" in score_code:
         pytest.skip("flex_attention of torch 2.6 cannot trace a bias of four dimensions")
+    few = "Sk - Sq" in mask_code or "Sq unlike Sk" in recipe
     names = dict(
-        torch=torch, Sk=S, Sq=5 if "Sk - Sq" in mask_code else S, lengths=torch.tensor([5, 12]),
+        torch=torch, Sk=S, Sq=5 if few else S, lengths=torch.tensor([5, 12]),
         doc=torch.tensor([0] * 4 + [1] * 7 + [2]), bias=torch.randn(B, H, S, S),
         table=torch.randn(H, 2 * S), slopes=torch.rand(H),
     )  # fmt: skip

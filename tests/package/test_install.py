@@ -64,6 +64,63 @@ def test_without_torch_and_with_an_old_one(tmp_path):
     )
 
 
+def requirements(name: str) -> set[str]:
+    """A distribution and all that pip installs with it, by their normalized names."""
+    found, ask = set(), {name}
+    while ask:
+        name = re.sub(r"[-_.]+", "-", ask.pop()).lower()
+        try:
+            required = importlib.metadata.requires(name) or ()
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        found.add(name)
+        ask |= {re.split(r"[^\w.-]", x)[0] for x in required if "extra ==" not in x} - found
+    return found
+
+
+ONLY_REQUIRED = """
+import importlib.machinery, sys
+class Installed(importlib.machinery.PathFinder):
+    def find_spec(name, path=None, target=None):
+        found = importlib.machinery.PathFinder.find_spec(name, path, target)
+        return None if name in {others} else found
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Installed
+import warnings
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+import torch, attn_ext
+from attn_ext import inspect, nn, testing, distributed
+from attn_ext.cli import main
+q = torch.randn(1, 2, 5, 8, device="cpu", requires_grad=True)
+attn_ext.attention(q, q, q, causal=True).sum().backward()
+layer = nn.MultiheadAttention(8, 2, batch_first=True)
+with inspect.record() as record:
+    x = torch.randn(1, 5, 8, device="cpu")
+    layer(x, x, x, need_weights=False)
+try:
+    inspect.look(record, out="shown", tokens=list("abcde"))
+except ImportError as error:
+    assert "pip install matplotlib (shown has the page" in str(error), error
+else:
+    raise AssertionError("there is a picture")
+assert main.main(["doctor"]) == 0
+"""
+
+
+def test_with_what_pip_installs_and_nothing_else(tmp_path):
+    """A library that only an extra brings, imported by all: numpy, which torch does not require."""
+    required = requirements("attn_ext")
+    assert "torch" in required and "numpy" not in required
+    others = {
+        name
+        for name, brought_by in importlib.metadata.packages_distributions().items()
+        if not {re.sub(r"[-_.]+", "-", x).lower() for x in brought_by} & required
+    }
+    assert "numpy" in others and not others & {"torch", "rich", "typer", "attn_ext"}
+    done = python(ONLY_REQUIRED.format(others=sorted(others)), tmp_path, ROOT, SITE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shown" / "attention.html").stat().st_size > 10_000
+
+
 def test_a_source_tree_that_is_not_built(tmp_path):
     """Python started in the clone takes its attn_ext, not the installed one, and is slow without
     a word."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attn_ext.core import logit, reference, validate
+from attn_ext.core import logit, reference, validate, values
 from attn_ext.core.schema import Call
 from attn_ext.functional import common, decode, dense, varlen
 from attn_ext.integrations import checks
@@ -217,7 +217,7 @@ def flash_attn_varlen_func(
                 f"got {block_table.shape[0]}"
             )
         if cu_seqlens_k.device.type == "cpu":
-            validate.cumulative("cu_seqlens_k", cu_seqlens_k, 1 << 31)  # pages are checked below
+            values.cumulative("cu_seqlens_k", cu_seqlens_k, 1 << 31)  # pages are checked below
         k, v = (from_pages(x, block_table, cu_seqlens_k) for x in (k, v))
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic

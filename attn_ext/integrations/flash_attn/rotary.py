@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_ext.core import validate
+from attn_ext.core import validate, values
 
 
 def rotate(x, cos, sin, positions, interleaved: bool):
@@ -160,7 +160,7 @@ def apply_rotary_emb(
     else:
         validate.index_tensor("cu_seqlens", cu_seqlens, x.device, 1)
         if cu_seqlens.device.type == "cpu":
-            validate.cumulative("cu_seqlens", cu_seqlens, x.shape[0])
+            values.cumulative("cu_seqlens", cu_seqlens, x.shape[0])
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         offsets = _offsets(seqlen_offsets, lengths.shape[0], x.device)
         shift = offsets.expand(lengths.shape[0]) - starts

@@ -360,42 +360,6 @@ class Decode : DecodeRows {
       }
     }
   }
-
-  ATTN_NOINLINE void finish(int64_t unit, float* state, Scratch& scratch) const {
-    const Sequence seq(p, ptr, unit * together / p.heads_k);
-    float* row = scratch.take<float>(p.head_dim_v);
-    for (int64_t h = 0; h < together; ++h)
-      finish_head(seq, unit * together % p.heads_k + h, state + h * head_state(), row);
-  }
-
-  void finish_head(const Sequence& seq, int64_t hk, float* state, float* row) const {
-    const float ninf = -std::numeric_limits<float>::infinity();
-    const int64_t dv = p.head_dim_v;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t h = hk * group + r % group, i = r / group;
-      const float sum = sum_of(state)[r], top = max_of(state)[r];
-      const bool nan = sum != sum, empty = top == ninf && !nan;
-      float inverse = 0, lse = ninf;
-      if (!empty) {
-        const float base = top == ninf ? 0.f : top;
-        float total = sum, scale = 1, shift = base;
-        if (ptr.sink) {  // joins the normaliser only
-          const float sink = static_cast<const float*>(ptr.sink)[h];
-          if (sink > base) shift = sink, scale = std::exp(base - sink);
-          total = sum * scale + std::exp(sink - shift);
-        }
-        inverse = scale / total;
-        lse = nan ? sum : shift + std::log(total);
-      }
-      const float* O = state + r * dv;
-      for (int64_t c = 0; c < dv; ++c) row[c] = empty ? 0.f : O[storage_order<TYPE>(c)] * inverse;
-      restore_row<float>(TYPE, row, dv,
-                         static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, i) * kBytes);
-      const int64_t at = seq.lse_offset(h, i);
-      if (ptr.lse) static_cast<float*>(ptr.lse)[at] = lse;
-      if (ptr.max_logit) static_cast<float*>(ptr.max_logit)[at] = nan ? sum : top;
-    }
-  }
 };
 
 template <DType TYPE, DType KEPT = TYPE>

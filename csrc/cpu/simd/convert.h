@@ -76,23 +76,14 @@ inline __attribute__((always_inline)) void load_row(DType type, const void* src,
   }
 }
 
-template <class T>
-inline __attribute__((always_inline)) void store_row(DType type, const T* src, int64_t n,
+// Two bytes a number.
+inline __attribute__((always_inline)) void store_row(DType type, const float* src, int64_t n,
                                                      void* dst) {
-  switch (type) {
-    case DType::kFloat32:
-      for (int64_t i = 0; i < n; ++i) static_cast<float*>(dst)[i] = float(src[i]);
-      break;
-    case DType::kFloat64:
-      for (int64_t i = 0; i < n; ++i) static_cast<double*>(dst)[i] = double(src[i]);
-      break;
-    case DType::kBFloat16:
-      for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(dst)[i] = float_to_bf16(float(src[i]));
-      break;
-    case DType::kFloat16:
-      for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(dst)[i] = float_to_half(float(src[i]));
-      break;
-  }
+  auto* to = static_cast<uint16_t*>(dst);
+  if (type == DType::kBFloat16)
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(src[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_half(src[i]);
 }
 
 template <class T>

@@ -146,8 +146,10 @@ inline void gemm_columns(int64_t rows, int64_t depth, const char* A, int64_t row
   int64_t r = 0;
   auto take = [&](auto count, int64_t blocks) {
     if (blocks == 0) return;
-    gemm_rows<Op, count.value, NV, LD>(blocks, depth, A + r * row_step, row_step, depth_step, B,
-                                       ldb, C + r * ldc, ldc, accumulate, soon);
+    // The last rows, at most one block of two and of one: a copy serves every leading dimension.
+    constexpr int64_t kLD = count.value > 2 ? LD : 0;
+    gemm_rows<Op, count.value, NV, kLD>(blocks, depth, A + r * row_step, row_step, depth_step, B,
+                                        ldb, C + r * ldc, ldc, accumulate, soon);
     r += blocks * count.value;
   };
   // Not down to the last full block when 2 rows would be left: 4 + 4 beat 6 + 2.

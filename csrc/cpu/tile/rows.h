@@ -45,6 +45,10 @@ ATTN_INLINE Vec<T> load_bf16(const char* src) {
 
 template <class T>
 ATTN_NOINLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
+  if (sizeof(T) == 8 || type == DType::kFloat32) {  // float64 alone is computed in double
+    std::memcpy(dst, src, size_t(n) * sizeof(T));
+    return;
+  }
 #if ATTN_VEC_BYTES >= 32
   if constexpr (sizeof(T) == 4)
     if (type == DType::kFloat16) {
@@ -70,7 +74,7 @@ ATTN_NOINLINE void restore_row(DType type, const T* src, int64_t n, void* dst) {
     return;
   }
 #endif
-  store_row<T>(type, src, n, dst);
+  if constexpr (sizeof(T) == 4) store_row(type, src, n, dst);
 }
 
 // n rows of storage, factor * those of `rows`, which are `pad` numbers apart, `dim` numbers of

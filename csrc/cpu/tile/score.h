@@ -408,7 +408,7 @@ class Panel {
       });
   }
 
-  ATTN_INLINE Vec<T> bias_row(int64_t q, int64_t key, int64_t n) const {
+  ATTN_NOINLINE Vec<T> bias_row(int64_t q, int64_t key, int64_t n) const {
     const Problem& p = *seq.p;
     constexpr int L = kLanes<T>;
     const int64_t i = m0 + std::min(q, nq - 1);

@@ -1,7 +1,8 @@
-// Rows of storage as they leave a product:  X[q] = factor[q] * sum_k A(q, k) B[k],  where A is what
-// a tile of weights holds, [items of keys][kPanel], and the numbers of a row lie in lanes.  Beside
-// gemm.h's O^T and dQ^T it needs neither sums in memory nor a transposition, and each block of rows
-// ends at its own last key; but it must see all keys of its rows at once.
+// Rows of storage as they leave a product:  X[r] = factor * sum_k A(r, k) B[k],  where A is what a
+// tile of weights holds, and the numbers of a row lie in lanes: rows of O and dQ, over keys, where
+// the tile has all keys that they see, and rows of dK and dV, over queries, at a block's last
+// panel. Beside gemm.h's products it needs neither sums in memory nor a transposition, and each
+// block of rows begins and ends where its own rows do.
 #pragma once
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
@@ -38,12 +39,51 @@ class RowProduct {
         const int64_t most = end - q > 4 ? ATTN_MR : 4, n = std::min(most, end - q);
         const Keys seen = keys(panel, tile, g, q, n);
         const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
-        const Rows rows{A + first * kPanel + q, B + first * ldb, depth, factor + q,
-                        out + q * row_bytes,    row_bytes,       n};
+        const Rows rows{A + first * kPanel + q,
+                        int64_t(sizeof(Item)),
+                        kPanel * int64_t(sizeof(Item)),
+                        B + first * ldb,
+                        depth,
+                        factor + q,
+                        nullptr,
+                        out + q * row_bytes,
+                        row_bytes,
+                        n};
         soon.some();
         bad += most == 4 ? block<4>(rows) : block<ATTN_MR>(rows);
         q += n;
       }
+    }
+    return all_equal<T>(bad, Vec<T>{});
+  }
+
+  // Rows [lo, hi) of a block's keys, from `out` on: A is [keys][items of kPanel], of which row j
+  // ends and begins where the queries of `s` do that may see its key.  before: the sums of other
+  // panels, [keys][dim], or null.
+  bool write_keys(const Panel<T>& panel, const Tile& tile, const Segment& s, const Item* A,
+                  T factor, const T* before, char* out, int64_t row_bytes, Prefetch& soon) const {
+    constexpr int64_t pairs = kPanel / Op::kPack;
+    T factors[ATTN_MR];
+    std::fill(factors, factors + ATTN_MR, factor);
+    Vec<T> bad{};
+    for (int64_t j = s.lo; j < s.hi;) {
+      const int64_t left = s.hi - j, most = left > 4 && left != 8 ? ATTN_MR : 4;
+      const int64_t n = std::min(most, left);
+      const Keys seen = queries(panel, tile, s, j, n);
+      const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
+      const Rows rows{A + j * pairs + first,
+                      pairs * int64_t(sizeof(Item)),
+                      int64_t(sizeof(Item)),
+                      B + first * ldb,
+                      depth,
+                      factors,
+                      before ? before + j * dim : nullptr,
+                      out + j * row_bytes,
+                      row_bytes,
+                      n};
+      soon.some();
+      bad += most == 4 ? block<4>(rows) : block<ATTN_MR>(rows);
+      j += n;
     }
     return all_equal<T>(bad, Vec<T>{});
   }
@@ -54,9 +94,11 @@ class RowProduct {
   DType type;
 
   struct Rows {
-    const Item *A, *B;
+    const Item* A;
+    int64_t row_step, depth_step;  // of A, in bytes
+    const Item* B;
     int64_t depth;
-    const T* factor;
+    const T *factor, *before;  // before: the sums so far, [n][dim], or null
     char* out;
     int64_t row_bytes, n;
   };
@@ -71,6 +113,17 @@ class RowProduct {
     return {all.lo, std::clamp(hi - tile.n0, all.lo, all.hi)};
   }
 
+  // The segment's queries that may see some of n keys from j.
+  static Keys queries(const Panel<T>& panel, const Tile& tile, const Segment& s, int64_t j,
+                      int64_t n) {
+    const int64_t end = std::min(s.end, panel.nq);
+    if (!tile.banded) return {s.begin, end};
+    int64_t lo, hi;
+    panel.seq.query_range(tile.n0 + j, tile.n0 + j + n, &lo, &hi);
+    lo = std::clamp(lo - panel.m0, s.begin, end);
+    return {lo, std::clamp(hi - panel.m0, lo, end)};
+  }
+
   // 0 where all sums of rows r < n are finite, else NaN in some lane, as also where their sums
   // overflow, which costs time alone: a unit that is not finite is looked at once more.  Additions
   // do not wait for the units that multiply.
@@ -79,11 +132,14 @@ class RowProduct {
     Vec<T> sum[ATTN_NV] = {};
     for (int64_t c = 0; c < dim; c += kWide) {
       Vec<T> acc[ROWS][ATTN_NV];
-      multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), sizeof(Item),
-                   kPanel * int64_t(sizeof(Item)), r.B + c, ldb, acc);
+      multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), r.row_step, r.depth_step, r.B + c,
+                   ldb, acc);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         if (i >= r.n) break;
+        if (r.before)
+#pragma GCC unroll 8
+          for (int v = 0; v < ATTN_NV; ++v) acc[i][v] += load(r.before + i * dim + c + v * L);
 #pragma GCC unroll 8
         for (int v = 0; v < ATTN_NV; ++v) {
           sum[v] += acc[i][v];

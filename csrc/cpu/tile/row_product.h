@@ -49,8 +49,8 @@ class RowProduct {
                         out + q * row_bytes,
                         row_bytes,
                         n};
-        soon.some();
-        bad += most == 4 ? block<4>(rows) : block<ATTN_MR>(rows);
+        const Lines lines = soon.some(depth, rows.A);
+        bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
         q += n;
       }
     }
@@ -81,8 +81,8 @@ class RowProduct {
                       out + j * row_bytes,
                       row_bytes,
                       n};
-      soon.some();
-      bad += most == 4 ? block<4>(rows) : block<ATTN_MR>(rows);
+      const Lines lines = soon.some(depth, rows.A);
+      bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
       j += n;
     }
     return all_equal<T>(bad, Vec<T>{});
@@ -128,12 +128,12 @@ class RowProduct {
   // overflow, which costs time alone: a unit that is not finite is looked at once more.  Additions
   // do not wait for the units that multiply.
   template <int ROWS>
-  __attribute__((noinline)) Vec<T> block(const Rows& r) const {
+  __attribute__((noinline)) Vec<T> block(const Rows& r, Lines lines) const {
     Vec<T> sum[ATTN_NV] = {};
     for (int64_t c = 0; c < dim; c += kWide) {
       Vec<T> acc[ROWS][ATTN_NV];
       multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), r.row_step, r.depth_step, r.B + c,
-                   ldb, acc);
+                   ldb, acc, lines);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         if (i >= r.n) break;

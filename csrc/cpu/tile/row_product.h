@@ -134,44 +134,62 @@ class RowProduct {
       Vec<T> acc[ROWS][ATTN_NV];
       multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), r.row_step, r.depth_step, r.B + c,
                    ldb, acc, lines);
+      if (r.before)
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+          if (i >= r.n) break;
+#pragma GCC unroll 8
+          for (int v = 0; v < ATTN_NV; ++v) acc[i][v] += load(r.before + i * dim + c + v * L);
+        }
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         if (i >= r.n) break;
-        if (r.before)
-#pragma GCC unroll 8
-          for (int v = 0; v < ATTN_NV; ++v) acc[i][v] += load(r.before + i * dim + c + v * L);
+        const Vec<T> factor = set1(r.factor[i]);
 #pragma GCC unroll 8
         for (int v = 0; v < ATTN_NV; ++v) {
           sum[v] += acc[i][v];
-          acc[i][v] *= r.factor[i];
+          acc[i][v] *= factor;
         }
-        put(r.out + i * r.row_bytes, c, acc[i]);
       }
+      put(r, c, acc);
     }
     Vec<T> any{};
     for (int v = 0; v < ATTN_NV; ++v) any += sum[v] - sum[v];
     return any;
   }
 
-  // Numbers [c, c + kWide) of a row of storage.
-  ATTN_INLINE void put(char* row, int64_t c, const Vec<T> (&x)[ATTN_NV]) const {
+  // Numbers [c, c + kWide) of the rows of storage.  No call while sums are in registers: they would
+  // be in memory on every way.
+  template <int ROWS>
+  ATTN_INLINE void put(const Rows& r, int64_t c, const Vec<T> (&x)[ROWS][ATTN_NV]) const {
+    const int64_t step = r.row_bytes;
+    char* row = r.out + c * int64_t(dtype_size(type));
 #ifdef ATTN_BF16_DOT
     if (type == DType::kBFloat16) {
 #pragma GCC unroll 8
-      for (int v = 0; v < ATTN_NV; v += 2)
-        _mm512_storeu_si512(reinterpret_cast<uint16_t*>(row) + c + v * L, two_rows(x[v], x[v + 1]));
+      for (int i = 0; i < ROWS; ++i) {
+        if (i >= r.n) break;
+#pragma GCC unroll 8
+        for (int v = 0; v < ATTN_NV; v += 2)
+          _mm512_storeu_si512(reinterpret_cast<uint16_t*>(row + i * step) + v * L,
+                              two_rows(x[i][v], x[i][v + 1]));
+      }
       return;
     }
 #endif
-    if (dtype_size(type) == sizeof(T)) {
+    T numbers[ROWS][kWide];
+    const bool direct = dtype_size(type) == sizeof(T);
+    char* to = direct ? row : reinterpret_cast<char*>(numbers);
+    const int64_t to_step = direct ? step : kWide * int64_t(sizeof(T));
 #pragma GCC unroll 8
-      for (int v = 0; v < ATTN_NV; ++v) store(reinterpret_cast<T*>(row) + c + v * L, x[v]);
-      return;
+    for (int i = 0; i < ROWS; ++i) {
+      if (i >= r.n) break;
+#pragma GCC unroll 8
+      for (int v = 0; v < ATTN_NV; ++v)
+        store(reinterpret_cast<T*>(to + i * to_step) + v * L, x[i][v]);
     }
-    T numbers[kWide];
-#pragma GCC unroll 8
-    for (int v = 0; v < ATTN_NV; ++v) store(numbers + v * L, x[v]);
-    restore_row<T>(type, numbers, kWide, row + c * int64_t(dtype_size(type)));
+    for (int i = 0; !direct && i < r.n; ++i)
+      restore_row<T>(type, numbers[i], kWide, row + i * step);
   }
 };
 

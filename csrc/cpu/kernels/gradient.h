@@ -319,7 +319,8 @@ struct GradientTile {
     ATTN_INLINE void multiply_rows(int64_t first, Vec<T> (&acc)[ROWS][ATTN_NV],
                                    Prefetch& soon) const {
       const char* rows = A + first * row_step;
-      multiply<Op>(depth, rows, row_step, depth_step, B, kPanel, acc, soon.some(depth, rows));
+      multiply<Op>(depth, rows, row_step, depth_step, B, kPanel, acc,
+                   soon.some(depth * Op::kPack, rows));
     }
   };
 

@@ -13,7 +13,7 @@ ATTN_INLINE void prefetch_rows(const void* base, int64_t n, int64_t row_step, in
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, LOCALITY);
 }
 
-// Lines that a loop prefetches, one a turn; the last of them again when there are no more.
+// Lines that a loop prefetches, one or two a turn; the last of them again when there are no more.
 struct Lines {
   const char *at, *last;
   ATTN_INLINE void one() {
@@ -43,12 +43,12 @@ class Prefetch {
     if (end_ - begin_ == kRanges) --end_;
     ranges_[--begin_ % kRanges] = range(base, n, row_step, bytes);
   }
-  // The next lines, for a loop of so many turns; `idle`, which is in the cache, where there are
+  // The next lines, so many at most, for a loop; `idle`, which is in the cache, where there are
   // none.
-  ATTN_INLINE Lines some(int64_t turns, const void* idle) {
+  ATTN_INLINE Lines some(int64_t most, const void* idle) {
     const char* at = static_cast<const char*>(idle);
     if (begin_ == end_) return {at, at};
-    return next(turns, at);
+    return next(most, at);
   }
   // The next few lines at once.
   ATTN_INLINE void some() {
@@ -79,13 +79,13 @@ class Prefetch {
     return {static_cast<const char*>(base), dense ? 1 : n, row_step, dense ? n * bytes : bytes, 0};
   }
 
-  __attribute__((noinline)) Lines next(int64_t turns, const char* idle) {
+  __attribute__((noinline)) Lines next(int64_t most, const char* idle) {
     Range& r = ranges_[begin_ % kRanges];
     if (r.rows > 1) {
       fetch(lines_);
       return {idle, idle};
     }
-    const int64_t left = (r.bytes - r.at + 63) / 64, n = std::min(left, turns);
+    const int64_t left = (r.bytes - r.at + 63) / 64, n = std::min(left, most);
     const char* line = r.row + r.at;
     r.at += 64 * n;
     if (n == left) ++begin_;

@@ -49,7 +49,7 @@ class RowProduct {
                         out + q * row_bytes,
                         row_bytes,
                         n};
-        const Lines lines = soon.some(depth, rows.A);
+        const Lines lines = soon.some(depth * Op::kPack, rows.A);
         bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
         q += n;
       }
@@ -81,7 +81,7 @@ class RowProduct {
                       out + j * row_bytes,
                       row_bytes,
                       n};
-      const Lines lines = soon.some(depth, rows.A);
+      const Lines lines = soon.some(depth * Op::kPack, rows.A);
       bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
       j += n;
     }

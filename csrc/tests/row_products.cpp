@@ -1,7 +1,7 @@
 // Rows whose keys lie in one tile, O and dQ of which leave their product as rows (row_product.h),
-// and the bands and bases of such tiles, on the plainest vectors against the formula in double: a
-// program of its own in which tests plant bugs (tests/cpu/test_row_product_mutations.py).  Prints
-// each case that is wrong.
+// rows of dK and dV at a block's last panel, and the bands and bases of such tiles, on the plainest
+// vectors against the formula in double: a program of its own in which tests plant bugs
+// (tests/cpu/test_row_product_mutations.py).  Prints each case that is wrong.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -25,16 +25,26 @@ constexpr int64_t kHeads = 16, kDim = 16;  // enough tasks for keys not to be sp
 struct Case {
   const char* name;
   int64_t queries, keys;
-  int64_t left, right;  // of the band, or -1
-  bool mask, poison;    // poison: a row of V is NaN, the third last
-  bool rising = false;  // logits of the second tile are far above those of the first
+  int64_t left, right;     // of the band, or -1
+  bool mask, poison;       // poison: a row of V is NaN, the third last
+  bool rising = false;     // logits of the second tile are far above those of the first
+  bool top_left = false;   // the diagonal begins at the first key: no query sees the last ones
+  bool bad_query = false;  // the third row of Q and dO is NaN; not all keys of its block see it
 };
 
 constexpr Case kCases[] = {
-    {"full", 21, 37, -1, -1, false, false},      {"causal", 70, 70, -1, 0, false, false},
-    {"window", 50, 61, 5, 3, false, false},      {"mask", 33, 40, -1, -1, true, false},
-    {"two_tiles", 9, 250, -1, -1, false, false}, {"some_whole", 230, 230, -1, 0, false, false},
-    {"poison", 37, 37, -1, 0, false, true},      {"rising", 40, 220, -1, -1, false, false, true},
+    {"full", 21, 37, -1, -1, false, false},
+    {"causal", 70, 70, -1, 0, false, false},
+    {"window", 50, 61, 5, 3, false, false},
+    {"mask", 33, 40, -1, -1, true, false},
+    {"two_tiles", 9, 250, -1, -1, false, false},
+    {"some_whole", 230, 230, -1, 0, false, false},
+    {"poison", 37, 37, -1, 0, false, true},
+    {"rising", 40, 220, -1, -1, false, false, true},
+    {"two_panels", 100, 60, -1, -1, false, false},
+    {"window_panels", 140, 140, 5, 3, false, false},
+    {"top_left", 40, 70, -1, 0, false, false, false, true},
+    {"bad_query", 30, 30, -1, 0, false, false, false, false, true},
 };
 
 struct Call {
@@ -52,12 +62,16 @@ struct Call {
       for (int64_t d = 0; d < kDim; ++d) v[((h + 1) * c.keys - 3) * kDim + d] = NAN;
     for (int64_t i = 0; c.rising && i < int64_t(k.size()); ++i)
       if (i / kDim % c.keys >= cpu::kForwardKeys) k[i] *= 5;
+    for (int64_t h = 0; c.bad_query && h < kHeads; ++h)
+      for (int64_t d = 0; d < kDim; ++d)
+        q[(h * c.queries + 2) * kDim + d] = dout[(h * c.queries + 2) * kDim + d] = NAN;
     p.batch = 1, p.heads_q = p.heads_k = kHeads, p.head_dim = p.head_dim_v = kDim;
     p.seqlen_q = c.queries, p.seqlen_k = c.keys, p.scale = 0.5;
     p.q = p.o = p.dout = p.dq = Strides{kHeads * c.queries * kDim, c.queries * kDim, kDim};
     p.k = p.v = p.dk = p.dv = Strides{kHeads * c.keys * kDim, c.keys * kDim, kDim};
     p.lse_stride_b = kHeads * c.queries, p.lse_stride_h = c.queries;
     p.mask = {0, 0, c.keys, 1};
+    p.bottom_right = !c.top_left;
     if (c.left >= 0) p.window_left = c.left;
     if (c.right >= 0) p.window_right = c.right;
     for (int64_t i = 0; i < c.queries; ++i)
@@ -96,18 +110,43 @@ struct Call {
     double sum = 0, delta = 0;
     for (int64_t j = 0; j < c.keys; ++j)
       if (sees(i, j)) sum += w[j] = std::exp(dot(&q[at], &k[keys + j * kDim]) * p.scale);
-    const double inverse = sum > 0 ? 1 / sum : 0;
+    const double inverse = sum != 0 ? 1 / sum : 0;
     for (int64_t j = 0; j < c.keys; ++j)
-      for (int64_t d = 0; d < kDim && w[j] > 0; ++d)
+      for (int64_t d = 0; d < kDim && sees(i, j); ++d)
         out[d] += w[j] * inverse * v[keys + j * kDim + d];
     for (int64_t d = 0; d < kDim; ++d) delta += out[d] * dout[at + d];
     for (int64_t j = 0; j < c.keys; ++j) {
       const double ds = w[j] * inverse * (dot(&dout[at], &v[keys + j * kDim]) - delta) * p.scale;
-      for (int64_t d = 0; d < kDim && w[j] > 0; ++d) grad[d] += ds * k[keys + j * kDim + d];
+      for (int64_t d = 0; d < kDim && sees(i, j); ++d) grad[d] += ds * k[keys + j * kDim + d];
     }
     bool good = near(lse[h * c.queries + i], std::log(sum)) || sum == 0;
     for (int64_t d = 0; d < kDim; ++d)
       good &= near(o[at + d], out[d]) && (c.poison || near(dq[at + d], grad[d]));
+    return good;
+  }
+
+  // Whether the rows of dK and dV of a head are.
+  bool right_keys(int64_t h) const {
+    const int64_t keys = h * c.keys * kDim;
+    std::vector<double> gk(c.keys * kDim, 0.), gv(c.keys * kDim, 0.);
+    for (int64_t i = 0; i < c.queries; ++i) {
+      const int64_t at = (h * c.queries + i) * kDim;
+      std::vector<double> w(c.keys, 0.), dw(c.keys, 0.);
+      double sum = 0, delta = 0;
+      for (int64_t j = 0; j < c.keys; ++j)
+        if (sees(i, j)) {
+          sum += w[j] = std::exp(dot(&q[at], &k[keys + j * kDim]) * p.scale);
+          delta += w[j] * (dw[j] = dot(&dout[at], &v[keys + j * kDim]));
+        }
+      for (int64_t j = 0; j < c.keys; ++j)
+        for (int64_t d = 0; d < kDim && sees(i, j); ++d) {
+          gv[j * kDim + d] += w[j] / sum * dout[at + d];
+          gk[j * kDim + d] += w[j] / sum * (dw[j] - delta / sum) * p.scale * q[at + d];
+        }
+    }
+    bool good = true;
+    for (int64_t i = 0; i < c.keys * kDim; ++i)
+      good &= near(dk[keys + i], gk[i]) && near(dv[keys + i], gv[i]);
     return good;
   }
 };
@@ -119,8 +158,10 @@ int main() {
     Call call(one);
     call.run();
     bool good = true;
-    for (int64_t h = 0; h < kHeads; ++h)
+    for (int64_t h = 0; h < kHeads; ++h) {
       for (int64_t i = 0; i < one.queries; ++i) good &= call.right(h, i);
+      good &= one.poison || call.right_keys(h);
+    }
     if (!good) std::printf("%s\n", one.name);
   }
 }

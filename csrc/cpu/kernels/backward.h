@@ -103,12 +103,14 @@ class Backward {
     const Sequence& seq;
     int64_t t{}, hk{}, n0{}, nk{};  // the block's number, K/V head, first key, number of keys
     Operand K{}, V{}, K_by_key{};
-    int finite = -1;     // no inf or NaN in K and V; -1: not asked yet
-    bool begun = false;  // dK and dV hold something
-    T *dK{}, *dV{};      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
-    Item *Qt{}, *dOt{};  // [items of d][kPanel]
-    Item *Q{}, *dO{};    // [items of kPanel][d_pad]
-    T* row{};            // [max dim]
+    int finite = -1;                     // no inf or NaN in K and V; -1: not asked yet
+    bool begun = false;                  // dK and dV hold something
+    bool written = false;                // they are in storage
+    int64_t panels = 0, last_unit = -1;  // that see some of its keys, and the last one's index
+    T *dK{}, *dV{};                      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
+    Item *Qt{}, *dOt{};                  // [items of d][kPanel]
+    Item *Q{}, *dO{};                    // [items of kPanel][d_pad]
+    T* row{};                            // [max dim]
     PanelScratch<T> side{};
     T* dQt{};       // [D][kPanel], of whole rows
     Item* block{};  // of pack_transposed
@@ -178,22 +180,27 @@ class Backward {
     if (k.nk <= 0) return;
     Scratch scratch(scratch_bytes());
     load_keys(k, scratch);
-    bool first = true;
-    for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
-      for (int64_t m = 0; m < m_tiles; ++m) {
-        const int64_t m0 = m * kPanel, nq = std::min(kPanel, seq.seqlen_q - m0);
-        Rows rows{h, m0, nq, (b * p.heads_q + h) * m_tiles + m, 0, 0};
-        if (nq <= 0) break;
-        key_tiles(seq, m0, nq, &rows.t0, &rows.t1);
-        if (t < rows.t0 || t >= rows.t1) continue;
-        if (first) prefetch(k, next);
-        first = false;
-        panel_pair(k, rows);
-      }
+    each_panel(k, [&](const Rows& r) { ++k.panels, k.last_unit = r.unit; });
+    if (k.panels) prefetch(k, next);
+    each_panel(k, [&](const Rows& r) { panel_pair(k, r); });
+    if (k.written) return;
     if (!k.begun) clear_keys(k);
     if (o.w) k.additive.write_dk(k.nk, p.head_dim, d_pad, k.dK);
     store_rows(k, ptr.dk, p.dk, p.head_dim, d_pad, k.dK, o.w ? T(1) : T(p.scale));
     store_rows(k, ptr.dv, p.dv, p.head_dim_v, dv_pad, k.dV, T(1));
+  }
+
+  // f(rows) for the panels that see some key of a block.
+  template <class F>
+  ATTN_INLINE void each_panel(const Block& k, const F& f) const {
+    for (int64_t h = k.hk * group; h < (k.hk + 1) * group; ++h)
+      for (int64_t m = 0; m < m_tiles; ++m) {
+        const int64_t m0 = m * kPanel, nq = std::min(kPanel, k.seq.seqlen_q - m0);
+        Rows rows{h, m0, nq, (k.seq.b * p.heads_q + h) * m_tiles + m, 0, 0};
+        if (nq <= 0) break;
+        key_tiles(k.seq, m0, nq, &rows.t0, &rows.t1);
+        if (k.t >= rows.t0 && k.t < rows.t1) f(rows);
+      }
   }
 
   // The scratch of a key block, and K and V as operands.
@@ -266,6 +273,8 @@ class Backward {
     Route route = kInMemory;
     Keys fused{0, 0};                  // whose P and dS never are in memory as numbers
     bool late = false;                 // P and dS are needed as numbers first
+    bool ends = false;                 // dK and dV leave its products as rows of storage
+    bool finite = true;                // no inf or NaN was seen in such rows, nor in those of dQ
     const char *Q_rows{}, *dO_rows{};  // [nq][D] and [nq][Dv], as they are stored
     T *dQ{}, *delta{};                 // [D][kPanel]; [kPanel]
   };
@@ -278,8 +287,22 @@ class Backward {
     if (x.tile.empty) return turn_of(k, x).clear_first();  // by mask or bias
     x.segments = x.panel.segments(x.tile);
     load_queries(k, x);
+    x.ends = r.unit == k.last_unit && rows_leave();
+    if (x.ends && k.panels == 1 && r.whole() && alone(r) && o.plain() && x.panel.plain()) {
+      k.soon.spread(blocks(x));
+      products(k, x);
+      add_products(k, x);
+      if (x.finite || finite(k, x.panel)) return;
+      load_queries(k, x);  // inf or NaN may have met P = 0
+      k.begun = k.written = false;
+    }
     choose_route(k, x);
     products(k, x);
+    add_products(k, x);
+  }
+
+  // From S and dP to the gradients.
+  ATTN_NOINLINE void add_products(Block& k, Pair& x) {
     gradient(k, x);
     if (x.route == kCareful)
       add_visible_dv(k, x);
@@ -291,6 +314,19 @@ class Backward {
       add_visible(k, x);
     else if (ptr.dq)
       add_dq(k, x);
+  }
+
+  // Whether dK and dV may leave products as rows.
+  bool rows_leave() const {
+    return !o.w && !ptr.block_table && RowProduct<Op>::serves(p.head_dim) &&
+           RowProduct<Op>::serves(p.head_dim_v);
+  }
+
+  // About how many blocks of products a pair has: of S^T and dP^T, of which a band leaves half or
+  // less, and of dV, dK and dQ.
+  static int64_t blocks(const Pair& x) {
+    const int64_t keys = x.tile.nk;
+    return (x.tile.banded ? 1 : 2) * keys / ATTN_MR + (2 * keys + kPanel) / 5;
   }
 
   // Q^T, dO^T, LSE of the panel.
@@ -310,7 +346,8 @@ class Backward {
     k.soon.add_first(x.Q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
     if (ptr.dq && k.t + 1 == t1)
       k.soon.add_first(row_of(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
-    if (ptr.dq) k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
+    if (ptr.dq && !(x.r.whole() && RowProduct<Op>::serves(d)))
+      k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
     x.panel.prefetch_bias(x.tile);
     const T* lse = static_cast<const T*>(ptr.lse) + seq.lse_offset(h, m0);
     const T bias = o.sigmoid ? sigmoid_bias<T>(o, seq) : T(0);
@@ -381,22 +418,31 @@ class Backward {
   }
 
   // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
-  void add_dkdv(Block& k, const Pair& x) const {
+  void add_dkdv(Block& k, Pair& x) const {
     const DType type = p.dtype;
     const KeyGradient<Op> V{type, x.dO_rows, p.dout.s, p.head_dim_v, dv_pad, k.P_rows, k.dO, k.dV};
     const KeyGradient<Op> K{type, x.Q_rows, p.q.s, p.head_dim, d_pad, k.dS_rows, k.Q, k.dK};
-    if (ptr.dv) V.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
-    if (ptr.dk && !o.w) K.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon);
+    auto add = [&](const KeyGradient<Op>& sum, void* base, const Strides& s, T factor) {
+      if (!base || !x.ends)
+        return base ? sum.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon) : void();
+      const int64_t size = int64_t(dtype_size(o.written(p)));
+      char* out = static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0) * size;
+      x.finite &= sum.finish(x.panel, x.tile, x.segments, k.begun, factor, o.written(p), out,
+                             s.s * size, k.soon);
+    };
+    add(V, ptr.dv, p.dv, T(1));
+    add(K, o.w ? nullptr : ptr.dk, p.dk, T(p.scale));
     k.begun = true;
+    k.written = x.ends;
   }
 
   // dQ^T += K^T dS^T   [d, columns]; the first product over all columns need not add
-  void add_dq(Block& k, const Pair& x) {
+  void add_dq(Block& k, Pair& x) {
     if (x.r.whole() && RowProduct<Op>::serves(p.head_dim)) {  // dQ = dS K   [nq, d]
       T scale[kPanel];
       std::fill(scale, scale + kPanel, T(p.scale));
       const RowProduct<Op> product(k.K_by_key, p.head_dim, o.written(p));
-      product.write(x.panel, x.tile, k.dS_by_key, scale, ptr.dq, p.dq, k.soon);
+      x.finite &= product.write(x.panel, x.tile, k.dS_by_key, scale, ptr.dq, p.dq, k.soon);
       return;
     }
     const Turn turn = turn_of(k, x);

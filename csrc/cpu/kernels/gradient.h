@@ -316,8 +316,11 @@ struct GradientTile {
     const Item* B;
     int64_t depth;
     template <int ROWS>
-    ATTN_INLINE void multiply_rows(int64_t first, Vec<T> (&acc)[ROWS][ATTN_NV]) const {
-      multiply<Op>(depth, A + first * row_step, row_step, depth_step, B, kPanel, acc);
+    ATTN_INLINE void multiply_rows(int64_t first, Vec<T> (&acc)[ROWS][ATTN_NV],
+                                   Prefetch& soon) const {
+      const char* rows = A + first * row_step;
+      multiply<Op>(depth, rows, row_step, depth_step, B, kPanel, acc,
+                   soon.some(depth * Op::kPack, rows));
     }
   };
 
@@ -328,9 +331,8 @@ struct GradientTile {
     static_assert(ATTN_NV * L == kPanel);
     Vec<T> P[ATTN_NV][ROWS];
     for (; blocks > 0; --blocks, j += ROWS) {
-      soon.some();
       Vec<T> acc[ROWS][ATTN_NV];
-      keys.multiply_rows(j, acc);
+      keys.multiply_rows(j, acc, soon);
 #pragma GCC unroll 8
       for (int v = 0; v < ATTN_NV; ++v) {
         const Vec<T> base = load(lse + v * L);
@@ -342,7 +344,7 @@ struct GradientTile {
         for (int i = 0; i < ROWS; ++i) P[v][i] = w[i];
         emit_weights(j, v * L, w);
       }
-      values.multiply_rows(j, acc);
+      values.multiply_rows(j, acc, soon);
 #pragma GCC unroll 8
       for (int v = 0; v < ATTN_NV; ++v) {
         const Vec<T> row = load(row_delta + v * L);

@@ -1,6 +1,7 @@
 // dV += P^T dO and dK += dS^T Q: the gradients that a block of keys owns.
 #pragma once
 #include "cpu/simd/gemm.h"
+#include "cpu/tile/row_product.h"
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
 
@@ -61,6 +62,32 @@ struct KeyGradient {
       key = s.hi;
     }
     clear_to(nk);
+  }
+
+  // The same for the last panel that adds: factor * C as rows of storage of type `to`, row_bytes
+  // apart.  False where a sum is inf or NaN.
+  ATTN_NOINLINE bool finish(const Panel<T>& panel, const Tile& tile, const Segments& segments,
+                            bool begun, T factor, DType to, char* out, int64_t row_bytes,
+                            Prefetch& soon) const {
+    int64_t ldb, key = 0;
+    const Item* B = query_rows(panel.nq, items<Op>(panel.nq), &ldb);
+    const int64_t step = int64_t(sizeof(Item));
+    const RowProduct<Op> product({reinterpret_cast<const char*>(B), step, ldb * step}, dim, to);
+    bool finite = true;
+    auto store_to = [&](int64_t end) {  // rows that this panel does not see
+      if (key >= end) return;
+      if (!begun) std::fill(C + key * pad, C + end * pad, T(0));
+      restore_rows<T>(to, C + key * pad, pad, factor, end - key, dim,
+                      [&](int64_t j) { return out + (key + j) * row_bytes; });
+    };
+    for (const Segment& s : segments) {
+      store_to(s.lo);
+      finite &=
+          product.write_keys(panel, tile, s, A, factor, begun ? C : nullptr, out, row_bytes, soon);
+      key = s.hi;
+    }
+    store_to(tile.nk);
+    return finite;
   }
 };
 

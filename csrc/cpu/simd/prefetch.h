@@ -13,8 +13,18 @@ ATTN_INLINE void prefetch_rows(const void* base, int64_t n, int64_t row_step, in
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, LOCALITY);
 }
 
-// Memory that is touched soon, brought towards the second-level cache a few lines at a time between
-// blocks of products: all at once they would fill the queue of misses, and the next loads wait.
+// Lines that a loop prefetches, one or two a turn; the last of them again when there are no more.
+struct Lines {
+  const char *at, *last;
+  ATTN_INLINE void one() {
+    __builtin_prefetch(at, 0, 2);
+    at = at < last ? at + 64 : last;
+  }
+};
+
+// Memory that is touched soon, brought towards the second-level cache a line at a time by the loops
+// of products, or a few between them where its rows lie apart: all at once they would fill the
+// queue of misses, and the next loads wait.
 class Prefetch {
  public:
   // at_once: for units whose blocks are too narrow to be interrupted (gemm.h).
@@ -33,7 +43,14 @@ class Prefetch {
     if (end_ - begin_ == kRanges) --end_;
     ranges_[--begin_ % kRanges] = range(base, n, row_step, bytes);
   }
-  // The next few lines.
+  // The next lines, so many at most, for a loop; `idle`, which is in the cache, where there are
+  // none.
+  ATTN_INLINE Lines some(int64_t most, const void* idle) {
+    const char* at = static_cast<const char*>(idle);
+    if (begin_ == end_) return {at, at};
+    return next(most, at);
+  }
+  // The next few lines at once.
   ATTN_INLINE void some() {
     if (begin_ != end_) fetch(lines_);
   }
@@ -60,6 +77,19 @@ class Prefetch {
   static Range range(const void* base, int64_t n, int64_t row_step, int64_t bytes) {
     const bool dense = row_step == bytes;
     return {static_cast<const char*>(base), dense ? 1 : n, row_step, dense ? n * bytes : bytes, 0};
+  }
+
+  __attribute__((noinline)) Lines next(int64_t most, const char* idle) {
+    Range& r = ranges_[begin_ % kRanges];
+    if (r.rows > 1) {
+      fetch(lines_);
+      return {idle, idle};
+    }
+    const int64_t left = (r.bytes - r.at + 63) / 64, n = std::min(left, most);
+    const char* line = r.row + r.at;
+    r.at += 64 * n;
+    if (n == left) ++begin_;
+    return n > 0 ? Lines{line, line + 64 * (n - 1)} : Lines{idle, idle};
   }
 
   __attribute__((noinline)) void fetch(int64_t lines) {

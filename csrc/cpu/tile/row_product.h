@@ -1,7 +1,8 @@
-// Rows of storage as they leave a product:  X[q] = factor[q] * sum_k A(q, k) B[k],  where A is what
-// a tile of weights holds, [items of keys][kPanel], and the numbers of a row lie in lanes.  Beside
-// gemm.h's O^T and dQ^T it needs neither sums in memory nor a transposition, and each block of rows
-// ends at its own last key; but it must see all keys of its rows at once.
+// Rows of storage as they leave a product:  X[r] = factor * sum_k A(r, k) B[k],  where A is what a
+// tile of weights holds, and the numbers of a row lie in lanes: rows of O and dQ, over keys, where
+// the tile has all keys that they see, and rows of dK and dV, over queries, at a block's last
+// panel. Beside gemm.h's products it needs neither sums in memory nor a transposition, and each
+// block of rows begins and ends where its own rows do.
 #pragma once
 #include "cpu/tile/rows.h"
 #include "cpu/tile/score.h"
@@ -38,12 +39,51 @@ class RowProduct {
         const int64_t most = end - q > 4 ? ATTN_MR : 4, n = std::min(most, end - q);
         const Keys seen = keys(panel, tile, g, q, n);
         const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
-        const Rows rows{A + first * kPanel + q, B + first * ldb, depth, factor + q,
-                        out + q * row_bytes,    row_bytes,       n};
-        soon.some();
-        bad += most == 4 ? block<4>(rows) : block<ATTN_MR>(rows);
+        const Rows rows{A + first * kPanel + q,
+                        int64_t(sizeof(Item)),
+                        kPanel * int64_t(sizeof(Item)),
+                        B + first * ldb,
+                        depth,
+                        factor + q,
+                        nullptr,
+                        out + q * row_bytes,
+                        row_bytes,
+                        n};
+        const Lines lines = soon.some(depth * Op::kPack, rows.A);
+        bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
         q += n;
       }
+    }
+    return all_equal<T>(bad, Vec<T>{});
+  }
+
+  // Rows [lo, hi) of a block's keys, from `out` on: A is [keys][items of kPanel], of which row j
+  // ends and begins where the queries of `s` do that may see its key.  before: the sums of other
+  // panels, [keys][dim], or null.
+  bool write_keys(const Panel<T>& panel, const Tile& tile, const Segment& s, const Item* A,
+                  T factor, const T* before, char* out, int64_t row_bytes, Prefetch& soon) const {
+    constexpr int64_t pairs = kPanel / Op::kPack;
+    T factors[ATTN_MR];
+    std::fill(factors, factors + ATTN_MR, factor);
+    Vec<T> bad{};
+    for (int64_t j = s.lo; j < s.hi;) {
+      const int64_t left = s.hi - j, most = left > 4 && left != 8 ? ATTN_MR : 4;
+      const int64_t n = std::min(most, left);
+      const Keys seen = queries(panel, tile, s, j, n);
+      const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
+      const Rows rows{A + j * pairs + first,
+                      pairs * int64_t(sizeof(Item)),
+                      int64_t(sizeof(Item)),
+                      B + first * ldb,
+                      depth,
+                      factors,
+                      before ? before + j * dim : nullptr,
+                      out + j * row_bytes,
+                      row_bytes,
+                      n};
+      const Lines lines = soon.some(depth * Op::kPack, rows.A);
+      bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
+      j += n;
     }
     return all_equal<T>(bad, Vec<T>{});
   }
@@ -54,9 +94,11 @@ class RowProduct {
   DType type;
 
   struct Rows {
-    const Item *A, *B;
+    const Item* A;
+    int64_t row_step, depth_step;  // of A, in bytes
+    const Item* B;
     int64_t depth;
-    const T* factor;
+    const T *factor, *before;  // before: the sums so far, [n][dim], or null
     char* out;
     int64_t row_bytes, n;
   };
@@ -71,51 +113,83 @@ class RowProduct {
     return {all.lo, std::clamp(hi - tile.n0, all.lo, all.hi)};
   }
 
+  // The segment's queries that may see some of n keys from j.
+  static Keys queries(const Panel<T>& panel, const Tile& tile, const Segment& s, int64_t j,
+                      int64_t n) {
+    const int64_t end = std::min(s.end, panel.nq);
+    if (!tile.banded) return {s.begin, end};
+    int64_t lo, hi;
+    panel.seq.query_range(tile.n0 + j, tile.n0 + j + n, &lo, &hi);
+    lo = std::clamp(lo - panel.m0, s.begin, end);
+    return {lo, std::clamp(hi - panel.m0, lo, end)};
+  }
+
   // 0 where all sums of rows r < n are finite, else NaN in some lane, as also where their sums
   // overflow, which costs time alone: a unit that is not finite is looked at once more.  Additions
   // do not wait for the units that multiply.
   template <int ROWS>
-  __attribute__((noinline)) Vec<T> block(const Rows& r) const {
+  __attribute__((noinline)) Vec<T> block(const Rows& r, Lines lines) const {
     Vec<T> sum[ATTN_NV] = {};
     for (int64_t c = 0; c < dim; c += kWide) {
       Vec<T> acc[ROWS][ATTN_NV];
-      multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), sizeof(Item),
-                   kPanel * int64_t(sizeof(Item)), r.B + c, ldb, acc);
+      multiply<Op>(r.depth, reinterpret_cast<const char*>(r.A), r.row_step, r.depth_step, r.B + c,
+                   ldb, acc, lines);
+      if (r.before)
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+          if (i >= r.n) break;
+#pragma GCC unroll 8
+          for (int v = 0; v < ATTN_NV; ++v) acc[i][v] += load(r.before + i * dim + c + v * L);
+        }
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         if (i >= r.n) break;
+        const Vec<T> factor = set1(r.factor[i]);
 #pragma GCC unroll 8
         for (int v = 0; v < ATTN_NV; ++v) {
           sum[v] += acc[i][v];
-          acc[i][v] *= r.factor[i];
+          acc[i][v] *= factor;
         }
-        put(r.out + i * r.row_bytes, c, acc[i]);
       }
+      put(r, c, acc);
     }
     Vec<T> any{};
     for (int v = 0; v < ATTN_NV; ++v) any += sum[v] - sum[v];
     return any;
   }
 
-  // Numbers [c, c + kWide) of a row of storage.
-  ATTN_INLINE void put(char* row, int64_t c, const Vec<T> (&x)[ATTN_NV]) const {
+  // Numbers [c, c + kWide) of the rows of storage.  No call while sums are in registers: they would
+  // be in memory on every way.
+  template <int ROWS>
+  ATTN_INLINE void put(const Rows& r, int64_t c, const Vec<T> (&x)[ROWS][ATTN_NV]) const {
+    const int64_t step = r.row_bytes;
+    char* row = r.out + c * int64_t(dtype_size(type));
 #ifdef ATTN_BF16_DOT
     if (type == DType::kBFloat16) {
 #pragma GCC unroll 8
-      for (int v = 0; v < ATTN_NV; v += 2)
-        _mm512_storeu_si512(reinterpret_cast<uint16_t*>(row) + c + v * L, two_rows(x[v], x[v + 1]));
+      for (int i = 0; i < ROWS; ++i) {
+        if (i >= r.n) break;
+#pragma GCC unroll 8
+        for (int v = 0; v < ATTN_NV; v += 2)
+          _mm512_storeu_si512(reinterpret_cast<uint16_t*>(row + i * step) + v * L,
+                              two_rows(x[i][v], x[i][v + 1]));
+      }
       return;
     }
 #endif
-    if (dtype_size(type) == sizeof(T)) {
+    T numbers[ROWS][kWide];
+    const bool direct = dtype_size(type) == sizeof(T);
+    char* to = direct ? row : reinterpret_cast<char*>(numbers);
+    const int64_t to_step = direct ? step : kWide * int64_t(sizeof(T));
 #pragma GCC unroll 8
-      for (int v = 0; v < ATTN_NV; ++v) store(reinterpret_cast<T*>(row) + c + v * L, x[v]);
-      return;
+    for (int i = 0; i < ROWS; ++i) {
+      if (i >= r.n) break;
+#pragma GCC unroll 8
+      for (int v = 0; v < ATTN_NV; ++v)
+        store(reinterpret_cast<T*>(to + i * to_step) + v * L, x[i][v]);
     }
-    T numbers[kWide];
-#pragma GCC unroll 8
-    for (int v = 0; v < ATTN_NV; ++v) store(numbers + v * L, x[v]);
-    restore_row<T>(type, numbers, kWide, row + c * int64_t(dtype_size(type)));
+    for (int i = 0; !direct && i < r.n; ++i)
+      restore_row<T>(type, numbers[i], kWide, row + i * step);
   }
 };
 

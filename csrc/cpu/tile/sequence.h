@@ -63,6 +63,13 @@ struct Sequence {
     if (p->window_right != kUnbounded) *hi = clamp(m1 + diagonal() + p->window_right, *hi);
     if (*hi < *lo) *hi = *lo;
   }
+  // Queries that may see some key of [n0, n1): [*lo, *hi).
+  void query_range(int64_t n0, int64_t n1, int64_t* lo, int64_t* hi) const {
+    *lo = 0, *hi = seqlen_q;
+    if (p->window_right != kUnbounded) *lo = clamp(n0 - diagonal() - p->window_right, *hi);
+    if (p->window_left != kUnbounded) *hi = clamp(n1 - diagonal() + p->window_left, *hi);
+    if (*hi < *lo) *hi = *lo;
+  }
   // True when every query of [m0, m1) sees every key of [n0, n1) as far as the band goes.
   bool band_full(int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
     const int64_t d = diagonal();

@@ -23,6 +23,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     BIAS,
     BIAS_ONE_QUERY,
     FRAME,
+    KEY_PAIRS,
     LEFT,
     LN2,
     LOG2E,
@@ -109,6 +110,29 @@ def mask_pairs(
 
 
 @triton.jit
+def own_words(
+    base, b_s, h_s, q_s, b, h, i_first, r, j_first, seqlen_q, seqlen_k, PAIRS: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """With KEY_PAIRS: words of two keys, [2 PAIRS, BLOCK_M], each at both of its keys in
+    `own_key_order`; base: of words, b_s, h_s and q_s: of elements."""
+    start = b.to(tl.int64) * (b_s // 2) + h * (h_s // 2) + i_first.to(tl.int64) * (q_s // 2)
+    row = tl.minimum(r, seqlen_q - 1 - i_first)  # as in `score_tile`
+    if WIDE & FLAGS:
+        row = row.to(tl.int64)
+    pair = tl.arange(0, PAIRS)[:, None]
+    places = base + (start + j_first // 2) + (row * (q_s // 2) + pair)
+    if WHOLE_KEYS:
+        words = tl.load(places)
+    else:
+        words = tl.load(places, mask=j_first + 2 * pair < seqlen_k, other=0)
+    # [PAIRS / 8, 8 g, BLOCK_M] to the order of rows
+    words = tl.reshape(words.to(tl.uint32), [PAIRS // 8, 8, words.shape[1]])
+    words = tl.broadcast_to(words[:, None, :, :], [PAIRS // 8, 2, 8, words.shape[2]])
+    return tl.reshape(words, [2 * PAIRS, words.shape[3]])
+
+
+@triton.jit
 def visible_keys(
     terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -124,6 +148,13 @@ def visible_keys(
         found = tl.broadcast_to(words.to(tl.uint32)[:, :, None], [words.shape[0], PAIRS, 2])
         found = tl.reshape(found, [words.shape[0], c.shape[1]])
         found = found & (0xFF << ((tl.arange(0, c.shape[1]) & 1) * 8))[None, :].to(tl.uint32)
+    elif (KEY_PAIRS & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
+        found = own_words(
+            terms.mask.to(tl.pointer_type(tl.uint16), bitcast=True), terms.mask_b, terms.mask_h,
+            terms.mask_q, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[0] // 2,
+            WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+        found = found & (0xFF << (tl.arange(0, c.shape[0]) & 8))[:, None].to(tl.uint32)
     else:
         found = score_tile(
             terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
@@ -138,11 +169,25 @@ def bias_tile(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias in float32, or of its only query's row."""
-    tile = score_tile(
-        terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-        j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-    )  # fmt: skip
-    return widened(tile)
+    if (KEY_PAIRS & FLAGS) and not (BIAS_ONE_QUERY & FLAGS):
+        words = own_words(
+            terms.bias.to(tl.pointer_type(tl.uint32), bitcast=True), terms.bias_b, terms.bias_h,
+            terms.bias_q, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[0] // 2,
+            WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+        second = (tl.arange(0, c.shape[0]) & 8)[:, None] != 0
+        if terms.bias.dtype.element_ty == tl.bfloat16:
+            wide = tl.where(second, words & 0xFFFF0000, words << 16).to(tl.float32, bitcast=True)
+        else:
+            half = tl.where(second, words >> 16, words).to(tl.uint16)
+            wide = half.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        tile = score_tile(
+            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
+            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+        wide = widened(tile)
+    return wide
 
 
 @triton.jit

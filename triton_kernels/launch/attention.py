@@ -158,12 +158,13 @@ class Plan:
 
     def _mask_has_pairs(self) -> bool:
         """Whether words of two keys of the mask are aligned; dropout orders keys otherwise."""
-        mask = self.mask
-        if mask is None or self.dropout:
-            return False
-        *rest, along = score_strides(mask, self.sizes)
-        odd = functools.reduce(int.__or__, (mask.data_ptr(), self.seqlen_k, *rest)) & 1
-        return along == 1 and not odd
+        return self.mask is not None and not self.dropout and self._has_pairs(self.mask)
+
+    def _has_pairs(self, x) -> bool:
+        """Whether two neighbouring keys of a mask or bias are an aligned word."""
+        *rest, along = score_strides(x, self.sizes)
+        odd = functools.reduce(int.__or__, (x.data_ptr() // x.element_size(), *rest)) & 1
+        return along == 1 and not odd and not self.seqlen_k & 1
 
     def forward_flags(self) -> int:
         """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED
@@ -185,6 +186,17 @@ class Plan:
         bounded = self.cap_out <= primitives.LARGEST_CAP.value and not self.call.need_stats
         if unscaled and self.flags & _FLAG["APPROX_TANH"] and bounded:
             found += primitives.BOUNDED.value
+        return found
+
+    def backward_flags(self, keys: bool) -> int:
+        """The flags of dK and dV (`keys`) and of dQ: P is 2 to a multiply-add of the logits in the
+        forward's units.  KEY_PAIRS where mask and bias serve."""
+        units = primitives.UNSCALED.value | primitives.NATURAL.value
+        found = self.flags | (self.forward_flags() & units)
+        terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
+        paired = all(x.element_size() <= 2 and self._has_pairs(x) for x in terms)
+        if keys and terms and paired and not architecture(self.q).startswith("gfx"):
+            found |= primitives.KEY_PAIRS.value
         return found
 
     @staticmethod

@@ -23,7 +23,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     BIAS,
     BIAS_ONE_QUERY,
     FRAME,
-    KEY_PAIRS,
+    KEY_WORDS,
     LEFT,
     LN2,
     LOG2E,
@@ -111,25 +111,29 @@ def mask_pairs(
 
 @triton.jit
 def own_words(
-    base, b_s, h_s, q_s, b, h, i_first, r, j_first, seqlen_q, seqlen_k, PAIRS: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
+    base, b_s, h_s, q_s, b, h, i_first, r, j_first, seqlen_q, seqlen_k, BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr, WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """With KEY_PAIRS: words of two keys, [2 PAIRS, BLOCK_M], each at both of its keys in
-    `own_key_order`; base: of words, b_s, h_s and q_s: of elements."""
-    start = b.to(tl.int64) * (b_s // 2) + h * (h_s // 2) + i_first.to(tl.int64) * (q_s // 2)
+    """With KEY_WORDS: words of KEYS keys, 2 or 4, [BLOCK_N, BLOCK_M], each at all of its keys in
+    `own_key_order`; b_s, h_s and q_s: of elements."""
+    start = b.to(tl.int64) * (b_s // KEYS) + h * (h_s // KEYS)
+    start += i_first.to(tl.int64) * (q_s // KEYS) + j_first // KEYS
     row = tl.minimum(r, seqlen_q - 1 - i_first)  # as in `score_tile`
     if WIDE & FLAGS:
         row = row.to(tl.int64)
-    pair = tl.arange(0, PAIRS)[:, None]
-    places = base + (start + j_first // 2) + (row * (q_s // 2) + pair)
+    word = tl.arange(0, BLOCK_N // KEYS)[:, None]
+    places = base.to(tl.pointer_type(tl.uint32), bitcast=True) + start
+    places += row * (q_s // KEYS) + word
     if WHOLE_KEYS:
         words = tl.load(places)
     else:
-        words = tl.load(places, mask=j_first + 2 * pair < seqlen_k, other=0)
-    # [PAIRS / 8, 8 g, BLOCK_M] to the order of rows
-    words = tl.reshape(words.to(tl.uint32), [PAIRS // 8, 8, words.shape[1]])
-    words = tl.broadcast_to(words[:, None, :, :], [PAIRS // 8, 2, 8, words.shape[2]])
-    return tl.reshape(words, [2 * PAIRS, words.shape[3]])
+        words = tl.load(places, mask=j_first + KEYS * word < seqlen_k, other=0)
+    # Of 16 rows 8 h + g are keys 2 g + h: the word of 4 keys is g / 2, that of 2 keys g
+    M: tl.constexpr = words.shape[1]
+    APART: tl.constexpr = 16 // KEYS
+    words = tl.reshape(words, [BLOCK_N // 16, 1, APART, 1, M])
+    words = tl.broadcast_to(words, [BLOCK_N // 16, 2, APART, KEYS // 2, M])
+    return tl.reshape(words, [BLOCK_N, M])
 
 
 @triton.jit
@@ -148,13 +152,14 @@ def visible_keys(
         found = tl.broadcast_to(words.to(tl.uint32)[:, :, None], [words.shape[0], PAIRS, 2])
         found = tl.reshape(found, [words.shape[0], c.shape[1]])
         found = found & (0xFF << ((tl.arange(0, c.shape[1]) & 1) * 8))[None, :].to(tl.uint32)
-    elif (KEY_PAIRS & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
+    elif (KEY_WORDS & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
         found = own_words(
-            terms.mask.to(tl.pointer_type(tl.uint16), bitcast=True), terms.mask_b, terms.mask_h,
-            terms.mask_q, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[0] // 2,
-            WHOLE_KEYS, FLAGS,
+            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, b, h, i_first, r, j_first,
+            seqlen_q, seqlen_k, c.shape[0], 4, WHOLE_KEYS, FLAGS,
         )  # fmt: skip
-        found = found & (0xFF << (tl.arange(0, c.shape[0]) & 8))[:, None].to(tl.uint32)
+        n = tl.arange(0, c.shape[0]).to(tl.uint32)
+        byte = tl.full(n.shape, 0xFF, tl.uint32) << ((n & 1) * 16 + (n & 8))
+        found = found & byte[:, None]
     else:
         found = score_tile(
             terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, terms.mask_k, b, h, i_first, r,
@@ -169,11 +174,10 @@ def bias_tile(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias in float32, or of its only query's row."""
-    if (KEY_PAIRS & FLAGS) and not (BIAS_ONE_QUERY & FLAGS):
+    if (KEY_WORDS & FLAGS) and not (BIAS_ONE_QUERY & FLAGS):
         words = own_words(
-            terms.bias.to(tl.pointer_type(tl.uint32), bitcast=True), terms.bias_b, terms.bias_h,
-            terms.bias_q, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[0] // 2,
-            WHOLE_KEYS, FLAGS,
+            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, b, h, i_first, r, j_first,
+            seqlen_q, seqlen_k, c.shape[0], 2, WHOLE_KEYS, FLAGS,
         )  # fmt: skip
         second = (tl.arange(0, c.shape[0]) & 8)[:, None] != 0
         if terms.bias.dtype.element_ty == tl.bfloat16:

@@ -158,13 +158,14 @@ class Plan:
 
     def _mask_has_pairs(self) -> bool:
         """Whether words of two keys of the mask are aligned; dropout orders keys otherwise."""
-        return self.mask is not None and not self.dropout and self._has_pairs(self.mask)
+        return self.mask is not None and not self.dropout and self._has_words(self.mask, 2)
 
-    def _has_pairs(self, x) -> bool:
-        """Whether two neighbouring keys of a mask or bias are an aligned word."""
+    def _has_words(self, x, size: int) -> bool:
+        """Whether the keys of a mask or bias are aligned words of `size` bytes, several in each."""
         *rest, along = score_strides(x, self.sizes)
-        odd = functools.reduce(int.__or__, (x.data_ptr() // x.element_size(), *rest)) & 1
-        return along == 1 and not odd and not self.seqlen_k & 1
+        one = x.element_size()
+        apart = functools.reduce(int.__or__, (x.data_ptr() // one, self.seqlen_k, *rest))
+        return along == 1 and one < size and apart % (size // one) == 0
 
     def forward_flags(self) -> int:
         """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED
@@ -190,13 +191,13 @@ class Plan:
 
     def backward_flags(self, keys: bool) -> int:
         """The flags of dK and dV (`keys`) and of dQ: P is 2 to a multiply-add of the logits in the
-        forward's units.  KEY_PAIRS where mask and bias serve."""
+        forward's units.  KEY_WORDS where mask and bias serve."""
         units = primitives.UNSCALED.value | primitives.NATURAL.value
         found = self.flags | (self.forward_flags() & units)
         terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
-        paired = all(x.element_size() <= 2 and self._has_pairs(x) for x in terms)
-        if keys and terms and paired and not architecture(self.q).startswith("gfx"):
-            found |= primitives.KEY_PAIRS.value
+        words = all(self._has_words(x, 4) for x in terms)
+        if keys and terms and words and not architecture(self.q).startswith("gfx"):
+            found |= primitives.KEY_WORDS.value
         return found
 
     @staticmethod

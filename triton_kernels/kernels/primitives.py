@@ -64,7 +64,7 @@ APPROX_TANH = tl.constexpr(1 << 33)  # softcap: tanh to 2^-11, as the factors of
 BOUNDED = tl.constexpr(1 << 34)  # softcap: base-2 logits between -LARGEST_CAP and it, no maximum
 LARGEST_CAP = tl.constexpr(80.0)
 RELATIVE = tl.constexpr(1 << 35)  # ALiBi with BACKWARD: whole tiles count from their first key
-KEY_WORDS = tl.constexpr(1 << 36)  # dK and dV: mask and bias are loaded as words of 32 bits
+KEY_WORDS = tl.constexpr(1 << 36)  # mask and bias are loaded as words of 32 bits
 STEEP = tl.constexpr(2.0)  # a slope beyond which that would lose digits of a logit
 
 

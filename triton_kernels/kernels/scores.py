@@ -55,8 +55,8 @@ def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.con
     if (UNSCALED | NATURAL) & FLAGS:
         factor, shift = unit(terms, scale, FLAGS)
         p = tl.exp2(s * factor - (lse - shift))
-        if ALWAYS:
-            p = tl.where(s == float("-inf"), 0.0, p)
+        if ALWAYS:  # also where a logit overflows in base 2, whose row is a far one
+            p = tl.where((s == float("-inf")) | (lse == float("inf")), 0.0, p)
     else:
         p = probabilities(s, lse, ALWAYS, FLAGS)
     return p

@@ -196,7 +196,8 @@ class Plan:
         found = self.flags | (self.forward_flags() & units)
         terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
         words = all(self._has_words(x, 4) for x in terms)
-        if keys and terms and words and not architecture(self.q).startswith("gfx"):
+        usable = not architecture(self.q).startswith("gfx") and (keys or not self.dropout)
+        if terms and words and usable:
             found |= primitives.KEY_WORDS.value
         return found
 

@@ -17,7 +17,7 @@ from attn_ext.triton_kernels.kernels.dkdv import dkdv_kernel
 from attn_ext.triton_kernels.kernels.dq import dq_kernel
 from attn_ext.triton_kernels.kernels.far import far_keys_kernel, far_queries_kernel
 from attn_ext.triton_kernels.kernels.fused import dq_from_sums_kernel, fused_kernel
-from attn_ext.triton_kernels.kernels.primitives import NATURAL, SUM_ROWS
+from attn_ext.triton_kernels.kernels.primitives import SUM_ROWS
 from attn_ext.triton_kernels.launch import attention, replay
 from attn_ext.triton_kernels.launch.attention import Plan, ceil_div
 from attn_ext.triton_kernels.launch.gradients import dbias_flags, sink_gradient
@@ -159,9 +159,7 @@ class Backward:
         plan, tile = self.plan, self.plan.tile("dq")
         self.dq = dq = plan.own(torch.empty_like(plan.q)) if dq is None else dq
         flags = plan.backward_flags(False)
-        if dbias is not None:  # which knows a bias of -inf from NaN, and is not written again
-            flags &= ~NATURAL.value
-            flags += dbias_flags(plan, tuple(dbias.shape))
+        flags += 0 if dbias is None else dbias_flags(plan, tuple(dbias.shape))
         blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             dq_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq, dbias,

@@ -464,6 +464,23 @@ def markdown(tables: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def others_markdown() -> str:
+    """The rows of OTHERS_TABLE as docs/design/triton.md shows them."""
+    lines = ["| loop, whole tiles | ours: tile; slots, spilled, share | plain Triton's best |",
+             "|---|---|---|"]  # fmt: skip
+    for label, each in json.loads(OTHERS_TABLE.read_text())["rows"].items():
+        cells = []
+        for found in (each["ours"], each["plain"]):
+            m, n, warps, stages, *loads = found["tile"]
+            cells.append(
+                f"{m}x{n}, {warps}, {stages}{', TMA' if any(loads) else ''}; "
+                f"{found['slots_a_product']:.2f}, {found['counts'].get('spill', 0)}, "
+                f"{found['share_2_norm']:.2f}"
+            )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _same_tile(each: dict) -> bool:
     return each["plain"]["tile"] == each["plain, our tile"]["tile"]
 

@@ -1,4 +1,4 @@
-"""Masks and biases that the backward loads as words of 32 bits, and P by a multiply-add of logits in
+"""Masks and biases that the backward loads as words of 32 bits, and P by a multiply-add of a logit in
 the forward's units, by the Triton kernels, interpreted.
 """
 

@@ -318,11 +318,16 @@ SPECIALIZED = {
     },
 }
 
-# (architecture, direction, width) of plain 16-bit rows that `bench/triton_code.py --search` ranked
+# (architecture, direction, width, bytes of an element) of plain rows that a search by
+# `bench/triton_code.py --search` ranked
 RANKED = frozenset(
-    itertools.product(
-        ("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq", "fused"), (64, 128)
-    )
+    [
+        *itertools.product(
+            ("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq", "fused"), (64, 128), (2,)
+        ),
+        *itertools.product(("sm_80", "sm_90"), ("fwd", "dkdv", "dq"), (256,), (2,)),
+        *itertools.product(("sm_80", "sm_90"), ("fwd", "dkdv", "dq"), (64, 128), (4,)),
+    ]
 )
 
 

@@ -1,5 +1,5 @@
-"""Masks and biases that the backward loads as words of 32 bits, and P by a multiply-add of a logit in
-the forward's units, by the Triton kernels, interpreted.
+"""Masks and biases that the backward loads as words of 32 bits, and P by a multiply-add of a logit
+in the forward's units, by the Triton kernels, interpreted.
 """
 
 import planted_triton

@@ -10,6 +10,7 @@ the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those t
     python bench/triton_code.py sm_90 --tile dkdv 128 64,128,8,2,0  one of ours; --dump: its loop
     python bench/triton_code.py sm_90 --tile dkdv 96 table          that of the table
     python bench/triton_code.py sm_90 --search dq 64 --type fp32    of another type than bf16
+    python bench/triton_code.py sm_90 --others --write      full calls of other widths and types
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "triton_code.json"
 OLDEST_TABLE = ROOT / "bench" / "results" / "triton_code-3.6.json"  # full and causal calls
+OTHERS_TABLE = ROOT / "bench" / "results" / "triton_code-others.json"  # of OTHER_TILES
 OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 ARCHITECTURES = {  # -> what machine_code.py knows of it
     "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_100": "sm100", "sm_120": "sm120",
@@ -75,6 +77,33 @@ PLAIN_TILES = {
     ("sm_90", "dq", 128): (128, 64, 8, 2),
     ("sm_90", "fused", 64): (64, 128, 8, 2),
     ("sm_90", "fused", 128): (64, 128, 8, 2),
+}
+
+# The same of other widths and types, (architecture, pass, head_dim, type)
+OTHER_TILES = {
+    ("sm_80", "forward", 96, "bf16"): (128, 32, 4, 2),
+    ("sm_80", "dkdv", 96, "bf16"): (32, 128, 8, 2),
+    ("sm_80", "dq", 96, "bf16"): (128, 64, 8, 3),
+    ("sm_80", "forward", 256, "bf16"): (64, 32, 4, 2),
+    ("sm_80", "dkdv", 256, "bf16"): (64, 64, 8, 2),
+    ("sm_80", "dq", 256, "bf16"): (64, 32, 4, 2),
+    ("sm_80", "forward", 64, "fp32"): (128, 16, 4, 2),
+    ("sm_80", "dkdv", 64, "fp32"): (16, 64, 8, 2),
+    ("sm_80", "dq", 64, "fp32"): (64, 16, 8, 2),
+    ("sm_80", "forward", 128, "fp32"): (32, 32, 4, 2),
+    ("sm_80", "dkdv", 128, "fp32"): (32, 32, 8, 2),
+    ("sm_80", "dq", 128, "fp32"): (32, 32, 8, 2),
+    ("sm_90", "forward", 96, "bf16"): (128, 128, 8, 2),
+    ("sm_90", "dkdv", 96, "bf16"): (64, 128, 8, 2),
+    ("sm_90", "dq", 96, "bf16"): (128, 64, 8, 2),
+    ("sm_90", "forward", 256, "bf16"): (128, 64, 8, 2),
+    ("sm_90", "dkdv", 256, "bf16"): (32, 64, 8, 2),
+    ("sm_90", "dq", 256, "bf16"): (128, 32, 8, 2),
+    ("sm_90", "forward", 64, "fp32"): (128, 64, 8, 2),
+    ("sm_90", "dkdv", 64, "fp32"): (32, 128, 8, 2),
+    ("sm_90", "dq", 64, "fp32"): (128, 32, 8, 2),
+    ("sm_90", "forward", 128, "fp32"): (128, 32, 8, 2),
+    ("sm_90", "dq", 128, "fp32"): (32, 32, 8, 2),
 }
 
 
@@ -229,6 +258,30 @@ def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = 
                 compiled = plain.compiled(name, architecture, head_dim, tile)
             each[kind] = row(compiled, architecture, tile, name, head_dim)
         rows[label] = each
+    return rows
+
+
+def measure_others(architecture: str, only: str = "", write: bool = False) -> dict:
+    """{"sm_90 dkdv 256 bf16": {"ours": row, "plain": row}, ...} of OTHER_TILES, those that begin
+    with `only`; `write`: each into the table as soon as it is there."""
+    import triton
+
+    prepare(architecture)
+    plain, rows = load("bench/plain_triton.py"), {}
+    for (target, name, head_dim, dtype), tile in OTHER_TILES.items():
+        label = f"{target} {name} {head_dim} {dtype}"
+        if target != architecture or not label.startswith(only):
+            continue
+        found, chosen = ours(name, head_dim, "full", None, dtype)
+        own = row(found, architecture, chosen, name, head_dim)
+        found = plain.compiled(name, architecture, head_dim, tile, dtype)
+        rows[label] = {"ours": own, "plain": row(found, architecture, tile, name, head_dim)}
+        print(label, *map(line, rows[label].values()), sep="\n  ", file=sys.stderr, flush=True)
+        if write:
+            known = json.loads(OTHERS_TABLE.read_text()) if OTHERS_TABLE.exists() else {}
+            old = known.get("rows", {}) if known.get("triton") == triton.__version__ else {}
+            content = {"triton": triton.__version__, "rows": dict(sorted((old | rows).items()))}
+            OTHERS_TABLE.write_text(json.dumps(content, indent=1) + "\n")
     return rows
 
 
@@ -411,6 +464,23 @@ def markdown(tables: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def others_markdown() -> str:
+    """The rows of OTHERS_TABLE as docs/design/triton.md shows them."""
+    lines = ["| loop, whole tiles | ours: tile; slots, spilled, share | plain Triton's best |",
+             "|---|---|---|"]  # fmt: skip
+    for label, each in json.loads(OTHERS_TABLE.read_text())["rows"].items():
+        cells = []
+        for found in (each["ours"], each["plain"]):
+            m, n, warps, stages, *loads = found["tile"]
+            cells.append(
+                f"{m}x{n}, {warps}, {stages}{', TMA' if any(loads) else ''}; "
+                f"{found['slots_a_product']:.2f}, {found['counts'].get('spill', 0)}, "
+                f"{found['share_2_norm']:.2f}"
+            )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _same_tile(each: dict) -> bool:
     return each["plain"]["tile"] == each["plain, our tile"]["tile"]
 
@@ -447,6 +517,8 @@ def main() -> None:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--search", nargs=2, metavar=("PASS", "HEAD_DIM"))
     parser.add_argument("--tile", nargs=3, metavar=("PASS", "HEAD_DIM", "TILE"))
+    parser.add_argument("--others", nargs="?", const="", help="of OTHER_TILES, those so named")
+    parser.add_argument("--write", action="store_true", help="--others: into the table")
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
     parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
     parser.add_argument("--case", choices=[*CASES, *OPTIONS, *SEVERAL], default="full")
@@ -477,6 +549,8 @@ def main() -> None:
         print(line(row(compiled, args.architecture, tile, name, head_dim)))
         if args.dump:
             print("\n".join(listing(compiled, args.architecture)))
+    elif args.others is not None:
+        print(json.dumps(measure_others(args.architecture, args.others, args.write)))
     else:
         print(json.dumps(measure(args.architecture, args.rows, args.kinds)))
 

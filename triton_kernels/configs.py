@@ -96,9 +96,10 @@ _PLAIN = {
         ("decode", 256): Tile(16, 32, 8, 1),  # 4 warps spill
     },
     "sm_80": {  # more than 99 KiB of shared memory
-        ("fwd", 256): Tile(128, 32, 8, 2),  # 5 spilled; .43 of the peak, as plain Triton's
-        ("dkdv", 256): Tile(32, 64, 8, 2),  # .46, as plain Triton's
-        ("dq", 256): Tile(64, 32, 8, 2),
+        # all as plain Triton's best: .45, .51 and .47 of the peak
+        ("fwd", 256): Tile(64, 32, 4, 2),
+        ("dkdv", 256): Tile(64, 64, 8, 2),
+        ("dq", 256): Tile(64, 32, 4, 2),
     },
     "hopper": {
         ("fused", 64): PAIR,  # but for sm_90: nothing was looked at
@@ -116,7 +117,7 @@ _PLAIN = {
         ("dkdv", 256): Tile(64, 64, 8, 1),  # 103 spilled; .57 of the peak even so
         ("dq", 64): Tile(128, 128, 8, 2),
         ("dq", 128): Tile(128, 64, 8, 2),  # 128 keys spill
-        ("dq", 256): Tile(64, 64, 8, 2),  # 16 spilled; .51
+        ("dq", 256): Tile(128, 32, 8, 2),  # 64 of each spill
         ("fused", 64): Tile(64, 128, 8, 2),
         ("fused", 128): Tile(64, 128, 8, 2),
     },
@@ -289,14 +290,22 @@ _FLOAT = {
 # The same of plain calls alone, by the loop's counts
 _FLOAT_PLAIN = {
     "sm_80": {
-        ("fwd", 64): Tile(64, 32, 4, 2),  # .55 of the peak as plain Triton's; 32 queries .42
         # all as plain Triton's; in several stages whole rows are in shared memory
         # (attention.Plan.flags_by)
+        ("fwd", 64): Tile(128, 16, 4, 2),  # .63 of the peak; 64 queries .55, 32 .42
         ("fwd", 128): Tile(32, 32, 4, 2),  # .54; read in parts .32
         ("dkdv", 64): Tile(16, 64, 8, 2),  # .52; 16 keys .39
         ("dkdv", 128): Tile(32, 32, 8, 2),  # .52; read in parts .41
         ("dq", 64): Tile(128, 16, 8, 2),  # .54; 16 queries .40
         ("dq", 128): Tile(32, 32, 8, 2),  # .51; read in parts .32
+    },
+    "sm_90": {  # 128 rows a wgmma of TF32, as plain Triton's best
+        ("fwd", 64): Tile(128, 64, 8, 2),
+        ("fwd", 128): Tile(128, 32, 8, 2),
+        ("dkdv", 64): Tile(32, 128, 8, 2),
+        ("dkdv", 128): Tile(32, 64, 8, 2),  # 209 spilled, .45 of the peak; read in parts .22
+        ("dq", 64): Tile(128, 32, 8, 2),
+        ("dq", 128): Tile(32, 32, 8, 2),
     },
 }
 
@@ -309,11 +318,16 @@ SPECIALIZED = {
     },
 }
 
-# (architecture, direction, width) of plain 16-bit rows that `bench/triton_code.py --search` ranked
+# (architecture, direction, width, bytes of an element) of plain rows that a search by
+# `bench/triton_code.py --search` ranked
 RANKED = frozenset(
-    itertools.product(
-        ("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq", "fused"), (64, 128)
-    )
+    [
+        *itertools.product(
+            ("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq", "fused"), (64, 128), (2,)
+        ),
+        *itertools.product(("sm_80", "sm_90"), ("fwd", "dkdv", "dq"), (256,), (2,)),
+        *itertools.product(("sm_80", "sm_90"), ("fwd", "dkdv", "dq"), (64, 128), (4,)),
+    ]
 )
 
 

@@ -40,9 +40,9 @@ def candidates(direction: str, width: int, architecture: str, size: int) -> list
     if direction == "fused":  # and the two kernels in its place
         return [configs.PAIR, *_fused_candidates(width, architecture, size)]
     specialized = configs.SPECIALIZED.get(architecture, {}).get((direction, width))
-    if (architecture, direction, width) in configs.RANKED and size == 2:
+    if (architecture, direction, width, size) in configs.RANKED:
         found = neighbours(configs.shipped(architecture, direction, width, size))
-        return [specialized, *found] if specialized else found
+        return [specialized, *found] if specialized and size == 2 else found
     if direction == "decode":
         space = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3))
     elif direction == "dbias":

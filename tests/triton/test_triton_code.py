@@ -5,6 +5,8 @@ says, beside those of plain Triton; nothing runs on a GPU.
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -134,6 +136,63 @@ def test_the_document_shows_the_tables():
     """A table that was written anew without the page that reasons with it."""
     page = (triton_code.ROOT / "docs" / "design" / "triton.md").read_text()
     assert triton_code.markdown(triton_code.tables()) in page
+    assert triton_code.others_markdown() in page
+
+
+OTHERS = json.loads(triton_code.OTHERS_TABLE.read_text())
+
+
+def test_other_widths_and_types_are_compared_by_their_tiles():
+    """A row of another tile than calls take now, or than the search's best; a row that is gone."""
+    names = {" ".join(map(str, key)): tile for key, tile in triton_code.OTHER_TILES.items()}
+    assert OTHERS["rows"].keys() == names.keys()
+    for label, each in OTHERS["rows"].items():
+        architecture, name, head_dim, dtype = label.split()
+        width, size = 1 << (int(head_dim) - 1).bit_length(), 4 if dtype == "fp32" else 2
+        mine = configs.shipped(architecture, triton_code.PASSES[name], width, size)
+        assert each["ours"]["tile"] == list(mine), label
+        assert each["plain"]["tile"] == list(names[label]), label
+        assert not each["plain"]["counts"].get("spill"), "a tile that spills is not the best"
+
+
+def behind(rows: dict) -> set[str]:
+    """Loops whose share of the peak is more than a twentieth below that of plain Triton."""
+    shares = {
+        label: [each[whose]["share_2_norm"] for whose in ("ours", "plain")]
+        for label, each in rows.items()
+    }
+    return {label for label, (mine, plain) in shares.items() if mine < 0.95 * plain}
+
+
+def test_other_widths_and_types_are_as_fast_as_plain_triton():
+    """A tile of 96 or 256 columns, or of float32, that is worse than one that the search found."""
+    assert behind(OTHERS["rows"]) == set()
+    label, each = next(iter(OTHERS["rows"].items()))
+    slow = each | {"ours": each["ours"] | {"share_2_norm": 0.94 * each["plain"]["share_2_norm"]}}
+    assert behind({label: slow}) == {label}
+
+
+@pytest.mark.parametrize("label", ["sm_80 dkdv 256 bf16", "sm_90 dq 64 fp32"])
+def test_loops_of_other_widths_and_types_are_those_of_the_table(label, tmp_path):
+    """Instructions that a change puts into these loops alone."""
+    if metadata.version("triton") != OTHERS["triton"]:
+        pytest.skip(f"the table is of Triton {OTHERS['triton']}; counts differ by version")
+    files = [PATH, PATH.with_name("plain_triton.py"), ROOT / "attn_ext" / "testing.py"]
+    expected = OTHERS["rows"][label]
+    tools = map(seen.code, [*files, *sorted(ROOT.glob("attn_ext/core/*.py"))])
+    today = triton_seen.digest(__file__, *tools, expected)
+    if seen.known(triton_seen.TABLE, f"hot loop, {label}", today, []):
+        return
+    folders = dict.fromkeys(("TRITON_CACHE_DIR", "ATTN_EXT_CACHE_DIR"), str(tmp_path))
+    environment = {**os.environ, **folders}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, PATH, label.split()[0], "--others", label]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)[label]
+    table = {"kernels": expected}
+    assert triton_code.machine_code.differences(table, found) == []
+    seen.passed(triton_seen.TABLE, f"hot loop, {label}", today)
 
 
 def test_a_longer_loop_is_a_difference():

@@ -291,15 +291,16 @@ def test_tune_measures_specialized_warps():
 
 def test_tune_measures_few_tiles_near_the_best_of_the_search():
     """A search on the user's GPU that starts afresh; a candidate that no kernel can take."""
-    for architecture, direction, width in configs.RANKED:
-        best = configs.shipped(architecture, direction, width, 2)
-        found = tune.candidates(direction, width, architecture, 2)
+    assert ("sm_80", "dq", 256, 2) in configs.RANKED and ("sm_90", "dq", 64, 4) in configs.RANKED
+    for architecture, direction, width, size in configs.RANKED:
+        best = configs.shipped(architecture, direction, width, size)
+        found = tune.candidates(direction, width, architecture, size)
         if direction == "fused":
             assert found.pop(0) == configs.PAIR, "dK and dV apart from dQ, which may be faster"
         assert 4 <= len(found) <= 9
         assert best not in found, "it is measured first anyway"
         for tile in found:
-            assert configs._is_tile(configs.key(direction, width, 2), list(tile))
+            assert configs._is_tile(configs.key(direction, width, size), list(tile))
             changed = sum(a != b for a, b in zip(tile, best, strict=True))
             assert changed == 1 or tile.loads == 2
     assert len(tune.candidates("fwd", 64, "gfx942", 2)) > 20, "of these nothing was ranked"

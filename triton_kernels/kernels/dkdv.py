@@ -30,6 +30,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     RUNTIME,
     STREAM,
     block_of,
+    careful_flags,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -51,7 +52,11 @@ from attn_ext.triton_kernels.kernels.primitives import (
     tile_step,
     unknown_zero,
 )
-from attn_ext.triton_kernels.kernels.scores import probabilities, score_gradient
+from attn_ext.triton_kernels.kernels.scores import (
+    probabilities,
+    score_gradient,
+    tile_probabilities,
+)
 
 
 @triton.jit
@@ -124,7 +129,7 @@ def key_gradient_tiles(
             delta_at += BLOCK_M
         else:
             row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
-        p = probabilities(s, row_lse[None, :], False, FLAGS)
+        p = tile_probabilities(s, row_lse[None, :], terms, scale, False, FLAGS)
         # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
         if STREAM & FLAGS:
             do_rows = row_pointers(do, do_s, i_first, seqlen_q, BLOCK_M)
@@ -331,7 +336,7 @@ def key_block(
             part_dk, part_dv = key_gradients(
                 part_k, part_v, pointers, strides, None, part_c, b, hk, row, q_first, length_q,
                 length_k, group, terms, rng, scale, left, right,
-                D, DV, BLOCK_M, ROWS, BLOCK_D, BLOCK_DV, True, FLAGS,
+                D, DV, BLOCK_M, ROWS, BLOCK_D, BLOCK_DV, True, careful_flags(FLAGS),
             )  # fmt: skip
             store_key_gradients(
                 part_dk, part_dv, ends, row, length_k, D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS

@@ -23,6 +23,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     RUNTIME,
     STREAM,
     block_of,
+    careful_flags,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -45,6 +46,7 @@ from attn_ext.triton_kernels.kernels.scores import (
     add_dbias,
     probabilities,
     score_gradient,
+    tile_probabilities,
 )
 
 
@@ -94,7 +96,7 @@ def query_gradient_tiles(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, FLAGS, not EDGE, slope,
         )  # fmt: skip
-        p = probabilities(s, row_lse[:, None], DBIAS, FLAGS)
+        p = tile_probabilities(s, row_lse[:, None], terms, scale, DBIAS, FLAGS)
         if STREAM & FLAGS:
             v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N, order)
             dp = streamed_dot(do, v_rows, zero, DV, BLOCK_DV)
@@ -201,7 +203,7 @@ def store_query_block(
             k_first, length_q, length_k, off, terms,
             dropout_state(rng_state, threshold, inverse_keep, FLAGS), scale, left, right,
             softmax_scale, first * BLOCK_N, tl.minimum(end * BLOCK_N, length_k),
-            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, FLAGS,
+            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, careful_flags(FLAGS),
         )  # fmt: skip
     else:
         _q_b, _q_h, _q_s, _do_b, _do_h, _do_s, _lse_b, _lse_h, dq_b, dq_h, dq_s = strides

@@ -22,7 +22,10 @@ from attn_ext.triton_kernels.kernels.primitives import (
     BACKWARD,
     BIAS,
     BIAS_ONE_QUERY,
+    DBIAS_ADD,
+    DBIAS_STORE,
     FRAME,
+    KEY_WORDS,
     LEFT,
     LN2,
     LOG2E,
@@ -109,12 +112,59 @@ def mask_pairs(
 
 
 @triton.jit
+def score_words(
+    base, b_s, h_s, q_s, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, KEYS: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """With KEY_WORDS: (words of KEYS keys, 2 or 4, of a mask or bias, each at all of its keys; each
+    key's place in its word).  [BLOCK_M, BLOCK_N], of keys in their own order; or of S^T, where c is
+    [BLOCK_N, 1], [BLOCK_N, BLOCK_M] of keys in `own_key_order`.  b_s, h_s, q_s: of elements.
+
+    Triton's loops load 32 bits ahead and in the order in which a thread holds S, but fewer bits
+    neither, and of loads of 8 bits it concludes that P is to be held in another order."""
+    TRANSPOSED: tl.constexpr = c.shape[1] == 1
+    N: tl.constexpr = c.shape[0] * c.shape[1]
+    start = b.to(tl.int64) * (b_s // KEYS) + h * (h_s // KEYS)
+    start += i_first.to(tl.int64) * (q_s // KEYS) + j_first // KEYS
+    row = tl.minimum(r, seqlen_q - 1 - i_first)  # as in `score_tile`
+    if WIDE & FLAGS:
+        row = row.to(tl.int64)
+    word = tl.arange(0, N // KEYS)
+    word = word[:, None] if TRANSPOSED else word[None, :]
+    places = base.to(tl.pointer_type(tl.uint32), bitcast=True) + start
+    places += row * (q_s // KEYS) + word
+    if WHOLE_KEYS:
+        words = tl.load(places)
+    else:
+        words = tl.load(places, mask=j_first + KEYS * word < seqlen_k, other=0)
+    n = tl.arange(0, N)
+    if TRANSPOSED:
+        # Of 16 rows 8 e + g are keys 2 g + e: the word of 4 keys is g / 2, that of 2 keys g
+        M: tl.constexpr = words.shape[1]
+        words = tl.reshape(words, [N // 16, 1, 16 // KEYS, 1, M])
+        words = tl.broadcast_to(words, [N // 16, 2, 16 // KEYS, KEYS // 2, M])
+        words = tl.reshape(words, [N, M])
+        place = (((n & 1) * 2 + ((n & 8) >> 3)) & (KEYS - 1))[:, None]
+    else:
+        M: tl.constexpr = words.shape[0]
+        words = tl.reshape(tl.broadcast_to(words[:, :, None], [M, N // KEYS, KEYS]), [M, N])
+        place = (n & (KEYS - 1))[None, :]
+    return words, place.to(tl.uint32)
+
+
+@triton.jit
 def visible_keys(
     terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the mask: not 0 where a query sees a key."""
-    if (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
+    if (KEY_WORDS & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
+        words, place = score_words(
+            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, b, h, i_first, r, j_first, c,
+            seqlen_q, seqlen_k, 4, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+        found = words & (tl.full(place.shape, 0xFF, tl.uint32) << (place * 8))
+    elif (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
         words = mask_pairs(
             terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
         )
@@ -138,11 +188,24 @@ def bias_tile(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias in float32, or of its only query's row."""
-    tile = score_tile(
-        terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
-        j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
-    )  # fmt: skip
-    return widened(tile)
+    if (KEY_WORDS & FLAGS) and not (BIAS_ONE_QUERY & FLAGS):
+        words, place = score_words(
+            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, b, h, i_first, r, j_first, c,
+            seqlen_q, seqlen_k, 2, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+        if terms.bias.dtype.element_ty == tl.bfloat16:
+            wide = tl.where(place == 0, words << 16, words & 0xFFFF0000)
+            wide = wide.to(tl.float32, bitcast=True)
+        else:
+            half = tl.where(place == 0, words, words >> 16).to(tl.uint16)
+            wide = half.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        tile = score_tile(
+            terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, terms.bias_k, b, h, i_first, r,
+            j_first, c, seqlen_q, seqlen_k, BIAS_ONE_QUERY & FLAGS, WHOLE_KEYS, FLAGS,
+        )  # fmt: skip
+        wide = widened(tile)
+    return wide
 
 
 @triton.jit
@@ -225,7 +288,7 @@ def tile_logits(
             terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
         )
         s = where_seen(visible.to(tl.uint32), s)
-    if (BIAS & FLAGS) and not (NATURAL & FLAGS):
+    if (BIAS & FLAGS) and (not (NATURAL & FLAGS) or ((DBIAS_STORE | DBIAS_ADD) & FLAGS)):
         # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)
     if POSITIONS:

@@ -64,6 +64,7 @@ APPROX_TANH = tl.constexpr(1 << 33)  # softcap: tanh to 2^-11, as the factors of
 BOUNDED = tl.constexpr(1 << 34)  # softcap: base-2 logits between -LARGEST_CAP and it, no maximum
 LARGEST_CAP = tl.constexpr(80.0)
 RELATIVE = tl.constexpr(1 << 35)  # ALiBi with BACKWARD: whole tiles count from their first key
+KEY_WORDS = tl.constexpr(1 << 36)  # mask and bias are loaded as words of 32 bits
 STEEP = tl.constexpr(2.0)  # a slope beyond which that would lose digits of a logit
 
 
@@ -218,12 +219,18 @@ def key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
 def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
     """Which key of a tile each row of S^T is, where the keys are those of the program.
 
-    With DROPOUT on NVIDIA GPUs, of 16 rows a thread holds g and g + 8: keys 2 g and 2 g + 1, which
-    share a Philox evaluation."""
+    On NVIDIA GPUs, of 16 rows a thread holds g and g + 8: with DROPOUT and with KEY_WORDS keys 2 g
+    and 2 g + 1, which share a Philox evaluation, and a word of the mask or bias."""
     n = tl.arange(0, BLOCK_N)
-    if (DROPOUT & FLAGS) and (INTERPRETED or is_cuda()):
+    if (KEY_WORDS & FLAGS) or ((DROPOUT & FLAGS) and (INTERPRETED or is_cuda())):
         n = (n & ~15) | ((n & 7) << 1) | ((n & 8) >> 3)
     return n
+
+
+@triton.constexpr_function
+def careful_flags(flags: int) -> int:
+    """The flags of a careful way, which takes keys one by one and logits in base 2."""
+    return int(flags) & ~(UNSCALED.value | NATURAL.value | MASK_PAIRS.value | KEY_WORDS.value)
 
 
 @triton.jit

@@ -9,11 +9,13 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DBIAS_STORE,
     FAR_LSE,
     LOG2E,
+    NATURAL,
     SIGMOID,
     SOFTCAP,
+    UNSCALED,
     hold,
 )
-from attn_ext.triton_kernels.kernels.softmax import sigmoid
+from attn_ext.triton_kernels.kernels.softmax import sigmoid, unit
 
 
 @triton.jit
@@ -43,6 +45,20 @@ def probabilities(s, lse, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
     p = sigmoid(s - lse) if (SIGMOID & FLAGS) else tl.exp2(s - lse)
     if ALWAYS:
         p = tl.where(s == float("-inf"), 0.0, p)
+    return p
+
+
+@triton.jit
+def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
+    """`probabilities` of what `tile_logits` gives, in its units: the exponent is one multiply-add,
+    whose product is not rounded."""
+    if (UNSCALED | NATURAL) & FLAGS:
+        factor, shift = unit(terms, scale, FLAGS)
+        p = tl.exp2(s * factor - (lse - shift))
+        if ALWAYS:  # also where a logit overflows in base 2, whose row is a far one
+            p = tl.where((s == float("-inf")) | (lse == float("inf")), 0.0, p)
+    else:
+        p = probabilities(s, lse, ALWAYS, FLAGS)
     return p
 
 

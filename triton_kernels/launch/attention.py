@@ -158,12 +158,14 @@ class Plan:
 
     def _mask_has_pairs(self) -> bool:
         """Whether words of two keys of the mask are aligned; dropout orders keys otherwise."""
-        mask = self.mask
-        if mask is None or self.dropout:
-            return False
-        *rest, along = score_strides(mask, self.sizes)
-        odd = functools.reduce(int.__or__, (mask.data_ptr(), self.seqlen_k, *rest)) & 1
-        return along == 1 and not odd
+        return self.mask is not None and not self.dropout and self._has_words(self.mask, 2)
+
+    def _has_words(self, x, size: int) -> bool:
+        """Whether the keys of a mask or bias are aligned words of `size` bytes, several in each."""
+        *rest, along = score_strides(x, self.sizes)
+        one = x.element_size()
+        apart = functools.reduce(int.__or__, (x.data_ptr() // one, self.seqlen_k, *rest))
+        return along == 1 and one < size and apart % (size // one) == 0
 
     def forward_flags(self) -> int:
         """The flags, and in which units softmax takes the logits: NATURAL with a bias; UNSCALED
@@ -185,6 +187,18 @@ class Plan:
         bounded = self.cap_out <= primitives.LARGEST_CAP.value and not self.call.need_stats
         if unscaled and self.flags & _FLAG["APPROX_TANH"] and bounded:
             found += primitives.BOUNDED.value
+        return found
+
+    def backward_flags(self, keys: bool) -> int:
+        """The flags of dK and dV (`keys`) and of dQ: P is 2 to a multiply-add of the logits in the
+        forward's units.  KEY_WORDS where mask and bias serve."""
+        units = primitives.UNSCALED.value | primitives.NATURAL.value
+        found = self.flags | (self.forward_flags() & units)
+        terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
+        words = all(self._has_words(x, 4) for x in terms)
+        usable = not architecture(self.q).startswith("gfx") and (keys or not self.dropout)
+        if terms and words and usable:
+            found |= primitives.KEY_WORDS.value
         return found
 
     @staticmethod

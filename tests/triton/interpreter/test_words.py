@@ -1,0 +1,121 @@
+"""Masks and biases that the backward loads as words of 32 bits, and P by a multiply-add of a logit
+in the forward's units, by the Triton kernels, interpreted.
+"""
+
+import planted_triton
+import pytest
+import torch
+
+from attn_ext.testing import check_call, needs_of, random_call
+from attn_ext.triton_kernels.kernels import dq, logits, primitives
+from attn_ext.triton_kernels.launch import attention, backward
+
+# Whole tiles of keys and queries, and cut ones of both
+SIZES = {"batch": 1, "heads_q": 2, "seqlen_q": 66, "seqlen_k": 68, "head_dim": 16}
+CASES = {
+    "mask, in one kernel": {"mask": "bqk"},
+    "mask, in two": {"mask": "bqk", "deterministic": True},
+    "bias": {"bias": "hqk", "dtype": torch.bfloat16},
+    "bias of float16": {"bias": "hqk", "dtype": torch.float16},
+    "both, with dropout": {
+        "mask": "bqk", "bias": "hqk", "dropout_p": 0.2, "dtype": torch.bfloat16,
+    },
+    "an odd length": {"mask": "bqk", "seqlens_q": [33, 7], "seqlens_k": [67, 68]},
+}  # fmt: skip
+
+
+def words(call, keys: bool) -> bool:
+    """Whether dK and dV (`keys`), or dQ, load words."""
+    flags = attention.Plan(call).backward_flags(keys)
+    return bool(flags & primitives.KEY_WORDS.value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_by_words(name):
+    """A byte or half of a word at another key than its own, in S or in its transpose; a word that
+    reaches past the last key; a row past the last query."""
+    options = dict(CASES[name])
+    if "seqlens_k" in options:
+        options["batch"] = 2
+    call = random_call(3, **SIZES | options)
+    assert words(call, True)
+    assert words(call, False) == ("dropout" not in name), "dQ has another order of keys then"
+    check_call(call, "triton")
+
+
+def test_terms_without_words():
+    """Words at an address that is no multiple of four; a length that is none; a bias of float32."""
+    call = random_call(3, **SIZES | {"mask": "bqk"})
+    whole = torch.zeros(*call.mask.shape[:3], 76, dtype=torch.bool)
+    for first, expected in ((2, False), (4, True)):
+        mask = whole[..., first : first + 68].copy_(call.mask)
+        cut = call._replace(mask=mask)
+        assert words(cut, True) == words(cut, False) == expected
+        check_call(cut, "triton")
+    for options in ({"mask": "bqk", "seqlen_k": 66}, {"bias": "hqk"}, {"mask": "bk"}):
+        call = random_call(3, **SIZES | options)
+        assert not words(call, True)
+        check_call(call, "triton")
+
+
+PLANTED = {
+    "another byte": ("visible_keys", "<< (place * 8)", "<< ((place ^ 1) * 8)", "mask, in two"),
+    "another half": ("bias_tile", "place == 0, words << 16", "place != 0, words << 16", "bias"),
+    "rows of S^T as they lie": (
+        "score_words", "(n & 1) * 2 + ((n & 8) >> 3)", "n & 3", "mask, in one kernel"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_in_the_words_is_caught(name, monkeypatch, tmp_path):
+    """The test above that no wrong word fails."""
+    function, before, after, case = PLANTED[name]
+    module = planted_triton.planted("logits", before, after, tmp_path)
+    monkeypatch.setattr(logits, function, getattr(module, function))
+    with pytest.raises(AssertionError):
+        check_call(random_call(3, **SIZES | CASES[case]), "triton")
+
+
+def rows_of_large_biases():
+    """Rows whose logits are the largest and the least number, and infinite, beside others."""
+    call = random_call(7, bias="hqk", **SIZES | {"dtype": torch.bfloat16})
+    largest = torch.finfo(torch.bfloat16).max
+    call.bias[:, :, 2], call.bias[:, :, 3] = -largest, largest
+    call.bias[:, :, 4, :40], call.bias[:, :, 5, 3] = -largest, largest
+    call.bias[:, :, 6, ::2], call.bias[:, :, 7] = -torch.inf, -torch.inf
+    call.bias[:, :, 8, 40:] = -torch.inf
+    call.k[:, :, 45] = torch.nan  # which only row 8 does not see
+    return call
+
+
+def test_biases_of_any_size():
+    """A base-2 logit that overflows and makes NaN of a bias' gradient; 0 * NaN of an excluded pair
+    in it."""
+    call = rows_of_large_biases()
+    assert attention.Plan(call).backward_flags(False) & primitives.NATURAL.value
+    assert needs_of(call).bias
+    check_call(call, "triton")
+    call.k[:, :, 45] = 1.0
+    check_call(call, "triton")
+
+
+def gradient_of_the_largest() -> torch.Tensor:
+    """dbias, summed over heads, of a row whose logits are all the largest number."""
+    call = random_call(7, bias="qk", **SIZES | {"dtype": torch.bfloat16})
+    call.bias[..., 3, :] = torch.finfo(torch.bfloat16).max
+    out, lse, *_ = attention.forward(call)
+    grads = backward.backward(call, torch.ones_like(out), out, lse, None, needs_of(call))
+    return grads.bias[..., 3, :]
+
+
+def test_a_row_of_the_largest_number_has_a_gradient():
+    """inf - inf where the logit overflows in base 2 and its row, a far one, has no LSE here."""
+    assert gradient_of_the_largest().isfinite().all()
+
+
+def test_planted_bug_in_far_rows_is_caught(monkeypatch, tmp_path):
+    """The test above that looks at another row."""
+    module = planted_triton.planted("scores", ' | (lse == float("inf"))', "", tmp_path)
+    monkeypatch.setattr(dq, "tile_probabilities", module.tile_probabilities)
+    assert not gradient_of_the_largest().isfinite().all()

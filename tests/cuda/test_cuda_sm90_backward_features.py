@@ -1,6 +1,6 @@
 """Features in the Hopper backward: mask, bias, ALiBi, soft cap, dropout, sink and scale, on the
 emulated device in each of its modes and on a Hopper GPU where there is one.  Up to 128 columns in
-one kernel (csrc/cuda/sm90/backward_features.cuh), wider in two (beside it backward_dq_features.cuh).
+one kernel (csrc/cuda/sm90/backward_features.cuh), wider in two (backward_dq_features.cuh, too).
 """
 
 import random
@@ -110,9 +110,8 @@ def test_features(hopper, name):
 
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_heads(hopper, name):
-    """The same of the two kernels: a weight that reaches dV and not dK, or dK as it reaches dV; keys
-    in an order in which only one of mask, bias, draw and band is; a stage that the warpgroup
-    without sides is waited for to free."""
+    """The same of the two kernels: weights that dK takes as dV does; keys in an order in which only
+    one of mask, bias, draw and band is; a stage that the warpgroup without sides has to free."""
     check(hopper, make(hopper, **({"head_dim": 256} | WIDE[name])))
 
 

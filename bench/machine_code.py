@@ -6,10 +6,10 @@
     python bench/machine_code.py --triton [--write]         the same of the Triton kernels
 
 NVRTC compiles the bf16 kernels of head_dim 64 and 128 (192 with values of 128, and 256 of Hopper's
-backward in two kernels), as `attn-ext compile` does; nvdisasm, of the toolkit or of Triton's wheel, prints their machine code. Of each
-kernel the loop with the most tensor work is taken, and through it the path that has all products
-and copies, but no mask and no slow way: what a tile runs whose every query sees every key. Counts
-are by `GROUPS`, one instruction an issue slot.
+backward in two kernels), as `attn-ext compile` does; nvdisasm, of the toolkit or of Triton's wheel,
+prints their machine code. Of each kernel the loop with the most tensor work is taken, and through
+it the path that has all products and copies, but no mask and no slow way: what a tile runs whose
+every query sees every key. Counts are by `GROUPS`, one instruction an issue slot.
 
 The bounds are a model; nothing is timed.  Cycles are those of one multiprocessor while each
 resident warp runs one iteration: 4 schedulers of one slot a cycle, 128 bytes of shared memory a

@@ -206,8 +206,8 @@ HOPPER_CHOSEN = HOPPER if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(HO
 @needs_nvrtc
 @pytest.mark.parametrize("name", sorted(HOPPER_CHOSEN))
 def test_the_backward_of_hopper_computes_what_it_should(name):
-    """The same of sm90/backward_features.cuh and, above 128 columns, sm90/backward_dq_features.cuh: a
-    stage too small for its bits, a bias read as other words than those that were copied."""
+    """The same of the backward's kernels: a stage too small for its bits, a bias read as other
+    words than those that were copied."""
     options = dict(SIZES, head_dim=64) | HOPPER[name]
     cast = options.pop("cast", None)
     call = random_call(3, **options)

@@ -5,11 +5,11 @@
     python bench/machine_code.py --dump sm90_forward 128    the instructions of one loop
     python bench/machine_code.py --triton [--write]         the same of the Triton kernels
 
-NVRTC compiles the bf16 kernels of head_dim 64 and 128 (and 192 with values of 128), as `attn-ext
-compile` does; nvdisasm, of the toolkit or of Triton's wheel, prints their machine code. Of each
-kernel the loop with the most tensor work is taken, and through it the path that has all products
-and copies, but no mask and no slow way: what a tile runs whose every query sees every key. Counts
-are by `GROUPS`, one instruction an issue slot.
+NVRTC compiles the bf16 kernels of head_dim 64 and 128 (192 with values of 128, and 256 of Hopper's
+backward in two kernels), as `attn-ext compile` does; nvdisasm, of the toolkit or of Triton's wheel,
+prints their machine code. Of each kernel the loop with the most tensor work is taken, and through
+it the path that has all products and copies, but no mask and no slow way: what a tile runs whose
+every query sees every key. Counts are by `GROUPS`, one instruction an issue slot.
 
 The bounds are a model; nothing is timed.  Cycles are those of one multiprocessor while each
 resident warp runs one iteration: 4 schedulers of one slot a cycle, 128 bytes of shared memory a
@@ -103,8 +103,25 @@ KERNELS = {
     },
     "sm90_forward_mask": Kernel("sm90", "forward_features", 256, "mask", "select"),
     "sm90_forward_mask_kept": Kernel("sm90", "forward_features", 256, "mask"),
-    "sm90_backward_dq": Kernel("sm90", "backward_dq", 256, "frozen_keys"),
-    "sm90_backward_dkdv": Kernel("sm90", "backward_dkdv", 256, "frozen_queries"),
+    "sm90_backward_dq": Kernel(
+        "sm90", "backward_dq", 256, "frozen_keys", head_dims=(*HEAD_DIMS, 256)
+    ),
+    "sm90_backward_dkdv": Kernel(
+        "sm90", "backward_dkdv", 256, "frozen_queries", head_dims=(*HEAD_DIMS, 256)
+    ),
+    **{
+        f"sm90_backward_dq_{name}": Kernel(
+            "sm90", "backward_dq_features", 256, name, head_dims=(256,)
+        )
+        for name in ("mask", "bias", "softcap", "dropout")
+    },
+    # of the two warpgroups the one that computes weights
+    **{
+        f"sm90_backward_dkdv_{name}": Kernel(
+            "sm90", "backward_dkdv_features", 256, name, "exp2", head_dims=(256,)
+        )
+        for name in ("mask", "bias", "softcap", "dropout")
+    },
     "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),
     "sm90_backward_ordered": Kernel("sm90", "backward_features", 256, "deterministic"),
     **{
@@ -383,7 +400,7 @@ def path_of(name: str, head_dim: int) -> tuple[list[Instruction], int]:
     return path, registers
 
 
-def measure(families=FAMILIES, head_dims=(*HEAD_DIMS, 192)) -> dict:
+def measure(families=FAMILIES, head_dims=(*HEAD_DIMS, 192, 256)) -> dict:
     """{"sm90_forward 128": row} of all kernels."""
     rows = {}
     for head_dim, (name, kernel) in itertools.product(head_dims, KERNELS.items()):

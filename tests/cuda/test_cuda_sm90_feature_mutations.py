@@ -2,9 +2,10 @@
 line names, or be noticed by the emulator there.
 
 tests/mutants/cuda/sm90_features holds those of the forward, sm90_backward_features those of the
-backward.  The kernel of bf16 and 64 columns that knows any feature is compiled from a copy of the
-sources and runs in place of that of attn_ext._emulated.  A bug that was caught in these very
-sources is known (tests/helpers/seen.py): only a sample of them is compiled.
+backward in one kernel, sm90_backward_dq_features and sm90_backward_dkdv_features those of the
+backward in two.  The kernel of bf16 and 64 columns (of the two: 192) that knows any feature is
+compiled from a copy of the sources and runs in place of that of attn_ext._emulated.  A bug that was
+caught in these very sources is known (tests/helpers/seen.py): only a sample of them is compiled.
 """
 
 from pathlib import Path
@@ -52,24 +53,39 @@ BACKWARD = {
 }
 
 
+WIDE = {
+    name: (mode, {"head_dim": 192, "seqlen_k": 132} | options)
+    for name, (mode, options) in {
+        "mask": ("plain", {"mask": "bhqk"}),
+        "bias": ("plain", {"bias": "hqk"}),
+        "dropout": ("plain", {"dropout_p": 0.3}),
+        "softcap": ("plain", {"softcap": 1.0, "scale": 1.0}),
+        "causal": ("plain", {"alibi": True, "causal": True}),
+        "modes": ("all", {"mask": "qk", "bias": "hqk", "dropout_p": 0.3, "seqlen_k": 260}),
+    }.items()
+}
+
+
 class Kernel(NamedTuple):
-    """A folder of bugs, the kernel that they are in, and the calls that may come out wrong."""
+    """A folder of bugs, the kernel that they are in, and the calls that may come out wrong; file:
+    of the kernel, if it is not named after it."""
 
     folder: str
     name: str
     sizes: str  # head dimensions that it is compiled for
     params: str
     calls: dict[str, tuple[str, dict]]
+    file: str = ""
 
     @property
     def header(self) -> str:
-        return f"cuda/sm90/{self.name}.cuh"
+        return f"cuda/sm90/{self.file or self.name}.cuh"
 
     def wrong(self) -> tuple[str, ...]:
         """The calls that are wrong."""
         return planted_cuda.wrong_on_hopper(
             {name: (mode, 1, made(name, options)) for name, (mode, options) in self.calls.items()},
-            grads=self.calls is BACKWARD,
+            grads=self.calls is not FORWARD,
         )
 
     def wrong_with(self, folder: Path, patch=None) -> tuple[str, ...]:
@@ -102,14 +118,23 @@ def made(name, options):
 KERNELS = (
     Kernel("cuda/sm90_features", "forward_features", "64, 64", "ForwardParams", FORWARD),
     Kernel("cuda/sm90_backward_features", "backward_features", "64", "BackwardParams", BACKWARD),
-)
+    Kernel("cuda/sm90_backward_dq_features", "backward_dq_features", "192", "BackwardParams", WIDE),
+    Kernel(
+        "cuda/sm90_backward_dkdv_features", "backward_dkdv_features", "192", "BackwardParams", WIDE,
+        "backward_features",
+    ),
+)  # fmt: skip
 PLANTED = {
     kernel.name: Planted(kernel.folder, ROOT / "csrc" / kernel.header, __file__, kernel.wrong_with)
     for kernel in KERNELS
 }
 
 
-@pytest.mark.parametrize(("kernel", "least"), [("forward_features", 10), ("backward_features", 10)])
+@pytest.mark.parametrize(
+    ("kernel", "least"),
+    [("forward_features", 10), ("backward_features", 10), ("backward_dq_features", 6),
+     ("backward_dkdv_features", 7)],
+)  # fmt: skip
 def test_every_patch_applies(kernel, least):
     """A kernel that changed where a bug is planted; a table with a bug that is gone."""
     PLANTED[kernel].check_patches(least)

@@ -160,6 +160,24 @@ def test_hopper_launches():
         assert {capability for _, capability in fake.compiled} == {90}
 
 
+def test_hopper_launches_of_wide_heads_with_features():
+    """A call that goes to the kernels of sm_80 though Hopper's know it; one whose gradients nobody
+    asked for; boxes of K and V in the order of another kernel, which are maps of their own."""
+    call = random_call(1, **{**PLAIN, "head_dim": 256}, softcap=20.0)
+    with driver(90, runs=False) as fake:
+        kernels = Kernels()
+        kernels.sm90 = True
+        for needs, names, maps in (
+            (Needs(False, True, True), "backward_dkdv_features", 4 + 4),
+            (None, "backward_dq_features", 4 + 4 + 4),
+        ):
+            seen, begin = fake.calls("cuTensorMapEncodeTiled"), len(fake.compiled)
+            gradients(kernels, call, needs)
+            found = [re.search(r"sm90::(backward\w+)", name) for name, _ in fake.compiled[begin:]]
+            assert [each[1] for each in found if each] == names.split()
+            assert fake.calls("cuTensorMapEncodeTiled") - seen == maps
+
+
 def test_split_decode_launches():
     """A decode whose keys are not shared out among the multiprocessors, or whose parts nobody puts
     together."""

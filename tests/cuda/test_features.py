@@ -193,6 +193,12 @@ HOPPER = {
     "mask, bias, dropout": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2, "head_dim": 128},
     "all but a bias": {"mask": "k", "alibi": "b", "softcap": 3.0, "dropout_p": 0.2, "sink": True,
                        "causal": True, "dtype": torch.float16},
+    "soft cap, head_dim 256": {"softcap": 2.0, "causal": True, "head_dim": 256},
+    "mask, bias, dropout, head_dim 192": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2,
+                                          "head_dim": 192},
+    "all with a bias in float32, head_dim 256": {
+        "mask": "bhqk", "bias": "hqk", "cast": torch.float32, "alibi": "b", "dropout_p": 0.2,
+        "seqlen_k": 132, "head_dim": 256},
 }  # fmt: skip
 HOPPER_CHOSEN = HOPPER if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(HOPPER, 1)
 
@@ -200,7 +206,7 @@ HOPPER_CHOSEN = HOPPER if os.environ.get("ATTN_EXT_PTX_ALL") else seen.sample(HO
 @needs_nvrtc
 @pytest.mark.parametrize("name", sorted(HOPPER_CHOSEN))
 def test_the_backward_of_hopper_computes_what_it_should(name):
-    """The same of sm90/backward_features.cuh: a stage too small for its bits, a bias read as other
+    """The same of the backward's kernels: a stage too small for its bits, a bias read as other
     words than those that were copied."""
     options = dict(SIZES, head_dim=64) | HOPPER[name]
     cast = options.pop("cast", None)
@@ -211,8 +217,10 @@ def test_the_backward_of_hopper_computes_what_it_should(name):
         kernels = Kernels()
         kernels.sm90 = True
         check_call(call, kernels, grads=True)
-        (asked,) = [n for n, _ in fake.compiled if "::sm90::backward_features" in n]
-        assert "any" not in sources.flags_of(asked, CSRC)
+        kinds = ("backward_features", "backward_dq_features", "backward_dkdv_features")
+        asked = [n for n, _ in fake.compiled if any(f"::sm90::{kind}<" in n for kind in kinds)]
+        assert len(asked) == (2 if call.q.shape[-1] > 128 else 1)
+        assert not any("any" in sources.flags_of(each, CSRC) for each in asked)
 
 
 @needs_nvrtc

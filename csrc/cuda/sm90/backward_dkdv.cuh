@@ -138,6 +138,7 @@ struct KeyGradients {
   static constexpr int BITS = 0;
 
   ATTN_DEVICE void begin(int) const {}  // a tile of this head; plain calls need not know
+  ATTN_DEVICE int key_block() const { return 4 * group + warp_id() % 4; }  // of 16 keys, a warp's
 
   // smem.queries(turn) of a half.
   ATTN_DEVICE uint32_t queries_of(uint32_t queries, int half) const {
@@ -242,6 +243,10 @@ struct SplitGradient {
   const KeyMemory<Tile>& smem;
   int key, count;  // count: of turns
   float acc[ACC][4] = {};
+  static constexpr int BITS = 0;
+
+  ATTN_DEVICE void begin(int) const {}  // as in KeyGradients
+  ATTN_DEVICE int key_block() const { return warp_id() % 4; }
 
   ATTN_DEVICE uint32_t weight(int n) const {
     return smem.extra + uint32_t(n * 128 + thread_id() % 128) * 16;
@@ -260,25 +265,32 @@ struct SplitGradient {
     smem.dO.release(turn);
   }
 
+  // From the first to the second.
+  ATTN_DEVICE void pass_weights(const float (&P)[TILES][4], int turn) const {
+    if (turn) named_barrier_sync<WEIGHTS_EMPTY>(256);  // the second has read P of the turn before
+    ATTN_UNROLL
+    for (int n = 0; n < TILES; ++n)
+      sts_128(weight(n), {as_uint(P[n][0]), as_uint(P[n][1]), as_uint(P[n][2]), as_uint(P[n][3])});
+    named_barrier_arrive<WEIGHTS_FULL>(256);
+  }
+  // dV += P^T dO.
+  ATTN_DEVICE void add_weights(const float (&P)[TILES][4], int turn, bool edge) {
+    smem.dO.wait(turn);
+    add_product<T, Tile::QUERY_BYTES>(acc, P, smem.dO.tile(turn), edge, 0);
+    release(turn);
+  }
   // The first: S^T = K Q^T, dV += P^T dO.
   ATTN_DEVICE void add_values(int turn, int m0, bool edge) {
     float P[TILES][4];
     smem.Q.wait(turn);
     product(P, smem.K, smem.Q.tile(turn));
     key_weights(P, score, smem.lse(turn), key, m0, edge);
-    if (turn) named_barrier_sync<WEIGHTS_EMPTY>(256);  // the second has read P of the turn before
-    ATTN_UNROLL
-    for (int n = 0; n < TILES; ++n)
-      sts_128(weight(n), {as_uint(P[n][0]), as_uint(P[n][1]), as_uint(P[n][2]), as_uint(P[n][3])});
-    named_barrier_arrive<WEIGHTS_FULL>(256);
-    smem.dO.wait(turn);
-    add_product<T, Tile::QUERY_BYTES>(acc, P, smem.dO.tile(turn), edge, 0);
-    release(turn);
+    pass_weights(P, turn);
+    add_weights(P, turn, edge);
   }
 
   // The second: dP^T = V dO^T, dK += dS^T Q.
-  ATTN_DEVICE void add_keys(int turn, bool edge) {
-    float P[TILES][4], dP[TILES][4];
+  ATTN_DEVICE void take_weights(float (&P)[TILES][4], float (&dP)[TILES][4], int turn) {
     smem.dO.wait(turn);
     product(dP, smem.V, smem.dO.tile(turn));
     named_barrier_sync<WEIGHTS_FULL>(256);  // P of this turn is there
@@ -290,9 +302,16 @@ struct SplitGradient {
     }
     if (turn + 1 < count) named_barrier_arrive<WEIGHTS_EMPTY>(256);
     smem.Q.wait(turn);
-    key_gradients<true>(dP, P, smem.delta(turn));
-    add_product<T, Tile::QUERY_BYTES>(acc, dP, smem.Q.tile(turn), edge, 1);
+  }
+  ATTN_DEVICE void add_gradients(const float (&dS)[TILES][4], int turn, bool edge) {
+    add_product<T, Tile::QUERY_BYTES>(acc, dS, smem.Q.tile(turn), edge, 1);
     release(turn);
+  }
+  ATTN_DEVICE void add_keys(int turn, bool edge) {
+    float P[TILES][4], dP[TILES][4];
+    take_weights(P, dP, turn);
+    key_gradients<true>(dP, P, smem.delta(turn));
+    add_gradients(dP, turn, edge);
   }
 };
 
@@ -335,46 +354,55 @@ ATTN_DEVICE void each_query_tile(const Params& p, const KeyTask& task, const Add
   }
 }
 
+// Consumers of which each has dV or dK.  Mine: SplitGradient or what has features.
+template <class T, class Tile, class Mine>
+ATTN_DEVICE void consume_split(const Params& p, const KeyTask& task, const KeyMemory<Tile>& smem) {
+  constexpr int M = Tile::BLOCK_M, BITS = Mine::BITS;
+  const int group = warp_id() / 4 - 1, first_key = task.n0;
+  const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
+  const Score score(p, task.seq);
+  if (task.tiles) mbarrier_wait(smem.keys_full, 0);
+  Mine mine{score, smem, key, p.group * task.tiles};
+  const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
+  each_query_tile<Tile>(p, task, [&](int turn, int h, int m0) {
+    const bool edge = !whole.has(m0);
+    mine.begin(task.head_k * p.group + h);
+    group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
+  });
+  const bool bad = warp_finds_nan(mine.acc);
+  const float factor = has<BITS>(p, kDropout) ? p.keep_scale : 1.0f;
+  if (group)
+    store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.acc, key, p.scale, p.p.head_dim);
+  else
+    store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.acc, key, factor, p.p.head_dim_v);
+  if (bad)
+    repair_keys<T, Tile::HEAD_DIM, BITS>(p, task, first_key + 16 * (warp_id() % 4), group, !group);
+}
+
 template <class T, class Tile>
 ATTN_DEVICE void consume_queries(const Params& p, const KeyTask& task,
                                  const KeyMemory<Tile>& smem) {
   constexpr int M = Tile::BLOCK_M;
   const Sequence& seq = task.seq;
-  const int group = warp_id() / 4 - 1, first_key = task.n0 + (Tile::SPLIT ? 0 : 64 * group);
+  const int group = warp_id() / 4 - 1, first_key = task.n0 + 64 * group;
   const int key = first_key + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
   if (task.tiles) mbarrier_wait(smem.keys_full, 0);
-  if constexpr (Tile::SPLIT) {
-    SplitGradient<T, Tile> mine{score, smem, key, p.group * task.tiles};
-    const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
-    each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
-      const bool edge = !whole.has(m0);
-      group ? mine.add_keys(turn, edge) : mine.add_values(turn, m0, edge);
-    });
-    const bool bad = warp_finds_nan(mine.acc);
-    if (group)
-      store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.acc, key, p.scale, p.p.head_dim);
+  int lo = 0, hi = 0;  // queries that see some key of the warpgroup
+  const int end_key = min_int(first_key + 64, seq.seqlen_k);
+  if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
+  KeyGradients<T, Tile> mine{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)};
+  const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
+  each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
+    if (m0 < hi && m0 + M > lo)
+      mine.add(turn, m0, !whole.has(m0));
     else
-      store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.acc, key, 1.0f, p.p.head_dim_v);
-    if (bad)
-      repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), group, !group);
-  } else {
-    int lo = 0, hi = 0;  // queries that see some key of the warpgroup
-    const int end_key = min_int(first_key + 64, seq.seqlen_k);
-    if (first_key < end_key) score.band.query_range(first_key, end_key, seq.seqlen_q, lo, hi);
-    KeyGradients<T, Tile> mine{score, smem, key, group, wgmma_word(smem.K + group * 64 * 128)};
-    const WholeTiles whole = WholeTiles::of(score, first_key, first_key + 64, M);
-    each_query_tile<Tile>(p, task, [&](int turn, int, int m0) {
-      if (m0 < hi && m0 + M > lo)
-        mine.add(turn, m0, !whole.has(m0));
-      else
-        mine.skip(turn);
-    });
-    const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);
-    store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
-    store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
-    if (bad) repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), true, true);
-  }
+      mine.skip(turn);
+  });
+  const bool bad = warp_finds_nan(mine.dK) || warp_finds_nan(mine.dV);
+  store_keys<T>(p, task, p.ptr.dk, p.p.dk, mine.dK, key, p.scale, p.p.head_dim);
+  store_keys<T>(p, task, p.ptr.dv, p.p.dv, mine.dV, key, 1.0f, p.p.head_dim_v);
+  if (bad) repair_keys<T, Tile::HEAD_DIM>(p, task, first_key + 16 * (warp_id() % 4), true, true);
 }
 
 // The producer's thread: K and V, then all tiles of queries.
@@ -440,7 +468,10 @@ ATTN_KERNEL(THREADS, 1)
 void backward_dkdv(ATTN_GRID_CONSTANT const BackwardParams x) {
   using Tile = KeyGradientTile<HEAD_DIM>;
   run_plain_key_task<Tile>(x, [&](const KeyTask& task, const KeyMemory<Tile>& smem) {
-    consume_queries<T>(x.p, task, smem);
+    if constexpr (Tile::SPLIT)
+      consume_split<T, Tile, SplitGradient<T, Tile>>(x.p, task, smem);
+    else
+      consume_queries<T>(x.p, task, smem);
   });
 }
 

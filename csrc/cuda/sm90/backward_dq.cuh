@@ -42,26 +42,19 @@ struct QueryGradient {
       dP[n][c] = gradient_of<EDGE>(P[n][c], dP[n][c], gradient[c >> 1].delta);
   }
 
-  ATTN_DEVICE void add(int turn, int n0, bool edge) {
-    float S[TILES][4], dS[TILES][4];
+  // S = Q K^T, dP = dO V^T   [64, BLOCK_N].  Issued.
+  ATTN_DEVICE void issue(float (&S)[TILES][4], float (&dP)[TILES][4], int turn) const {
     K.wait(turn);
     wgmma_fence();
-    // S = Q K^T, dP = dO V^T   [64, BLOCK_N]
     issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(S, wgmma_operand(queries, 0),
                                            wgmma_operand(wgmma_word(K.tile(turn)), 0));
     V.wait(turn);
     wgmma_fence();  // once more, else ptxas finds the wait's loop in the way of dP's registers
-    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(dS, wgmma_operand(queries, Tile::QUERY_BYTES),
+    issue_rows<T, HEAD_DIM, Tile::BLOCK_M>(dP, wgmma_operand(queries, Tile::QUERY_BYTES),
                                            wgmma_operand(wgmma_word(V.tile(turn)), 0));
-    wgmma_wait<1>();  // S is there
-    wgmma_hold(S);
-    weights(S, n0, edge);
-    wgmma_hold(S);
-    wgmma_wait<0>();  // dP is there
-    wgmma_hold(dS);
-    V.release(turn);
-    edge ? gradients<true>(dS, S) : gradients<false>(dS, S);
-    // dQ += dS K   [64, HEAD_DIM].  A NaN in K is already in dS of who sees it.
+  }
+  // dQ += dS K   [64, HEAD_DIM].  A NaN in K is already in dS of who sees it.
+  ATTN_DEVICE void add_gradients(const float (&dS)[TILES][4], int turn, bool edge) {
     if (edge && warpgroup_finds_nonfinite<T, Tile::KEY_BYTES>(K.tile(turn), group)) {
       add_visible<T>(dQ, dS, K.tile(turn));
     } else {
@@ -77,19 +70,37 @@ struct QueryGradient {
     }
     K.release(turn);
   }
+
+  ATTN_DEVICE void add(int turn, int n0, bool edge) {
+    float S[TILES][4], dS[TILES][4];
+    issue(S, dS, turn);
+    wgmma_wait<1>();  // S is there
+    wgmma_hold(S);
+    weights(S, n0, edge);
+    wgmma_hold(S);
+    wgmma_wait<0>();  // dP is there
+    wgmma_hold(dS);
+    V.release(turn);
+    edge ? gradients<true>(dS, S) : gradients<false>(dS, S);
+    add_gradients(dS, turn, edge);
+  }
 };
 
-template <class T, int HEAD_DIM>
+// make(QueryGradient, score, head): it, or what has features.
+template <class T, int HEAD_DIM, int BITS, class Make>
 ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, int t1,
-                              const QueryMemory<QueryGradientTile<HEAD_DIM>>& smem) {
+                              const QueryMemory<QueryGradientTile<HEAD_DIM>>& smem,
+                              const Make& make) {
   constexpr int N = QueryGradientTile<HEAD_DIM>::BLOCK_N;
   const Sequence& seq = task.seq;
   const int group = warp_id() / 4 - 1, group_row = task.row0 + 64 * group;
   const int group_end = min_int(group_row + 64, task.rows);
   const int row = group_row + 16 * (warp_id() % 4) + (lane_id() >> 2);
   const Score score(p, seq);
-  QueryGradient<T, HEAD_DIM> mine{score, smem.K, smem.V, wgmma_word(smem.Q + group * 64 * 128),
-                                  row,   group,  {}};
+  auto mine = make(
+      QueryGradient<T, HEAD_DIM>{
+          score, smem.K, smem.V, wgmma_word(smem.Q + group * 64 * 128), row, group, {}},
+      score, task.head);
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) mine.gradient[r] = RowGradient::of(p, seq, task.head, row + 8 * r);
   int lo = 0, hi = 0;  // keys that some row of the warpgroup sees
@@ -116,11 +127,11 @@ ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, in
   }
   if (bad)
     each_row(group_row + 16 * (warp_id() % 4), seq.seqlen_q,
-             [&](int i) { Repair<T, HEAD_DIM>{p, seq}.query_gradient(task.head, i); });
+             [&](int i) { Repair<T, HEAD_DIM, BITS>{p, seq}.query_gradient(task.head, i); });
 }
 
 // The producer's thread: Q and dO, then K and V of tiles t0 .. t1.
-template <class Tile>
+template <bool FOURS, class Tile>
 ATTN_DEVICE void produce_keys(const BackwardParams& x, const QueryTask& task, int t0, int t1,
                               const QueryMemory<Tile>& smem) {
   constexpr int S = Tile::SLABS, M = Tile::BLOCK_M, N = Tile::BLOCK_N;
@@ -131,14 +142,14 @@ ATTN_DEVICE void produce_keys(const BackwardParams& x, const QueryTask& task, in
   const int head_k = task.head / x.p.group;
   ATTN_NO_UNROLL
   for (int turn = 0; turn < t1 - t0; ++turn) {
-    smem.K.template load<S, N>(turn, x.K, at.k + (t0 + turn) * N, head_k, at.b);
-    smem.V.template load<S, N>(turn, x.V, at.k + (t0 + turn) * N, head_k, at.b);
+    smem.K.template load<S, N, FOURS>(turn, x.K, at.k + (t0 + turn) * N, head_k, at.b);
+    smem.V.template load<S, N, FOURS>(turn, x.V, at.k + (t0 + turn) * N, head_k, at.b);
   }
 }
 
-template <class T, int HEAD_DIM>
-ATTN_KERNEL(THREADS, 1)
-void backward_dq(ATTN_GRID_CONSTANT const BackwardParams x) {
+// BITS: features; with some, keys lie in the order of fours.cuh.
+template <class T, int HEAD_DIM, int BITS, class Make>
+ATTN_DEVICE void run_query_task(const BackwardParams& x, const Make& make) {
   using Tile = QueryGradientTile<HEAD_DIM>;
   constexpr int N = Tile::BLOCK_N;
   const auto smem = QueryMemory<Tile>::of(smem_base());
@@ -148,9 +159,16 @@ void backward_dq(ATTN_GRID_CONSTANT const BackwardParams x) {
   Band::of(x.p, task.seq).key_range(task.row0, task.end, task.seq.seqlen_k, lo, hi);
   const int t0 = lo / N, t1 = hi > lo ? ceil_div(hi, N) : t0;
   const auto load = [&] {
-    if (warp_id() == 0 && elect_one() && t0 < t1) produce_keys(x, task, t0, t1, smem);
+    if (warp_id() == 0 && elect_one() && t0 < t1) produce_keys<BITS != 0>(x, task, t0, t1, smem);
   };
-  run_roles(smem, load, [&] { consume_keys<T, HEAD_DIM>(x.p, task, t0, t1, smem); });
+  run_roles(smem, load, [&] { consume_keys<T, HEAD_DIM, BITS>(x.p, task, t0, t1, smem, make); });
+}
+
+template <class T, int HEAD_DIM>
+ATTN_KERNEL(THREADS, 1)
+void backward_dq(ATTN_GRID_CONSTANT const BackwardParams x) {
+  run_query_task<T, HEAD_DIM, 0>(
+      x, [](const QueryGradient<T, HEAD_DIM>& mine, const Score&, int) { return mine; });
 }
 
 }  // namespace attn::cuda::sm90

@@ -1,11 +1,8 @@
 // The forward of forward.cuh for calls with mask, bias, ALiBi, soft cap, sink, dropout or
 // statistics, compiled for exactly the features of a call (features.h).
 //
-// The same roles, rings and order of products.  Keys lie in shared memory in another order: of a
-// tile of N, the even ones and then the odd ones, which the copy engine does by boxes of every
-// other row.  The columns 2 t, 2 t + 1 of fragments m and m + N / 16, which a thread owns, are then
-// keys 16 m + 4 t .. + 3: one load of a mask or of a bias, one block of Philox.  Products know
-// nothing of it: a sum over keys does not mind their order.
+// The same roles, rings and order of products, but for the order of keys in shared memory
+// (fours.cuh).
 //
 // What is added to a tile that every row sees: before the products are issued, while the registers
 // of S are free, dropout is drawn, into the words of P that it masks, and mask and bias are asked
@@ -14,22 +11,21 @@
 // what a NaN behind an excluded pair leaves is computed once more (repair.cuh).
 #pragma once
 #include "forward.cuh"
-
-#include "../dropout.cuh"
-#include "../side.cuh"
+#include "fours.cuh"
 
 namespace attn::cuda::sm90 {
 
 template <class T, class Tile, int BITS>
-struct FeatureConsumer : Consumer<T, Tile> {
+struct FeatureConsumer : Consumer<T, Tile>, FourSides<T, BITS, Tile::BLOCK_N / 8> {
   using Base = Consumer<T, Tile>;
+  using Fours = FourSides<T, BITS, Tile::BLOCK_N / 8>;
   using Base::N, Base::TILES, Base::ACC, Base::p, Base::K, Base::V, Base::O, Base::state;
+  using Fours::GROUPS, Fours::PRODUCTS, Fours::at, Fours::first_key, Fours::score, Fours::query;
   using typename Base::Buffers;
   using typename Base::Scores;
   using typename Base::Weights;
-  static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
+  using typename Fours::Sides;
   static_assert(GROUPS <= 8);
-  using Sides = Side<T, BITS>[GROUPS][2];
   // Which pairs of a tile the mask keeps.  Key e of group m of row r: bit 8 e + m of row[r], as the
   // bytes of the mask add up to it, and of which 7 neighbours become predicates at once; of the
   // last of 8 groups its byte in last[r].
@@ -49,33 +45,18 @@ struct FeatureConsumer : Consumer<T, Tile> {
     }
   };
 
-  // Logits are products times p.scale_log2; else they are computed, in natural units.
-  static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
   static constexpr bool FAR = may_have<BITS>(kBias);  // a row may keep natural units
   static constexpr float LIMIT = LazySoftmax::LIMIT, LOWEST = FAR ? kFinfoMin : LazySoftmax::LOWEST;
   static constexpr int EARLY = early_groups(Tile::HEAD_DIM, BITS, GROUPS);
 
-  const Score& score;
-  const Dropout dropout;
-  const Threshold threshold;
-  const HeadTerms<float> head;
-  Query query[2];
-  typename Side<T, BITS>::Row side_rows[2];
   float row_unit[FAR ? 2 : 1];
   float alpha[2];  // what was added up by the base before is to be multiplied by
 
   ATTN_DEVICE FeatureConsumer(const Params& params, const Score& of, int h, int row, int rows,
                               const ForwardMemory<Tile>& smem, uint32_t q)
-      : Base(params, smem.K, smem.V, q),
-        score(of),
-        dropout(Dropout::of(params, of.seq)),
-        threshold(may_have<BITS>(kDropout) ? Threshold::of(dropout) : Threshold{}),
-        head(HeadTerms<float>::of(params.ptr, of.seq, h, 1.0f)) {
+      : Base(params, smem.K, smem.V, q), Fours(params, of, h, row, rows) {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      query[r] = score.query(h, min_int(row + 8 * r, rows - 1));
-      if constexpr (Side<T, BITS>::VECTORS)
-        side_rows[r] = Side<T, BITS>::Row::of(params, query[r], first_key(0, 0));
       state.max[r] = LOWEST;  // the base of the exponentials, in the row's unit
       if (FAR) row_unit[r] = 1.0f;
     }
@@ -85,32 +66,12 @@ struct FeatureConsumer : Consumer<T, Tile> {
     if constexpr (FAR) return row_unit[r];
     return PRODUCTS ? p.scale_log2 : kLog2e;
   }
-  ATTN_DEVICE static int first_key(int n0, int m) {
-    return 4 * ((n0 >> 2) + (lane_id() & 3) + 4 * m);  // a multiple of 4 to the compiler, too
-  }
-  // Key e of group m of row r.
-  ATTN_DEVICE static float& at(Scores& S, int m, int r, int e) {
-    return S[m + e % 2 * GROUPS][2 * r + e / 2];
-  }
-  ATTN_DEVICE static float at(const Scores& S, int m, int r, int e) {
-    return S[m + e % 2 * GROUPS][2 * r + e / 2];
-  }
   // The word of P that has keys `odd` and 2 + odd of group m of row r.
   ATTN_DEVICE static uint32_t& pair(Weights& P, int m, int odd, int r) {
     const int n = m + odd * GROUPS;
     return P[n / 2][n % 2 * 2 + r];
   }
 
-  ATTN_DEVICE void load_sides(Sides& sides, int n0, int first, int last) const {
-    ATTN_UNROLL
-    for (int m = first; m < last; ++m) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (Side<T, BITS>::VECTORS)
-        sides[m][r].load(side_rows[r], n0 + 16 * m);
-      else
-        sides[m][r].load(p, query[r], first_key(n0, m));
-    }
-  }
   // The mask's bytes are 0 or 1.
   ATTN_DEVICE static void mask_bits(PairBits& bits, const Sides& sides) {
     ATTN_UNROLL
@@ -128,39 +89,27 @@ struct FeatureConsumer : Consumer<T, Tile> {
     for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       uint32_t words[4];
-      dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
+      this->dropout.words(query[r].h, query[r].i, first_key(n0, m), words);
       ATTN_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
         const uint32_t both =
-            halves_of(threshold.dropped(words[odd]), threshold.dropped(words[2 + odd]));
+            halves_of(this->threshold.dropped(words[odd]), this->threshold.dropped(words[2 + odd]));
         pair(P, m, odd, r) = wgmma_held(both);  // here, and not behind the products
       }
     }
   }
 
-  // The logit of a product; distance: i + Sk - Sq - j.
-  ATTN_DEVICE float logit(float product, float distance, const Side<T, BITS>& side, int e) const {
-    if constexpr (PRODUCTS)
-      return product;
-    else
-      return attn::logit<NaturalWays>(
-          terms_of_logits<BITS>(p), p.natural, head, product, [&] { return distance; },
-          [&] { return side.bias_of(e); }, [](float) {});
-  }
-  ATTN_DEVICE float distance_of(int r, int n0) const {
-    return float(query[r].i + score.seq.past() - first_key(n0, 0));
-  }
   // S: products in, logits out; of groups first .. last - 1.
   ATTN_DEVICE void logits(Scores& S, const Sides& sides, int n0, int first, int last) const {
     if (PRODUCTS) return;
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float distance = distance_of(r, n0);
+      const float distance = this->distance_of(r, n0);
       ATTN_UNROLL
       for (int m = first; m < last; ++m) ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         float& s = at(S, m, r, e);
-        s = logit(s, distance - float(16 * m + e), sides[m][r], e);
+        s = this->logit(s, distance - float(16 * m + e), sides[m][r], e, [](float) {});
       }
     }
   }
@@ -176,14 +125,14 @@ struct FeatureConsumer : Consumer<T, Tile> {
     ATTN_UNROLL
     for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float distance = distance_of(r, n0);
+      const float distance = this->distance_of(r, n0);
       Side<T, BITS> side;
       side.load_some(p, query[r], first_key(n0, m), score.seq.seqlen_k);
       ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int j = first_key(n0, m) + e;
         float& s = at(S, m, r, e);
-        s = logit(s, distance - float(16 * m + e), side, e);
+        s = this->logit(s, distance - float(16 * m + e), side, e, [](float) {});
         const bool keeps = !has<BITS>(p, kMask) || side.keeps(e);
         if (!(keeps && j < score.seq.seqlen_k && score.band.keep(query[r].i, j))) s = -kInf;
       }
@@ -299,12 +248,12 @@ struct FeatureConsumer : Consumer<T, Tile> {
   ATTN_DEVICE bool tile(Scores& S, Weights& P, int n0, const Issue& issue, const Wait& wait) {
     Sides sides;
     PairBits unmasked;
-    load_sides(sides, n0, 0, EARLY);
+    this->load_sides(sides, n0, 0, EARLY);
     if (has<BITS>(p, kDropout)) draw(P, n0);
     issue();
     if (has<BITS>(p, kMask) && EARLY == GROUPS) mask_bits(unmasked, sides);
     wait();  // S is there
-    load_sides(sides, n0, EARLY, GROUPS);
+    this->load_sides(sides, n0, EARLY, GROUPS);
     if (has<BITS>(p, kMask) && EARLY < GROUPS) mask_bits(unmasked, sides);
     logits(S, sides, n0, 0, GROUPS);
     // Most masks keep all of most tiles.

@@ -2,6 +2,7 @@
 #pragma once
 #include "../launches.h"
 #include "backward_dq.cuh"
+#include "backward_dq_features.cuh"
 #include "backward_features.cuh"
 #include "forward_features.cuh"
 
@@ -32,6 +33,11 @@ void each_backward(const Use& use) {
         backward_features<T, HEAD_DIM, kAny>);
     use(kernel_name<T>("sm90::convert_dq_features", HEAD_DIM, kAny),
         convert_dq_features<T, HEAD_DIM, kAny>);
+  } else {
+    use(kernel_name<T>("sm90::backward_dq_features", HEAD_DIM, kAny),
+        backward_dq_features<T, HEAD_DIM, kAny>);
+    use(kernel_name<T>("sm90::backward_dkdv_features", HEAD_DIM, kAny),
+        backward_dkdv_features<T, HEAD_DIM, kAny>);
   }
 }
 

@@ -118,9 +118,10 @@ inline int64_t query_sums(const Problem& p, const Pointers& ptr) {
 // whose rows come 4 keys at a time; no frames and no parts.
 inline bool backward_knows_features(const Problem& p, const Pointers& ptr) {
   const int bits = backward_call(p, ptr);
+  const bool wants = (ptr.dq || ptr.dk || ptr.dv) && backward_head_dim(p, ptr);
   const bool fours = (!(bits & kMask) || bits & kMaskVectors) &&
                      (!(bits & kBias) || (bits & kBiasVectors && !(bits & kCast)));
-  return !bits || (fours && !(bits & (kPaged | kFrame | kPart)) && query_sums(p, ptr));
+  return !bits || (fours && !(bits & (kPaged | kFrame | kPart)) && wants);
 }
 
 }  // namespace attn::cuda::sm90

@@ -70,14 +70,16 @@ template <class T, int HEAD_DIM>
 void run_backward(Executor& to, const Params& params) {
   const Problem& p = params.p;
   const Pointers& ptr = params.ptr;
-  const auto maps = [&](int rows_q, int rows_k) {
+  // fours: rows of K and V in the order of fours.cuh.
+  const auto maps = [&](int rows_q, int rows_k, bool fours = false) {
+    const auto keys = [&](const TensorSpec& spec) { return fours ? in_fours(spec) : spec; };
     BackwardParams x{};
     x.p = params;
     x.p.m_tiles = query_tiles(p, ptr, rows_q).of_head;
     x.p.n_tiles = key_tiles(p, ptr, rows_k).of_head;
     x.Q = to.tensor_map(query_spec(p, ptr, rows_q));
-    x.K = to.tensor_map(key_spec(p, ptr, rows_k));
-    x.V = to.tensor_map(value_spec(p, ptr, rows_k));
+    x.K = to.tensor_map(keys(key_spec(p, ptr, rows_k)));
+    x.V = to.tensor_map(keys(value_spec(p, ptr, rows_k)));
     x.dO = to.tensor_map(dout_spec(p, ptr, rows_q));
     return x;
   };
@@ -102,17 +104,22 @@ void run_backward(Executor& to, const Params& params) {
                     tiles, 128, 0, x.p);
     }
   }
+  const int bits = HEAD_DIM > 128 ? backward_features(p, ptr) : 0;
+  const auto name = [&](const char* plain, const char* features) {
+    return bits ? kernel_name<T>(features, HEAD_DIM, bits) : kernel_name<T>(plain, HEAD_DIM);
+  };
   if (ptr.dq) {
     using Tile = QueryGradientTile<HEAD_DIM>;
-    const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
-    launch(to, kernel_name<T>("sm90::backward_dq", HEAD_DIM),
+    const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N, bits != 0);
+    launch(to, name("sm90::backward_dq", "sm90::backward_dq_features"),
            grid_of(query_tiles(p, ptr, Tile::BLOCK_M).all), THREADS, Tile::SMEM, x);
   }
   if (ptr.dk || ptr.dv) {
     using Tile = KeyGradientTile<HEAD_DIM>;
     const BackwardParams x = maps(Tile::BLOCK_M, Tile::BLOCK_N);
-    launch(to, kernel_name<T>("sm90::backward_dkdv", HEAD_DIM),
-           grid_of(key_tiles(p, ptr, Tile::BLOCK_N).all), THREADS, Tile::SMEM, x);
+    launch(to, name("sm90::backward_dkdv", "sm90::backward_dkdv_features"),
+           grid_of(key_tiles(p, ptr, Tile::BLOCK_N).all), THREADS,
+           bits ? SideRoom<HEAD_DIM>::SMEM : Tile::SMEM, x);
   }
 }
 

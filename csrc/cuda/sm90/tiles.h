@@ -1,5 +1,7 @@
 // Tile sizes of the Hopper kernels, and what they take as parameters.
 #pragma once
+#include <type_traits>
+
 #include "../tiles.h"
 
 namespace attn::cuda::sm90 {
@@ -98,13 +100,18 @@ struct FusedTile : KeyGradientTile<HEAD_DIM, BLOCK_M> {
 template <int HEAD_DIM>
 using PlainFusedTile = FusedTile<HEAD_DIM, HEAD_DIM == 64 ? 128 : 64>;
 
-// The same with features (backward_features.cuh), whose mask, bias and dropout, of a tile of
-// queries, lie in a ring of one or two stages in what is left of 227 KiB.
+// The tile of a backward with features by keys (backward_sides.cuh), FusedTile or, above 128
+// columns, KeyGradientTile.  What a tile of queries has beside Q and dO lies in a ring of one or
+// two stages in what is left of 227 KiB.
 constexpr int SHARED_MEMORY = 227 * 1024, SIDE_WARPS = 3;
 template <int HEAD_DIM>
-struct SideRoom : FusedTile<HEAD_DIM> {
-  using Base = FusedTile<HEAD_DIM>;
+using KeysWithSides =
+    std::conditional_t<(HEAD_DIM > 128), KeyGradientTile<HEAD_DIM>, FusedTile<HEAD_DIM>>;
+template <int HEAD_DIM>
+struct SideRoom : KeysWithSides<HEAD_DIM> {
+  using Base = KeysWithSides<HEAD_DIM>;
   static constexpr int M = Base::BLOCK_M, N = Base::BLOCK_N;
+  static constexpr int SIDE_READERS = Base::SPLIT ? CONSUMER_WARPS / 2 : CONSUMER_WARPS;
   static constexpr int FLAG_ROW = 2 * M + 8;  // 8 more: rows meet other banks
   static constexpr int FLAG_BYTES = FLAG_ROW * (N / 16);
   static constexpr int LEFT = SHARED_MEMORY - Base::SMEM;
@@ -131,9 +138,11 @@ struct FeatureTile : SideRoom<HEAD_DIM> {
 // The kernel's HEAD_DIM where the head's is padded to `head_dim`, 0: none knows these features.  A
 // bias in float32 finds no room at 96 columns, and at 128 none beside both mask and dropout.
 constexpr int feature_head_dim(int head_dim, int features) {
-  if (head_dim <= 64 || (head_dim <= 96 && SideRoom<96>::fits(features))) return head_dim;
-  if (head_dim <= 128 && SideRoom<128>::fits(features)) return 128;
-  return features ? 0 : head_dim;
+  static_assert(SideRoom<192>::fits(kMask | kBias | kBiasFloat | kDropout));
+  static_assert(SideRoom<256>::fits(kMask | kBias | kBiasFloat | kDropout));
+  if (head_dim <= 64 || head_dim > 128) return head_dim;
+  if (head_dim <= 96 && SideRoom<96>::fits(features)) return head_dim;
+  return SideRoom<128>::fits(features) ? 128 : features ? 0 : head_dim;
 }
 // Of a call's features those that a backward kernel is compiled for: a sink is in LSE, and weights
 // are selected behind the scale, whatever that is.

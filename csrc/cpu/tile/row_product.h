@@ -129,6 +129,7 @@ class RowProduct {
   // do not wait for the units that multiply.
   template <int ROWS>
   __attribute__((noinline)) Vec<T> block(const Rows& r, Lines lines) const {
+    if constexpr (Op::kStep > 1) return Vec<T>{};  // serves() no product of the tile unit
     Vec<T> sum[ATTN_NV] = {};
     for (int64_t c = 0; c < dim; c += kWide) {
       Vec<T> acc[ROWS][ATTN_NV];

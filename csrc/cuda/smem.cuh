@@ -163,19 +163,9 @@ struct TileStream {
   // two tiles beside that of two rows, and add to the pointer once more.
   ATTN_DEVICE void copy() {
     ATTN_UNROLL
-    for (int i = 0; i < ROWS / STEP; ++i, from = opaque(from + step)) copy_rows(i, from);
-  }
-  // The same where no tile comes behind it.
-  ATTN_DEVICE void copy_last() const {
-    ATTN_UNROLL
-    for (int i = 0; i < ROWS / STEP; ++i) copy_rows(i, from + i * step);
-  }
-
- private:
-  ATTN_DEVICE void copy_rows(int i, const char* row) const {
-    ATTN_UNROLL
+    for (int i = 0; i < ROWS / STEP; ++i, from = opaque(from + step)) ATTN_UNROLL
     for (int c = 0; c < CHUNKS; ++c)
-      cp_async_16(to + i * STEP * R::BYTES + 16 * LANES * c, row + 16 * LANES * c,
+      cp_async_16(to + i * STEP * R::BYTES + 16 * LANES * c, from + 16 * LANES * c,
                   columns > c * LANES * R::PER_CHUNK);
   }
 };

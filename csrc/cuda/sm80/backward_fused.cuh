@@ -95,7 +95,7 @@ struct FusedBackward {
   ATTN_DEVICE void copy_queries(const Rows& Q, const Rows& dO, int head, int m0, int stage) const {
     const int dim = int(p.p.head_dim);
     if (m0 + M <= seq.seqlen_q && p.q_vec && p.dout_vec) {
-      TileStream<T, HEAD_DIM, M, THREADS>(Q_smem(stage), Q, m0, dim).copy_last();
+      TileStream<T, HEAD_DIM, M, THREADS>(Q_smem(stage), Q, m0, dim).copy();
       if (DOUT_BUFFERS == 2) copy_whole_dout(dO, m0, stage);
     } else {
       copy_tile<T, HEAD_DIM, M, THREADS, false>(Q_smem(stage), Q, m0, seq.seqlen_q, dim, p.q_vec);
@@ -111,7 +111,7 @@ struct FusedBackward {
     if (DOUT_BUFFERS == 2) cp_async_commit();
   }
   ATTN_DEVICE void copy_whole_dout(const Rows& dO, int m0, int stage) const {
-    TileStream<T, HEAD_DIM, M, THREADS>(dO_smem(stage), dO, m0, int(p.p.head_dim_v)).copy_last();
+    TileStream<T, HEAD_DIM, M, THREADS>(dO_smem(stage), dO, m0, int(p.p.head_dim_v)).copy();
   }
   ATTN_DEVICE void copy_some_dout(const Rows& dO, int m0, int stage) const {
     copy_tile<T, HEAD_DIM, M, THREADS, false>(dO_smem(stage), dO, m0, seq.seqlen_q,

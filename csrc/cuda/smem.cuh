@@ -134,42 +134,39 @@ ATTN_DEVICE void copy_tile(uint32_t tile, const Rows& rows, int first, int end, 
 }
 
 // Whole tiles of ROWS rows, one behind the other, that come into the same buffer by cp.async.  A
-// thread keeps its chunk, a pointer that moves on, and rows that are a multiple of 8 apart, so that
-// their swizzle is the same: a copy is one addition and one instruction.
+// thread has chunks that are LANES apart, of rows that are a multiple of 8 apart: their swizzle is
+// the same, and what is between its chunks of a row is known at compile time, here and there.  So
+// one addition moves its pointer to the next row, and a copy is one instruction.
 template <class T, int HEAD_DIM, int ROWS, int THREADS, class Order = InOrder>
 struct TileStream {
   using R = Row<T, HEAD_DIM>;
-  static constexpr int STEP = THREADS / R::CHUNKS / 8 * 8;  // rows that the CTA copies at a time
-  static constexpr bool ALL = STEP * R::CHUNKS == THREADS;  // else some threads rest
-  static_assert(STEP > 0 && ROWS % STEP == 0);
-  // Rows 8 apart hold keys 2 apart, rows 16 apart keys 16 apart.
-  static constexpr bool IN_PAIRS = Order::FOURS && STEP == 8;
-  static_assert(!Order::FOURS || STEP == 8 || STEP % 16 == 0);
+  static constexpr int LANES = R::BYTES % 128 == 0 ? 8 : 4;  // of a row: chunk_offset()'s SPAN
+  static constexpr int STEP = THREADS / LANES;               // rows that the CTA copies at a time
+  static constexpr int CHUNKS = R::CHUNKS / LANES;           // of a row that a thread copies
+  static_assert(R::CHUNKS % LANES == 0 && ROWS % STEP == 0);
+  // Rows 16 apart hold keys 16 apart in any order.
+  static_assert(STEP % (Order::FOURS ? 16 : 8) == 0);
   uint32_t to;
   const char* from;
   int64_t step;  // bytes
-  bool inside;   // columns behind `dim` are zeros
+  int columns;   // from this thread's first on, that are there; those behind are zeros
 
   // From rows[first] on.
   ATTN_DEVICE TileStream(uint32_t tile, const Rows& rows, int first, int dim) {
-    const int row = thread_id() / R::CHUNKS, chunk = thread_id() % R::CHUNKS;
+    const int row = thread_id() / LANES, chunk = thread_id() % LANES;
     to = tile_address<T, HEAD_DIM>(tile, row, chunk);
     from = rows.base + (first + Order::key(row)) * rows.stride + 16 * chunk;
-    step = (IN_PAIRS ? 2 : STEP) * rows.stride;
-    inside = chunk * R::PER_CHUNK < dim;
+    step = STEP * rows.stride;
+    columns = dim - chunk * R::PER_CHUNK;
   }
-  // The next tile; the caller commits and waits.
+  // The next tile; the caller commits and waits.  opaque: the compiler would keep the distance of
+  // two tiles beside that of two rows, and add to the pointer once more.
   ATTN_DEVICE void copy() {
-    if (!ALL && thread_id() >= STEP * R::CHUNKS) return;
-    if constexpr (IN_PAIRS) {
-      ATTN_UNROLL
-      for (int i = 0; i < ROWS / STEP; ++i, from += i % 2 ? step : 7 * step)
-        cp_async_16(to + i * STEP * R::BYTES, from, inside);
-      return;
-    }
     ATTN_UNROLL
-    for (int i = 0; i < ROWS / STEP; ++i, from += step)
-      cp_async_16(to + i * STEP * R::BYTES, from, inside);
+    for (int i = 0; i < ROWS / STEP; ++i, from = opaque(from + step)) ATTN_UNROLL
+    for (int c = 0; c < CHUNKS; ++c)
+      cp_async_16(to + i * STEP * R::BYTES + 16 * LANES * c, from + 16 * LANES * c,
+                  columns > c * LANES * R::PER_CHUNK);
   }
 };
 

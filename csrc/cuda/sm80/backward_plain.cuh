@@ -88,7 +88,8 @@ struct QueryGradient {
 
   // Keys n0 ..; this_K and next_V copy.
   template <bool EDGE, class CopyK, class CopyV>
-  ATTN_DEVICE void tile(int n0, const CopyK& this_K, const CopyV& next_V) {
+  ATTN_DEVICE void tile(const RowGradient (&row_values)[F][2], int n0, const CopyK& this_K,
+                        const CopyV& next_V) {
     float S[F][TILES][4], dS[F][TILES][4];
     cp_async_wait<0>();
     sync_threads();  // V of this turn is complete, and every warp has read K of the turn before
@@ -115,11 +116,11 @@ struct QueryGradient {
                            !EDGE || (j < seq.seqlen_k && band.keep(i, j)));
     }
     // dQ += dS K   [WARP_ROWS, D] a warp
-    accumulate_rows<T, HEAD_DIM>(dQ, dS, K_smem());
+    accumulate_rows<T, HEAD_DIM, true>(dQ, dS, K_smem());
   }
   ATTN_DEVICE void edge(int turn) {
     tile<true>(
-        turns.tile(turn) * N, [&] { copy_K(turn); },
+        row_values, turns.tile(turn) * N, [&] { copy_K(turn); },
         [&] {
           if (turn + 1 < turns.count()) copy_V(turn + 1);
         });
@@ -130,10 +131,16 @@ struct QueryGradient {
     // V of the first of them is on its way
     Stream K_stream(K_smem(), K, turns.tile(turn) * N, int(p.p.head_dim));
     Stream V_stream(V_smem(), V, (turns.tile(turn) + 1) * N, int(p.p.head_dim_v));
+    // Read once more: values that live over both loops are kept in memory at 96 columns on sm_120,
+    // since registers are few in the loop over the edges.
+    RowGradient rows[F][2];
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) rows[f][r] = RowGradient::of(p, seq, task.head, row(f) + 8 * r);
     ATTN_NO_UNROLL
     for (; left > 0; --left)
       tile<false>(
-          0, [&] { K_stream.copy(); },
+          rows, 0, [&] { K_stream.copy(); },
           [&] {
             if (left > 1) V_stream.copy();
           });
@@ -311,12 +318,12 @@ struct KeyGradients {
       }
     }
     // dV += P^T dO   [WARP_ROWS, D] a warp
-    accumulate_rows<T, HEAD_DIM>(dV, P, dO_smem());
+    accumulate_rows<T, HEAD_DIM, true>(dV, P, dO_smem());
     sync_threads();  // every warp has read dO
     if (more) copy_dO();
     cp_async_commit();
     // dK += dS^T Q
-    accumulate_rows<T, HEAD_DIM>(dK, dS, Q_smem(stage));
+    accumulate_rows<T, HEAD_DIM, true>(dK, dS, Q_smem(stage));
   }
 
   ATTN_DEVICE void store() const {

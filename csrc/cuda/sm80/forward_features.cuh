@@ -46,6 +46,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   SideRows side_rows;
   int rows_below;  // the first of this thread's rows, to the last that is there
   float row_unit[FAR ? F : 1][2];
+  float edges_sum[F][2] = {};  // of the tiles at edges, in the loop over the others (WholeSoftmax)
 
   ATTN_DEVICE FeatureForward(const Params& params, const Score& score, const QueryTask& t,
                              const Turns& order)
@@ -193,9 +194,11 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     const float base = top * unit(f, r), shift = other_unit ? -kInf : before - base;
     const float alpha = exp2_approx(shift);
     state[f].max[r] = base;
-    if (has<BITS>(p, kStats))
-      state[f].weighted[r] = alpha * (state[f].weighted[r] + fmaxf(shift, -kFar) * state[f].sum[r]);
-    state[f].sum[r] *= alpha;
+    if (has<BITS>(p, kStats)) {
+      const float sum = state[f].sum[r] + edges_sum[f][r];
+      state[f].weighted[r] = alpha * (state[f].weighted[r] + fmaxf(shift, -kFar) * sum);
+    }
+    state[f].sum[r] *= alpha, edges_sum[f][r] *= alpha;
     ATTN_UNROLL
     for (int n = 0; n < Base::ACC; ++n) O[f][n][2 * r] *= alpha, O[f][n][2 * r + 1] *= alpha;
   }
@@ -226,6 +229,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
+      state[f].sum[r] += edges_sum[f][r];
       if (quad_sum(state[f].sum[r]) == 0.0f)
         state[f].max[r] = -kInf;
       else if (FAR && unit(f, r) == 1.0f)
@@ -256,6 +260,9 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     int left = turns.count() - turn, n0 = turns.tile(turn) * N;
     Stream next_V(Base::V_smem(), this->V, n0, int(p.p.head_dim_v));
     Stream next_K(Base::K_smem(), this->K, n0 + N, int(p.p.head_dim));
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) edges_sum[f][r] = state[f].sum[r], state[f].sum[r] = 0.0f;
     ATTN_NO_UNROLL
     for (; left > 0; --left, n0 += N) {
       Scores S;

@@ -22,18 +22,23 @@ struct WholeSoftmax {
   static constexpr float GROWTH = 8.0f;
   static constexpr float LOWEST = -3.4e38f;  // finite: -inf - -inf would be NaN
   RowState (&state)[FRAGMENTS];              // max: in units of log2(e), the base
+  // Of these tiles; state.sum of those before.  One sum over both loops of a kernel is kept in
+  // memory at 96 columns, since registers are few in the loop over the edges.
+  float sum[FRAGMENTS][2] = {};
 
   ATTN_DEVICE WholeSoftmax(RowState (&rows)[FRAGMENTS], float scale) : state(rows) {
     ATTN_UNROLL
     for (int f = 0; f < FRAGMENTS; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) state[f].max[r] = fmaxf(state[f].max[r] * scale, LOWEST);
   }
-  // -inf again where no key counts.
+  // All sums; and -inf again where no key counts.
   ATTN_DEVICE void finish() {
     ATTN_UNROLL
     for (int f = 0; f < FRAGMENTS; ++f) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r) {
+      state[f].sum[r] += sum[f][r];
       if (state[f].max[r] == LOWEST) state[f].max[r] = -kInf;
+    }
   }
   // Moves the bases, and rescales O, where a logit has grown too large for one.
   template <int TILES, int ACC>
@@ -57,7 +62,7 @@ struct WholeSoftmax {
     for (int r = 0; r < 2; ++r) {
       const float base = fmaxf(state[f].max[r], top[f][r] * scale);
       const float alpha = exp2_approx(state[f].max[r] - base);
-      state[f].max[r] = base, state[f].sum[r] *= alpha;
+      state[f].max[r] = base, state[f].sum[r] *= alpha, sum[f][r] *= alpha;
       ATTN_UNROLL
       for (int n = 0; n < ACC; ++n) O[f][n][2 * r] *= alpha, O[f][n][2 * r + 1] *= alpha;
     }
@@ -70,7 +75,7 @@ struct WholeSoftmax {
     for (int f = 0; f < FRAGMENTS; ++f) ATTN_UNROLL
     for (int c = 0; c < 4; ++c) {
       S[f][n][c] = exp2_approx(fmaf(S[f][n][c], scale, -state[f].max[c >> 1]));
-      state[f].sum[c >> 1] += S[f][n][c];
+      sum[f][c >> 1] += S[f][n][c];
     }
   }
 };

@@ -25,8 +25,7 @@ WARNINGS = "-Wall -Wextra"  # for who develops; those that look at the flow of v
 # The kernels say themselves what is inlined and unrolled, so that -O3 only makes copies: these
 # flags of it matter; the kernels' loops are the same instructions, built in half of the time.
 KERNEL_FLAGS = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops"
-CALL_FLAGS = "-O1"  # of *_calls.cpp, which small calls go through: as fast as at -O3
-BINDING_FLAGS = "-Og"  # all other C++: pybind11's templates, and launches
+BINDING_FLAGS = "-O1"  # all other C++: pybind11's templates; the calls are as fast as at -O3
 # g++ alone: it looks for unused memory only once a file takes 512 MiB.  The same code, sooner.
 MEMORY_FLAGS = "--param ggc-min-expand=200 --param ggc-min-heapsize=524288"
 # -O2: the emulator's own loops are vector types.  GPU code reads 16 bytes through typed pointers.
@@ -132,16 +131,11 @@ def ninja_rules(name: str, sources: list[str], objects: Path, target: Path) -> s
         outputs.append(str(output))
         lines.append(f"build {output}: cxx {ROOT / source}")
         if not emulated:
-            lines.append(f"  opt = {optimization(Path(source), clang)}")
+            kernels = Path(source).parts[:2] == ("csrc", "cpu")
+            optimized = "-O3" if clang else KERNEL_FLAGS  # clang inlines and unrolls at -O3 only
+            lines.append(f"  opt = {optimized if kernels else BINDING_FLAGS}")
     lines.append(f"build {target}: link {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
-
-
-def optimization(source: Path, clang: bool) -> str:
-    """The options of attn_ext._C's optimizer for one file."""
-    if source.parts[:2] == ("csrc", "cpu"):
-        return "-O3" if clang else KERNEL_FLAGS  # clang inlines and unrolls at -O3 only
-    return CALL_FLAGS if source.stem.endswith("_calls") else BINDING_FLAGS
 
 
 def compiler() -> str:

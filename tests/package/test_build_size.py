@@ -1,7 +1,7 @@
 """How much machine code the CPU kernels of each instruction set are, against a committed table.
 
 Compile time goes with it: the C++ took 192 CPU seconds (g++ 12, AMD EPYC, Zen 3) when attn_ext._C
-had 3.5 MB, and 92 with 2.1 MB; `pip wheel . --no-build-isolation --no-deps` takes 46 to 47 with
+had 3.5 MB, and 92 with 2.1 MB; `pip wheel . --no-build-isolation --no-deps` takes 47.5 with
 1.6 MB (g++ 12, AMD EPYC, Zen 5).  It grew unseen, by one inlined helper and one template flag after
 the other; so a figure in the tree must grow first, in a change that says what it pays for.
 

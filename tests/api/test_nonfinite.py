@@ -225,6 +225,21 @@ def test_a_scale_near_the_largest_float(options, seqlen):
     check_in_float32(random_call(7, batch=1, seqlen_q=seqlen, scale=3e38, **options), "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("bias", ["qk", "k"])
+@pytest.mark.parametrize("more", [{}, {"mask": "qk"}], ids=str)
+def test_a_bias_of_pairs_outside_of_the_band(kernels, more, bias, value, dtype):
+    """An odd number of queries, whose last lane has the bias of the row before it and sees a key
+    more."""
+    call = random_call(
+        3, batch=1, seqlen_q=33, seqlen_k=36, head_dim=64, bias=bias, causal=True, align=0,
+        dtype=dtype, **more,
+    )  # fmt: skip
+    call.bias[..., -1:, 33:] = value
+    check_call(call, kernels)
+
+
 def test_a_nan_in_a_bias_is_not_a_small_number(kernels):
     """max(NaN, least number) is the least number."""
     call = random_call(7, bias="qk", seqlen_q=5)

@@ -186,7 +186,7 @@ def test_dropout_is_that_of_the_other_kernels(hopper, head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_bad_values_behind_a_mask(hopper, head_dim):
-    """0 * NaN of a pair that a mask excludes, in whole tiles; a visible NaN that is lost."""
+    """0 * NaN of a pair that a mask excludes, in whole tiles."""
     call = make(hopper, mask="bhqk", head_dim=head_dim, seqlen_q=128, seqlen_k=256)
     call.mask[..., 7] = False
     call.k[:, :, 7] = torch.nan
@@ -195,6 +195,18 @@ def test_bad_values_behind_a_mask(hopper, head_dim):
     call = make(hopper, bias="hqk", head_dim=head_dim, seqlen_q=128, seqlen_k=256)
     call.bias[..., 7] = -torch.inf
     call.v[:, :, 7] = torch.nan
+    check(hopper, call)
+
+
+@pytest.mark.parametrize("head_dim", [64, 192, 256])
+@pytest.mark.parametrize("more", [{"dropout_p": 0.3}, {"mask": "bhqk"}, {"alibi": True}], ids=str)
+def test_rows_of_nan(hopper, more, head_dim):
+    """A visible NaN taken for a pair that dropout drops: dV of all keys of the row."""
+    call = make(hopper, **more, head_dim=head_dim, seqlen_q=70, seqlen_k=132)
+    call.q[:, :, 3] = torch.nan
+    check(hopper, call)
+    call = make(hopper, **more, bias="hqk", head_dim=head_dim, seqlen_q=70, seqlen_k=132)
+    call.bias[:, :, 4, 5] = torch.inf
     check(hopper, call)
 
 

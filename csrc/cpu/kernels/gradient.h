@@ -47,10 +47,11 @@ struct GradientTile {
   ATTN_INLINE void weights(int64_t j, int64_t v, T scale, Vec<T> (&w)[N]) const {
     const T* at = S + j * kPanel + v;
     const Vec<T> base = load(lse + v);
+    const Mask<T> nobody = base == std::numeric_limits<T>::infinity();
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) w[i] = load(at + i * kPanel) * scale - base;
     if constexpr (WEIGHTS == Weights::kSigmoid) {
-      return vsigmoid_each<T>(w);
+      vsigmoid_each<T>(w);
     } else if constexpr (Op::kPack == 2) {
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) w[i] *= T(kLog2e);
@@ -59,9 +60,9 @@ struct GradientTile {
       vexp_each(w);  // 2^(x * log2(e)) would round once more
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {  // also where LSE is NaN
+    for (int i = 0; i < N; ++i) {  // also where LSE is NaN, or a logit of a padding lane
       const Mask<T> excluded = load(at + i * kPanel) == -std::numeric_limits<T>::infinity();
-      w[i] = excluded ? Vec<T>{} : w[i];
+      w[i] = (excluded | nobody) ? Vec<T>{} : w[i];
     }
   }
 

@@ -136,6 +136,7 @@ struct KeyGradients {
   uint32_t keys;  // wgmma_word of its 64 rows of K
   float dK[ACC][4] = {}, dV[ACC][4] = {};
   static constexpr int BITS = 0;
+  static constexpr bool APART = false;  // dK and dV, of warps of their own
 
   ATTN_DEVICE void begin(int) const {}  // a tile of this head; plain calls need not know
   ATTN_DEVICE int key_block() const { return 4 * group + warp_id() % 4; }  // of 16 keys, a warp's
@@ -244,6 +245,7 @@ struct SplitGradient {
   int key, count;  // count: of turns
   float acc[ACC][4] = {};
   static constexpr int BITS = 0;
+  static constexpr bool APART = true;
 
   ATTN_DEVICE void begin(int) const {}  // as in KeyGradients
   ATTN_DEVICE int key_block() const { return warp_id() % 4; }

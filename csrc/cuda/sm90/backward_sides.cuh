@@ -1,5 +1,5 @@
-// Features in the backward by keys on Hopper (backward_features.cuh, backward_pair_features.cuh):
-// mask, bias, ALiBi, soft cap, dropout.
+// Features in the backward by keys on Hopper (backward_features.cuh): mask, bias, ALiBi, soft cap,
+// dropout.
 //
 // A fragment of S^T has keys as rows, and mask and bias lie as [query][key].  Three warps of the
 // producer's warpgroup bring them to shared memory, a tile of queries ahead of the consumers, into
@@ -243,6 +243,12 @@ struct WithSides : Base {
         [&] { return bias; }, [&](float d) { slope = d; });
     return weight_of(s, kLog2e, lse);
   }
+  // What dV multiplies of a weight.  A maximum with 0 loses NaN, which dK of the same keys shows,
+  // unless other warps have that.
+  ATTN_DEVICE static float kept_weight(float x) {
+    if (!DROPS) return x;
+    return Base::APART ? (x < 0.0f ? 0.0f : x) : fmaxf(x, 0.0f);
+  }
   // S: products in; out weights times the slope of the soft cap, below 0 where dropout takes them.
   // take(n, V): what dV multiplies of tile n, weights that are not dropped.
   template <class Take>
@@ -272,7 +278,7 @@ struct WithSides : Base {
           x = weight(x, terms, away, bias[n][c], row.tile[n][c & 1], slope);
           if (has<BITS>(p, kMask) && !kept.keeps(n, c)) x = 0.0f;
           if (has<BITS>(p, kDropout) && !dropped.keeps(n, c)) x = -x;
-          V[c] = DROPS ? fmaxf(x, 0.0f) : x;
+          V[c] = kept_weight(x);
           if (CAPPED) x *= slope;
         }
         take(2 * pair + n, V);

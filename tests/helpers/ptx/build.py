@@ -33,20 +33,27 @@ FLAGS = ["-std=c++17", "-fPIC", "-shared", "-w", "-Wno-psabi", "-ffp-contract=of
          "-DATTN_EMULATED", "-DATTN_COMPILED_PTX"]  # fmt: skip
 # Whether this run of pytest has compiled PTX in place of all kernels (tests/conftest.py).
 STANDING = os.environ.get("ATTN_EXT_EMULATED_RUNS") == "ptx" or None
-# -O0 where a kernel runs once or twice: half of the time of -O1, which pays where all calls run on
-# compiled PTX, ours or Triton's.
-LEVEL = "-O1" if os.environ.get("ATTN_EXT_EMULATED_RUNS") else "-O0"
+MOST_REGISTERS = 192 << 10  # bytes that stay on a thread's stack, of 256 KiB, at -O0
 ARCHITECTURES = {"sm80": "80", "sm90": "90a"}
 
 
+def level(text: str) -> str:
+    """How a PTX text is compiled: -O0, half of the time of -O1, where its kernels run once or twice
+    and their registers fit the stack; -O1 where all calls run on compiled PTX, ours or Triton's."""
+    sizes = {"pred": 1, "b16": 2, "b64": 8, "f64": 8}
+    declared = re.findall(r"\.reg \.(\w+)\s+%\w+<(\d+)>", text)
+    fit = sum(int(count) * sizes.get(kind, 4) for kind, count in declared) <= MOST_REGISTERS
+    return "-O0" if fit and not os.environ.get("ATTN_EXT_EMULATED_RUNS") else "-O1"
+
+
 @functools.cache
-def flags() -> list[str]:
+def flags(how: str) -> list[str]:
     """With fused multiply-add in one instruction where the machine has it.  ATTN_EXT_PTX_CXXFLAGS
     adds some."""
     info = Path("/proc/cpuinfo")
     fused = info.exists() and re.search(r"^flags\b.*\bfma\b", info.read_text(), re.M)
     more = os.environ.get("ATTN_EXT_PTX_CXXFLAGS", "").split()
-    return [LEVEL, *FLAGS, *(["-mfma"] if fused else []), *more]
+    return [how, *FLAGS, *(["-mfma"] if fused else []), *more]
 
 
 @functools.cache
@@ -84,21 +91,21 @@ def made(path: Path, compile) -> Path:
 
 
 @functools.cache
-def _header_key() -> str:
+def _header_key(how: str) -> str:
     """The digest of operations.h and of how it is compiled."""
-    facts = [flags(), emulator_build.compiler_version()]
+    facts = [flags(how), emulator_build.compiler_version()]
     return seen.digest(seen.included(SOURCES / HEADER), *facts)
 
 
-def _header_folder() -> Path:
+def _header_folder(how: str) -> Path:
     """Where g++ finds operations.h compiled already: to parse it takes longer than a small
     kernel."""
 
     def compile(where: Path) -> None:
         source = ["-x", "c++-header", SOURCES / HEADER]
-        emulator_build.compiler(*flags(), f"-I{SOURCES}", *source, "-o", where)
+        emulator_build.compiler(*flags(how), f"-I{SOURCES}", *source, "-o", where)
 
-    folder = FOLDER / "headers" / _header_key()
+    folder = FOLDER / "headers" / _header_key(how)
     made(folder / f"{HEADER}.gch", compile)
     return folder
 
@@ -106,13 +113,14 @@ def _header_folder() -> Path:
 def library(text: str, name: str) -> Path:
     """The shared library of the kernels in a PTX text; `name` is how messages call the text."""
     code = ptx.HEAD + "".join(ptx.translate(each, name) for each in ptx.kernels(text))
-    key = seen.digest([], code, _header_key(), _emulated.__file__)
+    how = level(text)
+    key = seen.digest([], code, _header_key(how), _emulated.__file__)
 
     def compile(where: Path) -> None:
         unit = where.with_suffix(".cpp")
         unit.write_text(code)
-        includes = [f"-I{_header_folder()}", f"-I{SOURCES}"]
-        emulator_build.compiler(*flags(), *includes, unit, _emulated.__file__, "-o", where)
+        includes = [f"-I{_header_folder(how)}", f"-I{SOURCES}"]
+        emulator_build.compiler(*flags(how), *includes, unit, _emulated.__file__, "-o", where)
 
     return made(FOLDER / "libraries" / f"{key}.so", compile)
 

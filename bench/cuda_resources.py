@@ -58,6 +58,7 @@ class Unit(NamedTuple):
         else those that decide which kernels serve a plain call."""
         plain = ("none", "deterministic", "decode", "chunk", "frozen_keys", "frozen_queries")
         plain += ("values_128",) if self.head_dim == 192 else ()
+        plain += ("dropout",) if self == WIDEST else ()  # Hopper's two kernels with features
         return tuple(command.FEATURES) if self in FEATURED else plain
 
     @property
@@ -69,6 +70,7 @@ class Unit(NamedTuple):
 
 
 UNITS = tuple(Unit(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS)
+WIDEST = Unit("bf16", 256)
 FEATURED = {*(Unit(dtype, 64) for dtype in DTYPES), Unit("bf16", 128)}
 
 
@@ -98,7 +100,8 @@ SPILLS: tuple[tuple[str, int], ...] = (
     (r"sm80::backward_far_.*", 64),  # for rows that are rare
     (r"sm80::(forward_features|backward_features(_half)?)<.*", 388),
     (r"sm90::forward_features<(bf16|fp16), 128, 128, .*", 176),
-    (r"sm90::backward_features<.*", 256),  # most of it in the producer
+    (r"sm90::forward_features<(bf16|fp16), 256, 256, .*", 116),
+    (r"sm90::backward_(dkdv_)?features<.*", 256),  # most of it in the producer
     (r"sm80::backward_fused_half<(bf16|fp16), 128> .*", 32),
     (r"sm80::backward_dkdv_plain<(bf16|fp16), 32> .*", 128),
     (r"sm80::backward_dkdv_plain<(bf16|fp16), 64> sm_120", 16),

@@ -274,7 +274,7 @@ def test_hopper_kernels_compute_while_the_tensor_cores_do(kept_kernels):
     names = [
         name
         for name in machine_code.KERNELS
-        if re.fullmatch("sm90_(forward|backward_d.*|backward_fused)", name)
+        if re.fullmatch("sm90_(forward|backward_(dq|dkdv|fused))", name)
     ]
     known = known_code("what overlaps", names, 128)
     if known:

@@ -94,7 +94,8 @@ void faults(const Params p) {
   if (f == LANES_RETURNED && t % 32 == 7) return;
   if (f == LANES_RETURNED) sync_warp();
   if (f == STACK) p.out[t] = deep(1000);
-  if (f == WILD_POINTER) p.out[(int64_t(1) << 42) + t] = 1;
+  if (f == WILD_POINTER)
+    p.out[t - (int64_t(1) << 42)] = 1;  // ahead: behind, it might be no address
   if (f == DIVISION) p.out[t] = float(7 / (thread_id() - t));
   if (f == BARRIER_COUNT) named_barrier_sync<1>(warp_id() == 0 ? 64 : 32);
   if (f == WARP_RETURNED && warp_id() == 1) return;

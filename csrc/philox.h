@@ -1,7 +1,8 @@
 // Dropout bits: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11),
 // the same on every device, backend and tile size.  Element (b, h, i, j) takes word j % 4 of the
-// block with counter (j / 4, i, h, b); i and j are positions within the sequence.  It is kept when
-// word >= dropout_threshold(p).
+// block with counter (j / 4, i, h, b).  i and j are positions within the sequence, b and h those of
+// the call; where it has a part of longer sequences, its Frame (params.h) says what all four count
+// from.  It is kept when word >= dropout_threshold(p).
 #pragma once
 #include <cstdint>
 

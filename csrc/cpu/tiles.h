@@ -1,12 +1,14 @@
-// The sizes of the tiles of every CPU kernel, with the reason of each; no other file has one.
+// The sizes of the tiles of every CPU kernel, with the reason of each; no other file has one.  What
+// depends on the instruction set, the vectors and rows of a block of products whose sums are in
+// registers, each isa/*.cpp says itself (ATTN_NV, ATTN_MR of isa/region.h).
 #pragma once
 #include <cstdint>
 
 namespace attn::cpu {
 
 // Queries of one head go through the kernels in panels: 64 lanes are four registers of 64 bytes,
-// the columns of one block of gemm.h.  Bands of causal and window attention are cut by grain, the
-// lanes of one such register.
+// the columns of one block of gemm.h with AVX-512.  Bands of causal and window attention are cut by
+// grain, the lanes of one such register.
 constexpr int64_t kPanel = 64, kGrain = 16, kGrains = kPanel / kGrain;
 
 // Forward: a tile of scores is kForwardKeys x kPanel, 48 KiB of float, which leaves most of L2 to K

@@ -7,9 +7,9 @@
 // add to it in ascending order, so that the result is the same whatever the number of threads.
 // Tasks are handed out by ascending key block, so a task waits only for earlier ones.
 #pragma once
-#include "cpu/kernels/additive.h"
 #include "cpu/kernels/far_rows.h"
 #include "cpu/kernels/gradient.h"
+#include "cpu/kernels/key_block.h"
 #include "cpu/kernels/key_gradient.h"
 #include "cpu/kernels/query_gradient.h"
 #include "cpu/parallel.h"
@@ -24,6 +24,8 @@ template <class Op>
 class Backward {
   using T = typename Op::Acc;
   using Item = typename Op::Item;
+  using Block = KeyBlock<Op>;
+  using Next = typename KeyBlocks<Op>::Next;
   static constexpr int L = kLanes<T>;
   // In float32 it makes no difference; a tile unit has its products in memory anyway.
   static constexpr bool kAtOnce = Op::kPack == 2 && Op::kStep == 1;
@@ -34,24 +36,15 @@ class Backward {
         ptr(pointers),
         o(options),
         threads(threads),
+        blocks(problem, pointers, options),
         far(problem, pointers, options),
         dQ(problem, pointers, options.w ? T(1) : T(problem.scale), options) {
     group = p.heads_q / p.heads_k;
     m_tiles = (p.seqlen_q + kPanel - 1) / kPanel;
-    // Large blocks read and add to dQ less often, as long as their rows stay in L2 and there are
-    // enough of them.  By shape alone: results do not depend on the number of threads.
-    const bool narrow = std::max(p.head_dim, p.head_dim_v) <= kNarrowHead && sizeof(T) == 4;
-    for (int64_t keys : kBackwardKeys) {
-      if (keys == kBackwardKeys[0] && !narrow) continue;
-      block_n = keys;
-      n_tiles = (p.seqlen_k + block_n - 1) / block_n;
-      if (p.batch * p.heads_k * n_tiles >= kBackwardTasks) break;
-    }
-    d_pad = round_up(p.head_dim), dv_pad = round_up(p.head_dim_v);
   }
 
   void run() {
-    const int64_t tiles = p.batch * p.heads_q * m_tiles;
+    const int64_t tiles = p.batch * p.heads_q * m_tiles, n_tiles = blocks.n_tiles;
     delta.assign(tiles * kPanel, T(0));
     far.begin(tiles);
     // Panels whose keys all lie in one block need neither: they find delta and dQ at once.
@@ -86,51 +79,14 @@ class Backward {
   const Pointers& ptr;
   const Options& o;
   int threads;
-  int64_t block_n;  // keys of a task; a multiple of 32
-  int64_t group, m_tiles, n_tiles, d_pad, dv_pad;
-  std::vector<T> delta;  // [B, Hq, m_tiles, kPanel]
+  const KeyBlocks<Op> blocks;
+  int64_t group, m_tiles;  // query heads of a K/V head; panels of a head
+  std::vector<T> delta;    // [B, Hq, m_tiles, kPanel]
   FarRows<Op> far;
   QueryGradient<T> dQ;
   std::vector<T> dw;  // [n_tiles, B, Hq, D], of additive scores
 
-  struct Next {  // a key block to prefetch; none when t == n_tiles
-    int64_t b, hk, t;
-  };
-
-  // What the loop over panels keeps of a key block, and its scratch.
-  struct Block : GradientTile<typename Op::Items> {
-    explicit Block(const Sequence& s) : seq(s), soon(s.seqlen_q < kPanel) {}
-    const Sequence& seq;
-    int64_t t{}, hk{}, n0{}, nk{};  // the block's number, K/V head, first key, number of keys
-    Operand K{}, V{}, K_by_key{};
-    int finite = -1;                     // no inf or NaN in K and V; -1: not asked yet
-    bool begun = false;                  // dK and dV hold something
-    bool written = false;                // they are in storage
-    int64_t panels = 0, last_unit = -1;  // that see some of its keys, and the last one's index
-    T *dK{}, *dV{};                      // [BLOCK_N][d_pad], [BLOCK_N][dv_pad]
-    Item *Qt{}, *dOt{};                  // [items of d][kPanel]
-    Item *Q{}, *dO{};                    // [items of kPanel][d_pad]
-    T* row{};                            // [max dim]
-    PanelScratch<T> side{};
-    T* dQt{};       // [D][kPanel], of whole rows
-    Item* block{};  // of pack_transposed
-    AdditiveBlock<T> additive;
-    Prefetch soon;
-  };
-
-  static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
-  const char* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
-                     int64_t i) const {
-    return static_cast<const char*>(base) + seq.q_offset(s, h, i) * bytes();
-  }
-
-  void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
-    int64_t lo, hi;
-    seq.key_range(m0, m0 + nq, &lo, &hi);
-    *t0 = lo / block_n;
-    *t1 = hi > lo ? (hi + block_n - 1) / block_n : *t0;
-  }
 
   // Whether the rows' only block of keys holds all that they see: their sums are found there.
   bool alone(const Rows& r) const { return r.whole() && !o.partial; }
@@ -145,7 +101,7 @@ class Backward {
     const int64_t nq = std::min(kPanel, seq.seqlen_q - m0);
     if (nq <= 0) return;
     int64_t t0, t1;
-    key_tiles(seq, m0, nq, &t0, &t1);
+    blocks.of_queries(seq, m0, nq, &t0, &t1);
     if (t0 >= t1) return dQ.write_zeros(seq, h, m0, nq);
     if (t1 - t0 > 1) dQ.first_block(tile, t0);
     const Rows r{h, m0, nq, tile, t0, t1};
@@ -154,40 +110,29 @@ class Backward {
     T* const found = delta.data() + tile * kPanel;
     if (o.partial)
       return void(std::copy_n(static_cast<const T*>(o.delta) + seq.lse_offset(h, m0), nq, found));
-    Scratch scratch(2 * dv_pad * int64_t(sizeof(T)));
-    T* rows = scratch.take<T>(2 * dv_pad);
-    std::fill(rows, rows + 2 * dv_pad, T(0));
+    Scratch scratch(2 * blocks.dv_pad * int64_t(sizeof(T)));
+    T* rows = scratch.take<T>(2 * blocks.dv_pad);
+    std::fill(rows, rows + 2 * blocks.dv_pad, T(0));
     for (int64_t i = 0; i < nq; ++i) {
-      T total = product_of_rows(p.dtype, row_of(ptr.o, seq, p.o, h, m0 + i),
-                                row_of(ptr.dout, seq, p.dout, h, m0 + i), p.head_dim_v, rows);
+      T total = product_of_rows(p.dtype, seq.q_row(ptr.o, p.o, h, m0 + i),
+                                seq.q_row(ptr.dout, p.dout, h, m0 + i), p.head_dim_v, rows);
       if (ptr.dlse) total -= static_cast<const T*>(ptr.dlse)[seq.lse_offset(h, m0 + i)];
       found[i] = total;
     }
   }
 
-  int64_t scratch_bytes() const {
-    const int64_t dims = d_pad + dv_pad;
-    return int64_t(sizeof(T)) *
-           (block_n * (3 * dims) + 3 * kPanel * dims + L * dims + block_n * kPanel * 6 +
-            Panel<T>::keep_size(block_n) + MaskBits<T>::size(block_n) + kPanel * (2 + d_pad) +
-            dims + (o.w ? AdditiveBlock<T>::size(p.head_dim, block_n) : 0));
-  }
-
   void key_block(int64_t b, int64_t hk, int64_t t, const Next& next) {
     const Sequence seq(p, ptr, b);
     Block k(seq);
-    k.t = t, k.hk = hk, k.n0 = t * block_n, k.nk = std::min(block_n, seq.seqlen_k - k.n0);
+    const int64_t n0 = t * blocks.block_n;
+    k.t = t, k.hk = hk, k.n0 = n0, k.nk = std::min(blocks.block_n, seq.seqlen_k - n0);
     if (k.nk <= 0) return;
-    Scratch scratch(scratch_bytes());
-    load_keys(k, scratch);
+    Scratch scratch(blocks.scratch_bytes());
+    blocks.load(k, scratch);
     each_panel(k, [&](const Rows& r) { ++k.panels, k.last_unit = r.unit; });
-    if (k.panels) prefetch(k, next);
+    if (k.panels) blocks.prefetch(k, next);
     each_panel(k, [&](const Rows& r) { panel_pair(k, r); });
-    if (k.written) return;
-    if (!k.begun) clear_keys(k);
-    if (o.w) k.additive.write_dk(k.nk, p.head_dim, d_pad, k.dK);
-    store_rows(k, ptr.dk, p.dk, p.head_dim, d_pad, k.dK, o.w ? T(1) : T(p.scale));
-    store_rows(k, ptr.dv, p.dv, p.head_dim_v, dv_pad, k.dV, T(1));
+    blocks.write(k);
   }
 
   // f(rows) for the panels that see some key of a block.
@@ -198,61 +143,9 @@ class Backward {
         const int64_t m0 = m * kPanel, nq = std::min(kPanel, k.seq.seqlen_q - m0);
         Rows rows{h, m0, nq, (k.seq.b * p.heads_q + h) * m_tiles + m, 0, 0};
         if (nq <= 0) break;
-        key_tiles(k.seq, m0, nq, &rows.t0, &rows.t1);
+        blocks.of_queries(k.seq, m0, nq, &rows.t0, &rows.t1);
         if (k.t >= rows.t0 && k.t < rows.t1) f(rows);
       }
-  }
-
-  // The scratch of a key block, and K and V as operands.
-  void load_keys(Block& k, Scratch& scratch) const {
-    const int64_t d = p.head_dim, dv = p.head_dim_v, pairs = kPanel / Op::kPack;
-    auto tile_of = [&] { return scratch.take<T>(block_n * kPanel); };
-    auto items_of = [&](int64_t n) { return scratch.take<Item>(n); };
-    Item *K_scratch = items_of(block_n * d_pad), *V_scratch = items_of(block_n * dv_pad);
-    k.dK = scratch.take<T>(block_n * d_pad), k.dV = scratch.take<T>(block_n * dv_pad);
-    k.Qt = items_of(d_pad * kPanel), k.dOt = items_of(dv_pad * kPanel);
-    k.Q = items_of(pairs * d_pad), k.dO = items_of(pairs * dv_pad);
-    k.S = tile_of(), k.dP = tile_of();
-    k.side = {scratch.take<T>(Panel<T>::keep_size(block_n)),
-              scratch.take<typename IntOf<T>::type>(MaskBits<T>::size(block_n))};
-    k.dcap = p.softcap > 0 ? tile_of() : nullptr;
-    k.lse = scratch.take<T>(kPanel), k.inverse = scratch.take<T>(kPanel);
-    k.row = scratch.take<T>(std::max(d_pad, dv_pad));
-    k.dQt = scratch.take<T>(d_pad * kPanel);
-    k.block = items_of(L * std::max(d_pad, dv_pad));
-    k.K = rows_by_depth<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, K_scratch);
-    k.V = rows_by_depth<Op>(k.seq, ptr.v, p.v, k.hk, k.n0, k.nk, dv, V_scratch);
-    if constexpr (Op::kPack == 1) {
-      k.P_rows = k.S, k.dS_rows = k.dS_by_key = k.dP;  // in place
-      k.K_by_key = {k.K.data, k.K.depth_step, k.K.row_step};
-    } else {
-      k.P_rows = items_of(block_n * pairs), k.dS_rows = items_of(block_n * pairs);
-      k.dS_by_key = items_of(block_n * pairs);
-      Item* by_key = items_of(by_key_items<Op>(block_n, d));
-      k.K_by_key = rows_by_key<Op>(k.seq, ptr.k, p.k, k.hk, k.n0, k.nk, d, by_key);
-    }
-    if (!o.w) return;
-    k.additive.begin(scratch, d, block_n);
-    k.additive.k_rows.load(p.dtype, k.nk, round_up(k.nk), d, k.row, [&](int64_t j) {
-      return static_cast<const char*>(ptr.k) + k.seq.k_offset(p.k, k.hk, k.n0 + j) * bytes();
-    });
-  }
-
-  // Where memory is touched for the first time: the output of this block, the inputs of the next.
-  void prefetch(Block& k, const Next& next) const {
-    Prefetch& soon = k.soon;
-    if (ptr.dk) prefetch_keys(k.seq, ptr.dk, p.dk, k.hk, k.n0, block_n, p.head_dim, soon);
-    if (ptr.dv) prefetch_keys(k.seq, ptr.dv, p.dv, k.hk, k.n0, block_n, p.head_dim_v, soon);
-    if (next.t >= n_tiles) return;
-    const Sequence other(p, ptr, next.b);
-    const int64_t first = next.t * block_n;
-    prefetch_keys(other, ptr.k, p.k, next.hk, first, block_n, p.head_dim, soon);
-    prefetch_keys(other, ptr.v, p.v, next.hk, first, block_n, p.head_dim_v, soon);
-    if (n_tiles > 1) return;  // the first panel that sees the block is not known
-    soon.add(row_of(ptr.q, other, p.q, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
-             p.q.s * bytes(), p.head_dim * bytes());
-    soon.add(row_of(ptr.dout, other, p.dout, next.hk * group, 0), std::min(kPanel, other.seqlen_q),
-             p.dout.s * bytes(), p.head_dim_v * bytes());
   }
 
   // How P and dS of a pair come about.
@@ -289,7 +182,7 @@ class Backward {
     load_queries(k, x);
     x.ends = r.unit == k.last_unit && rows_leave();
     if (x.ends && k.panels == 1 && r.whole() && alone(r) && o.plain() && x.panel.plain()) {
-      k.soon.spread(blocks(x));
+      k.soon.spread(products_of(x));
       products(k, x);
       add_products(k, x);
       if (x.finite || finite(k, x.panel)) return;
@@ -324,7 +217,7 @@ class Backward {
 
   // About how many blocks of products a pair has: of S^T and dP^T, of which a band leaves half or
   // less, and of dV, dK and dQ.
-  static int64_t blocks(const Pair& x) {
+  static int64_t products_of(const Pair& x) {
     const int64_t keys = x.tile.nk;
     return (x.tile.banded ? 1 : 2) * keys / ATTN_MR + (2 * keys + kPanel) / 5;
   }
@@ -334,8 +227,8 @@ class Backward {
     const Sequence& seq = k.seq;
     const auto& [h, m0, nq, unit, t0, t1] = x.r;
     const int64_t d = p.head_dim, dv = p.head_dim_v;
-    x.Q_rows = row_of(ptr.q, seq, p.q, h, m0);
-    x.dO_rows = row_of(ptr.dout, seq, p.dout, h, m0);
+    x.Q_rows = seq.q_row(ptr.q, p.q, h, m0);
+    x.dO_rows = seq.q_row(ptr.dout, p.dout, h, m0);
     pack_transposed<Op>(p.dtype, x.Q_rows, p.q.s * bytes(), nq, x.panel.columns, d, k.block, k.Qt);
     pack_transposed<Op>(p.dtype, x.dO_rows, p.dout.s * bytes(), nq, x.panel.columns, dv, k.block,
                         k.dOt);
@@ -345,7 +238,7 @@ class Backward {
                      dv * bytes());
     k.soon.add_first(x.Q_rows + kPanel * p.q.s * bytes(), next, p.q.s * bytes(), d * bytes());
     if (ptr.dq && k.t + 1 == t1)
-      k.soon.add_first(row_of(ptr.dq, seq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
+      k.soon.add_first(seq.q_row(ptr.dq, p.dq, h, m0), nq, p.dq.s * bytes(), d * bytes());
     if (ptr.dq && !(x.r.whole() && RowProduct<Op>::serves(d)))
       k.soon.add_first(x.dQ, 1, 0, d * kPanel * int64_t(sizeof(T)));
     x.panel.prefetch_bias(x.tile);
@@ -420,8 +313,9 @@ class Backward {
   // dV += P^T dO   [nk, dv],  dK += dS^T Q   [nk, d]
   void add_dkdv(Block& k, Pair& x) const {
     const DType type = p.dtype;
-    const KeyGradient<Op> V{type, x.dO_rows, p.dout.s, p.head_dim_v, dv_pad, k.P_rows, k.dO, k.dV};
-    const KeyGradient<Op> K{type, x.Q_rows, p.q.s, p.head_dim, d_pad, k.dS_rows, k.Q, k.dK};
+    const int64_t d = blocks.d_pad, dv = blocks.dv_pad;
+    const KeyGradient<Op> V{type, x.dO_rows, p.dout.s, p.head_dim_v, dv, k.P_rows, k.dO, k.dV};
+    const KeyGradient<Op> K{type, x.Q_rows, p.q.s, p.head_dim, d, k.dS_rows, k.Q, k.dK};
     auto add = [&](const KeyGradient<Op>& sum, void* base, const Strides& s, T factor) {
       if (!base || !x.ends)
         return base ? sum.add(x.panel.nq, k.nk, x.segments, k.begun, k.soon) : void();
@@ -463,11 +357,6 @@ class Backward {
     return {dQ, k.seq, x.r, k.t, x.dQ, reinterpret_cast<T*>(k.block)};
   }
 
-  void clear_keys(Block& k) const {
-    std::fill(k.dK, k.dK + k.nk * d_pad, T(0));
-    std::fill(k.dV, k.dV + k.nk * dv_pad, T(0));
-  }
-
   // No inf or NaN in K, V and the panel's Q and dO.
   ATTN_NOINLINE bool finite(Block& k, const Panel<T>& panel) const {
     constexpr int64_t row = kPanel * int64_t(sizeof(Item));
@@ -484,7 +373,7 @@ class Backward {
 
   // dV over the pairs with P != 0: what an excluded row holds never reaches a gradient.
   ATTN_NOINLINE void add_visible_dv(Block& k, const Pair& x) const {
-    if (!k.begun) clear_keys(k);
+    if (!k.begun) blocks.clear(k);
     k.begun = true;
     const int64_t dv = p.head_dim_v;
     for (int64_t q = 0; q < x.panel.nq && ptr.dv; ++q)
@@ -492,7 +381,7 @@ class Backward {
         const T w = k.S[j * kPanel + q];
         if (w == T(0)) continue;
         convert_row(p.dtype, x.dO_rows + q * p.dout.s * bytes(), dv, k.row);
-        for (int64_t c = 0; c < dv; ++c) k.dV[j * dv_pad + c] += w * k.row[c];
+        for (int64_t c = 0; c < dv; ++c) k.dV[j * blocks.dv_pad + c] += w * k.row[c];
       }
   }
 
@@ -507,7 +396,7 @@ class Backward {
         if (g == T(0)) continue;
         convert_row(p.dtype, x.Q_rows + q * p.q.s * bytes(), d, k.row);
         for (int64_t c = 0; c < d; ++c) {
-          k.dK[j * d_pad + c] += g * k.row[c];
+          k.dK[j * blocks.d_pad + c] += g * k.row[c];
           if (ptr.dq) x.dQ[c * kPanel + q] += g * number_at<Op>(k.K_by_key, j, c);
         }
       }
@@ -529,17 +418,6 @@ class Backward {
     if (!ptr.dq || x.dQ == k.dQt) return;
     turn.clear_first();
     for (int64_t i = 0; i < size; i += L) store(x.dQ + i, load(x.dQ + i) + load(k.dQt + i));
-  }
-
-  // The rows of dK or dV, times `scale`.
-  ATTN_NOINLINE void store_rows(const Block& k, void* base, const Strides& s, int64_t dim,
-                                int64_t pad, T* rows, T scale) const {
-    if (!base) return;
-    const DType type = o.written(p);
-    const int64_t size = int64_t(dtype_size(type));
-    restore_rows<T>(type, rows, pad, scale, k.nk, dim, [&](int64_t j) {
-      return static_cast<char*>(base) + k.seq.k_offset(s, k.hk, k.n0 + j) * size;
-    });
   }
 };
 

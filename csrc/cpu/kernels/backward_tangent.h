@@ -114,10 +114,6 @@ class BackwardTangent {
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
   int64_t bytes() const { return int64_t(dtype_size(p.dtype)); }
-  const char* row_of(const void* base, const Sequence& seq, const Strides& s, int64_t h,
-                     int64_t i) const {
-    return static_cast<const char*>(base) + seq.q_offset(s, h, i) * bytes();
-  }
 
   void key_tiles(const Sequence& seq, int64_t m0, int64_t nq, int64_t* t0, int64_t* t1) const {
     int64_t lo, hi;
@@ -152,8 +148,8 @@ class BackwardTangent {
     std::fill(both, both + 2 * dv_pad, T(0));
     auto dot = [&](const void* a, const Strides& sa, const void* b, const Strides& sb, int64_t i) {
       if (!a || !b) return T(0);
-      return product_of_rows<T>(p.dtype, row_of(a, seq, sa, h, m0 + i),
-                                row_of(b, seq, sb, h, m0 + i), p.head_dim_v, both);
+      return product_of_rows<T>(p.dtype, seq.q_row(a, sa, h, m0 + i), seq.q_row(b, sb, h, m0 + i),
+                                p.head_dim_v, both);
     };
     for (int64_t i = 0; i < nq; ++i) {
       const int64_t row = panel * kPanel + i;
@@ -247,8 +243,8 @@ class BackwardTangent {
   void load_queries(Block& k, const Rows& r, int64_t columns) const {
     auto pack = [&](const void* base, const Strides& s, int64_t dim, T* out) {
       if (base)
-        pack_transposed<Op>(p.dtype, row_of(base, k.seq, s, r.h, r.m0), s.s * bytes(), r.nq,
-                            columns, dim, k.block, out);
+        pack_transposed<Op>(p.dtype, k.seq.q_row(base, s, r.h, r.m0), s.s * bytes(), r.nq, columns,
+                            dim, k.block, out);
     };
     pack(ptr.q, p.q, p.head_dim, k.Qt), pack(tptr.q, tp.q, p.head_dim, k.tQt);
     pack(ptr.dout, p.dout, p.head_dim_v, k.Gt), pack(tptr.dout, tp.dout, p.head_dim_v, k.tGt);
@@ -310,7 +306,7 @@ class BackwardTangent {
     auto add = [&](Sum& sum, const void* base, const Strides& s, int64_t dim, const T* weights) {
       if (!sum.rows || !base) return;
       const KeyGradient<Op> rows{
-          p.dtype, row_of(base, k.seq, s, r.h, r.m0), s.s, dim, round_up(dim), weights, k.packed,
+          p.dtype, k.seq.q_row(base, s, r.h, r.m0), s.s, dim, round_up(dim), weights, k.packed,
           sum.rows};
       rows.add(r.nq, k.nk, segments, sum.begun, k.soon);
       sum.begun = true;

@@ -395,8 +395,7 @@ class Forward {
     const auto& [seq, first, hk, m0, nq, heads] = unit;
     if (nq <= 0) return;
     for (int64_t h = first; !folded && h < first + heads; ++h)
-      soon.add(static_cast<const char*>(ptr.q) + seq.q_offset(p.q, h, m0) * bytes(), nq,
-               p.q.s * bytes(), p.head_dim * bytes());
+      soon.add(seq.q_row(ptr.q, p.q, h, m0), nq, p.q.s * bytes(), p.head_dim * bytes());
     int64_t lo, hi;
     key_range(unit, &lo, &hi);
     prefetch_keys(seq, ptr.k, p.k, hk, lo, kForwardKeys, p.head_dim, soon);

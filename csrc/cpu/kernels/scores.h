@@ -39,7 +39,7 @@ class Scores {
   void load_queries(int64_t index, int64_t head, int64_t m0, int64_t nq,
                     const char* const* at = nullptr) {
     const int64_t size = int64_t(dtype_size(p.dtype)), step = p.q.s * size;
-    const auto* base = static_cast<const char*>(seq.ptr->q) + seq.q_offset(p.q, head, m0) * size;
+    const char* base = seq.q_row(seq.ptr->q, p.q, head, m0);
     const int64_t columns = (nq + kGrain - 1) / kGrain * kGrain;
     if (w)
       q_rows[index].load(p.dtype, nq, columns, p.head_dim, row,

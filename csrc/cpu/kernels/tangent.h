@@ -119,9 +119,8 @@ class Tangent {
   // The panel's rows of a tensor, transposed: [dim][kPanel].
   void pack(const Work& w, const void* base, const Strides& s, int64_t dim, T* out) const {
     if (!base) return;
-    const auto* rows = static_cast<const char*>(base) + w.seq.q_offset(s, w.h, w.m0) * bytes();
-    pack_transposed<Op>(p.dtype, rows, s.s * bytes(), w.nq, (w.nq + kGrain - 1) / kGrain * kGrain,
-                        dim, w.block, out);
+    pack_transposed<Op>(p.dtype, w.seq.q_row(base, s, w.h, w.m0), s.s * bytes(), w.nq,
+                        (w.nq + kGrain - 1) / kGrain * kGrain, dim, w.block, out);
   }
 
   Operand keys(const Work& w, const void* base, const Strides& s, int64_t n0, int64_t nk,

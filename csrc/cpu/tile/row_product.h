@@ -30,27 +30,15 @@ class RowProduct {
   // where a row does not see a key of its grain.  False where a sum is inf or NaN.
   bool write(const Panel<T>& panel, const Tile& tile, const Item* A, const T* factor, void* base,
              const Strides& s, Prefetch& soon) const {
-    const int64_t size = int64_t(dtype_size(type)), row_bytes = s.s * size;
+    const int64_t size = int64_t(dtype_size(type));
     char* out = static_cast<char*>(base) + panel.seq.q_offset(s, panel.h, panel.m0) * size;
+    const Sides sides{A, 1, kPanel, nullptr, out, s.s * size};
     Vec<T> bad{};
     for (int64_t g = 0; g < panel.grains; ++g) {
       const int64_t end = std::min((g + 1) * kGrain, panel.nq);
       for (int64_t q = g * kGrain; q < end;) {
         const int64_t most = end - q > 4 ? ATTN_MR : 4, n = std::min(most, end - q);
-        const Keys seen = keys(panel, tile, g, q, n);
-        const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
-        const Rows rows{A + first * kPanel + q,
-                        int64_t(sizeof(Item)),
-                        kPanel * int64_t(sizeof(Item)),
-                        B + first * ldb,
-                        depth,
-                        factor + q,
-                        nullptr,
-                        out + q * row_bytes,
-                        row_bytes,
-                        n};
-        const Lines lines = soon.some(depth * Op::kPack, rows.A);
-        bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
+        bad += take(sides, q, n, most, keys(panel, tile, g, q, n), factor + q, soon);
         q += n;
       }
     }
@@ -62,27 +50,14 @@ class RowProduct {
   // panels, [keys][dim], or null.
   bool write_keys(const Panel<T>& panel, const Tile& tile, const Segment& s, const Item* A,
                   T factor, const T* before, char* out, int64_t row_bytes, Prefetch& soon) const {
-    constexpr int64_t pairs = kPanel / Op::kPack;
+    const Sides sides{A, kPanel / Op::kPack, 1, before, out, row_bytes};
     T factors[ATTN_MR];
     std::fill(factors, factors + ATTN_MR, factor);
     Vec<T> bad{};
     for (int64_t j = s.lo; j < s.hi;) {
       const int64_t left = s.hi - j, most = left > 4 && left != 8 ? ATTN_MR : 4;
       const int64_t n = std::min(most, left);
-      const Keys seen = queries(panel, tile, s, j, n);
-      const int64_t first = seen.lo / Op::kPack, depth = items<Op>(seen.hi) - first;
-      const Rows rows{A + j * pairs + first,
-                      pairs * int64_t(sizeof(Item)),
-                      int64_t(sizeof(Item)),
-                      B + first * ldb,
-                      depth,
-                      factors,
-                      before ? before + j * dim : nullptr,
-                      out + j * row_bytes,
-                      row_bytes,
-                      n};
-      const Lines lines = soon.some(depth * Op::kPack, rows.A);
-      bad += most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
+      bad += take(sides, j, n, most, queries(panel, tile, s, j, n), factors, soon);
       j += n;
     }
     return all_equal<T>(bad, Vec<T>{});
@@ -93,15 +68,43 @@ class RowProduct {
   int64_t ldb, dim;
   DType type;
 
+  // What a call multiplies and writes, from row 0 on.
+  struct Sides {
+    const Item* A;
+    int64_t row_step, depth_step;  // of A, in items
+    const T* before;               // the sums so far, [rows][dim], or null
+    char* out;
+    int64_t row_bytes;
+  };
+
+  // n rows of it, as a block of products takes them.
   struct Rows {
     const Item* A;
     int64_t row_step, depth_step;  // of A, in bytes
     const Item* B;
     int64_t depth;
-    const T *factor, *before;  // before: the sums so far, [n][dim], or null
+    const T *factor, *before;
     char* out;
     int64_t row_bytes, n;
   };
+
+  // Rows [r, r + n) over `depth`, in a block of `most` rows, 4 or ATTN_MR: what block() says.
+  Vec<T> take(const Sides& s, int64_t r, int64_t n, int64_t most, const Keys& depth,
+              const T* factor, Prefetch& soon) const {
+    const int64_t first = depth.lo / Op::kPack, count = items<Op>(depth.hi) - first;
+    const Rows rows{s.A + r * s.row_step + first * s.depth_step,
+                    s.row_step * int64_t(sizeof(Item)),
+                    s.depth_step * int64_t(sizeof(Item)),
+                    B + first * ldb,
+                    count,
+                    factor,
+                    s.before ? s.before + r * dim : nullptr,
+                    s.out + r * s.row_bytes,
+                    s.row_bytes,
+                    n};
+    const Lines lines = soon.some(count * Op::kPack, rows.A);
+    return most == 4 ? block<4>(rows, lines) : block<ATTN_MR>(rows, lines);
+  }
 
   // The tile's keys that some of n rows from q see, from an item's first on.
   static Keys keys(const Panel<T>& panel, const Tile& tile, int64_t g, int64_t q, int64_t n) {

@@ -52,6 +52,10 @@ struct Sequence {
     }
     return b * s.b + h * s.h + (k_start + j) * s.s;
   }
+  // Row i of head h of Q, or of what is of its dtype and has its rows.
+  const char* q_row(const void* base, const Strides& s, int64_t h, int64_t i) const {
+    return static_cast<const char*>(base) + q_offset(s, h, i) * int64_t(dtype_size(p->dtype));
+  }
   int64_t lse_offset(int64_t h, int64_t i) const {
     return b * p->lse_stride_b + h * p->lse_stride_h + q_start + i;
   }

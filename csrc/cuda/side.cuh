@@ -38,11 +38,16 @@ struct Side {
       return {MASK ? opaque(static_cast<const uint8_t*>(p.ptr.mask) + (q.mask_row + j)) : nullptr,
               BIAS ? opaque(static_cast<const Element*>(p.ptr.bias) + (q.bias_row + j)) : nullptr};
     }
-    // `keys` further on in the row that is `rows` further on, where there is a mask alone; rows: at
-    // least 0.
-    ATTN_DEVICE Row on(const Params& p, int rows, int keys) const {
-      static_assert(MASK && !BIAS);
-      return {opaque(mask + keys + int64_t(uint32_t(rows)) * p.p.mask.q), nullptr};
+    // As one word, where there is a mask or a bias alone.
+    ATTN_DEVICE uint64_t address() const {
+      static_assert(MASK != BIAS);
+      return MASK ? reinterpret_cast<uint64_t>(mask) : reinterpret_cast<uint64_t>(bias);
+    }
+    ATTN_DEVICE static Row of_address(uint32_t low, uint32_t high) {
+      static_assert(MASK != BIAS);
+      const uint64_t at = uint64_t(high) << 32 | low;
+      return {MASK ? reinterpret_cast<const uint8_t*>(at) : nullptr,
+              BIAS ? reinterpret_cast<const Element*>(at) : nullptr};
     }
   };
   // The 4 keys from `offset` on of a row, if VECTORS.

@@ -65,10 +65,23 @@ ATTN_DEVICE Moved move_base(RowState& state, int r, float top, float scale, bool
   return {base, alpha};
 }
 
-// S: logits in, exp2(scale * (S - max)) out; rescales acc to the new maxima.
-template <bool STATS, int TILES, int ACC>
+// Row r of acc, moved to another base.  FORGETS: where nothing is left of it (alpha underflows), 0,
+// whatever it was: 0 * inf would be NaN.
+template <bool FORGETS, int ACC>
+ATTN_DEVICE void rescale_row(float (&acc)[ACC][4], int r, float alpha) {
+  ATTN_UNROLL
+  for (int n = 0; n < ACC; ++n) ATTN_UNROLL
+  for (int c = 2 * r; c < 2 * r + 2; ++c)
+    acc[n][c] = FORGETS && alpha == 0.0f ? 0.0f : acc[n][c] * alpha;
+}
+
+// S: logits in, exp2(scale * (S - max)) out; rescales acc to the new maxima.  FORGETS: for kernels
+// that compute no rows of NaN once more; there acc is left alone where no maximum of the warp
+// moved.
+template <bool STATS, bool FORGETS = false, int TILES, int ACC>
 ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowState& state,
                                 float scale, bool stats) {
+  float alphas[2];
   ATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     float top = state.max[r];
@@ -88,9 +101,12 @@ ATTN_DEVICE void online_softmax(float (&S)[TILES][4], float (&acc)[ACC][4], RowS
       }
     }
     state.sum[r] = sum;
-    ATTN_UNROLL
-    for (int n = 0; n < ACC; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
+    alphas[r] = alpha;
+    if (!FORGETS) rescale_row<false>(acc, r, alpha);
   }
+  if (!FORGETS || !ballot(alphas[0] != 1.0f || alphas[1] != 1.0f)) return;
+  ATTN_UNROLL
+  for (int r = 0; r < 2; ++r) rescale_row<true>(acc, r, alphas[r]);
 }
 
 // A finished row in natural units.

@@ -143,6 +143,13 @@ template <int HEAD_DIM, bool BOTH>
 using FeatureForwardTile =
     std::conditional_t<HEAD_DIM == 128 && BOTH, PlainTile<4, 2, 32>, PlainForwardTile<HEAD_DIM>>;
 
+// Behind the tiles of a call with a mask or a bias alone, at 128 columns: where the mask or bias of
+// each thread's 4 rows begins.  Kept in registers over the loop they are spilled, 8 words a tile.
+constexpr int row_address_bytes(int head_dim, int features) {
+  const bool one = !(features & kMask) != !(features & kBias);
+  return head_dim == 128 && one ? 4 * 8 * PlainForwardTile<128>::THREADS : 0;
+}
+
 // The backward in one kernel: a warp owns 32 of BLOCK_N keys and half of the columns; the queries
 // come BLOCK_M at a time through two buffers, but dO through one where two do not fit; P and dS
 // cross shared memory.

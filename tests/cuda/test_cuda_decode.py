@@ -119,6 +119,23 @@ def test_the_largest_logit_in_each_warp(check):
     check(call)
 
 
+@pytest.mark.parametrize("later", [17, 64, 299])  # of another warp, of another tile
+@pytest.mark.parametrize("options", [
+    {"seqlen_q": 1}, {"seqlen_q": 1, "cache_seqlens": [300], "num_splits": 3}, {"seqlen_q": 33},
+], ids=["few", "splits", "many"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_an_infinite_sum_of_which_nothing_is_left(check, dtype, options, later):
+    """0 * inf: a sum of V that is infinite, by what V holds or since it is more than a float, and
+    then a logit so far above that nothing of it is left."""
+    call = random_call(heads_q=4, heads_k=2, seqlen_k=300, head_dim=64, dtype=dtype, bias="qk",
+                       stats=True, device=check.device, **options)  # fmt: skip
+    call.bias[..., later] = 1000.0
+    call.v[:, :, 3, 5:9] = torch.inf
+    call.v[:, :, 3, 9] = -torch.inf
+    call.v[:, :, :16, 20:24] = 3e38
+    check(call)
+
+
 def kernels_of(call) -> list[str]:
     """The kernels of sm_80 that the forward of a call launches."""
     from attn_ext._C import cuda as _cuda

@@ -121,10 +121,13 @@ CASES = {
     **{name: options for name, (options, _) in SINGLE.items()},
     "bias in float32": {"bias": "hqk", "cast": torch.float32},
     "everything": EVERY,
+    # alone: on one multiprocessor, so that the keys are not shared out to `forward_general`
     "head_dim 128: tiles of 32 keys": {"mask": "bhqk", "bias": "hqk", "dropout_p": 0.2,
-                                       "head_dim": 128, "seqlen_q": 70},
-    "head_dim 128: rows of a mask found for each tile": {"mask": "bhqk", "head_dim": 128,
-                                                         "seqlen_q": 70},
+                                       "head_dim": 128, "seqlen_q": 70, "alone": True},
+    "head_dim 128: rows of a mask in shared memory": {"mask": "bhqk", "head_dim": 128,
+                                                      "seqlen_q": 70, "alone": True},
+    "head_dim 128: rows of a bias in shared memory": {"bias": "hqk", "head_dim": 128,
+                                                      "seqlen_q": 70, "alone": True},
     "head_dim 64, fp16, causal": {"mask": "bhqk", "softcap": 3.0, "dropout_p": 0.2, "head_dim": 64,
                                   "dtype": torch.float16, "causal": True},
     "float32": {"mask": "bhqk", "bias": "hqk", "dtype": torch.float32, "seqlen_q": 40},
@@ -167,6 +170,7 @@ def test_exactly_these_features_compute_what_they_should(name):
     two ways of which one is wrong."""
     options = dict(SIZES, **{}) | CASES[name]
     cast, frame = options.pop("cast", None), options.pop("frame", None)
+    alone = options.pop("alone", False)
     if "seqlens_q" in options:
         options = {k: v for k, v in options.items() if k not in ("batch", "seqlen_q", "seqlen_k")}
     call = random_call(3, **options)
@@ -178,7 +182,10 @@ def test_exactly_these_features_compute_what_they_should(name):
     with driver(90 if hopper else 80) as fake:
         kernels = Kernels()
         kernels.sm90 = hopper
+        if alone:
+            kernels._devices[0] = (1, False)
         check_call(call, kernels, grads=call.seqlens_k is None)
+        assert not alone or any("::forward_features" in kernel for kernel, _ in fake.compiled)
         assert any("::sm90::forward" in kernel for kernel, _ in fake.compiled) == hopper
         asked = features_in(fake)
         assert asked and "any" not in " ".join(asked)

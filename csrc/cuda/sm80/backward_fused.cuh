@@ -39,11 +39,16 @@ struct FusedBackward {
   static constexpr int DOUT_BUFFERS =
       Tile::DOUT_BUFFERS;  // of one, dO is copied once all have read it
 
+  // LSE and delta come a value a thread, by an address that the thread keeps; where registers are
+  // few, as with 128 queries or with a mask or a bias at 128 columns, two values a thread.
+  static constexpr bool KEEPS_ROW_VALUES =
+      M == 64 && !(HEAD_DIM == 128 && may_have<BITS>(kMask | kBias));
+
   const Params& p;
   const Sequence& seq;
   const Score score;
   int head_k, n0, n1;
-  const float* my_row_values;  // row_values(0, 0)
+  const float* my_row_values;  // what this thread copies of the first queries of head 0
   float dK[2][KT][4] = {}, dV[2][KT][4] = {};
 
   ATTN_DEVICE FusedBackward(const Params& params, const Sequence& s, int head, int first)
@@ -53,7 +58,8 @@ struct FusedBackward {
         head_k(head),
         n0(first),
         n1(min_int(first + N, s.seqlen_k)),
-        my_row_values(all_row_values() + s.lse_offset(params, 0, thread_id() % M)) {}
+        my_row_values(KEEPS_ROW_VALUES ? all_row_values() + s.lse_offset(params, 0, thread_id() % M)
+                                       : nullptr) {}
 
   ATTN_DEVICE static uint32_t K_smem() { return smem_base(); }
   ATTN_DEVICE static uint32_t V_smem() { return K_smem() + KEY_BYTES; }
@@ -82,15 +88,6 @@ struct FusedBackward {
     copy_tile<T, HEAD_DIM, N, THREADS, false, Order>(K_smem(), K, n0, n1, dim, p.k_vec);
     copy_tile<T, HEAD_DIM, N, THREADS, false, Order>(V_smem(), V, n0, n1, dim_v, p.v_vec);
   }
-  ATTN_DEVICE const float* all_row_values() const {
-    return thread_id() < M ? static_cast<const float*>(p.ptr.lse) : p.delta;
-  }
-  // LSE or delta that this thread copies of queries m0.. of a head.  With 128 queries no register
-  // is left to keep where they begin.
-  ATTN_DEVICE const float* row_values(int head, int m0) const {
-    if constexpr (M == 64) return my_row_values + (head * p.p.lse_stride_h + m0);
-    return all_row_values() + (seq.lse_offset(p, head, m0) + thread_id() % M);
-  }
   // Q, LSE and delta of queries m0.. of a head into buffer `stage`, and dO where it has two.
   ATTN_DEVICE void copy_queries(const Rows& Q, const Rows& dO, int head, int m0, int stage) const {
     const int dim = int(p.p.head_dim);
@@ -101,14 +98,25 @@ struct FusedBackward {
       copy_tile<T, HEAD_DIM, M, THREADS, false>(Q_smem(stage), Q, m0, seq.seqlen_q, dim, p.q_vec);
       if (DOUT_BUFFERS == 2) copy_some_dout(dO, m0, stage);
     }
-    if (thread_id() < 2 * M) {
-      const bool valid = m0 + thread_id() % M < seq.seqlen_q;
-      const float* from = row_values(head, m0);
-      const float* nothing = M == 64 ? my_row_values : all_row_values();
-      cp_async_4(rows_smem() + 4 * uint32_t(2 * M * stage + thread_id()), valid ? from : nothing,
-                 valid);
-    }
+    copy_row_values(head, m0, stage);
     if (DOUT_BUFFERS == 2) cp_async_commit();
+  }
+  ATTN_DEVICE const float* all_row_values() const {
+    return thread_id() < M ? static_cast<const float*>(p.ptr.lse) : p.delta;
+  }
+  ATTN_DEVICE void copy_row_values(int head, int m0, int stage) const {
+    const int mine = KEEPS_ROW_VALUES ? thread_id() % M : thread_id();
+    const bool valid = m0 + mine < seq.seqlen_q;
+    const uint32_t to = rows_smem() + 4 * uint32_t(2 * M * stage + thread_id());
+    if constexpr (KEEPS_ROW_VALUES) {
+      if (thread_id() >= 2 * M) return;
+      const float* from = my_row_values + (head * p.p.lse_stride_h + m0);
+      cp_async_4(to, valid ? from : my_row_values, valid);
+    } else if (thread_id() < M) {
+      const int64_t at = seq.lse_offset(p, head, m0);
+      cp_async_4(to, static_cast<const float*>(p.ptr.lse) + at + thread_id(), valid);
+      cp_async_4(to + 4 * M, p.delta + at + thread_id(), valid);
+    }
   }
   ATTN_DEVICE void copy_whole_dout(const Rows& dO, int m0, int stage) const {
     TileStream<T, HEAD_DIM, M, THREADS>(dO_smem(stage), dO, m0, int(p.p.head_dim_v)).copy();
@@ -312,8 +320,11 @@ struct FusedBackward {
   ATTN_DEVICE void add_queries(const float (&dQ)[QF][QT][4], int head, int m0) const {
     // a tile of 64 queries behind the last one has no sums
     if (M > 64 && m0 + dq_row() / 64 * 64 >= seq.seqlen_q) return;
-    float* sums = p.dq_sums + (sum_tile(p, seq, head) + (m0 + dq_row()) / 64) * (64 * HEAD_DIM) +
-                  (64 * dq_column() + 2 * (dq_row() % 64) + lane_id());
+    // with 64 queries the warp's rows lie in their tile; without features to say so costs slots
+    const int row = M > 64 || BITS == 0 ? m0 + dq_row() : m0;
+    const int64_t tile = sum_tile(p, seq, head) + row / 64;
+    float* sums = p.dq_sums + tile * (64 * HEAD_DIM) +
+                  uint32_t(64 * dq_column() + 2 * (dq_row() % 64) + lane_id());
     ATTN_UNROLL
     for (int f = 0; f < QF; ++f) ATTN_UNROLL
     for (int n = 0; n < QT; ++n) ATTN_UNROLL

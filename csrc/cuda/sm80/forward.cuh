@@ -75,11 +75,8 @@ ATTN_DEVICE void merge_warps(float (&O)[ACC][4], RowState& state, bool stats, ui
     top[0] = fmaxf(top[0], as_float(other.x)), top[1] = fmaxf(top[1], as_float(other.y));
   }
   ATTN_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const float alpha = move_base<STATS>(state, r, top[r], 1.0f, stats).alpha;
-    ATTN_UNROLL
-    for (int n = 0; n < ACC; ++n) O[n][2 * r] *= alpha, O[n][2 * r + 1] *= alpha;
-  }
+  for (int r = 0; r < 2; ++r)
+    rescale_row<true>(O, r, move_base<STATS>(state, r, top[r], 1.0f, stats).alpha);
   float* const sums[4] = {&state.sum[0], &state.sum[1], &state.weighted[0], &state.weighted[1]};
   if (warp_id() != 0) {
     const uint32_t share = shares + SHARE * (warp_id() - 1);
@@ -180,7 +177,7 @@ ATTN_DEVICE void forward_tile(const Params& p) {
       if (LOGITS || t < turns.whole_first || t >= turns.whole_end)
         mask_scores<LOGITS>(S, score, query, n0 + warp_key);
       if (!LOGITS) scale_products(S, p.scale_log2);
-      online_softmax<may_have<BITS>(kStats)>(S, O, state, 1.0f, has<BITS>(p, kStats));
+      online_softmax<may_have<BITS>(kStats), true>(S, O, state, 1.0f, has<BITS>(p, kStats));
       if (has<BITS>(p, kDropout)) drop(S, dropout, query, n0 + warp_key);
     }
     // O += P V   [16, Dv] a warp

@@ -31,11 +31,9 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // How many of a tile's 16 keys have their masks and biases asked for before S is computed; the
   // rest after: all of them would take 48 registers.
   static constexpr int EARLY = TILES / 4;
-  // A mask and no bias at 128 columns: where its rows begin is found for each tile from the first
-  // of them; kept in registers over the loop, they are spilled, 8 loads a tile.  Beside a bias that
-  // helps nothing (922 slots for 917, and 8 other spills).
-  static constexpr bool FINDS_ROWS =
-      HEAD_DIM == 128 && Side<T, BITS>::VECTORS && may_have<BITS>(kMask) && !may_have<BITS>(kBias);
+  // Where the rows of masks or biases begin lies in shared memory, not in registers.
+  static constexpr bool STORES_ROWS =
+      Side<T, BITS>::VECTORS && row_address_bytes(HEAD_DIM, BITS) > 0;
   static constexpr float GROWTH = 8.0f;  // as in WholeSoftmax
   static constexpr float LOWEST = FAR ? kFinfoMin : -3.4e38f;
 
@@ -44,7 +42,6 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   Query query[F][2];
   using SideRows = typename Side<T, BITS>::Row[F][2];
   SideRows side_rows;
-  int rows_below;  // the first of this thread's rows, to the last that is there
   float row_unit[FAR ? F : 1][2];
   float edges_sum[F][2] = {};  // of the tiles at edges, in the loop over the others (WholeSoftmax)
 
@@ -62,7 +59,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
       state[f].max[r] = LOWEST;  // the base of the exponentials, in the row's unit
       if (FAR) row_unit[f][r] = 1.0f;
     }
-    rows_below = t.rows - 1 - query[0][0].i;
+    if constexpr (STORES_ROWS) store_rows_of_sides();
   }
   // What a logit is multiplied by before the base is taken from it.
   ATTN_DEVICE float unit(int f, int r) const {
@@ -72,18 +69,31 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
   // The first of this thread's 4 keys in 16 of a tile.
   ATTN_DEVICE static int first_key(int n0, int m) { return n0 + 16 * m + 4 * (lane_id() & 3); }
 
-  // Where the masks and biases of a tile's keys begin in this thread's rows, if VECTORS.
-  ATTN_DEVICE void find_sides(SideRows& rows, int n0) const {
-    [[maybe_unused]] const int below =
-        FINDS_ROWS ? int(opaque(uint32_t(rows_below))) : 0;  // not over the loop
+  // 32 bytes of each thread, in two pieces 128 bytes apart, as its chunks of a row of TileStream:
+  // so they have one register for their address.
+  ATTN_DEVICE static uint32_t row_addresses() {
+    return tile_address<T, HEAD_DIM>(Base::flags(), thread_id() / 8, thread_id() % 8);
+  }
+  ATTN_DEVICE void store_rows_of_sides() const {
+    static_assert(F == 2 && 16 * BYTES == row_address_bytes(HEAD_DIM, BITS));
     ATTN_UNROLL
-    for (int f = 0; f < F; ++f) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int rows_on = 16 * f + 8 * r;
-      if constexpr (FINDS_ROWS)
-        rows[f][r] = side_rows[0][0].on(p, rows_on ? min_int(rows_on, below) : 0, n0);
-      else if constexpr (Side<T, BITS>::VECTORS)
-        rows[f][r] = side_rows[f][r];
+    for (int f = 0; f < F; ++f) {
+      const uint64_t a = side_rows[f][0].address(), b = side_rows[f][1].address();
+      sts_128(row_addresses() + 128 * f,
+              {uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32)});
+    }
+  }
+  // Where the masks and biases begin in this thread's rows, if VECTORS.
+  ATTN_DEVICE void find_sides(SideRows& rows, uint32_t addresses) const {
+    ATTN_UNROLL
+    for (int f = 0; f < F; ++f) {
+      if constexpr (STORES_ROWS) {
+        const U32x4 at = lds_128(addresses + 128 * f);
+        rows[f][0] = Side<T, BITS>::Row::of_address(at.x, at.y);
+        rows[f][1] = Side<T, BITS>::Row::of_address(at.z, at.w);
+      } else if constexpr (Side<T, BITS>::VECTORS) {
+        rows[f][0] = side_rows[f][0], rows[f][1] = side_rows[f][1];
+      }
     }
   }
   ATTN_DEVICE void load_sides(Sides& sides, const SideRows& rows, int n0, int first,
@@ -93,7 +103,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       if constexpr (Side<T, BITS>::VECTORS)
-        sides[f][m][r].load(rows[f][r], (FINDS_ROWS ? 0 : n0) + 16 * m);
+        sides[f][m][r].load(rows[f][r], n0 + 16 * m);
       else
         sides[f][m][r].load(p, query[f][r], first_key(n0, m));
     }
@@ -208,8 +218,8 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     const uint32_t least = dropout.least_word();
     ATTN_UNROLL
     for (int m = 0; m < TILES / 2; ++m) ATTN_UNROLL
-    for (int f = 0; f < F; ++f) ATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < 2; ++r) ATTN_UNROLL
+    for (int f = 0; f < F; ++f) {
       uint32_t words[4] = {};
       if (has<BITS>(p, kDropout)) dropout.words(task.head, query[f][r].i, first_key(n0, m), words);
       ATTN_UNROLL
@@ -263,6 +273,10 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
     ATTN_UNROLL
     for (int f = 0; f < F; ++f) ATTN_UNROLL
     for (int r = 0; r < 2; ++r) edges_sum[f][r] = state[f].sum[r], state[f].sum[r] = 0.0f;
+    if constexpr (STORES_ROWS) {  // one register for these three
+      next_V.to = opaque(next_V.to);
+      next_K.to = next_V.to - (Base::V_smem() - Base::K_smem());
+    }
     ATTN_NO_UNROLL
     for (; left > 0; --left, n0 += N) {
       Scores S;
@@ -272,7 +286,7 @@ struct FeatureForward : PlainForward<T, HEAD_DIM, FeatureTileOf<HEAD_DIM, BITS>,
       sync_threads();  // K of this turn is complete, and every warp has read V of the turn before
       next_V.copy();
       cp_async_commit();
-      find_sides(rows, n0);
+      find_sides(rows, next_V.to + (Base::flags() - Base::V_smem()));
       load_sides(sides, rows, n0, 0, EARLY);
       // S = Q K^T   [WARP_ROWS, BLOCK_N] a warp
       multiply_rows<T, HEAD_DIM>(S, Base::Q_smem(), Base::warp_row(), Base::K_smem());

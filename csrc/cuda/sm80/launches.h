@@ -26,8 +26,11 @@ void run_features(Executor& to, Params p) {
   const bool both = (p.features & kMask) && (p.features & kBias);
   const TileCount tiles = query_tiles(p.p, p.ptr, Tile::BLOCK_M);
   p.m_tiles = tiles.of_head;
-  launch(to, kernel_name<T>("sm80::forward_features", HEAD_DIM, p.features), grid_of(tiles.all),
-         Tile::THREADS, both ? Smaller::smem(BYTES) : Tile::smem(BYTES), p);
+  launch(
+      to, kernel_name<T>("sm80::forward_features", HEAD_DIM, p.features), grid_of(tiles.all),
+      Tile::THREADS,
+      (both ? Smaller::smem(BYTES) : Tile::smem(BYTES)) + row_address_bytes(HEAD_DIM, p.features),
+      p);
 }
 
 // general: false only where the plain kernels know everything that the call asks for.

@@ -235,7 +235,8 @@ class Decode : DecodeRows {
           softmax(seq, hk * group + (r + i) % group, (r + i) / group, keys, S + i * kDecodeKeys,
                   max_of(state) + r + i, sum_of(state) + r + i);
       if (alpha == 1) continue;
-      for (float* o = O + i * dv; o < O + (i + 1) * dv; o += L) store(o, load(o) * alpha);
+      for (float* o = O + i * dv; o < O + (i + 1) * dv; o += L)
+        store(o, weighed<float>(load(o), set1(alpha)));
     }
     const char* not_zero[kDecodeKeys];
     if (R == 1 && keys.zeros) {

@@ -277,7 +277,8 @@ class DecodeRows {
       const float wa = std::exp(max_a - base), wb = std::exp(max_b - base);
       for (int64_t c = 0; c < p.head_dim_v; c += L) {
         float* at = a + r * p.head_dim_v + c;
-        store(at, load(at) * wa + load(b + r * p.head_dim_v + c) * wb);
+        store(at, weighed<float>(load(at), set1(wa)) +
+                      weighed<float>(load(b + r * p.head_dim_v + c), set1(wb)));
       }
       sum_a = sum_a * wa + sum_of(b)[r] * wb;
       max_a = now;
@@ -315,7 +316,7 @@ class DecodeRows {
         lse = nan ? sum : shift + std::log(total);
       }
       const float* O = state + r * dv;
-      for (int64_t c = 0; c < dv; ++c) row[c] = empty ? 0.f : O[order(c)] * inverse;
+      for (int64_t c = 0; c < dv; ++c) row[c] = inverse == 0 ? 0.f : O[order(c)] * inverse;
       restore_row<float>(p.dtype, row, dv,
                          static_cast<char*>(ptr.o) + seq.q_offset(p.o, h, i) * size);
       const int64_t at = seq.lse_offset(h, i);

@@ -53,7 +53,7 @@ ATTN_NOINLINE void merge(SoftmaxState<T> a, const SoftmaxState<T>& b, int64_t dv
     store(a.max + q, top);
     for (int64_t d = 0; d < dv; ++d) {
       T* at = a.O + d * kPanel + q;
-      store(at, wa * load(at) + wb * load(b.O + d * kPanel + q));
+      store(at, weighed<T>(load(at), wa) + weighed<T>(load(b.O + d * kPanel + q), wb));
     }
   }
 }
@@ -157,7 +157,7 @@ class Softmax {
     if (!first && !all_equal<T>(alpha, set1(T(1))))
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
         T* at = state.O + d * kPanel + lane;
-        store(at, load(at) * alpha);
+        store(at, weighed<T>(load(at), alpha));
       }
   }
 

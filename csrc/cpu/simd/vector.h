@@ -54,6 +54,12 @@ ATTN_INLINE Vec<T> iota() {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
   return v;
 }
+// x * weight, but 0 where the weight is 0: of an infinite sum nothing is left then, and 0 * inf
+// would be NaN.
+template <class T>
+ATTN_INLINE Vec<T> weighed(Vec<T> x, Vec<T> weight) {
+  return weight == T(0) ? Vec<T>{} : x * weight;
+}
 // b where one of them is NaN.
 template <class V>
 ATTN_INLINE V vmax(V a, V b) {

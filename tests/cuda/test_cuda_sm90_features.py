@@ -139,8 +139,8 @@ def test_rows_of_a_far_bias(hopper, value, dtype):
 @pytest.mark.parametrize("cap", [1.0, 50.0, 3e4])
 @pytest.mark.parametrize("most", [1.0, 1.5])
 def test_capped_logits_are_exact(hopper, cap, most):
-    """A tanh that is right to 16 bits and no further, of logits up to the cap, for which whole tiles
-    have a polynomial, and of larger ones.  A row sees one key, whose logit its LSE is."""
+    """A tanh that is right to 16 bits and no further: of logits up to the cap, for which whole
+    tiles have a polynomial, and of larger ones.  A row sees one key, whose logit its LSE is."""
     call = hopper.call(3, **SIZES | {"heads_q": 1}, mask="qk", softcap=cap, scale=cap)
     products = torch.linspace(-most, most, 400).bfloat16()
     call.q[:], call.k[:] = 0, 0

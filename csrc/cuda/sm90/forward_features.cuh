@@ -310,10 +310,10 @@ struct FeatureConsumer : Consumer<T, Tile>, FourSides<T, BITS, Tile::BLOCK_N / 8
       };
       if (tile(S, even, n0, issue, wait)) rescale();
     }
-    const int origin = n0 - turn * N;  // so that the loop needs no turn that it began with
+    const int begin = turn;
     const Buffers first = this->buffers(turn), second = this->buffers(turn + 1);
     this->rest(even, odd, turn, end, [&](Weights& before, Weights& now, int at, bool odd_turn) {
-      const int at_key = origin + at * N;
+      const int at_key = n0 + (at - begin) * N;
       odd_turn ? overlap(before, now, at, end, at_key, first, second, turns)
                : overlap(before, now, at, end, at_key, second, first, turns);
     });

@@ -69,7 +69,11 @@ struct FeatureGradients : WithSides<T, Tile, KeyGradients<T, Tile>> {
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
     this->template differentiate<false>(dP, S, smem.delta(turn));
-    if (has<BITS>(score.p, kBiasGradient)) add_bias_gradient<false>(dP, m0);
+    if (has<BITS>(score.p, kBiasGradient)) {
+      add_bias_gradient<false>(dP, m0);
+      // ptxas would put the additions behind dK's products, and keep their addresses until then
+      sync_warp();
+    }
     pack_weights<T>(dS, dP);
   }
 };

@@ -237,12 +237,12 @@ struct WithSides : Base {
                            float lse, float& slope) const {
     const Params& p = score.p;
     if constexpr (PRODUCTS) return weight_of(product, p.scale_log2, lse);
-    // what is NaN of a hidden pair is computed once more, but not for the gradient of the bias
-    if (has<BITS>(p, kBiasGradient) && bias == -kInf) return 0.0f;
     const float s = attn::logit<Ways>(
         terms_of_logits<BITS>(p), short_terms<BITS>(p), terms, product, [&] { return distance; },
         [&] { return bias; }, [&](float d) { slope = d; });
-    return weight_of(s, from_short_terms<BITS>(p), lse);
+    const float x = weight_of(s, from_short_terms<BITS>(p), lse);
+    // what is NaN of a hidden pair is computed once more, but not for the gradient of the bias
+    return has<BITS>(p, kBiasGradient) && bias == -kInf ? 0.0f : x;
   }
   // S: products in; out weights times the slope of the soft cap, below 0 where dropout takes them.
   // take(n, V): the same of tile n without the slope.

@@ -385,7 +385,7 @@ SPILLS_IN_LOOPS = {
     "sm80_forward_bias 128": 4, "sm80_forward_dropout 128": 4, "sm80_forward_mask_kept 128": 2,
     "sm80_forward_mask 128": 2, "sm80_backward_bias 128": 6, "sm80_backward_mask 128": 4,
     "sm90_forward_bias 128": 11,
-    "sm90_forward_softcap 128": 4, "sm90_backward_bias 128": 18,
+    "sm90_forward_softcap 128": 4, "sm90_backward_bias 128": 4,
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ inline uint32_t pack<fp16>(float lo, float hi) {
 }
 template <class T>
 uint32_t pack_relu(float lo, float hi) {
-  return pack<T>(lo < 0.0f ? 0.0f : lo, hi < 0.0f ? 0.0f : hi);
+  return pack<T>(lo <= 0.0f ? 0.0f : lo, hi <= 0.0f ? 0.0f : hi);
 }
 inline float to_float(bf16 v) { return as_float(uint32_t(v.bits) << 16); }
 inline float to_float(fp16 v) { return emulation::fp16_value(v.bits); }

@@ -99,7 +99,7 @@ KERNELS = {
     "sm90_forward_values_128": Kernel("sm90", "forward", 256, "values_128", head_dims=(192,)),
     **{
         f"sm90_forward_{name}": Kernel("sm90", "forward_features", 256, name)
-        for name in ("bias", "dropout")
+        for name in ("bias", "softcap", "dropout")
     },
     "sm90_forward_mask": Kernel("sm90", "forward_features", 256, "mask", "select"),
     "sm90_forward_mask_kept": Kernel("sm90", "forward_features", 256, "mask"),
@@ -115,18 +115,24 @@ KERNELS = {
         )
         for name in ("mask", "bias", "softcap", "dropout")
     },
-    # of the two warpgroups the one that computes weights
+    # of the two warpgroups the one that computes weights; with a soft cap what tells it are the
+    # magnitudes that are looked at, since a tile beyond the polynomial has more exponentials
     **{
         f"sm90_backward_dkdv_{name}": Kernel(
-            "sm90", "backward_dkdv_features", 256, name, "exp2", head_dims=(256,)
+            "sm90", "backward_dkdv_features", 256, name, through, head_dims=(256,)
         )
-        for name in ("mask", "bias", "softcap", "dropout")
+        for name, through in (
+            ("mask", "exp2"),
+            ("bias", "exp2"),
+            ("softcap", "max"),
+            ("dropout", "exp2"),
+        )
     },
     "sm90_backward_fused": Kernel("sm90", "backward_fused", 256),
     "sm90_backward_ordered": Kernel("sm90", "backward_features", 256, "deterministic"),
     **{
         f"sm90_backward_{name}": Kernel("sm90", "backward_features", 256, name)
-        for name in ("mask", "bias", "dropout")
+        for name in ("mask", "bias", "softcap", "dropout")
     },
 }
 

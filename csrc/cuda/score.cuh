@@ -30,6 +30,49 @@ struct NaturalWays : FloatWays {
   ATTN_DEVICE static float excluded() { return NAN; }  // which nothing equals
 };
 
+// The same where no tanh is of more than MOST: by a polynomial that is within 2^-20 of it, since
+// the exponential and the reciprocal of the other take as long as 16 of these additions.
+struct SmallWays : NaturalWays {
+  static constexpr float MOST = 1.0f;
+  ATTN_DEVICE static float tanh(float x) {
+    const float y = x * x;
+    float sum = fmaf(y, -3.1265002e-3f, 1.6906237e-2f);
+    sum = fmaf(y, sum, -5.1768154e-2f);
+    sum = fmaf(y, sum, 0.13288486f);
+    sum = fmaf(y, sum, -0.3333028f);
+    return x * fmaf(y, sum, 1.0f);
+  }
+};
+// Whether that serves all of a warp's products, which `factor` brings over the cap.
+template <int TILES>
+ATTN_DEVICE bool warp_is_small(const float (&products)[TILES][4], float factor) {
+  float most[4] = {};
+  ATTN_UNROLL
+  for (int n = 0; n < TILES; ++n) ATTN_UNROLL
+  for (int c = 0; c < 4; ++c) most[c] = fmaxf(most[c], fabsf(products[n][c]));
+  const float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+  return ballot(!(all * fabsf(factor) <= SmallWays::MOST)) == 0;  // false where the factor is NaN
+}
+
+// A kernel for BITS may have natural logits in another unit, where a soft cap is all that makes
+// them of products: the cap itself.
+constexpr bool cap_alone(int bits) {
+  return (bits & kSoftcap) && !(bits & (kAny | kBias | kAlibi));
+}
+// p.natural with that unit, and scale and 1 / softcap as one factor.
+template <int BITS>
+ATTN_DEVICE Terms<float> short_terms(const Params& p) {
+  Terms<float> t = p.natural;
+  t.inverse_cap *= t.scale, t.scale = 1.0f;
+  if (cap_alone(BITS)) t.cap = 1.0f;
+  return t;
+}
+// From there to units of log2(e).
+template <int BITS>
+ATTN_DEVICE float from_short_terms(const Params& p) {
+  return cap_alone(BITS) ? p.terms.cap : kLog2e;
+}
+
 // The terms of logits beside the product that a kernel for BITS knows.
 template <int BITS>
 ATTN_DEVICE auto terms_of_logits(const Params& p) {

@@ -132,6 +132,10 @@ template <>
 inline uint32_t pack<fp16>(float lo, float hi) {
   return emulation::fp16_bits(lo) | uint32_t(emulation::fp16_bits(hi)) << 16;
 }
+template <class T>
+uint32_t pack_relu(float lo, float hi) {
+  return pack<T>(lo <= 0.0f ? 0.0f : lo, hi <= 0.0f ? 0.0f : hi);
+}
 inline float to_float(bf16 v) { return as_float(uint32_t(v.bits) << 16); }
 inline float to_float(fp16 v) { return emulation::fp16_value(v.bits); }
 inline float to_float(float v) { return v; }

@@ -34,6 +34,8 @@ FORWARD = {
     "dropout": ("plain", {"dropout_p": 0.3}),
     "stats": ("plain", {"stats": True, "scale": 1.0}),
     "causal": ("plain", {"softcap": 2.0, "causal": True}),
+    "cap": ("plain", {"softcap": 5.0}),
+    "below": ("plain", {"softcap": 5.0}),
     "far": ("plain", {"bias": "hqk"}),
     "grows": ("plain", {"mask": "qk"}),
     "few": ("plain", {"mask": "qk"}),
@@ -48,6 +50,7 @@ BACKWARD = {
     "dropout": ("plain", {"dropout_p": 0.3}),
     "together": ("plain", {"mask": "bhqk", "dropout_p": 0.3}),
     "softcap": ("plain", {"softcap": 1.0, "scale": 1.0}),
+    "cap": ("plain", {"softcap": 8.0}),
     "ends": ("all", {"bias": "hqk", "seqlen_q": 70, "seqlen_k": 132}),
     "race": ("race", {"mask": "qk", "bias": "hqk", "dropout_p": 0.3, "seqlen_k": 132}),
 }
@@ -60,6 +63,7 @@ WIDE = {
         "bias": ("plain", {"bias": "hqk"}),
         "dropout": ("plain", {"dropout_p": 0.3}),
         "softcap": ("plain", {"softcap": 1.0, "scale": 1.0}),
+        "cap": ("plain", {"softcap": 8.0}),
         "causal": ("plain", {"alibi": True, "causal": True}),
         "modes": ("all", {"mask": "qk", "bias": "hqk", "dropout_p": 0.3, "seqlen_k": 260}),
     }.items()
@@ -111,6 +115,11 @@ def made(name, options):
         call.mask[:] = True
         call.mask[..., :5, 127] = call.mask[..., 8:16, 130] = call.mask[..., 70, 260] = False
         call.k[..., [127, 130, 260], :] *= 4  # and they would be seen
+    if name == "cap" and call.softcap == 5.0:  # some rows g + 8 of a warp have logits beyond it
+        call.q[:, :, 8:16] *= 8
+    if name == "below":  # a row all of whose products are far below 0
+        call.k.abs_()
+        call.q[:, :, 3] = -8
     if name == "nan":
         call.q[:, :, 3] = torch.nan
     if name == "grows":  # logits of which each tile has larger ones

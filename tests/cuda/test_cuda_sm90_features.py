@@ -33,6 +33,9 @@ CASES = {
     "ALiBi": {"alibi": "b", "batch": 2},
     "ALiBi, causal": {"alibi": True, "causal": True},
     "soft cap": {"softcap": 2.0},
+    "soft cap that no logit comes near, a scale below 0": {"softcap": 8.0, "scale": -0.125,
+                                                           "bias": "hqk"},
+    "soft cap that no number comes near": {"softcap": 1e30},
     "sink": {"sink": True},
     "dropout": {"dropout_p": 0.3},
     "dropout, keys in no group of four": {"dropout_p": 0.3, "seqlen_k": 399, "dtype": FP16},
@@ -131,6 +134,23 @@ def test_rows_of_a_far_bias(hopper, value, dtype):
     call.bias[:, :, 7, 200:] = value
     call.bias[:, :, 8, 5] = value
     check_call(call, hopper.module, grads=False)
+
+
+@pytest.mark.parametrize("cap", [1.0, 50.0, 3e4])
+@pytest.mark.parametrize("most", [1.0, 1.5])
+def test_capped_logits_are_exact(hopper, cap, most):
+    """A tanh that is right to 16 bits and no further: of logits up to the cap, for which whole
+    tiles have a polynomial, and of larger ones.  A row sees one key, whose logit its LSE is."""
+    call = hopper.call(3, **SIZES | {"heads_q": 1}, mask="qk", softcap=cap, scale=cap)
+    products = torch.linspace(-most, most, 400).bfloat16()
+    call.q[:], call.k[:] = 0, 0
+    call.q[..., 0], call.k[..., 0] = 1, products
+    call.mask[:] = False
+    seen = (torch.arange(150) * 389) % 400
+    call.mask[..., torch.arange(150), seen] = True
+    _, lse, *_ = hopper.module.forward(call)
+    expected = cap * torch.tanh(products[seen].double())
+    assert ((lse.view(-1).double() - expected).abs() <= 2**-19 * expected.abs()).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -174,10 +174,23 @@ def test_pack_rounds_to_nearest_even():
             np.testing.assert_array_equal(out[:, 1], expected[at : at + 32])
 
 
-def test_pack_nan_is_canonical():
+@pytest.mark.parametrize("op", ["PACK_BF16", "PACK_FP16", "PACK_RELU_BF16", "PACK_RELU_FP16"])
+def test_pack_nan_is_canonical(op):
     nan = np.array([0x7F800001, 0xFFC00000] * 16, np.uint32)
-    assert (wrapper("PACK_BF16", [nan, nan])[:, 0] == 0x7FFF7FFF).all()
-    assert (wrapper("PACK_FP16", [nan, nan])[:, 0] == 0x7FFF7FFF).all()
+    assert (wrapper(op, [nan, nan])[:, 0] == 0x7FFF7FFF).all()
+
+
+@pytest.mark.parametrize("kind", ["BF16", "FP16"])
+def test_pack_relu_is_pack_of_what_is_not_below_0(kind):
+    """A negative number or -infinity that is kept, in one half or the other."""
+    x = special_floats()[:64]
+    x, y = np.concatenate([x[:32], x[32:]]), np.concatenate([x[16:], x[:16]])
+    for at in (0, 32):
+        pair = [x[at : at + 32], y[at : at + 32]]
+        positive = [np.where(each > 0, each, np.float32(0)) for each in pair]
+        got = wrapper(f"PACK_RELU_{kind}", pair)[:, 0]
+        np.testing.assert_array_equal(got, wrapper(f"PACK_{kind}", positive)[:, 0])
+        assert (got != wrapper(f"PACK_{kind}", pair)[:, 0]).any()
 
 
 def test_unpack_is_exact_for_every_fp16_and_bf16():

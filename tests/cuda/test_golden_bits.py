@@ -62,7 +62,7 @@ def inputs(op, rng):
         words = small[..., 0].astype(np.float32).view(np.uint32)
     elif op in APPROXIMATE:
         words = rng.uniform(0.01, 20, (32, 16)).astype(np.float32).view(np.uint32)
-    elif op in ("PACK_BF16", "PACK_FP16", "TO_TF32", "UNPACK_BF16", "UNPACK_FP16"):
+    elif op.startswith(("PACK_", "UNPACK_", "TO_TF32")):
         words = (rng.standard_normal((32, 16)) * 3).astype(np.float32).view(np.uint32)
         words &= np.uint32(0xFFFFBFFF)  # the low half is no fp16 NaN or infinity either
     return words

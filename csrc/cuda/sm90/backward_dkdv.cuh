@@ -106,12 +106,14 @@ ATTN_DEVICE void key_gradients(float (&dP)[TILES][4], const float (&P)[TILES][4]
 }
 
 // acc += C B   [64, HEAD_DIM], C [64, 8 * TILES] in registers, B: its address; until it is there.
-template <class T, int TILE_BYTES, int TILES, int ACC>
+// DROPS: of pack_pair().
+template <class T, int TILE_BYTES, bool DROPS = false, int TILES, int ACC>
 ATTN_DEVICE void add_product(float (&acc)[ACC][4], const float (&C)[TILES][4], uint32_t B,
                              bool edge, int group) {
-  if (edge && warpgroup_finds_nonfinite<T, TILE_BYTES>(B, group)) return add_visible<T>(acc, C, B);
+  if (edge && warpgroup_finds_nonfinite<T, TILE_BYTES>(B, group))
+    return add_visible<T, DROPS>(acc, C, B);
   uint32_t A[TILES / 2][4];
-  pack_weights<T>(A, C);
+  pack_weights<T, DROPS>(A, C);
   wgmma_hold(acc);
   wgmma_hold(A);
   wgmma_fence();
@@ -136,7 +138,6 @@ struct KeyGradients {
   uint32_t keys;  // wgmma_word of its 64 rows of K
   float dK[ACC][4] = {}, dV[ACC][4] = {};
   static constexpr int BITS = 0;
-  static constexpr bool APART = false;  // dK and dV, of warps of their own
 
   ATTN_DEVICE void begin(int) const {}  // a tile of this head; plain calls need not know
   ATTN_DEVICE int key_block() const { return 4 * group + warp_id() % 4; }  // of 16 keys, a warp's
@@ -245,7 +246,6 @@ struct SplitGradient {
   int key, count;  // count: of turns
   float acc[ACC][4] = {};
   static constexpr int BITS = 0;
-  static constexpr bool APART = true;
 
   ATTN_DEVICE void begin(int) const {}  // as in KeyGradients
   ATTN_DEVICE int key_block() const { return warp_id() % 4; }
@@ -276,9 +276,10 @@ struct SplitGradient {
     named_barrier_arrive<WEIGHTS_FULL>(256);
   }
   // dV += P^T dO.
+  template <bool DROPS = false>
   ATTN_DEVICE void add_weights(const float (&P)[TILES][4], int turn, bool edge) {
     smem.dO.wait(turn);
-    add_product<T, Tile::QUERY_BYTES>(acc, P, smem.dO.tile(turn), edge, 0);
+    add_product<T, Tile::QUERY_BYTES, DROPS>(acc, P, smem.dO.tile(turn), edge, 0);
     release(turn);
   }
   // The first: S^T = K Q^T, dV += P^T dO.

@@ -15,9 +15,8 @@ struct FeatureQueryGradient : QueryGradient<T, HEAD_DIM>,
   using Base = QueryGradient<T, HEAD_DIM>;
   using Base::TILES, Base::row, Base::gradient;
   using Fours = FourSides<T, BITS, TILES>;
-  using Fours::GROUPS, Fours::at, Fours::score;
+  using Fours::CAPPED, Fours::GROUPS, Fours::at, Fours::score;
   using typename Fours::Scores, typename Fours::Sides;
-  static constexpr bool CAPPED = may_have<BITS>(kSoftcap), DROPS = may_have<BITS>(kDropout);
   static constexpr bool SIDES = may_have<BITS>(kMask | kBias);
   // Ones where dropout takes a key of a group.
   struct Dropped {
@@ -61,7 +60,8 @@ struct FeatureQueryGradient : QueryGradient<T, HEAD_DIM>,
     }
   }
   // S: products in, weights times the slope of the soft cap out.
-  ATTN_DEVICE void weigh(Scores& S, const Sides& sides, int n0, bool edge) const {
+  template <class Ways>
+  ATTN_DEVICE void weigh_by(Scores& S, const Sides& sides, int n0) const {
     const Params& p = score.p;
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -70,13 +70,16 @@ struct FeatureQueryGradient : QueryGradient<T, HEAD_DIM>,
       for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         float &x = at(S, m, r, e), slope = 1.0f;
-        x = this->logit(x, distance - float(16 * m + e), sides[m][r], e,
-                        [&](float d) { slope = d; });
-        x = weight_of(x, Fours::PRODUCTS ? p.scale_log2 : kLog2e, gradient[r].lse);
+        x = this->template logit<Ways>(x, distance - float(16 * m + e), sides[m][r], e,
+                                       [&](float d) { slope = d; });
+        x = weight_of(x, this->unit(), gradient[r].lse);
         if (has<BITS>(p, kMask) && !sides[m][r].keeps(e)) x = 0.0f;
         if (CAPPED) x *= slope;
       }
     }
+  }
+  ATTN_DEVICE void weigh(Scores& S, const Sides& sides, int n0, bool edge) const {
+    this->with_ways(S, [&](auto ways) { weigh_by<decltype(ways)>(S, sides, n0); });
     if (edge) exclude(S, n0);
   }
   // dS in place of dP.

@@ -11,7 +11,7 @@ template <class T, class Tile>
 struct FeatureGradients : WithSides<T, Tile, KeyGradients<T, Tile>> {
   using Base = WithSides<T, Tile, KeyGradients<T, Tile>>;
   static constexpr int BITS = Tile::BITS, TILES = Base::TILES;
-  using Base::dV, Base::group, Base::head, Base::key, Base::score, Base::smem;
+  using Base::DROPS, Base::dV, Base::group, Base::head, Base::key, Base::score, Base::smem;
 
   // The gradient of the bias += dS.
   template <bool EDGE>
@@ -36,21 +36,14 @@ struct FeatureGradients : WithSides<T, Tile, KeyGradients<T, Tile>> {
 
   // As in KeyGradients.
   ATTN_DEVICE void edge_scores(float (&dP)[TILES][4], int turn, int m0, int) {
-    float S[TILES][4], V[TILES][4];  // V is S but for dropout and soft cap
+    float S[TILES][4], V[TILES][4];
     const uint32_t queries = smem.queries(turn);
     this->scores(S, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(S);
-    this->weigh(S, turn, m0, [&](int n, const float (&weights)[4]) {
-      ATTN_UNROLL
-      for (int c = 0; c < 4; ++c) V[n][c] = weights[c];
-    });
-    const Columns columns[2] = {Columns::of_key(score, key, m0),
-                                Columns::of_key(score, key + 8, m0)};
-    mask_weights(S, columns);
-    mask_weights(V, columns);
+    this->weigh(S, V, turn, m0, true);
     smem.dO.wait(turn);
-    add_product<T, Tile::QUERY_BYTES>(dV, V, smem.dO.tile(turn), true, group);
+    add_product<T, Tile::QUERY_BYTES, DROPS>(dV, V, smem.dO.tile(turn), true, group);
     this->value_products(dP, turn, queries);
     wgmma_wait<0>();
     wgmma_hold(dP);
@@ -66,8 +59,8 @@ struct FeatureGradients : WithSides<T, Tile, KeyGradients<T, Tile>> {
     wgmma_wait<1>();  // S is there
     wgmma_hold(S);
     this->weigh(S, turn, m0, [&](int n, const float (&weights)[4]) {
-      P[n / 2][n % 2 * 2] = pack<T>(weights[0], weights[1]);
-      P[n / 2][n % 2 * 2 + 1] = pack<T>(weights[2], weights[3]);
+      P[n / 2][n % 2 * 2] = pack_pair<T, DROPS>(weights[0], weights[1]);
+      P[n / 2][n % 2 * 2 + 1] = pack_pair<T, DROPS>(weights[2], weights[3]);
     });
     wgmma_hold(dV);
     wgmma_hold(P);
@@ -76,7 +69,11 @@ struct FeatureGradients : WithSides<T, Tile, KeyGradients<T, Tile>> {
     wgmma_wait<1>();  // dP is there
     wgmma_hold(dP);
     this->template differentiate<false>(dP, S, smem.delta(turn));
-    if (has<BITS>(score.p, kBiasGradient)) add_bias_gradient<false>(dP, m0);
+    if (has<BITS>(score.p, kBiasGradient)) {
+      add_bias_gradient<false>(dP, m0);
+      // ptxas would put the additions behind dK's products, and keep their addresses until then
+      sync_warp();
+    }
     pack_weights<T>(dS, dP);
   }
 };
@@ -86,25 +83,16 @@ template <class T, class Tile>
 struct SplitFeatures : WithSides<T, Tile, SplitGradient<T, Tile>> {
   using Base = WithSides<T, Tile, SplitGradient<T, Tile>>;
   static constexpr int TILES = Base::TILES;
-  using Base::key, Base::score, Base::smem;
+  using Base::smem;
 
   // As in SplitGradient.
   ATTN_DEVICE void add_values(int turn, int m0, bool edge) {
-    float S[TILES][4], V[TILES][4];  // V is S but for dropout and soft cap
+    float S[TILES][4], V[TILES][4];
     smem.Q.wait(turn);
     this->product(S, smem.K, smem.Q.tile(turn));
-    this->weigh(S, turn, m0, [&](int n, const float (&weights)[4]) {
-      ATTN_UNROLL
-      for (int c = 0; c < 4; ++c) V[n][c] = weights[c];
-    });
-    if (edge) {
-      const Columns columns[2] = {Columns::of_key(score, key, m0),
-                                  Columns::of_key(score, key + 8, m0)};
-      mask_weights(S, columns);
-      mask_weights(V, columns);
-    }
+    this->weigh(S, V, turn, m0, edge);
     this->pass_weights(S, turn);
-    this->add_weights(V, turn, edge);
+    this->template add_weights<Base::DROPS>(V, turn, edge);
   }
   ATTN_DEVICE void add_keys(int turn, bool edge) {
     float P[TILES][4], dP[TILES][4];

@@ -218,7 +218,7 @@ struct SideProducer {
 template <class T, class Tile, class Base>
 struct WithSides : Base {
   static constexpr int BITS = Tile::BITS, TILES = Base::TILES;
-  // Products are logits but for p.scale_log2; else they are computed, in natural units.
+  // Products are logits but for p.scale_log2; else they are computed, by short_terms().
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap));
   static constexpr bool CAPPED = may_have<BITS>(kSoftcap), DROPS = may_have<BITS>(kDropout);
   static constexpr bool SIDES = may_have<BITS>(kMask | kBias | kDropout);
@@ -232,32 +232,35 @@ struct WithSides : Base {
   }
 
   // From products to exp(logit - LSE).  distance: of query m0 + 2 t and key g.
+  template <class Ways>
   ATTN_DEVICE float weight(float product, const HeadTerms<float>& terms, float distance, float bias,
                            float lse, float& slope) const {
     const Params& p = score.p;
     if constexpr (PRODUCTS) return weight_of(product, p.scale_log2, lse);
-    // what is NaN of a hidden pair is computed once more, but not for the gradient of the bias
-    if (has<BITS>(p, kBiasGradient) && bias == -kInf) return 0.0f;
-    const float s = attn::logit<NaturalWays>(
-        terms_of_logits<BITS>(p), p.natural, terms, product, [&] { return distance; },
+    const float s = attn::logit<Ways>(
+        terms_of_logits<BITS>(p), short_terms<BITS>(p), terms, product, [&] { return distance; },
         [&] { return bias; }, [&](float d) { slope = d; });
-    return weight_of(s, kLog2e, lse);
-  }
-  // What dV multiplies of a weight.  A maximum with 0 loses NaN, which dK of the same keys shows,
-  // unless other warps have that.
-  ATTN_DEVICE static float kept_weight(float x) {
-    if (!DROPS) return x;
-    return Base::APART ? (x < 0.0f ? 0.0f : x) : fmaxf(x, 0.0f);
+    const float x = weight_of(s, from_short_terms<BITS>(p), lse);
+    // what is NaN of a hidden pair is computed once more, but not for the gradient of the bias
+    return has<BITS>(p, kBiasGradient) && bias == -kInf ? 0.0f : x;
   }
   // S: products in; out weights times the slope of the soft cap, below 0 where dropout takes them.
-  // take(n, V): what dV multiplies of tile n, weights that are not dropped.
+  // take(n, V): the same of tile n without the slope.
   template <class Take>
   ATTN_DEVICE void weigh(float (&S)[TILES][4], int turn, int m0, const Take& take) const {
+    if constexpr (SIDES) sides().wait(turn);
+    if (CAPPED && warp_is_small(S, short_terms<BITS>(score.p).inverse_cap))
+      weigh_by<SmallWays>(S, turn, m0, take);
+    else
+      weigh_by<NaturalWays>(S, turn, m0, take);
+    if constexpr (SIDES) sides().release(turn);
+  }
+  template <class Ways, class Take>
+  ATTN_DEVICE void weigh_by(float (&S)[TILES][4], int turn, int m0, const Take& take) const {
     const Params& p = score.p;
     const auto terms = HeadTerms<float>::of(p.ptr, score.seq, head, 1.0f);
     const int shift = score.seq.past() + 2 * (lane_id() & 3);
     const float distance = float(m0 + shift - key);
-    if constexpr (SIDES) sides().wait(turn);
     const SideTile<T, Tile> tile{sides().tile(turn)};
     ATTN_UNROLL
     for (int pair = 0; pair < TILES / 2; ++pair) {
@@ -275,16 +278,28 @@ struct WithSides : Base {
         for (int c = 0; c < 4; ++c) {
           float &x = S[2 * pair + n][c], slope = 1.0f;
           const float away = distance + float(16 * pair + 8 * n + (c & 1) - 8 * (c >> 1));
-          x = weight(x, terms, away, bias[n][c], row.tile[n][c & 1], slope);
+          x = weight<Ways>(x, terms, away, bias[n][c], row.tile[n][c & 1], slope);
           if (has<BITS>(p, kMask) && !kept.keeps(n, c)) x = 0.0f;
           if (has<BITS>(p, kDropout) && !dropped.keeps(n, c)) x = -x;
-          V[c] = kept_weight(x);
+          V[c] = x;
           if (CAPPED) x *= slope;
         }
         take(2 * pair + n, V);
       }
     }
-    if constexpr (SIDES) sides().release(turn);
+  }
+  // The same with all that is taken in V; where `edge`, both are 0 of pairs that do not count.
+  ATTN_DEVICE void weigh(float (&S)[TILES][4], float (&V)[TILES][4], int turn, int m0,
+                         bool edge) const {
+    weigh(S, turn, m0, [&](int n, const float (&weights)[4]) {
+      ATTN_UNROLL
+      for (int c = 0; c < 4; ++c) V[n][c] = weights[c];
+    });
+    if (!edge) return;
+    const Columns columns[2] = {Columns::of_key(score, key, m0),
+                                Columns::of_key(score, key + 8, m0)};
+    mask_weights(S, columns);
+    mask_weights(V, columns);
   }
   // dS^T in place of dP^T.
   template <bool EDGE>

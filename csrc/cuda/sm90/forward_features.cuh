@@ -64,7 +64,7 @@ struct FeatureConsumer : Consumer<T, Tile>, FourSides<T, BITS, Tile::BLOCK_N / 8
   // What a logit is multiplied by before the base is taken from it.
   ATTN_DEVICE float unit(int r) const {
     if constexpr (FAR) return row_unit[r];
-    return PRODUCTS ? p.scale_log2 : kLog2e;
+    return Fours::unit();
   }
   // The word of P that has keys `odd` and 2 + odd of group m of row r.
   ATTN_DEVICE static uint32_t& pair(Weights& P, int m, int odd, int r) {
@@ -99,19 +99,24 @@ struct FeatureConsumer : Consumer<T, Tile>, FourSides<T, BITS, Tile::BLOCK_N / 8
     }
   }
 
-  // S: products in, logits out; of groups first .. last - 1.
-  ATTN_DEVICE void logits(Scores& S, const Sides& sides, int n0, int first, int last) const {
-    if (PRODUCTS) return;
+  // S: products in, logits out.
+  template <class Ways>
+  ATTN_DEVICE void logits_by(Scores& S, const Sides& sides, int n0) const {
     ATTN_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float distance = this->distance_of(r, n0);
       ATTN_UNROLL
-      for (int m = first; m < last; ++m) ATTN_UNROLL
+      for (int m = 0; m < GROUPS; ++m) ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         float& s = at(S, m, r, e);
-        s = this->logit(s, distance - float(16 * m + e), sides[m][r], e, [](float) {});
+        const float away = distance - float(16 * m + e);
+        s = this->template logit<Ways>(s, away, sides[m][r], e, [](float) {});
       }
     }
+  }
+  ATTN_DEVICE void logits(Scores& S, const Sides& sides, int n0) const {
+    if (PRODUCTS) return;
+    this->with_ways(S, [&](auto ways) { logits_by<decltype(ways)>(S, sides, n0); });
   }
   ATTN_DEVICE static void exclude(Scores& S, const PairBits& bits) {
     ATTN_UNROLL
@@ -132,7 +137,8 @@ struct FeatureConsumer : Consumer<T, Tile>, FourSides<T, BITS, Tile::BLOCK_N / 8
       for (int e = 0; e < 4; ++e) {
         const int j = first_key(n0, m) + e;
         float& s = at(S, m, r, e);
-        s = this->logit(s, distance - float(16 * m + e), side, e, [](float) {});
+        const float away = distance - float(16 * m + e);
+        s = this->template logit<NaturalWays>(s, away, side, e, [](float) {});
         const bool keeps = !has<BITS>(p, kMask) || side.keeps(e);
         if (!(keeps && j < score.seq.seqlen_k && score.band.keep(query[r].i, j))) s = -kInf;
       }
@@ -255,7 +261,7 @@ struct FeatureConsumer : Consumer<T, Tile>, FourSides<T, BITS, Tile::BLOCK_N / 8
     wait();  // S is there
     this->load_sides(sides, n0, EARLY, GROUPS);
     if (has<BITS>(p, kMask) && EARLY < GROUPS) mask_bits(unmasked, sides);
-    logits(S, sides, n0, 0, GROUPS);
+    logits(S, sides, n0);
     // Most masks keep all of most tiles.
     if (has<BITS>(p, kMask) && !unmasked.all()) exclude(S, unmasked);
     return weights(P, S);

@@ -18,8 +18,10 @@ struct FourSides {
   static constexpr int GROUPS = TILES / 2;  // of 4 keys of a row, which a thread has of a tile
   using Scores = float[TILES][4];
   using Sides = Side<T, BITS>[GROUPS][2];
-  // Logits are products times p.scale_log2; else they are computed, in natural units.
+  // Logits are products times p.scale_log2; else they are computed, by short_terms().
   static constexpr bool PRODUCTS = !(BITS & (kAny | kBias | kAlibi | kSoftcap | kScale));
+
+  static constexpr bool CAPPED = may_have<BITS>(kSoftcap);
 
   const Score& score;
   const Dropout dropout;
@@ -62,15 +64,27 @@ struct FourSides {
     }
   }
   // The logit of a product; distance: i + Sk - Sq - j; capped: of attn::logit.
-  template <class Capped>
+  template <class Ways, class Capped>
   ATTN_DEVICE float logit(float product, float distance, const Side<T, BITS>& side, int e,
                           const Capped& capped) const {
     if constexpr (PRODUCTS)
       return product;
     else
-      return attn::logit<NaturalWays>(
-          terms_of_logits<BITS>(score.p), score.p.natural, head, product, [&] { return distance; },
-          [&] { return side.bias_of(e); }, capped);
+      return attn::logit<Ways>(
+          terms_of_logits<BITS>(score.p), short_terms<BITS>(score.p), head, product,
+          [&] { return distance; }, [&] { return side.bias_of(e); }, capped);
+  }
+  // What logits are multiplied by to be in units of log2(e).
+  ATTN_DEVICE float unit() const {
+    return PRODUCTS ? score.p.scale_log2 : from_short_terms<BITS>(score.p);
+  }
+  // use(Ways()) with what logit() of these products is computed by.
+  template <class Use>
+  ATTN_DEVICE void with_ways(const Scores& products, const Use& use) const {
+    if (CAPPED && warp_is_small(products, short_terms<BITS>(score.p).inverse_cap))
+      use(SmallWays());
+    else
+      use(NaturalWays());
   }
   ATTN_DEVICE float distance_of(int r, int n0) const {
     return float(query[r].i + score.seq.past() - first_key(n0, 0));

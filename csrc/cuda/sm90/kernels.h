@@ -35,7 +35,7 @@ inline TensorSpec tensor_spec(const Problem& p, const Pointers& ptr, const void*
   }
   return t;
 }
-// The same tile by boxes of every other row (forward_features.cuh).
+// The same tile by boxes of every other row (fours.cuh).
 inline TensorSpec in_fours(TensorSpec t) {
   t.box[1] /= 2, t.row_step = 2;
   return t;

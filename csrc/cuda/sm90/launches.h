@@ -20,7 +20,7 @@ inline int section_heads(const Problem& p, int64_t l2_bytes) {
   return int(std::min(p.batch * p.heads_q, heads * (p.heads_q / p.heads_k)));
 }
 
-// FOURS: rows of K and V in the order of forward_features.cuh.
+// FOURS: rows of K and V in the order of fours.cuh.
 template <class Tile, bool FOURS>
 void launch_forward(Executor& to, std::string kernel, const Params& params,
                     const ForwardPlace& place) {

@@ -22,8 +22,7 @@ struct Coordinates {
 };
 
 // All slabs of rows r0.. of one head, announced on `bar` by the caller.  FOURS: a box of the map
-// has every other row, and rows r0, r0 + 2, .. come before r0 + 1, r0 + 3, ..
-// (forward_features.cuh).
+// has every other row, and rows r0, r0 + 2, .. come before r0 + 1, r0 + 3, .. (fours.cuh).
 template <int SLABS, int ROWS, bool FOURS = false>
 ATTN_DEVICE void load_rows(uint32_t tile, const TensorMap& map, uint32_t bar, int r0, int head,
                            int b) {
@@ -147,13 +146,19 @@ ATTN_DEVICE void issue_sum(float (&acc)[ACC][4], const uint32_t (&P)[STEPS][4], 
   wgmma_commit();
 }
 
+// Two neighbours of P.  DROPS: what is below 0 was dropped, and counts as 0.
+template <class T, bool DROPS>
+ATTN_DEVICE uint32_t pack_pair(float lo, float hi) {
+  if constexpr (DROPS) return pack_relu<T>(lo, hi);
+  return pack<T>(lo, hi);
+}
 // C fragments of P as A operands (mma.cuh): two neighbouring tiles each.
-template <class T, int TILES>
+template <class T, bool DROPS = false, int TILES>
 ATTN_DEVICE void pack_weights(uint32_t (&P)[TILES / 2][4], const float (&S)[TILES][4]) {
   ATTN_UNROLL
   for (int n = 0; n < TILES; ++n) {
-    P[n / 2][n % 2 * 2] = pack<T>(S[n][0], S[n][1]);
-    P[n / 2][n % 2 * 2 + 1] = pack<T>(S[n][2], S[n][3]);
+    P[n / 2][n % 2 * 2] = pack_pair<T, DROPS>(S[n][0], S[n][1]);
+    P[n / 2][n % 2 * 2 + 1] = pack_pair<T, DROPS>(S[n][2], S[n][3]);
   }
 }
 
@@ -171,8 +176,9 @@ ATTN_DEVICE bool warpgroup_finds_nonfinite(uint32_t tile, int group) {
   return group == 0 ? named_barrier_or<1>(128, bad) : named_barrier_or<2>(128, bad);
 }
 
-// O += P V key by key, only where P != 0: what excluded rows of V hold is not touched.  Slow.
-template <class T, int TILES, int ACC>
+// O += P V key by key, only where P != 0 (DROPS: nor below 0): what excluded rows of V hold is not
+// touched.  Slow.
+template <class T, bool DROPS = false, int TILES, int ACC>
 ATTN_DEVICE void add_visible(float (&O)[ACC][4], const float (&P)[TILES][4], uint32_t V) {
   const int quad = lane_id() & 28, t = lane_id() & 3;
   ATTN_UNROLL
@@ -190,7 +196,7 @@ ATTN_DEVICE void add_visible(float (&O)[ACC][4], const float (&P)[TILES][4], uin
             lds_32(row + uint32_t(n / 8 * 8 * TILES * 128) + uint32_t((n % 8 ^ key) << 4));
         ATTN_UNROLL
         for (int r = 0; r < 2; ++r)
-          if (weight[r] != 0.0f) {
+          if (weight[r] != 0.0f && !(DROPS && weight[r] < 0.0f)) {
             O[n][2 * r] = fmaf(weight[r], unpack_lo<T>(word), O[n][2 * r]);
             O[n][2 * r + 1] = fmaf(weight[r], unpack_hi<T>(word), O[n][2 * r + 1]);
           }

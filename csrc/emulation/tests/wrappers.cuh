@@ -20,6 +20,8 @@ enum Op : int {
   BALLOT,
   PACK_BF16,
   PACK_FP16,
+  PACK_RELU_BF16,
+  PACK_RELU_FP16,
   UNPACK_BF16,
   UNPACK_FP16,
   TO_TF32,
@@ -73,6 +75,8 @@ ATTN_DEVICE void run_numbers(int op, const uint32_t* in, uint32_t* out) {
   const float x = as_float(in[0]), y = as_float(in[1]);
   if (op == PACK_BF16) out[0] = pack<bf16>(x, y), out[1] = from_float<bf16>(x).bits;
   if (op == PACK_FP16) out[0] = pack<fp16>(x, y), out[1] = from_float<fp16>(x).bits;
+  if (op == PACK_RELU_BF16) out[0] = pack_relu<bf16>(x, y);
+  if (op == PACK_RELU_FP16) out[0] = pack_relu<fp16>(x, y);
   if (op == UNPACK_BF16) {
     out[0] = as_uint(unpack_lo<bf16>(in[0])), out[1] = as_uint(unpack_hi<bf16>(in[0]));
   }

@@ -44,14 +44,17 @@ PASSES = {
     "fused": "fused",
 }  # -> direction of the configuration
 CASES = {"full": {}, "causal": {"causal": True}}
-# Of the forward one option each; ALiBi as models have it, with causal
+# One option each; ALiBi as models have it, with causal
 OPTIONS = {
     "varlen": {"seqlens_q": [1024]},
     "softcap": {"softcap": 30.0}, "alibi": {"alibi": True, "causal": True},
     "key mask": {"mask": "bk"}, "mask": {"mask": "bqk"}, "bias": {"bias": "hqk"},
     "dropout": {"dropout_p": 0.1},
 }  # fmt: skip
-SEVERAL = {  # of the backward, which then has a bias that wants no gradient
+# Of a pass of the backward; a bias wants no gradient, but for that which dQ's kernel writes
+BACKWARD = ("softcap", "alibi", "mask", "bias", "dropout")
+BIAS_GRADIENT = {"bias gradient": {"bias": "hqk"}}
+SEVERAL = {
     "mask and bias": {"mask": "bqk", "bias": "hqk"},
     "all": {"mask": "bqk", "bias": "hqk", "softcap": 30.0, "alibi": True, "dropout_p": 0.1},
 }  # fmt: skip
@@ -212,16 +215,15 @@ def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
     attention.run = run
     sizes = {"batch": 1, "heads_q": 1, "seqlen_q": SEQLEN, "seqlen_k": SEQLEN}
     wanted = sizes | {"head_dim": head_dim, "dtype": getattr(torch, TYPES[dtype])}
-    call = random_call(**wanted | (CASES | OPTIONS | SEVERAL)[case])
+    call = random_call(**wanted | (CASES | OPTIONS | BIAS_GRADIENT | SEVERAL)[case])
     size = wanted["dtype"].itemsize
     width, rich, needs = attention.width(head_dim), attention.Plan(call).rich(), needs_of(call)
+    needs = needs._replace(bias=case in BIAS_GRADIENT)
     with contextlib.ExitStack() as asked:
         if tile is not None:
             key = configs.key(PASSES[name], width, size, rich)
             asked.enter_context(configs.using(key, configs.Tile(*tile)))
-        if name == "fused":
-            needs = needs._replace(bias=False)  # which it leaves to the others
-        else:
+        if name != "fused":
             key = configs.key("fused", width, size, rich)
             asked.enter_context(configs.using(key, configs.PAIR))
         out, lse, *_ = attention.forward(call)
@@ -232,7 +234,8 @@ def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
 
 def kinds_of(name: str) -> tuple[str, ...]:
     """The rows of a pass: ours by case, plain Triton's by its best tile and by our full calls'."""
-    cases = (*CASES, *(OPTIONS if name == "forward" else ()))
+    options = OPTIONS if name == "forward" else BACKWARD
+    cases = (*CASES, *options, *(BIAS_GRADIENT if name == "dq" else ()))
     return (*(f"ours {case}" for case in cases), "plain", "plain, our tile")
 
 
@@ -408,7 +411,7 @@ GOALS = {
 # and instructions a product over those of plain Triton, by option
 MOST_OVER_PLAIN = {
     "full": 1.05, "causal": 1.05, "varlen": 1.3, "softcap": 1.3, "alibi": 1.3, "key mask": 1.5,
-    "mask": 1.5, "bias": 1.5, "dropout": 1.8,
+    "mask": 1.5, "bias": 1.5, "bias gradient": 1.5, "dropout": 1.8,
 }  # fmt: skip
 
 
@@ -521,7 +524,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="--others: into the table")
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
     parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
-    parser.add_argument("--case", choices=[*CASES, *OPTIONS, *SEVERAL], default="full")
+    parser.add_argument(
+        "--case", choices=[*CASES, *OPTIONS, *BIAS_GRADIENT, *SEVERAL], default="full"
+    )
     parser.add_argument("--type", choices=TYPES, default="bf16")
     parser.add_argument("--only", default="", help='tiles that begin like this: "64,*,8"')
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")

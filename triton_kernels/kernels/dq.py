@@ -44,6 +44,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
 )
 from attn_ext.triton_kernels.kernels.scores import (
     add_dbias,
+    add_whole_dbias,
     probabilities,
     score_gradient,
     tile_probabilities,
@@ -106,8 +107,12 @@ def query_gradient_tiles(
             kept = keep_ordered(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             dp = tl.where(kept, dp * rng[3], 0.0)
         ds, raw = score_gradient(p, dp, row_delta[:, None], cap, DBIAS, FLAGS)
-        if DBIAS:
+        if DBIAS and EDGE:
             add_dbias(ds, i_first + r, j_first + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
+        elif DBIAS:
+            add_whole_dbias(
+                ds, i_first, j_first, b, h, seqlen_q, seqlen_k, grad, BLOCK_M, BLOCK_N, FLAGS
+            )
         # dQ += dS @ K   [BLOCK_M, BLOCK_D]
         if STREAM & FLAGS:
             tl.debug_barrier()

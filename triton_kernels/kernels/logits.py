@@ -117,7 +117,7 @@ def score_words(
     WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """With KEY_WORDS: (words of KEYS keys, 2 or 4, of a mask or bias, each at all of its keys; each
-    key's place in its word).  [BLOCK_M, BLOCK_N], of keys in their own order; or of S^T, where c is
+    key's place in its word).  [BLOCK_M, BLOCK_N], of keys in `key_order`; or of S^T, where c is
     [BLOCK_N, 1], [BLOCK_N, BLOCK_M] of keys in `own_key_order`.  b_s, h_s, q_s: of elements.
 
     Triton's loops load 32 bits ahead and in the order in which a thread holds S, but fewer bits
@@ -146,9 +146,12 @@ def score_words(
         words = tl.reshape(words, [N, M])
         place = (((n & 1) * 2 + ((n & 8) >> 3)) & (KEYS - 1))[:, None]
     else:
+        # Of 16 columns 8 e + 2 q + p are keys 4 q + 2 e + p
         M: tl.constexpr = words.shape[0]
-        words = tl.reshape(tl.broadcast_to(words[:, :, None], [M, N // KEYS, KEYS]), [M, N])
-        place = (n & (KEYS - 1))[None, :]
+        words = tl.reshape(words, [M, N // 16, 4, 4 // KEYS, 1])
+        words = tl.broadcast_to(tl.permute(words, [0, 1, 3, 2, 4]), [M, N // 16, 2, 4, 2])
+        words = tl.reshape(words, [M, N])
+        place = ((((n & 8) >> 2) + (n & 1)) & (KEYS - 1))[None, :]
     return words, place.to(tl.uint32)
 
 
@@ -164,7 +167,7 @@ def visible_keys(
             seqlen_q, seqlen_k, 4, WHOLE_KEYS, FLAGS,
         )  # fmt: skip
         found = words & (tl.full(place.shape, 0xFF, tl.uint32) << (place * 8))
-    elif (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
+    elif (MASK_PAIRS & FLAGS) and not (KEY_WORDS & FLAGS) and c.shape[1] > 1:
         words = mask_pairs(
             terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
         )

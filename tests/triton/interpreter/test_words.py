@@ -21,13 +21,14 @@ CASES = {
         "mask": "bqk", "bias": "hqk", "dropout_p": 0.2, "dtype": torch.bfloat16,
     },
     "an odd length": {"mask": "bqk", "seqlens_q": [33, 7], "seqlens_k": [67, 68]},
+    "bias, beside a mask of keys": {"mask": "bk", "bias": "hqk", "dtype": torch.bfloat16},
+    "a sum of gradients of the bias": {"bias": "qk", "batch": 2, "dtype": torch.bfloat16},
 }  # fmt: skip
 
 
-def words(call, keys: bool) -> bool:
-    """Whether dK and dV (`keys`), or dQ, load words."""
-    flags = attention.Plan(call).backward_flags(keys)
-    return bool(flags & primitives.KEY_WORDS.value)
+def words(call) -> bool:
+    """Whether the backward loads words."""
+    return bool(attention.Plan(call).backward_flags() & primitives.KEY_WORDS.value)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -38,9 +39,18 @@ def test_gradients_by_words(name):
     if "seqlens_k" in options:
         options["batch"] = 2
     call = random_call(3, **SIZES | options)
-    assert words(call, True)
-    assert words(call, False) == ("dropout" not in name), "dQ has another order of keys then"
+    assert words(call)
     check_call(call, "triton")
+
+
+@pytest.mark.parametrize("bias", ["hqk", "qk", "hk", "hq"])
+def test_gradients_of_a_bias_of_other_orders(bias):
+    """dbias of float32 biases, which are no words: in the keys' own order, and in that of dropout,
+    whole tiles and cut ones, of each pair and summed up."""
+    for options in ({}, {"dropout_p": 0.2}):
+        call = random_call(5, **SIZES | {"bias": bias} | options)
+        assert not words(call)
+        check_call(call, "triton")
 
 
 def test_terms_without_words():
@@ -50,11 +60,11 @@ def test_terms_without_words():
     for first, expected in ((2, False), (4, True)):
         mask = whole[..., first : first + 68].copy_(call.mask)
         cut = call._replace(mask=mask)
-        assert words(cut, True) == words(cut, False) == expected
+        assert words(cut) == expected
         check_call(cut, "triton")
     for options in ({"mask": "bqk", "seqlen_k": 66}, {"bias": "hqk"}, {"mask": "bk"}):
         call = random_call(3, **SIZES | options)
-        assert not words(call, True)
+        assert not words(call)
         check_call(call, "triton")
 
 
@@ -63,6 +73,13 @@ PLANTED = {
     "another half": ("bias_tile", "place == 0, words << 16", "place != 0, words << 16", "bias"),
     "rows of S^T as they lie": (
         "score_words", "(n & 1) * 2 + ((n & 8) >> 3)", "n & 3", "mask, in one kernel"
+    ),
+    "columns of S as they lie": (
+        "score_words", "((n & 8) >> 2) + (n & 1)", "n & 3", "mask, in two"
+    ),
+    "words of S as they lie": ("score_words", "[0, 1, 3, 2, 4]", "[0, 1, 2, 3, 4]", "bias"),
+    "pairs of a mask of keys": (
+        "visible_keys", " and not (KEY_WORDS & FLAGS)", "", "bias, beside a mask of keys"
     ),
 }  # fmt: skip
 
@@ -73,6 +90,27 @@ def test_planted_bug_in_the_words_is_caught(name, monkeypatch, tmp_path):
     function, before, after, case = PLANTED[name]
     module = planted_triton.planted("logits", before, after, tmp_path)
     monkeypatch.setattr(logits, function, getattr(module, function))
+    with pytest.raises(AssertionError):
+        check_call(random_call(3, **SIZES | CASES[case]), "triton")
+
+
+PLANTED_DBIAS = {
+    "keys as threads hold them": ("[2, 0, 1, 3, 5, 4, 6]", "[2, 0, 1, 3, 4, 5, 6]", "bias"),
+    "rows eight apart": ("8 * tl.arange(0, 2)", "1 * tl.arange(0, 2)", "bias"),
+    "the last row": ("i_first + r < seqlen_q", "i_first + r < seqlen_q - 1", "bias"),
+    "a store where one adds": (
+        "if DBIAS_STORE & FLAGS:\n            tl.store", "if True:\n            tl.store",
+        "a sum of gradients of the bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_DBIAS)
+def test_planted_bug_in_the_gradient_of_a_bias_is_caught(name, monkeypatch, tmp_path):
+    """The tests above that look at cut tiles of dbias alone."""
+    before, after, case = PLANTED_DBIAS[name]
+    module = planted_triton.planted("scores", before, after, tmp_path)
+    monkeypatch.setattr(dq, "add_whole_dbias", module.add_whole_dbias)
     with pytest.raises(AssertionError):
         check_call(random_call(3, **SIZES | CASES[case]), "triton")
 
@@ -93,7 +131,7 @@ def test_biases_of_any_size():
     """A base-2 logit that overflows and makes NaN of a bias' gradient; 0 * NaN of an excluded pair
     in it."""
     call = rows_of_large_biases()
-    assert attention.Plan(call).backward_flags(False) & primitives.NATURAL.value
+    assert attention.Plan(call).backward_flags() & primitives.NATURAL.value
     assert needs_of(call).bias
     check_call(call, "triton")
     call.k[:, :, 45] = 1.0

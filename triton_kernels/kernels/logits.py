@@ -23,7 +23,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     BIAS,
     BIAS_ONE_QUERY,
     DBIAS_ADD,
-    DBIAS_STORE,
     FRAME,
     KEY_WORDS,
     LEFT,
@@ -156,16 +155,27 @@ def score_words(
 
 
 @triton.jit
+def mask_words(
+    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`score_words` of the mask: four keys each."""
+    return score_words(
+        terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, b, h, i_first, r, j_first, c,
+        seqlen_q, seqlen_k, 4, WHOLE_KEYS, FLAGS,
+    )  # fmt: skip
+
+
+@triton.jit
 def visible_keys(
     terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the mask: not 0 where a query sees a key."""
     if (KEY_WORDS & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
-        words, place = score_words(
-            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, b, h, i_first, r, j_first, c,
-            seqlen_q, seqlen_k, 4, WHOLE_KEYS, FLAGS,
-        )  # fmt: skip
+        words, place = mask_words(
+            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
+        )
         found = words & (tl.full(place.shape, 0xFF, tl.uint32) << (place * 8))
     elif (MASK_PAIRS & FLAGS) and not (KEY_WORDS & FLAGS) and c.shape[1] > 1:
         words = mask_pairs(
@@ -291,7 +301,7 @@ def tile_logits(
             terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
         )
         s = where_seen(visible.to(tl.uint32), s)
-    if (BIAS & FLAGS) and (not (NATURAL & FLAGS) or ((DBIAS_STORE | DBIAS_ADD) & FLAGS)):
+    if (BIAS & FLAGS) and (not (NATURAL & FLAGS) or (POSITIONS and (DBIAS_ADD & FLAGS))):
         # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)
     if POSITIONS:

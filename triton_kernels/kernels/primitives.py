@@ -241,6 +241,12 @@ def careful_flags(flags: int) -> int:
     return int(flags) & ~(UNSCALED.value | NATURAL.value | MASK_PAIRS.value | KEY_WORDS.value)
 
 
+@triton.constexpr_function
+def without_mask(flags: int) -> int:
+    """The flags of a call's other terms."""
+    return int(flags) & ~MASK.value
+
+
 @triton.jit
 def tile_offsets(
     stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, FLAGS: tl.constexpr, order=None

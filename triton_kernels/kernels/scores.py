@@ -66,8 +66,11 @@ def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.con
 
 
 @triton.jit
-def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
-    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN."""
+def score_gradient(
+    p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr, POSITIVE: tl.constexpr = False
+):
+    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN.  POSITIVE: also where
+    P is NaN."""
     ds = p * (1.0 - p) * dp if (SIGMOID & FLAGS) else p * (dp - delta)
     raw = ds
     if SOFTCAP & FLAGS:
@@ -75,6 +78,9 @@ def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr)
     if ALWAYS:
         ds = tl.where(p != 0, ds, 0.0)
         raw = tl.where(p != 0, raw, 0.0)
+    elif POSITIVE:
+        ds = tl.where(p > 0, ds, 0.0)
+        raw = tl.where(p > 0, raw, 0.0)
     return ds, raw
 
 
@@ -109,7 +115,7 @@ def add_whole_dbias(
 ):  # fmt: skip
     """`add_dbias` of queries i_first, ... and of keys j_first, ... in `key_order`, all of which
     exist: so its places are vectors.  Keys in another order than their own are four of a thread,
-    and rows are put as threads and warps hold them, so that nothing goes through shared memory."""
+    and rows are put as lanes and warps hold them, so that nothing goes through shared memory."""
     dbias, g_b, g_h, g_q, g_k = grad
     if (DBIAS_ONE_QUERY & FLAGS) or (DBIAS_ONE_KEY & FLAGS):
         i, j = i_first + tl.arange(0, BLOCK_M), j_first + key_order(BLOCK_N, FLAGS)
@@ -118,15 +124,15 @@ def add_whole_dbias(
         base = dbias + b * g_b + h * g_h
         base += i_first.to(tl.int64) * g_q + j_first.to(tl.int64) * g_k
         if orders_keys(FLAGS):
-            # Rows 16 m + 8 e + g to [8 g, m, 2 e]; of 16 columns 8 e + 2 q + p are keys
-            # 4 q + 2 e + p
+            # Rows 16 m + 8 e + g and 16 columns n each, of which 8 e + 2 q + p are keys
+            # 4 q + 2 e + p, as [2 e, n, m, 8 g, 16 keys]: Triton gives lanes the last, then warps
             ds = tl.reshape(ds, [BLOCK_M // 16, 2, 8, BLOCK_N // 16, 2, 4, 2])
-            ds = tl.permute(ds, [2, 0, 1, 3, 5, 4, 6])
-            ds = tl.reshape(ds, [8, BLOCK_M // 16, 2, BLOCK_N // 16, 16])
-            r = tl.arange(0, 8)[:, None, None, None, None]
-            r = r + 16 * tl.arange(0, BLOCK_M // 16)[None, :, None, None, None]
-            r = r + 8 * tl.arange(0, 2)[None, None, :, None, None]
-            c = 16 * tl.arange(0, BLOCK_N // 16)[None, None, None, :, None]
+            ds = tl.permute(ds, [1, 3, 0, 2, 5, 4, 6])
+            ds = tl.reshape(ds, [2, BLOCK_N // 16, BLOCK_M // 16, 8, 16])
+            r = 8 * tl.arange(0, 2)[:, None, None, None, None]
+            r = r + 16 * tl.arange(0, BLOCK_M // 16)[None, None, :, None, None]
+            r = r + tl.arange(0, 8)[None, None, None, :, None]
+            c = 16 * tl.arange(0, BLOCK_N // 16)[None, :, None, None, None]
             c = c + tl.arange(0, 16)[None, None, None, None, :]
         else:
             r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]

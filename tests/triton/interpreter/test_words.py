@@ -77,7 +77,10 @@ PLANTED = {
     "columns of S as they lie": (
         "score_words", "((n & 8) >> 2) + (n & 1)", "n & 3", "mask, in two"
     ),
-    "words of S as they lie": ("score_words", "[0, 1, 3, 2, 4]", "[0, 1, 2, 3, 4]", "bias"),
+    "words of S as they lie": (
+        "score_words", "tl.permute(words, [0, 1, 3, 2, 4])",
+        "tl.reshape(words, [M, N // 16, 4 // KEYS, 4, 1])", "bias",
+    ),
     "pairs of a mask of keys": (
         "visible_keys", " and not (KEY_WORDS & FLAGS)", "", "bias, beside a mask of keys"
     ),
@@ -95,7 +98,7 @@ def test_planted_bug_in_the_words_is_caught(name, monkeypatch, tmp_path):
 
 
 PLANTED_DBIAS = {
-    "keys as threads hold them": ("[2, 0, 1, 3, 5, 4, 6]", "[2, 0, 1, 3, 4, 5, 6]", "bias"),
+    "keys as threads hold them": ("[1, 3, 0, 2, 5, 4, 6]", "[1, 3, 0, 2, 4, 5, 6]", "bias"),
     "rows eight apart": ("8 * tl.arange(0, 2)", "1 * tl.arange(0, 2)", "bias"),
     "the last row": ("i_first + r < seqlen_q", "i_first + r < seqlen_q - 1", "bias"),
     "a store where one adds": (

@@ -5,6 +5,7 @@ machine_code.py counts.  "ours" is what a call launches, by the tile that the ta
 the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those that `search` tried.
 
     python bench/triton_code.py sm_90                           one architecture's rows, as JSON
+    python bench/triton_code.py sm_90 --rows "sm_90 dq 64" --kinds "ours bias" --write  some of them
     python bench/triton_code.py sm_90 --search dkdv 128         tiles of ours, the best last
     python bench/triton_code.py sm_90 --search dkdv 128 --plain     tiles of plain Triton
     python bench/triton_code.py sm_90 --tile dkdv 128 64,128,8,2,0  one of ours; --dump: its loop
@@ -197,9 +198,12 @@ def kinds_of(name: str) -> tuple[str, ...]:
     return (*(f"ours {case}" for case in cases), "plain", "plain, our tile")
 
 
-def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = ()) -> dict:
+def measure(
+    architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = (), put=None
+) -> dict:  # fmt: skip
     """{"sm_90 forward 128": {"ours full": row, "ours causal": row, "plain": row}, ...}; `only`:
-    the names wanted; `kinds`: of `kinds_of`, those wanted."""
+    the names wanted; `kinds`: of `kinds_of`, those wanted; put: takes each as soon as it is there.
+    """
     prepare(architecture)
     rows = {}
     for name, head_dim in itertools.product(PASSES, HEAD_DIMS):
@@ -217,6 +221,8 @@ def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = 
                     tile = table_tile(architecture, name, head_dim, "bf16")
                 compiled = plain_triton.compiled(name, architecture, head_dim, tile)
             each[kind] = row(compiled, architecture, tile, name, head_dim)
+            if put is not None:
+                put({label: {kind: each[kind]}})
         rows[label] = each
     return rows
 
@@ -307,7 +313,7 @@ def main() -> None:
     parser.add_argument(
         "--others", nargs="?", const="", help="of triton_tables.OTHER_TILES, those so named"
     )
-    parser.add_argument("--write", action="store_true", help="--others: into the table")
+    parser.add_argument("--write", action="store_true", help="each into its table")
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
     parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
     parser.add_argument(
@@ -318,6 +324,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")
     parser.add_argument("--dump", action="store_true", help="print the loop")
     args = parser.parse_args()
+    import triton_tables  # which takes this file as a module
+
     if args.search:
         name, head_dim = args.search
         kind = "plain" if args.plain else "ours"
@@ -339,12 +347,11 @@ def main() -> None:
         if args.dump:
             print("\n".join(listing(compiled, args.architecture)))
     elif args.others is not None:
-        import triton_tables
-
         found = triton_tables.measure_others(args.architecture, args.others, args.write)
         print(json.dumps(found))
     else:
-        print(json.dumps(measure(args.architecture, args.rows, args.kinds)))
+        put = triton_tables.put if args.write else None
+        print(json.dumps(measure(args.architecture, args.rows, args.kinds, put)))
 
 
 if __name__ == "__main__":

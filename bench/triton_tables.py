@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import machine_code
@@ -55,7 +56,6 @@ def measure_others(architecture: str, only: str = "", write: bool = False) -> di
     """{"sm_90 dkdv 256 bf16": {"ours": row, "plain": row}, ...} of OTHER_TILES, those that begin
     with `only`; `write`: each into the table as soon as it is there."""
     import plain_triton
-    import triton
 
     triton_code.prepare(architecture)
     rows = {}
@@ -78,11 +78,32 @@ def measure_others(architecture: str, only: str = "", write: bool = False) -> di
             flush=True,
         )
         if write:
-            known = json.loads(OTHERS_TABLE.read_text()) if OTHERS_TABLE.exists() else {}
-            old = known.get("rows", {}) if known.get("triton") == triton.__version__ else {}
-            content = {"triton": triton.__version__, "rows": dict(sorted((old | rows).items()))}
-            OTHERS_TABLE.write_text(json.dumps(content, indent=1) + "\n")
+            known = rows_of(OTHERS_TABLE) | rows
+            save(OTHERS_TABLE, metadata.version("triton"), dict(sorted(known.items())))
     return rows
+
+
+def rows_of(path: Path) -> dict:
+    """The rows of a table; none where it is of another Triton than the installed one."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return known.get("rows", {}) if known.get("triton") == metadata.version("triton") else {}
+
+
+def save(path: Path, version: str, rows: dict) -> None:
+    """Write a table of this version of Triton."""
+    path.write_text(json.dumps({"triton": version, "rows": rows}, indent=1) + "\n")
+
+
+def put(rows: dict) -> None:
+    """Put some of `triton_code.measure`'s rows into the table, whose order stays that of all."""
+    known = rows_of(TABLE)
+    for label, each in rows.items():
+        known[label] = known.get(label, {}) | each
+    ordered = {}
+    for architecture, name, head_dim in itertools.product(TABLED, triton_code.PASSES, HEAD_DIMS):
+        each = known.get(label := f"{architecture} {name} {head_dim}", {})
+        ordered[label] = {kind: each[kind] for kind in triton_code.kinds_of(name) if kind in each}
+    save(TABLE, metadata.version("triton"), ordered)
 
 
 def measure_all(
@@ -221,18 +242,16 @@ def tables() -> dict[str, dict]:
 
 def report(write: bool) -> int:
     """What `machine_code.py --triton` does, of the installed Triton and, if it is there, of 3.6."""
-    import triton
-
-    content = {TABLE: {"triton": triton.__version__, "rows": measure_all()}}
+    content = {TABLE: {"version": metadata.version("triton"), "rows": measure_all()}}
     if OLDEST.exists():
         kinds = [*(f"ours {case}" for case in CASES), "plain", "plain, our tile"]
         rows = measure_all(kinds=kinds, folder=OLDEST)
-        content[OLDEST_TABLE] = {"triton": "3.6.0", "rows": rows}
-    print(markdown({each["triton"]: each["rows"] for each in content.values()}))
+        content[OLDEST_TABLE] = {"version": "3.6.0", "rows": rows}
+    print(markdown({each["version"]: each["rows"] for each in content.values()}))
     lines = []
     for path, each in content.items():
         if write:
-            path.write_text(json.dumps(each, indent=1) + "\n")
+            save(path, **each)
         else:
             lines += differences(json.loads(path.read_text()), each["rows"])
     if not write:

@@ -26,22 +26,27 @@ PATH = Path(triton_code.__file__)
 TABLE = json.loads(triton_tables.TABLE.read_text())
 
 
+LOOPS = ("sm_90 dkdv 128", "sm_80 forward 64", "sm_80 dq 64")
+
+
 def test_loops_have_no_more_instructions_than_the_table_says(tmp_path, monkeypatch):
     """An option, a check or address arithmetic that a change puts into the loop of plain calls; a
-    tile that was changed without its row."""
+    tile that was changed without its row.  Of the options another one at each commit."""
     if metadata.version("triton") != TABLE["triton"]:
         pytest.skip(f"the table is of Triton {TABLE['triton']}; counts differ by version")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    expected = {name: TABLE["rows"][name] for name in ("sm_90 dkdv 128", "sm_80 forward 64")}
+    expected = {name: TABLE["rows"][name] for name in LOOPS}
+    option = seen.sample(triton_code.BACKWARD, 1)
+    kinds = [f"ours {case}" for case in (*triton_code.CASES, *sorted(option))]
     tools = ("triton_code", "triton_tables", "plain_triton", "cuda_resources")
     files = [*(PATH.with_name(f"{name}.py") for name in tools), ROOT / "attn_ext" / "testing.py"]
     tools = map(seen.code, [*files, *sorted(ROOT.glob("attn_ext/core/*.py"))])
     today, due = triton_seen.digest(__file__, *tools, expected), seen.turn("hot loops", 8)
     if seen.known(triton_seen.TABLE, "hot loops", today, ["hot loops"] if due else []):
         return
-    rows = triton_tables.measure_all(only=tuple(expected))
+    rows = triton_tables.measure_all(LOOPS, (*kinds, "plain", "plain, our tile"))
     assert rows.keys() == expected.keys()
     assert triton_tables.differences(TABLE, rows) == []
     for name, each in rows.items():

@@ -369,17 +369,10 @@ def figures(out: Path) -> str:
     return "bars.png, roofline.png"
 
 
-def load(name: str):
-    """A script of this folder as a module"""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def predicted(out: Path, architecture: str) -> str:
     """What the counts of hot loops let expect beside bench.json: a table, or why there is none"""
-    model = load("predicted")
+    import predicted as model
+
     try:
         report = json.loads((out / "bench.json").read_text())
         return model.table(list(model.predictions(report, architecture)))

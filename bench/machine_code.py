@@ -459,7 +459,7 @@ def main() -> int:
     parser.add_argument("--dump", nargs=2, metavar=("KERNEL", "HEAD_DIM"), help="print one loop")
     arguments = parser.parse_args()
     if arguments.triton:
-        return load_beside("triton_code").report(arguments.write)
+        return load_beside("triton_tables").report(arguments.write)
     if not load_resources().compiler() or load_resources().find_cuda_tool("nvdisasm") is None:
         print(
             "NVRTC and nvdisasm are needed: pip install nvidia-cuda-nvrtc triton", file=sys.stderr

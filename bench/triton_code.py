@@ -5,6 +5,7 @@ machine_code.py counts.  "ours" is what a call launches, by the tile that the ta
 the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those that `search` tried.
 
     python bench/triton_code.py sm_90                           one architecture's rows, as JSON
+    python bench/triton_code.py sm_90 --rows "sm_90 dq 64" --kinds "ours bias" --write  some of them
     python bench/triton_code.py sm_90 --search dkdv 128         tiles of ours, the best last
     python bench/triton_code.py sm_90 --search dkdv 128 --plain     tiles of plain Triton
     python bench/triton_code.py sm_90 --tile dkdv 128 64,128,8,2,0  one of ours; --dump: its loop
@@ -16,7 +17,6 @@ the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -26,16 +26,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import amdgcn
+import machine_code
+import plain_triton
+
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "bench" / "results" / "triton_code.json"
-OLDEST_TABLE = ROOT / "bench" / "results" / "triton_code-3.6.json"  # full and causal calls
-OTHERS_TABLE = ROOT / "bench" / "results" / "triton_code-others.json"  # of OTHER_TILES
-OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 ARCHITECTURES = {  # -> what machine_code.py knows of it
     "sm_80": "sm80", "sm_89": "sm89", "sm_90": "sm90", "sm_100": "sm100", "sm_120": "sm120",
     "gfx942": "",  # bench/amdgcn.py knows it
 }  # fmt: skip
-TABLED = ("sm_80", "sm_90")  # of which the table has rows
 HEAD_DIMS = (64, 128)
 PASSES = {
     "forward": "fwd",
@@ -44,14 +43,17 @@ PASSES = {
     "fused": "fused",
 }  # -> direction of the configuration
 CASES = {"full": {}, "causal": {"causal": True}}
-# Of the forward one option each; ALiBi as models have it, with causal
+# One option each; ALiBi as models have it, with causal
 OPTIONS = {
     "varlen": {"seqlens_q": [1024]},
     "softcap": {"softcap": 30.0}, "alibi": {"alibi": True, "causal": True},
     "key mask": {"mask": "bk"}, "mask": {"mask": "bqk"}, "bias": {"bias": "hqk"},
     "dropout": {"dropout_p": 0.1},
 }  # fmt: skip
-SEVERAL = {  # of the backward, which then has a bias that wants no gradient
+# Of a pass of the backward; a bias wants no gradient, but for that which dQ's kernel writes
+BACKWARD = ("softcap", "alibi", "mask", "bias", "dropout")
+BIAS_GRADIENT = {"bias gradient": {"bias": "hqk"}}
+SEVERAL = {
     "mask and bias": {"mask": "bqk", "bias": "hqk"},
     "all": {"mask": "bqk", "bias": "hqk", "softcap": 30.0, "alibi": True, "dropout_p": 0.1},
 }  # fmt: skip
@@ -79,48 +81,6 @@ PLAIN_TILES = {
     ("sm_90", "fused", 128): (64, 128, 8, 2),
 }
 
-# The same of other widths and types, (architecture, pass, head_dim, type)
-OTHER_TILES = {
-    ("sm_80", "forward", 96, "bf16"): (128, 32, 4, 2),
-    ("sm_80", "dkdv", 96, "bf16"): (32, 128, 8, 2),
-    ("sm_80", "dq", 96, "bf16"): (128, 64, 8, 3),
-    ("sm_80", "forward", 256, "bf16"): (64, 32, 4, 2),
-    ("sm_80", "dkdv", 256, "bf16"): (64, 64, 8, 2),
-    ("sm_80", "dq", 256, "bf16"): (64, 32, 4, 2),
-    ("sm_80", "forward", 64, "fp32"): (128, 16, 4, 2),
-    ("sm_80", "dkdv", 64, "fp32"): (16, 64, 8, 2),
-    ("sm_80", "dq", 64, "fp32"): (64, 16, 8, 2),
-    ("sm_80", "forward", 128, "fp32"): (32, 32, 4, 2),
-    ("sm_80", "dkdv", 128, "fp32"): (32, 32, 8, 2),
-    ("sm_80", "dq", 128, "fp32"): (32, 32, 8, 2),
-    ("sm_90", "forward", 96, "bf16"): (128, 128, 8, 2),
-    ("sm_90", "dkdv", 96, "bf16"): (64, 128, 8, 2),
-    ("sm_90", "dq", 96, "bf16"): (128, 64, 8, 2),
-    ("sm_90", "forward", 256, "bf16"): (128, 64, 8, 2),
-    ("sm_90", "dkdv", 256, "bf16"): (32, 64, 8, 2),
-    ("sm_90", "dq", 256, "bf16"): (128, 32, 8, 2),
-    ("sm_90", "forward", 64, "fp32"): (128, 64, 8, 2),
-    ("sm_90", "dkdv", 64, "fp32"): (32, 128, 8, 2),
-    ("sm_90", "dq", 64, "fp32"): (128, 32, 8, 2),
-    ("sm_90", "forward", 128, "fp32"): (128, 32, 8, 2),
-    ("sm_90", "dq", 128, "fp32"): (32, 32, 8, 2),
-}
-
-
-def load(path: str):
-    """A file of this repository as a module of its name."""
-    name = Path(path).stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        sys.path.append(str((ROOT / path).parent))  # as Python has it for a script
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-machine_code = load("bench/machine_code.py")
-
 
 def hot_loop(compiled, architecture: str):
     """(path of the hot loop, registers a thread) of a kernel that Triton has compiled."""
@@ -137,7 +97,7 @@ def hot_loop(compiled, architecture: str):
 def listing(compiled, architecture: str) -> list[str]:
     """The instructions of the hot loop."""
     if "amdgcn" in compiled.asm:
-        return load("bench/amdgcn.py").hot_loop(compiled.asm["amdgcn"])
+        return amdgcn.hot_loop(compiled.asm["amdgcn"])
     path = hot_loop(compiled, architecture)[0]
     return [f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}" for each in path]
 
@@ -158,7 +118,7 @@ def row(compiled, architecture: str, tile, name: str, head_dim: int) -> dict:
     """The row of a compiled kernel: its tile, and what machine_code.py, or for an AMD GPU
     amdgcn.py, counts and bounds."""
     if "amdgcn" in compiled.asm:
-        found = load("bench/amdgcn.py").report(compiled.asm["amdgcn"])
+        found = amdgcn.report(compiled.asm["amdgcn"])
         return {"tile": list(tile), "shared_memory": compiled.metadata.shared} | found
     path, registers = hot_loop(compiled, architecture)
     block = {
@@ -182,8 +142,10 @@ def prepare(architecture: str) -> None:
     from attn_ext.triton_kernels.launch import attention, replay
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    offline = load("tests/helpers/triton_offline.py")
-    triton.runtime.driver.set_active(offline.StubDriver(architecture))
+    sys.path.append(str(ROOT / "tests" / "helpers"))
+    import triton_offline
+
+    triton.runtime.driver.set_active(triton_offline.StubDriver(architecture))
     attention.architecture = lambda x: architecture
     attention.multiprocessors = lambda x: 132
     replay.usable = lambda x: False  # nothing is launched
@@ -212,16 +174,15 @@ def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
     attention.run = run
     sizes = {"batch": 1, "heads_q": 1, "seqlen_q": SEQLEN, "seqlen_k": SEQLEN}
     wanted = sizes | {"head_dim": head_dim, "dtype": getattr(torch, TYPES[dtype])}
-    call = random_call(**wanted | (CASES | OPTIONS | SEVERAL)[case])
+    call = random_call(**wanted | (CASES | OPTIONS | BIAS_GRADIENT | SEVERAL)[case])
     size = wanted["dtype"].itemsize
     width, rich, needs = attention.width(head_dim), attention.Plan(call).rich(), needs_of(call)
+    needs = needs._replace(bias=case in BIAS_GRADIENT)
     with contextlib.ExitStack() as asked:
         if tile is not None:
             key = configs.key(PASSES[name], width, size, rich)
             asked.enter_context(configs.using(key, configs.Tile(*tile)))
-        if name == "fused":
-            needs = needs._replace(bias=False)  # which it leaves to the others
-        else:
+        if name != "fused":
             key = configs.key("fused", width, size, rich)
             asked.enter_context(configs.using(key, configs.PAIR))
         out, lse, *_ = attention.forward(call)
@@ -232,15 +193,18 @@ def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
 
 def kinds_of(name: str) -> tuple[str, ...]:
     """The rows of a pass: ours by case, plain Triton's by its best tile and by our full calls'."""
-    cases = (*CASES, *(OPTIONS if name == "forward" else ()))
+    options = OPTIONS if name == "forward" else BACKWARD
+    cases = (*CASES, *options, *(BIAS_GRADIENT if name == "dq" else ()))
     return (*(f"ours {case}" for case in cases), "plain", "plain, our tile")
 
 
-def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = ()) -> dict:
+def measure(
+    architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = (), put=None
+) -> dict:  # fmt: skip
     """{"sm_90 forward 128": {"ours full": row, "ours causal": row, "plain": row}, ...}; `only`:
-    the names wanted; `kinds`: of `kinds_of`, those wanted."""
+    the names wanted; `kinds`: of `kinds_of`, those wanted; put: takes each as soon as it is there.
+    """
     prepare(architecture)
-    plain = load("bench/plain_triton.py")
     rows = {}
     for name, head_dim in itertools.product(PASSES, HEAD_DIMS):
         each, label = {}, f"{architecture} {name} {head_dim}"
@@ -255,52 +219,11 @@ def measure(architecture: str, only: Sequence[str] = (), kinds: Sequence[str] = 
                 tile = PLAIN_TILES[architecture, name, head_dim]
                 if kind != "plain":
                     tile = table_tile(architecture, name, head_dim, "bf16")
-                compiled = plain.compiled(name, architecture, head_dim, tile)
+                compiled = plain_triton.compiled(name, architecture, head_dim, tile)
             each[kind] = row(compiled, architecture, tile, name, head_dim)
+            if put is not None:
+                put({label: {kind: each[kind]}})
         rows[label] = each
-    return rows
-
-
-def measure_others(architecture: str, only: str = "", write: bool = False) -> dict:
-    """{"sm_90 dkdv 256 bf16": {"ours": row, "plain": row}, ...} of OTHER_TILES, those that begin
-    with `only`; `write`: each into the table as soon as it is there."""
-    import triton
-
-    prepare(architecture)
-    plain, rows = load("bench/plain_triton.py"), {}
-    for (target, name, head_dim, dtype), tile in OTHER_TILES.items():
-        label = f"{target} {name} {head_dim} {dtype}"
-        if target != architecture or not label.startswith(only):
-            continue
-        found, chosen = ours(name, head_dim, "full", None, dtype)
-        own = row(found, architecture, chosen, name, head_dim)
-        found = plain.compiled(name, architecture, head_dim, tile, dtype)
-        rows[label] = {"ours": own, "plain": row(found, architecture, tile, name, head_dim)}
-        print(label, *map(line, rows[label].values()), sep="\n  ", file=sys.stderr, flush=True)
-        if write:
-            known = json.loads(OTHERS_TABLE.read_text()) if OTHERS_TABLE.exists() else {}
-            old = known.get("rows", {}) if known.get("triton") == triton.__version__ else {}
-            content = {"triton": triton.__version__, "rows": dict(sorted((old | rows).items()))}
-            OTHERS_TABLE.write_text(json.dumps(content, indent=1) + "\n")
-    return rows
-
-
-def measure_all(
-    only: Sequence[str] = (), kinds: Sequence[str] = (), folder: Path | None = None
-) -> dict:
-    """`measure` of each architecture, in processes of their own: Triton remembers its target.
-    folder: of another Triton than the installed one."""
-    environment = os.environ | ({"PYTHONPATH": str(folder)} if folder else {})
-    rows = {}
-    for architecture in TABLED:
-        wanted = [name for name in only if name.startswith(architecture)]
-        if only and not wanted:
-            continue
-        command = [sys.executable, __file__, architecture, "--rows", *wanted, "--kinds", *kinds]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{architecture}: {done.stderr[-3000:]}")
-        rows |= json.loads(done.stdout)
     return rows
 
 
@@ -338,9 +261,7 @@ def search(
             continue
         try:
             if kind == "plain":
-                compiled = load("bench/plain_triton.py").compiled(
-                    name, architecture, head_dim, tile, dtype
-                )
+                compiled = plain_triton.compiled(name, architecture, head_dim, tile, dtype)
             else:
                 compiled, tile = ours(name, head_dim, case, (*tile, 0)[:5], dtype)
             found = row(compiled, architecture, tile, name, head_dim)
@@ -384,149 +305,27 @@ def line(found: dict) -> str:
     )
 
 
-def differences(table: dict, rows: dict, slack: float = 0.05) -> list[str]:
-    """What a fresh compile has more of than the table says, by more than `slack`."""
-    lines = []
-    for name, each in rows.items():
-        fresh = {kind: found for kind, found in each.items() if kind.startswith("ours")}
-        lines += [
-            f"{name}, {text}"
-            for text in machine_code.differences(
-                {"kernels": table["rows"].get(name, {})}, fresh, slack
-            )
-        ]
-    return lines
-
-
-# What the loop of a whole tile is held to: share of the peak at widths 64 and 128, of full calls
-GOALS = {
-    ("sm_80", "forward"): (0.58, 0.60), ("sm_80", "dkdv"): (0.57, 0.57),
-    ("sm_80", "dq"): (0.55, 0.55),
-    ("sm_90", "forward"): (0.50, 0.64), ("sm_90", "dkdv"): (0.58, 0.66),
-    ("sm_90", "dq"): (0.55, 0.55),
-}  # fmt: skip
-# and instructions a product over those of plain Triton, by option
-MOST_OVER_PLAIN = {
-    "full": 1.05, "causal": 1.05, "varlen": 1.3, "softcap": 1.3, "alibi": 1.3, "key mask": 1.5,
-    "mask": 1.5, "bias": 1.5, "dropout": 1.8,
-}  # fmt: skip
-
-
-def goals(label: str, kind: str, each: dict) -> list[tuple[str, float, float, bool]]:
-    """(what, value, goal, whether it is met) of one of our rows."""
-    architecture, name, head_dim = label.split()
-    found, case = each[kind], kind.removeprefix("ours ")
-    plain = each["plain, our tile" if case in CASES else "plain"]
-    over = round(found["slots_a_product"] / plain["slots_a_product"], 2)
-    most = MOST_OVER_PLAIN[case]
-    lines = [("slots over plain", over, most, over <= most)]
-    if case in CASES and (architecture, name) in GOALS:
-        least = GOALS[architecture, name][HEAD_DIMS.index(int(head_dim))]
-        share = round(found["share_2_norm"], 2)
-        lines.append(("share", share, least, share >= least))
-    return lines
-
-
-def cells_of(found: dict) -> str:
-    """Tile, instructions and ldmatrix a product, spills, bound and share of one row."""
-    counts = found["counts"]
-    m, n, warps, stages, *loads = found["tile"]
-    products = found["tensor_cycles"] / 8
-    # two waits for each warpgroup's product at most, unless ptxas serialises them
-    waits = counts.get("warpgroup", 0) > counts["product"]
-    wgmma = "wgmma" if counts.get("warpgroup") else "mma"
-    return (
-        f"{m}x{n}, {warps}, {stages}{', TMA' if any(loads) else ''} | {wgmma}"
-        f"{', each waited for' if waits else ''} | {found['slots_a_product']:.2f} | "
-        f"{counts.get('ldmatrix', 0) / products:.2f} | {counts.get('spill', 0)} | "
-        f"{found['bound']} {found['share']:.2f} | {found['share_2_norm']:.2f}"
-    )
-
-
-def markdown(tables: dict[str, dict]) -> str:
-    """{version of Triton: rows} as the table that docs/design/triton.md shows."""
-    names = ("hot loop", "whose", "Triton", "tile", "products", "slots", "ldmatrix", "spills",
-             "bound, its share", "share", "goals")  # fmt: skip
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    first = next(iter(tables.values()))
-    for label, kinds in first.items():
-        for kind, (version, rows) in itertools.product(kinds, tables.items()):
-            each = rows.get(label, {})
-            if kind not in each or (kind == "plain, our tile" and _same_tile(each)):
-                continue
-            found = ""
-            if kind.startswith("ours"):
-                found = "; ".join(
-                    f"{'met' if met else 'missed'}: {what} {value:.2f}, wanted {goal:.2f}"
-                    for what, value, goal, met in goals(label, kind, each)
-                )
-            lines.append(f"| {label} | {kind} | {version} | {cells_of(each[kind])} | {found} |")
-    return "\n".join(lines)
-
-
-def others_markdown() -> str:
-    """The rows of OTHERS_TABLE as docs/design/triton.md shows them."""
-    lines = ["| loop, whole tiles | ours: tile; slots, spilled, share | plain Triton's best |",
-             "|---|---|---|"]  # fmt: skip
-    for label, each in json.loads(OTHERS_TABLE.read_text())["rows"].items():
-        cells = []
-        for found in (each["ours"], each["plain"]):
-            m, n, warps, stages, *loads = found["tile"]
-            cells.append(
-                f"{m}x{n}, {warps}, {stages}{', TMA' if any(loads) else ''}; "
-                f"{found['slots_a_product']:.2f}, {found['counts'].get('spill', 0)}, "
-                f"{found['share_2_norm']:.2f}"
-            )
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _same_tile(each: dict) -> bool:
-    return each["plain"]["tile"] == each["plain, our tile"]["tile"]
-
-
-def tables() -> dict[str, dict]:
-    """{version of Triton: rows} as committed, the newest first."""
-    found = [json.loads(path.read_text()) for path in (TABLE, OLDEST_TABLE)]
-    return {each["triton"]: each["rows"] for each in found}
-
-
-def report(write: bool) -> int:
-    """What `machine_code.py --triton` does, of the installed Triton and, if it is there, of 3.6."""
-    import triton
-
-    content = {TABLE: {"triton": triton.__version__, "rows": measure_all()}}
-    if OLDEST.exists():
-        kinds = [*(f"ours {case}" for case in CASES), "plain", "plain, our tile"]
-        rows = measure_all(kinds=kinds, folder=OLDEST)
-        content[OLDEST_TABLE] = {"triton": "3.6.0", "rows": rows}
-    print(markdown({each["triton"]: each["rows"] for each in content.values()}))
-    lines = []
-    for path, each in content.items():
-        if write:
-            path.write_text(json.dumps(each, indent=1) + "\n")
-        else:
-            lines += differences(json.loads(path.read_text()), each["rows"])
-    if not write:
-        print("\n".join(lines) or "as in the table")
-    return bool(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--search", nargs=2, metavar=("PASS", "HEAD_DIM"))
     parser.add_argument("--tile", nargs=3, metavar=("PASS", "HEAD_DIM", "TILE"))
-    parser.add_argument("--others", nargs="?", const="", help="of OTHER_TILES, those so named")
-    parser.add_argument("--write", action="store_true", help="--others: into the table")
+    parser.add_argument(
+        "--others", nargs="?", const="", help="of triton_tables.OTHER_TILES, those so named"
+    )
+    parser.add_argument("--write", action="store_true", help="each into its table")
     parser.add_argument("--rows", nargs="*", default=(), help="of which rows alone")
     parser.add_argument("--kinds", nargs="*", default=(), help="of these: ours full, plain, ...")
-    parser.add_argument("--case", choices=[*CASES, *OPTIONS, *SEVERAL], default="full")
+    parser.add_argument(
+        "--case", choices=[*CASES, *OPTIONS, *BIAS_GRADIENT, *SEVERAL], default="full"
+    )
     parser.add_argument("--type", choices=TYPES, default="bf16")
     parser.add_argument("--only", default="", help='tiles that begin like this: "64,*,8"')
     parser.add_argument("--plain", action="store_true", help="plain Triton in place of ours")
     parser.add_argument("--dump", action="store_true", help="print the loop")
     args = parser.parse_args()
+    import triton_tables  # which takes this file as a module
+
     if args.search:
         name, head_dim = args.search
         kind = "plain" if args.plain else "ours"
@@ -541,18 +340,18 @@ def main() -> None:
         else:
             tile = None
         if args.plain:
-            compiled = load("bench/plain_triton.py").compiled(
-                name, args.architecture, head_dim, tile, args.type
-            )
+            compiled = plain_triton.compiled(name, args.architecture, head_dim, tile, args.type)
         else:
             compiled, tile = ours(name, head_dim, args.case, tile, args.type)
         print(line(row(compiled, args.architecture, tile, name, head_dim)))
         if args.dump:
             print("\n".join(listing(compiled, args.architecture)))
     elif args.others is not None:
-        print(json.dumps(measure_others(args.architecture, args.others, args.write)))
+        found = triton_tables.measure_others(args.architecture, args.others, args.write)
+        print(json.dumps(found))
     else:
-        print(json.dumps(measure(args.architecture, args.rows, args.kinds)))
+        put = triton_tables.put if args.write else None
+        print(json.dumps(measure(args.architecture, args.rows, args.kinds, put)))
 
 
 if __name__ == "__main__":

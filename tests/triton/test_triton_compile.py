@@ -66,8 +66,8 @@ for _table, _spills in {
         "forward 256 bf16": {"causal": 6},
         "dkdv 64 bf16": {"bias": 56, "mask": 30, "softcap": 15, "alibi": 1, "dropout": 18},
         "dkdv 128 bf16": {"bias": 53, "mask": 21, "softcap": 5, "dropout": 7},
-        "dq 64 bf16": {"bias": 116},
-        "dq 128 bf16": {"bias": 277, "mask": 8, "softcap": 9, "alibi": 7, "dropout": 42},
+        "dq 64 bf16": {"bias": 65},
+        "dq 128 bf16": {"bias": 187, "mask": 8, "softcap": 9, "alibi": 7, "dropout": 18},
         # five products in one kernel, in 15 to 36 % less time than two kernels even so
         "fused 64 bf16": {
             "causal": 4,
@@ -94,8 +94,8 @@ for _table, _spills in {
         # and .12; in one kernel a quarter of their time
         "dkdv 64 bf16": {"all": 42},
         "dkdv 128 bf16": {"bias": 21, "softcap": 19, "dropout": 62, "all": 265},
-        "dq 64 bf16": {"all": 245},
-        "dq 128 bf16": {"all": 276, "bias": 5},
+        "dq 64 bf16": {"all": 5, "bias": 15},  # a bias of which heads or batch share the gradient
+        "dq 128 bf16": {"all": 44},
         "fused 64 bf16": {"all": 74},
         # 256 columns: .63 and .57 of the peak; without spills mma.sync and 32 rows or less
         "forward 256 bf16": {"causal": 11},
@@ -131,8 +131,7 @@ for _table, _spills in {
             "dropout": 147,
             "all": 173,
         },
-        "dq 128 bf16": {"all": 98, "bias": 8},
-        "dq 64 bf16": {"mask": 16, "all": 33},
+        "dq 64 bf16": {"mask": 6, "bias": 27},
         "fused 64 bf16": {
             "all": 20,
         },

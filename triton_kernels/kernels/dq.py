@@ -13,13 +13,18 @@ from attn_ext.triton_kernels.kernels.dropout import (
     keep_each,
     keep_ordered,
 )
-from attn_ext.triton_kernels.kernels.logits import alibi_slope, tile_logits
+from attn_ext.triton_kernels.kernels.functions import byte_signs, only_seen
+from attn_ext.triton_kernels.kernels.logits import alibi_slope, mask_words, tile_logits
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
     DBIAS_ADD,
     DBIAS_STORE,
     DROPOUT,
+    KEY_WORDS,
+    MASK,
+    MASK_ONE_QUERY,
+    NATURAL,
     RUNTIME,
     STREAM,
     block_of,
@@ -41,13 +46,23 @@ from attn_ext.triton_kernels.kernels.primitives import (
     tile_pointers,
     tile_step,
     unknown_zero,
+    without_mask,
 )
 from attn_ext.triton_kernels.kernels.scores import (
     add_dbias,
+    add_whole_dbias,
     probabilities,
     score_gradient,
     tile_probabilities,
 )
+
+
+@triton.constexpr_function
+def clears(k, dbias: bool, flags: int) -> bool:
+    """Whether `query_gradient_tiles` leaves the mask out of the logits, and clears dS by it."""
+    words = int(flags) & KEY_WORDS.value and not int(flags) & MASK_ONE_QUERY.value
+    sixteen = k.dtype.element_ty.primitive_bitwidth == 16
+    return bool(int(flags) & MASK.value and words and sixteen and not dbias)
 
 
 @triton.jit
@@ -61,6 +76,14 @@ def query_gradient_tiles(
     k, k_s, v, v_s = kv
     order = key_order(BLOCK_N, FLAGS)
     DBIAS: tl.constexpr = (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)
+    # What is added to dbias stays: 0 for excluded pairs, whatever they hold.  What is stored, the
+    # careful way stores again, as NaN in dS is NaN in dQ.  In whole tiles with NATURAL only
+    # excluded pairs have a P of NaN.
+    CHECKED: tl.constexpr = (DBIAS_ADD & FLAGS) and (EDGE or not (NATURAL & FLAGS))
+    POSITIVE: tl.constexpr = (DBIAS_ADD & FLAGS) and not CHECKED
+    # The mask of words clears dS in 16 bits, two at a time, where nothing else takes dS or P
+    CLEARS: tl.constexpr = clears(k, DBIAS, FLAGS)
+    LOGITS: tl.constexpr = without_mask(FLAGS) if CLEARS else FLAGS
     ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
     if ADVANCE:
         k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS, order)
@@ -94,9 +117,9 @@ def query_gradient_tiles(
         c = order[None, :]
         s, cap = tile_logits(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS, not EDGE, slope,
+            EDGE, LOGITS, not EDGE, slope,
         )  # fmt: skip
-        p = tile_probabilities(s, row_lse[:, None], terms, scale, DBIAS, FLAGS)
+        p = tile_probabilities(s, row_lse[:, None], terms, scale, CHECKED, FLAGS)
         if STREAM & FLAGS:
             v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N, order)
             dp = streamed_dot(do, v_rows, zero, DV, BLOCK_DV)
@@ -105,9 +128,18 @@ def query_gradient_tiles(
         if DROPOUT & FLAGS:
             kept = keep_ordered(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             dp = tl.where(kept, dp * rng[3], 0.0)
-        ds, raw = score_gradient(p, dp, row_delta[:, None], cap, DBIAS, FLAGS)
-        if DBIAS:
+        ds, raw = score_gradient(p, dp, row_delta[:, None], cap, CHECKED, FLAGS, POSITIVE)
+        if CLEARS:
+            words, place = mask_words(
+                terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, not EDGE, FLAGS
+            )
+            raw = only_seen(raw.to(k_tile.dtype), byte_signs(words), place)
+        if DBIAS and EDGE:
             add_dbias(ds, i_first + r, j_first + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
+        elif DBIAS:
+            add_whole_dbias(
+                ds, i_first, j_first, b, h, seqlen_q, seqlen_k, grad, BLOCK_M, BLOCK_N, FLAGS
+            )
         # dQ += dS @ K   [BLOCK_M, BLOCK_D]
         if STREAM & FLAGS:
             tl.debug_barrier()
@@ -119,12 +151,12 @@ def query_gradient_tiles(
 @triton.jit
 def careful_query_gradients(
     dq, q, do, row_lse, row_delta, kv, i_first, r, b, h, seqlen_q, seqlen_k, off, terms, rng,
-    scale, left, right, j_first, j_end,
+    grad, scale, left, right, j_first, j_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """`query_gradient_tiles` of keys j_first..j_end - 1, one by one, with sums that skip excluded
-    pairs; dbias is not written again."""
+    pairs; a stored dbias is stored again."""
     k, k_s, v, v_s = kv
     c = tl.arange(0, 1)[None, :]
     for step in tl.range(0, j_end - j_first, num_stages=1):
@@ -140,15 +172,17 @@ def careful_query_gradients(
         if DROPOUT & FLAGS:
             kept = keep_each(i_first + r, j + c, b, h, terms, rng, FLAGS)
             dp = tl.where(kept, dp * rng[3], 0.0)
-        _, raw = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
+        ds, raw = score_gradient(p, dp, row_delta[:, None], cap, True, FLAGS)
+        if DBIAS_STORE & FLAGS:
+            add_dbias(ds, i_first + r, j + c, b, h, seqlen_q, seqlen_k, grad, FLAGS)
         dq += outer_present(raw, k_row)
     return dq
 
 
 @triton.jit
 def careful_query_block(
-    inputs, dq, strides, key_strides, zero, b, h, hk, i_first, q_first, k_first, length_q, length_k,
-    off, terms, rng, scale, left, right, softmax_scale, j_first, j_end,
+    inputs, dq, grad, strides, key_strides, zero, b, h, hk, i_first, q_first, k_first, length_q,
+    length_k, off, terms, rng, scale, left, right, softmax_scale, j_first, j_end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -175,8 +209,8 @@ def careful_query_block(
         part_delta = tl.load(delta + part_row, mask=part_i < length_q, other=0.0)
         part_acc = careful_query_gradients(
             tl.zeros([ROWS, BLOCK_D], tl.float32), part_q, part_do, part_lse, part_delta, kv,
-            i_part, part_r, b, h, length_q, length_k, off, terms, rng, scale, left, right, j_first,
-            j_end, D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS,
+            i_part, part_r, b, h, length_q, length_k, off, terms, rng, grad, scale, left, right,
+            j_first, j_end, D, DV, ROWS, BLOCK_D, BLOCK_DV, FLAGS,
         )  # fmt: skip
         part_acc = part_acc * softmax_scale
         store_tile(dq_rows, dq_s, i_part, length_q, part_acc, D, ROWS, BLOCK_D, FLAGS)
@@ -184,7 +218,7 @@ def careful_query_block(
 
 @triton.jit
 def store_query_block(
-    acc, bad, inputs, dq, strides, key_strides, b, h, hk, i_first, q_first, k_first, length_q,
+    acc, bad, inputs, dq, grad, strides, key_strides, b, h, hk, i_first, q_first, k_first, length_q,
     length_k, terms, rng_state, numbers,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FLAGS: tl.constexpr,
@@ -199,7 +233,7 @@ def store_query_block(
             i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS
         )
         careful_query_block(
-            inputs, dq, strides, key_strides, unknown_zero(bad), b, h, hk, i_first, q_first,
+            inputs, dq, grad, strides, key_strides, unknown_zero(bad), b, h, hk, i_first, q_first,
             k_first, length_q, length_k, off, terms,
             dropout_state(rng_state, threshold, inverse_keep, FLAGS), scale, left, right,
             softmax_scale, first * BLOCK_N, tl.minimum(end * BLOCK_N, length_k),
@@ -255,6 +289,10 @@ def dq_kernel(
     first, full_first, full_end, end = key_range(
         i_first, i_last, length_k, off, left, right, BLOCK_N, FLAGS
     )
+    if (DBIAS_ADD & FLAGS) and (NATURAL & FLAGS):
+        # Pairs that are not excluded may have a P of NaN in rows without LSE: no tile is whole
+        lost = tl.sum(tl.where(row_lse != row_lse, 1, 0), 0)
+        full_end = tl.where(lost > 0, full_first, full_end)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # The cut tiles first, as in dkdv.py
     acc = query_gradient_tiles(
@@ -268,7 +306,7 @@ def dq_kernel(
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
     )  # fmt: skip
     store_query_block(
-        acc, nan_count(acc), (q, k, v, dout, lse2, delta), dq,
+        acc, nan_count(acc), (q, k, v, dout, lse2, delta), dq, grad,
         (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h, dq_b, dq_h, dq_s),
         (k_b, k_h, k_s, v_b, v_h, v_s), b, h, hk, i_first, q_first, k_first, length_q, length_k,
         terms, rng_state, (scale, threshold, inverse_keep, left, right, softmax_scale),

@@ -78,6 +78,28 @@ def where_seen(seen, s):
 
 
 @triton.jit
+def byte_signs(words):
+    """Words whose bytes have their highest bit set where they were not 0."""
+    return ((words & 0x7F7F7F7F) + 0x7F7F7F7F) | words
+
+
+@triton.jit
+def only_seen(x, signs, place):
+    """x in 16 bits, and 0 where byte `place` of `byte_signs` lacks its bit: two instructions for
+    two elements, where a test and a selection each are four."""
+    if INTERPRETED or not is_cuda():
+        kept = tl.where(((signs >> (place * 8 + 7)) & 1) != 0, x, 0.0)
+    else:
+        # prmt with 8 in a digit repeats a byte's highest bit; digits of the second word have 4
+        kept = tl.inline_asm_elementwise(
+            "{ .reg .b32 s, m; mad.lo.u32 s, $5, 0x1100, 0xcc00; mad.lo.u32 s, $4, 0x11, s;"
+            " add.u32 s, s, 0x88; prmt.b32 m, $2, $3, s; and.b32 $0, $1, m; }",
+            "=r,r,r,r,r,r", [x, signs, place], dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    return kept
+
+
+@triton.jit
 def settled(x):
     """x, whose product is complete here: a use of it without an instruction."""
     if INTERPRETED or not is_cuda():

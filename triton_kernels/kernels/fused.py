@@ -63,7 +63,7 @@ def dq_from_sums_kernel(
     acc = tl.load(rows + i_first.to(tl.int64) * BLOCK_D + sum_places(BLOCK_M, BLOCK_D))
     inside = (i_first + tl.arange(0, BLOCK_M) < length_q)[:, None]
     store_query_block(
-        acc, nan_count(tl.where(inside, acc, 0.0)), (q, k, v, dout, lse2, delta), dq,
+        acc, nan_count(tl.where(inside, acc, 0.0)), (q, k, v, dout, lse2, delta), dq, None,
         (q_b, q_h, q_s, do_b, do_h, do_s, lse_b, lse_h, dq_b, dq_h, dq_s),
         (k_b, k_h, k_s, v_b, v_h, v_s), b, h, h // group, i_first, q_first, k_first, length_q,
         length_k, terms, rng_state, (scale, threshold, inverse_keep, left, right, softmax_scale),

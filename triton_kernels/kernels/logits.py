@@ -23,7 +23,6 @@ from attn_ext.triton_kernels.kernels.primitives import (
     BIAS,
     BIAS_ONE_QUERY,
     DBIAS_ADD,
-    DBIAS_STORE,
     FRAME,
     KEY_WORDS,
     LEFT,
@@ -117,7 +116,7 @@ def score_words(
     WHOLE_KEYS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """With KEY_WORDS: (words of KEYS keys, 2 or 4, of a mask or bias, each at all of its keys; each
-    key's place in its word).  [BLOCK_M, BLOCK_N], of keys in their own order; or of S^T, where c is
+    key's place in its word).  [BLOCK_M, BLOCK_N], of keys in `key_order`; or of S^T, where c is
     [BLOCK_N, 1], [BLOCK_N, BLOCK_M] of keys in `own_key_order`.  b_s, h_s, q_s: of elements.
 
     Triton's loops load 32 bits ahead and in the order in which a thread holds S, but fewer bits
@@ -146,10 +145,25 @@ def score_words(
         words = tl.reshape(words, [N, M])
         place = (((n & 1) * 2 + ((n & 8) >> 3)) & (KEYS - 1))[:, None]
     else:
+        # Of 16 columns 8 e + 2 q + p are keys 4 q + 2 e + p
         M: tl.constexpr = words.shape[0]
-        words = tl.reshape(tl.broadcast_to(words[:, :, None], [M, N // KEYS, KEYS]), [M, N])
-        place = (n & (KEYS - 1))[None, :]
+        words = tl.reshape(words, [M, N // 16, 4, 4 // KEYS, 1])
+        words = tl.broadcast_to(tl.permute(words, [0, 1, 3, 2, 4]), [M, N // 16, 2, 4, 2])
+        words = tl.reshape(words, [M, N])
+        place = ((((n & 8) >> 2) + (n & 1)) & (KEYS - 1))[None, :]
     return words, place.to(tl.uint32)
+
+
+@triton.jit
+def mask_words(
+    terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`score_words` of the mask: four keys each."""
+    return score_words(
+        terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, b, h, i_first, r, j_first, c,
+        seqlen_q, seqlen_k, 4, WHOLE_KEYS, FLAGS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -159,12 +173,11 @@ def visible_keys(
 ):  # fmt: skip
     """A tile of the mask: not 0 where a query sees a key."""
     if (KEY_WORDS & FLAGS) and not (MASK_ONE_QUERY & FLAGS):
-        words, place = score_words(
-            terms.mask, terms.mask_b, terms.mask_h, terms.mask_q, b, h, i_first, r, j_first, c,
-            seqlen_q, seqlen_k, 4, WHOLE_KEYS, FLAGS,
-        )  # fmt: skip
+        words, place = mask_words(
+            terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
+        )
         found = words & (tl.full(place.shape, 0xFF, tl.uint32) << (place * 8))
-    elif (MASK_PAIRS & FLAGS) and c.shape[1] > 1:
+    elif (MASK_PAIRS & FLAGS) and not (KEY_WORDS & FLAGS) and c.shape[1] > 1:
         words = mask_pairs(
             terms, b, h, i_first, r, j_first, seqlen_q, seqlen_k, c.shape[1] // 2, WHOLE_KEYS, FLAGS
         )
@@ -288,7 +301,7 @@ def tile_logits(
             terms, b, h, i_first, r, j_first, c, seqlen_q, seqlen_k, WHOLE_KEYS, FLAGS
         )
         s = where_seen(visible.to(tl.uint32), s)
-    if (BIAS & FLAGS) and (not (NATURAL & FLAGS) or ((DBIAS_STORE | DBIAS_ADD) & FLAGS)):
+    if (BIAS & FLAGS) and (not (NATURAL & FLAGS) or (POSITIONS and (DBIAS_ADD & FLAGS))):
         # a bias of -inf excludes even where q . k is NaN
         s = tl.where(added == float("-inf"), float("-inf"), s)
     if POSITIONS:

@@ -202,15 +202,23 @@ def unknown_zero(count):
     return count & (1 << 30)
 
 
+@triton.constexpr_function
+def orders_keys(flags: int) -> bool:
+    """Whether `key_order` is another than the keys' own."""
+    if int(flags) & KEY_WORDS.value:
+        return True
+    return bool(int(flags) & DROPOUT.value) and (INTERPRETED.value or is_cuda())
+
+
 @triton.jit
 def key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
     """Which key of a tile each column of S is: the order of keys is free in a sum.
 
-    With DROPOUT the keys that share a Philox evaluation, four in a row, are those of one thread: on
-    NVIDIA GPUs, of 16 columns it holds 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, which are keys 4 q to
-    4 q + 3; on AMD four in a row."""
+    With DROPOUT the keys that share a Philox evaluation, four in a row, are those of one thread,
+    and so with KEY_WORDS those that share words of mask and bias: on NVIDIA GPUs, of 16 columns it
+    holds 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, which are keys 4 q to 4 q + 3; on AMD four in a row."""
     n = tl.arange(0, BLOCK_N)
-    if (DROPOUT & FLAGS) and (INTERPRETED or is_cuda()):
+    if orders_keys(FLAGS):
         n = (n & ~15) | ((n & 6) << 1) | ((n & 8) >> 2) | (n & 1)
     return n
 
@@ -222,7 +230,7 @@ def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
     On NVIDIA GPUs, of 16 rows a thread holds g and g + 8: with DROPOUT and with KEY_WORDS keys 2 g
     and 2 g + 1, which share a Philox evaluation, and a word of the mask or bias."""
     n = tl.arange(0, BLOCK_N)
-    if (KEY_WORDS & FLAGS) or ((DROPOUT & FLAGS) and (INTERPRETED or is_cuda())):
+    if orders_keys(FLAGS):
         n = (n & ~15) | ((n & 7) << 1) | ((n & 8) >> 3)
     return n
 
@@ -231,6 +239,12 @@ def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
 def careful_flags(flags: int) -> int:
     """The flags of a careful way, which takes keys one by one and logits in base 2."""
     return int(flags) & ~(UNSCALED.value | NATURAL.value | MASK_PAIRS.value | KEY_WORDS.value)
+
+
+@triton.constexpr_function
+def without_mask(flags: int) -> int:
+    """The flags of a call's other terms."""
+    return int(flags) & ~MASK.value
 
 
 @triton.jit

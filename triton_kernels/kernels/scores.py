@@ -13,7 +13,10 @@ from attn_ext.triton_kernels.kernels.primitives import (
     SIGMOID,
     SOFTCAP,
     UNSCALED,
+    WIDE,
     hold,
+    key_order,
+    orders_keys,
 )
 from attn_ext.triton_kernels.kernels.softmax import sigmoid, unit
 
@@ -63,8 +66,11 @@ def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.con
 
 
 @triton.jit
-def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
-    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN."""
+def score_gradient(
+    p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr, POSITIVE: tl.constexpr = False
+):
+    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN.  POSITIVE: also where
+    P is NaN."""
     ds = p * (1.0 - p) * dp if (SIGMOID & FLAGS) else p * (dp - delta)
     raw = ds
     if SOFTCAP & FLAGS:
@@ -72,6 +78,9 @@ def score_gradient(p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr)
     if ALWAYS:
         ds = tl.where(p != 0, ds, 0.0)
         raw = tl.where(p != 0, raw, 0.0)
+    elif POSITIVE:
+        ds = tl.where(p > 0, ds, 0.0)
+        raw = tl.where(p > 0, raw, 0.0)
     return ds, raw
 
 
@@ -96,4 +105,42 @@ def add_dbias(ds, i, j, b, h, seqlen_q, seqlen_k, grad, FLAGS: tl.constexpr):
         else:
             inside = (i < seqlen_q) & (j < seqlen_k)
             places = base + i.to(tl.int64) * g_q + j.to(tl.int64) * g_k
+            tl.atomic_add(places, ds, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def add_whole_dbias(
+    ds, i_first, j_first, b, h, seqlen_q, seqlen_k, grad, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """`add_dbias` of queries i_first, ... and of keys j_first, ... in `key_order`, all of which
+    exist: so its places are vectors.  Keys in another order than their own are four of a thread,
+    and rows are put as lanes and warps hold them, so that nothing goes through shared memory."""
+    dbias, g_b, g_h, g_q, g_k = grad
+    if (DBIAS_ONE_QUERY & FLAGS) or (DBIAS_ONE_KEY & FLAGS):
+        i, j = i_first + tl.arange(0, BLOCK_M), j_first + key_order(BLOCK_N, FLAGS)
+        add_dbias(ds, i[:, None], j[None, :], b, h, seqlen_q, seqlen_k, grad, FLAGS)
+    else:
+        base = dbias + b * g_b + h * g_h
+        base += i_first.to(tl.int64) * g_q + j_first.to(tl.int64) * g_k
+        if orders_keys(FLAGS):
+            # Rows 16 m + 8 e + g and 16 columns n each, of which 8 e + 2 q + p are keys
+            # 4 q + 2 e + p, as [2 e, n, m, 8 g, 16 keys]: Triton gives lanes the last, then warps
+            ds = tl.reshape(ds, [BLOCK_M // 16, 2, 8, BLOCK_N // 16, 2, 4, 2])
+            ds = tl.permute(ds, [1, 3, 0, 2, 5, 4, 6])
+            ds = tl.reshape(ds, [2, BLOCK_N // 16, BLOCK_M // 16, 8, 16])
+            r = 8 * tl.arange(0, 2)[:, None, None, None, None]
+            r = r + 16 * tl.arange(0, BLOCK_M // 16)[None, None, :, None, None]
+            r = r + tl.arange(0, 8)[None, None, None, :, None]
+            c = 16 * tl.arange(0, BLOCK_N // 16)[None, :, None, None, None]
+            c = c + tl.arange(0, 16)[None, None, None, None, :]
+        else:
+            r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        inside = i_first + r < seqlen_q
+        if WIDE & FLAGS:
+            r, c = r.to(tl.int64), c.to(tl.int64)
+        places = base + (r * g_q + c * g_k)
+        if DBIAS_STORE & FLAGS:
+            tl.store(places, ds, mask=inside)
+        else:
             tl.atomic_add(places, ds, mask=inside, sem="relaxed")

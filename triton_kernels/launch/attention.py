@@ -136,7 +136,7 @@ class Plan:
             "VARLEN": self.varlen,
             "SEQLENS": self.seqlens_k is not None,
             "PAGED": self.block_table is not None,
-            "WIDE": longest * 256 >= 1 << 31,
+            "WIDE": self.wide([longest]),
             "STREAM": self.q.element_size() == 4 and max(self.block_d, self.block_dv) > 64,
             "GROUPED": self.heads_q != self.heads_k,
             "SIGMOID": self.sigmoid,
@@ -152,6 +152,11 @@ class Plan:
             "MASK_PAIRS": self._mask_has_pairs(),
         }
         return sum(_FLAG[name] for name, on in present.items() if on)
+
+    @staticmethod
+    def wide(apart) -> int:
+        """WIDE where rows or keys so many elements apart need offsets of 64 bits within a tile."""
+        return _FLAG["WIDE"] if max(apart) * 256 >= 1 << 31 else 0
 
     def _has_one_query(self, x) -> bool:
         return x is not None and score_strides(x, self.sizes)[2] == 0
@@ -189,15 +194,14 @@ class Plan:
             found += primitives.BOUNDED.value
         return found
 
-    def backward_flags(self, keys: bool) -> int:
-        """The flags of dK and dV (`keys`) and of dQ: P is 2 to a multiply-add of the logits in the
-        forward's units.  KEY_WORDS where mask and bias serve."""
+    def backward_flags(self) -> int:
+        """The flags of dK and dV and of dQ: P is 2 to a multiply-add of the logits in the forward's
+        units.  KEY_WORDS where mask and bias serve."""
         units = primitives.UNSCALED.value | primitives.NATURAL.value
         found = self.flags | (self.forward_flags() & units)
         terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
         words = all(self._has_words(x, 4) for x in terms)
-        usable = not architecture(self.q).startswith("gfx") and (keys or not self.dropout)
-        if terms and words and usable:
+        if terms and words and not architecture(self.q).startswith("gfx"):
             found |= primitives.KEY_WORDS.value
         return found
 

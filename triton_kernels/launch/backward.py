@@ -139,7 +139,7 @@ class Backward:
             kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv, *sums,
             *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen), *sum_strides,
             *self._sizes(blocks), *self._tiles(tile),
-            plan.flags_by(tile, plan.backward_flags(True)),
+            plan.flags_by(tile, plan.backward_flags()),
         )  # fmt: skip
 
     def all_at_once(self, tile: configs.Tile, dq, dk, dv) -> None:
@@ -158,8 +158,10 @@ class Backward:
         """dQ, and dbias where it is given, by plain stores or atomics."""
         plan, tile = self.plan, self.plan.tile("dq")
         self.dq = dq = plan.own(torch.empty_like(plan.q)) if dq is None else dq
-        flags = plan.backward_flags(False)
-        flags += 0 if dbias is None else dbias_flags(plan, tuple(dbias.shape))
+        flags = plan.backward_flags()
+        if dbias is not None:
+            flags |= dbias_flags(plan, tuple(dbias.shape))
+            flags |= plan.wide(score_strides(dbias, plan.sizes)[2:])
         blocks = ceil_div(plan.seqlen_q, tile.block_m)
         plan.run(
             dq_kernel, blocks * plan.heads_q * plan.batch, tile, *self.inputs, dq, dbias,

@@ -21,13 +21,14 @@ CASES = {
         "mask": "bqk", "bias": "hqk", "dropout_p": 0.2, "dtype": torch.bfloat16,
     },
     "an odd length": {"mask": "bqk", "seqlens_q": [33, 7], "seqlens_k": [67, 68]},
+    "bias, beside a mask of keys": {"mask": "bk", "bias": "hqk", "dtype": torch.bfloat16},
+    "a sum of gradients of the bias": {"bias": "qk", "batch": 2, "dtype": torch.bfloat16},
 }  # fmt: skip
 
 
-def words(call, keys: bool) -> bool:
-    """Whether dK and dV (`keys`), or dQ, load words."""
-    flags = attention.Plan(call).backward_flags(keys)
-    return bool(flags & primitives.KEY_WORDS.value)
+def words(call) -> bool:
+    """Whether the backward loads words."""
+    return bool(attention.Plan(call).backward_flags() & primitives.KEY_WORDS.value)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -38,9 +39,18 @@ def test_gradients_by_words(name):
     if "seqlens_k" in options:
         options["batch"] = 2
     call = random_call(3, **SIZES | options)
-    assert words(call, True)
-    assert words(call, False) == ("dropout" not in name), "dQ has another order of keys then"
+    assert words(call)
     check_call(call, "triton")
+
+
+@pytest.mark.parametrize("bias", ["hqk", "qk", "hk", "hq"])
+def test_gradients_of_a_bias_of_other_orders(bias):
+    """dbias of float32 biases, which are no words: in the keys' own order, and in that of dropout,
+    whole tiles and cut ones, of each pair and summed up."""
+    for options in ({}, {"dropout_p": 0.2}):
+        call = random_call(5, **SIZES | {"bias": bias} | options)
+        assert not words(call)
+        check_call(call, "triton")
 
 
 def test_terms_without_words():
@@ -50,11 +60,11 @@ def test_terms_without_words():
     for first, expected in ((2, False), (4, True)):
         mask = whole[..., first : first + 68].copy_(call.mask)
         cut = call._replace(mask=mask)
-        assert words(cut, True) == words(cut, False) == expected
+        assert words(cut) == expected
         check_call(cut, "triton")
     for options in ({"mask": "bqk", "seqlen_k": 66}, {"bias": "hqk"}, {"mask": "bk"}):
         call = random_call(3, **SIZES | options)
-        assert not words(call, True)
+        assert not words(call)
         check_call(call, "triton")
 
 
@@ -63,6 +73,16 @@ PLANTED = {
     "another half": ("bias_tile", "place == 0, words << 16", "place != 0, words << 16", "bias"),
     "rows of S^T as they lie": (
         "score_words", "(n & 1) * 2 + ((n & 8) >> 3)", "n & 3", "mask, in one kernel"
+    ),
+    "columns of S as they lie": (
+        "score_words", "((n & 8) >> 2) + (n & 1)", "n & 3", "mask, in two"
+    ),
+    "words of S as they lie": (
+        "score_words", "tl.permute(words, [0, 1, 3, 2, 4])",
+        "tl.reshape(words, [M, N // 16, 4 // KEYS, 4, 1])", "bias",
+    ),
+    "pairs of a mask of keys": (
+        "visible_keys", " and not (KEY_WORDS & FLAGS)", "", "bias, beside a mask of keys"
     ),
 }  # fmt: skip
 
@@ -77,9 +97,31 @@ def test_planted_bug_in_the_words_is_caught(name, monkeypatch, tmp_path):
         check_call(random_call(3, **SIZES | CASES[case]), "triton")
 
 
-def rows_of_large_biases():
-    """Rows whose logits are the largest and the least number, and infinite, beside others."""
-    call = random_call(7, bias="hqk", **SIZES | {"dtype": torch.bfloat16})
+PLANTED_DBIAS = {
+    "keys as threads hold them": ("[1, 3, 0, 2, 5, 4, 6]", "[1, 3, 0, 2, 4, 5, 6]", "bias"),
+    "rows eight apart": ("8 * tl.arange(0, 2)", "1 * tl.arange(0, 2)", "bias"),
+    "the last row": ("i_first + r < seqlen_q", "i_first + r < seqlen_q - 1", "bias"),
+    "a store where one adds": (
+        "if DBIAS_STORE & FLAGS:\n            tl.store", "if True:\n            tl.store",
+        "a sum of gradients of the bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_DBIAS)
+def test_planted_bug_in_the_gradient_of_a_bias_is_caught(name, monkeypatch, tmp_path):
+    """The tests above that look at cut tiles of dbias alone."""
+    before, after, case = PLANTED_DBIAS[name]
+    module = planted_triton.planted("scores", before, after, tmp_path)
+    monkeypatch.setattr(dq, "add_whole_dbias", module.add_whole_dbias)
+    with pytest.raises(AssertionError):
+        check_call(random_call(3, **SIZES | CASES[case]), "triton")
+
+
+def rows_of_large_biases(bias="hqk"):
+    """Rows whose logits are the largest and the least number, and infinite, beside others; dbias of
+    each pair is stored, or with a bias of "qk" added up."""
+    call = random_call(7, bias=bias, **SIZES | {"dtype": torch.bfloat16})
     largest = torch.finfo(torch.bfloat16).max
     call.bias[:, :, 2], call.bias[:, :, 3] = -largest, largest
     call.bias[:, :, 4, :40], call.bias[:, :, 5, 3] = -largest, largest
@@ -89,14 +131,18 @@ def rows_of_large_biases():
     return call
 
 
-def test_biases_of_any_size():
+@pytest.mark.parametrize("bias", ["hqk", "qk"])
+def test_biases_of_any_size(bias):
     """A base-2 logit that overflows and makes NaN of a bias' gradient; 0 * NaN of an excluded pair
-    in it."""
-    call = rows_of_large_biases()
-    assert attention.Plan(call).backward_flags(False) & primitives.NATURAL.value
+    in it, in a row of NaN and in others."""
+    call = rows_of_large_biases(bias)
+    assert attention.Plan(call).backward_flags() & primitives.NATURAL.value
     assert needs_of(call).bias
     check_call(call, "triton")
-    call.k[:, :, 45] = 1.0
+    call.bias[..., 45] = -torch.inf  # which no row sees: no row has a NaN
+    call.v[:, :, 45] = torch.nan
+    check_call(call, "triton")
+    call.k[:, :, 45], call.v[:, :, 45] = 1.0, 1.0
     check_call(call, "triton")
 
 
@@ -112,6 +158,72 @@ def gradient_of_the_largest() -> torch.Tensor:
 def test_a_row_of_the_largest_number_has_a_gradient():
     """inf - inf where the logit overflows in base 2 and its row, a far one, has no LSE here."""
     assert gradient_of_the_largest().isfinite().all()
+
+
+def dq_of_another_gradient(monkeypatch, folder):
+    module = planted_triton.planted("scores", "tl.where(p > 0, ds", "tl.where(p != 0, ds", folder)
+    monkeypatch.setattr(dq, "score_gradient", module.score_gradient)
+
+
+def dq_with(before, after):
+    """What replaces the kernel of dQ by one with this bug."""
+
+    def plant(monkeypatch, folder):
+        module = planted_triton.planted("dq", before, after, folder)
+        monkeypatch.setattr(backward, "dq_kernel", module.dq_kernel)
+
+    return plant
+
+
+PLANTED_CHECKS = {
+    "NaN of an excluded pair is added": ("qk", dq_of_another_gradient),
+    "a row of NaN has a gradient of 0": ("qk", dq_with("lost > 0", "lost > BLOCK_M")),
+    "NaN of an excluded pair stays": (
+        "hqk",
+        dq_with(
+            "if DBIAS_STORE & FLAGS:\n            add_dbias", "if False:\n            add_dbias"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_CHECKS)
+def test_planted_bug_in_what_a_gradient_checks_is_caught(name, monkeypatch, tmp_path):
+    """The test above that looks at rows without any NaN alone, or at none."""
+    bias, plant = PLANTED_CHECKS[name]
+    plant(monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        test_biases_of_any_size(bias)
+
+
+PLANTED_CLEARS = {
+    "another byte": ("functions", "only_seen", "place * 8 + 7", "(place ^ 1) * 8 + 7"),
+    "a carry lost": ("functions", "byte_signs", " | words", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_CLEARS)
+def test_planted_bug_in_what_a_mask_clears_is_caught(name, monkeypatch, tmp_path):
+    """The test above without a kernel of dQ, or of a mask that holds no other byte than 0 and 1."""
+    module, function, before, after = PLANTED_CLEARS[name]
+    planted = planted_triton.planted(module, before, after, tmp_path)
+    monkeypatch.setattr(dq, function, getattr(planted, function))
+    with pytest.raises(AssertionError):
+        check_call(masked_by_any_byte(), "triton")
+
+
+def masked_by_any_byte():
+    """A call whose mask has other bytes than 1 where a query sees a key."""
+    call = random_call(3, **SIZES | CASES["mask, in two"] | {"dtype": torch.bfloat16})
+    raw = call.mask.view(torch.uint8)
+    raw *= torch.tensor([1, 2, 128, 255], dtype=torch.uint8).repeat(17)
+    return call
+
+
+def test_a_mask_of_any_byte():
+    """A byte of a bool tensor that another library wrote, whose lowest bit alone is looked at, or
+    that carries into its neighbour."""
+    check_call(masked_by_any_byte(), "triton")
 
 
 def test_planted_bug_in_far_rows_is_caught(monkeypatch, tmp_path):

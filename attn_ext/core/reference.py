@@ -285,8 +285,8 @@ def _additive(q, k, w, visible: torch.Tensor) -> torch.Tensor:
 
 def _dropout(call: Call, p: torch.Tensor, frame: Frame) -> torch.Tensor:
     """P * keep / (1 - dropout_p)   [B, Hq, Sq, Sk]; 0 for dropout_p = 1."""
-    if call.dropout_p >= 1:
-        return torch.zeros_like(p)
+    if call.dropout_p >= 1:  # still a function of P: a row of NaN has a dQ of NaN
+        return p.masked_fill(torch.ones_like(p, dtype=torch.bool), 0.0)
     firsts = frame[:4]
     every = (range(at, at + n) for at, n in zip(firsts, p.shape, strict=True))
     keep = keep_tile(philox_key(*call.rng_state.tolist()), call.dropout_p, *every, p.device)

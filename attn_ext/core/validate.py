@@ -108,11 +108,17 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf):
     return value
 
 
-def integer(name: str, value, low: int = 0):
-    """`value` as an int of Python; TypeError if torch takes it for none, ValueError below `low`."""
+def some_integer(name: str, value):
+    """`value` as an int of Python, whatever its size; TypeError if torch takes it for none."""
     value = plain_number(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    return value
+
+
+def integer(name: str, value, low: int = 0):
+    """`value` as an int of Python; TypeError if torch takes it for none, ValueError below `low`."""
+    value = some_integer(name, value)
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if type(value) is int and value > MAX_ELEMENTS:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from attn_ext.functional import tree
+
 if TYPE_CHECKING:
     import torch.distributed as dist
 
@@ -102,7 +104,7 @@ class Layout:
         _positive("parts", parts, 1)
         if balance not in BALANCES:
             raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
-        starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+        starts = tree.integers("cu_seqlens", cu_seqlens)
         if not starts or starts[0] != 0 or any(b < a for a, b in itertools.pairwise(starts)):
             raise ValueError(f"cu_seqlens must begin at 0 and never fall, got {starts}")
         lengths = tuple(b - a for a, b in itertools.pairwise(starts))

@@ -274,6 +274,9 @@ class KVCache:
     def _call(self, q, rows, options) -> tuple:
         """((q, pages of k, of v, lengths, block table), keywords) of a call, checked."""
         validate.tensor("q", q)
+        for name in ("mask", "bias"):  # before their shapes are read
+            if options.get(name) is not None:
+                validate.tensor(name, options[name])
         rows = None if rows is None else self._checked_rows("rows", rows)
         tree.queries(q, self.k_pages, self.batch if rows is None else len(rows))
         options = self._with_window(options)

@@ -24,6 +24,8 @@ def _longest(name: str, value, cu_seqlens, total):
     `total` when traced.
     """
     if value is not None:
+        if torch.compiler.is_compiling():  # the graph may know it only when it runs; values.check
+            return validate.some_integer(name, value)
         return validate.integer(name, value)
     if torch.compiler.is_compiling() or not route.is_plain(cu_seqlens, cu_seqlens, cu_seqlens):
         return total

@@ -91,6 +91,7 @@ class AdditiveAttention(nn.Module):
     ):
         super().__init__()
         _sizes(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
+        validate.boolean("bias", bias)
         self.dropout = validate.number("dropout", dropout, 0.0, 1.0)
         self.query_dim, self.key_dim, self.hidden_dim = query_dim, key_dim, hidden_dim
         self.query_proj = nn.Linear(query_dim, hidden_dim, bias=bias)
@@ -154,6 +155,8 @@ class AttentionPooling(nn.Module):
         super().__init__()
         _heads(embed_dim, num_heads)
         _sizes(num_queries=num_queries)
+        if not isinstance(score, str):
+            raise TypeError(f"score must be 'dot' or 'additive', got {score!r}")
         if score not in ("dot", "additive"):
             raise ValueError(f"score must be 'dot' or 'additive', got {score!r}")
         self.embed_dim, self.num_heads, self.num_queries = embed_dim, num_heads, num_queries

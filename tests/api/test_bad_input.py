@@ -49,6 +49,23 @@ def sdpa(q=None, k=None, v=None, **options):
 
 
 I32 = torch.int32
+
+
+def in_a_cache(**options):
+    """One query of a cache that holds three positions."""
+    cache = attn_ext.KVCache(1, 2, 8, max_length=8, page_size=4)
+    return cache.append(dense(1, 2, 3), dense(1, 2, 3)).attend(dense(1, 2, 1), **options)
+
+
+def additive_module(**options):
+    return attn_ext.nn.AdditiveAttention(8, 8, 4, **options)(*[torch.randn(2, 3, 8)] * 2)
+
+
+def pooling_module(**options):
+    return attn_ext.nn.AttentionPooling(8, **options)(torch.randn(2, 3, 8))
+
+
+NESTED = torch.nested.nested_tensor([torch.randn(2, 1, 3)])
 BAD = {
     # tensors
     "q_numpy": (attend, dict(q=np.zeros((2, 4, 6, 8))), TypeError, "q must", "ndarray"),
@@ -242,6 +259,11 @@ BAD = {
     "sdpa_e": (sdpa, dict(k=dense(d=7)), ValueError, "key must", "7"),
     "sdpa_s": (sdpa, dict(v=dense(s=5)), ValueError, "value must", "5"),
     "sdpa_scale": (sdpa, dict(scale="x"), TypeError, "scale must", "'x'"),
+    # caches and modules
+    "cache_nested_bias": (in_a_cache, dict(bias=NESTED), TypeError, "bias must", "nested"),
+    "cache_nested_mask": (in_a_cache, dict(mask=NESTED), TypeError, "mask must", "nested"),
+    "module_bias": (additive_module, dict(bias=np.zeros(2)), TypeError, "bias must", "ndarray"),
+    "module_score": (pooling_module, dict(score=np.zeros(2)), TypeError, "score must", "array"),
 }  # fmt: skip
 
 
@@ -259,7 +281,7 @@ def test_bad_call(case):
 
 def test_the_good_calls_of_the_helpers_return():
     """A helper that is bad by itself makes every case above pass for a wrong reason."""
-    for function in (attend, packed, decode, sdpa):
+    for function in (attend, packed, decode, sdpa, in_a_cache, additive_module, pooling_module):
         assert torch.isfinite(function()).all()
     assert torch.isfinite(decode(table=((0,), (1,)))).all()
     assert torch.isfinite(decode(lengths=(5, 2), new=dense(s=1))).all()

@@ -141,6 +141,9 @@ def test_bad_layouts():
     ):
         with pytest.raises(ValueError, match=what):
             make()
+    for starts in (None, 1.5, [0, 4.5], torch.tensor([0.0, 4.0]), torch.tensor(4)):
+        with pytest.raises(TypeError, match="cu_seqlens"):
+            Layout.packed(starts, 2)
     with pytest.raises(TypeError, match="seqlen must be an int"):
         Layout.zigzag(8.0, 2)
 

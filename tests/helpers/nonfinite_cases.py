@@ -84,13 +84,15 @@ ROWS_OF_NAN = {
 
 
 def check_dropped_of_nan(name: str, dtype: torch.dtype, backend: str, **options) -> None:
-    """Rows of NaN whose pairs dropout takes in part (0.5) and all (1), and without it (0)."""
+    """Rows of NaN whose pairs dropout takes in part (0.5) and all (1), and without it (0); of all
+    also where O alone has a gradient."""
     spoil, own = ROWS_OF_NAN[name]
     for dropout_p in (0.0, 0.5, 1.0):
         sizes = {"batch": 1, "seqlen_q": 20, "dropout_p": dropout_p, "dtype": dtype}
         call = random_call(7, **{**sizes, **own, **options})
         spoil(call)
         check_call(call, backend)
+    check_call(call, backend, dlse=False)
 
 
 def check_in_float32(call, backend: str) -> None:

@@ -89,6 +89,22 @@ def test_compile_varlen_decode_and_sdpa():
     assert torch.equal(*caches)  # the append happened inside the graph too
 
 
+def test_compile_longest_sequences_that_only_the_run_knows(monkeypatch):
+    """A check of a length that the graph reads from a tensor, which no trace can decide."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+
+    def f(x, c, lengths):
+        longest = lengths.max().item()
+        return attn_ext.attention_varlen(x, x, x, c, c, longest, longest, causal=True)
+
+    x, cu = torch.randn(9, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, cu, cu.diff()), f(x, cu, cu.diff()))
+    for shorter in (4, -1):
+        with pytest.raises(ValueError, match=f"max_seqlen_q must be at least 5, got {shorter}"):
+            compiled(x, cu, torch.tensor([shorter]))
+
+
 def test_compile_dropout_draws_anew():
     """The seed of the dropout mask frozen into the graph."""
     q = torch.randn(1, 2, 32, 8)

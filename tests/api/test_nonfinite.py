@@ -217,6 +217,26 @@ def test_logits_that_overflow(kernels, options):
     check_overflow(kernels, **options)
 
 
+@pytest.mark.parametrize("later", [17, 700, 1299, "sink"])  # of another block, of another share
+@pytest.mark.parametrize("options", [
+    {"seqlen_q": 1}, {"seqlen_q": 1, "cache_seqlens": [1300], "num_splits": 3}, {"seqlen_q": 33},
+], ids=["few", "splits", "many"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_sum_of_which_nothing_is_left(dtype, options, later):
+    """0 * inf: a sum of V that is infinite, by what V holds or since it is more than a float, and
+    then a logit, or a sink, so far above that nothing of it is left."""
+    call = random_call(heads_q=4, heads_k=2, seqlen_k=1300, head_dim=64, dtype=dtype, bias="qk",
+                       sink=later == "sink", stats=True, **options)  # fmt: skip
+    if later == "sink":
+        call.sink.fill_(1000.0)
+    else:
+        call.bias[..., later] = 1000.0
+    call.v[:, :, 3, 5:9] = INF
+    call.v[:, :, 3, 9] = -INF
+    call.v[:, :, :16, 20:24] = 3e38
+    check_call(call, "cpu", grads=False)
+
+
 @pytest.mark.parametrize("seqlen", [20, 300])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.5}], ids=str)
 def test_a_scale_near_the_largest_float(options, seqlen):

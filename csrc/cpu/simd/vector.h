@@ -58,7 +58,7 @@ ATTN_INLINE Vec<T> iota() {
 // would be NaN.
 template <class T>
 ATTN_INLINE Vec<T> weighed(Vec<T> x, Vec<T> weight) {
-  return weight == T(0) ? Vec<T>{} : x * weight;
+  return (weight == T(0) ? Vec<T>{} : x) * weight;
 }
 // b where one of them is NaN.
 template <class V>

@@ -60,8 +60,10 @@ struct Terms {
     t.has.cap = p.softcap > 0;
     t.has.distance = ptr.alibi_slopes != nullptr;
     t.has.bias = ptr.bias != nullptr;
-    t.cap = T(p.softcap * unit);
-    t.inverse_cap = t.has.cap ? T(1) / T(p.softcap) : T(0);
+    // at most 2^126: of more, 1 / softcap is no normal float, which a GPU takes for 0
+    const double cap = p.softcap < 0x1p126 ? p.softcap : 0x1p126;
+    t.cap = T(cap * unit);
+    t.inverse_cap = t.has.cap ? T(1) / T(cap) : T(0);
     return t;
   }
   // Whether logits are products times `factor`, so that masks may come before it.

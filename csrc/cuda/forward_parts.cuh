@@ -49,16 +49,17 @@ ATTN_DEVICE void mask_scores(float (&S)[TILES][4], const Score& score, const Que
   }
 }
 
-// Columns 8 n + 2 t + {0, 1} of one row, as T or as the floats of a partial result.
-template <class Out, int ACC>
+// Columns 8 n + 2 t + {0, 1} of one row, as T or as the floats of a partial result.  FORGETS: a
+// factor of 0 leaves 0 of what is infinite; of a gradient 0 * NaN is NaN.
+template <bool FORGETS, class Out, int ACC>
 ATTN_DEVICE void store_row(Out* row, const float (&acc)[ACC][4], int r, float factor, int dim) {
   const int t = lane_id() & 3;
   const bool pairs = dim % 2 == 0 && reinterpret_cast<uintptr_t>(row) % (2 * sizeof(Out)) == 0;
   ATTN_UNROLL
   for (int n = 0; n < ACC; ++n) {
     const int d = 8 * n + 2 * t;
-    const float a = factor == 0.0f ? 0.0f : acc[n][2 * r] * factor;
-    const float b = factor == 0.0f ? 0.0f : acc[n][2 * r + 1] * factor;
+    const float a = FORGETS && factor == 0.0f ? 0.0f : acc[n][2 * r] * factor;
+    const float b = FORGETS && factor == 0.0f ? 0.0f : acc[n][2 * r + 1] * factor;
     if (pairs && d < dim) {
       if constexpr (sizeof(Out) == 2)
         *reinterpret_cast<uint32_t*>(row + d) = pack<Out>(a, b);
@@ -72,13 +73,13 @@ ATTN_DEVICE void store_row(Out* row, const float (&acc)[ACC][4], int r, float fa
 }
 
 // A row of O, dQ, dK or dV at element `at` of a tensor of the call.
-template <class T, int BITS, int ACC>
+template <class T, int BITS, bool FORGETS = false, int ACC>
 ATTN_DEVICE void store_result(const Params& p, void* base, int64_t at, const float (&acc)[ACC][4],
                               int r, float factor, int dim) {
   if (has<BITS>(p, kPart))
-    store_row(static_cast<float*>(base) + at, acc, r, factor, dim);
+    store_row<FORGETS>(static_cast<float*>(base) + at, acc, r, factor, dim);
   else
-    store_row(static_cast<T*>(base) + at, acc, r, factor, dim);
+    store_row<FORGETS>(static_cast<T*>(base) + at, acc, r, factor, dim);
 }
 
 // O, LSE and statistics of a warp's 16 rows, or one share of them (SHARES: it may be one). factors:
@@ -105,7 +106,7 @@ ATTN_DEVICE void store_rows(const Params& p, const QueryTask& task, const float 
     if (partial) {
       const int64_t all = p.p.batch * p.p.heads_q * p.p.seqlen_q;
       const int64_t at = (seq.b * p.p.heads_q + q.h) * p.p.seqlen_q + q.i + task.split * all;
-      store_row(p.partial_o + at * p.p.head_dim_v, acc, r, factor, int(p.p.head_dim_v));
+      store_row<true>(p.partial_o + at * p.p.head_dim_v, acc, r, factor, int(p.p.head_dim_v));
       if (!writes) continue;
       p.partial_stats[at] = result.log_sum;
       p.partial_stats[at + p.splits * all] = result.max_logit;
@@ -113,7 +114,7 @@ ATTN_DEVICE void store_rows(const Params& p, const QueryTask& task, const float 
       continue;
     }
     const int64_t at = seq.b * p.p.o.b + q.h * p.p.o.h + (seq.q_start + q.i) * p.p.o.s;
-    if (!factors) store_result<T, BITS>(p, p.ptr.o, at, acc, r, factor, int(p.p.head_dim_v));
+    if (!factors) store_result<T, BITS, true>(p, p.ptr.o, at, acc, r, factor, int(p.p.head_dim_v));
     if (!writes) continue;
     const int64_t lse = seq.lse_offset(p, q.h, q.i);
     static_cast<float*>(p.ptr.lse)[lse] = result.lse;

@@ -18,8 +18,8 @@
 //   shared        lds_8/16/32/64/128(addr) lds_f32(addr)  sts_*(addr, value)  atomic_add_shared_f32
 //   matrices      ldmatrix_x2/x4(r, addr) ..._trans, mma_m16n8k16<T>(acc, a, b0, b1) T = bf16|fp16,
 //                 mma_m16n8k8_tf32(acc, a, b0, b1): acc += A B in fp32
-//   numbers       pack<T>(lo, hi) pack_relu<T>(lo, hi) unpack_lo/hi<T>(word) from_float<T> to_float
-//   to_tf32
+//   numbers       pack<T>(lo, hi) pack_relu<T>(lo, hi) unpack_lo/hi<T>(word)
+//                 from_float<T> to_float to_tf32
 //                 exp2_approx log2_approx rcp_approx tanh_accurate add_high halves_of
 //   global        ldg_64/128 stg_64/128 atomic_add_global(float*|int*, v) thread_fence()
 //                 load_acquire(int*) store_release(int*, v): words by which blocks wait for blocks

@@ -51,7 +51,12 @@ struct RowSum {
       if (d < dim) x[c] = fmaf(weight, to_float(row[d]), x[c]);
     }
   }
-  ATTN_DEVICE void scale(float factor) {  // by 0: what does not count any more may be infinite
+  ATTN_DEVICE void scale(float factor) {
+    ATTN_UNROLL
+    for (int c = 0; c < SHARE; ++c) x[c] *= factor;
+  }
+  // The same, but by 0 it is 0 whatever it was: what does not count any more may be infinite.
+  ATTN_DEVICE void rescale(float factor) {
     ATTN_UNROLL
     for (int c = 0; c < SHARE; ++c) x[c] = factor == 0.0f ? 0.0f : x[c] * factor;
   }
@@ -136,16 +141,16 @@ struct Repair {
         weighted = alpha * (weighted + fmaxf(before - base, -kFar) * sum) +
                    (s == -kInf ? 0.0f : weight * (s - base));
       sum = sum * alpha + weight;
-      O.scale(alpha);
+      O.rescale(alpha);
       O.add(weight * kept(h, i, j), key(p.ptr.v, p.p.v, h, j), int(p.p.head_dim_v));
     }
     if constexpr (BITS == 0) {
-      O.scale(sum == 0.0f ? 0.0f : 1.0f / sum);
+      O.rescale(sum == 0.0f ? 0.0f : 1.0f / sum);
       if (lane_id() == 0)
         static_cast<float*>(p.ptr.lse)[seq.lse_offset(p, h, i)] =
             sum == 0.0f ? -kInf : (top + log2f(sum)) * kLn2;
     } else {
-      O.scale(finish(h, i, top, sum, weighted));
+      O.rescale(finish(h, i, top, sum, weighted));
     }
     store_query(O, p.ptr.o, p.p.o, h, i, int(p.p.head_dim_v));
   }

@@ -55,8 +55,8 @@ struct Moved {
 template <bool STATS>
 ATTN_DEVICE Moved move_base(RowState& state, int r, float top, float scale, bool stats) {
   const float before = state.max[r];
-  const float base = top == -kInf ? 0.0f : top * scale;  // -inf - -inf would be NaN
-  const float shift = before == -kInf ? -kInf : before * scale - base;
+  const float base = top == -kInf ? 0.0f : top * scale;              // -inf - -inf would be NaN
+  const float shift = before == top ? 0.0f : before * scale - base;  // -inf may stay, too
   const float alpha = exp2_approx(shift);
   state.max[r] = top;
   if (STATS && stats)

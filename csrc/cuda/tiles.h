@@ -143,8 +143,9 @@ template <int HEAD_DIM, bool BOTH>
 using FeatureForwardTile =
     std::conditional_t<HEAD_DIM == 128 && BOTH, PlainTile<4, 2, 32>, PlainForwardTile<HEAD_DIM>>;
 
-// Behind the tiles of a call with a mask or a bias alone, at 128 columns: where the mask or bias of
-// each thread's 4 rows begins.  Kept in registers over the loop they are spilled, 8 words a tile.
+// Behind the tiles of a call with a mask or a bias alone, at 128 columns: room for where the mask
+// or bias of each thread's 4 rows begins, used where these are read by vectors.  Kept in registers
+// over the loop they are spilled, 8 words a tile.
 constexpr int row_address_bytes(int head_dim, int features) {
   const bool one = !(features & kMask) != !(features & kBias);
   return head_dim == 128 && one ? 4 * 8 * PlainForwardTile<128>::THREADS : 0;

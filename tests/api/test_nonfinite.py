@@ -217,6 +217,28 @@ def test_logits_that_overflow(kernels, options):
     check_overflow(kernels, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"bias": "qk"}], ids=str)
+def test_a_scale_of_zero_keeps_nan(kernels, options, dtype):
+    """A gradient of NaN that is 0 since the scale is: 0 * NaN is NaN, as in the formula."""
+    call = random_call(5, seqlen_q=70, seqlen_k=150, head_dim=64, dtype=dtype, scale=0.0,
+                       **options)  # fmt: skip
+    call.q[:, :, 3] = NAN
+    check_call(call, kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("softcap", "scale", "size"), [
+    (3e38, 0.125, 1.0), (1e38, 0.125, 1.0), (1e26, 1e-20, 1e10), (2e-38, 0.125, 1.0),
+], ids=str)  # fmt: skip
+def test_soft_caps_at_the_ends_of_float32(kernels, softcap, scale, size, dtype):
+    """A cap, its reciprocal, or that times the scale, which no float is: NaN, or logits of 0."""
+    call = random_call(5, seqlen_q=70, seqlen_k=150, head_dim=64, dtype=dtype, softcap=softcap,
+                       scale=scale)  # fmt: skip
+    call.q.mul_(size), call.k.mul_(size)
+    check_call(call, kernels)
+
+
 @pytest.mark.parametrize("later", [17, 700, 1299, "sink"])  # of another block, of another share
 @pytest.mark.parametrize("options", [
     {"seqlen_q": 1}, {"seqlen_q": 1, "cache_seqlens": [1300], "num_splits": 3}, {"seqlen_q": 33},

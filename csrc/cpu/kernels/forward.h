@@ -438,8 +438,15 @@ class Forward {
     const int64_t size = int64_t(dtype_size(type));
     char* to[L];
     for (int64_t i = 0; i < (folded ? n : 1); ++i) to[i] = at(seq, ptr.o, p.o, size, h, m0 + i);
-    store_transposed<T>(type, state.O + lane, finish_sums(seq, h, m0, n, state, lane), n,
-                        p.head_dim_v, rows, to[0], p.o.s * size, folded ? to : nullptr);
+    const Vec<T> factor = finish_sums(seq, h, m0, n, state, lane);
+    if (ptr.sink && !all_lanes<T>(factor != T(0))) forget(state.O + lane, factor);
+    store_transposed<T>(type, state.O + lane, factor, n, p.head_dim_v, rows, to[0], p.o.s * size,
+                        folded ? to : nullptr);
+  }
+  // O [..][kPanel] of which a sink leaves nothing, whatever it was: 0 * inf would be NaN.
+  ATTN_NOINLINE void forget(T* O, Vec<T> factor) const {
+    for (T* at = O; at < O + p.head_dim_v * kPanel; at += kPanel)
+      store(at, factor == T(0) ? Vec<T>{} : load(at));
   }
 
   // Adds the sink's share, writes LSE and the statistics of rows m0 ... m0 + n - 1; what their O is

@@ -116,10 +116,10 @@ ATTN_NOINLINE void store_transposed(DType type, const T* in, Vec<T> factor, int6
     Vec<T> block[L];
     if (d + L <= dim) {
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = weighed<T>(load(in + (d + i) * kPanel), factor);
+      for (int i = 0; i < L; ++i) block[i] = load(in + (d + i) * kPanel) * factor;
     } else {
       for (int i = 0; i < L; ++i)
-        block[i] = d + i < dim ? weighed<T>(load(in + (d + i) * kPanel), factor) : Vec<T>{};
+        block[i] = d + i < dim ? load(in + (d + i) * kPanel) * factor : Vec<T>{};
     }
     transpose_round<T, 1>(block);
 #ifdef ATTN_BF16_DOT

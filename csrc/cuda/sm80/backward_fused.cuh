@@ -113,7 +113,7 @@ struct FusedBackward {
       const float* from = my_row_values + (head * p.p.lse_stride_h + m0);
       cp_async_4(to, valid ? from : my_row_values, valid);
     } else if (thread_id() < M) {
-      const int64_t at = seq.lse_offset(p, head, m0);
+      const int64_t at = seq.lse_offset(p, head, m0);  // of queries that are there alone it is read
       cp_async_4(to, static_cast<const float*>(p.ptr.lse) + at + thread_id(), valid);
       cp_async_4(to + 4 * M, p.delta + at + thread_id(), valid);
     }

@@ -329,7 +329,7 @@ ATTN_DEVICE void store_keys(const Params& p, const KeyTask& task, void* out, con
     if (j >= task.seq.seqlen_k) continue;
     const int64_t at =
         task.seq.b * stride.b + task.head_k * stride.h + (task.seq.k_start + j) * stride.s;
-    store_row(static_cast<T*>(out) + at, acc, r, factor, int(dim));
+    store_row<false>(static_cast<T*>(out) + at, acc, r, factor, int(dim));
   }
 }
 

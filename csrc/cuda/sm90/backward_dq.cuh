@@ -123,7 +123,7 @@ ATTN_DEVICE void consume_keys(const Params& p, const QueryTask& task, int t0, in
     if (row + 8 * r >= seq.seqlen_q) continue;
     const int64_t at =
         seq.b * p.p.dq.b + task.head * p.p.dq.h + (seq.q_start + row + 8 * r) * p.p.dq.s;
-    store_row(static_cast<T*>(p.ptr.dq) + at, mine.dQ, r, p.scale, int(p.p.head_dim));
+    store_row<false>(static_cast<T*>(p.ptr.dq) + at, mine.dQ, r, p.scale, int(p.p.head_dim));
   }
   if (bad)
     each_row(group_row + 16 * (warp_id() % 4), seq.seqlen_q,

@@ -1,6 +1,7 @@
 // Which calls the Hopper kernels serve.  Host code.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "../head_dims.h"
@@ -62,12 +63,20 @@ inline TensorSpec dout_spec(const Problem& p, const Pointers& ptr, int rows) {
   return tensor_spec(p, ptr, ptr.dout, p.dout, p.heads_q, query_rows(p, ptr), p.head_dim_v, rows);
 }
 
+// Whether scale and 1 / softcap can be one factor (short_terms() of score.cuh): a normal float, or
+// 0.
+inline bool short_terms_hold(const Problem& p) {
+  const double factor = p.softcap > 0 ? std::fabs(p.scale / p.softcap) : 0;
+  return factor == 0 || (factor >= 0x1p-126 && factor < 0x1p127);
+}
+
 // "" when the kernels serve a call, else what they lack.
 inline std::string forward_problem(const Problem& p, const Pointers& ptr) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "dtype";
   if (!ptr.cu_seqlens_q != !ptr.cu_seqlens_k) return "one of cu_seqlens_q and cu_seqlens_k";
   if (!kernel_head_dim(p)) return "head_dim";
   if (ptr.block_table) return "pages";
+  if (!short_terms_hold(p)) return "softcap so far from scale";
   for (const TensorSpec& t : {query_spec(p, ptr, 1), key_spec(p, ptr, 1), value_spec(p, ptr, 1)})
     if (const char* why = tensor_problem(t); *why) return why;
   return "";

@@ -77,8 +77,9 @@ def query_gradient_tiles(
     order = key_order(BLOCK_N, FLAGS)
     DBIAS: tl.constexpr = (DBIAS_STORE & FLAGS) or (DBIAS_ADD & FLAGS)
     # What is added to dbias stays: 0 for excluded pairs, whatever they hold.  What is stored, the
-    # careful way stores again, as NaN in dS is NaN in dQ.  In whole tiles with NATURAL only
-    # excluded pairs have a P of NaN.
+    # careful way stores again, as NaN in dS is NaN in dQ.  In whole tiles with NATURAL a P of NaN
+    # is that of an excluded pair, or of a far row, whose lse2 is inf, where a logit overflows in
+    # base 2: inf - inf.  POSITIVE makes 0 of both; far.py adds what such a row's pairs have.
     CHECKED: tl.constexpr = (DBIAS_ADD & FLAGS) and (EDGE or not (NATURAL & FLAGS))
     POSITIVE: tl.constexpr = (DBIAS_ADD & FLAGS) and not CHECKED
     # The mask of words clears dS in 16 bits, two at a time, where nothing else takes dS or P
@@ -227,6 +228,8 @@ def store_query_block(
     way.  Each way stores its own result, as in fwd.py."""
     scale, threshold, inverse_keep, left, right, softmax_scale = numbers
     if bad > 0:
+        if DBIAS_STORE & FLAGS:
+            tl.debug_barrier()  # other threads than before store dbias again
         off = diagonal(b, length_q, length_k, terms, FLAGS)
         i_last = tl.minimum(i_first + BLOCK_M, length_q) - 1
         first, _full_first, _full_end, end = key_range(

@@ -69,8 +69,8 @@ def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.con
 def score_gradient(
     p, dp, delta, cap, ALWAYS: tl.constexpr, FLAGS: tl.constexpr, POSITIVE: tl.constexpr = False
 ):
-    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN.  POSITIVE: also where
-    P is NaN."""
+    """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN.  POSITIVE: 0
+    where P is 0 or NaN."""
     ds = p * (1.0 - p) * dp if (SIGMOID & FLAGS) else p * (dp - delta)
     raw = ds
     if SOFTCAP & FLAGS:

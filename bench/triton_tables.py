@@ -57,6 +57,8 @@ def measure_others(architecture: str, only: str = "", write: bool = False) -> di
     with `only`; `write`: each into the table as soon as it is there."""
     import plain_triton
 
+    if write:
+        refuse_another(OTHERS_TABLE)
     triton_code.prepare(architecture)
     rows = {}
     for (target, name, head_dim, dtype), tile in OTHER_TILES.items():
@@ -89,19 +91,36 @@ def rows_of(path: Path) -> dict:
     return known.get("rows", {}) if known.get("triton") == metadata.version("triton") else {}
 
 
+def refuse_another(path: Path) -> None:
+    """ValueError where a table is of another Triton, whose rows would be lost beside new ones."""
+    installed = metadata.version("triton")
+    of = json.loads(path.read_text())["triton"] if path.exists() else installed
+    if of != installed:
+        raise ValueError(
+            f"{path.name} is of Triton {of}, installed is {installed}: write all rows anew "
+            "(take the table away first), or install that one"
+        )
+
+
 def save(path: Path, version: str, rows: dict) -> None:
     """Write a table of this version of Triton."""
     path.write_text(json.dumps({"triton": version, "rows": rows}, indent=1) + "\n")
 
 
 def put(rows: dict) -> None:
-    """Put some of `triton_code.measure`'s rows into the table, whose order stays that of all."""
+    """Put some of `triton_code.measure`'s rows into the table, whose order stays that of all.
+    ValueError where the table is of another Triton, or has no such rows."""
+    refuse_another(TABLE)
+    places = itertools.product(TABLED, triton_code.PASSES, HEAD_DIMS)
+    names = {f"{place[0]} {place[1]} {place[2]}": place[1] for place in places}
+    if strange := rows.keys() - names.keys():
+        raise ValueError(f"{TABLE.name} has no rows of {', '.join(sorted(strange))}")
     known = rows_of(TABLE)
     for label, each in rows.items():
         known[label] = known.get(label, {}) | each
     ordered = {}
-    for architecture, name, head_dim in itertools.product(TABLED, triton_code.PASSES, HEAD_DIMS):
-        each = known.get(label := f"{architecture} {name} {head_dim}", {})
+    for label, name in names.items():
+        each = known.get(label, {})
         ordered[label] = {kind: each[kind] for kind in triton_code.kinds_of(name) if kind in each}
     save(TABLE, metadata.version("triton"), ordered)
 

@@ -31,14 +31,15 @@ LOOPS = ("sm_90 dkdv 128", "sm_80 forward 64", "sm_80 dq 64")
 
 def test_loops_have_no_more_instructions_than_the_table_says(tmp_path, monkeypatch):
     """An option, a check or address arithmetic that a change puts into the loop of plain calls; a
-    tile that was changed without its row.  Of the options another one at each commit."""
+    tile that was changed without its row.  Compiled when these change, and every eighth commit,
+    with one option of the backward, which the commit chooses."""
     if metadata.version("triton") != TABLE["triton"]:
         pytest.skip(f"the table is of Triton {TABLE['triton']}; counts differ by version")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("ATTN_EXT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     expected = {name: TABLE["rows"][name] for name in LOOPS}
-    option = seen.sample(triton_code.BACKWARD, 1)
+    option = seen.sample((*triton_code.BACKWARD, *triton_code.BIAS_GRADIENT), 1)
     kinds = [f"ours {case}" for case in (*triton_code.CASES, *sorted(option))]
     tools = ("triton_code", "triton_tables", "plain_triton", "cuda_resources")
     files = [*(PATH.with_name(f"{name}.py") for name in tools), ROOT / "attn_ext" / "testing.py"]
@@ -223,6 +224,21 @@ def test_loops_of_other_widths_and_types_are_those_of_the_table(label, tmp_path)
     table = {"kernels": expected}
     assert triton_code.machine_code.differences(table, found) == []
     seen.passed(triton_seen.TABLE, f"hot loop, {label}", today)
+
+
+def test_rows_of_another_triton_are_not_replaced(tmp_path, monkeypatch):
+    """Some rows of another version in place of all that the table holds; a row that is not kept."""
+    path, rows = tmp_path / "table.json", {"sm_90 dq 64": {"ours full": {"slots": 1}}}
+    monkeypatch.setattr(triton_tables, "TABLE", path)
+    triton_tables.put(rows)
+    assert triton_tables.rows_of(path)["sm_90 dq 64"] == rows["sm_90 dq 64"]
+    with pytest.raises(ValueError, match="no rows of sm_89 dq 64"):
+        triton_tables.put({"sm_89 dq 64": {}})
+    triton_tables.save(path, "3.0.0", rows)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"is of Triton 3\.0\.0"):
+        triton_tables.put(rows)
+    assert path.read_text() == before
 
 
 def test_a_longer_loop_is_a_difference():

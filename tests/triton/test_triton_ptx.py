@@ -31,6 +31,10 @@ VARLEN = {"seqlens_q": [30, 0, 75], "seqlens_k": [30, 40, 75], "causal": True}
 FIXED = {"seqlen_q": 70, "seqlen_k": 130, "bias": "hqk", "deterministic": True}
 # tanh to 2^-11; two keys of the mask are a word
 WORDS = {"seqlen_q": 70, "seqlen_k": 130, "mask": "bqk", "softcap": 5.0, "dtype": torch.bfloat16}
+# four keys of the mask are a word of the backward, and clear dS in pairs
+CLEARED = {"seqlen_q": 70, "seqlen_k": 132, "mask": "bqk", "batch": 1} | APART
+# dbias by atomics, of pairs; all queries have a bias of -inf at a key of NaN
+ADDED = {"seqlen_q": 70, "seqlen_k": 130, "bias": "qk", "heads_q": 1, "excluded": 20}
 PLACED = {"frame": [3, 1, 91, 62, 300, 280]}  # a shard's; no first key is a multiple of 4
 HALF, SINGLE = {"dtype": torch.float16}, {"dtype": torch.float32}
 # a sum over 24 columns, one a lane
@@ -51,6 +55,8 @@ CALLS = {
     "sm_90, varlen": ("sm_90", VARLEN),
     "sm_90, paged decode, split": ("sm_90", PAGED),
     "sm_90, deterministic dbias": ("sm_90", FIXED),
+    "sm_90, dS cleared by words of a mask": ("sm_90", CLEARED),
+    "sm_90, dbias by atomics, keys as threads hold them": ("sm_90", ADDED | {"seqlen_k": 132}),
     "sm_90, sums that all lanes of a row store": ("sm_90", ONE_A_LANE),
     "sm_90, a shard: its diagonal, distances and counter": ("sm_90", FEATURES | PLACED),
     "sm_80": ("sm_80", CAUSAL),
@@ -60,6 +66,8 @@ CALLS = {
     "sm_80, dQ by atomics with every feature": ("sm_80", AT_ONCE),
     "sm_80, tf32": ("sm_80", CAUSAL | SINGLE),
     "sm_80, paged decode, split": ("sm_80", PAGED),
+    "sm_80, dS of float16 cleared by words of a mask": ("sm_80", CLEARED | HALF),
+    "sm_80, dbias by atomics": ("sm_80", ADDED),
 }
 SHIPPED = {"sm_90, as shipped": ("sm_90", CAUSAL), "sm_80, as shipped": ("sm_80", CAUSAL)}
 DUE = seen.sample([*CALLS, *SHIPPED], 1)  # half a minute
@@ -81,10 +89,12 @@ def test_kernels(name):
     tiles = triton_driver.SHIPPED if name in SHIPPED else triton_driver.small
     driver = triton_driver.Driver(architecture, tiles=tiles)
     options = {"head_dim": 64, "dtype": torch.bfloat16} | options
-    frame = options.pop("frame", None)
+    frame, excluded = options.pop("frame", None), options.pop("excluded", None)
     call = random_call(1, **options)
     if frame:
         call = call._replace(frame=torch.tensor([frame, frame[::-1]], dtype=torch.int32))
+    if excluded:
+        call.bias[..., excluded], call.k[:, :, excluded] = -torch.inf, torch.nan
     for mode in MODES:
         triton_driver.set_mode(mode, driver)
         check_call(call, triton_driver.backend(driver), grads="cache_seqlens" not in options)

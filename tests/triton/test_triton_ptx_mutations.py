@@ -79,6 +79,18 @@ FAULTS["a product fused with what a shuffle brings"] = Fault(
     r"\1fma.rn.f32 \6, \3, \4, \5;", caught=ORDER, silent=("plain", "random", "poison"),
     call=ONE_A_LANE,
 )  # fmt: skip
+CLEARED = {"seqlen_q": 70, "seqlen_k": 132, "mask": "bqk", "batch": 1, "head_dim": 64,
+           "dtype": torch.bfloat16, "deterministic": True}  # fmt: skip
+FAULTS |= {
+    f"a mask clears dS by {what}, {architecture}": Fault(
+        architecture, "dq", pattern, instead, caught=("plain",), call=CLEARED)
+    for architecture in ("sm_80", "sm_90")
+    for what, pattern, instead in (
+        ("a whole byte, not its sign", "0x1100, 0xcc00", "0x1100, 0x4400"),
+        ("the neighbour's byte", r"(mad\.lo\.u32 s, )(%r\d+)(, 0x1100, 0xcc00; mad\.lo\.u32 s, )"
+         r"(%r\d+)", r"\1\4\3\2"),
+    )
+}  # fmt: skip
 DUE = seen.sample(FAULTS, 2)
 
 

@@ -2,6 +2,8 @@
 in the forward's units, by the Triton kernels, interpreted.
 """
 
+from unittest import mock
+
 import planted_triton
 import pytest
 import torch
@@ -218,6 +220,58 @@ def masked_by_any_byte():
     raw = call.mask.view(torch.uint8)
     raw *= torch.tensor([1, 2, 128, 255], dtype=torch.uint8).repeat(17)
     return call
+
+
+CLEARED = {
+    "V, with dropout": {"dtype": torch.float16, "dropout_p": 0.2, "seqlen_q": 64},
+    "K": {"dtype": torch.bfloat16, "seqlen_q": 18, "seqlen_k": 36},
+    "nothing, odd lengths": {"dtype": torch.bfloat16, "seqlens_q": [33, 7], "seqlens_k": [67, 68]},
+}
+
+
+def cleared(name):
+    """A call in 16 bits whose dQ alone is cleared by the mask, with NaN at a key that it hides."""
+    options = SIZES | {"heads_q": 1, "mask": "bqk", "deterministic": True} | CLEARED[name]
+    options["batch"] = len(options.get("seqlens_q", [0]))
+    call = random_call(9, **options)
+    call.mask[..., 20], call.mask[..., 3, :] = False, False
+    if name[0] in "KV":
+        (call.k if name[0] == "K" else call.v)[:, :, 20] = torch.nan
+    return call
+
+
+@pytest.mark.parametrize("name", CLEARED)
+def test_what_a_mask_clears(name):
+    """NaN of a masked pair in dP or in dS K; dS of a row without keys; the last, cut word."""
+    call = cleared(name)
+    assert words(call)
+    check_call(call, "triton")
+
+
+def test_planted_bug_in_the_careful_way_of_what_a_mask_clears(monkeypatch, tmp_path):
+    """The test above whose NaN no program meets: one that leaves the mask out there, too."""
+    before = "careful_flags(FLAGS),\n        )"
+    module = planted_triton.planted(
+        "dq", before, before.replace("careful_flags(FLAGS)", "without_mask(careful_flags(FLAGS))"),
+        tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(backward, "dq_kernel", module.dq_kernel)
+    with pytest.raises(AssertionError):
+        check_call(cleared("K"), "triton")
+
+
+def test_a_gradient_with_rows_far_apart_has_wide_offsets():
+    """Offsets of 32 bits in a tile of dbias whose rows are 2^23 elements apart, where the bias
+    itself is expanded, with strides of 0."""
+    call = random_call(3, **SIZES | {"bias": "hqk", "dtype": torch.bfloat16})
+    call = call._replace(bias=call.bias[:, :, :1, :1].expand_as(call.bias))
+    for apart, expected in ((1 << 23, primitives.WIDE.value), ((1 << 23) - 1, 0)):
+        plan = attention.Plan(call)
+        plan.run = mock.Mock()
+        steps = (1 << 40, 1 << 32, apart, 1)
+        dbias = torch.empty_strided(plan.sizes, steps, device="meta")
+        backward.Backward.queries(mock.MagicMock(plan=plan), None, dbias)
+        assert plan.run.call_args.args[-1] & primitives.WIDE.value == expected
 
 
 def test_a_mask_of_any_byte():

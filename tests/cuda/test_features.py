@@ -152,9 +152,9 @@ CASES |= {
     "hopper: dropout": WHOLE | {"dropout_p": 0.3, "dtype": torch.float16},
     "hopper: soft cap": WHOLE | {"softcap": 2.0},
     # the cap as the unit of the logits, of the statistics and of a sink
-    "hopper: soft cap that no logit comes near": WHOLE | {"softcap": 8.0, "mask": "qk", "sink": True,
-                                                          "stats": True, "scale": -0.125,
-                                                          "head_dim": 128},
+    "hopper: soft cap that no logit comes near": WHOLE | {"softcap": 8.0, "mask": "qk",
+                                                          "sink": True, "stats": True,
+                                                          "scale": -0.125, "head_dim": 128},
     "hopper: stats, causal": WHOLE | {"stats": True, "causal": True},
     "hopper: everything, head_dim 128": WHOLE | EVERY | {"head_dim": 128},
     "hopper: head_dim 192": WHOLE | {"mask": "qk", "bias": "qk", "dropout_p": 0.2,

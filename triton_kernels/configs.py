@@ -6,7 +6,7 @@ with one of them others than those with several.
 `python tests/helpers/triton_offline.py --write` compiles each row for each architecture and commits
 what it takes; tests/triton/test_triton_compile.py compares.  `tune` measures tiles on a GPU and
 stores the best ones; those win over this table.  Keys of stored tiles: "fwd/128/2" is direction,
-width, bytes of an element.
+width, bytes of an element.  Most of this long file is the table, which is read as a whole.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Every bad call raises ValueError or TypeError naming the argument and the value; none crashes or
-returns.
+returns.  It is a long file because it lists them by argument, for all public functions.
 """
 
 import numpy as np

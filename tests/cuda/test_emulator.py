@@ -2,6 +2,7 @@
 
 The fragment layouts are written out here from the PTX manual, element by element, apart from the
 emulator's loops.  On a GPU `wrapper` must give the same bits but for mma sums and approximations.
+It is a long file because each wrapper has its own formula, and all of them one program.
 """
 
 import re

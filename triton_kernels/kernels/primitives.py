@@ -4,6 +4,8 @@ Logits, m and l are in base 2 inside the kernels: s2 = s * log2(e), P = 2^(s2 - 
 
 `FLAGS` is one compile-time integer, the sum of the features of the call.  Tests of it are written
 `FEATURE & FLAGS`: the interpreter hands FLAGS over as an int, which has no `& constexpr`.
+
+It is a long file because flags decide the order of keys, the loads and the ranges of tiles alike.
 """
 
 from typing import NamedTuple

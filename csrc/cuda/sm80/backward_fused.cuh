@@ -12,6 +12,7 @@
 //   sums [tiles of 64 queries, by their numbers][HEAD_DIM / 8][4][128 threads], float: fragments,
 //   so that the lanes of an addition are neighbours.  convert_dq makes dQ of them.
 // No tile is looked at for NaN: what 0 * NaN leaves is computed once more (repair.cuh).
+// It is a long file because plain calls and calls with features share every step of one kernel.
 #pragma once
 #include "../mma_across.cuh"
 #include "../query_sums.cuh"

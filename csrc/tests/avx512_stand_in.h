@@ -75,6 +75,12 @@ inline __m512 loadu_ps(const void* p) {
   return v;
 }
 inline void storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, 64); }
+inline __m512i loadu_si512(const void* p) { return (__m512i)loadu_ps(p); }
+inline void storeu_si512(void* p, __m512i v) { storeu_ps(p, (__m512)v); }
+inline __m512i setzero_si512() { return set1_epi32(0); }
+inline __m512i set1_epi16(short x) {
+  return (__m512i)lanes<Shorts>([&](size_t) { return uint16_t(x); });
+}
 
 inline __m512 add_ps(__m512 a, __m512 b) { return a + b; }
 // b where one of them is NaN, and where both are zeros
@@ -125,6 +131,7 @@ inline __m512 maskz_scalef_ps(uint32_t m, __m512 a, __m512 b) {
   return maskz_mov_ps(m, scalef_ps(a, b));
 }
 
+inline __m512i add_epi16(__m512i a, __m512i b) { return (__m512i)((Shorts)a + (Shorts)b); }
 inline __m512i add_epi32(__m512i a, __m512i b) { return (__m512i)((Words)a + (Words)b); }
 inline __m512i or_si512(__m512i a, __m512i b) { return (__m512i)((Words)a | (Words)b); }
 inline __m512i slli_epi32(__m512i a, unsigned n) { return (__m512i)((Words)a << n); }
@@ -140,6 +147,34 @@ inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
 }
 inline __m512i permutexvar_epi16(__m512i order, __m512i a) {
   return (__m512i)lanes<Shorts>([&](size_t i) { return ((Shorts)a)[((Shorts)order)[i] & 31]; });
+}
+// Of the numbers of a, then those of b
+inline __m512i permutex2var_epi16(__m512i a, __m512i order, __m512i b) {
+  return (__m512i)lanes<Shorts>([&](size_t i) {
+    const int from = ((Shorts)order)[i] & 63;
+    return from < 32 ? ((Shorts)a)[from] : ((Shorts)b)[from - 32];
+  });
+}
+// Of each quarter's numbers two of a and of b in turn, from the first or the third on
+inline __m512 unpacklo_ps(__m512 a, __m512 b) {
+  return floats([&](size_t i) { return (i & 1 ? b : a)[i / 4 * 4 + i % 4 / 2]; });
+}
+inline __m512 unpackhi_ps(__m512 a, __m512 b) {
+  return floats([&](size_t i) { return (i & 1 ? b : a)[i / 4 * 4 + i % 4 / 2 + 2]; });
+}
+inline __m512d unpacklo_pd(__m512d a, __m512d b) {
+  return (__m512d)lanes<Longs>([&](size_t i) { return (i & 1 ? (Longs)b : (Longs)a)[i / 2 * 2]; });
+}
+inline __m512d unpackhi_pd(__m512d a, __m512d b) {
+  return (__m512d)lanes<Longs>(
+      [&](size_t i) { return (i & 1 ? (Longs)b : (Longs)a)[i / 2 * 2 + 1]; });
+}
+// What lies above a is undefined: NaN here
+inline __m512 castps128_ps512(__m128 a) {
+  return floats([&](size_t i) { return i < 4 ? a[i] : std::nanf(""); });
+}
+inline __m512 mask_broadcast_f32x4(__m512 a, uint32_t m, __m128 b) {
+  return floats([&](size_t i) { return m >> i & 1 ? b[i % 4] : a[i]; });
 }
 inline __m512i broadcast_i32x4(__m128i a) {
   return words([&](size_t i) {
@@ -288,3 +323,27 @@ inline __m256i maskz_loadu_epi16(uint32_t m, const void* p) {
 #define _mm256_test_epi8_mask attn::cpu::stand_in::test_epi8_mask
 #undef _mm256_maskz_loadu_epi16
 #define _mm256_maskz_loadu_epi16 attn::cpu::stand_in::maskz_loadu_epi16
+#undef _mm512_loadu_si512
+#define _mm512_loadu_si512 attn::cpu::stand_in::loadu_si512
+#undef _mm512_storeu_si512
+#define _mm512_storeu_si512 attn::cpu::stand_in::storeu_si512
+#undef _mm512_setzero_si512
+#define _mm512_setzero_si512 attn::cpu::stand_in::setzero_si512
+#undef _mm512_set1_epi16
+#define _mm512_set1_epi16 attn::cpu::stand_in::set1_epi16
+#undef _mm512_permutex2var_epi16
+#define _mm512_permutex2var_epi16 attn::cpu::stand_in::permutex2var_epi16
+#undef _mm512_unpacklo_ps
+#define _mm512_unpacklo_ps attn::cpu::stand_in::unpacklo_ps
+#undef _mm512_unpackhi_ps
+#define _mm512_unpackhi_ps attn::cpu::stand_in::unpackhi_ps
+#undef _mm512_unpacklo_pd
+#define _mm512_unpacklo_pd attn::cpu::stand_in::unpacklo_pd
+#undef _mm512_unpackhi_pd
+#define _mm512_unpackhi_pd attn::cpu::stand_in::unpackhi_pd
+#undef _mm512_castps128_ps512
+#define _mm512_castps128_ps512 attn::cpu::stand_in::castps128_ps512
+#undef _mm512_mask_broadcast_f32x4
+#define _mm512_mask_broadcast_f32x4 attn::cpu::stand_in::mask_broadcast_f32x4
+#undef _mm512_add_epi16
+#define _mm512_add_epi16 attn::cpu::stand_in::add_epi16

@@ -102,3 +102,14 @@ def test_tile_sizes_are_in_one_file():
             assert not re.search(
                 r"\bk\w*(Keys|Queries|Panels?|Grains?) = \d", header.read_text()
             ), header
+
+
+def test_each_intrinsic_of_avx512_has_a_stand_in():
+    """An instruction that kernels come to use, without which they no longer compile on a machine
+    that has AVX2 only (tests/cpu/avx512.sh), as who has AVX-512 never sees."""
+    called = re.compile(r"\b_mm(?:512|256_mask|256_maskz|256_test)_\w+(?=\()")
+    kernels = [*HEADERS, *(CSRC / "cpu/isa").glob("avx512*.cpp")]
+    used = {name for path in kernels for name in called.findall(path.read_text())}
+    assert len(used) > 40
+    stand_ins = (CSRC / "tests/avx512_stand_in.h").read_text()
+    assert used - set(re.findall(r"#define (\w+) attn::cpu::stand_in", stand_ins)) == set()

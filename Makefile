@@ -82,14 +82,16 @@ test-anew: $(VENV)/emulated.done
 
 # The CUDA kernels as NVRTC compiles them and those of Triton, their PTX on the emulator: every planted
 # fault, every set of features, and the tests of the backends `emulated` and `triton` with compiled
-# kernels in their place.
+# kernels in their place.  It takes hours, less what has passed for these kernels (tests/seen), and goes
+# on where it was stopped; with ATTN_EXT_SEEN=nothing all of it runs.
 ON_PTX := $(addprefix tests/api/test_, api.py backends_hypothesis.py)
+test-ptx: export ATTN_EXT_SEEN ?= write
 test-ptx: $(VENV)/emulated.done
-	ATTN_EXT_SEEN=nothing ATTN_EXT_PTX_ALL=1 $(PYTEST) $(addprefix tests/cuda/test_, jit.py ptx.py ptx_mutations.py)
+	ATTN_EXT_PTX_ALL=1 $(PYTEST) $(addprefix tests/cuda/test_, jit.py features.py ptx.py ptx_mutations.py)
 	ATTN_EXT_EMULATED_RUNS=ptx $(PYTEST) -k emulated $(ON_PTX) \
 	  $(addprefix tests/cuda/test_cuda_, kernels.py sm90.py sm90_varlen.py sm90_features.py sm90_backward_features.py)
 	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_TEST_AUTO=emulated $(PYTEST) $(ON_EMULATOR) -k "not memory"
-	ATTN_EXT_SEEN=nothing $(PYTEST) $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
+	$(PYTEST) $(addprefix tests/triton/test_triton_ptx, .py _mutations.py)
 	ATTN_EXT_EMULATED_RUNS=triton-ptx $(PYTEST) -k triton $(ON_PTX) \
 	  $(addprefix tests/triton/interpreter/test_, kernels.py decode.py mixes.py)
 
@@ -97,9 +99,9 @@ test-ptx: $(VENV)/emulated.done
 # compiled stays in build/ptx: with the same SEED a run that was stopped goes on where it was.
 SEED ?= 21
 explore-ptx: $(VENV)/emulated.done
-	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_HYPOTHESIS=explore ATTN_EXT_PTX_CXXFLAGS=-O0 $(PYTEST) --hypothesis-seed=$(SEED) -k emulated \
+	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_HYPOTHESIS=explore $(PYTEST) --hypothesis-seed=$(SEED) -k emulated \
 	  tests/api/test_backends_hypothesis.py
-	ATTN_EXT_EMULATED_RUNS=triton-ptx ATTN_EXT_EXAMPLES=167 ATTN_EXT_PTX_CXXFLAGS=-O0 $(PYTEST) \
+	ATTN_EXT_EMULATED_RUNS=triton-ptx ATTN_EXT_EXAMPLES=167 $(PYTEST) \
 	  --hypothesis-seed=$(SEED) tests/triton/interpreter/test_mixes.py
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,

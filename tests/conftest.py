@@ -9,6 +9,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import ptx_runs
 import pytest
 import tiers
 import torch
@@ -26,6 +27,11 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.register_profile("check", settings.get_profile("ci"), max_examples=5)
 settings.load_profile(os.environ.get("ATTN_EXT_HYPOTHESIS", "check" if tiers.CHECK else "ci"))
+
+
+def pytest_configure(config):
+    """Tests on compiled PTX are left out where they have passed for these kernels."""
+    ptx_runs.register(config)
 
 
 def pytest_ignore_collect(collection_path, config):

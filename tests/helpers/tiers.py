@@ -83,6 +83,7 @@ THOROUGH = {
     "package/test_install.py": "builds an archive; processes that import torch",
     "package/test_pictures.py::test_pictures_are_drawn_by_their_scripts": "draws all of them",
     "package/test_pictures.py::test_the_picture_of_look_can_be_drawn": "a process",
+    "package/test_ptx_runs.py": "processes of pytest",
     "tools/test_cli.py::test_bench": "measures",
     "tools/test_cli.py::test_interrupted_bench_leaves_finished_rows": "measures",
     "tools/test_cli.py::test_the_installed_script_runs_without_a_traceback": "processes",

@@ -102,6 +102,7 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
         "compiled_ptx",
         "compiled_ptx_faults",
         "machine_code",
+        "on_ptx",
         "triton",
         "triton_interpreted",
         "triton_ptx",
@@ -112,5 +113,8 @@ def test_the_committed_tables_are_sorted_lines_of_digest_and_name():
         assert all(re.fullmatch(r"[0-9a-f]{16} \S.*", line) for line in lines)
         names = [line.split(" ", 1)[1] for line in lines]
         assert names == sorted(set(names))
+    for line in tables.get("on_ptx", []):
+        file, name = line.split(" ")[-1].split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), "a test that is gone"
     programs = {line.split(" ", 1)[1] for line in tables.get("programs", [])}
     assert programs <= {"portable fibers", "headers that parse alone"}

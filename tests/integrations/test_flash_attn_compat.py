@@ -15,7 +15,7 @@ from closeness import BFLOAT16, FLOAT32, ONE_SUM, assert_close, is_close
 
 from attn_ext.functional import varlen
 from attn_ext.integrations import flash_attn as fa
-from attn_ext.integrations.flash_attn import rotary
+from attn_ext.integrations.flash_attn import kernels, passes, rotary
 from attn_ext.integrations.flash_attn.bert_padding import unpad_input
 from attn_ext.integrations.flash_attn.modules import FlashCrossAttention, FlashSelfAttention
 
@@ -420,6 +420,10 @@ def test_install():
         assert turned.RotaryEmbedding is rotary.RotaryEmbedding
         mha = importlib.import_module("flash_attn.modules.mha")
         assert mha.FlashSelfAttention is FlashSelfAttention
+        assert inner._flash_attn_varlen_backward is passes.varlen_backward
+        assert inner._wrapped_flash_attn_varlen_forward is passes.varlen_forward
+        assert inner.flash_attn_gpu is importlib.import_module("flash_attn_2_cuda")
+        assert inner.flash_attn_gpu.varlen_fwd is kernels.varlen_fwd
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("flash_attn.ops")
     finally:

@@ -11,8 +11,7 @@ import torch
 from closeness import ONE_SUM, assert_close
 
 from attn_ext.integrations import flash_attn as fa
-from attn_ext.integrations.flash_attn import passes as passes
-from attn_ext.integrations.flash_attn import rotary
+from attn_ext.integrations.flash_attn import kernels, passes, rotary
 from attn_ext.integrations.flash_attn.bert_padding import (
     index_first_axis,
     index_put_first_axis,
@@ -215,6 +214,120 @@ def test_one_pass(options):
     delta = passes._flash_attn_backward(dout, q, k, v, out, lse, *grads, **base, rng_state=state)
     torch.testing.assert_close(tuple(grads), torch.autograd.grad(want, (q, k, v), dout))
     torch.testing.assert_close(delta, (dout * out).sum(-1).transpose(1, 2).detach())
+
+
+PASSES = [
+    {},
+    dict(causal=True, softcap=5.0, alibi_slopes=torch.tensor([0.1, 0.2])),
+    dict(dropout_p=0.4),
+    dict(window_size_left=1, window_size_right=1),
+]
+
+
+@pytest.mark.parametrize("options", PASSES)
+def test_one_pass_of_packed_sequences(options):
+    """The private passes that ring-flash-attention and Transformer Engine import, and flash-attn's
+    extension under them: sequences mixed up, gradients of another dropout mask, an argument in
+    another place than flash-attn has it.
+    """
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 3, 9], [0, 4, 6, 10]))
+    lengths = (cu_q, cu_k, 6, 4)
+    q, k, v = (torch.randn(s, h, 8, requires_grad=True) for s, h in ((9, 2), (10, 1), (10, 1)))
+    base = dict(dropout_p=0.0, softmax_scale=0.3, causal=False, softcap=0.0) | options
+    public = dict(base)
+    sides = tuple(public.pop(f"window_size_{side}", -1) for side in ("left", "right"))
+    weights = base["dropout_p"] > 0
+    torch.manual_seed(1)
+    want, lse, dmask = fa.flash_attn_varlen_func(
+        q, k, v, *lengths, **public, window_size=sides, return_attn_probs=True
+    )
+    torch.manual_seed(1)
+    found = passes.varlen_forward(q, k, v, *lengths, **base, return_softmax=weights)
+    for mine, theirs in zip(found, (want, lse, dmask), strict=False):
+        assert torch.equal(mine, theirs) and not mine.requires_grad
+    out, state = found[0], found[3]
+    dout = torch.randn_like(out)
+    wanted = torch.autograd.grad(want, (q, k, v), dout)
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    delta = passes.varlen_backward(
+        dout, q, k, v, out, lse, *grads, *lengths, **base, rng_state=state
+    )
+    torch.testing.assert_close(tuple(grads), wanted)
+    torch.testing.assert_close(delta, (dout * out).sum(-1).T)
+    slopes, p = base.get("alibi_slopes"), base["dropout_p"]
+    causal, cap = base["causal"], base["softcap"]
+    target = torch.empty_like(out)
+    torch.manual_seed(1)
+    native = kernels.varlen_fwd(
+        q, k, v, target, cu_q, cu_k, None, None, None, slopes, 6, 4, p, 0.3, False, causal, *sides,
+        cap, weights, None,
+    )  # fmt: skip
+    assert native[0] is target and torch.equal(target, out) and torch.equal(native[1], lse)
+    assert torch.equal(native[2], dmask)
+    native = kernels.varlen_bwd(
+        dout, q, k, v, out, lse, None, None, None, cu_q, cu_k, slopes, 6, 4, p, 0.3, False, causal,
+        *sides, cap, False, None, state,
+    )  # fmt: skip
+    assert all(map(torch.equal, native, (*grads, delta)))
+
+
+def test_native_functions_of_dense_calls_and_caches():
+    """An argument of flash_attn_2_cuda's functions in another place than flash-attn has it."""
+    q, k, v = (torch.randn(2, s, 2, 8) for s in (5, 7, 7))
+    slopes = torch.tensor([0.3, 0.1])
+    public = dict(softmax_scale=0.3, causal=True, window_size=(3, 0), softcap=4.0)
+    x, y, z = (t.clone().requires_grad_() for t in (q, k, v))
+    want = fa.flash_attn_func(x, y, z, **public, alibi_slopes=slopes)
+    out, lse, _, _ = kernels.fwd(q, k, v, None, slopes, 0.0, 0.3, True, 3, 0, 4.0, False, None)
+    assert torch.equal(out, want)
+    dout = torch.randn_like(out)
+    *grads, delta = kernels.bwd(
+        dout, q, k, v, out, lse, None, None, None, slopes, 0.0, 0.3, True, 3, 0, 4.0, True, None,
+    )  # fmt: skip
+    torch.testing.assert_close(tuple(grads), torch.autograd.grad(want, (x, y, z), dout))
+    torch.testing.assert_close(delta, (dout * out).sum(-1).transpose(1, 2))
+    used = torch.tensor([4, 7], dtype=torch.int32)
+    found = kernels.fwd_kvcache(
+        q[:, :1], k, v, None, None, used, None, None, None, None, None, slopes, None, 0.3, True, 3,
+        0, 4.0, True, 0,
+    )  # fmt: skip
+    cached = fa.flash_attn_with_kvcache(
+        q[:, :1], k, v, cache_seqlens=used, **public, alibi_slopes=slopes, return_softmax_lse=True
+    )
+    assert all(map(torch.equal, found, cached))
+    with pytest.raises(NotImplementedError, match="gen must be None"):
+        kernels.fwd(q, k, v, None, None, 0.0, 0.3, True, -1, -1, 0.0, False, torch.Generator())
+
+
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_used_keys_of_packed_sequences(in_pages):
+    """Keys beyond seqused_k seen, or the used ones read from another sequence."""
+    torch.manual_seed(0)
+    cu_q, used = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([3, 5], dtype=torch.int32)
+    q, k, v = torch.randn(3, 2, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
+    cu_k = torch.tensor([0, 6, 12], dtype=torch.int32)
+    rows, more = [0, 1, 2, 6, 7, 8, 9, 10], {}
+    keys, values = k, v
+    if in_pages:
+        table = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
+        more["block_table"] = table
+        keys, values = (x.view(4, 3, 2, 8) for x in (k, v))
+        rows = [3, 4, 5, 6, 7, 8, 9, 10]
+    want, lse, _ = fa.flash_attn_varlen_func(
+        q, k[rows], v[rows], cu_q, torch.tensor([0, 3, 8], dtype=torch.int32), 2, 5,
+        return_attn_probs=True,
+    )  # fmt: skip
+    found = passes.varlen_forward(
+        q, keys, values, cu_q, cu_k, 2, 6, 0.0, None, False, seqused_k=used, **more
+    )
+    assert torch.equal(found[0], want) and torch.equal(found[1], lse)
+    if not in_pages:
+        with pytest.raises(ValueError, match="seqused_k must be at most the lengths"):
+            passes.varlen_forward(q, k, v, cu_q, cu_k, 2, 6, 0.0, None, False, seqused_k=used + 2)
+        with pytest.raises(NotImplementedError, match="leftpad_k must be None"):
+            passes.varlen_forward(q, k, v, cu_q, cu_k, 2, 6, 0.0, None, False, leftpad_k=used)
+        with pytest.raises(ValueError, match="return_softmax must be False without dropout"):
+            passes.varlen_forward(q, k, v, cu_q, cu_k, 2, 6, 0.0, None, False, return_softmax=True)
 
 
 def test_diffusers_imports_the_stand_in():

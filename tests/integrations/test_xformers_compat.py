@@ -411,7 +411,6 @@ def test_install():
         assert ops.memory_efficient_attention is xf.memory_efficient_attention
         assert ops.LowerTriangularMask is xf.LowerTriangularMask
         assert ops.fmha.BlockDiagonalMask is xf.BlockDiagonalMask
-        assert ops.MemoryEfficientAttentionFlashAttentionOp is None
         inner = importlib.import_module("xformers.ops.fmha.attn_bias")
         assert inner.BlockDiagonalCausalMask is xf.BlockDiagonalCausalMask
         assert isinstance(in_pages(xf.PagedBlockDiagonalPaddedKeysMask), inner.VARLEN_BIASES)

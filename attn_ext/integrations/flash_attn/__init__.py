@@ -1,5 +1,6 @@
-"""The package flash-attn 2 on attn_ext: its functions (`functions`), its passes (`passes`), padding
-(`bert_padding`), rotary embeddings (`rotary`) and modules (`modules`).
+"""The package flash-attn 2 on attn_ext: its functions (`functions`), its passes (`passes`), its
+extension (`kernels`), padding (`bert_padding`), rotary embeddings (`rotary`) and modules
+(`modules`).
 
 `install()` makes `import flash_attn` find this where the real package is absent.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 
 from attn_ext.integrations import importing
-from attn_ext.integrations.flash_attn import bert_padding, passes, rotary
+from attn_ext.integrations.flash_attn import bert_padding, kernels, passes, rotary
 from attn_ext.integrations.flash_attn.functions import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -35,7 +36,12 @@ def _top() -> dict:
 
 def _interface() -> dict:
     own = {f.__name__: f for f in FUNCTIONS} | {"_get_block_size_n": get_block_size_n}
-    return {**own, **passes.NAMES, "USE_TRITON_ROCM": False}
+    gpu = importlib.import_module("flash_attn_2_cuda")
+    return {**own, **passes.NAMES, "USE_TRITON_ROCM": False, "flash_attn_gpu": gpu}
+
+
+def _extension() -> dict:
+    return {f.__name__: f for f in kernels.FUNCTIONS}
 
 
 def _padding() -> dict:
@@ -65,6 +71,7 @@ _STAND_IN = importing.StandIn(
         "flash_attn.layers.rotary": _rotary,
         "flash_attn.modules": dict,
         "flash_attn.modules.mha": _modules,
+        "flash_attn_2_cuda": _extension,
     },
 )  # fmt: skip
 
@@ -74,7 +81,7 @@ def install() -> bool:
 
     Covers flash_attn, flash_attn.flash_attn_interface, flash_attn.bert_padding,
     flash_attn.layers.rotary, FlashSelfAttention and FlashCrossAttention of flash_attn.modules.mha,
-    importlib.util.find_spec and importlib.metadata.
+    flash_attn_2_cuda, importlib.util.find_spec and importlib.metadata.
     Returns True if the stand-in is in place, False if the real package is.
     """
     return _STAND_IN.install()

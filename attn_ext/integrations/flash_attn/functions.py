@@ -59,7 +59,7 @@ def _packed(name: str, value, axis: int, count: int, shape: str):
     return value.unbind(axis)
 
 
-def _flash_lse(lse):
+def flash_lse(lse):
     """+inf where no key is seen, as flash-attn has it."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
@@ -68,12 +68,17 @@ def _round_up(n: int) -> int:
     return (n + 127) // 128 * 128
 
 
-def _signed_weights(call: Call, max_logit, seqlens_q, seqlens_k):
+def signed_weights(call: Call, max_logit):
     """S_dmask [B, H, round128(Sq), round128(Sk)]: exp(logit - row maximum), negative where dropped.
 
     For tests only, as in flash-attn: it holds the whole matrix.
     """
     varlen = call.cu_seqlens_q is not None
+    if varlen:
+        seqlens_q, seqlens_k = call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist()
+    else:
+        batch = call.q.shape[0]
+        seqlens_q, seqlens_k = [call.max_seqlen_q] * batch, [call.max_seqlen_k] * batch
     batch, heads = len(seqlens_q), call.q.shape[1]
     sizes = (batch, heads, _round_up(call.max_seqlen_q), _round_up(call.max_seqlen_k))
     result = call.q.new_zeros(sizes)
@@ -106,14 +111,9 @@ def _run(call: Call, return_attn_probs: bool, layout):
     out, lse, stats = common.result(call, True, True)
     weights = call.q.new_empty((0,))
     if call.dropout_p > 0:
-        if call.cu_seqlens_q is not None:
-            lengths = (call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist())
-        else:
-            batch = call.q.shape[0]
-            lengths = ([call.max_seqlen_q] * batch, [call.max_seqlen_k] * batch)
         with torch.no_grad():
-            weights = _signed_weights(call, stats.max_logit, *lengths)
-    return layout(out), _flash_lse(lse), weights
+            weights = signed_weights(call, stats.max_logit)
+    return layout(out), flash_lse(lse), weights
 
 
 def flash_attn_func(
@@ -186,6 +186,29 @@ def from_pages(pages, block_table, cu_seqlens_k):
     return pages[page, position % page_size]
 
 
+def packed_of_pages(q, k, v, block_table, cu_seqlens_k) -> tuple:
+    """k and v [num_blocks, page_size, Hk, D], checked, as packed [total_k, Hk, D]."""
+    validate.index_tensor("block_table", block_table, q.device, 2)
+    validate.index_tensor("cu_seqlens_k", cu_seqlens_k, q.device, 1)
+    for name, value in (("k", k), ("v", v)):
+        _rank(name, value, "[num_blocks, page_size, Hk, D] with a block_table")
+        if value.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {value.device}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v must have k's first three sizes {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}"
+        )
+    if cu_seqlens_k.shape[0] < 1:
+        raise ValueError("cu_seqlens_k must have batch + 1 entries, got 0")
+    if block_table.shape[0] != cu_seqlens_k.shape[0] - 1:
+        raise ValueError(
+            f"block_table must have {cu_seqlens_k.shape[0] - 1} rows, got {block_table.shape[0]}"
+        )
+    if cu_seqlens_k.device.type == "cpu":
+        values.cumulative("cu_seqlens_k", cu_seqlens_k, 1 << 31)  # pages are checked below
+    return tuple(from_pages(x, block_table, cu_seqlens_k) for x in (k, v))
+
+
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
@@ -199,26 +222,7 @@ def flash_attn_varlen_func(
     """
     _rank("q", q, "[total_q, H, D]")
     if block_table is not None:
-        validate.index_tensor("block_table", block_table, q.device, 2)
-        validate.index_tensor("cu_seqlens_k", cu_seqlens_k, q.device, 1)
-        for name, value in (("k", k), ("v", v)):
-            _rank(name, value, "[num_blocks, page_size, Hk, D] with a block_table")
-            if value.device != q.device:
-                raise ValueError(f"{name} must be on q's device {q.device}, got {value.device}")
-        if v.shape[:3] != k.shape[:3]:
-            raise ValueError(
-                f"v must have k's first three sizes {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}"
-            )
-        if cu_seqlens_k.shape[0] < 1:
-            raise ValueError("cu_seqlens_k must have batch + 1 entries, got 0")
-        if block_table.shape[0] != cu_seqlens_k.shape[0] - 1:
-            raise ValueError(
-                f"block_table must have {cu_seqlens_k.shape[0] - 1} rows, "
-                f"got {block_table.shape[0]}"
-            )
-        if cu_seqlens_k.device.type == "cpu":
-            values.cumulative("cu_seqlens_k", cu_seqlens_k, 1 << 31)  # pages are checked below
-        k, v = (from_pages(x, block_table, cu_seqlens_k) for x in (k, v))
+        k, v = packed_of_pages(q, k, v, block_table, cu_seqlens_k)
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
@@ -260,7 +264,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
-def _per_batch(name: str, value, batch: int, device, low: int = 0, high: int = (1 << 31) - 1):
+def per_batch(name: str, value, batch: int, device, low: int = 0, high: int = (1 << 31) - 1):
     """An integer tensor [B] as int32 [B], its values within [low, high] where reading them costs no
     device sync (CPU); on a GPU they are the caller's promise, as the lengths are.
     """
@@ -295,14 +299,14 @@ def _lengths(value, batch: int, device, capacity: int, added: int):
                 f"rows), got {value}"
             )
         return torch.full((batch,), value, dtype=torch.int32, device=device)
-    return _per_batch("cache_seqlens", value, batch, device, high=high)
+    return per_batch("cache_seqlens", value, batch, device, high=high)
 
 
 def _leftpad(value, batch: int, device, capacity: int, cache_seqlens):
     """bool [B, 1, 1, capacity]: from cache_leftpad [B] on, which is at most what is in the cache
     before new rows are appended.
     """
-    first = _per_batch("cache_leftpad", value, batch, device, high=capacity)
+    first = per_batch("cache_leftpad", value, batch, device, high=capacity)
     if cache_seqlens is not None and _readable(first):
         pairs = zip(first.tolist(), cache_seqlens.tolist(), strict=True)
         for index, (left, used) in enumerate(pairs):
@@ -404,7 +408,7 @@ def flash_attn_with_kvcache(
             raise ValueError("cache_batch_idx must be None with a block_table")
         # a row of the cache is a page as long as the cache: no copy
         high = k_cache.shape[0] - 1
-        block_table = _per_batch("cache_batch_idx", cache_batch_idx, batch, device, high=high)
+        block_table = per_batch("cache_batch_idx", cache_batch_idx, batch, device, high=high)
         block_table = block_table[:, None]
         if cache_seqlens is None:
             cache_seqlens = _lengths(capacity, batch, device, capacity, 0)
@@ -420,7 +424,7 @@ def flash_attn_with_kvcache(
         return_lse=return_softmax_lse,
     )  # fmt: skip
     if return_softmax_lse:
-        return result[0].transpose(1, 2), _flash_lse(result[1])
+        return result[0].transpose(1, 2), flash_lse(result[1])
     return result.transpose(1, 2)
 
 

@@ -8,6 +8,7 @@ xformers' own objects are understood too.  LSE is the natural log.  `install()` 
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
@@ -16,11 +17,12 @@ from attn_ext.core import validate
 from attn_ext.functional import common, dense, varlen
 from attn_ext.integrations import checks, importing
 from attn_ext.integrations.xformers import bias as biases
+from attn_ext.integrations.xformers import operators
 from attn_ext.integrations.xformers import paged as paged
 from attn_ext.integrations.xformers.bias import *  # noqa: F403
 from attn_ext.integrations.xformers.paged import *  # noqa: F403
 
-VERSION = "0.0.32"
+VERSION = "0.0.35"  # the version whose signatures these are
 _BY_NAME = {kind.__name__: kind for kind in (*biases.PUBLIC, *paged.PUBLIC)}
 
 
@@ -142,8 +144,9 @@ def _check_blocks(name: str, x, total: int) -> None:
         )
 
 
-def _run_blocks(query, key, value, attn_bias, kind, p, scale):
-    """(out [1, total_q, ..., Kv], lse [1, H, total_q]) of packed sequences."""
+def _blocks_call(query, key, value, attn_bias, kind, p, scale):
+    """The call of packed sequences, and what makes its results out [1, total_q, ..., Kv] and lse
+    [1, H, total_q]."""
     q_info, k_info = attn_bias.q_seqinfo, attn_bias.k_seqinfo
     in_pages = issubclass(kind, paged.Paged)
     _check_blocks("query", query, q_info.seqstart_py[-1])
@@ -174,12 +177,12 @@ def _run_blocks(query, key, value, attn_bias, kind, p, scale):
         q, k, v, cu_q, cu_k, _longest(q_blocks), _longest(k_blocks), causal=causal, window=window,
         dropout_p=p, scale=scale,
     )  # fmt: skip
-    out, lse = common.result(call, True, False)
-    return out.reshape(*query.shape[:-1], value.shape[-1]), lse[None]
+    shape = (*query.shape[:-1], value.shape[-1])
+    return call, lambda out, lse: (out.reshape(shape), lse[None])
 
 
-def _run_dense(query, key, value, attn_bias, kind, p, scale):
-    """(out [B, Mq, ..., Kv], lse [B, H, Mq])."""
+def _dense_call(query, key, value, attn_bias, kind, p, scale):
+    """The call, and what makes its results out [B, Mq, ..., Kv] and lse [B, H, Mq]."""
     causal, window, bias = False, (None, None), None
     if kind is not None:
         causal, window = _window_of(attn_bias, kind)
@@ -196,8 +199,8 @@ def _run_dense(query, key, value, attn_bias, kind, p, scale):
     call = dense.dense_call(
         *folded, causal=causal, window=window, bias=bias, dropout_p=p, scale=scale,
     )  # fmt: skip
-    out, lse = common.result(call, True, False)
-    return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]), lse
+    shape = (*query.shape[:-1], value.shape[-1])
+    return call, lambda out, lse: (out.transpose(1, 2).reshape(shape), lse)
 
 
 def _output_dtype(output_dtype) -> None:
@@ -215,7 +218,8 @@ def _no_dropout(p, advice: str) -> None:
         raise NotImplementedError(f"p must be 0 {advice}, got {p}")
 
 
-def _run(query, key, value, attn_bias, p, scale, output_dtype):
+def _call(query, key, value, attn_bias, p, scale, output_dtype):
+    """The checked call, and what brings its out and lse into xformers' layout and output_dtype."""
     _rank(query, key, value)
     p = validate.number("p", p, 0.0, 1.0)
     _output_dtype(output_dtype)
@@ -225,11 +229,29 @@ def _run(query, key, value, attn_bias, p, scale, output_dtype):
             f"attn_bias must be a tensor or a bias of xformers, got {type(attn_bias).__name__}"
         )
     blocks = kind is not None and issubclass(kind, biases.Blocks)
-    function = _run_blocks if blocks else _run_dense
-    out, lse = function(query, key, value, attn_bias, kind, p, scale)
-    if query.dim() == 5:
-        lse = lse.unflatten(1, query.shape[2:4])
-    return (out if output_dtype is None else out.to(output_dtype)), lse
+    function = _blocks_call if blocks else _dense_call
+    call, shaped = function(query, key, value, attn_bias, kind, p, scale)
+
+    def layout(out, lse):
+        out, lse = shaped(out, lse)
+        if query.dim() == 5:
+            lse = lse.unflatten(1, query.shape[2:4])
+        return (out if output_dtype is None else out.to(output_dtype)), lse
+
+    return call, layout
+
+
+def _run(*arguments):
+    """(out, lse) of the arguments of `_call`."""
+    call, layout = _call(*arguments)
+    return layout(*common.result(call, True, False))
+
+
+def _prepared(inp: operators.Inputs) -> tuple:
+    """`_call` of the inputs of an operator."""
+    return _call(
+        inp.query, inp.key, inp.value, inp.attn_bias, inp.p, inp.scale, inp.get_output_dtype()
+    )
 
 
 def memory_efficient_attention(
@@ -368,11 +390,20 @@ FUNCTIONS = (
     memory_efficient_attention_forward, memory_efficient_attention_forward_requires_grad,
     memory_efficient_attention_partial, merge_attentions, unbind,
 )  # fmt: skip
-# what callers pass as `op`; None is xformers' own "choose"
-_OPS = (
-    "MemoryEfficientAttentionCutlassOp", "MemoryEfficientAttentionFlashAttentionOp",
-    "MemoryEfficientAttentionCkOp", "MemoryEfficientAttentionSplitKCkOp", "AttentionOp",
+# what callers pass as `op`: the modules of the forward and of the backward
+_OPS = {
+    "MemoryEfficientAttentionCkOp": ("ck", "ck"),
+    "MemoryEfficientAttentionCutlassBlackwellOp": ("cutlass_blackwell", "cutlass_blackwell"),
+    "MemoryEfficientAttentionCutlassFwdFlashBwOp": ("cutlass", "flash"),
+    "MemoryEfficientAttentionCutlassOp": ("cutlass", "cutlass"),
+    "MemoryEfficientAttentionFlashAttentionOp": ("flash", "flash"),
+    "MemoryEfficientAttentionSplitKCkOp": ("ck_splitk", "ck"),
+}
+_OF_OPERATORS = (
+    operators.AttentionBwOpBase, operators.AttentionFwOpBase, operators.AttentionOpBase,
+    operators.Context, operators.Gradients, operators.Inputs,
 )  # fmt: skip
+_FMHA = "xformers.ops.fmha"
 
 
 def _bias_module() -> dict:
@@ -391,20 +422,40 @@ def _ops() -> dict:
 
 
 def _fmha() -> dict:
-    return {"attn_bias": importlib.import_module("xformers.ops.fmha.attn_bias"), **_names()}
+    inner = ("attn_bias", "common", *operators.MODULES)
+    return {**{name: importlib.import_module(f"{_FMHA}.{name}") for name in inner}, **_names()}
+
+
+def _common() -> dict:
+    return {**{kind.__name__: kind for kind in _OF_OPERATORS}, "AttentionOp": tuple}
 
 
 def _names() -> dict:
-    return {**_BY_NAME, **{f.__name__: f for f in FUNCTIONS}, **dict.fromkeys(_OPS)}
+    """What is in `xformers.ops` and in `xformers.ops.fmha`."""
+    pairs = {
+        name: (
+            importlib.import_module(f"{_FMHA}.{forward}").FwOp,
+            importlib.import_module(f"{_FMHA}.{backward}").BwOp,
+        )
+        for name, (forward, backward) in _OPS.items()
+    }
+    own = {f.__name__: f for f in FUNCTIONS}
+    return {**_BY_NAME, **own, **_common(), **pairs, "AttentionMask": biases.AttentionBias}
 
 
 _STAND_IN = importing.StandIn(
     "xformers", "xformers", VERSION,
     {
         "xformers": lambda: {"__version__": VERSION},
+        "xformers.version": lambda: {"__version__": VERSION},
         "xformers.ops": _ops,
         "xformers.ops.fmha": _fmha,
         "xformers.ops.fmha.attn_bias": _bias_module,
+        "xformers.ops.fmha.common": _common,
+        **{
+            f"{_FMHA}.{name}": functools.partial(operators.module, name, _prepared)
+            for name in operators.MODULES
+        },
     },
 )  # fmt: skip
 

@@ -1,0 +1,179 @@
+"""The operators that callers of xformers name, ask or call by themselves: `fmha.cutlass.FwOp`,
+`fmha.flash.BwOp` and so on, with `fmha.Inputs`, `fmha.Context` and `fmha.Gradients`.
+
+All of them are attn_ext, which chooses its kernels by itself: they differ in their names only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attn_ext.core import validate
+from attn_ext.core.schema import Call
+from attn_ext.functional import common
+
+
+@dataclass
+class Inputs:
+    """The arguments of `memory_efficient_attention`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_bias: Any = None
+    p: float = 0.0
+    scale: float | None = None
+    output_dtype: torch.dtype | None = None
+    is_partial: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def scale_float(self) -> float:
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def get_output_dtype(self) -> torch.dtype:
+        """That of the result: a partial one is float32, or float64 of float64."""
+        if self.output_dtype is None and self.is_partial:
+            return torch.promote_types(self.query.dtype, torch.float32)
+        return self.query.dtype if self.output_dtype is None else self.output_dtype
+
+
+@dataclass
+class Context:
+    """What a backward needs of its forward."""
+
+    lse: torch.Tensor
+    out: torch.Tensor
+    op_bw: Any = None  # where dropout ties it to one operator
+    rng_state: Any = None  # of the dropout
+    qkv_share_storage: bool = False
+
+    def get_padded_lse(self, pad_to: int, force_pad_inf: bool = False) -> torch.Tensor:
+        """lse [B, H, M] with M rounded up to a multiple of pad_to; what is added is inf."""
+        pad_to = validate.integer("pad_to", pad_to, 1)
+        lse = self.lse[..., : self.out.shape[1]] if force_pad_inf else self.lse
+        more = -lse.shape[-1] % pad_to
+        return torch.nn.functional.pad(lse, (0, more), value=math.inf)
+
+
+@dataclass
+class Gradients:
+    """Those of a backward; db where attn_bias is a tensor that requires one."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    db: torch.Tensor | None = None
+
+
+class AttentionOpBase:
+    """What all operators tell of themselves."""
+
+    NAME = "attn_ext"
+    OPERATOR_CATEGORY = "memory_efficient_attention"
+    SUPPORTED_DEVICES = frozenset(("cpu", "cuda"))
+    SUPPORTED_DTYPES = frozenset(validate.FLOATING)
+    SUPPORTED_MAX_K = math.inf
+    SUPPORTED_MIN_K = 1
+    SUPPORTS_DROPOUT = SUPPORTS_CUSTOM_SCALE = SUPPORTS_DIFFERENT_VALUE_EMBED = True
+    SUPPORTS_OUTPUT_DTYPE = SUPPORTS_PARTIAL = SUPPORTS_BMGHK = True
+    SUPPORTS_ATTN_BIAS_GRAD = True
+    IS_DETERMINISTIC = True
+    VARLEN_LSE_PACKED = True
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports(cls, d: Inputs) -> bool:
+        """Whether attn_ext takes these inputs."""
+        return not cls.not_supported_reasons(d)
+
+    @classmethod
+    def not_supported_reasons(cls, d: Inputs) -> list[str]:
+        """The error that the call would raise, or nothing."""
+        try:
+            cls.prepared(d)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            return [str(error)]
+        return []
+
+    @staticmethod
+    def prepared(inp: Inputs) -> tuple[Call, Callable]:
+        """The call of attn_ext, and what brings its (out, lse) into xformers' layout."""
+        raise NotImplementedError("the operators are in xformers.ops.fmha's modules")
+
+
+class AttentionFwOpBase(AttentionOpBase):
+    """A forward pass."""
+
+    @classmethod
+    def apply(cls, inp: Inputs, needs_gradient: bool) -> tuple[torch.Tensor, Context | None]:
+        """(out, Context where needs_gradient says so), without a graph."""
+        needs_gradient = validate.switch("needs_gradient", needs_gradient)
+        with torch.no_grad():
+            call, layout = cls.prepared(inp)
+            out, lse = layout(*common.result(call, True, False))
+        if not needs_gradient:
+            return out, None
+        return out, Context(lse=lse, out=out, rng_state=call.rng_state)
+
+
+class AttentionBwOpBase(AttentionOpBase):
+    """A backward pass, which runs the forward again."""
+
+    @classmethod
+    def apply(cls, ctx: Context, inp: Inputs, grad: torch.Tensor) -> Gradients:
+        """The gradients of what `AttentionFwOpBase.apply` made of the same inputs."""
+        bias = inp.attn_bias
+        of_bias = isinstance(bias, torch.Tensor) and bias.requires_grad
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (inp.query, inp.key, inp.value)]
+            if of_bias:
+                bias = bias.detach().requires_grad_()
+                leaves.append(bias)
+            query, key, value = leaves[:3]
+            again = replace(inp, query=query, key=key, value=value, attn_bias=bias)
+            call, layout = cls.prepared(again)
+            if call.dropout_p > 0:
+                if not isinstance(ctx.rng_state, torch.Tensor):
+                    raise ValueError(
+                        "ctx must have the rng_state of a forward of attn_ext with dropout, got "
+                        f"{type(ctx.rng_state).__name__}"
+                    )
+                call = call._replace(rng_state=ctx.rng_state)
+            out, _ = layout(*common.result(call, True, False))
+        validate.tensor("grad", grad)
+        if grad.shape != out.shape or grad.device != out.device:
+            raise ValueError(
+                f"grad must have the shape {tuple(out.shape)} on {out.device}, got "
+                f"{tuple(grad.shape)} on {grad.device}"
+            )
+        return Gradients(*torch.autograd.grad(out, leaves, grad.to(out.dtype)))
+
+
+# xformers' modules of operators, with the beginning of their names there
+MODULES = {
+    "ck": "ckF", "ck_splitk": "ck_splitKF", "cutlass": "cutlassF", "cutlass_blackwell": "cutlassF",
+    "flash": "fa2F", "flash3": "fa3F", "triton_splitk": "triton_splitKF",
+}  # fmt: skip
+
+
+def module(name: str, prepared: Callable[[Inputs], tuple[Call, Callable]]) -> dict:
+    """FwOp and BwOp of the module of that name; prepared: see `AttentionOpBase.prepared`."""
+    named, serve = MODULES[name], staticmethod(prepared)
+    forward = {"NAME": f"{named}@attn_ext", "prepared": serve}
+    backward = {"NAME": f"{named[:-1]}B@attn_ext", "prepared": serve}
+    return {
+        "FwOp": type("FwOp", (AttentionFwOpBase,), forward),
+        "BwOp": type("BwOp", (AttentionBwOpBase,), backward),
+    }

@@ -1,0 +1,90 @@
+"""The operators of xformers.ops.fmha as callers name, ask and call them: against
+`memory_efficient_attention`, which test_xformers_compat.py holds to a formula.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from attn_ext.integrations import xformers as xf
+
+pytestmark = pytest.mark.skipif(
+    "xformers" in sys.modules or importlib.util.find_spec("xformers") is not None,
+    reason="the real xformers is installed and must win",
+)
+
+
+@pytest.fixture
+def ops():
+    """xformers.ops, which is attn_ext's."""
+    assert xf.install()
+    yield importlib.import_module("xformers.ops")
+    xf.uninstall()
+
+
+def inputs():
+    return [
+        torch.randn(2, rows, 3, 8, dtype=torch.float64, requires_grad=True) for rows in (6, 9, 9)
+    ]
+
+
+def test_names_lead_to_operators(ops):
+    """A pair that cannot be unpacked, or whose passes are those of another module."""
+    flash = importlib.import_module("xformers.ops.fmha.flash")
+    assert ops.MemoryEfficientAttentionFlashAttentionOp == (flash.FwOp, flash.BwOp)
+    mixed = ops.MemoryEfficientAttentionCutlassFwdFlashBwOp
+    assert mixed == (ops.fmha.cutlass.FwOp, flash.BwOp)
+    assert [op.NAME for op in mixed] == ["cutlassF@attn_ext", "fa2B@attn_ext"]
+    assert ops.fmha.common.Inputs is ops.fmha.Inputs
+    assert importlib.import_module("xformers.version").__version__ == xf.VERSION
+    for op in mixed:
+        assert issubclass(op, ops.AttentionOpBase)
+
+
+def test_what_they_support(ops):
+    """An operator that refuses what attn_ext takes, or takes what the call then refuses."""
+    q, k, v = inputs()
+    fmha, (forward, _) = ops.fmha, ops.MemoryEfficientAttentionFlashAttentionOp
+    assert forward.supports(fmha.Inputs(query=q, key=k, value=v, attn_bias=None))
+    bad = fmha.Inputs(query=q, key=k[0], value=v)
+    assert not forward.supports(bad)
+    assert "key must have 3, 4 or 5 dimensions" in forward.not_supported_reasons(bad)[0]
+    with pytest.raises(NotImplementedError, match="the operators are in"):
+        fmha.AttentionFwOpBase.apply(bad, False)
+
+
+def test_passes(ops):
+    """A graph in the forward; gradients of another mask, of no bias, or of another layout."""
+    q, k, v = inputs()
+    fmha, (forward, backward) = ops.fmha, ops.MemoryEfficientAttentionCutlassOp
+    bias = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=True)
+    causal = fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    blocks = fmha.attn_bias.BlockDiagonalMask.from_seqlens([2, 4], [3, 6])
+    packed = [x[:1] for x in (q, k, v)]
+    for case in (
+        fmha.Inputs(q, k, v, bias),
+        fmha.Inputs(q, k, v, p=0.4),
+        fmha.Inputs(q, k, v, causal, scale=0.3),
+        fmha.Inputs(*packed, blocks),
+    ):
+        leaves = [case.query, case.key, case.value]
+        torch.manual_seed(1)
+        want = xf.memory_efficient_attention(*leaves, case.attn_bias, case.p, case.scale)
+        torch.manual_seed(1)
+        out, context = forward.apply(case, needs_gradient=True)
+        assert torch.equal(out, want) and not out.requires_grad
+        assert context.get_padded_lse(32).shape == (len(out), 3, 32)
+        assert forward.apply(case, needs_gradient=False)[1] is None
+        grad = torch.randn_like(out)
+        found = backward.apply(context, case, grad)
+        leaves += [bias] if case.attn_bias is bias else []
+        theirs = torch.autograd.grad(want, leaves, grad)
+        for mine, other in zip((found.dq, found.dk, found.dv, found.db), theirs, strict=False):
+            torch.testing.assert_close(mine, other)
+        assert (found.db is None) == (case.attn_bias is not bias)
+    with pytest.raises(ValueError, match="grad must have the shape"):
+        backward.apply(context, case, grad[:, 1:])
+    with pytest.raises(ValueError, match="ctx must have the rng_state"):
+        backward.apply(context, fmha.Inputs(q, k, v, p=0.4), grad)

@@ -1,6 +1,8 @@
 """The oracle as a backend: serves every problem on every device, in O(Sq * Sk) memory.
 
-Forward is `attn_ext.core.reference.attend`; backward runs it again under autograd.
+Forward is `attn_ext.core.reference.attend`; backward runs it again under autograd.  As on the other
+backends, 16-bit inputs are computed with in float32 and results rounded once; `attend` itself and
+`forward_and_backward` compute in the inputs' dtype, which is what `attn_ext.testing` measures.
 """
 
 from __future__ import annotations
@@ -27,10 +29,17 @@ def unsupported(problem: Problem) -> list[str]:
     return []
 
 
+def _in_float32(call: Call) -> Call:
+    """The call with q, k and v of 16 bits in float32."""
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return call
+    return call._replace(q=call.q.float(), k=call.k.float(), v=call.v.float())
+
+
 @torch.no_grad()
 def forward(call: Call):
     """(out, lse, max_logit | None, entropy | None); out in the memory order of q."""
-    result, lse, max_logit, entropy = reference.attend(call)
+    result, lse, max_logit, entropy = reference.attend(_in_float32(call))
     out = empty_like_layout(call.q, call.v.shape[-1])
     out.copy_(result)
     return out, lse, max_logit, entropy
@@ -38,7 +47,10 @@ def forward(call: Call):
 
 def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     """The gradients; None where `needs` says so."""
-    return forward_and_backward(call._replace(need_stats=False), dout, dlse, needs)[1]
+    wide = _in_float32(call._replace(need_stats=False))
+    grads = forward_and_backward(wide, dout.to(wide.q.dtype), dlse, needs)[1]
+    pairs = {name: (getattr(grads, name), getattr(call, name)) for name in GRADIENTS}
+    return Grads(**{name: g if g is None else g.to(x.dtype) for name, (g, x) in pairs.items()})
 
 
 def forward_and_backward(call: Call, dout, dlse, needs: Needs) -> tuple[tuple, Grads]:

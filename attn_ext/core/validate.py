@@ -19,6 +19,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CAUSAL = (False, True, "top_left", "bottom_right")
 MAX_SEQLEN = 2**31 - 1  # positions are 32-bit counters of the dropout mask
 MAX_ELEMENTS = 2**63 - 1
+MAX_WIDTH = 2**29  # of a module: 3 E * E float64 have fewer than 2^63 bytes
 SMALLEST = torch.finfo(torch.float32).tiny  # positive normal float32
 
 
@@ -123,6 +124,14 @@ def integer(name: str, value, low: int = 0):
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if type(value) is int and value > MAX_ELEMENTS:
         raise ValueError(f"{name} must be at most {MAX_ELEMENTS}, got {value}")
+    return value
+
+
+def width(name: str, value, low: int = 1):
+    """`integer` of a size of a module, of which no two make more numbers than torch can count."""
+    value = integer(name, value, low)
+    if type(value) is int and value > MAX_WIDTH:
+        raise ValueError(f"{name} must be at most {MAX_WIDTH}, got {value}")
     return value
 
 

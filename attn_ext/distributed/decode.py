@@ -43,6 +43,9 @@ def context_decode(
     """
     group = comm.one_group(group, "group")
     operators.refuse_forward_mode(q, k_shard, v_shard, alibi_slopes, sink)
+    for name, x in (("q", q), ("k_shard", k_shard), ("v_shard", v_shard)):
+        validate.tensor(name, x)
+    q, k_shard, v_shard = common.autocast(q, k_shard, v_shard)
     validate.tensor("whole_lengths", whole_lengths)
     validate.decode_shapes(q, k_shard, v_shard, whole_lengths, None)
     _, left, right = validate.options(

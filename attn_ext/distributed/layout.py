@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from attn_ext.core.validate import MAX_SEQLEN
 from attn_ext.functional import tree
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 BALANCES = ("zigzag", "contiguous")
+MOST = 1 << 20  # ranks, and blocks of `striped`: more are a list that takes seconds to make
 
 
 class Segment(NamedTuple):
@@ -56,11 +58,13 @@ def _joined(segments) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _positive(name: str, value, low: int) -> int:
+def _positive(name: str, value, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
     return value
 
 
@@ -80,20 +84,23 @@ class Layout:
     @classmethod
     def contiguous(cls, seqlen: int, parts: int) -> Layout:
         """Rank r has the r-th of `parts` equal ranges."""
-        _positive("seqlen", seqlen, 0), _positive("parts", parts, 1)
+        _positive("seqlen", seqlen, 0, MAX_SEQLEN), _positive("parts", parts, 1, MOST)
         return cls((seqlen,), tuple(_joined([Segment(0, *c)]) for c in _chunks(seqlen, parts)))
 
     @classmethod
     def zigzag(cls, seqlen: int, parts: int) -> Layout:
         """Of 2 P chunks rank r has r and 2 P - 1 - r."""
-        _positive("seqlen", seqlen, 0), _positive("parts", parts, 1)
+        _positive("seqlen", seqlen, 0, MAX_SEQLEN), _positive("parts", parts, 1, MOST)
         chunks = [Segment(0, *c) for c in _chunks(seqlen, 2 * parts)]
         return cls((seqlen,), tuple(_joined([chunks[r], chunks[-1 - r]]) for r in range(parts)))
 
     @classmethod
     def striped(cls, seqlen: int, parts: int, block: int = 128) -> Layout:
         """Block i of `block` positions is rank i % parts'."""
-        _positive("seqlen", seqlen, 0), _positive("parts", parts, 1), _positive("block", block, 1)
+        _positive("seqlen", seqlen, 0, MAX_SEQLEN), _positive("parts", parts, 1, MOST)
+        if seqlen > MOST * _positive("block", block, 1):
+            least = -(-seqlen // MOST)
+            raise ValueError(f"block must be at least {least} for {seqlen} positions, got {block}")
         blocks = [Segment(0, i, min(i + block, seqlen)) for i in range(0, seqlen, block)]
         return cls((seqlen,), tuple(_joined(blocks[r::parts]) for r in range(parts)))
 
@@ -101,13 +108,14 @@ class Layout:
     def packed(cls, cu_seqlens, parts: int, balance: str = "zigzag") -> Layout:
         """Documents that begin at cu_seqlens [documents + 1].  zigzag cuts each into 2 P chunks;
         contiguous cuts the whole row of tokens into P ranges."""
-        _positive("parts", parts, 1)
+        _positive("parts", parts, 1, MOST)
         if balance not in BALANCES:
             raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
         starts = tree.integers("cu_seqlens", cu_seqlens)
         if not starts or starts[0] != 0 or any(b < a for a, b in itertools.pairwise(starts)):
             raise ValueError(f"cu_seqlens must begin at 0 and never fall, got {starts}")
         lengths = tuple(b - a for a, b in itertools.pairwise(starts))
+        _positive("a document of cu_seqlens", max(lengths, default=0), 0, MAX_SEQLEN)
         deal = _zigzag_documents if balance == "zigzag" else _cut_documents
         return cls(lengths, tuple(map(_joined, deal(lengths, parts))), True)
 

@@ -13,7 +13,7 @@ import torch
 
 from attn_ext.core import validate
 from attn_ext.core.pages import CacheFullError, Pages
-from attn_ext.functional import explain, quantised, tree
+from attn_ext.functional import common, explain, quantised, tree
 from attn_ext.functional.decode import attention_decode, refuse_grad
 from attn_ext.ops import cache as operator
 from attn_ext.ops import fast, route
@@ -92,6 +92,7 @@ class KVCache:
             raise ValueError(f"pages must be at least batch, {batch}, if contiguous, got {pages}")
         self.window, self._contiguous = window, page_size is None
         shape = (pages, sizes["heads"], sizes["page_size"])
+        tree.countable(sizes["batch"], width, *shape, max(sizes["head_dim"], sizes["head_dim_v"]))
         self.k_pages = torch.empty((*shape, sizes["head_dim"]), dtype=dtype, device=device)
         self.v_pages = torch.empty((*shape, sizes["head_dim_v"]), dtype=dtype, device=device)
         self.k_factors = self.v_factors = None  # float32 [pages, Hk, page_size, 1], of int8
@@ -170,7 +171,7 @@ class KVCache:
         """Put new keys and values behind those of each sequence; returns the cache.
 
         k [B, Hk, S, D], v [B, Hk, S, Dv], in the cache's dtype (int8: any of float16, bfloat16 and
-        float32).  rows: only these sequences, in
+        float32; under autocast in any of these).  rows: only these sequences, in
         this order; B is then their number.  counts [B]: only the last counts[i] of the S positions
         (shorter prompts are padded on the left), all if None; on the host.
         CacheFullError where there is no room: nothing is written then.
@@ -185,7 +186,7 @@ class KVCache:
             ):  # fmt: skip
                 return self
         self._append(k, v, counts, rows)
-        if look is not None and self.k_factors is None:
+        if look is not None and k.dtype == v.dtype == self.k_pages.dtype:
             self._accepted = look
         return self
 
@@ -193,6 +194,7 @@ class KVCache:
         """`append` with all of its checks."""
         rows = None if rows is None else self._checked_rows("rows", rows)
         batch = self.batch if rows is None else len(rows)
+        k, v = common.stored("k", k, self.k_pages), common.stored("v", v, self.v_pages)
         tree.new_rows("k", k, self.k_pages, batch)
         tree.new_rows("v", v, self.v_pages, batch)
         if k.shape[2] != v.shape[2]:
@@ -254,7 +256,8 @@ class KVCache:
         validate.boolean("return_lse", return_lse)
         call, options = self._call(q, rows, options)
         if self.k_factors is not None:
-            return self._attend_int8(*call, tree_mask, return_lse, options)
+            with quantised.autocast_off(q):
+                return self._attend_int8(*call, tree_mask, return_lse, options)
         if tree_mask is not None:
             return tree.attend(*call, tree_mask, return_lse, options)
         return attention_decode(*call[:4], block_table=call[4], return_lse=return_lse, **options)
@@ -269,7 +272,8 @@ class KVCache:
             return explain.explain(q, k, v, cache_seqlens=held, block_table=table, **options)
         quantised.check_dtype("q", q)
         told = dict(block_table=table, dtype=q.dtype, backend="auto") | options
-        return quantised.explained(q.float(), k, v, held, *self._factors(), **told)
+        with quantised.autocast_off(q):
+            return quantised.explained(q.float(), k, v, held, *self._factors(), **told)
 
     def _call(self, q, rows, options) -> tuple:
         """((q, pages of k, of v, lengths, block table), keywords) of a call, checked."""
@@ -280,6 +284,8 @@ class KVCache:
         rows = None if rows is None else self._checked_rows("rows", rows)
         tree.queries(q, self.k_pages, self.batch if rows is None else len(rows))
         options = self._with_window(options)
+        if self.k_factors is not None:
+            q, options = quantised.lowered(q, options)
         table, held = self._table, self._lengths[1]
         if not torch.compiler.is_compiling():
             table = table[:, : self._table_width(options)]
@@ -405,13 +411,15 @@ class KVCache:
             width = 1 if self._contiguous else -(-max_length // self.page_size)
         page_size = max_length if self._contiguous and max_length else self.page_size
         count = count if pages is None else validate.integer("pages", pages, count)
+        _, heads, _, head_dim = self.k_pages.shape
+        tree.countable(self.batch, width, count, heads, page_size, head_dim)
         if (count, page_size) != (len(self._book.owners), self.page_size):
             self.k_pages, self.v_pages = (
-                _larger(x, count, page_size) for x in (self.k_pages, self.v_pages)
+                tree.larger(x, count, page_size) for x in (self.k_pages, self.v_pages)
             )
             if self.k_factors is not None:
                 self.k_factors, self.v_factors = (
-                    _larger(x, count, page_size) for x in self._factors()
+                    tree.larger(x, count, page_size) for x in self._factors()
                 )
         if width > self._table.shape[1]:
             more = (self.batch, width - self._table.shape[1])
@@ -490,10 +498,3 @@ class KVCache:
             f"lengths={self._book.lengths}, {len(self._book.owners)} pages of {page_size}, "
             f"{self.free_pages} free, {self.k_pages.dtype}, {self.k_pages.device})"
         )
-
-
-def _larger(pages, count: int, page_size: int):
-    """A copy of pages [pages, Hk, page_size, D] with room for more of them, or longer ones."""
-    larger = pages.new_empty((count, pages.shape[1], page_size, pages.shape[3]))
-    larger[: len(pages), :, : pages.shape[2]] = pages
-    return larger

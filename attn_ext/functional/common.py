@@ -71,6 +71,16 @@ def autocast(*tensors):
     )
 
 
+def stored(name: str, new: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """New rows of a cache: where autocast is on in the cache's dtype, which they are to be kept in,
+    else as they are."""
+    validate.tensor(name, new)
+    lowered = (torch.float16, torch.bfloat16, torch.float32)
+    if autocasting(cache.device.type) and new.dtype in lowered and cache.dtype in lowered:
+        return new.to(cache.dtype)
+    return new
+
+
 def draw_rng_state(q: torch.Tensor) -> torch.Tensor:
     """int64 [2], seed and offset of a dropout mask, from the default generator of q's device."""
     return torch.randint(0, MAX_SEED, (2,), dtype=torch.int64, device=q.device)

@@ -8,6 +8,7 @@ Both parts are exact and their (out, lse) are merged in float32, so that nothing
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -18,6 +19,20 @@ from attn_ext.functional.decode import attention_decode
 from attn_ext.functional.dense import attention
 
 SPANNING = ("mask", "bias", "alibi_slopes")  # with these a mask over all positions is made
+
+
+def countable(batch: int, width: int, *sizes: int) -> None:
+    """ValueError where torch cannot count the bytes of a cache's block table [batch, width], or of
+    its pages; sizes: pages, heads, page_size and head_dim."""
+    most = validate.MAX_ELEMENTS // 8
+    for what, each in (
+        ("batch and pages for max_length", (batch, width)),
+        ("pages, heads, page_size and head_dim", sizes),
+    ):
+        if math.prod(each) > most:
+            raise ValueError(
+                f"{what} must have a product of at most {most}, got {' * '.join(map(str, each))}"
+            )
 
 
 def new_rows(name: str, x, pages, batch: int) -> None:
@@ -88,6 +103,13 @@ def positions(pages, table, at):
     page_size = pages.shape[2]
     numbers = table.long().gather(1, (at // page_size).long())
     return pages[numbers, :, (at % page_size).long()].transpose(1, 2)
+
+
+def larger(pages, count: int, page_size: int):
+    """A copy of pages [pages, Hk, page_size, D] with room for more of them, or longer ones."""
+    found = pages.new_empty((count, pages.shape[1], page_size, pages.shape[3]))
+    found[: len(pages), :, : pages.shape[2]] = pages
+    return found
 
 
 def attend(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def _sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        validate.integer(name, value, 1)
+        validate.width(name, value)
 
 
 def _features(name: str, x, dims: int, width: int, weight=None) -> None:

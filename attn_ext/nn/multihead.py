@@ -45,10 +45,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         vdim: int | None = None, batch_first: bool = False,
         device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        embed_dim = validate.integer("embed_dim", embed_dim, 1)
-        num_heads = validate.integer("num_heads", num_heads, 1)
-        kdim = None if kdim is None else validate.integer("kdim", kdim, 1)
-        vdim = None if vdim is None else validate.integer("vdim", vdim, 1)
+        embed_dim = validate.width("embed_dim", embed_dim)
+        num_heads = validate.width("num_heads", num_heads)
+        kdim = None if kdim is None else validate.width("kdim", kdim)
+        vdim = None if vdim is None else validate.width("vdim", vdim)
         if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"

@@ -176,6 +176,39 @@ def test_a_cache_that_is_a_shard():
     assert_close(got, cache.attend(q), FLOAT32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_autocast(dtype):
+    """Queries, a bias or pages that autocast does not reach; rows of another dtype that a cache
+    refuses under it, keeps rounded, or takes by the short way for those that came before; int8 that
+    is read in bfloat16.
+    """
+    half = torch.bfloat16
+    rows = [torch.randn(2, 2, 3, 16) for _ in range(4)]
+    q, bias = torch.randn(2, 4, 3, 16), torch.randn(3, 12)
+    asked = ({}, {"bias": bias}, {"tree_mask": torch.ones(3, 3, dtype=torch.bool).tril()})
+    cast, plain = (
+        attn_ext.KVCache(2, 2, 16, max_length=32, page_size=8, dtype=kind)
+        for kind in (dtype, half if dtype == torch.float32 else dtype)
+    )
+    with torch.autocast("cpu", dtype=half):
+        for k in rows:
+            cast.append(k, k.to(half))
+        found = [cast.attend(q, return_lse=True, **options) for options in asked]
+        assert cast.explain(q).problem.dtype == (torch.float32 if dtype == torch.int8 else half)
+    for k in rows:
+        plain.append(k if dtype == torch.int8 else k.to(half), k.to(half))
+    for (out, lse), options in zip(found, asked, strict=True):
+        options = options | ({"bias": bias.to(half)} if "bias" in options else {})
+        want, want_lse = plain.attend(q.to(half), return_lse=True, **options)
+        assert out.dtype == half and torch.equal(out, want) and torch.equal(lse, want_lse)
+    if dtype == torch.float32:
+        k, v = cast.gathered()
+        whole = torch.cat(rows, 2)
+        assert torch.equal(k, whole) and torch.equal(v, whole.to(half).float())
+        with pytest.raises(TypeError, match="k must have the cache's dtype"):
+            cast.append(rows[0].to(half), rows[0])
+
+
 def compiled(cache, q, k, v, counts=None):
     """A step of a model."""
     cache.append(k, v, counts=counts)
@@ -241,6 +274,12 @@ REFUSED = {
         new, tree_mask=torch.ones(3, 3).bool(), return_lse=torch.ones(2)),
     "dtype must be float16, bfloat16, float32, float64 or int8, got .'float32'":
         lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, dtype=["float32"]),
+    "pages, heads, page_size and head_dim must have a product of at most .*, got 1 . 2 . 4611":
+        lambda c: attn_ext.KVCache(1, 2, 8, max_length=8, page_size=1 << 62),
+    "batch and pages for max_length must have a product of at most .*, got 4611686018427387904 . 1":
+        lambda c: attn_ext.KVCache(1 << 62, 2, 8, max_length=8, pages=1),
+    "pages, heads, page_size and head_dim must have a product of at most .*, got 4611686018427387":
+        lambda c: c.resize(pages=1 << 62),
     "device must be one of torch's, got 'graphics'":
         lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, device="graphics"),
     "device must be one of torch's, got 1.5":

@@ -134,6 +134,13 @@ def test_autocast():
             lambda x: AdditiveAttention(4, 8, 4, dropout=2.0),
             "dropout must be between 0 and 1, got 2.0",
         ),
+        (lambda x: AttentionPooling(1 << 62), "embed_dim must be at most 536870912, got 46116860"),
+        (lambda x: AdditiveAttention(4, 1 << 40, 4), "key_dim must be at most 536870912, got 109"),
+        (lambda x: CrossModalAttention(8, 8, 1 << 31), "embed_dim must be at most 536870912, got"),
+        (
+            lambda x: attn_ext.nn.MultiheadAttention(1 << 62, 1),
+            "embed_dim must be at most 536870912, got 4611686018427387904",
+        ),
         (lambda x: AttentionPooling(8, score="cosine"), "score must be 'dot' or 'additive'"),
         (lambda x: AttentionPooling(8)(x[0]), "x must have 3 dimensions and 8 features"),
         (lambda x: AttentionPooling(8)(x, mask=x > 0), "mask must be bool"),

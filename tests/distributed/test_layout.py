@@ -134,6 +134,11 @@ def test_bad_layouts():
     for make, what in (
         (lambda: Layout.zigzag(-1, 2), "seqlen must be at least 0, got -1"),
         (lambda: Layout.zigzag(8, 0), "parts must be at least 1, got 0"),
+        (lambda: Layout.zigzag(8, 1 << 40), "parts must be at most 1048576, got 1099511627776"),
+        (lambda: Layout.contiguous(1 << 31, 2), "seqlen must be at most 2147483647, got"),
+        (lambda: Layout.striped(1 << 40, 2), "seqlen must be at most 2147483647, got"),
+        (lambda: Layout.striped(1 << 30, 2, 1), "block must be at least 1024 for 1073741824 pos"),
+        (lambda: Layout.packed([0, 1 << 40], 2), "a document of cu_seqlens must be at most"),
         (lambda: Layout.packed([1, 4], 2), "cu_seqlens must begin at 0"),
         (lambda: Layout.packed([0, 4], 2, "striped"), "balance must be one of"),
         (lambda: Layout.zigzag(8, 2).segments(2), "rank must be between 0 and 1, got 2"),

@@ -116,6 +116,34 @@ def test_autocast_follows_sdpa():
     assert wide.dtype == torch.float64
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_of_decode(compiled):
+    """A decode that autocast does not reach, new rows that it keeps out of a cache of another
+    dtype or rounds in there, and a result without them.
+    """
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    new = [torch.randn(2, 2, 2, 16) for _ in range(2)]
+    used, bias = torch.tensor([4, 7], dtype=torch.int32), torch.randn(1, 9)
+
+    def step(k, v):
+        rows = dict(k_new=new[0].bfloat16(), v_new=new[1], bias=bias, return_lse=True)
+        return attn_ext.attention_decode(q, k, v, used, **rows)
+
+    caches = [k.clone(), v.clone()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        out, lse = run(*caches)
+        wide = attn_ext.attention_decode(q.double(), k.double(), v.double(), used)
+    assert (out.dtype, wide.dtype) == (torch.bfloat16, torch.float64)
+    for cache, rows in zip((k, v), (new[0].bfloat16().float(), new[1]), strict=True):
+        for b, first in enumerate(used):
+            cache[b, :, first : first + 2] = rows[b]
+    assert torch.equal(caches[0], k) and torch.equal(caches[1], v)
+    half = [x.bfloat16() for x in (q, k, v)]
+    plain = attn_ext.attention_decode(*half, used + 2, bias=bias.bfloat16(), return_lse=True)
+    assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant):
     """Recomputation draws another dropout mask, or loses a gradient."""

@@ -20,14 +20,14 @@ def of_lse(lse: torch.Tensor) -> torch.Tensor:
     return torch.stack([lse, torch.zeros_like(lse)], -1)
 
 
-def _far(lse: torch.Tensor) -> torch.Tensor:
+def is_far(lse: torch.Tensor) -> torch.Tensor:
     """Which rows have an LSE so far from 0 that it has lost the sum."""
     return (lse.abs() > FAR) & (lse.abs() < torch.inf)
 
 
 def forward(call: Call, out, lse) -> tuple[torch.Tensor, torch.Tensor]:
     """(O, sums) of a part from the O and LSE that kernels gave, in LSE's dtype."""
-    out, sums, far = out.to(lse.dtype), of_lse(lse), _far(lse)
+    out, sums, far = out.to(lse.dtype), of_lse(lse), is_far(lse)
     if bool(far.any()):
         exact, exact_sums = shards.forward_partial(call)
         packed = call.cu_seqlens_q is not None  # rows of O have their heads behind them
@@ -42,7 +42,7 @@ def backward(
     """The gradients of a part, in the dtype of the sums.  near(lse): those that kernels find with
     such an LSE of whole rows; it is inf, so that P = 0, in far rows, whose share is added."""
     lse = sums.sum(-1)
-    far = _far(lse)
+    far = is_far(lse)
     grads = near(lse.masked_fill(far, torch.inf))[:4]
     grads = [g if g is None else g.to(lse.dtype) for g in grads]
     if bool(far.any()):

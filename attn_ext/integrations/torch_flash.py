@@ -25,12 +25,12 @@ import warnings
 import torch
 
 from attn_ext.core.layout import conform
-from attn_ext.core.schema import GRADIENTS, Call
+from attn_ext.core.schema import GRADIENTS, Call, Needs
 from attn_ext.functional import dense, varlen
-from attn_ext.ops import execute, route
+from attn_ext.ops import execute, parts, route
 
 NAME = "attn_ext"
-_QKV = tuple(name in ("q", "k", "v") for name in GRADIENTS)
+_QKV = Needs(*(name in ("q", "k", "v") for name in GRADIENTS))
 
 
 class _Active:
@@ -90,6 +90,10 @@ def _forward(call: Call):
 def _backward(call: Call, dropout_p, rng_state, dout, out, lse) -> tuple:
     if dropout_p > 0:
         call = call._replace(rng_state=rng_state.view(torch.int64), dropout_p=dropout_p)
+    if call.q.device.type == "cpu":  # torch's ring attention gives O and LSE of more keys
+        return parts.backward_of_rows(call, dout, out, lse, _QKV)[:3]
+    # The kernels of GPUs take LSE as it is given, where it is within 256 of 0; `parts` would read
+    # it back, which a CUDA graph cannot.
     return execute.backward(dout, None, out, lse, call, _QKV)[:3]
 
 

@@ -124,6 +124,25 @@ def _backward(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     )  # fmt: skip
 
 
+def backward_of_rows(call: Call, dout, out, lse, needs: Needs) -> Grads:
+    """The gradients of q, k, v and the bias, in their dtypes, from O and LSE of rows that may have
+    seen the keys of other calls, too: ring attention of other libraries asks for the share of some
+    keys by them.  The kernels of a whole call would divide each row by its own sum.
+    """
+    statistics = statistics_dtype(call.q.dtype)
+    delta = (dout.to(statistics) * out.to(statistics)).sum(-1)
+    delta = delta if call.cu_seqlens_q is None else delta.transpose(0, 1)
+    sums = sums_of.of_lse(lse)
+    far = sums_of.is_far(lse)
+    if bool(far.any()):  # LSE has lost the sum there; where it is this call's, it is found again
+        own = forward_partial(call)[1]
+        same = (own.sum(-1) - lse).abs() <= 1e-6 * lse.abs()
+        sums = torch.where((far & same)[..., None], own, sums)
+    grads = backward_partial(call, dout, delta, sums, needs)[:4]
+    inputs = zip(grads, (call.q, call.k, call.v, call.bias), strict=True)
+    return Grads(*(g if g is None else g.to(x.dtype) for g, x in inputs))
+
+
 def merge(out, sums, part, part_sums) -> None:
     """Adds (part, part_sums) to (out, sums), in place: out [..., S, D], sums [..., S, 2].  Rows
     that have seen no key yet have a base of -inf, and keep it with a part that sees none."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate, values
-from attn_ext.core.schema import GRADIENTS, Call
+from attn_ext.core.schema import GRADIENTS, Call, Needs
 from attn_ext.functional import dense, varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.flash_attn import functions
+from attn_ext.ops import parts
 
 
 def _options(
@@ -167,8 +168,8 @@ def _backward(
             like(name, x, shape, validate.FLOATING, q.device)
     lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
     wanted = dict(zip("qkv", targets, strict=True))
-    needs = [wanted.get(name) is not None for name in GRADIENTS]
-    results = torch.ops.attn_ext.backward(turn(dout), None, turn(out), lse, *call, needs)
+    needs = Needs(*(wanted.get(name) is not None for name in GRADIENTS))
+    results = parts.backward_of_rows(call, turn(dout), turn(out), lse, needs)
     for grad, target in zip(results[:3], targets, strict=True):
         if target is not None:
             target.copy_(turn(grad))
@@ -181,7 +182,8 @@ def _flash_attn_backward(
     deterministic=False, rng_state=None,
 ) -> torch.Tensor:  # fmt: skip
     """Write the gradients of a call of `_flash_attn_forward` into dq, dk and dv, each of which may
-    be None; returns softmax_d [B, H, Sq], the row sums of dout * out.
+    be None; returns softmax_d [B, H, Sq], the row sums of dout * out.  out and softmax_lse may be
+    those of rows that have seen more keys, as ring attention has it.
     """
     options = (
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,

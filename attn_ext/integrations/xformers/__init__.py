@@ -368,21 +368,14 @@ def memory_efficient_attention_backward(
 ):
     """(dq, dk, dv) of `memory_efficient_attention` for `grad`; p must be 0.
 
-    The forward pass is run again: output and lse are not needed here.
+    output and lse are those of `memory_efficient_attention_forward_requires_grad`, or of rows that
+    have seen more keys, merged by `merge_attentions`.
     """
     _no_dropout(p, "here: use memory_efficient_attention")
+    inp = operators.Inputs(query, key, value, attn_bias, p, scale)
     _rank(query, key, value)
-    validate.tensor("grad", grad)
-    if grad.dtype not in validate.FLOATING or grad.device != query.device:
-        raise TypeError(f"grad must be floating on {query.device}, got {grad.dtype} {grad.device}")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        validate.floating(name, x)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = _run(*leaves, attn_bias, p, scale, None)[0]
-    if grad.shape != out.shape:
-        raise ValueError(f"grad must have the shape {tuple(out.shape)}, got {tuple(grad.shape)}")
-    return torch.autograd.grad(out, leaves, grad)
+    found = operators.gradients(_prepared, operators.Context(lse, output), inp, grad, "output")
+    return found.dq, found.dk, found.dv
 
 
 FUNCTIONS = (

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from attn_ext.core import validate
-from attn_ext.core.schema import Call
+from attn_ext.core.schema import Call, Needs, lse_shape, statistics_dtype
 from attn_ext.functional import common
+from attn_ext.ops import parts
 
 
 @dataclass
@@ -129,36 +130,60 @@ class AttentionFwOpBase(AttentionOpBase):
 
 
 class AttentionBwOpBase(AttentionOpBase):
-    """A backward pass, which runs the forward again."""
+    """A backward pass."""
 
     @classmethod
     def apply(cls, ctx: Context, inp: Inputs, grad: torch.Tensor) -> Gradients:
-        """The gradients of what `AttentionFwOpBase.apply` made of the same inputs."""
-        bias = inp.attn_bias
-        of_bias = isinstance(bias, torch.Tensor) and bias.requires_grad
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (inp.query, inp.key, inp.value)]
-            if of_bias:
-                bias = bias.detach().requires_grad_()
-                leaves.append(bias)
-            query, key, value = leaves[:3]
-            again = replace(inp, query=query, key=key, value=value, attn_bias=bias)
-            call, layout = cls.prepared(again)
-            if call.dropout_p > 0:
-                if not isinstance(ctx.rng_state, torch.Tensor):
-                    raise ValueError(
-                        "ctx must have the rng_state of a forward of attn_ext with dropout, got "
-                        f"{type(ctx.rng_state).__name__}"
-                    )
-                call = call._replace(rng_state=ctx.rng_state)
-            out, _ = layout(*common.result(call, True, False))
-        validate.tensor("grad", grad)
-        if grad.shape != out.shape or grad.device != out.device:
+        """The gradients of the inputs, with out and lse of ctx."""
+        return gradients(cls.prepared, ctx, inp, grad)
+
+
+def gradients(
+    prepared: Callable, ctx: Context, inp: Inputs, grad: torch.Tensor, out_name: str = "out"
+) -> Gradients:
+    """Those of the inputs, of which `prepared` (see `AttentionOpBase`) makes a call, where out and
+    lse of ctx may be those of rows that have seen more keys, as `merge_attentions` gives them."""
+    for name in ("query", "key", "value"):
+        validate.tensor(name, getattr(inp, name))
+        validate.floating(name, getattr(inp, name))
+    leaves = [x.detach().requires_grad_() for x in (inp.query, inp.key, inp.value)]
+    bias = inp.attn_bias
+    if isinstance(bias, torch.Tensor) and bias.requires_grad:
+        bias = bias.detach().requires_grad_()
+        leaves.append(bias)
+    again = replace(inp, query=leaves[0], key=leaves[1], value=leaves[2], attn_bias=bias)
+    with torch.enable_grad():
+        call, layout = prepared(again)
+        out = call.q.detach().new_zeros((*call.q.shape[:-1], call.v.shape[-1]))
+        lse = out.new_zeros(lse_shape(call), dtype=statistics_dtype(out.dtype))
+        own = (out.requires_grad_(), lse.requires_grad_())
+        shaped = layout(*own)
+    if call.dropout_p > 0:
+        if not isinstance(ctx.rng_state, torch.Tensor):
             raise ValueError(
-                f"grad must have the shape {tuple(out.shape)} on {out.device}, got "
-                f"{tuple(grad.shape)} on {grad.device}"
+                "ctx must have the rng_state of a forward of attn_ext with dropout, got "
+                f"{type(ctx.rng_state).__name__}"
             )
-        return Gradients(*torch.autograd.grad(out, leaves, grad.to(out.dtype)))
+        call = call._replace(rng_state=ctx.rng_state)
+    pairs = (("grad", grad, shaped[0]), (out_name, ctx.out, shaped[0]), ("lse", ctx.lse, shaped[1]))
+    for name, x, like in pairs:
+        validate.tensor(name, x)
+        validate.floating(name, x)
+        if x.shape != like.shape or x.device != like.device:
+            raise ValueError(
+                f"{name} must have the shape {tuple(like.shape)} on {like.device}, got "
+                f"{tuple(x.shape)} on {x.device}"
+            )
+    # a layout only moves numbers, so that its derivative moves them back
+    moved = [
+        torch.autograd.grad(like, of, x.to(like.dtype), retain_graph=True)[0]
+        for (_, x, like), of in zip(pairs, (own[0], *own), strict=True)
+    ]
+    held = (call.q, call.k, call.v, call.bias)[: len(leaves)]
+    needs = Needs(q=True, k=True, v=True, bias=len(leaves) > 3)
+    with torch.no_grad():
+        found = parts.backward_of_rows(call, *moved, needs)[: len(leaves)]
+    return Gradients(*torch.autograd.grad(held, leaves, found))
 
 
 # xformers' modules of operators, with the beginning of their names there

@@ -1,8 +1,8 @@
 """The oracle as a backend: serves every problem on every device, in O(Sq * Sk) memory.
 
 Forward is `attn_ext.core.reference.attend`; backward runs it again under autograd.  As on the other
-backends, 16-bit inputs are computed with in float32 and results rounded once; `attend` itself and
-`forward_and_backward` compute in the inputs' dtype, which is what `attn_ext.testing` measures.
+backends, 16-bit inputs are computed with in float32 and results rounded once.  `naive` and
+`forward_and_backward` compute in the inputs' dtype: the rule of tolerance is made of their error.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ def forward(call: Call):
     return out, lse, max_logit, entropy
 
 
+@torch.no_grad()
+def naive(call: Call):
+    """What `forward` gives, computed in the inputs' dtype."""
+    return reference.attend(call)
+
+
 def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
     """The gradients; None where `needs` says so."""
     wide = _in_float32(call._replace(need_stats=False))
@@ -54,7 +60,7 @@ def backward(call: Call, dout, out, lse, dlse, needs: Needs) -> Grads:
 
 
 def forward_and_backward(call: Call, dout, dlse, needs: Needs) -> tuple[tuple, Grads]:
-    """What `forward` gives (but for the memory order of out), and `backward` of it."""
+    """What `naive` gives, and its gradients."""
     leaves = {
         name: getattr(call, name).detach().requires_grad_()
         for name in GRADIENTS

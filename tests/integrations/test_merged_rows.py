@@ -97,7 +97,7 @@ def test_xformers(keys, groups):
 
 @pytest.mark.parametrize("keys", KEYS)
 def test_torch(keys):
-    """torch's context parallelism, which calls the backward of its flash attention by itself."""
+    """torch's flash attention, whose backward a ring over ranks calls by itself."""
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
         pytest.skip("torch.nn.attention.activate_flash_attention_impl: torch 2.10")
     torch.nn.attention.activate_flash_attention_impl("attn_ext")

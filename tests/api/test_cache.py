@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cache_checks import TREE, Model, features
-from closeness import FLOAT32, assert_close, assert_same
+from closeness import BFLOAT16, FLOAT32, assert_close, assert_same
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -158,8 +158,9 @@ def test_a_batch_of_another_size(page_size):
 
 
 def test_a_cache_that_is_a_shard():
-    """Rows of a cache that context_decode does not take, or counts from another position; here all
-    ranks are one, and the shard is the whole (the merge has tests of its own)."""
+    """Rows of a cache that context_decode does not take, or counts from another position; autocast
+    that does not reach it.  All ranks are one here, and the shard is the whole (the merge has tests
+    of its own)."""
     cache = attn_ext.KVCache(3, 2, 8, max_length=32, page_size=4)
     for b, count in enumerate((9, 0, 4)):
         k, v = torch.randn(2, 1, 2, count, 8)
@@ -168,12 +169,15 @@ def test_a_cache_that_is_a_shard():
     q = torch.randn(3, 4, 2, 8)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        got = context_decode(
-            q, *cache.gathered(), k_first=0, whole_lengths=cache.lengths, group=dist.group.WORLD
-        )
+        whole = dict(k_first=0, whole_lengths=cache.lengths, group=dist.group.WORLD)
+        got = context_decode(q, *cache.gathered(), **whole)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half, want_half = context_decode(q, *cache.gathered(), **whole), cache.attend(q)
     finally:
         dist.destroy_process_group()
     assert_close(got, cache.attend(q), FLOAT32)
+    assert half.dtype == want_half.dtype == torch.bfloat16
+    assert_close(half, want_half, BFLOAT16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)

@@ -11,6 +11,7 @@ the kernel of plain_triton.py, by the tile of `PLAIN_TILES`, the best of those t
     python bench/triton_code.py sm_90 --tile dkdv 128 64,128,8,2,0  one of ours; --dump: its loop
     python bench/triton_code.py sm_90 --tile dkdv 96 table          that of the table
     python bench/triton_code.py sm_90 --search dq 64 --type fp32    of another type than bf16
+    python bench/triton_code.py sm_90 --tile dq 192/128 table       values of 128 columns
     python bench/triton_code.py sm_90 --others --write      full calls of other widths and types
 """
 
@@ -102,19 +103,26 @@ def listing(compiled, architecture: str) -> list[str]:
     return [f"{each.address:6}{each.predicate:7}{each.opcode} {each.operands}" for each in path]
 
 
-# Products of a tile [BLOCK_M, BLOCK_N] and the width of a head in a step of the hot loop
-PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3, "fused": 5}
+# Products of a tile [BLOCK_M, BLOCK_N] in a step of the hot loop: over or into the columns of Q
+# and K, and of V
+PRODUCTS = {"forward": (1, 1), "dkdv": (2, 2), "dq": (2, 1), "fused": (3, 2)}
 
 
-def tensor_cycles(name: str, head_dim: int, architecture: str, tile) -> float:
+def widths_of(head_dim: int | str) -> tuple[int, int]:
+    """Of the tiles of Q and K, and of V: the next powers of two."""
+    dim, dim_v = plain_triton.dims(head_dim)
+    return 1 << (dim - 1).bit_length(), 1 << (dim_v - 1).bit_length()
+
+
+def tensor_cycles(name: str, head_dim: int | str, architecture: str, tile) -> float:
     """Of one scheduler's tensor core in a step of the hot loop, a warp of those that multiply; what
     a tcgen05.mma does stands in no opcode."""
-    width = 1 << (head_dim - 1).bit_length()
-    work = PRODUCTS[name] * tile[0] * tile[1] * width / tile[2]  # multiply-adds a warp
+    columns = sum(n * width for n, width in zip(PRODUCTS[name], widths_of(head_dim), strict=True))
+    work = tile[0] * tile[1] * columns / tile[2]  # multiply-adds a warp
     return work / machine_code.ARCHITECTURES[ARCHITECTURES[architecture]].multiply_adds
 
 
-def row(compiled, architecture: str, tile, name: str, head_dim: int) -> dict:
+def row(compiled, architecture: str, tile, name: str, head_dim: int | str) -> dict:
     """The row of a compiled kernel: its tile, and what machine_code.py, or for an AMD GPU
     amdgcn.py, counts and bounds."""
     if "amdgcn" in compiled.asm:
@@ -154,8 +162,9 @@ def prepare(architecture: str) -> None:
 TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
-    """(compiled kernel, tile) of a pass as a call launches it; `tile`: another than the table's."""
+def ours(name: str, head_dim: int | str, case: str, tile=None, dtype: str = "bf16"):
+    """(compiled kernel, tile) of a pass as a call launches it; head_dim: as `plain_triton.dims`
+    takes it; `tile`: another than the table's."""
     import contextlib
 
     import torch
@@ -173,17 +182,17 @@ def ours(name: str, head_dim: int, case: str, tile=None, dtype: str = "bf16"):
 
     attention.run = run
     sizes = {"batch": 1, "heads_q": 1, "seqlen_q": SEQLEN, "seqlen_k": SEQLEN}
-    wanted = sizes | {"head_dim": head_dim, "dtype": getattr(torch, TYPES[dtype])}
+    dim, dim_v = plain_triton.dims(head_dim)
+    wanted = sizes | {"head_dim": dim, "head_dim_v": dim_v, "dtype": getattr(torch, TYPES[dtype])}
     call = random_call(**wanted | (CASES | OPTIONS | BIAS_GRADIENT | SEVERAL)[case])
-    size = wanted["dtype"].itemsize
-    width, rich, needs = attention.width(head_dim), attention.Plan(call).rich(), needs_of(call)
-    needs = needs._replace(bias=case in BIAS_GRADIENT)
+    plan, needs = attention.Plan(call), needs_of(call)._replace(bias=case in BIAS_GRADIENT)
+    rows = {direction: plan.row(direction) for direction in (PASSES[name], "fused")}
     with contextlib.ExitStack() as asked:
         if tile is not None:
-            key = configs.key(PASSES[name], width, size, rich)
+            key = configs.key(*rows[PASSES[name]][1:])
             asked.enter_context(configs.using(key, configs.Tile(*tile)))
         if name != "fused":
-            key = configs.key("fused", width, size, rich)
+            key = configs.key(*rows["fused"][1:])
             asked.enter_context(configs.using(key, configs.PAIR))
         out, lse, *_ = attention.forward(call)
         if name != "forward":
@@ -227,7 +236,7 @@ def measure(
     return rows
 
 
-def space(name: str, head_dim: int, described: bool, dtype: str):
+def space(name: str, head_dim: int | str, described: bool, dtype: str):
     """Tiles that are worth compiling: those whose sums and scores leave a thread some registers."""
     # of a loop's step, of a program
     walked, own = (32, 64) if name == "fused" else (32, 64, 128), (64, 128)
@@ -235,9 +244,10 @@ def space(name: str, head_dim: int, described: bool, dtype: str):
     if dtype == "fp32":  # of which twice the bytes are held, and each factor as two
         walked, own, every_stage = (16, 32, 64), (32, 64, 128), (1, 2)
     by_keys = name in ("dkdv", "fused")
-    width = 1 << (head_dim - 1).bit_length()
+    width, width_v = widths_of(head_dim)
+    columns = width + width_v if by_keys else width_v if name == "forward" else width
     for step, rows, warps, stages in itertools.product(walked, own, (4, 8), every_stage):
-        sums = rows * width * (2 if by_keys else 1)
+        sums = rows * columns
         scores = step * rows * (1 if name == "forward" else 2)
         if (sums + scores) // (32 * warps) > 192:
             continue
@@ -248,7 +258,7 @@ def space(name: str, head_dim: int, described: bool, dtype: str):
 
 
 def search(
-    architecture: str, name: str, head_dim: int, kind: str, case: str, only: str, dtype: str
+    architecture: str, name: str, head_dim: str, kind: str, case: str, only: str, dtype: str
 ) -> None:  # fmt: skip
     """Print tiles, the best by the model last, of those that fit and spill nothing in the loop."""
     from attn_ext.triton_kernels import configs
@@ -277,12 +287,18 @@ def search(
         print(line(found))
 
 
-def table_tile(architecture: str, name: str, head_dim: int, dtype: str) -> tuple:
+def table_tile(architecture: str, name: str, head_dim: int | str, dtype: str) -> tuple:
     """That of our full calls, for plain Triton, which loads by pointers."""
+    return chosen(architecture, name, head_dim, dtype)[:4]
+
+
+def chosen(architecture: str, name: str, head_dim: int | str, dtype: str):
+    """The table's tile of our full calls."""
     from attn_ext.triton_kernels import configs
 
-    width, size = 1 << (head_dim - 1).bit_length(), 4 if dtype == "fp32" else 2
-    return configs.shipped(architecture, PASSES[name], width, size)[:4]
+    size = 4 if dtype == "fp32" else 2
+    width = configs.columns(architecture, PASSES[name], widths_of(head_dim), size)
+    return configs.shipped(architecture, PASSES[name], width, size)
 
 
 def only_matches(only: str, tile) -> bool:
@@ -329,10 +345,10 @@ def main() -> None:
     if args.search:
         name, head_dim = args.search
         kind = "plain" if args.plain else "ours"
-        search(args.architecture, name, int(head_dim), kind, args.case, args.only, args.type)
+        search(args.architecture, name, head_dim, kind, args.case, args.only, args.type)
     elif args.tile:
         prepare(args.architecture)
-        name, head_dim = args.tile[0], int(args.tile[1])
+        name, head_dim = args.tile[:2]
         if args.tile[2] != "table":
             tile = tuple(map(int, args.tile[2].split(",")))
         elif args.plain:

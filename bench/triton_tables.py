@@ -24,7 +24,8 @@ OTHERS_TABLE = ROOT / "bench" / "results" / "triton_code-others.json"  # of OTHE
 OLDEST = ROOT / "build" / "triton-3.6"  # where `make build/triton-3.6/triton` puts it
 TABLED = ("sm_80", "sm_90")  # of which the table has rows
 
-# As triton_code.PLAIN_TILES of other widths and types, (architecture, pass, head_dim, type)
+# As triton_code.PLAIN_TILES of other widths and types, (architecture, pass, head_dim, type);
+# "192/128" are values of 128 columns
 OTHER_TILES = {
     ("sm_80", "forward", 96, "bf16"): (128, 32, 4, 2),
     ("sm_80", "dkdv", 96, "bf16"): (32, 128, 8, 2),
@@ -32,6 +33,12 @@ OTHER_TILES = {
     ("sm_80", "forward", 256, "bf16"): (64, 32, 4, 2),
     ("sm_80", "dkdv", 256, "bf16"): (64, 64, 8, 2),
     ("sm_80", "dq", 256, "bf16"): (64, 32, 4, 2),
+    ("sm_80", "forward", 192, "bf16"): (64, 32, 4, 2),
+    ("sm_80", "dkdv", 192, "bf16"): (64, 64, 8, 2),
+    ("sm_80", "dq", 192, "bf16"): (64, 32, 4, 2),
+    ("sm_80", "forward", "192/128", "bf16"): (64, 64, 4, 2),
+    ("sm_80", "dkdv", "192/128", "bf16"): (64, 64, 8, 2),
+    ("sm_80", "dq", "192/128", "bf16"): (64, 32, 4, 2),
     ("sm_80", "forward", 64, "fp32"): (128, 16, 4, 2),
     ("sm_80", "dkdv", 64, "fp32"): (16, 64, 8, 2),
     ("sm_80", "dq", 64, "fp32"): (64, 16, 8, 2),
@@ -44,11 +51,24 @@ OTHER_TILES = {
     ("sm_90", "forward", 256, "bf16"): (128, 64, 8, 2),
     ("sm_90", "dkdv", 256, "bf16"): (32, 64, 8, 2),
     ("sm_90", "dq", 256, "bf16"): (128, 32, 8, 2),
+    ("sm_90", "forward", 192, "bf16"): (128, 64, 8, 2),
+    ("sm_90", "dkdv", 192, "bf16"): (32, 64, 8, 2),
+    ("sm_90", "dq", 192, "bf16"): (128, 32, 8, 2),
+    ("sm_90", "forward", "192/128", "bf16"): (128, 64, 8, 2),
+    ("sm_90", "dkdv", "192/128", "bf16"): (64, 64, 8, 2),
+    ("sm_90", "dq", "192/128", "bf16"): (128, 64, 8, 2),
     ("sm_90", "forward", 64, "fp32"): (128, 64, 8, 2),
     ("sm_90", "dkdv", 64, "fp32"): (32, 128, 8, 2),
     ("sm_90", "dq", 64, "fp32"): (128, 32, 8, 2),
     ("sm_90", "forward", 128, "fp32"): (128, 32, 8, 2),
     ("sm_90", "dq", 128, "fp32"): (32, 32, 8, 2),
+    ("sm_100", "forward", 64, "bf16"): (128, 128, 8, 2),
+    ("sm_100", "forward", 128, "bf16"): (128, 128, 8, 2),
+    ("sm_100", "forward", 256, "bf16"): (128, 64, 8, 2),
+    ("sm_100", "dkdv", 64, "bf16"): (64, 128, 8, 2),
+    ("sm_100", "dkdv", 128, "bf16"): (64, 128, 8, 2),
+    ("sm_100", "dq", 64, "bf16"): (128, 128, 8, 2),
+    ("sm_100", "dq", 128, "bf16"): (128, 128, 8, 2),
 }
 
 

@@ -65,6 +65,9 @@ def far_tile(width: int, element_size: int) -> Tile:
 
 
 WIDTHS = (32, 64, 128, 256)  # of a head inside the kernels: the next power of two, at least 32
+# In the place of 256 where values have at most 128 columns, as those of heads of 192 often have:
+# their tiles and sums are half as wide
+NARROW_VALUES = 192
 DIRECTIONS = ("fwd", "dkdv", "dq", "fused", "dbias", "decode")
 
 # Kind of GPU -> (direction, width) -> tile for 16-bit elements.  "large" is sm_80; the others say
@@ -97,6 +100,7 @@ _PLAIN = {
     },
     "sm_80": {  # more than 99 KiB of shared memory
         # all as plain Triton's best: .45, .51 and .47 of the peak
+        ("fwd", 192): Tile(64, 64, 4, 2),  # .53; the row of 256 columns .38
         ("fwd", 256): Tile(64, 32, 4, 2),
         ("dkdv", 256): Tile(64, 64, 8, 2),
         ("dq", 256): Tile(64, 32, 4, 2),
@@ -117,18 +121,22 @@ _PLAIN = {
         ("dkdv", 256): Tile(64, 64, 8, 1),  # 103 spilled; .57 of the peak even so
         ("dq", 64): Tile(128, 128, 8, 2),
         ("dq", 128): Tile(128, 64, 8, 2),  # 128 keys spill
+        ("dq", 192): Tile(128, 64, 8, 2),  # .67, 16 spilled; the row of 256 columns .56, none
         ("dq", 256): Tile(128, 32, 8, 2),  # 64 of each spill
         ("fused", 64): Tile(64, 128, 8, 2),
         ("fused", 128): Tile(64, 128, 8, 2),
     },
-    "sm_100": {  # chosen by registers, since no loop of tcgen05 was looked at
-        ("fwd", 64): Tile(128, 64, 8, 2),
-        ("fwd", 128): Tile(64, 64, 8, 3),
-        ("dkdv", 32): Tile(32, 32, 8, 1),
-        ("dkdv", 64): Tile(32, 64, 8, 2),
-        ("dkdv", 128): Tile(64, 32, 8, 1),
-        ("dq", 64): Tile(64, 64, 8, 2),
-        ("dq", 128): Tile(64, 64, 8, 2),
+    # tcgen05 wants 128 rows; the wider the tile, the fewer instructions a product.  Each takes 256
+    # or all of the 512 columns of tensor memory, and one block fits a multiprocessor
+    "sm_100": {
+        ("fwd", 64): Tile(128, 128, 8, 2),
+        ("fwd", 128): Tile(128, 128, 8, 2),
+        ("fwd", 256): Tile(128, 64, 8, 2),  # .61 of the peak; 32x32 .09, without tcgen05
+        ("dkdv", 32): Tile(32, 32, 8, 1),  # by registers
+        ("dkdv", 64): Tile(64, 128, 8, 2),  # .38 of the peak; 32x64 .20
+        ("dkdv", 128): Tile(64, 128, 8, 2),  # .59; 32x128 .50
+        ("dq", 64): Tile(128, 128, 8, 2),  # .48; 64x64 .31
+        ("dq", 128): Tile(128, 128, 8, 2),  # .70; 128x64 .64
     },
     # 99 KiB of shared memory on sm_89 and sm_120, which the rows of 64 and 128 columns above fit;
     # of those of 128 one block at a time, dK and dV and dQ at 82 KiB.  Where these spill, the tiles
@@ -257,7 +265,25 @@ _DESCRIBED = {
         ("fwd", 128): Tile(128, 128, 8, 2, 1),
     },
     "sm_100": {
-        ("fwd", 64): Tile(128, 64, 8, 2, 1),  # at width 128 such tiles spill 8 bytes
+        ("fwd", 64): Tile(128, 128, 8, 2, 1),  # .34 of the peak; 64 keys .29
+        ("fwd", 128): Tile(128, 128, 8, 2, 1),  # .57; 64 keys .48
+    },
+}
+
+# Triton 3.6 fails to compile tiles of 64 queries and more for tcgen05; 32 take mma.sync.  So plain
+# calls of 16 bits keep the tiles of before the search with it.
+_TRITON_3_6 = {
+    "sm_100": {
+        ("fwd", 64): Tile(32, 64, 8, 2),
+        ("fwd", 128): Tile(32, 64, 8, 3),
+        ("fwd", 256): Tile(32, 32, 8, 2),
+        ("dkdv", 32): Tile(32, 32, 8, 1),
+        ("dkdv", 64): Tile(32, 64, 8, 2),
+        ("dkdv", 128): Tile(64, 32, 8, 1),
+        ("dkdv", 256): Tile(32, 16, 8, 1),
+        ("dq", 64): Tile(32, 64, 8, 2),
+        ("dq", 128): Tile(32, 64, 8, 2),
+        ("dq", 256): Tile(32, 32, 8, 1),
     },
 }
 
@@ -333,6 +359,16 @@ RANKED = frozenset(
 )
 
 
+def columns(
+    architecture: str, direction: str, widths: tuple[int, int], element_size: int, rich: str = ""
+) -> int:  # fmt: skip
+    """The width by which the tables know a call.  widths: of the tiles of Q and K, and of V."""
+    narrow = widths[0] == 256 and widths[1] <= 128 and element_size == 2 and not rich
+    if narrow and (direction, NARROW_VALUES) in _PLAIN.get(architecture, {}):
+        return NARROW_VALUES
+    return max(widths)
+
+
 def key(direction: str, width: int, element_size: int, rich: str = "") -> str:
     """The name under which `tune` stores a tile."""
     return f"{direction}/{width}/{element_size}" + (f"/{rich}" if rich else "")
@@ -353,10 +389,12 @@ def shipped(
     descriptors: bool = True,
 ) -> Tile:  # fmt: skip
     """The table's tile; without `descriptors` that of the kernels which load by pointers."""
-    if architecture in ("sm_100", "sm_103") and direction in ("fwd", "dq") and _triton() < (3, 7):
-        # Triton 3.6 fails to compile these for tcgen05; 32 queries take mma.sync
-        row = _shipped(architecture, direction, width, element_size, rich, False)
-        return row._replace(block_m=min(32, row.block_m))
+    if architecture in ("sm_100", "sm_103") and _triton() < (3, 7):
+        plain = element_size == 2 and not rich
+        known = _row(_TRITON_3_6, (architecture,), direction, width) if plain else None
+        found = known or _shipped(architecture, direction, width, element_size, rich, False)
+        tall = direction in ("fwd", "dq")
+        return found._replace(block_m=min(32, found.block_m)) if tall else found
     return _shipped(architecture, direction, width, element_size, rich, descriptors)
 
 

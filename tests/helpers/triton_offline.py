@@ -87,9 +87,13 @@ DIRECTIONS = {
 def configuration(architecture: str):
     """(direction, dtype, tile, name of the row) of each place of the configuration, the plain
     before the rich and the narrow before the wide."""
+    widths = (*configs.WIDTHS[:-1], configs.NARROW_VALUES, configs.WIDTHS[-1])
     for direction, dtype, rich, width in itertools.product(
-        DIRECTIONS, ("bf16", "fp32"), ("", "all"), configs.WIDTHS
+        DIRECTIONS, ("bf16", "fp32"), ("", "all"), widths
     ):
+        narrow = (architecture, direction, (256, 128), DTYPES[dtype].itemsize, rich)
+        if width == configs.NARROW_VALUES and configs.columns(*narrow) != width:
+            continue
         kernel, *cases = DIRECTIONS[direction]
         case = cases[rich == "all"]
         if case:
@@ -105,6 +109,9 @@ def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
     takes most, with all features if it serves them, at the widest head."""
     last = {row[:3]: row[3] for row in configuration(architecture)}
     rows = {name: tile for (_, _, tile), name in last.items()}
+    # of heads with narrow values always: a tile may serve narrower heads with more features
+    narrow = f" {configs.NARROW_VALUES} "
+    rows |= {name: tile for _, _, tile, name in configuration(architecture) if narrow in name}
     for (_, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         rows[f"forward {width} bf16 specialized"] = tile
     for (direction, width, feature), tile in configs.with_features(architecture).items():
@@ -259,6 +266,9 @@ def cases():
             yield f"{width} {name}", "specialized", base | options["causal"], ("forward", "repair")
             for case, option in ONE_FEATURE.items():
                 yield f"{width} {name}", case, base | options["causal"] | option, PASSES
+    narrow = {"head_dim": 192, "head_dim_v": 128, "dtype": DTYPES["bf16"]}
+    label = f"{configs.NARROW_VALUES} bf16"
+    yield label, "causal", narrow | options["causal"], ("forward", "dkdv", "dq")
 
 
 def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str, list]:

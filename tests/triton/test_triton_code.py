@@ -179,8 +179,7 @@ def test_other_widths_and_types_are_compared_by_their_tiles():
     assert OTHERS["rows"].keys() == names.keys()
     for label, each in OTHERS["rows"].items():
         architecture, name, head_dim, dtype = label.split()
-        width, size = 1 << (int(head_dim) - 1).bit_length(), 4 if dtype == "fp32" else 2
-        mine = configs.shipped(architecture, triton_code.PASSES[name], width, size)
+        mine = triton_code.chosen(architecture, name, head_dim, dtype)
         assert each["ours"]["tile"] == list(mine), label
         assert each["plain"]["tile"] == list(names[label]), label
         assert not each["plain"]["counts"].get("spill"), "a tile that spills is not the best"
@@ -319,3 +318,16 @@ def test_a_search_knows_what_float32_takes():
             assert small and min(tile[3] for tile in small) == 1
     same = [set(triton_code.space("dkdv", head_dim, False, "bf16")) for head_dim in (96, 128)]
     assert same[0] == same[1]
+
+
+def test_a_search_knows_how_wide_values_are():
+    """Tiles of 192 columns with values of 128 that are left out as if values had 256, or whose
+    products are counted as if they had."""
+    assert triton_code.widths_of("192/128") == (256, 128)
+    assert triton_code.widths_of(96) == triton_code.widths_of("96") == (128, 128)
+    wide, narrow = (set(triton_code.space("forward", x, False, "bf16")) for x in (192, "192/128"))
+    assert wide < narrow, "whose sums are narrower"
+    # of three products two are over the columns of Q and K: 128 x 128 x (2 x 256 + 128) / 8 / 1024
+    tile = (128, 128, 8, 2)
+    cycles = [triton_code.tensor_cycles("dq", x, "sm_100", tile) for x in (128, "192/128", 256)]
+    assert cycles == [768, 1280, 1536]

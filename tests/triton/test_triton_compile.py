@@ -17,11 +17,14 @@ from importlib import metadata
 
 import pytest
 import seen
+import torch
 import triton_offline as offline
 import triton_seen
 
+from attn_ext.testing import random_call
 from attn_ext.triton_kernels import configs, tune
 from attn_ext.triton_kernels.kernels import primitives
+from attn_ext.triton_kernels.launch import attention
 
 SCRIPT = offline.__file__
 
@@ -100,6 +103,7 @@ for _table, _spills in {
         # 256 columns: .63 and .57 of the peak; without spills mma.sync and 32 rows or less
         "forward 256 bf16": {"causal": 11},
         "dkdv 256 bf16": {"causal": 113},
+        "dq 192 bf16": {"causal": 16},  # .67 of the peak, without .56
         # .45 of the peak, where 16 rows have .22 without; .29
         "dkdv 128 fp32": {"causal": 210},
         "dq 128 fp32": {"causal": 18},
@@ -282,6 +286,36 @@ def test_triton_3_6_gets_no_tcgen05(monkeypatch):
         assert configs.shipped("sm_100", direction, width, 2, rich).block_m <= 32
         assert configs.shipped("sm_100", direction, width, 2, rich).loads == 0
     assert configs.shipped("sm_90", "fwd", 64, 2).block_m == 128
+    before = {32: (32, 32, 8, 1, 0), 64: (32, 64, 8, 2, 0), 128: (64, 32, 8, 1, 0)}
+    for width, tile in before.items():
+        assert configs.shipped("sm_100", "dkdv", width, 2) == tile
+
+
+NARROW = {"head_dim": 192, "head_dim_v": 128, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        (NARROW, 192),
+        (NARROW | {"head_dim": 256, "head_dim_v": 64}, 192),
+        (NARROW | {"head_dim_v": 192}, 256),
+        (NARROW | {"head_dim": 128, "head_dim_v": 192}, 256),
+        (NARROW | {"dtype": torch.float32}, 256),
+        (NARROW | {"bias": True}, 256),
+    ],
+    ids=["narrow", "narrower", "equal", "wide values", "float32", "rich"],
+)
+def test_heads_with_narrow_values_have_tiles_of_their_own(options, width, monkeypatch):
+    """The tile of 256 columns where values have 128, a larger one where they have not, and one of
+    16 bits or of plain calls for those that hold more."""
+    monkeypatch.setattr(attention, "architecture", lambda x: "sm_90")
+    plan = attention.Plan(random_call(**options))
+    assert plan.row("dq")[2] == width
+    assert plan.row("decode")[2] == 256, "which has no such row"
+    rows = {192: (128, 64, 8, 2, 0), 256: (128, 32, 8, 2, 0)}
+    if options["dtype"] == torch.bfloat16 and not options.get("bias"):
+        assert plan.tile("dq") == rows[width]
 
 
 def test_tune_measures_specialized_warps():

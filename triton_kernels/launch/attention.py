@@ -254,18 +254,21 @@ class Plan:
 
     def tile(self, direction: str) -> configs.Tile:
         """The tile of this call's kernels."""
-        found = configs.tile(*self._row(direction))
+        found = configs.tile(*self.row(direction))
         if found.loads and not all(map(describable, (self.q, self.k, self.v))):
             found = self.pointer_tile(direction)
         return found
 
     def pointer_tile(self, direction: str) -> configs.Tile:
         """The table's tile of kernels that load by pointers."""
-        return configs.shipped(*self._row(direction), False)
+        return configs.shipped(*self.row(direction), False)
 
-    def _row(self, direction: str) -> tuple:
-        wide = max(self.block_d, self.block_dv)
-        return (architecture(self.q), direction, wide, self.q.element_size(), self.rich())
+    def row(self, direction: str) -> tuple:
+        """What `configs.tile` asks for: the GPU, the direction, the width of the rows, bytes of an
+        element, the features."""
+        name, size, rich = architecture(self.q), self.q.element_size(), self.rich()
+        widths = (self.block_d, self.block_dv)
+        return (name, direction, configs.columns(name, direction, widths, size, rich), size, rich)
 
     def rich(self) -> str:
         """As `configs.tile` takes it."""

@@ -18,7 +18,12 @@ from attn_ext.triton_kernels.kernels.dropout import (
     keep_each,
     keep_own,
 )
-from attn_ext.triton_kernels.kernels.logits import alibi_slope, tile_logits
+from attn_ext.triton_kernels.kernels.logits import (
+    alibi_slope,
+    is_steep,
+    row_distance,
+    tile_logits,
+)
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
@@ -27,6 +32,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     GROUPED,
     MASK,
     OLD_TRITON,
+    RELATIVE,
     RUNTIME,
     STREAM,
     block_of,
@@ -57,6 +63,7 @@ from attn_ext.triton_kernels.kernels.scores import (
     score_gradient,
     tile_probabilities,
 )
+from attn_ext.triton_kernels.kernels.softmax import unit
 
 
 @triton.jit
@@ -94,6 +101,8 @@ def key_gradient_tiles(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = alibi_slope(b, h, terms, scale, FLAGS)
+    OWN: tl.constexpr = (~RELATIVE & FLAGS) if EDGE else FLAGS
+    factor, _shift = unit(terms, scale, FLAGS)
     if sums is not None:
         start = first
         if EDGE:
@@ -121,15 +130,20 @@ def key_gradient_tiles(
         r = tl.arange(0, BLOCK_M)[None, :]
         s, cap = tile_logits(
             kq, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
-            EDGE, FLAGS, not EDGE, slope,
+            EDGE, OWN, not EDGE, slope,
         )  # fmt: skip
+        behind = 0.0
+        if RELATIVE & OWN:
+            behind = slope * factor * row_distance(
+                i_first, j_first, b, seqlen_q, seqlen_k, terms, BLOCK_M, FLAGS
+            )[None, :]  # fmt: skip
         if MOVES:
             row_lse, row_delta = tl.load(lse_at), tl.load(delta_at)
             lse_at += BLOCK_M
             delta_at += BLOCK_M
         else:
             row_lse, row_delta = row_values(lse2, delta, i, seqlen_q, EDGE)
-        p = tile_probabilities(s, row_lse[None, :], terms, scale, False, FLAGS)
+        p = tile_probabilities(s, row_lse[None, :], terms, scale, False, OWN, behind)
         # dV += P^T @ dO   [BLOCK_N, BLOCK_DV];  dP^T = V @ dO^T   [BLOCK_N, BLOCK_M]
         if STREAM & FLAGS:
             do_rows = row_pointers(do, do_s, i_first, seqlen_q, BLOCK_M)
@@ -145,7 +159,7 @@ def key_gradient_tiles(
         if DROPOUT & FLAGS:
             kept = keep_own(i[None, :], j_first, b, h, terms, rng, BLOCK_N, FLAGS)
             used = dropped(p, kept, rng)
-            dp = tl.where(kept, dp * rng[3], 0.0)
+            dp = tl.where(kept, dp, 0.0) * rng[3]  # and less delta: one multiply-add
         if STREAM & FLAGS:
             tl.debug_barrier()  # no hazard: keeps this read from moving up, into more registers
             do_tile = load_rows(do_rows, DV, BLOCK_DV)
@@ -238,6 +252,9 @@ def key_gradients(
             sum, sums_b, sums_h, k_loaded = sums
             of_head = sums_of(sum, b, h, q_first, sums_b, sums_h, BLOCK_D, FLAGS)
             dq_sums = (of_head, k_loaded)
+        whole_end = full_end
+        if RELATIVE & FLAGS:
+            whole_end = tl.where(is_steep(b, h, terms), full_first, full_end)
         if CAREFUL:
             dk, dv = careful_key_gradients(
                 dk, dv, k, v, qdo, rows, c, b, h, j_first, seqlen_q, seqlen_k, off, terms, rng,
@@ -247,12 +264,12 @@ def key_gradients(
         else:  # the cut tiles first: what their loop needs is not held through the other
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, qdo, rows, dq_sums, c, b, h, j_first, seqlen_q, seqlen_k, off, terms,
-                rng, scale, left, right, first, full_first, full_end - full_first, end,
+                rng, scale, left, right, first, full_first, whole_end - full_first, end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, FLAGS,
             )  # fmt: skip
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, qdo, rows, dq_sums, c, b, h, j_first, seqlen_q, seqlen_k, off, terms,
-                rng, scale, left, right, full_first, full_first, 0, full_end,
+                rng, scale, left, right, full_first, full_first, 0, whole_end,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, FLAGS,
             )  # fmt: skip
     return dk, dv

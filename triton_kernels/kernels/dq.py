@@ -14,7 +14,13 @@ from attn_ext.triton_kernels.kernels.dropout import (
     keep_ordered,
 )
 from attn_ext.triton_kernels.kernels.functions import byte_signs, only_seen
-from attn_ext.triton_kernels.kernels.logits import alibi_slope, mask_words, tile_logits
+from attn_ext.triton_kernels.kernels.logits import (
+    alibi_slope,
+    is_steep,
+    mask_words,
+    row_distance,
+    tile_logits,
+)
 from attn_ext.triton_kernels.kernels.present import outer_present, product_each
 from attn_ext.triton_kernels.kernels.primitives import (
     ALIBI,
@@ -25,6 +31,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     MASK,
     MASK_ONE_QUERY,
     NATURAL,
+    RELATIVE,
     RUNTIME,
     STREAM,
     block_of,
@@ -55,6 +62,7 @@ from attn_ext.triton_kernels.kernels.scores import (
     score_gradient,
     tile_probabilities,
 )
+from attn_ext.triton_kernels.kernels.softmax import unit
 
 
 @triton.constexpr_function
@@ -84,7 +92,8 @@ def query_gradient_tiles(
     POSITIVE: tl.constexpr = (DBIAS_ADD & FLAGS) and not CHECKED
     # The mask of words clears dS in 16 bits, two at a time, where nothing else takes dS or P
     CLEARS: tl.constexpr = clears(k, DBIAS, FLAGS)
-    LOGITS: tl.constexpr = without_mask(FLAGS) if CLEARS else FLAGS
+    OWN: tl.constexpr = (~RELATIVE & FLAGS) if EDGE else FLAGS
+    LOGITS: tl.constexpr = without_mask(OWN) if CLEARS else OWN
     ADVANCE: tl.constexpr = not (EDGE or (STREAM & FLAGS))  # as in fwd.py
     if ADVANCE:
         k_at = tile_pointers(k, k_s, first * BLOCK_N, BLOCK_N, BLOCK_D, FLAGS, order)
@@ -92,6 +101,7 @@ def query_gradient_tiles(
     slope = 0.0
     if ALIBI & FLAGS:
         slope = alibi_slope(b, h, terms, scale, FLAGS)
+    factor, _shift = unit(terms, scale, FLAGS)
     for step in tl.range(first, end - skip):
         n_block = step
         if EDGE:
@@ -120,7 +130,12 @@ def query_gradient_tiles(
             qk, i_first, r, j_first, c, b, h, seqlen_q, seqlen_k, off, terms, scale, left, right,
             EDGE, LOGITS, not EDGE, slope,
         )  # fmt: skip
-        p = tile_probabilities(s, row_lse[:, None], terms, scale, CHECKED, FLAGS)
+        behind = 0.0
+        if RELATIVE & OWN:
+            behind = slope * factor * row_distance(
+                i_first, j_first, b, seqlen_q, seqlen_k, terms, BLOCK_M, FLAGS
+            )[:, None]  # fmt: skip
+        p = tile_probabilities(s, row_lse[:, None], terms, scale, CHECKED, OWN, behind)
         if STREAM & FLAGS:
             v_rows = row_pointers(v, v_s, j_first, seqlen_k, BLOCK_N, order)
             dp = streamed_dot(do, v_rows, zero, DV, BLOCK_DV)
@@ -128,7 +143,7 @@ def query_gradient_tiles(
             dp = dot(do, tl.trans(v_tile), zero)
         if DROPOUT & FLAGS:
             kept = keep_ordered(i_first + r, j_first, b, h, terms, rng, BLOCK_N, FLAGS)
-            dp = tl.where(kept, dp * rng[3], 0.0)
+            dp = tl.where(kept, dp, 0.0) * rng[3]  # and less delta: one multiply-add
         ds, raw = score_gradient(p, dp, row_delta[:, None], cap, CHECKED, FLAGS, POSITIVE)
         if CLEARS:
             words, place = mask_words(
@@ -296,6 +311,8 @@ def dq_kernel(
         # Pairs that are not excluded may have a P of NaN in rows without LSE: no tile is whole
         lost = tl.sum(tl.where(row_lse != row_lse, 1, 0), 0)
         full_end = tl.where(lost > 0, full_first, full_end)
+    if RELATIVE & FLAGS:
+        full_end = tl.where(is_steep(b, h, terms), full_first, full_end)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # The cut tiles first, as in dkdv.py
     acc = query_gradient_tiles(

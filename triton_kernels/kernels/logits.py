@@ -24,6 +24,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     BIAS_ONE_QUERY,
     DBIAS_ADD,
     FRAME,
+    KEY_QUADS,
     KEY_WORDS,
     LEFT,
     LN2,
@@ -137,7 +138,15 @@ def score_words(
     else:
         words = tl.load(places, mask=j_first + KEYS * word < seqlen_k, other=0)
     n = tl.arange(0, N)
-    if TRANSPOSED:
+    if TRANSPOSED and (KEY_QUADS & FLAGS):
+        # Rows (N / 2) e + 16 w + 8 p + g are keys 4 (8 w + g) + 2 e + p
+        M: tl.constexpr = words.shape[1]
+        words = tl.permute(tl.reshape(words, [N // 32, 8, 4 // KEYS, M]), [2, 0, 1, 3])
+        words = tl.reshape(words, [4 // KEYS, N // 32, 1, 8, M])
+        words = tl.broadcast_to(words, [2, N // 32, 2, 8, M])
+        words = tl.reshape(words, [N, M])
+        place = ((n // (N // 2) * 2 + ((n & 8) >> 3)) & (KEYS - 1))[:, None]
+    elif TRANSPOSED:
         # Of 16 rows 8 e + g are keys 2 g + e: the word of 4 keys is g / 2, that of 2 keys g
         M: tl.constexpr = words.shape[1]
         words = tl.reshape(words, [N // 16, 1, 16 // KEYS, 1, M])
@@ -234,7 +243,8 @@ def alibi_slope(b, h, terms, scale, FLAGS: tl.constexpr):
 def row_distance(i_first, j_first, b, seqlen_q, seqlen_k, terms, BLOCK_M, FLAGS: tl.constexpr):
     """How far the keys of queries i_first, ... lie behind j_first, [BLOCK_M]."""
     last = last_distance(b, seqlen_q, seqlen_k, terms, FLAGS)
-    return (i_first + tl.arange(0, BLOCK_M) + last - j_first).to(tl.float32)
+    # of floats: an integer of each row would be converted
+    return (i_first + last - j_first).to(tl.float32) + tl.arange(0, BLOCK_M).to(tl.float32)
 
 
 @triton.jit

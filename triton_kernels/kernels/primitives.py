@@ -67,6 +67,7 @@ BOUNDED = tl.constexpr(1 << 34)  # softcap: base-2 logits between -LARGEST_CAP a
 LARGEST_CAP = tl.constexpr(80.0)
 RELATIVE = tl.constexpr(1 << 35)  # ALiBi with BACKWARD: whole tiles count from their first key
 KEY_WORDS = tl.constexpr(1 << 36)  # mask and bias are loaded as words of 32 bits
+KEY_QUADS = tl.constexpr(1 << 37)  # of S^T a thread holds four rows: `own_key_order`
 STEEP = tl.constexpr(2.0)  # a slope beyond which that would lose digits of a logit
 
 
@@ -230,17 +231,24 @@ def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
     """Which key of a tile each row of S^T is, where the keys are those of the program.
 
     On NVIDIA GPUs, of 16 rows a thread holds g and g + 8: with DROPOUT and with KEY_WORDS keys 2 g
-    and 2 g + 1, which share a Philox evaluation, and a word of the mask or bias."""
+    and 2 g + 1, which share a Philox evaluation, and a word of the mask or bias.  With KEY_QUADS
+    the warps hold 16 rows of each half of the tile, BLOCK_N == 32 * warps: a thread of warp w has
+    16 w + g and 16 w + g + 8 of both, which are keys 4 (8 w + g) to 4 (8 w + g) + 3."""
     n = tl.arange(0, BLOCK_N)
     if orders_keys(FLAGS):
-        n = (n & ~15) | ((n & 7) << 1) | ((n & 8) >> 3)
+        if KEY_QUADS & FLAGS:  # rows (BLOCK_N / 2) e + 16 w + 8 p + g
+            e = n // (BLOCK_N // 2)
+            n = ((n & (BLOCK_N // 2 - 16)) << 1) | ((n & 7) << 2) | (e << 1) | ((n & 8) >> 3)
+        else:
+            n = (n & ~15) | ((n & 7) << 1) | ((n & 8) >> 3)
     return n
 
 
 @triton.constexpr_function
 def careful_flags(flags: int) -> int:
     """The flags of a careful way, which takes keys one by one and logits in base 2."""
-    return int(flags) & ~(UNSCALED.value | NATURAL.value | MASK_PAIRS.value | KEY_WORDS.value)
+    units = UNSCALED.value | NATURAL.value | RELATIVE.value
+    return int(flags) & ~(units | MASK_PAIRS.value | KEY_WORDS.value)
 
 
 @triton.constexpr_function

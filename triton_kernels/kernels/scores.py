@@ -10,6 +10,7 @@ from attn_ext.triton_kernels.kernels.primitives import (
     FAR_LSE,
     LOG2E,
     NATURAL,
+    RELATIVE,
     SIGMOID,
     SOFTCAP,
     UNSCALED,
@@ -52,9 +53,12 @@ def probabilities(s, lse, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.constexpr):
+def tile_probabilities(s, lse, terms, scale, ALWAYS: tl.constexpr, FLAGS: tl.constexpr, behind=0.0):
     """`probabilities` of what `tile_logits` gives, in its units: the exponent is one multiply-add,
-    whose product is not rounded."""
+    whose product is not rounded.  behind: with RELATIVE what the logits are less than s, in base 2,
+    once a row."""
+    if RELATIVE & FLAGS:
+        lse += behind
     if (UNSCALED | NATURAL) & FLAGS:
         factor, shift = unit(terms, scale, FLAGS)
         p = tl.exp2(s * factor - (lse - shift))
@@ -71,10 +75,13 @@ def score_gradient(
 ):
     """(dS, dS before softcap); 0 where P = 0 if ALWAYS, else there 0 or NaN.  POSITIVE: 0
     where P is 0 or NaN."""
-    ds = p * (1.0 - p) * dp if (SIGMOID & FLAGS) else p * (dp - delta)
+    weight = p * (1.0 - p) if (SIGMOID & FLAGS) else p
+    grad = dp if (SIGMOID & FLAGS) else dp - delta
+    ds = weight * grad
     raw = ds
     if SOFTCAP & FLAGS:
-        raw = ds * (1.0 - cap * cap)
+        # Not ds times it: of P and tanh one number is held until dP is there
+        raw = (weight * (1.0 - cap * cap)) * grad
     if ALWAYS:
         ds = tl.where(p != 0, ds, 0.0)
         raw = tl.where(p != 0, raw, 0.0)

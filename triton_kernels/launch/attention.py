@@ -197,12 +197,24 @@ class Plan:
     def backward_flags(self) -> int:
         """The flags of dK and dV and of dQ: P is 2 to a multiply-add of the logits in the forward's
         units.  KEY_WORDS where mask and bias serve."""
-        units = primitives.UNSCALED.value | primitives.NATURAL.value
+        units = primitives.UNSCALED.value | primitives.NATURAL.value | primitives.RELATIVE.value
         found = self.flags | (self.forward_flags() & units)
         terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
         words = all(self._has_words(x, 4) for x in terms)
         if terms and words and not architecture(self.q).startswith("gfx"):
             found |= primitives.KEY_WORDS.value
+        return found
+
+    def key_flags(self, tile: configs.Tile) -> int:
+        """Those of dK and dV.  KEY_QUADS where the warps hold 16 rows each of both halves of S^T,
+        with dropout or words of a bias: of a mask alone each thread has one word either way."""
+        found = self.backward_flags()
+        words = found & primitives.KEY_WORDS.value and found & _FLAG["BIAS"]
+        if (found & _FLAG["DROPOUT"] or words) and tile.block_n == 32 * tile.warps:
+            found |= primitives.KEY_QUADS.value
+        if tile.block_n == 16 * tile.warps and architecture(self.q).startswith(("sm_8", "sm_12")):
+            # 16 rows a warp of mma.sync: what is once a query is half of what is once an element
+            found &= ~primitives.RELATIVE.value
         return found
 
     @staticmethod

@@ -139,7 +139,7 @@ class Backward:
             kernel, blocks * plan.heads_k * plan.batch, tile, *self.inputs, dk, dv, *sums,
             *self.shared, *strides(dk, plan.varlen), *strides(dv, plan.varlen), *sum_strides,
             *self._sizes(blocks), *self._tiles(tile),
-            plan.flags_by(tile, plan.backward_flags()),
+            plan.flags_by(tile, plan.key_flags(tile)),
         )  # fmt: skip
 
     def all_at_once(self, tile: configs.Tile, dq, dk, dv) -> None:

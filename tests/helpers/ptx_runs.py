@@ -3,7 +3,8 @@
 They take hours.  A function of tests all of whose cases passed is a line of tests/seen/on_ptx.txt,
 with the digest of the kernels, of what compiles and runs them and of its file, and is left out
 until one of these changes: a run that was stopped goes on where it was.  What attn_ext itself does
-with a call is not in the digest: `make test` shows it.
+with a call is not in the digest: `make test` shows it.  Runs of other random calls than the fixed
+ones, such as `make explore-ptx`, neither believe nor write lines.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from repository import ROOT
 TABLE = "on_ptx"
 RUNS = os.environ.get("ATTN_EXT_EMULATED_RUNS", "")  # ptx: CUDA's, triton-ptx: Triton's
 AUTO = os.environ.get("ATTN_EXT_TEST_AUTO") == "emulated"
+# More or other random calls, other modes of the emulator
+OTHERWISE = ("ATTN_EXT_HYPOTHESIS", "ATTN_EXT_EXAMPLES", "ATTN_EXT_EMULATOR_MODE", "ATTN_EXT_TIER")
 
 
 def function(nodeid: str) -> str:
@@ -50,11 +53,14 @@ def digest(file: Path, selected: str) -> str:
 class Runs:
     """A plugin of pytest, here and in each worker of xdist."""
 
-    def __init__(self, config, digest=digest):
+    def __init__(self, config, digest):
         self.digest = digest
         self.selected = config.option.keyword
         # A function of which a part was asked for is not done when that has passed
-        self.writes = not hasattr(config, "workerinput") and not any("::" in a for a in config.args)
+        options = vars(config.option)
+        part = any("::" in each for each in config.args)
+        part = part or any(options.get(each) for each in ("lf", "deselect", "markexpr"))
+        self.writes = not hasattr(config, "workerinput") and not part
         self.root = config.rootpath
         self.due, self.ended = Counter(), Counter()
         self.passed, self.failed = set(), set()
@@ -98,7 +104,7 @@ class Runs:
                 seen.passed(TABLE, line, self._digest(line))
 
 
-def register(config) -> None:
+def register(config, digest=digest) -> None:
     """Where this run of pytest is one on compiled PTX."""
-    if RUNS:
-        config.pluginmanager.register(Runs(config))
+    if RUNS and not any(os.environ.get(name) for name in OTHERWISE):
+        config.pluginmanager.register(Runs(config, digest))

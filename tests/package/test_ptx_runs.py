@@ -19,7 +19,7 @@ seen.TABLES = Path(__file__).parent / "tables"
 seen.ROOT = Path(__file__).parent  # of the lock
 def pytest_configure(config):
     digest = lambda file, selected: os.environ["DIGEST"] + str(selected)
-    config.pluginmanager.register(ptx_runs.Runs(config, digest))
+    ptx_runs.register(config, digest)
 """
 CASES = """
 import os, pytest
@@ -39,18 +39,19 @@ def test_end(ends_badly): pass
 
 @pytest.fixture
 def run(tmp_path):
-    """run(*arguments, digest=, what=, bad=) -> functions of tests of which a case ran."""
+    """run(*arguments, digest=, what=, bad=, VARIABLE=) -> functions of which a case ran."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_x.py").write_text(CASES)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
-    def run(*arguments, digest="1", what="write", bad=False):
+    def run(*arguments, digest="1", what="write", bad=False, **more):
         environment = {**os.environ, "DIGEST": digest, "ATTN_EXT_SEEN": what}
         environment |= {"ATTN_EXT_EMULATED_RUNS": "ptx", "BAD": "yes"}
         environment |= {"PYTHONPATH": str(ROOT / "tests/helpers")}
         environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # they take longer than the tests
-        for name in ("ATTN_EXT_TEST_AUTO", *([] if bad else ["BAD"])):
+        for name in ("ATTN_EXT_TEST_AUTO", *ptx_runs.OTHERWISE, *([] if bad else ["BAD"])):
             environment.pop(name, None)
+        environment |= more
         command = [sys.executable, "-m", "pytest", "-v", *arguments]
         options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
         done = subprocess.run(command, **options)
@@ -75,6 +76,13 @@ def test_what_passed_is_left_out(run, tmp_path):
     assert run("test_x.py", digest="2") == every
 
 
+def test_random_calls_are_others_each_time(run):
+    """`make explore-ptx` that runs nothing, since the fixed calls have passed."""
+    assert "test_good" in run("test_x.py")
+    assert "test_good" in run("test_x.py", ATTN_EXT_HYPOTHESIS="explore")
+    assert "test_good" not in run("test_x.py")
+
+
 def test_what_workers_see_is_one_run(run):
     """Cases of a function on two workers, of which neither has all."""
     workers = ("-p", "xdist", "-n", "2", "--dist", "loadgroup", "test_x.py")
@@ -83,10 +91,12 @@ def test_what_workers_see_is_one_run(run):
 
 
 def test_a_part_of_a_function_is_not_the_function(run):
-    """A case that was asked for alone, or by -k, and counts for all."""
+    """A case that was asked for alone, by -k or since it failed, and counts for all."""
     assert run("test_x.py::test_good[1]") == {"test_good"}
     assert run("-k", "test_good and 1", "test_x.py") == {"test_good"}
-    assert "test_good" in run("test_x.py")
+    assert run("test_x.py", bad=True, what="") == {"test_good", "test_bad", "test_end"}
+    assert run("--lf", "test_x.py") == {"test_bad", "test_end"}
+    assert run("test_x.py") == {"test_good", "test_bad", "test_end"}
 
 
 def test_the_digest_is_of_the_kernels(monkeypatch):

@@ -99,9 +99,9 @@ test-ptx: $(VENV)/emulated.done
 # compiled stays in build/ptx: with the same SEED a run that was stopped goes on where it was.
 SEED ?= 21
 explore-ptx: $(VENV)/emulated.done
-	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_HYPOTHESIS=explore $(PYTEST) --hypothesis-seed=$(SEED) -k emulated \
+	ATTN_EXT_EMULATED_RUNS=ptx ATTN_EXT_HYPOTHESIS=explore ATTN_EXT_PTX_CXXFLAGS=-O0 $(PYTEST) --hypothesis-seed=$(SEED) -k emulated \
 	  tests/api/test_backends_hypothesis.py
-	ATTN_EXT_EMULATED_RUNS=triton-ptx ATTN_EXT_EXAMPLES=167 $(PYTEST) \
+	ATTN_EXT_EMULATED_RUNS=triton-ptx ATTN_EXT_EXAMPLES=167 ATTN_EXT_PTX_CXXFLAGS=-O0 $(PYTEST) \
 	  --hypothesis-seed=$(SEED) tests/triton/interpreter/test_mixes.py
 
 # The oldest Triton that the kernels know, beside the one that is installed: the interpreter's tests,

@@ -38,20 +38,22 @@ ARCHITECTURES = {"sm80": "80", "sm90": "90a"}
 
 
 def level(text: str) -> str:
-    """How a PTX text is compiled: -O0, half of the time of -O1, where its registers fit the stack:
-    most kernels run a few times only."""
+    """How a PTX text is compiled: -O0, half of the time of -O1, where its kernels run once or twice
+    and their registers fit the stack; -O1 where all calls run on compiled PTX, ours or Triton's."""
     sizes = {"pred": 1, "b16": 2, "b64": 8, "f64": 8}
     declared = re.findall(r"\.reg \.(\w+)\s+%\w+<(\d+)>", text)
     fit = sum(int(count) * sizes.get(kind, 4) for kind, count in declared) <= MOST_REGISTERS
-    return "-O0" if fit else "-O1"
+    return "-O0" if fit and not os.environ.get("ATTN_EXT_EMULATED_RUNS") else "-O1"
 
 
 @functools.cache
 def flags(how: str) -> list[str]:
-    """With fused multiply-add in one instruction where the machine has it."""
+    """With fused multiply-add in one instruction where the machine has it.  ATTN_EXT_PTX_CXXFLAGS
+    adds some."""
     info = Path("/proc/cpuinfo")
     fused = info.exists() and re.search(r"^flags\b.*\bfma\b", info.read_text(), re.M)
-    return [how, *FLAGS, *(["-mfma"] if fused else [])]
+    more = os.environ.get("ATTN_EXT_PTX_CXXFLAGS", "").split()
+    return [how, *FLAGS, *(["-mfma"] if fused else []), *more]
 
 
 @functools.cache

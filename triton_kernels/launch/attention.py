@@ -208,9 +208,10 @@ class Plan:
     def key_flags(self, tile: configs.Tile) -> int:
         """Those of dK and dV.  KEY_QUADS where the warps hold 16 rows each of both halves of S^T,
         with dropout or words of a bias: of a mask alone each thread has one word either way."""
-        found = self.backward_flags()
-        words = found & primitives.KEY_WORDS.value and found & _FLAG["BIAS"]
-        if (found & _FLAG["DROPOUT"] or words) and tile.block_n == 32 * tile.warps:
+        found, nvidia = self.backward_flags(), not architecture(self.q).startswith("gfx")
+        words = found & primitives.KEY_WORDS.value and self.bias is not None
+        words = words and not self._has_one_query(self.bias)
+        if nvidia and (found & _FLAG["DROPOUT"] or words) and tile.block_n == 32 * tile.warps:
             found |= primitives.KEY_QUADS.value
         if tile.block_n == 16 * tile.warps and architecture(self.q).startswith(("sm_8", "sm_12")):
             # 16 rows a warp of mma.sync: what is once a query is half of what is once an element

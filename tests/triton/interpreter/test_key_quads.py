@@ -20,7 +20,7 @@ CASES = {
     "dropout of an odd length": {
         "dropout_p": 0.3, "batch": 2, "seqlens_q": [33, 7], "seqlens_k": [67, 140],
     },
-    "mask": {"mask": "bqk", "bias": "hqk", "dtype": torch.bfloat16},
+    "mask and bias": {"mask": "bqk", "bias": "hqk", "dtype": torch.bfloat16},
     "bias": {"bias": "hqk", "dtype": torch.bfloat16},
     "all": {"mask": "bqk", "bias": "hqk", "dropout_p": 0.3, "dtype": torch.float16},
 }  # fmt: skip
@@ -46,6 +46,17 @@ def test_gradients_of_keys_in_fours(name):
     check_call(call, "triton")
 
 
+GPUS = configs.Tile(32, 128, 4, 1)  # that of GPUs at 64 columns, but for its stages
+
+
+def test_gradients_of_keys_in_fours_of_four_warps(monkeypatch):
+    """An order that is right where two warps share a tile, and no more."""
+    monkeypatch.setattr(configs, "INTERPRETED", GPUS)
+    call = random_call(3, **SIZES | CASES["dropout, in one"] | {"seqlen_k": 160})
+    assert quads(call, GPUS)
+    check_call(call, "triton")
+
+
 def test_which_tiles_have_keys_in_fours():
     """The order on a tile whose threads hold two keys of an evaluation, of which each thread would
     use one; on calls whose keys have no order, which would be compiled twice."""
@@ -54,6 +65,7 @@ def test_which_tiles_have_keys_in_fours():
         assert quads(call, TILE._replace(warps=warps)) == expected
     assert not quads(random_call(3, **SIZES), TILE)
     assert not quads(random_call(3, **SIZES | {"mask": "bqk"}), TILE)
+    assert not quads(random_call(3, **SIZES | {"mask": "bqk", "bias": "hk"}), TILE)  # as a row
 
 
 PLANTED = {
@@ -62,13 +74,13 @@ PLANTED = {
         "dropout, in one",
     ),
     "each warp has the keys of the first": (
-        "primitives", "own_key_order", "((n & (BLOCK_N // 2 - 16)) << 1) | ", "", "mask",
+        "primitives", "own_key_order", "((n & (BLOCK_N // 2 - 16)) << 1) | ", "", "mask and bias",
     ),
     "words of dropout as they lie": (
         "dropout", "keep_own", "[4, 0, 3, 1, 2]", "[3, 0, 4, 1, 2]", "dropout, in two kernels",
     ),
     "another byte": (
-        "logits", "score_words", "n // (N // 2) * 2 + ((n & 8) >> 3)", "n & 3", "mask",
+        "logits", "score_words", "n // (N // 2) * 2 + ((n & 8) >> 3)", "n & 3", "mask and bias",
     ),
     "words of a bias as they lie": (
         "logits", "score_words", "[2, 0, 1, 3]", "[0, 1, 2, 3]", "bias",
@@ -85,6 +97,16 @@ def test_planted_bug_in_keys_in_fours_is_caught(name, monkeypatch, tmp_path):
     monkeypatch.setattr(user, function, getattr(module, function))
     with pytest.raises(AssertionError):
         check_call(random_call(3, **SIZES | CASES[case]), "triton")
+
+
+def test_planted_bug_in_the_keys_of_the_third_warp_is_caught(monkeypatch, tmp_path):
+    """A test of four warps that looks at two."""
+    monkeypatch.setattr(configs, "INTERPRETED", GPUS)
+    call = random_call(3, **SIZES | CASES["dropout, in one"] | {"seqlen_k": 160})
+    module = planted_triton.planted("primitives", "BLOCK_N // 2 - 16)", "16)", tmp_path)
+    monkeypatch.setattr(dkdv, "own_key_order", module.own_key_order)
+    with pytest.raises(AssertionError):
+        check_call(call, "triton")
 
 
 OF_PAIRS = {

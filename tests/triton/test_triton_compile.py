@@ -135,6 +135,7 @@ for _table, _spills in {
             "dropout": 130,
             "all": 106,
         },
+        "dq 128 bf16": {"all": 11},
         "dq 64 bf16": {"mask": 6, "bias": 27},
         "fused 64 bf16": {
             "all": 11,

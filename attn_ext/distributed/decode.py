@@ -45,7 +45,8 @@ def context_decode(
     operators.refuse_forward_mode(q, k_shard, v_shard, alibi_slopes, sink)
     for name, x in (("q", q), ("k_shard", k_shard), ("v_shard", v_shard)):
         validate.tensor(name, x)
-    q, k_shard, v_shard = common.autocast(q, k_shard, v_shard)
+    dtype = common.autocast_of_cache(q, k_shard, v_shard) or q.dtype
+    q, _ = common.asked_of_cache(q, None, k_shard, v_shard)
     validate.tensor("whole_lengths", whole_lengths)
     validate.decode_shapes(q, k_shard, v_shard, whole_lengths, None)
     _, left, right = validate.options(
@@ -73,7 +74,7 @@ def context_decode(
         out, sums = _merged(*parts.forward_partial(call), group)
         if sink is not None:
             local.add_sink(out, sums, sink)
-    out = out.to(q.dtype)
+    out = out.to(dtype)
     return (out, sums.sum(-1)) if return_lse else out
 
 

@@ -146,6 +146,10 @@ class KVCache:
     def _factors(self) -> tuple:
         return () if self.k_factors is None else (self.k_factors, self.v_factors)
 
+    def _read(self) -> tuple:
+        """Tensors of k and v in the dtype in which a call is computed: the factors of int8."""
+        return self._factors() or (self.k_pages, self.v_pages)
+
     def gathered(self) -> tuple[Tensor, Tensor]:
         """Copies of what is held, k [B, Hk, S, D] and v [B, Hk, S, Dv], S positions being those of
         the longest sequence; what shorter ones lack is 0.
@@ -254,29 +258,32 @@ class KVCache:
             if found is not None:
                 return found
         validate.boolean("return_lse", return_lse)
-        call, options = self._call(q, rows, options)
-        if self.k_factors is not None:
-            with quantised.autocast_off(q):
-                return self._attend_int8(*call, tree_mask, return_lse, options)
-        if tree_mask is not None:
-            return tree.attend(*call, tree_mask, return_lse, options)
-        return attention_decode(*call[:4], block_table=call[4], return_lse=return_lse, **options)
+        call, options, dtype = self._call(q, rows, options)
+        with common.autocast_off(q):  # what it asks for is done
+            if self.k_factors is not None:
+                found = self._attend_int8(*call, dtype, tree_mask, return_lse, options)
+            elif tree_mask is not None:
+                found = tree.attend(*call, tree_mask, return_lse, options)
+            else:
+                told = dict(block_table=call[4], return_lse=return_lse, **options)
+                found = attention_decode(*call[:4], **told)
+        return common.in_dtype(found, dtype)
 
     def explain(
         self, q: Tensor, *, rows: Sequence[int] | None = None, **options: Unpack[AttendOptions]
     ) -> Explanation:
         """Which backend `attend` takes for such a call, and why the others are not taken; of int8
         also how keys and values are read."""
-        (q, k, v, held, table), options = self._call(q, rows, options)
+        (q, k, v, held, table), options, dtype = self._call(q, rows, options)
         if self.k_factors is None:
             return explain.explain(q, k, v, cache_seqlens=held, block_table=table, **options)
         quantised.check_dtype("q", q)
-        told = dict(block_table=table, dtype=q.dtype, backend="auto") | options
-        with quantised.autocast_off(q):
-            return quantised.explained(q.float(), k, v, held, *self._factors(), **told)
+        told = dict(block_table=table, dtype=dtype, backend="auto") | options
+        return quantised.explained(q.float(), k, v, held, *self._factors(), **told)
 
     def _call(self, q, rows, options) -> tuple:
-        """((q, pages of k, of v, lengths, block table), keywords) of a call, checked."""
+        """((q, pages of k, of v, lengths, block table), keywords, dtype of the result) of a call,
+        checked."""
         validate.tensor("q", q)
         for name in ("mask", "bias"):  # before their shapes are read
             if options.get(name) is not None:
@@ -284,8 +291,10 @@ class KVCache:
         rows = None if rows is None else self._checked_rows("rows", rows)
         tree.queries(q, self.k_pages, self.batch if rows is None else len(rows))
         options = self._with_window(options)
-        if self.k_factors is not None:
-            q, options = quantised.lowered(q, options)
+        dtype = common.autocast_of_cache(q, *self._read()) or q.dtype
+        q, bias = common.asked_of_cache(q, options.get("bias"), *self._read())
+        if bias is not None:
+            options = options | {"bias": bias}
         table, held = self._table, self._lengths[1]
         if not torch.compiler.is_compiling():
             table = table[:, : self._table_width(options)]
@@ -293,7 +302,7 @@ class KVCache:
             index = torch.tensor(rows, dtype=torch.int64, device=table.device)
             table, held = table[index], held[index]
         options = self._of_width(options, table.shape[1] * self.page_size)
-        return (q, self.k_pages, self.v_pages, held, table), options
+        return (q, self.k_pages, self.v_pages, held, table), options, dtype
 
     def _attend_again(self, q, return_lse):
         """`attend` of all sequences without options, of what looks like a call before; None where
@@ -310,17 +319,14 @@ class KVCache:
         _, found = fast.decode_attempt(tensors, True, window, 0.0, None, 0, "auto", return_lse)
         return found if found is None or return_lse else found[0]
 
-    def _attend_int8(self, q, k, v, held, table, tree_mask, return_lse, options):
+    def _attend_int8(self, q, k, v, held, table, dtype, tree_mask, return_lse, options):
         quantised.refuse_recorded("attend")
         quantised.check_dtype("q", q)
         call, factors = (q.float(), k, v, held), self._factors()
         if tree_mask is not None:
-            out, lse = tree.attend(*call, table, tree_mask, True, options, factors, q.dtype)
-        else:
-            told = dict(block_table=table, return_lse=True, dtype=q.dtype, **options)
-            out, lse = quantised.decode(*call, *factors, **told)
-        out = out.to(q.dtype)
-        return (out, lse) if return_lse else out
+            return tree.attend(*call, table, tree_mask, return_lse, options, factors, dtype)
+        told = dict(block_table=table, return_lse=return_lse, dtype=dtype, **options)
+        return quantised.decode(*call, *factors, **told)
 
     def reorder(self, indices: Sequence[int] | Tensor) -> KVCache:
         """Sequence b becomes what sequence indices[b] was, for all b; as beam search needs it.
@@ -411,8 +417,8 @@ class KVCache:
             width = 1 if self._contiguous else -(-max_length // self.page_size)
         page_size = max_length if self._contiguous and max_length else self.page_size
         count = count if pages is None else validate.integer("pages", pages, count)
-        _, heads, _, head_dim = self.k_pages.shape
-        tree.countable(self.batch, width, count, heads, page_size, head_dim)
+        head_dim = max(x.shape[3] for x in (self.k_pages, self.v_pages))
+        tree.countable(self.batch, width, count, self.k_pages.shape[1], page_size, head_dim)
         if (count, page_size) != (len(self._book.owners), self.page_size):
             self.k_pages, self.v_pages = (
                 tree.larger(x, count, page_size) for x in (self.k_pages, self.v_pages)
@@ -428,15 +434,7 @@ class KVCache:
         return self
 
     def _checked_rows(self, name: str, rows, distinct: bool = True) -> list[int]:
-        rows = tree.integers(name, rows)
-        for b in rows:
-            if not 0 <= b < self.batch:
-                raise ValueError(
-                    f"{name} must hold numbers of sequences, 0 to {self.batch - 1}, got {b}"
-                )
-        if distinct and len(set(rows)) < len(rows):
-            raise ValueError(f"{name} must name each sequence once, got {rows}")
-        return rows
+        return tree.sequences(name, rows, self.batch, distinct)
 
     def _with_window(self, options: dict) -> dict:
         """The keywords of a call with the window of this cache."""

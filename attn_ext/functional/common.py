@@ -4,6 +4,7 @@ given.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         backend: str
 
 
+LOWERED = (torch.float16, torch.bfloat16, torch.float32)  # what autocast makes its own dtype
 PREFER = {"fastest": "fastest", "attn_ext": "auto"}  # the backend that each means
 MAX_SEED = 2**63 - 1
 NO_LSE = "return_lse must be False with normalizer='sigmoid', which has no LSE, got True"
@@ -75,10 +77,43 @@ def stored(name: str, new: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
     """New rows of a cache: where autocast is on in the cache's dtype, which they are to be kept in,
     else as they are."""
     validate.tensor(name, new)
-    lowered = (torch.float16, torch.bfloat16, torch.float32)
-    if autocasting(cache.device.type) and new.dtype in lowered and cache.dtype in lowered:
+    if autocasting(cache.device.type) and new.dtype in LOWERED and cache.dtype in LOWERED:
         return new.to(cache.dtype)
     return new
+
+
+def autocast_of_cache(q, k_cache, v_cache) -> torch.dtype | None:
+    """Autocast's dtype where it is on and reaches a call with a cache; None elsewhere, for caches
+    of two dtypes, too, which are the caller's mistake."""
+    if not autocasting(q.device.type) or k_cache.dtype != v_cache.dtype:
+        return None
+    reached = q.dtype in LOWERED and k_cache.dtype in LOWERED
+    return torch.get_autocast_dtype(q.device.type) if reached else None
+
+
+def asked_of_cache(q, bias, k_cache, v_cache) -> tuple:
+    """q and bias of a call with a cache: rounded to autocast's dtype where that is on, and q then
+    in the cache's dtype, in which the call is computed: a copy of the cache would be made at every
+    token."""
+    dtype = autocast_of_cache(q, k_cache, v_cache)
+    if dtype is None:
+        return q, bias
+    if bias is not None:
+        validate.tensor("bias", bias)
+        bias = bias.to(dtype) if bias.dtype in LOWERED else bias
+    return q.to(dtype).to(k_cache.dtype), bias
+
+
+def in_dtype(found, dtype: torch.dtype):
+    """out, or (out, lse), with out in dtype."""
+    return (found[0].to(dtype), found[1]) if isinstance(found, tuple) else found.to(dtype)
+
+
+def autocast_off(q: torch.Tensor):
+    """A context without autocast on q's device."""
+    if not autocasting(q.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(q.device.type, enabled=False)
 
 
 def draw_rng_state(q: torch.Tensor) -> torch.Tensor:

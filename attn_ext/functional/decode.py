@@ -13,7 +13,14 @@ import torch
 
 from attn_ext.core import mistakes, validate, values
 from attn_ext.core.schema import BOTTOM_RIGHT, Call
-from attn_ext.functional.common import autocast, autocasting, result, sides, stored
+from attn_ext.functional.common import (
+    asked_of_cache,
+    autocast_of_cache,
+    in_dtype,
+    result,
+    sides,
+    stored,
+)
 from attn_ext.ops import execute, fast, route
 
 if TYPE_CHECKING:
@@ -92,13 +99,9 @@ def decode_call(
     """The checked, canonical call; appends k_new and v_new to the caches on the way."""
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         validate.tensor(name, value)
-    caches = k_cache, v_cache  # which new rows are written into, whatever is computed with
-    if autocasting(q.device.type):
-        if bias is not None:
-            validate.tensor("bias", bias)
-        q, k_cache, v_cache, bias = autocast(q, k_cache, v_cache, bias)
-        if k_new is not None and v_new is not None:
-            k_new, v_new = stored("k_new", k_new, caches[0]), stored("v_new", v_new, caches[1])
+    q, bias = asked_of_cache(q, bias, k_cache, v_cache)
+    if k_new is not None and v_new is not None:
+        k_new, v_new = stored("k_new", k_new, k_cache), stored("v_new", v_new, v_cache)
     validate.boolean(
         "causal", causal
     )  # always aligned bottom-right, so there is nothing else to say
@@ -110,7 +113,7 @@ def decode_call(
     # more than there are keys; the kernels take an int64
     num_splits = min(validate.integer("num_splits", num_splits), 1 << 30)
     _check_shapes(q, k_cache, v_cache, cache_seqlens, block_table)
-    added = _check_new(q, *caches, cache_seqlens, k_new, v_new)
+    added = _check_new(q, k_cache, v_cache, cache_seqlens, k_new, v_new)
     batch, heads, seqlen_q, _ = q.shape
     capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[2]
     mask, bias, alibi_slopes, sink = sides(
@@ -139,10 +142,7 @@ def decode_call(
     if added and append:
         if not compiling:  # nothing is written for a call that none serves
             execute.backend_of(call)
-        _append(*caches, k_new, v_new, starts, block_table)
-        if (k_cache.dtype, v_cache.dtype) != (caches[0].dtype, caches[1].dtype):
-            new = k_new.to(k_cache.dtype), v_new.to(v_cache.dtype)
-            _append(k_cache, v_cache, *new, starts, block_table)  # autocast's copies
+        _append(k_cache, v_cache, k_new, v_new, starts, block_table)
     return call
 
 
@@ -205,8 +205,8 @@ def attention_decode(
     the keys are worked on at a time, 0 lets the backend choose.  The GPU kernels take at most 128
     and one a tile of keys, the CPU kernel for few queries one per 64 keys; other CPU calls do not
     split.  It changes rounding and time, never the meaning.  Other arguments and errors: as
-    `attention`.  Under autocast new rows are kept in the dtype of the caches, which are copied at
-    each call unless that is autocast's.
+    `attention`.  Under autocast q and bias are rounded to its dtype, which is that of the result;
+    the caches keep theirs, in which new rows are stored and the call is computed.
 
     NotImplementedError where a gradient is required: use `attention_varlen`.  On CPU a length or
     page out of range is a ValueError; on GPU these values are not read back (it would cost a device
@@ -229,6 +229,9 @@ def attention_decode(
         scale=scale, num_splits=num_splits, backend=backend,
     )  # fmt: skip
     answer = result(call, return_lse, False)
+    dtype = autocast_of_cache(q, k_cache, v_cache)
+    if dtype is not None:
+        return in_dtype(answer, dtype)
     if key is not None:
         fast.remember_decode(key, call, tensors)
     return answer

@@ -10,7 +10,6 @@ float32 copies of one sequence's pages at a time, by any backend.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 
@@ -20,7 +19,7 @@ from attn_ext.backends import cpu_cache, registry
 from attn_ext.core import values
 from attn_ext.core.problem import Problem
 from attn_ext.core.schema import Call
-from attn_ext.functional import common, explain
+from attn_ext.functional import explain
 from attn_ext.functional.decode import attention_decode, decode_call
 from attn_ext.ops import execute, route
 
@@ -52,19 +51,6 @@ def refuse_recorded(name: str) -> None:
             f"{name} of a KVCache of int8 cannot be {'compiled' if compiling else 'transformed'}: "
             "call it from a function under torch.compiler.disable, or take dtype=torch.bfloat16"
         )
-
-
-def lowered(q: torch.Tensor, options: dict) -> tuple:
-    """q and the keywords of a call as autocast wants them, where it is on."""
-    q, bias = common.autocast(q, options.get("bias"))
-    return q, options if bias is None else options | {"bias": bias}
-
-
-def autocast_off(q: torch.Tensor):
-    """A context in which autocast lowers none of the float32 in which int8 is read."""
-    if not common.autocasting(q.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(q.device.type, enabled=False)
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,6 +67,17 @@ def integers(name: str, values) -> list[int]:
     return [validate.integer(name, value) for value in values]
 
 
+def sequences(name: str, values, batch: int, distinct: bool) -> list[int]:
+    """`integers` that are numbers of a cache's sequences."""
+    rows = integers(name, values)
+    for b in rows:
+        if not 0 <= b < batch:
+            raise ValueError(f"{name} must hold numbers of sequences, 0 to {batch - 1}, got {b}")
+    if distinct and len(set(rows)) < len(rows):
+        raise ValueError(f"{name} must name each sequence once, got {rows}")
+    return rows
+
+
 def lists(name: str, values) -> list[list[int]]:
     """`integers` of each entry of a sequence or a tensor [n, m]."""
     if not hasattr(values, "__iter__") or (isinstance(values, torch.Tensor) and not values.dim()):

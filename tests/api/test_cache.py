@@ -15,6 +15,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_ext
 from attn_ext.core.pages import Pages
@@ -159,8 +160,8 @@ def test_a_batch_of_another_size(page_size):
 
 def test_a_cache_that_is_a_shard():
     """Rows of a cache that context_decode does not take, or counts from another position; autocast
-    that does not reach it.  All ranks are one here, and the shard is the whole (the merge has tests
-    of its own)."""
+    that does not reach it, or rounds the shard and not q alone.  All ranks are one here, and the
+    shard is the whole (the merge has tests of its own)."""
     cache = attn_ext.KVCache(3, 2, 8, max_length=32, page_size=4)
     for b, count in enumerate((9, 0, 4)):
         k, v = torch.randn(2, 1, 2, count, 8)
@@ -172,45 +173,88 @@ def test_a_cache_that_is_a_shard():
         whole = dict(k_first=0, whole_lengths=cache.lengths, group=dist.group.WORLD)
         got = context_decode(q, *cache.gathered(), **whole)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            half, want_half = context_decode(q, *cache.gathered(), **whole), cache.attend(q)
+            half = context_decode(q, *cache.gathered(), **whole)
+            far = context_decode(q, *(x.bfloat16() for x in cache.gathered()), **whole)
+            with pytest.raises(TypeError, match="v_cache must have"):
+                k, v = cache.gathered()
+                context_decode(q, k, v.bfloat16(), **whole)
+        want_half = context_decode(q.bfloat16().float(), *cache.gathered(), **whole)
     finally:
         dist.destroy_process_group()
     assert_close(got, cache.attend(q), FLOAT32)
-    assert half.dtype == want_half.dtype == torch.bfloat16
-    assert_close(half, want_half, BFLOAT16)
+    assert half.dtype == far.dtype == torch.bfloat16
+    assert torch.equal(half, want_half.bfloat16())
+    assert_close(far, half, BFLOAT16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_autocast(dtype):
-    """Queries, a bias or pages that autocast does not reach; rows of another dtype that a cache
-    refuses under it, keeps rounded, or takes by the short way for those that came before; int8 that
-    is read in bfloat16.
+    """Queries or a bias that autocast does not reach, or pages that it does; rows of another dtype
+    that a cache refuses under it, keeps rounded, or takes by the short way for those that came
+    before; int8 that is read in bfloat16.
     """
     half = torch.bfloat16
     rows = [torch.randn(2, 2, 3, 16) for _ in range(4)]
     q, bias = torch.randn(2, 4, 3, 16), torch.randn(3, 12)
     asked = ({}, {"bias": bias}, {"tree_mask": torch.ones(3, 3, dtype=torch.bool).tril()})
     cast, plain = (
-        attn_ext.KVCache(2, 2, 16, max_length=32, page_size=8, dtype=kind)
-        for kind in (dtype, half if dtype == torch.float32 else dtype)
+        attn_ext.KVCache(2, 2, 16, max_length=32, page_size=8, dtype=dtype) for _ in range(2)
     )
     with torch.autocast("cpu", dtype=half):
         for k in rows:
             cast.append(k, k.to(half))
         found = [cast.attend(q, return_lse=True, **options) for options in asked]
-        assert cast.explain(q).problem.dtype == (torch.float32 if dtype == torch.int8 else half)
+        assert cast.explain(q).problem.dtype == torch.float32
     for k in rows:
-        plain.append(k if dtype == torch.int8 else k.to(half), k.to(half))
+        plain.append(k, k.to(half).float())
     for (out, lse), options in zip(found, asked, strict=True):
         options = options | ({"bias": bias.to(half)} if "bias" in options else {})
-        want, want_lse = plain.attend(q.to(half), return_lse=True, **options)
-        assert out.dtype == half and torch.equal(out, want) and torch.equal(lse, want_lse)
+        rounded = q.to(half) if dtype == torch.int8 else q.to(half).float()
+        want, want_lse = plain.attend(rounded, return_lse=True, **options)
+        assert out.dtype == half and torch.equal(out, want.to(half)) and torch.equal(lse, want_lse)
     if dtype == torch.float32:
         k, v = cast.gathered()
         whole = torch.cat(rows, 2)
         assert torch.equal(k, whole) and torch.equal(v, whole.to(half).float())
         with pytest.raises(TypeError, match="k must have the cache's dtype"):
             cast.append(rows[0].to(half), rows[0])
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest result has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(x, torch.Tensor) and not func.is_view:
+                self.numbers = max(self.numbers, x.numel())
+        return found
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_autocast_copies_no_pool(tree):
+    """A pool of pages of another dtype that is converted at each call, for 3 positions of it."""
+    cache = attn_ext.KVCache(1, 2, 16, max_length=32, page_size=8, pages=512)
+    cache.append(*torch.randn(2, 1, 2, 3, 16))
+    options = {"tree_mask": torch.ones(3, 3, dtype=torch.bool).tril()} if tree else {}
+    with torch.autocast("cpu", dtype=torch.bfloat16), Largest() as seen:
+        cache.attend(torch.randn(1, 2, 3, 16), **options)
+    assert 0 < seen.numbers < cache.k_pages.numel() // 8
+
+
+@pytest.mark.parametrize(
+    ("of_q", "of_cache"),
+    [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str,
+)  # fmt: skip
+def test_autocast_leaves_mistakes(of_q, of_cache):
+    """Errors that speak of autocast's dtype where the caller's are unequal."""
+    cache = attn_ext.KVCache(1, 2, 16, max_length=32, dtype=of_cache)
+    cache.append(*torch.randn(2, 1, 2, 3, 16, dtype=of_cache))
+    q = torch.randn(1, 2, 3, 16, dtype=of_q)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=str(of_q)):
+        cache.attend(q)
 
 
 def compiled(cache, q, k, v, counts=None):
@@ -284,6 +328,10 @@ REFUSED = {
         lambda c: attn_ext.KVCache(1 << 62, 2, 8, max_length=8, pages=1),
     "pages, heads, page_size and head_dim must have a product of at most .*, got 4611686018427387":
         lambda c: c.resize(pages=1 << 62),
+    "pages, heads, page_size and head_dim must have a product of at most .*, got 4398046511104":
+        lambda c: attn_ext.KVCache(
+            1, 1, 1, head_dim_v=2**20, max_length=1, page_size=1, pages=1, device="meta"
+        ).resize(pages=2**42),
     "device must be one of torch's, got 'graphics'":
         lambda c: attn_ext.KVCache(1, 1, 8, max_length=8, device="graphics"),
     "device must be one of torch's, got 1.5":

@@ -118,8 +118,8 @@ def test_autocast_follows_sdpa():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_of_decode(compiled):
-    """A decode that autocast does not reach, new rows that it keeps out of a cache of another
-    dtype or rounds in there, and a result without them.
+    """A decode that autocast does not reach, or whose cache it rounds; new rows that it keeps out
+    of a cache of another dtype or rounds in there, and a result without them.
     """
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     new = [torch.randn(2, 2, 2, 16) for _ in range(2)]
@@ -139,9 +139,12 @@ def test_autocast_of_decode(compiled):
         for b, first in enumerate(used):
             cache[b, :, first : first + 2] = rows[b]
     assert torch.equal(caches[0], k) and torch.equal(caches[1], v)
-    half = [x.bfloat16() for x in (q, k, v)]
-    plain = attn_ext.attention_decode(*half, used + 2, bias=bias.bfloat16(), return_lse=True)
-    assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
+    told = dict(bias=bias.bfloat16(), return_lse=True)
+    plain = attn_ext.attention_decode(q.bfloat16().float(), k, v, used + 2, **told)
+    assert torch.equal(out, plain[0].bfloat16()) and torch.equal(lse, plain[1])
+    given = pytest.raises(TypeError, match=r"v_cache must have q's dtype torch\.float32, got torc")
+    with torch.autocast("cpu", dtype=torch.bfloat16), given:
+        attn_ext.attention_decode(q, k, v.bfloat16(), used)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -25,12 +25,12 @@ import warnings
 import torch
 
 from attn_ext.core.layout import conform
-from attn_ext.core.schema import GRADIENTS, Call, Needs
+from attn_ext.core.schema import GRADIENTS, Call
 from attn_ext.functional import dense, varlen
-from attn_ext.ops import execute, parts, route
+from attn_ext.ops import execute, route
 
 NAME = "attn_ext"
-_QKV = Needs(*(name in ("q", "k", "v") for name in GRADIENTS))
+_QKV = tuple(name in ("q", "k", "v") for name in GRADIENTS)
 
 
 class _Active:
@@ -90,10 +90,11 @@ def _forward(call: Call):
 def _backward(call: Call, dropout_p, rng_state, dout, out, lse) -> tuple:
     if dropout_p > 0:
         call = call._replace(rng_state=rng_state.view(torch.int64), dropout_p=dropout_p)
-    if call.q.device.type == "cpu":  # torch's ring attention gives O and LSE of more keys
-        return parts.backward_of_rows(call, dout, out, lse, _QKV)[:3]
-    # The kernels of GPUs take LSE as it is given, where it is within 256 of 0; `parts` would read
-    # it back, which a CUDA graph cannot.
+    # torch's ring attention over GPUs gives O and LSE of rows that have seen more keys: the kernels
+    # of GPUs take LSE as it is given, where it is within 256 of 0.  Those of CPUs may divide a row
+    # by its own sum, and are right for whole calls only: torch.distributed's context_parallel
+    # refuses the flash attention of CPUs.  attn_ext.ops.parts would serve such rows there, but it
+    # makes small calls slower and less exact.
     return execute.backward(dout, None, out, lse, call, _QKV)[:3]
 
 

@@ -52,6 +52,16 @@ def test_offered_and_not_active():
     assert torch.nn.attention.current_flash_attention_impl() is None
 
 
+def test_gradients_are_those_of_a_whole_call(calls):
+    """The way of ring attention's parts in the backward of whole calls, which has more error and
+    costs small calls several times as long: other bits than those of `attn_ext.attention`."""
+    shapes, dtype = ((1, 2, 16, 32),) * 3, torch.float32
+    found = outcome(F.scaled_dot_product_attention, *shapes, dtype=dtype)
+    assert calls == ["_forward", "_backward"]
+    for got, want in zip(found, outcome(attn_ext.attention, *shapes, dtype=dtype), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_active_and_restored(calls):
     """A switch that stays on, or warns of what it was asked for."""
     assert torch.nn.attention.current_flash_attention_impl() == "attn_ext"

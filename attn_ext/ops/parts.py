@@ -124,19 +124,34 @@ def _backward(call: Call, dout, delta, sums, needs: Needs) -> Grads:
     )  # fmt: skip
 
 
-def backward_of_rows(call: Call, dout, out, lse, needs: Needs) -> Grads:
-    """The gradients of q, k, v and the bias, in their dtypes, from O and LSE of rows that may have
-    seen the keys of other calls, too: ring attention of other libraries asks for the share of some
-    keys by them.  The kernels of a whole call would divide each row by its own sum.
-    """
+def delta_of_rows(call: Call, dout, out) -> torch.Tensor:
+    """rowsum(dO * O) in the shape of LSE and the statistics' dtype."""
     statistics = statistics_dtype(call.q.dtype)
     delta = (dout.to(statistics) * out.to(statistics)).sum(-1)
-    delta = delta if call.cu_seqlens_q is None else delta.transpose(0, 1)
+    return delta if call.cu_seqlens_q is None else delta.transpose(0, 1)
+
+
+def backward_of_rows(call: Call, dout, out, lse, needs: Needs, delta=None) -> Grads:
+    """The gradients of q, k, v and the bias, in their dtypes, from O and LSE of rows that may have
+    seen the keys of other calls, too: ring attention of other libraries asks for the share of some
+    keys by them.  delta: `delta_of_rows`, where the caller has it.
+
+    On GPUs by the kernels of a whole call, which take LSE as it is given where it is within 256 of
+    0; nothing is read back, which a CUDA graph could not.  Those of CPUs may divide each row by its
+    own sum, so that the kernels of parts serve there.  A row further from 0, whose LSE has lost the
+    sum, is taken for this call's own, and its sum found again, where its own LSE is the same up to
+    rounding.  Beside huge logits (-1e9) the LSE of one shard is that of all of them: they cannot be
+    told apart by it, and each is divided by its own sum.
+    """
+    if call.q.device.type != "cpu":
+        return execute.backward(dout, None, out, lse.contiguous(), call, needs)
+    delta = delta_of_rows(call, dout, out) if delta is None else delta
     sums = sums_of.of_lse(lse)
     far = sums_of.is_far(lse)
-    if bool(far.any()):  # LSE has lost the sum there; where it is this call's, it is found again
+    if bool(far.any()):
         own = forward_partial(call)[1]
-        same = (own.sum(-1) - lse).abs() <= 1e-6 * lse.abs()
+        rounding = 4 * torch.finfo(lse.dtype).eps * lse.abs()
+        same = (own.sum(-1) - lse).abs() <= rounding
         sums = torch.where((far & same)[..., None], own, sums)
     grads = backward_partial(call, dout, delta, sums, needs)[:4]
     inputs = zip(grads, (call.q, call.k, call.v, call.bias), strict=True)

@@ -301,7 +301,8 @@ def test_native_functions_of_dense_calls_and_caches():
 
 @pytest.mark.parametrize("in_pages", [False, True])
 def test_used_keys_of_packed_sequences(in_pages):
-    """Keys beyond seqused_k seen, or the used ones read from another sequence."""
+    """Keys beyond seqused_k seen, or the used ones read from another sequence; an IndexError of k
+    and v that do not fit."""
     torch.manual_seed(0)
     cu_q, used = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([3, 5], dtype=torch.int32)
     q, k, v = torch.randn(3, 2, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
@@ -324,6 +325,17 @@ def test_used_keys_of_packed_sequences(in_pages):
     if not in_pages:
         with pytest.raises(ValueError, match="seqused_k must be at most the lengths"):
             passes.varlen_forward(q, k, v, cu_q, cu_k, 2, 6, 0.0, None, False, seqused_k=used + 2)
+        for keys, values, text in (
+            (k, v[:5], "v must have k's (length 12|12 rows), got 5"),
+            (torch.tensor(1.0), v, "k must have 3 dimensions"),
+        ):
+            packed = (q, keys, values, cu_q, cu_k, 2, 6, 0.0, None, False)
+            for autocast in (False, True):
+                with (
+                    torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+                    pytest.raises(ValueError, match=text),
+                ):
+                    passes.varlen_forward(*packed, seqused_k=used)
         with pytest.raises(NotImplementedError, match="leftpad_k must be None"):
             passes.varlen_forward(q, k, v, cu_q, cu_k, 2, 6, 0.0, None, False, leftpad_k=used)
         with pytest.raises(ValueError, match="return_softmax must be False without dropout"):

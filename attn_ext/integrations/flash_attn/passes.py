@@ -102,6 +102,8 @@ def _used(q, k, v, cu_seqlens_k, seqused_k, block_table) -> tuple:
     used = functions.per_batch("seqused_k", seqused_k, batch, q.device).long()
     ends = torch.nn.functional.pad(used.cumsum(0), (1, 0))
     if block_table is None:
+        if v.shape[0] != k.shape[0]:  # under autocast, where q, k and v are compared later
+            raise ValueError(f"v must have k's {k.shape[0]} rows, got {v.shape[0]}")
         if q.device.type == "cpu" and bool((used > cu_seqlens_k.diff()).any()):
             raise ValueError(
                 f"seqused_k must be at most the lengths of cu_seqlens_k, got {used.tolist()} for "
@@ -136,6 +138,8 @@ def _flash_attn_varlen_forward(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, False,
     )  # fmt: skip
     wanted = _wants_weights(return_softmax, dropout_p)
+    if block_table is None:
+        checks.rows(q, k, v, ("q", "k", "v"))
     if seqused_k is not None:
         k, v, cu_seqlens_k = _used(q, k, v, cu_seqlens_k, seqused_k, block_table)
     if block_table is not None:
@@ -169,11 +173,13 @@ def _backward(
     lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
     wanted = dict(zip("qkv", targets, strict=True))
     needs = Needs(*(wanted.get(name) is not None for name in GRADIENTS))
-    results = parts.backward_of_rows(call, turn(dout), turn(out), lse, needs)
+    dout, out = turn(dout), turn(out)
+    delta = parts.delta_of_rows(call, dout, out)
+    results = parts.backward_of_rows(call, dout, out, lse, needs, delta)
     for grad, target in zip(results[:3], targets, strict=True):
         if target is not None:
             target.copy_(turn(grad))
-    return (dout.to(statistics) * out.to(statistics)).sum(-1).transpose(-1, -2)
+    return delta
 
 
 def _flash_attn_backward(

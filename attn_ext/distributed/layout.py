@@ -96,7 +96,8 @@ class Layout:
 
     @classmethod
     def striped(cls, seqlen: int, parts: int, block: int = 128) -> Layout:
-        """Block i of `block` positions is rank i % parts'."""
+        """Block i of `block` positions is rank i % parts'.  There are at most 2^20 blocks, so that
+        more than 2^27 positions need a larger block than 128."""
         _positive("seqlen", seqlen, 0, MAX_SEQLEN), _positive("parts", parts, 1, MOST)
         if seqlen > MOST * _positive("block", block, 1):
             least = -(-seqlen // MOST)

@@ -3,6 +3,7 @@
 """
 
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -44,15 +45,45 @@ def test_names_lead_to_operators(ops):
 
 
 def test_what_they_support(ops):
-    """An operator that refuses what attn_ext takes, or takes what the call then refuses."""
+    """An operator that refuses what attn_ext takes, or takes what the call then refuses; an error
+    of Python's, or one that speaks of another argument."""
     q, k, v = inputs()
     fmha, (forward, _) = ops.fmha, ops.MemoryEfficientAttentionFlashAttentionOp
     assert forward.supports(fmha.Inputs(query=q, key=k, value=v, attn_bias=None))
     bad = fmha.Inputs(query=q, key=k[0], value=v)
     assert not forward.supports(bad)
     assert "key must have 3, 4 or 5 dimensions" in forward.not_supported_reasons(bad)[0]
+    for name, value, text in (
+        ("query", None, "query must be a torch.Tensor, got NoneType"),
+        ("query", q.long(), r"query must be floating, got torch\.int64"),
+        ("p", 2.0, "p must be between 0 and 1, got 2.0"),
+    ):
+        bad = fmha.Inputs(**(dict(query=q, key=k, value=v) | {name: value}))
+        (reason,) = forward.not_supported_reasons(bad)
+        assert re.match(text, reason), reason
+        with pytest.raises((TypeError, ValueError), match=text):
+            forward.apply(bad, False)
     with pytest.raises(NotImplementedError, match="the operators are in"):
         fmha.AttentionFwOpBase.apply(bad, False)
+
+
+def test_only_a_forward_draws(ops):
+    """Dropout masks that depend on whether an operator was asked, or has run its backward."""
+    fmha, (forward, backward) = ops.fmha, ops.MemoryEfficientAttentionFlashAttentionOp
+    case = fmha.Inputs(*inputs(), p=0.3)
+    before = torch.get_rng_state()
+    assert forward.supports(case) and backward.supports(case)
+    assert torch.equal(torch.get_rng_state(), before)
+    out, context = forward.apply(case, True)
+    after = torch.get_rng_state()
+    backward.apply(context, case, out)
+    assert not torch.equal(after, before) and torch.equal(torch.get_rng_state(), after)
+
+
+def test_what_repeats_bit_by_bit(ops):
+    """A promise that the backward of some GPUs does not keep."""
+    forward, backward = ops.MemoryEfficientAttentionFlashAttentionOp
+    assert forward.IS_DETERMINISTIC and not backward.IS_DETERMINISTIC
 
 
 def test_passes(ops):

@@ -249,6 +249,9 @@ def _run(*arguments):
 
 def _prepared(inp: operators.Inputs) -> tuple:
     """`_call` of the inputs of an operator."""
+    _rank(inp.query, inp.key, inp.value)
+    for name in ("query", "key", "value"):  # before get_output_dtype reads that of query
+        validate.floating(name, getattr(inp, name))
     return _call(
         inp.query, inp.key, inp.value, inp.attn_bias, inp.p, inp.scale, inp.get_output_dtype()
     )

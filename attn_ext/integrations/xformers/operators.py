@@ -87,7 +87,7 @@ class AttentionOpBase:
     SUPPORTS_DROPOUT = SUPPORTS_CUSTOM_SCALE = SUPPORTS_DIFFERENT_VALUE_EMBED = True
     SUPPORTS_OUTPUT_DTYPE = SUPPORTS_PARTIAL = SUPPORTS_BMGHK = True
     SUPPORTS_ATTN_BIAS_GRAD = True
-    IS_DETERMINISTIC = True
+    IS_DETERMINISTIC = True  # a forward is; see AttentionBwOpBase
     VARLEN_LSE_PACKED = True
 
     @classmethod
@@ -103,7 +103,8 @@ class AttentionOpBase:
     def not_supported_reasons(cls, d: Inputs) -> list[str]:
         """The error that the call would raise, or nothing."""
         try:
-            cls.prepared(d)
+            cls.prepared(replace(d, p=0.0))  # with p > 0 it draws from torch's generator
+            validate.number("p", d.p, 0.0, 1.0)
         except (NotImplementedError, TypeError, ValueError) as error:
             return [str(error)]
         return []
@@ -130,7 +131,10 @@ class AttentionFwOpBase(AttentionOpBase):
 
 
 class AttentionBwOpBase(AttentionOpBase):
-    """A backward pass."""
+    """A backward pass.  On GPUs some kernels add up dQ and the gradient of a shared bias in an
+    order that varies, unless torch.use_deterministic_algorithms forbids it."""
+
+    IS_DETERMINISTIC = False
 
     @classmethod
     def apply(cls, ctx: Context, inp: Inputs, grad: torch.Tensor) -> Gradients:
@@ -151,20 +155,22 @@ def gradients(
     if isinstance(bias, torch.Tensor) and bias.requires_grad:
         bias = bias.detach().requires_grad_()
         leaves.append(bias)
-    again = replace(inp, query=leaves[0], key=leaves[1], value=leaves[2], attn_bias=bias)
+    # with p > 0 `prepared` would draw a mask from torch's generator, which all later ones follow
+    again = replace(inp, query=leaves[0], key=leaves[1], value=leaves[2], attn_bias=bias, p=0.0)
+    dropout_p = validate.number("p", inp.p, 0.0, 1.0)
     with torch.enable_grad():
         call, layout = prepared(again)
         out = call.q.detach().new_zeros((*call.q.shape[:-1], call.v.shape[-1]))
         lse = out.new_zeros(lse_shape(call), dtype=statistics_dtype(out.dtype))
         own = (out.requires_grad_(), lse.requires_grad_())
         shaped = layout(*own)
-    if call.dropout_p > 0:
+    if dropout_p > 0:
         if not isinstance(ctx.rng_state, torch.Tensor):
             raise ValueError(
                 "ctx must have the rng_state of a forward of attn_ext with dropout, got "
                 f"{type(ctx.rng_state).__name__}"
             )
-        call = call._replace(rng_state=ctx.rng_state)
+        call = call._replace(dropout_p=dropout_p, rng_state=ctx.rng_state)
     pairs = (("grad", grad, shaped[0]), (out_name, ctx.out, shaped[0]), ("lse", ctx.lse, shaped[1]))
     for name, x, like in pairs:
         validate.tensor(name, x)

@@ -81,10 +81,12 @@ def test_without_an_order_the_bits_vary():
         call = random_call(1, dtype=BF16, batch=1, seqlen_q=130, seqlen_k=600, **SIZES)
         out, lse = registry.get("reference").forward(call)[:2]
         found = set()
-        for seed in range(6):
+        for seed in range(40):  # most orders round to the same 16 bits
             module.set_mode("random", seed)
             dq = module.backward(call, out, out, lse, None, ALL)[0]
             found.add(dq.view(torch.int16).numpy().tobytes())
+            if len(found) > 1:
+                break
         assert len(found) > 1
         module.set_mode("plain", 0)
         kernels.module.set_ordered(True)

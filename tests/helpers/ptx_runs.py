@@ -78,9 +78,9 @@ class Runs:
             for line in {function(item.nodeid) for item in items}
             if seen.known(TABLE, line, self._digest(line))
         }
-        left = [item for item in items if function(item.nodeid) not in known]
-        config.hook.pytest_deselected(items=[item for item in items if item not in left])
-        items[:] = left
+        passed = [item for item in items if function(item.nodeid) in known]
+        config.hook.pytest_deselected(items=passed)
+        items[:] = [item for item in items if function(item.nodeid) not in known]
 
     def pytest_collection_finish(self, session):
         self._expect(item.nodeid for item in session.items)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from attn_ext.core import validate, values
-from attn_ext.core.schema import GRADIENTS, Call, Needs
+from attn_ext.core.schema import GRADIENTS, Call, Needs, statistics_dtype
 from attn_ext.functional import dense, varlen
 from attn_ext.integrations import checks
 from attn_ext.integrations.flash_attn import functions
@@ -162,8 +162,7 @@ def _backward(
         call = call._replace(rng_state=rng_state)
     of_out = (*q.shape[:-1], call.v.shape[-1])
     rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    statistics = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    like("softmax_lse", softmax_lse, rows, (statistics,), q.device)
+    like("softmax_lse", softmax_lse, rows, (statistics_dtype(call.q.dtype),), q.device)
     for name, x in (("dout", dout), ("out", out)):
         like(name, x, of_out, (call.q.dtype,), q.device)
     shapes = (q.shape, turn(call.k).shape, turn(call.v).shape)

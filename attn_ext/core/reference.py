@@ -20,6 +20,7 @@ import contextlib
 import math
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from attn_ext.core import logit
 from attn_ext.core.schema import Call, Frame, is_decode
@@ -153,6 +154,19 @@ def safe_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def applied(function: type[torch.autograd.Function], *inputs):
+    """function.apply, also of plain tensors while a transform of torch.func is at work on others,
+    below which backends run: there torch refuses every Function without a setup_context.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if torch._C._are_functorch_transforms_active() and not any(
+        isinstance(x, torch.Tensor) and wrapped(x) for x in inputs
+    ):
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*inputs)
+    return function.apply(*inputs)
+
+
 class _Scores(torch.autograd.Function):
     """S = Q K^T; in backward a pair with dS_ij = 0 adds nothing to dQ and dK, even where Q or K
     is NaN.
@@ -226,7 +240,7 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
 
     # S [B, Hq, Sq, Sk] in the inputs' dtype; excluded pairs are zeroed first, so that softcap's
     # tanh never sees their NaN
-    products = _Scores.apply(q, k) if call.w is None else _additive(q, k, call.w, visible)
+    products = applied(_Scores, q, k) if call.w is None else _additive(q, k, call.w, visible)
     products = torch.where(visible, products, torch.zeros_like(products))
     s = logit.of(call, products, pairs, bias).to(stat)
     # a logit of -inf, as of an infinite K, excludes too, and gets no gradient even in a row of NaN
@@ -239,7 +253,7 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
         if call.dropout_p > 0:
             p = _dropout(call, p, frame)
         lse = s.new_zeros(batch, heads_q, seqlen_q)
-        return _WeightedSum.apply(p.to(q.dtype), v), lse, None, None
+        return applied(_WeightedSum, p.to(q.dtype), v), lse, None, None
 
     # m, LSE [B, Hq, Sq, 1]; empty rows compute with m = 0, l = 1, so that no -inf - -inf arises in
     # either direction
@@ -254,7 +268,8 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
     m = torch.where(empty, torch.zeros_like(m), m)
     row_sum = torch.exp(s - m).sum(dim=-1, keepdim=True)
     if call.sink is not None:
-        row_sum = row_sum + torch.exp(sink - m)
+        # an empty row has m = 0, where the exponential of a large sink is inf, and 0 * inf NaN
+        row_sum = row_sum + torch.exp(torch.where(empty, 0.0, sink - m))
     row_sum = torch.where(empty, torch.ones_like(row_sum), row_sum)
     lse = m + torch.log(row_sum)
     # not exp(s - lse): beside logits of finfo.min, as additive masks have them, LSE loses ln
@@ -270,7 +285,7 @@ def _dense(call: Call, q, k, v, mask, bias, first_batch: int):
 
     if call.dropout_p > 0:
         p = _dropout(call, p, frame)
-    out = _WeightedSum.apply(p.to(q.dtype), v)
+    out = applied(_WeightedSum, p.to(q.dtype), v)
     # a row of NaN is one whole, also where dropout leaves none of its pairs
     out = torch.where(lse.detach().isnan(), torch.nan, out)
     return out, lse.squeeze(-1), max_logit.squeeze(-1), entropy
@@ -280,7 +295,7 @@ def _additive(q, k, w, visible: torch.Tensor) -> torch.Tensor:
     """sum_d w_d tanh(q_id + k_jd) [B, Hq, Sq, Sk]; excluded pairs never see their NaN."""
     pre = q.unsqueeze(3) + k.unsqueeze(2)
     pre = torch.where(visible.unsqueeze(-1), pre, torch.zeros_like(pre))
-    return _AdditiveScores.apply(torch.tanh(pre), w.to(q.dtype))
+    return applied(_AdditiveScores, torch.tanh(pre), w.to(q.dtype))
 
 
 def _dropout(call: Call, p: torch.Tensor, frame: Frame) -> torch.Tensor:

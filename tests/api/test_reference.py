@@ -306,13 +306,15 @@ EMPTY_CASES = {
 }
 
 
-@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("sink", [None, 1.0, 800.0, torch.inf])
 @pytest.mark.parametrize("name", EMPTY_CASES)
 def test_empty_rows_give_zeros_and_no_nan(name, sink):
     """Would catch -inf - -inf, 0 / 0, and a gradient that leaks out of a row without keys, also
-    with a sink.
+    with a sink, and with one whose exponential is inf.
     """
-    call = random_call(sink=sink, bias="h", stats=True, dtype=F64, **EMPTY_CASES[name])
+    call = random_call(sink=sink is not None, bias="h", stats=True, dtype=F64, **EMPTY_CASES[name])
+    if sink is not None:
+        call = call._replace(sink=torch.full_like(call.sink, sink))
     if call.mask is not None:
         call = call._replace(mask=torch.zeros_like(call.mask))
     first = 12  # rows before it see nothing, in all three cases
@@ -322,6 +324,9 @@ def test_empty_rows_give_zeros_and_no_nan(name, sink):
     dout, dlse = torch.zeros_like(out), torch.zeros_like(lse)
     dout[:, :, :first], dlse[:, :, :first] = torch.randn(out.shape[-1], dtype=F64), 3.0
     _, grads = gradients(call, dout, dlse)
+    if sink == torch.inf:  # the other rows are NaN
+        call = call._replace(mask=torch.zeros(1, 1, 1, call.k.shape[2], dtype=torch.bool))
+        _, grads = gradients(call, dout, dlse)
     for grad in grads.values():
         assert grad is None or grad.eq(0).all()
 

@@ -37,6 +37,8 @@ def holds_values(x: torch.Tensor) -> bool:
     """Whether a kernel can read x: no meta tensor, none of a transform of torch.func, and of no
     class that answers operations itself (fake tensors, DTensor).
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        x = x.detach()  # grad and jvp wrap all that is computed within them, of plain tensors, too
     return not (
         x.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attn_ext.core import reference
 from attn_ext.core.schema import Call
 from attn_ext.functional.common import RowStats
 from attn_ext.inspect import logits
@@ -21,6 +22,11 @@ from attn_ext.ops import route
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal
+
+ONCE = (
+    "attn_ext.inspect.row_stats has no {}: use attn_ext.attention with return_lse=True, whose LSE "
+    "has it, or write entropy and largest logit in torch operations"
+)
 
 
 def row_stats(
@@ -49,8 +55,9 @@ def row_stats(
 def row_stats_of(call: Call) -> RowStats:
     """`row_stats` of a canonical dense call of softmax over dot products."""
     call = call._replace(need_stats=True)
-    if route.wants_grad(call.q, call.k, call.bias, call.sink):
-        return RowStats(*_RowStats.apply(call.q, call.k, call.bias, call.sink, call))
+    inputs = (call.q, call.k, call.bias, call.sink)
+    if route.wants_grad(*inputs) or torch.autograd.forward_ad._current_level >= 0:
+        return RowStats(*reference.applied(_RowStats, *inputs, call))
     return RowStats(*logits.forward(logits.detached(call))[1:])
 
 
@@ -66,17 +73,42 @@ class _RowStats(torch.autograd.Function):
         return lse, max_logit, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dlse, dmax, dentropy):
-        q, k, bias, sink, lse, entropy = ctx.saved_tensors
-        if dlse is None and dmax is None and dentropy is None:
+        douts = (dlse, dmax, dentropy)
+        if all(d is None for d in douts):
             return (None,) * 5
-        call = ctx.call._replace(q=q, k=k, v=k, bias=bias, sink=sink)
-        grads = _gradients(call, ctx.needs_input_grad, (lse, entropy),
-                           (dlse, dmax, dentropy))  # fmt: skip
-        inputs = (q, k, bias, sink)
-        return *(None if g is None else g.to(x.dtype)
-                 for g, x in zip(grads, inputs, strict=True)), None  # fmt: skip
+        if any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in douts):
+            raise NotImplementedError(
+                ONCE.format("batched gradients (is_grads_batched=True, vectorize=True)")
+            )
+        grads = reference.applied(
+            _Gradients, *ctx.saved_tensors, *douts, ctx.call, ctx.needs_input_grad
+        )
+        return *grads, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(ONCE.format("forward mode"))
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients, whose own derivative says that there is none: torch's once_differentiable
+    leaves gradients without a graph where only the inputs are differentiated."""
+
+    @staticmethod
+    def forward(ctx, q, k, bias, sink, lse, entropy, dlse, dmax, dentropy, call: Call, needs):
+        call = call._replace(q=q, k=k, v=k, bias=bias, sink=sink)
+        grads = _gradients(call, needs, (lse, entropy), (dlse, dmax, dentropy))
+        inputs = zip(grads, (q, k, bias, sink), strict=True)
+        return tuple(None if g is None else g.to(x.dtype) for g, x in inputs)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise NotImplementedError(ONCE.format("second derivatives"))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(ONCE.format("forward mode"))
 
 
 def _gradients(call: Call, needs, stats, douts) -> list:

@@ -7,7 +7,7 @@ import high_water
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import HALF, assert_close, of_logits
+from closeness import HALF, assert_close, assert_same, of_logits
 
 import attn_ext
 from attn_ext import inspect
@@ -277,6 +277,52 @@ def test_entropy_regulariser_raises_entropy():
     (grad,) = torch.autograd.grad(before, q)
     after = inspect.row_stats(q.detach() + 20 * grad, k).entropy.mean()
     assert after > before + 0.05
+
+
+def test_row_stats_is_differentiated_once():
+    """A second derivative or a tangent that is silently missing, as torch's once_differentiable
+    leaves it, and torch's own errors within its transforms."""
+    q, k = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in "qk")
+    entropy = inspect.row_stats(q, k).entropy
+    (grad,) = torch.autograd.grad(entropy.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="row_stats has no second derivatives: use"):
+        torch.autograd.grad(grad.square().sum(), q)
+    with pytest.raises(NotImplementedError, match="row_stats has no batched gradients"):
+        seeds = torch.eye(10).view(10, 1, 2, 5)
+        torch.autograd.grad(inspect.row_stats(q, k).entropy, q, seeds, is_grads_batched=True)
+    for leaf in (q, q.detach()):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(leaf, torch.ones_like(leaf))
+            with pytest.raises(NotImplementedError, match="row_stats has no forward mode: use"):
+                inspect.row_stats(dual, k)
+            inspect.row_stats(q.detach(), k.detach())
+    times = torch.vmap(lambda x: inspect.row_stats(q, k).entropy * x)(torch.ones(2))
+    (got,) = torch.autograd.grad(times[1].sum(), q)
+    assert_same(got, grad.detach())
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_plain_tensors_within_a_transform(transform):
+    """A raw error about storage where a transform wraps what is computed of plain tensors: the
+    function says so, and `record` leaves the call alone, as its model ran without it."""
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    x = torch.tensor(2.0)
+
+    def of(f):
+        if transform == "grad":
+            return torch.func.grad(lambda x: f() * x)(x)
+        return torch.func.jvp(lambda x: f() * x, (x,), (torch.ones(()),))[1]
+
+    for function in (
+        lambda: inspect.row_stats(q, k).entropy.sum(),
+        lambda: inspect.top_k(q, k, 2).weights.sum(),
+        lambda: inspect.rollout([(q, k)]).sum(),
+    ):
+        with pytest.raises(ValueError, match="q must hold values"):
+            of(function)
+    want = of(lambda: attn_ext.attention(q, k, k).sum())
+    with inspect.record(None):
+        assert_same(of(lambda: attn_ext.attention(q, k, k).sum()), want)
 
 
 def test_excluded_nan_stays_out():

@@ -59,6 +59,18 @@ def switch(name: str, value) -> bool:
     raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
 
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether x is a dual number of forward-mode AD at the innermost level.  Traced tensors cannot
+    tell, nor can batched ones."""
+    functorch = torch._C._functorch
+    off = (
+        torch.autograd.forward_ad._current_level < 0 and functorch.peek_interpreter_stack() is None
+    )
+    if off or torch.compiler.is_compiling() or functorch.is_batchedtensor(x):
+        return False
+    return x.is_floating_point() and torch._VF._unpack_dual(x, level=0)[1] is not None
+
+
 _PLAIN = (float, int, type(None))
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _OF_NUMPY = ("bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "float16",
@@ -76,6 +88,10 @@ def plain_number(name: str, value):
             return value
         if value.requires_grad:
             raise TypeError(f"{name} must be a number without a gradient, got one that requires it")
+        if has_tangent(value):
+            raise TypeError(f"{name} must be a number without a tangent, got one that has it")
+        if torch._C._functorch.is_batchedtensor(value):
+            raise ValueError(f"{name} must be one number, got a tensor that torch.func.vmap maps")
         if value.is_meta:
             raise ValueError(f"{name} must be a number, got a tensor on meta, which holds none")
         return value.item()

@@ -204,6 +204,7 @@ class KVCache:
         if k.shape[2] != v.shape[2]:
             raise ValueError(f"v must have k's {k.shape[2]} positions, got {v.shape[2]}")
         refuse_grad("KVCache.append", k=k, v=v)
+        tree.refuse_transformed(k=k, v=v)
         if self.k_factors is not None:
             self._append_int8(k, v, counts, rows)
             return

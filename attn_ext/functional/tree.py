@@ -53,6 +53,24 @@ def new_rows(name: str, x, pages, batch: int) -> None:
         raise ValueError(f"{name} must be on the cache's device {pages.device}, got {x.device}")
 
 
+def refuse_transformed(**tensors) -> None:
+    """NotImplementedError for new rows that have a tangent, which no page holds, and for those of
+    torch.func.vmap, of which a page holds one alone."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if validate.has_tangent(x):
+            raise NotImplementedError(
+                f"KVCache.append has no forward-mode AD, but {name} has a tangent: use "
+                "attn_ext.attention"
+            )
+        if torch._C._functorch.is_batchedtensor(x):
+            raise NotImplementedError(
+                f"KVCache.append cannot be mapped by torch.func.vmap, as {name} is: append the "
+                "rows of all examples at once, one sequence each"
+            )
+
+
 def integers(name: str, values) -> list[int]:
     """Python's ints of a sequence or a tensor [n] of integers."""
     if isinstance(values, torch.Tensor):

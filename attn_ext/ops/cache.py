@@ -58,6 +58,8 @@ def look_of(k, v, k_pages, v_pages, table, lengths):
         return None
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         return None
+    if torch.autograd.forward_ad._current_level >= 0:  # a tangent would be lost
+        return None
     return looks(k, v, k_pages, v_pages, table, lengths)
 
 

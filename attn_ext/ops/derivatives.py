@@ -62,6 +62,7 @@ def _forward_jvp(ctx, *tangents):
     *tensors, out, lse = map(rules.primal_of, ctx.saved_tensors)
     call = Call(*tensors, *ctx.rest)
     rules.refuse_once_only(call, rules.FORWARD_MODE)
+    rules.refuse_alibi(tangents)
     found = torch.ops.attn_ext.tangent(out, lse, *call, *of_gradients(tangents))
     return *found, None, None
 
@@ -115,6 +116,7 @@ def _backward_jvp(ctx, tdout, tdlse, tout, tlse, *rest):
     dout, dlse, out, lse, *tensors = map(rules.primal_of, ctx.saved_tensors)
     call = Call(*tensors, *ctx.rest)
     rules.refuse_once_only(call, rules.FORWARD_MODE)
+    rules.refuse_alibi(rest)
     found = torch.ops.attn_ext.backward_tangent(
         dout, dlse, out, lse, tout, tlse, tdout, tdlse, *call, *of_gradients(rest), ctx.needs,
         _NOTHING,

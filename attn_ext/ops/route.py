@@ -84,7 +84,9 @@ def _jvp_at_once(call: Call) -> tuple | None:
     the call.  None where it is another case, with nothing done."""
     unpacked = [x if x is None else rules.unpack_dual(x, level=0) for x in call[:TENSORS]]
     values = [x if x is None else _value(x[0]) for x in unpacked]
-    tangents = of_gradients([x if x is None else _value(x[1]) for x in unpacked])
+    moved = [x if x is None else _value(x[1]) for x in unpacked]
+    rules.refuse_alibi(moved)
+    tangents = of_gradients(moved)
     present = [x for x in (*values, *tangents) if x is not None]
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in present)
     if recorded or call.need_stats or not any(x is not None for x in tangents):

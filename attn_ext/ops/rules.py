@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from attn_ext.core.schema import Call, is_decode
+from attn_ext.core.schema import FIELDS, Call, is_decode
 
 MATH = (
     "use torch's attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which can be "
@@ -50,6 +50,15 @@ def refuse_once_only(call: Call, what: str) -> None:
     found = not_twice(kind, call.normalizer, "dot" if call.w is None else "additive")
     if found is not None:
         raise NotImplementedError(f"attn_ext has no {what} of {found[0]}: {found[1]}")
+
+
+def refuse_alibi(tangents) -> None:
+    """NotImplementedError where the slopes of ALiBi have a tangent, which would be lost; tangents:
+    those of a call's tensors, in the order of its fields."""
+    if tangents[FIELDS.index("alibi_slopes")] is not None:
+        raise NotImplementedError(
+            "attn_ext has no forward-mode AD of alibi_slopes: use bias, which has it"
+        )
 
 
 unpack_dual = torch._VF._unpack_dual

@@ -2,6 +2,8 @@
 and what is refused.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
@@ -180,6 +182,21 @@ def test_transform_with_a_sink(name):
     torch.testing.assert_close(transform(with_sink), transform(sink_written_out))
 
 
+@pytest.mark.parametrize("name", ["jvp", "jacfwd", "grad(jvp)", "functional.jvp"])
+def test_transform_by_the_reference(name):
+    """torch's refusal of a Function within the reference, to which calls of wide heads come."""
+
+    def by_reference(*x):
+        return attn_ext.attention(*x[:3], bias=x[3], causal=True, softcap=2.0, return_lse=True,
+                                  backend="reference")  # fmt: skip
+
+    transform = TRANSFORMS[name]
+    torch.testing.assert_close(transform(by_reference), transform(written_out))
+    q = torch.randn(1, 1, 2, 513)
+    tangent = jvp(lambda q: attn_ext.attention(q, q, q), (q,), (q,))[1]
+    assert tangent.isfinite().all()
+
+
 BY_KERNELS = (
     "jvp", "jvp(grad)", "grad(grad)", "grad(jvp)", "vmap(jvp(grad))", "twice_by_create_graph",
     "twice_by_checkpoint", "backward_of_a_dual_level", "backward_of_func_jvp",
@@ -293,6 +310,54 @@ def test_refused(name):
     transform, f, message = REFUSED[name]
     with pytest.raises(NotImplementedError, match=message):
         transform(f)
+
+
+def of_slopes(q, k, v, slopes):
+    return attn_ext.attention(q, k, v, alibi_slopes=slopes, return_lse=True)
+
+
+def appended(q, k, v, slopes):
+    cache = attn_ext.KVCache(*k.shape[:2], k.shape[3], max_length=64, dtype=k.dtype)
+    cache.append(X[1], X[2]).append(k, v)
+    return cache.attend(X[0]), slopes
+
+
+LOST = [
+    *itertools.product(["alibi_slopes", "KVCache.append", "scale", "softcap"], ["jvp", "dual"]),
+    ("alibi_slopes", "jvp(grad)"),
+]
+
+
+@pytest.mark.parametrize(("name", "transform"), LOST)
+def test_tangent_that_would_be_lost(name, transform):
+    """A derivative of silent zeros, of what has no derivative."""
+    if name == "alibi_slopes":
+        inputs, f = (torch.rand(X[0].shape[1]),), lambda x: of_slopes(*X[:3], x)[0].sum()
+    elif name == "KVCache.append":
+        inputs, f = X[1:2], lambda k: appended(X[0], k, k, X[3])[0].sum()
+    else:
+        inputs = (torch.tensor(0.5),)
+        f = lambda x: attn_ext.attention(*X[:3], **{name: x}).sum()  # noqa: E731
+    message = f"AD of {name}|{name}.* has a tangent|{name} .*without a tangent"
+    with pytest.raises((NotImplementedError, TypeError), match=message):
+        if transform == "jvp":
+            jvp(f, inputs, inputs)
+        elif transform == "dual":
+            with fwad.dual_level():
+                f(*map(fwad.make_dual, inputs, inputs))
+        else:
+            both = lambda x: grad(lambda q: of_slopes(q, *X[1:3], x)[0].sum())(X[0])  # noqa: E731
+            jvp(both, inputs, inputs)
+
+
+def test_append_cannot_be_mapped():
+    """torch's own error about a batching rule."""
+    cache = attn_ext.KVCache(1, 1, 4, max_length=8)
+    rows = torch.randn(3, 1, 1, 2, 4)
+    with pytest.raises(NotImplementedError, match=r"KVCache\.append cannot be mapped"):
+        vmap(lambda k: cache.append(k, k).gathered()[0])(rows)
+    with pytest.raises(ValueError, match="scale must be one number"):
+        vmap(lambda s: attn_ext.attention(*X[:3], scale=s))(torch.rand(3))
 
 
 def test_operators_check_their_tangents():

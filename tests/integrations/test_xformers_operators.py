@@ -44,6 +44,49 @@ def test_names_lead_to_operators(ops):
         assert issubclass(op, ops.AttentionOpBase)
 
 
+def test_lists_of_operators_and_their_choice(ops):
+    """Names that callers import to try every operator, or the one that xformers would take."""
+    fmha, dispatch = ops.fmha, importlib.import_module("xformers.ops.fmha.dispatch")
+    q, k, v = inputs()
+    good, bad = fmha.Inputs(q, k, v), fmha.Inputs(q, k[0], v)
+    mask = fmha.attn_bias.LowerTriangularMask
+    for op in (*fmha.ALL_FW_OPS, *fmha.ALL_BW_OPS):
+        assert op.supports(good) and mask in op.SUPPORTED_ATTN_BIAS_TYPES
+        assert op.shape_not_supported_reasons(6, 9, 8, 24) == []
+        assert "at least 1" in op.shape_not_supported_reasons(6, 9, 0, 8)[0]
+    assert dispatch._dispatch_fw(good, False) in fmha.ALL_FW_OPS
+    assert dispatch._dispatch_bw(good, None) in fmha.ALL_BW_OPS
+    with pytest.raises(NotImplementedError, match="key must have 3, 4 or 5 dimensions"):
+        dispatch._dispatch_fw(bad, True)
+    before = fmha._get_use_fa3()
+    fmha._set_use_fa3(not before)
+    assert dispatch._get_use_fa3() is not before
+    fmha._set_use_fa3(before)
+
+
+def test_indexing(ops):
+    """What DINOv2 imports beside fmha, by the formulas that xformers documents."""
+    sources = [torch.randn(4, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)]
+    picked = [torch.tensor([2, 0]), torch.tensor([4], dtype=torch.int32)]
+    rows = ops.index_select_cat(sources, picked)
+    wanted = torch.cat([sources[0][2], sources[0][0], sources[1][4]])
+    assert rows.equal(wanted)
+    rows.sum().backward()
+    assert sources[0].grad.sum(1).tolist() == [3, 0, 3, 0]
+    x, more, scaling = torch.randn(4, 3, 2), torch.randn(2, 3, 2), torch.randn(2)
+    leaves = [t.clone().requires_grad_() for t in (more, scaling)]
+    target, at = x.clone(), torch.tensor([3, 1])
+    out = ops.scaled_index_add(target, at, leaves[0], leaves[1], alpha=0.5)
+    assert out is target  # in place
+    torch.testing.assert_close(out[at], x[at] + 0.5 * scaling * more)
+    assert out[0].equal(x[0]) and out[2].equal(x[2])
+    out.sum().backward()
+    torch.testing.assert_close(leaves[0].grad, (0.5 * scaling).expand(2, 3, 2))
+    torch.testing.assert_close(leaves[1].grad, 0.5 * more.sum((0, 1)))
+    plain = ops.scaled_index_add(x.clone(), at, more)
+    torch.testing.assert_close(plain[at], x[at] + more)
+
+
 def test_what_they_support(ops):
     """An operator that refuses what attn_ext takes, or takes what the call then refuses; an error
     of Python's, or one that speaks of another argument."""

@@ -17,9 +17,12 @@ from attn_ext.core import validate
 from attn_ext.functional import common, dense, varlen
 from attn_ext.integrations import checks, importing
 from attn_ext.integrations.xformers import bias as biases
-from attn_ext.integrations.xformers import operators
+from attn_ext.integrations.xformers import dispatch, indexing, lengths, operators
 from attn_ext.integrations.xformers import paged as paged
 from attn_ext.integrations.xformers.bias import *  # noqa: F403
+from attn_ext.integrations.xformers.indexing import index_select_cat as index_select_cat
+from attn_ext.integrations.xformers.indexing import scaled_index_add as scaled_index_add
+from attn_ext.integrations.xformers.indexing import unbind as unbind
 from attn_ext.integrations.xformers.paged import *  # noqa: F403
 
 VERSION = "0.0.35"  # the version whose signatures these are
@@ -149,7 +152,7 @@ def _blocks_call(query, key, value, attn_bias, kind, p, scale):
     [1, H, total_q]."""
     q_info, k_info = attn_bias.q_seqinfo, attn_bias.k_seqinfo
     in_pages = issubclass(kind, paged.Paged)
-    _check_blocks("query", query, q_info.seqstart_py[-1])
+    _check_blocks("query", query, lengths.starts(q_info)[-1])
     shared = _shared(key, value)
     if shared:  # before anything is gathered: one head a group
         key, value = key[:, :, :, :1], value[:, :, :, :1]
@@ -157,11 +160,12 @@ def _blocks_call(query, key, value, attn_bias, kind, p, scale):
         k_blocks = paged.logical(attn_bias)
         key, value = _from_pages("key", key, attn_bias), _from_pages("value", value, attn_bias)
     else:
-        k_blocks = list(k_info.intervals())
-        _check_blocks("key", key, k_info.seqstart_py[-1])
-        _check_blocks("value", value, k_info.seqstart_py[-1])
+        k_blocks = lengths.intervals(k_info)
+        rows = lengths.starts(k_info)[-1]
+        _check_blocks("key", key, rows)
+        _check_blocks("value", value, rows)
         key, value = _packed(key, k_blocks), _packed(value, k_blocks)
-    q_blocks = list(q_info.intervals())
+    q_blocks = lengths.intervals(q_info)
     ends_q, ends_k = _ends(q_blocks), _ends(k_blocks)
     cu_q = torch.tensor(ends_q, dtype=torch.int32, device=query.device)
     cu_k = cu_q
@@ -302,11 +306,6 @@ def memory_efficient_attention_partial(
     return _run(query, key, value, attn_bias, p, scale, output_dtype)
 
 
-def unbind(x, dim):
-    """The slices of x along dim, as torch.unbind gives them: no copy is made on the way back."""
-    return x.unbind(dim)
-
-
 def _parts(name: str, split) -> torch.Tensor:
     """One tensor, or a list of tensors of one shape, with a first dimension for the parts."""
     if not isinstance(split, (torch.Tensor, list, tuple)):
@@ -384,7 +383,7 @@ def memory_efficient_attention_backward(
 FUNCTIONS = (
     memory_efficient_attention, memory_efficient_attention_backward,
     memory_efficient_attention_forward, memory_efficient_attention_forward_requires_grad,
-    memory_efficient_attention_partial, merge_attentions, unbind,
+    memory_efficient_attention_partial, merge_attentions, *indexing.FUNCTIONS,
 )  # fmt: skip
 # what callers pass as `op`: the modules of the forward and of the backward
 _OPS = {
@@ -407,9 +406,9 @@ def _bias_module() -> dict:
     return {
         **_BY_NAME,
         "VARLEN_BIASES": (biases.Blocks,),
-        "_GappySeqInfo": biases.PaddedSeqLenInfo,
-        "_PaddedSeqLenInfo": biases.PaddedSeqLenInfo,
-        "_SeqLenInfo": biases.SeqLenInfo,
+        "_GappySeqInfo": lengths.GappySeqInfo,
+        "_PaddedSeqLenInfo": lengths.PaddedSeqLenInfo,
+        "_SeqLenInfo": lengths.SeqLenInfo,
     }
 
 
@@ -418,8 +417,11 @@ def _ops() -> dict:
 
 
 def _fmha() -> dict:
-    inner = ("attn_bias", "common", *operators.MODULES)
-    return {**{name: importlib.import_module(f"{_FMHA}.{name}") for name in inner}, **_names()}
+    inner = ("attn_bias", "common", "dispatch", *operators.MODULES)
+    modules = {name: importlib.import_module(f"{_FMHA}.{name}") for name in inner}
+    kinds = [modules[name] for name in operators.MODULES]
+    ops = {"ALL_FW_OPS": [m.FwOp for m in kinds], "ALL_BW_OPS": [m.BwOp for m in kinds]}
+    return {**modules, **_names(), **ops, **dispatch.names()}
 
 
 def _common() -> dict:
@@ -448,6 +450,7 @@ _STAND_IN = importing.StandIn(
         "xformers.ops.fmha": _fmha,
         "xformers.ops.fmha.attn_bias": _bias_module,
         "xformers.ops.fmha.common": _common,
+        "xformers.ops.fmha.dispatch": dispatch.names,
         **{
             f"{_FMHA}.{name}": functools.partial(operators.module, name, _prepared)
             for name in operators.MODULES

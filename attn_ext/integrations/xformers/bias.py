@@ -13,23 +13,17 @@ from typing import Any
 
 import torch
 
+from attn_ext.integrations.xformers.lengths import (
+    GappySeqInfo,
+    PaddedSeqLenInfo,
+    SeqLenInfo,
+    at_least,
+    integers,
+    intervals,
+    starts,
+)
+
 UNBOUNDED = (None, None)
-
-
-def integers(name: str, values: Sequence[int], low: int = 0) -> list[int]:
-    if isinstance(values, torch.Tensor):
-        raise TypeError(f"{name} must be a sequence of ints, got a tensor")
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must hold ints of at least {low}, got {value!r}")
-    return list(values)
-
-
-def at_least(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
 class AttentionBias:
@@ -135,83 +129,6 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
 
 
 @dataclass
-class SeqLenInfo:
-    """Blocks one after the other: block i is [seqstart_py[i], seqstart_py[i + 1])."""
-
-    seqstart_py: list[int]
-
-    @classmethod
-    def from_seqlens(cls, seqlens, *, device=None):
-        starts = [0]
-        for length in integers("seqlens", seqlens):
-            starts.append(starts[-1] + length)
-        return cls(starts)
-
-    @property
-    def seqstart(self) -> torch.Tensor:
-        """int32 [blocks + 1]"""
-        return torch.tensor(self.seqstart_py, dtype=torch.int32, device="cpu")
-
-    @property
-    def max_seqlen(self) -> int:
-        return max((b - a for a, b in self.intervals()), default=-1)
-
-    @property
-    def min_seqlen(self) -> int:
-        return min((b - a for a, b in self.intervals()), default=-1)
-
-    def to(self, device):
-        return self
-
-    def intervals(self) -> list[tuple[int, int]]:
-        """(first, end) of each block."""
-        return list(zip(self.seqstart_py[:-1], self.seqstart_py[1:], strict=True))
-
-    def split(self, x, batch_sizes=None) -> list[torch.Tensor]:
-        """x [1, total, ...] as a list of [batch, length, ...]."""
-        if x.shape[0] != 1 or x.shape[1] != self.seqstart_py[-1]:
-            raise ValueError(
-                f"x must have shape [1, {self.seqstart_py[-1]}, ...], got {tuple(x.shape)}"
-            )
-        batch_sizes = batch_sizes or [1] * (len(self.seqstart_py) - 1)
-        parts, at = [], 0
-        for batch in batch_sizes:
-            first, end = self.seqstart_py[at], self.seqstart_py[at + batch]
-            parts.append(x[:, first:end].reshape(batch, -1, *x.shape[2:]))
-            at += batch
-        return parts
-
-
-@dataclass
-class PaddedSeqLenInfo(SeqLenInfo):
-    """Blocks that begin at seqstart_py[i] and use seqlen_py[i] of their room."""
-
-    seqlen_py: list[int]
-    padding: int = 0
-
-    @classmethod
-    def from_seqlens_padded(cls, seqlens, padding, *, device=None):
-        seqlens = integers("kv_seqlen", seqlens)
-        at_least("kv_padding", padding, max(seqlens, default=0))
-        starts = [i * padding for i in range(len(seqlens) + 1)]
-        return cls(starts, seqlens, padding)
-
-    @property
-    def seqlen(self) -> torch.Tensor:
-        """int32 [blocks]"""
-        return torch.tensor(self.seqlen_py, dtype=torch.int32, device="cpu")
-
-    def intervals(self):
-        return [
-            (start, start + used)
-            for start, used in zip(self.seqstart_py[:-1], self.seqlen_py, strict=True)
-        ]
-
-    def split(self, x, batch_sizes=None):
-        raise NotImplementedError("keys with room between the blocks cannot be split")
-
-
-@dataclass
 class Blocks(AttentionBias):
     """Queries of block i see keys of block i only."""
 
@@ -220,10 +137,10 @@ class Blocks(AttentionBias):
 
     def blocks(self) -> tuple[list, list]:
         """(first, end) of each block of queries and of keys."""
-        return self.q_seqinfo.intervals(), self.k_seqinfo.intervals()
+        return intervals(self.q_seqinfo), intervals(self.k_seqinfo)
 
     def materialize(self, shape, dtype=torch.float32, device="cpu"):
-        sizes = (self.q_seqinfo.seqstart_py[-1], self.k_seqinfo.seqstart_py[-1])
+        sizes = (starts(self.q_seqinfo)[-1], starts(self.k_seqinfo)[-1])
         if tuple(shape[-2:]) != sizes:
             raise ValueError(f"shape must end with {sizes}, got {tuple(shape)}")
         mask = torch.full(sizes, -torch.inf, dtype=dtype, device=device)
@@ -295,7 +212,7 @@ class BlockDiagonalMask(Blocks):
 
     def split(self, tensor):
         """The inverse of `from_tensor_list`."""
-        if self.q_seqinfo.seqstart_py != self.k_seqinfo.seqstart_py:
+        if starts(self.q_seqinfo) != starts(self.k_seqinfo):
             raise ValueError("split needs equal lengths: use split_queries or split_kv")
         return self.q_seqinfo.split(tensor, self._batch_sizes)
 
@@ -461,9 +378,8 @@ class BlockDiagonalGappyKeysMask(Blocks):
                 f"kv_seqstarts must have {len(q_seqlen) + 1} entries and kv_seqlen "
                 f"{len(q_seqlen)}, got {len(kv_seqstarts)} and {len(kv_seqlen)}"
             )
-        starts = integers("kv_seqstarts", kv_seqstarts)
-        used = integers("kv_seqlen", kv_seqlen)
-        return cls(SeqLenInfo.from_seqlens(q_seqlen), PaddedSeqLenInfo(starts, used))
+        info = GappySeqInfo.from_seqlens_gappy(kv_seqstarts, kv_seqlen, False)
+        return cls(SeqLenInfo.from_seqlens(q_seqlen), info)
 
     def make_paged(self, block_tables, page_size: int, notional_padding: int, paged_type):
         """The same keys in pages, where block i lies in row i of rows of notional_padding keys."""
@@ -473,9 +389,10 @@ class BlockDiagonalGappyKeysMask(Blocks):
                 f"notional_padding must be a multiple of page_size {page_size}, "
                 f"got {notional_padding}"
             )
-        starts = [s - i * notional_padding for i, s in enumerate(self.k_seqinfo.seqstart_py[:-1])]
-        lengths = self.k_seqinfo.seqlen_py
-        return paged_type.in_pages(self.q_seqinfo, starts, lengths, block_tables, page_size)
+        spans = intervals(self.k_seqinfo)
+        first = [begin - i * notional_padding for i, (begin, _) in enumerate(spans)]
+        lengths = [end - begin for begin, end in spans]
+        return paged_type.in_pages(self.q_seqinfo, first, lengths, block_tables, page_size)
 
 
 @dataclass

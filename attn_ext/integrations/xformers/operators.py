@@ -16,6 +16,8 @@ import torch
 from attn_ext.core import validate
 from attn_ext.core.schema import Call, Needs, lse_shape, statistics_dtype
 from attn_ext.functional import common
+from attn_ext.integrations.xformers import bias as biases
+from attn_ext.integrations.xformers import paged
 from attn_ext.ops import parts
 
 
@@ -84,6 +86,12 @@ class AttentionOpBase:
     SUPPORTED_DTYPES = frozenset(validate.FLOATING)
     SUPPORTED_MAX_K = math.inf
     SUPPORTED_MIN_K = 1
+    SUPPORTED_ATTN_BIAS_TYPES = (
+        type(None), torch.Tensor, *(kind for kind in biases.PUBLIC + paged.PUBLIC
+                                    if kind is not biases.AttentionBias),
+    )  # fmt: skip
+    CUDA_MINIMUM_COMPUTE_CAPABILITY = (8, 0)
+    CUDA_MAXIMUM_COMPUTE_CAPABILITY = None
     SUPPORTS_DROPOUT = SUPPORTS_CUSTOM_SCALE = SUPPORTS_DIFFERENT_VALUE_EMBED = True
     SUPPORTS_OUTPUT_DTYPE = SUPPORTS_PARTIAL = SUPPORTS_BMGHK = True
     SUPPORTS_ATTN_BIAS_GRAD = True
@@ -98,6 +106,13 @@ class AttentionOpBase:
     def supports(cls, d: Inputs) -> bool:
         """Whether attn_ext takes these inputs."""
         return not cls.not_supported_reasons(d)
+
+    @classmethod
+    def shape_not_supported_reasons(cls, Mq: int, Mkv: int, K: int, Kv: int) -> list[str]:
+        """Why sizes are refused, whatever else the call has."""
+        if min(K, Kv) >= cls.SUPPORTED_MIN_K:
+            return []
+        return [f"K and Kv must be at least {cls.SUPPORTED_MIN_K}, got {K} and {Kv}"]
 
     @classmethod
     def not_supported_reasons(cls, d: Inputs) -> list[str]:

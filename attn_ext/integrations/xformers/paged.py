@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from attn_ext.integrations.xformers import bias as biases
-from attn_ext.integrations.xformers.bias import (
-    Blocks,
+from attn_ext.integrations.xformers.bias import Blocks
+from attn_ext.integrations.xformers.lengths import (
+    GappySeqInfo,
     PaddedSeqLenInfo,
     SeqLenInfo,
     at_least,
     integers,
+    intervals,
+    starts,
+    used,
 )
 
 
@@ -29,19 +33,13 @@ class Paged(Blocks):
 
     def __post_init__(self):
         at_least("page_size", self.page_size, 1)
-        blocks, tables = len(self.q_seqinfo.seqstart_py) - 1, self.block_tables
+        blocks, tables = len(starts(self.q_seqinfo)) - 1, self.block_tables
         if not isinstance(tables, torch.Tensor) or tables.dim() != 2 or len(tables) != blocks:
             got = tuple(tables.shape) if isinstance(tables, torch.Tensor) else type(tables).__name__
             raise ValueError(f"block_tables must be a tensor [{blocks}, pages], got {got}")
         if tables.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"block_tables must be int32 or int64, got {tables.dtype}")
-        room = tables.shape[1] * self.page_size
-        for index, (first, end) in enumerate(logical(self)):
-            if not 0 <= first <= end <= room:
-                raise ValueError(
-                    f"block_tables must have pages for the keys of block {index}, [{first}, {end})"
-                    f", got {tables.shape[1]} of {self.page_size}"
-                )
+        logical(self)
 
     def to(self, device):
         return type(self)(
@@ -52,26 +50,35 @@ class Paged(Blocks):
         """[..., Mq, rows of all pages up to the last one listed]; shape ends with Mq and blocks *
         pages * page_size.  For tests.
         """
-        sizes = (self.q_seqinfo.seqstart_py[-1], self.block_tables.numel() * self.page_size)
+        sizes = (starts(self.q_seqinfo)[-1], self.block_tables.numel() * self.page_size)
         if tuple(shape[-2:]) != sizes:
             raise ValueError(f"shape must end with {sizes}, got {tuple(shape)}")
         pages = int(self.block_tables.max()) + 1 if self.block_tables.numel() else 0
         columns = pages * self.page_size
         mask = torch.full((sizes[0], columns), -torch.inf, dtype=dtype, device=device)
-        queries = self.q_seqinfo.intervals()
+        queries = intervals(self.q_seqinfo)
         for (q0, q1), rows in zip(queries, rows_of_blocks(self), strict=True):
             mask[q0:q1, rows.to(device)] = self._block(q1 - q0, len(rows), dtype, device)
         return mask.expand(*shape[:-1], columns)
 
 
 def logical(attn_bias) -> list[tuple[int, int]]:
-    """(first, end) of the keys of each block, counted within its own pages.  Reads the fields that
-    xformers' own objects have too.
+    """(first, end) of the keys of each block, counted within its own pages; ValueError beyond them.
+    Reads the fields that xformers' own objects have too.
     """
-    info = attn_bias.k_seqinfo
+    info, tables, size = attn_bias.k_seqinfo, attn_bias.block_tables, attn_bias.page_size
+    ends = used(info)
+    first = [0] * len(ends)
     if "Gappy" in type(attn_bias).__name__:  # there seqlen is where a block ends
-        return list(zip(info.seqstart_py[: len(info.seqlen_py)], info.seqlen_py, strict=True))
-    return [(0, used) for used in info.seqlen_py]
+        first = starts(info)[: len(ends)]
+    spans = list(zip(first, ends, strict=True))
+    for index, (begin, end) in enumerate(spans):
+        if not 0 <= begin <= end <= tables.shape[1] * size:
+            raise ValueError(
+                f"block_tables must have pages for the keys of block {index}, [{begin}, {end})"
+                f", got {tables.shape[1]} of {size}"
+            )
+    return spans
 
 
 def rows_of_blocks(attn_bias) -> list[torch.Tensor]:
@@ -99,8 +106,8 @@ class PagedBlockDiagonalPaddedKeysMask(Paged):
             raise ValueError(
                 f"kv_seqlen must have q_seqlen's {len(q_seqlen)} entries, got {len(kv_seqlen)}"
             )
-        used = integers("kv_seqlen", kv_seqlen)
-        info = PaddedSeqLenInfo.from_seqlens_padded(used, max(used, default=0))
+        lengths = integers("kv_seqlen", kv_seqlen)
+        info = PaddedSeqLenInfo.from_seqlens_padded(lengths, max(lengths, default=0))
         return cls(SeqLenInfo.from_seqlens(q_seqlen), info, block_tables, page_size)
 
 
@@ -121,12 +128,12 @@ class PagedBlockDiagonalGappyKeysMask(Paged):
     @classmethod
     def in_pages(cls, q_seqinfo, kv_seqstarts, kv_seqlen, block_tables, page_size: int):
         """Of the first keys and the numbers of keys."""
-        starts = integers("kv_seqstarts", kv_seqstarts)
-        used = integers("kv_seqlen", kv_seqlen)
-        if len(starts) != len(used):
-            raise ValueError(f"kv_seqstarts must have {len(used)} entries, got {len(starts)}")
-        ends = [first + count for first, count in zip(starts, used, strict=True)]
-        return cls(q_seqinfo, PaddedSeqLenInfo([*starts, -1], ends), block_tables, page_size)
+        first = integers("kv_seqstarts", kv_seqstarts)
+        lengths = integers("kv_seqlen", kv_seqlen)
+        if len(first) != len(lengths):
+            raise ValueError(f"kv_seqstarts must have {len(lengths)} entries, got {len(first)}")
+        info = GappySeqInfo.from_seqlens_gappy(first, lengths, True)
+        return cls(q_seqinfo, info, block_tables, page_size)
 
     @classmethod
     def from_seqlens(

@@ -56,6 +56,7 @@ BACKWARD = ("softcap", "alibi", "mask", "bias", "dropout")
 BIAS_GRADIENT = {"bias gradient": {"bias": "hqk"}}
 SEVERAL = {
     "mask and bias": {"mask": "bqk", "bias": "hqk"},
+    "mask and dropout": {"mask": "bqk", "dropout_p": 0.1},
     "all": {"mask": "bqk", "bias": "hqk", "softcap": 30.0, "alibi": True, "dropout_p": 0.1},
 }  # fmt: skip
 SEQLEN = 1024  # a multiple of every tile

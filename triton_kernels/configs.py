@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -137,13 +138,17 @@ _PLAIN = {
         ("dkdv", 128): Tile(64, 128, 8, 2),  # .59; 32x128 .50
         ("dq", 64): Tile(128, 128, 8, 2),  # .48; 64x64 .31
         ("dq", 128): Tile(128, 128, 8, 2),  # .70; 128x64 .64
+        # .46; 64 queries .75 and dQ's 64 keys .85, but in one stage, with no load on its way
+        ("dkdv", 256): Tile(32, 64, 8, 2),
+        ("dq", 256): Tile(128, 32, 8, 2),  # .66; 32 queries .10, without tcgen05
     },
     # 99 KiB of shared memory on sm_89 and sm_120, which the rows of 64 and 128 columns above fit;
     # of those of 128 one block at a time, dK and dV and dQ at 82 KiB.  Where these spill, the tiles
     # that do not have a smaller share of the peak: docs/design/triton.md
     "small": {
         ("dq", 64): Tile(128, 32, 4, 2),  # 64 keys spill; two blocks at a time, by the model -3 %
-        ("dkdv", 256): Tile(32, 32, 8, 1),
+        ("dkdv", 256): Tile(32, 32, 8, 2),  # .66 of the peak on sm_89, by one stage .64
+        ("dq", 256): Tile(64, 16, 4, 2),  # .70; 32x32 in one stage .62
         ("decode", 64): Tile(16, 32, 4, 2),  # 64 keys spill, by 8 bytes
         ("decode", 256): Tile(16, 32, 4, 2),
     },
@@ -216,26 +221,60 @@ _RICH = {
 
 RICH_FEATURES = ("mask", "bias", "alibi", "softcap", "dropout")
 
-# Rich calls with one feature, 16-bit elements: feature -> tile; "all" of those with several.
-# Others are as in the table above.  The tiles of plain calls, less dropout in dK and dV at 64, of
-# which those that test_triton_compile.py names spill in their loop: that and the options together
-# cost less than half as many rows a warp do.
+
+def several(features: Iterable[str]) -> str:
+    """Those of RICH_FEATURES that a call has, as the tables name them: "" none, its name one;
+    "terms" several, and "all" such that dropout is among them."""
+    names = list(features)
+    if len(names) > 1:
+        return "all" if "dropout" in names else "terms"
+    return "".join(names)
+
+
+# Rich calls of 16-bit elements: feature -> tile; "terms" of those with several but dropout, "all"
+# of those with dropout and others.  These two must fit with a mask and a bias of float32.  The
+# first kind of a GPU that has rows here wins; others are as in the table above.  They are near the
+# tiles of plain calls, and most spill in their loop: that and the options together cost less than
+# fewer rows a warp do.
 _FOUR = ("alibi", "softcap", "mask", "bias")
-_EACH = (*RICH_FEATURES, "all")
-_ONE = {
+_EACH = (*RICH_FEATURES, "terms", "all")
+_FEATURES = {
     "sm_80": {
-        ("fwd", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 4, 2)),
-        ("fwd", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
-        ("dkdv", 64): dict.fromkeys(_FOUR, Tile(32, 128, 4, 2)) | {"dropout": Tile(32, 128, 4, 3)},
-        ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2)),
-        ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
-        ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2)),
+        ("fwd", 64): dict.fromkeys(_EACH, Tile(128, 64, 4, 2)),
+        ("fwd", 128): dict.fromkeys(_EACH, Tile(128, 32, 4, 2)),
+        ("dkdv", 64): dict.fromkeys(_EACH, Tile(32, 128, 4, 2)) | {"dropout": Tile(32, 128, 4, 3)},
+        ("dkdv", 128): dict.fromkeys(_EACH, Tile(32, 128, 8, 2)),
+        ("dq", 64): dict.fromkeys(_EACH, Tile(128, 32, 4, 2)),
+        ("dq", 128): dict.fromkeys(_EACH, Tile(128, 32, 4, 2)),
         ("fused", 64): dict.fromkeys(_EACH, Tile(32, 128, 4, 2)),
         ("fused", 128): dict.fromkeys(_EACH, Tile(32, 128, 8, 2)),
+        ("fwd", 256): dict.fromkeys(_EACH, Tile(64, 32, 4, 2)),
+        ("dkdv", 256): dict.fromkeys(_EACH, Tile(64, 64, 8, 2)),
+        ("dq", 256): dict.fromkeys(_EACH, Tile(64, 32, 4, 2)),
+    },
+    # The same as far as it fits 99 KiB: .75 to .89 of the peak on sm_89 with one feature in the
+    # backward, where tiles that spill nothing have .45 to .59, and .74 to .87 for .51 to .75 in the
+    # forward
+    "small": {
+        ("fwd", 64): dict.fromkeys(_EACH, Tile(128, 64, 4, 2)),
+        ("fwd", 128): dict.fromkeys(_EACH, Tile(128, 32, 4, 2)),
+        ("dkdv", 64): dict.fromkeys(_EACH, Tile(32, 128, 4, 2)),
+        ("dkdv", 128): dict.fromkeys(RICH_FEATURES, Tile(32, 128, 8, 2))
+        | dict.fromkeys(("terms", "all"), Tile(32, 128, 8, 1)),
+        ("dq", 64): dict.fromkeys(_EACH, Tile(128, 32, 4, 2)),
+        ("dq", 128): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 4, 2))
+        | dict.fromkeys(("bias", "terms", "all"), Tile(128, 32, 4, 1)),
+        ("fused", 64): dict.fromkeys(_EACH, Tile(32, 128, 4, 2)),
+        ("fused", 128): dict.fromkeys(_EACH, Tile(32, 128, 8, 1))
+        | dict.fromkeys(("alibi", "softcap", "dropout"), Tile(32, 128, 8, 2)),
+        ("fwd", 256): dict.fromkeys(_EACH, Tile(64, 16, 4, 2)),
+        ("dkdv", 256): dict.fromkeys(_EACH, Tile(32, 32, 8, 2)),
+        ("dq", 256): dict.fromkeys(_EACH, Tile(64, 16, 4, 2)),
     },
     "sm_90": {
-        ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
-        ("fwd", 128): dict.fromkeys(_FOUR, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
+        ("fwd", 64): dict.fromkeys(_EACH, Tile(128, 64, 8, 2))
+        | dict.fromkeys(("dropout", "all"), Tile(128, 128, 8, 2)),
+        ("fwd", 128): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
         # with dropout 4 warps, of which a thread has all keys of an evaluation: .40 of the peak for
         # .34, though 16 numbers are spilled
         ("dkdv", 64): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)) | {"dropout": Tile(32, 128, 4, 3)},
@@ -244,18 +283,45 @@ _ONE = {
         # atomics add up, 15 of its accesses are to spilled numbers, 17 with nothing else than the
         # bias, where it has share .45 of the peak by the model, and that of 64 keys .41.
         ("dq", 64): dict.fromkeys(RICH_FEATURES, Tile(128, 128, 8, 2))
-        | {"all": Tile(128, 64, 8, 2)},
+        | dict.fromkeys(("terms", "all"), Tile(128, 64, 8, 2)),
         ("dq", 128): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)),
         ("fused", 64): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
         ("fused", 128): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
+        # with a soft cap .63 of the peak, where tiles that spill nothing have .19; dK and dV .55
+        # for .15.  No room for several features beside 64 keys
+        ("fwd", 256): dict.fromkeys(RICH_FEATURES, Tile(128, 64, 8, 2))
+        | dict.fromkeys(("terms", "all"), Tile(128, 32, 8, 2)),
+        ("dkdv", 256): dict.fromkeys(_EACH, Tile(64, 64, 8, 1)),
+        ("dq", 256): dict.fromkeys(RICH_FEATURES, Tile(128, 32, 8, 2))
+        | dict.fromkeys(("terms", "all"), Tile(128, 32, 8, 1)),
+    },
+    # Tiles of tcgen05, as those of plain calls: with a mask .41 of the peak in dK and dV at 128
+    # columns, by mma.sync .07, dQ .56 for .09, the forward .42 for .24
+    "sm_100": {
+        ("fwd", 64): dict.fromkeys(_EACH, Tile(128, 128, 8, 2)),
+        ("fwd", 128): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)) | {"dropout": Tile(128, 128, 8, 2)},
+        ("dkdv", 64): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
+        ("dkdv", 128): dict.fromkeys(_EACH, Tile(64, 128, 8, 2)),
+        ("dq", 64): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)),
+        ("dq", 128): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)),  # 128 leave a mask no room
+        ("fwd", 256): dict.fromkeys(_EACH, Tile(128, 64, 8, 2)),
+        ("dkdv", 256): dict.fromkeys(_EACH, Tile(32, 64, 8, 2)),
+        ("dq", 256): dict.fromkeys(_EACH, Tile(128, 32, 8, 1))
+        | dict.fromkeys(("mask", "alibi", "softcap", "dropout"), Tile(128, 32, 8, 2)),
     },
 }
 
 # The same by tensor descriptors; with dropout the order of keys is not that of a descriptor
-_ONE_DESCRIBED = {
+_FEATURES_DESCRIBED = {
     "sm_90": {
-        ("fwd", 64): dict.fromkeys(_FOUR, Tile(128, 128, 8, 2, 1)),
-        ("fwd", 128): dict.fromkeys(_FOUR, Tile(128, 128, 8, 2, 1)),
+        ("fwd", 64): dict.fromkeys((*_FOUR, "terms"), Tile(128, 128, 8, 2, 1)),
+        # with a mask and a bias of float32 128 keys do not fit
+        ("fwd", 128): dict.fromkeys(_FOUR, Tile(128, 128, 8, 2, 1))
+        | {"terms": Tile(128, 64, 8, 2, 1)},
+    },
+    "sm_100": {
+        ("fwd", 64): dict.fromkeys((*_FOUR, "terms"), Tile(128, 128, 8, 2, 1)),
+        ("fwd", 128): dict.fromkeys((*_FOUR, "terms"), Tile(128, 128, 8, 2, 1)),
     },
 }
 
@@ -355,7 +421,7 @@ RANKED = frozenset(
         *itertools.product(
             ("sm_80", "sm_89", "sm_90", "sm_120"), ("fwd", "dkdv", "dq", "fused"), (64, 128), (2,)
         ),
-        *itertools.product(("sm_80", "sm_90"), ("fwd", "dkdv", "dq"), (256,), (2,)),
+        *itertools.product(("sm_80", "sm_90", "sm_100"), ("fwd", "dkdv", "dq"), (256,), (2,)),
         *itertools.product(("sm_80", "sm_90"), ("fwd", "dkdv", "dq"), (64, 128), (4,)),
     ]
 )
@@ -366,7 +432,7 @@ def columns(
 ) -> int:  # fmt: skip
     """The width by which the tables know a call.  widths: of the tiles of Q and K, and of V."""
     narrow = widths[0] == 256 and widths[1] <= 128 and element_size == 2 and not rich
-    if narrow and (direction, NARROW_VALUES) in _PLAIN.get(architecture, {}):
+    if narrow and (direction, NARROW_VALUES) in _PLAIN.get(_kinds(architecture)[0], {}):
         return NARROW_VALUES
     return max(widths)
 
@@ -379,7 +445,7 @@ def key(direction: str, width: int, element_size: int, rich: str = "") -> str:
 def tile(architecture: str, direction: str, width: int, element_size: int, rich: str = "") -> Tile:
     """The tile for heads of `width` columns: a tuned one, else the table's; for an unknown
     architecture that of small shared memory, which fits everywhere.  rich: the feature of a rich
-    call, one of `RICH_FEATURES`, or "all" where it has several."""
+    call, one of `RICH_FEATURES`, or what `several` says of more."""
     if architecture == "interpreter":
         return PAIR if direction == "fused" and width > 128 else INTERPRETED
     tuned = _tuned().get(key(direction, width, element_size, rich))
@@ -391,9 +457,9 @@ def shipped(
     descriptors: bool = True,
 ) -> Tile:  # fmt: skip
     """The table's tile; without `descriptors` that of the kernels which load by pointers."""
-    if architecture in ("sm_100", "sm_103") and _triton() < (3, 7):
+    if _lacks_tcgen05(architecture):
         plain = element_size == 2 and not rich
-        known = _row(_TRITON_3_6, (architecture,), direction, width) if plain else None
+        known = _row(_TRITON_3_6, _kinds(architecture), direction, width) if plain else None
         found = known or _shipped(architecture, direction, width, element_size, rich, False)
         tall = direction in ("fwd", "dq")
         return found._replace(block_m=min(32, found.block_m)) if tall else found
@@ -401,11 +467,14 @@ def shipped(
 
 
 def with_features(architecture: str, descriptors: bool = True) -> dict[tuple[str, int, str], Tile]:
-    """(direction, width, feature) -> tile of rich calls with one feature, or "all" of several, for
-    which there is a row."""
+    """(direction, width, feature) -> tile of the rich calls for which there is a row; feature: as
+    `several` names it."""
     found = {}
-    for table in (_ONE, _ONE_DESCRIBED) if descriptors else (_ONE,):
-        for (direction, width), rows in table.get(architecture, {}).items():
+    if _lacks_tcgen05(architecture):
+        return found
+    for table in (_FEATURES, _FEATURES_DESCRIBED) if descriptors else (_FEATURES,):
+        kind = next((kind for kind in _kinds(architecture) if kind in table), None)
+        for (direction, width), rows in table.get(kind, {}).items():
             found |= {(direction, width, feature): tile for feature, tile in rows.items()}
     return found
 
@@ -413,7 +482,7 @@ def with_features(architecture: str, descriptors: bool = True) -> dict[tuple[str
 def _shipped(architecture, direction, width, element_size, rich, descriptors) -> Tile:
     """The row of the tables."""
     if descriptors and element_size == 2 and not rich:
-        described = _row(_DESCRIBED, (architecture,), direction, width)
+        described = _row(_DESCRIBED, _kinds(architecture), direction, width)
         if described:
             return described
     kinds = _kinds(architecture)
@@ -427,13 +496,18 @@ def _shipped(architecture, direction, width, element_size, rich, descriptors) ->
     plain = _row(_PLAIN, kinds, direction, width)
     found = _row(_RICH, kinds, direction, width) or plain._replace(stages=1) if rich else plain
     if element_size == 4:
-        alone = None if rich else _row(_FLOAT_PLAIN, (architecture,), direction, width)
+        alone = None if rich else _row(_FLOAT_PLAIN, _kinds(architecture), direction, width)
         if alone:
             return alone
         block_m = max(16, found.block_m // 2) if direction != "decode" else found.block_m
         half = Tile(block_m, max(16, found.block_n // 2), found.warps, 1)
         return _row(_FLOAT, kinds, direction, width) or half
     return found
+
+
+def _lacks_tcgen05(architecture: str) -> bool:
+    """Whether the installed Triton fails to compile the tiles of this architecture."""
+    return "sm_100" in _kinds(architecture) and _triton() < (3, 7)
 
 
 @functools.cache
@@ -458,9 +532,12 @@ def _kinds(architecture: str) -> tuple[str, ...]:
     """The tables that serve an architecture, the first that has a row wins."""
     if architecture.startswith("gfx"):
         return (architecture, "amd")
-    if architecture in ("sm_90", "sm_100", "sm_103"):
-        return (architecture, "hopper", "large")
-    return (architecture, "large") if architecture == "sm_80" else (architecture, "small", "large")
+    if architecture.startswith("sm_10"):
+        return ("sm_100", "hopper", "large")
+    if architecture.startswith("sm_12"):
+        return ("sm_120", "small", "large")
+    own = {"sm_80": (), "sm_90": ("hopper",)}.get(architecture, ("small",))
+    return (architecture, *own, "large")
 
 
 _override: dict[str, Tile] = {}

@@ -51,20 +51,24 @@ OLDEST = "3.6"  # the oldest Triton that is served; it has tables of its own
 OLDEST_FOR = ("sm_90",)  # for these
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "dkdv", "dq", "fused")
-# case -> the kernels whose rows it gives; a feature's case compiles PASSES
+# case -> the kernels whose rows it gives; a feature's case compiles PASSES, and one that is "wide"
+# has a bias of float32
 ROWS = {
     "causal": (*PASSES, "delta", "dq_from_sums"), "paged": ("decode", "combine"), "all": PASSES,
     "plain": PASSES, "deterministic": ("dbias",), "cache all": ("decode",),
 }  # fmt: skip
-ONE_FEATURE = {
+FEATURES = {
     "varlen": {"seqlens_q": [128]}, "window": {"window": (30, 5)},
     "sink": {"sink": True, "stats": True}, "bias": {"bias": "hqk"}, "mask": {"mask": "bk"},
     "softcap": {"softcap": 5.0}, "alibi": {"alibi": True}, "dropout": {"dropout_p": 0.2},
+    "terms": {"mask": "bqk", "bias": "hqk", "softcap": 5.0, "alibi": True},
 }  # fmt: skip
 ALL_FEATURES = {
     "window": (30, -1), "mask": "bk", "bias": "hqk", "softcap": 5.0, "alibi": True, "sink": True,
     "dropout_p": 0.2, "stats": True, "heads_q": 4, "heads_k": 2,
 }  # fmt: skip
+# Features whose tiles must leave room for a bias of float32 beside a mask of each query
+WIDE = {"bias": FEATURES["bias"], "terms": FEATURES["terms"], "all": ALL_FEATURES | {"mask": "bqk"}}
 PLAIN_FEATURES = {  # all that the rows of plain calls serve
     "window": (30, 5), "sink": True, "stats": True, "heads_q": 4, "heads_k": 2, "seqlens_q": [128],
 }  # fmt: skip
@@ -115,7 +119,8 @@ def shipped_rows(architecture: str) -> dict[str, configs.Tile]:
     for (_, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         rows[f"forward {width} bf16 specialized"] = tile
     for (direction, width, feature), tile in configs.with_features(architecture).items():
-        rows[f"{DIRECTIONS[direction][0]} {width} bf16 {feature}"] = tile
+        name = f"{DIRECTIONS[direction][0]} {width} bf16 {feature}"
+        rows |= {name: tile} | ({f"{name} wide": tile} if feature in WIDE else {})
     return rows
 
 
@@ -264,7 +269,9 @@ def cases():
             yield f"{width} {name}", case, base | options[case], kernels
         if width in (64, 128) and name == "bf16":
             yield f"{width} {name}", "specialized", base | options["causal"], ("forward", "repair")
-            for case, option in ONE_FEATURE.items():
+        if width in (64, 128, 256) and name == "bf16":
+            wide = {f"{case} wide": option for case, option in WIDE.items()}
+            for case, option in (FEATURES | wide).items():
                 yield f"{width} {name}", case, base | options["causal"] | option, PASSES
     narrow = {"head_dim": 192, "head_dim_v": 128, "dtype": DTYPES["bf16"]}
     label = f"{configs.NARROW_VALUES} bf16"
@@ -315,6 +322,8 @@ def compile_all(architecture: str, everything: bool, only: str = "") -> dict[str
 
         attention.run = run
         call = random_call(**options)
+        if case.endswith("wide"):
+            call = call._replace(bias=call.bias.float())
         with asked:
             out, lse, *_ = attention.forward(call)
         if call.seqlens_k is None:

@@ -42,10 +42,6 @@ SLACK_SPILLED = 32  # accesses in the hot loop, more than the table's
 SPILLS_IN_LOOPS = {
     ("sm_80", "dq 64 bf16 causal"): 6,
     ("sm_80", "dq 128 bf16 causal"): 6,
-    ("sm_80", "forward 64 bf16 bias"): 10,  # .49, where a tile without has .46
-    ("sm_80", "forward 128 bf16 bias"): 10,  # of these four the tiles before had .28 to .31
-    ("sm_80", "forward 128 bf16 mask"): 7,
-    ("sm_80", "forward 128 bf16 alibi"): 4,
     ("sm_80", "forward 64 fp32 causal"): 2,  # .62, without .55
     ("sm_80", "forward 128 fp32 causal"): 3,  # .54, and dq .51; without .32
     ("sm_80", "dq 128 fp32 causal"): 3,
@@ -60,107 +56,33 @@ SPILLS_IN_LOOPS = {
     ("sm_120", "dkdv 128 bf16 causal"): 3,
     ("sm_120", "dq 128 bf16 causal"): 12,
 }
-# The backward of calls with one option, and dropout: share of the peak by the model .42 to .68 on
-# sm_80 and .28 to .63 on sm_90, where the tiles without spills have .24 to .33 and .12 to .16
+# 256 columns, float32 and five products in one kernel: faster than the best tiles without, too
 for _table, _spills in {
-    "sm_80": {
-        "forward 64 bf16": {"dropout": 7},  # .61 of the peak
-        "forward 128 bf16": {"dropout": 4, "softcap": 4},
-        "forward 256 bf16": {"causal": 6},
-        "dkdv 64 bf16": {"bias": 4, "mask": 22, "softcap": 10, "alibi": 2, "dropout": 12},
-        "dkdv 128 bf16": {"bias": 4, "mask": 16, "softcap": 5, "dropout": 7},
-        "dq 64 bf16": {"bias": 65},
-        "dq 128 bf16": {"bias": 187, "mask": 8, "softcap": 9, "alibi": 23, "dropout": 18},
-        # five products in one kernel, in 15 to 36 % less time than two kernels even so
-        "fused 64 bf16": {
-            "causal": 4,
-            "bias": 10,
-            "mask": 53,
-            "softcap": 16,
-            "alibi": 12,
-            "dropout": 16,
-            "all": 180,
-        },
-        "fused 128 bf16": {
-            "causal": 5,
-            "bias": 8,
-            "mask": 27,
-            "softcap": 10,
-            "alibi": 5,
-            "dropout": 19,
-            "all": 85,
-        },
-    },
+    "sm_80": {"forward 256 bf16": 6, "fused 64 bf16": 4, "fused 128 bf16": 5},
+    "sm_89": {"fused 64 bf16": 6, "fused 128 bf16": 2},
     "sm_90": {
-        "forward 128 bf16": {"dropout": 2},
-        # several options: .27 and .20 of the peak at 128, where tiles without spills have .11
-        # and .12; in one kernel a quarter of their time
-        "dkdv 64 bf16": {"all": 37, "dropout": 17},
-        "dkdv 128 bf16": {"bias": 16, "softcap": 17, "alibi": 8, "dropout": 50, "all": 268},
-        "dq 64 bf16": {"all": 19, "bias": 15},  # a bias of which heads or batch share the gradient
-        "dq 128 bf16": {"all": 55},
-        "fused 64 bf16": {"all": 66},
-        # 256 columns: .63 and .57 of the peak; without spills mma.sync and 32 rows or less
-        "forward 256 bf16": {"causal": 11},
-        "dkdv 256 bf16": {"causal": 113},
-        "dq 192 bf16": {"causal": 16},  # .67 of the peak, without .56
-        # .45 of the peak, where 16 rows have .22 without; .29
-        "dkdv 128 fp32": {"causal": 210},
-        "dq 128 fp32": {"causal": 18},
-        "fused 128 bf16": {
-            "causal": 39,
-            "bias": 74,
-            "mask": 45,
-            "softcap": 41,
-            "alibi": 54,
-            "dropout": 120,
-            "all": 271,
-        },
+        "forward 256 bf16": 11,
+        "dkdv 256 bf16": 113,
+        "dq 192 bf16": 16,  # .67 of the peak, without .56
+        "dkdv 128 fp32": 210,  # .45, where 16 rows have .22 without; .29
+        "dq 128 fp32": 18,
+        "fused 128 bf16": 39,
     },
-    "sm_89": {
-        "fused 64 bf16": {"causal": 6},
-        "fused 128 bf16": {"causal": 2},
-    },
-    "sm_120": {
-        "fused 64 bf16": {"causal": 18},
-        "fused 128 bf16": {"causal": 16},
-    },
+    "sm_120": {"fused 64 bf16": 18, "fused 128 bf16": 16},
     "sm_90-triton-3.6": {
-        "dkdv 64 bf16": {"dropout": 18},
-        "dkdv 128 bf16": {
-            "bias": 1,
-            "mask": 8,
-            "softcap": 14,
-            "alibi": 11,
-            "dropout": 130,
-            "all": 106,
-        },
-        "dq 128 bf16": {"all": 11},
-        "dq 64 bf16": {"mask": 6, "bias": 27},
-        "fused 64 bf16": {
-            "all": 11,
-        },
-        "fused 128 bf16": {
-            "causal": 15,
-            "bias": 19,
-            "mask": 22,
-            "softcap": 16,
-            "alibi": 19,
-            "dropout": 175,
-            "all": 124,
-        },
-        "dkdv 256 bf16": {"causal": 168},
-        "dq 256 bf16": {},
-        "forward 128 fp32": {"causal": 14},
-        "dkdv 128 fp32": {"causal": 121},
-        "dq 128 fp32": {"causal": 12},
+        "dkdv 256 bf16": 168,
+        "forward 128 fp32": 14,
+        "dkdv 128 fp32": 121,
+        "dq 128 fp32": 12,
+        "fused 128 bf16": 15,
     },
 }.items():
-    SPILLS_IN_LOOPS |= {
-        (_table, f"{_row} {feature}"): most
-        for _row, features in _spills.items()
-        for feature, most in features.items()
-    }
+    SPILLS_IN_LOOPS |= {(_table, f"{_row} causal"): most for _row, most in _spills.items()}
+# Tiles of calls with features are those of plain calls, though most of them spill: they
+# have 1.2 to 8 times the share of the peak of tiles that do not (docs/design/triton.md).  More
+# spilled accesses among a loop's instructions than this are of a tile that does not fit.
+MOST_SPILLED = 0.3
+FEATURED = (*configs.RICH_FEATURES, "terms", "all", *(f"{case} wide" for case in offline.WIDE))
 EVERYTHING = os.environ.get("ATTN_EXT_TRITON_ALL") == "1"
 
 
@@ -250,7 +172,8 @@ def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(tabl
     assert offline.shipped_rows(architecture).keys() <= rows.keys()
     for (direction, width, feature), tile in configs.with_features(architecture).items():
         name = f"{offline.DIRECTIONS[direction][0]} {width} bf16 {feature}"
-        assert rows[name][0] == list(tile), name
+        for each in (name, f"{name} wide") if feature in offline.WIDE else (name,):
+            assert rows[each][0] == list(tile), each
     for (direction, width), tile in configs.SPECIALIZED.get(architecture, {}).items():
         assert direction == "fwd"
         assert rows[f"forward {width} bf16 specialized"][0] == list(tile)
@@ -261,7 +184,11 @@ def test_every_tile_of_the_configuration_is_in_the_table_and_spills_nothing(tabl
         assert shared <= configs.SHARED_LIMIT[architecture], name
         # outside of the loops a spill costs nothing that counts; where no loop was read, none is
         in_loop = loop[2] if loop else spilled
-        assert in_loop <= SPILLS_IN_LOOPS.get((table, name), 0), (name, tile, loop)
+        most = SPILLS_IN_LOOPS.get((table, name), 0)
+        _, width, dtype, case = name.split(" ", 3)
+        if case in FEATURED and int(width) >= 64 and dtype == "bf16" and loop:
+            most = MOST_SPILLED * loop[1]
+        assert in_loop <= most, (name, tile, loop)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -283,6 +210,7 @@ def test_instructions_are_those_that_the_rows_claim(table):
 def test_triton_3_6_gets_no_tcgen05(monkeypatch):
     """Tiles of 64 queries and more on sm_100, which Triton 3.6 fails to compile."""
     monkeypatch.setattr(configs, "_triton", lambda: (3, 6))
+    assert not configs.with_features("sm_100") and not configs.with_features("sm_103")
     for direction, width, rich in itertools.product(("fwd", "dq"), configs.WIDTHS, ("", "all")):
         assert configs.shipped("sm_100", direction, width, 2, rich).block_m <= 32
         assert configs.shipped("sm_100", direction, width, 2, rich).loads == 0
@@ -317,6 +245,38 @@ def test_heads_with_narrow_values_have_tiles_of_their_own(options, width, monkey
     rows = {192: (128, 64, 8, 2, 0), 256: (128, 32, 8, 2, 0)}
     if options["dtype"] == torch.bfloat16 and not options.get("bias"):
         assert plan.tile("dq") == rows[width]
+
+
+def test_gpus_of_one_kind_have_its_tiles():
+    """An architecture without rows of its own that gets those of a lesser one, which spill nothing
+    and have a fraction of the speed, or one that fails to compile."""
+    cases = itertools.product(
+        configs.DIRECTIONS, (64, 128, 256), ("", *configs.RICH_FEATURES, "terms", "all")
+    )
+    for direction, width, rich in cases:
+        for like, name in (("sm_100", "sm_103"), ("sm_89", "sm_86"), ("sm_120", "sm_121")):
+            expected = configs.shipped(like, direction, width, 2, rich)
+            assert configs.shipped(name, direction, width, 2, rich) == expected, (name, direction)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_several_features_have_tiles_of_their_own(architecture):
+    """Calls with two features or more on tiles of few rows that spill nothing: on sm_90 half of the
+    speed by the model, on sm_100 a seventh."""
+    own = {"fwd": 0, "dkdv": 1, "dq": 0}
+    for (direction, side), width, rich in itertools.product(
+        own.items(), (64, 128), ("terms", "all")
+    ):
+        assert configs.shipped(architecture, direction, width, 2, rich)[side] == 128
+
+
+def test_names_of_features():
+    """Calls that dropout orders by keys among those that it does not; a name for each row."""
+    expected = {
+        (): "", ("mask",): "mask", ("mask", "bias"): "terms", ("mask", "dropout"): "all",
+        ("softcap", "alibi", "bias"): "terms", configs.RICH_FEATURES: "all",
+    }  # fmt: skip
+    assert {names: configs.several(names) for names in expected} == expected
 
 
 def test_tune_measures_specialized_warps():

@@ -31,12 +31,11 @@ from attn_ext.triton_kernels.kernels.primitives import (
     DROPOUT,
     MASK,
     MASK_ONE_QUERY,
-    NATURAL,
     PAGED,
     RELATIVE,
     STATS,
     STREAM,
-    UNSCALED,
+    careful_flags,
     careful_rows_at_once,
     diagonal,
     dot,
@@ -221,7 +220,7 @@ def careful_rows(
 ):  # fmt: skip
     """`forward_rows` again where that has left a NaN, or met huge logits: key by key, with sums
     that skip excluded pairs."""
-    BASE2: tl.constexpr = ~(UNSCALED | NATURAL | BOUNDED | RELATIVE) & FLAGS
+    BASE2: tl.constexpr = careful_flags(FLAGS)
     k, k_s, k_p, v, v_s, v_p, pages, _described = kv
     off = diagonal(b, seqlen_q, seqlen_k, terms, FLAGS)
     first, _full, _full_end, end = key_range(

@@ -210,7 +210,8 @@ def bias_tile(
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias in float32, or of its only query's row."""
-    if (KEY_WORDS & FLAGS) and not (BIAS_ONE_QUERY & FLAGS):
+    HALVES: tl.constexpr = terms.bias.dtype.element_ty.primitive_bitwidth == 16
+    if (KEY_WORDS & FLAGS) and HALVES and not (BIAS_ONE_QUERY & FLAGS):
         words, place = score_words(
             terms.bias, terms.bias_b, terms.bias_h, terms.bias_q, b, h, i_first, r, j_first, c,
             seqlen_q, seqlen_k, 2, WHOLE_KEYS, FLAGS,

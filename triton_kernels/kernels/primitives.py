@@ -247,7 +247,7 @@ def own_key_order(BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
 @triton.constexpr_function
 def careful_flags(flags: int) -> int:
     """The flags of a careful way, which takes keys one by one and logits in base 2."""
-    units = UNSCALED.value | NATURAL.value | RELATIVE.value
+    units = UNSCALED.value | NATURAL.value | RELATIVE.value | BOUNDED.value
     return int(flags) & ~(units | MASK_PAIRS.value | KEY_WORDS.value)
 
 

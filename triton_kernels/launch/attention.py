@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable
 
 import torch
 import triton
@@ -199,10 +198,25 @@ class Plan:
         units.  KEY_WORDS where mask and bias serve."""
         units = primitives.UNSCALED.value | primitives.NATURAL.value | primitives.RELATIVE.value
         found = self.flags | (self.forward_flags() & units)
-        terms = [x for x in (self.mask, self.bias) if x is not None and not self._has_one_query(x)]
-        words = all(self._has_words(x, 4) for x in terms)
-        if terms and words and not architecture(self.q).startswith("gfx"):
-            found |= primitives.KEY_WORDS.value
+        return found | self._key_words(self._each_query())
+
+    def _each_query(self) -> list[torch.Tensor]:
+        """The mask and bias, those that have a row for each query."""
+        given = (self.mask, self.bias)
+        return [x for x in given if x is not None and not self._has_one_query(x)]
+
+    def _key_words(self, terms: list[torch.Tensor]) -> int:
+        """KEY_WORDS where these masks and biases lie in words of four bytes, on NVIDIA GPUs."""
+        words = bool(terms) and all(self._has_words(x, 4) for x in terms)
+        nvidia = not architecture(self.q).startswith("gfx")
+        return primitives.KEY_WORDS.value if words and nvidia else 0
+
+    def query_flags(self, tile: configs.Tile) -> int:
+        """Those of the forward.  KEY_WORDS with dropout, which orders the keys as words want them:
+        a float32 bias is loaded in that order, too; a descriptor has the keys' own."""
+        found = self.forward_flags()
+        if self.dropout and not tile.loads:
+            found |= self._key_words([x for x in self._each_query() if x.element_size() < 4])
         return found
 
     def key_flags(self, tile: configs.Tile) -> int:
@@ -285,13 +299,7 @@ class Plan:
 
     def rich(self) -> str:
         """As `configs.tile` takes it."""
-        return several(name for name, flag in _RICH.items() if self.flags & flag)
-
-
-def several(features: Iterable[str]) -> str:
-    """Features of a rich call as `configs.tile` takes them."""
-    names = list(features)
-    return "all" if len(names) > 1 else "".join(names)
+        return configs.several(name for name, flag in _RICH.items() if self.flags & flag)
 
 
 def architecture(x: torch.Tensor) -> str:
@@ -463,6 +471,6 @@ def attend_by(plan: Plan, results: tuple, tile: configs.Tile, loads: int, descri
         plan.dim, plan.dim_v, tile.block_m, tile.block_n, plan.block_d, plan.block_dv,
         loads,
         plan.flags_by(
-            tile, plan.flags if loads >= SPECIALIZED.value else plan.forward_flags()
+            tile, plan.flags if loads >= SPECIALIZED.value else plan.query_flags(tile)
         ),
     )  # fmt: skip

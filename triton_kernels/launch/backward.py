@@ -49,7 +49,7 @@ def kernels_of(problem: Problem) -> str:
         gpu = problem.device == "cuda"
         name = attention.architecture_of(problem.device_index) if gpu else "interpreter"
         widths = map(attention.width, (problem.head_dim, problem.head_dim_v))
-        rich = attention.several(x for x in configs.RICH_FEATURES if getattr(problem, x))
+        rich = configs.several(x for x in configs.RICH_FEATURES if getattr(problem, x))
         fused = configs.tile(name, "fused", max(widths), 2, rich) != configs.PAIR
     if fused:
         return "fused_kernel, which adds dQ up by atomic additions, and dq_from_sums_kernel"

@@ -1,5 +1,5 @@
-"""Masks and biases that the backward loads as words of 32 bits, and P by a multiply-add of a logit
-in the forward's units, by the Triton kernels, interpreted.
+"""Masks and biases that the backward and a forward with dropout load as words of 32 bits, and P by
+a multiply-add of a logit in the forward's units, by the Triton kernels, interpreted.
 """
 
 from unittest import mock
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attn_ext.testing import check_call, needs_of, random_call
+from attn_ext.triton_kernels import configs
 from attn_ext.triton_kernels.kernels import dq, logits, primitives
 from attn_ext.triton_kernels.launch import attention, backward
 
@@ -53,6 +54,80 @@ def test_gradients_of_a_bias_of_other_orders(bias):
         call = random_call(5, **SIZES | {"bias": bias} | options)
         assert not words(call)
         check_call(call, "triton")
+
+
+def forward_words(call, loads=0) -> bool:
+    """Whether the forward loads words by a tile of these loads."""
+    tile = configs.INTERPRETED._replace(loads=loads)
+    return bool(attention.Plan(call).query_flags(tile) & primitives.KEY_WORDS.value)
+
+
+FORWARD = {
+    "a mask": {"mask": "bqk"},
+    "a mask and a bias": {"mask": "bqk", "bias": "hqk", "dtype": torch.bfloat16},
+    "a mask, and a bias of float32": {"mask": "bqk", "bias": "hqk"},
+    "a bias, and a mask of keys": {"mask": "bk", "bias": "hqk", "dtype": torch.float16},
+    "sigmoid weights": {"mask": "bqk", "sigmoid_bias": -1.0},
+    "rows that see no key, and NaN": {"mask": "bqk", "window": (3, 0)},
+}
+
+
+def forward_call(name):
+    """A call with dropout whose forward loads words; NaN at a key that the mask hides makes it take
+    the careful way, too."""
+    options = dict(FORWARD[name])
+    sigmoid = options.pop("sigmoid_bias", None)
+    call = random_call(3, dropout_p=0.3, **SIZES | options)
+    if call.bias is not None and call.bias.dtype == torch.float32:
+        # whose halves are numbers of float16: of others the careful way would make good
+        call.bias.copy_(call.bias.bfloat16())
+    if sigmoid is not None:
+        call = call._replace(normalizer="sigmoid", sigmoid_bias=sigmoid)
+    if "NaN" in name:
+        call.mask[..., 20] = False
+        call.v[:, :, 20] = torch.nan
+    return call
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_by_words(name):
+    """With dropout: a byte or half of a word at another key than its own, in whole tiles and cut
+    ones; a float32 bias in the keys' own order; one key of the careful way looked up in a word."""
+    call = forward_call(name)
+    assert forward_words(call)
+    check_call(call, "triton", grads=False)
+
+
+def test_which_forward_loads_words():
+    """Words in an order of keys that is not theirs, or of terms that have none."""
+    call = forward_call("a mask")
+    assert not forward_words(call, loads=1)
+    assert not forward_words(call._replace(dropout_p=0.0))
+    for options in ({"mask": "bk"}, {"bias": "hqk"}, {"mask": "bqk", "seqlen_k": 66}):
+        assert not forward_words(random_call(3, dropout_p=0.3, **SIZES | options))
+
+
+PLANTED_FORWARD = {
+    "another byte": ("visible_keys", "<< (place * 8)", "<< ((place ^ 1) * 8)", "a mask"),
+    "words as they lie": (
+        "score_words", "tl.permute(words, [0, 1, 3, 2, 4])",
+        "tl.reshape(words, [M, N // 16, 4 // KEYS, 4, 1])", "a mask and a bias",
+    ),
+    "a bias of float32 as words": (
+        "bias_tile", "HALVES: tl.constexpr = terms.bias.dtype.element_ty.primitive_bitwidth == 16",
+        "HALVES: tl.constexpr = True", "a mask, and a bias of float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_FORWARD)
+def test_planted_bug_in_the_words_of_the_forward_is_caught(name, monkeypatch, tmp_path):
+    """The test above that no wrong word fails."""
+    function, before, after, case = PLANTED_FORWARD[name]
+    module = planted_triton.planted("logits", before, after, tmp_path)
+    monkeypatch.setattr(logits, function, getattr(module, function))
+    with pytest.raises(AssertionError):
+        check_call(forward_call(case), "triton", grads=False)
 
 
 def test_terms_without_words():

@@ -51,7 +51,7 @@ def _numbers(info, name: str) -> list[int]:
     if not isinstance(tensor, torch.Tensor):
         return listed
     if torch.compiler.is_compiling():  # a graph has the numbers as constants
-        same = (tensor == torch.tensor(listed, device=tensor.device)).all()
+        same = (tensor == torch.tensor(listed, dtype=tensor.dtype, device=tensor.device)).all()
         torch._assert_async(same, f"{name} was written in place: compiled code needs a new bias")
         return listed
     return tensor.tolist() if _written(tensor) else listed
@@ -188,8 +188,8 @@ class GappySeqInfo(SeqLenInfo):
         first = integers("kv_seqstarts", seqstarts)
         ends = lengths = integers("kv_seqlen", seqlens)
         if paged:
+            ends = [a + b for a, b in zip(first, lengths, strict=True)]
             first = [*first, -1]
-            ends = [a + b for a, b in zip(first, lengths, strict=False)]
         longest, shortest = max(lengths, default=0), min(lengths, default=0)
         return cls(_int32(first), longest, shortest, first, _int32(ends), ends)
 

@@ -46,7 +46,8 @@ $(VENV)/integrations.done: $(VENV)/installed.done
 # Tests of the public API that name no backend, once more over the CUDA kernels on the emulator.
 ON_EMULATOR := \
   $(addprefix tests/api/test_, nonfinite.py inspect.py bad_input.py nn_multihead.py) \
-  $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py flex_recipes.py) \
+  $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py xformers_lengths.py \
+    flex_recipes.py) \
   tests/torch/test_sdpa_semantics.py
 
 # Two tiers (tests/helpers/tiers.py): `make check` for every change, `make test` everything.  One torch
@@ -141,8 +142,8 @@ WITH_OTHERS := \
     strangers_calls.py) \
   $(addprefix tests/torch/test_, compile.py torch_integration.py sdpa_semantics.py \
     replace_sdpa.py sdpa_backward_scope.py sdpa_hooks.py jit_trace.py dtensor.py) \
-  $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py flex_recipes.py \
-    models_diffusers.py models_encoders.py models_function.py models_llama.py models_timm.py) \
+  $(addprefix tests/integrations/test_, flash_attn_compat.py xformers_compat.py xformers_lengths.py \
+    flex_recipes.py models_diffusers.py models_encoders.py models_function.py models_llama.py models_timm.py) \
   $(addprefix tests/tools/test_, cli.py profile.py examples.py family_examples.py)
 VERSIONS = from importlib.metadata import version as v, distributions as d; \
   names = {x.name for x in d()} & set('$(1)'.split()); import attn_ext; \

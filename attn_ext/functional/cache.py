@@ -205,11 +205,9 @@ class KVCache:
             raise ValueError(f"v must have k's {k.shape[2]} positions, got {v.shape[2]}")
         refuse_grad("KVCache.append", k=k, v=v)
         if self.k_factors is not None:
-            quantised.refuse_recorded("append")
-        tree.refuse_transformed(k=k, v=v)
-        if self.k_factors is not None:
             self._append_int8(k, v, counts, rows)
             return
+        tree.refuse_transformed(k=k, v=v)
         tensors = (self.k_pages, self.v_pages, self._table, self._lengths)
         if torch.compiler.is_compiling() or not route.is_plain(k, v, self.k_pages):
             if counts is not None and not isinstance(counts, torch.Tensor):
@@ -222,6 +220,8 @@ class KVCache:
         self._write((k, v), counts, rows)
 
     def _append_int8(self, k, v, counts, rows) -> None:
+        quantised.refuse_recorded("append")
+        tree.refuse_transformed(k=k, v=v)
         (k, k_factors), (v, v_factors) = quantised.quantise(k), quantised.quantise(v)
         counts = None if counts is None else tree.integers("counts", counts)
         self._write((k, v, k_factors, v_factors), counts, rows)

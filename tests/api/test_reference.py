@@ -1,4 +1,7 @@
-"""The oracle itself, against F.scaled_dot_product_attention, gradcheck, and direct formulas."""
+"""The oracle itself, against F.scaled_dot_product_attention, gradcheck, and direct formulas.
+
+One long file, since whoever asks what the oracle is held to reads it as a whole.
+"""
 
 import math
 

@@ -39,7 +39,7 @@ class Paged(Blocks):
             raise ValueError(f"block_tables must be a tensor [{blocks}, pages], got {got}")
         if tables.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"block_tables must be int32 or int64, got {tables.dtype}")
-        logical(self)
+        logical(self)  # which checks them
 
     def to(self, device):
         return type(self)(
